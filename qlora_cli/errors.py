@@ -1,0 +1,45 @@
+"""What can go wrong for a user, and the exit code that a shell script sees for it.
+
+QloraError
+├── RecipeError      2   the recipe (YAML, keys, values, combinations) cannot be used
+├── DataError        2   rows that cannot be read, formatted or learnt from
+├── ModelError       3   the base model or adapter cannot be found, loaded, adapted or merged
+└── TrainingError    4   training stopped before its end, or its result cannot be trusted
+
+Interrupted by the user (Ctrl-C): 130. Success: 0. Anything else (1) is a bug of ours.
+"""
+
+from typing import ClassVar
+
+EXIT_INTERRUPTED = 130
+
+
+class QloraError(Exception):
+    """An error with a message for the user. The command line prints it without a traceback.
+
+    Args:
+        message: what is wrong, where, what was found and what is allowed.
+        hint: what to do next, if there is one best next thing.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class RecipeError(QloraError):
+    exit_code = 2
+
+
+class DataError(QloraError):
+    exit_code = 2
+
+
+class ModelError(QloraError):
+    exit_code = 3
+
+
+class TrainingError(QloraError):
+    exit_code = 4

@@ -1,0 +1,103 @@
+"""How the frozen base weights are held in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from qlora_cli.part import Part
+
+if TYPE_CHECKING:
+    import torch
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
+    """The torch dtype of a name; `auto` is the dtype that the step computes in."""
+    import torch
+
+    if name == "auto":
+        return auto
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+class _FourBit(Part):
+    double_quant: bool = True
+    """Quantize the block constants too: saves about 0.37 bits per weight (QLoRA, section 3)."""
+    compute_dtype: DtypeName = "auto"
+    """Dtype in which dequantized weights are multiplied; `auto` follows `training.precision`."""
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
+    """Dtype of the tensors that hold the packed 4-bit values; sharded training needs a float one."""
+
+    def _load_options(self, quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
+        from transformers import BitsAndBytesConfig
+
+        compute_dtype = resolve_dtype(self.compute_dtype, dtype)
+        return {
+            # What stays unquantized (embeddings, norms, head) has the dtype that is computed in.
+            "dtype": compute_dtype,
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quant_type,
+                bnb_4bit_use_double_quant=self.double_quant,
+                bnb_4bit_compute_dtype=compute_dtype,
+                bnb_4bit_quant_storage=self.quant_storage,
+            ),
+        }
+
+
+class Nf4(_FourBit):
+    """4-bit NormalFloat (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+
+    type: Literal["nf4"] = "nf4"
+
+    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
+        return self._load_options("nf4", dtype)
+
+
+class Fp4(_FourBit):
+    """4-bit floating point, with the same blocks as NF4."""
+
+    type: Literal["fp4"] = "fp4"
+
+    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
+        return self._load_options("fp4", dtype)
+
+
+class Int8(Part):
+    """8-bit weights, outlier columns in 16 bit (LLM.int8, https://arxiv.org/abs/2208.07339)."""
+
+    type: Literal["int8"] = "int8"
+    outlier_threshold: float = Field(6.0, ge=0)
+    """Activations above it are multiplied in 16 bit; 0 turns the outlier path off."""
+
+    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `dtype` is what the rest is held in."""
+        from transformers import BitsAndBytesConfig
+
+        return {
+            "dtype": dtype,
+            "quantization_config": BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_threshold=self.outlier_threshold
+            ),
+        }
+
+
+class Unquantized(Part):
+    """The weights as they are, in 16 or 32 bit."""
+
+    type: Literal["none"] = "none"
+    dtype: DtypeName = "auto"
+    """Dtype of the base weights; `auto` follows `training.precision`."""
+
+    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
+        return {"dtype": resolve_dtype(self.dtype, dtype)}
+
+
+QuantizationConfig = Annotated[Nf4 | Fp4 | Int8 | Unquantized, Field(discriminator="type")]

@@ -1,0 +1,120 @@
+"""The recipe: the parts' configs side by side, the sections without variants, and cross checks."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_cli.data import Data
+from qlora_cli.model.adapters import AdapterConfig, LoRA
+from qlora_cli.model.base import BaseModelConfig
+from qlora_cli.model.quantization import QuantizationConfig, Unquantized
+from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
+from qlora_cli.optim.schedules import Constant, ScheduleConfig
+from qlora_cli.part import Part
+from qlora_cli.tasks import TaskConfig
+
+
+class Training(Part):
+    """The loop. A batch is what one optimizer step learns from; a micro-batch is one forward."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Fixes adapter initialisation, order of rows and dropout."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows (give this or `max_steps`; neither means one pass)."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps (give this or `epochs`)."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step, over all devices."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Rows per forward, per device."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm; null leaves them alone."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Dtype of the computation; `auto` is bf16 where the device has it. Trained weights stay fp32."""
+    log_every: int = Field(1, ge=1)
+    """Steps between two lines of the log."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between two evaluations; null evaluates before the first and after the last step."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints; null saves after the last step alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"training.epochs ({self.epochs:g}) and training.max_steps ({self.max_steps}) "
+                "are both given; give one of them"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.batch_size ({self.batch_size}) must be a multiple of "
+                f"training.micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class Evaluation(Part):
+    """How the model is measured, beside its loss on `data.evaluation`."""
+
+    tasks: list[TaskConfig] = []
+    """Scores of generated answers, computed by `qlora eval`."""
+    limit: int | None = Field(None, ge=1)
+    """Generate for only the first rows; the loss is always over all of them."""
+    batch_size: int | None = Field(None, ge=1)
+    """Rows per forward; null takes `training.micro_batch_size`."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest generated answer."""
+
+
+class Output(Part):
+    """What is written, and where."""
+
+    dir: str
+    """Folder of the run."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    trackers: list[Literal["tensorboard"]] = []
+    """Besides the console and metrics.jsonl."""
+
+
+class Recipe(Part):
+    """One fine-tuning run."""
+
+    model: BaseModelConfig
+    """The base model."""
+    quantization: QuantizationConfig = Unquantized()
+    """How the base weights are held."""
+    adapter: AdapterConfig = LoRA()
+    """What is trained."""
+    data: Data
+    """What is learnt."""
+    training: Training = Training()
+    """The loop."""
+    optimizer: OptimizerConfig = AdamW()
+    """The optimizer."""
+    schedule: ScheduleConfig = Constant()
+    """The learning rate over the steps."""
+    evaluation: Evaluation = Evaluation()
+    """How the result is measured."""
+    output: Output
+    """Where it is written."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.adapter.type == "full" and self.quantization.type != "none":
+            raise ValueError(
+                f"adapter.type (full) cannot train quantization.type ({self.quantization.type}): "
+                "quantized weights have no gradient; use quantization.type none, or adapter.type lora"
+            )
+        if self.model.trust_remote_code and self.model.revision is None:
+            raise ValueError(
+                "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
+                "that you have read"
+            )
+        if self.evaluation.tasks and self.data.evaluation is None:
+            raise ValueError("evaluation.tasks needs data.evaluation: rows to answer")
+        return self
