@@ -1,18 +1,47 @@
-"""What is trained."""
+"""What is trained. To add a method: one class here, and its name in the union."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class FullFineTune(Part):
     """Every weight is trained."""
 
     type: Literal["full"] = "full"
+
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Make every weight trainable, in float32: bfloat16 loses updates below its grid."""
+        return model.float().requires_grad_(True)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the weights as an ordinary model folder."""
+        model.save_pretrained(folder)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Put saved weights in place of the base's. `model` itself is changed."""
+        from safetensors.torch import load_file
+
+        model = self.attach(model)
+        saved = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+        missing = set(model.state_dict()) - set(saved) - set(model.all_tied_weights_keys)
+        problem = model.load_state_dict(saved, strict=False)
+        if missing or problem.unexpected_keys:
+            raise ModelError(_key_mismatch(folder, missing, problem.unexpected_keys))
+        return model
 
 
 class LoRA(Part):
@@ -39,6 +68,128 @@ class LoRA(Part):
     """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, https://arxiv.org/abs/2402.09353)."""
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        """Put the update beside each target; it is zero at first, so the model is unchanged.
+
+        Trained weights are float32. The random half of the update is drawn from torch's generator.
+
+        Raises:
+            ModelError: a target (or pattern) matches no module.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        self._check_names(model)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save or None,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+        try:
+            adapted = get_peft_model(model, config)
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"adapter: PEFT refuses it: {error}") from error
+        return _trained_in_float32(adapted)
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write the adapter in PEFT's own format."""
+        # "auto" would ask the hub whether the base's vocabulary has grown.
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
+        """Put a saved adapter on the base model it belongs to; still trainable.
+
+        Raises:
+            ModelError: it does not fit the model tensor for tensor.
+        """
+        from peft import PeftModel
+
+        try:
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
+        _check_loaded(adapted, folder)
+        return _trained_in_float32(adapted)
+
+    def _check_names(self, model: PreTrainedModel) -> None:
+        modules = [name for name, module in model.named_modules() if not list(module.children())]
+        lists = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        for key, value in lists.items():
+            if isinstance(value, list):
+                _require_each(f"adapter.{key}", value, modules, _is_suffix)
+            elif value not in (None, "all-linear"):
+                _require_each(f"adapter.{key}", [value], modules, _is_full_match)
+        _require_each("adapter.modules_to_save", self.modules_to_save, modules, _is_suffix)
+        _require_each("adapter.rank_pattern", self.rank_pattern, modules, _is_pattern)
+        _require_each("adapter.alpha_pattern", self.alpha_pattern, modules, _is_pattern)
+
+
+# The three ways in which PEFT holds a name of its config against a module's name.
+def _is_suffix(wanted: str, module: str) -> bool:
+    return module == wanted or module.endswith(f".{wanted}")
+
+
+def _is_full_match(wanted: str, module: str) -> bool:
+    return re.fullmatch(wanted, module) is not None
+
+
+def _is_pattern(wanted: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({wanted})$", module) is not None
+
+
+def _require_each(
+    key: str, wanted: Iterable[str], modules: list[str], matches: Callable[[str, str], bool]
+) -> None:
+    leaves = sorted({name.rpartition(".")[2] for name in modules})
+    for name in wanted:
+        try:
+            found = any(matches(name, module) for module in modules)
+        except re.error as error:
+            raise ModelError(f"{key}: {name!r} is no regular expression: {error}") from error
+        if not found:
+            near = difflib.get_close_matches(name, leaves, n=3)
+            raise ModelError(
+                f"{key}: {name!r} matches no module of the model, which has {', '.join(leaves)}",
+                hint=f"did you mean {' or '.join(near)}?" if near else None,
+            )
+
+
+def _trained_in_float32(model: PeftModel) -> PeftModel:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _check_loaded(model: PeftModel, folder: Path) -> None:
+    """PEFT only warns of missing tensors and goes on with random ones."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {key: tuple(tensor.shape) for key, tensor in live.items()}
+    if saved != shapes:
+        missing = [key for key, shape in shapes.items() if saved.get(key) != shape]
+        raise ModelError(_key_mismatch(folder, missing, set(saved) - set(shapes)))
+
+
+def _key_mismatch(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    parts = [
+        f"{title} {', '.join(sorted(keys)[:5])}"
+        for title, keys in (("missing:", missing), ("unexpected:", unexpected))
+        if keys
+    ]
+    return f"{folder} does not fit the base model; " + "; ".join(parts)
 
 
 AdapterConfig = Annotated[LoRA | FullFineTune, Field(discriminator="type")]

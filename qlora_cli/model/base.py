@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
+
+# What a model needs to be loaded without unpickling anything.
+_WANTED_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]
 
 
 class BaseModelConfig(Part):
@@ -18,3 +47,193 @@ class BaseModelConfig(Part):
     """Run Python code that comes with the model; needs a pinned `revision`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention back end; `auto` takes sdpa where the model has it."""
+
+    def locate(self) -> Path:
+        """A local folder with the model: itself, unpacked from GGUF, or fetched from the hub.
+
+        Raises:
+            ModelError: there is no such model, or it has no safetensors.
+        """
+        path = Path(self.path).expanduser()
+        if path.suffix == ".gguf":
+            return _unpack_gguf(path)
+        folder = path if path.is_dir() else self._fetch()
+        if not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"model.path: {self.path} has no safetensors weights (found: {_listing(folder)}); "
+                "pickled weights are never loaded",
+                hint="convert the weights to safetensors, or name another model or revision",
+            )
+        return folder
+
+    def _fetch(self) -> Path:
+        import huggingface_hub
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
+            raise ModelError(f"model.path: no such folder: {self.path}")
+        wanted = [*_WANTED_FILES, "*.py"] if self.trust_remote_code else _WANTED_FILES
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    self.path, revision=self.revision, allow_patterns=wanted
+                )
+            )
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"model.path: {self.path} is no local folder, and not to be had from the hub: "
+                f"{reason}",
+                hint="check the name, `huggingface-cli login` for a gated model, or give a folder",
+            ) from error
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept: $QLORA_CACHE, else ~/.cache/qlora."""
+    return Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()
+
+
+def _unpack_gguf(path: Path) -> Path:
+    """Dequantize a GGUF file into a bfloat16 folder, once for each content of the file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if not path.is_file():
+        raise ModelError(f"model.path: no such file: {path}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / digest[:32]
+    if folder.is_dir():
+        return folder
+    log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        )
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def load_tokenizer(
+    folder: Path, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, with the given chat template (Jinja text) if there is one.
+
+    Raises:
+        ModelError: it cannot be loaded, or is not a fast tokenizer (masks need offsets into the text).
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.path: no usable tokenizer in {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"model.path: {type(tokenizer).__name__} in {folder} gives no offsets")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by position and never by id, so sharing the id does no harm.
+        tokenizer.pad_token = tokenizer.eos_token
+    fast: PreTrainedTokenizerFast = tokenizer
+    return fast
+
+
+def load_base_model(
+    folder: Path,
+    *,
+    load_options: dict[str, Any],
+    device: torch.device,
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    name: str | None = None,
+) -> PreTrainedModel:
+    """The base model on `device`, frozen, in training mode.
+
+    Args:
+        load_options: what `Nf4.load_options()` and its kin return.
+        name: recorded as the model's origin in adapters made from it; the folder by default.
+
+    Raises:
+        ModelError: the weights or the architecture cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    refuse_prequantized(folder)
+    choice = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **choice,
+            **load_options,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
+    model.name_or_path = model.config._name_or_path = name or str(folder)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    keep_4bit_weights_trainable(model)
+    # from_pretrained() returns eval mode, in which dropout and bitsandbytes act otherwise.
+    return model.train()
+
+
+def refuse_prequantized(folder: Path) -> None:
+    """Refuse weights that were quantized by somebody else: they could not be merged later.
+
+    Raises:
+        ModelError: there is no readable config.json, or it has a `quantization_config`.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path: no readable config.json in {folder}: {error}") from error
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"model.path: {folder} is already quantized ({method}), so an adapter trained on it "
+            "could not be merged",
+            hint="name the 16-bit model; quantization.type quantizes it when loaded",
+        )
+
+
+def start_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass instead of keeping them.
+
+    Raises:
+        ModelError: the architecture has no support for it.
+    """
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"training.gradient_checkpointing: {error}",
+            hint="--set training.gradient_checkpointing=false",
+        ) from error
+    # The enabling call also makes the embedding's output require a gradient, which only the
+    # reentrant form needs; kept, it would backpropagate through every frozen layer for nothing.
+    model.disable_input_require_grads()

@@ -1,0 +1,46 @@
+"""Shims for faults of the libraries we stand on: each with its reason and when it can go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+
+def keep_4bit_weights_trainable(model: Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in an evaluation on a CPU with AVX512-BF16.
+
+    `Linear4bit.forward` in eval mode, on an input without gradient, converts its weight for an
+    inference kernel that has no backward, and never converts it back: in the training that follows
+    no gradient passes that layer any more, and nothing says so. bitsandbytes 0.50 looks at a public
+    attribute of each layer before it does this; we turn it off.
+
+    Goes when `tests/unit/model/test_compat.py` fails because the gradients agree without it.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars, notices and telemetry out of a clean run.
+
+    What matters of them we check and say ourselves (unmatched adapter keys, unquantized weights,
+    casts). Must run before transformers is imported.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|accelerate)\b")
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,170 @@
+"""What was loaded and what is trained, in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch.nn import Module, Parameter
+    from transformers import PreTrainedModel
+
+MAX_UNQUANTIZED = 0.2
+"""Share of linear weights that may stay in 16 bit under a 4-bit recipe."""
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """The base weights as they lie in memory."""
+
+    bytes_by_dtype: dict[str, int]
+    """Bytes held in each dtype, quantization constants among them."""
+    num_weights: int
+    """Weights of the model, as its paper would count them."""
+    num_unquantized: int
+    """Of these, how many are held in 16 or 32 bit."""
+    unquantized_linear: dict[str, int]
+    """Matrices other than embeddings and head that could be quantized and are not: name -> weights."""
+    linear_weights: int
+
+    def summary(self) -> str:
+        """One line for the log."""
+        held = ", ".join(
+            f"{size / 2**20:,.1f} MiB {dtype}" for dtype, size in self.bytes_by_dtype.items()
+        )
+        share = self.num_unquantized / self.num_weights
+        return f"base model: {self.num_weights:,} weights in {held}; {share:.1%} unquantized"
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """Modules of one name."""
+
+    name: str
+    num_modules: int
+    num_weights: int
+
+
+@dataclass(frozen=True)
+class TrainedReport:
+    """What is trained."""
+
+    rows: list[TrainedRow]
+    trained: int
+    total: int
+
+    def summary(self) -> str:
+        """A small table for the log."""
+        width = max(len(row.name) for row in self.rows)
+        lines = [
+            f"  {row.name:<{width}}  {row.num_modules:>5} modules  {row.num_weights:>13,} weights"
+            for row in self.rows
+        ]
+        share = self.trained / self.total
+        lines.insert(0, f"trained: {self.trained:,} of {self.total:,} weights ({share:.2%})")
+        return "\n".join(lines)
+
+
+def count_weights(module: Module) -> dict[int, tuple[int, bool]]:
+    """id of each parameter -> (weights that it stands for, whether it is quantized).
+
+    A packed 4-bit tensor holds two weights a byte (or more, by its storage dtype), so its size
+    says nothing; its quantization state knows the original shape.
+    """
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    counts = {}
+    for parameter in module.parameters():
+        if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
+            counts[id(parameter)] = (parameter.quant_state.shape.numel(), True)
+        else:
+            counts[id(parameter)] = (parameter.numel(), isinstance(parameter, Int8Params))
+    return counts
+
+
+def _constants(parameter: Parameter) -> list[tuple[str, int]]:
+    """dtype and bytes of what quantization keeps beside the packed weight."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    if isinstance(parameter, Int8Params) and parameter.SCB is not None:
+        return [(str(parameter.SCB.dtype), parameter.SCB.nbytes)]
+    if not isinstance(parameter, Params4bit) or parameter.quant_state is None:
+        return []
+    state = parameter.quant_state
+    tensors = [state.absmax]
+    if state.nested:
+        tensors += [state.state2.absmax, state.offset]
+    return [(str(t.dtype), t.nbytes) for t in tensors]
+
+
+def report_weights(model: PreTrainedModel) -> WeightReport:
+    """Count the weights of a freshly loaded base model."""
+    counts = count_weights(model)
+    bytes_by_dtype: Counter[str] = Counter()
+    for parameter in model.parameters():
+        bytes_by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
+        for dtype, size in _constants(parameter):
+            bytes_by_dtype[dtype.removeprefix("torch.")] += size
+    spared = {
+        id(parameter)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+        for parameter in module.parameters()
+    }
+    linear = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in spared}
+    return WeightReport(
+        bytes_by_dtype=dict(bytes_by_dtype.most_common()),
+        num_weights=sum(count for count, _ in counts.values()),
+        num_unquantized=sum(count for count, quantized in counts.values() if not quantized),
+        unquantized_linear={n: p.numel() for n, p in linear.items() if not counts[id(p)][1]},
+        linear_weights=sum(counts[id(p)][0] for p in linear.values()),
+    )
+
+
+def refuse_unquantized(report: WeightReport) -> None:
+    """Stop a 4-bit run that would hold much of the model in 16 bit, as with fused experts.
+
+    Raises:
+        ModelError: more than `MAX_UNQUANTIZED` of the linear weights are not quantized.
+    """
+    left = sum(report.unquantized_linear.values())
+    if left <= MAX_UNQUANTIZED * report.linear_weights:
+        return
+    largest = sorted(report.unquantized_linear, key=report.unquantized_linear.__getitem__)[-5:]
+    raise ModelError(
+        f"quantization.type: {left / report.linear_weights:.0%} of the linear weights stayed "
+        f"unquantized (at most {MAX_UNQUANTIZED:.0%} may): {', '.join(reversed(largest))}, ...",
+        hint="this architecture keeps them in a form that bitsandbytes cannot quantize; "
+        "use --set quantization.type=none",
+    )
+
+
+def report_trained(model: Module) -> TrainedReport:
+    """Count what is trained, by the name of the module that it belongs to."""
+    modules: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    seen: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner = _owner(name)
+        leaf = owner.rpartition(".")[2]
+        weights[leaf] += parameter.numel()
+        modules[leaf] += owner not in seen
+        seen.add(owner)
+    return TrainedReport(
+        rows=[TrainedRow(name, modules[name], weights[name]) for name in weights],
+        trained=sum(weights.values()),
+        total=sum(count for count, _ in count_weights(model).values()),
+    )
+
+
+def _owner(parameter_name: str) -> str:
+    """The model's own module that a (PEFT) parameter belongs to."""
+    for mark in (".lora_", ".modules_to_save."):
+        if mark in parameter_name:
+            return parameter_name.split(mark)[0]
+    return parameter_name.rpartition(".")[0]
