@@ -5,7 +5,7 @@ Shapes, everywhere in this code: B rows, T tokens, V vocabulary, D width, N supe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -60,11 +60,22 @@ class Batch:
     attention_mask: Tensor  # (B, T) int64, 1 for real tokens
     labels: Tensor  # (B, T) int64, unshifted, IGNORE_INDEX where nothing is learnt
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.attention_mask.sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that contribute to the loss; the first of a row has nothing to predict it from."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
     def to(self, device: torch.device) -> Batch:
+        """The batch for a device. Labels stay on the host, where counting them makes nobody wait."""
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
+            self.labels,
         )
 
 
@@ -75,8 +86,4 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Supervised tokens learnt from so far, over all ranks."""
-    best_loss: float | None = None
-    """Lowest evaluation loss so far."""
-    best_step: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    """Tokens read so far, over all ranks, padding not counted."""

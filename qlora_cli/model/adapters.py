@@ -31,6 +31,10 @@ class FullFineTune(Part):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
+    def merge(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model as it is: nothing stands beside its weights."""
+        return model
+
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Put saved weights in place of the base's. `model` itself is changed."""
         from safetensors.torch import load_file
@@ -103,6 +107,18 @@ class LoRA(Part):
         """Write the adapter in PEFT's own format."""
         # "auto" would ask the hub whether the base's vocabulary has grown.
         model.save_pretrained(folder, save_embedding_layers=False)
+
+    def merge(self, model: PeftModel) -> PreTrainedModel:
+        """Add the update to the base weights, in their dtype, and drop it.
+
+        Raises:
+            ModelError: a merged weight is not finite.
+        """
+        try:
+            merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"the adapter cannot be merged: {error}") from error
+        return merged
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         """Put a saved adapter on the base model it belongs to; still trainable.

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,6 +66,41 @@ class BaseModelConfig(Part):
                 hint="convert the weights to safetensors, or name another model or revision",
             )
         return folder
+
+    def load(self, load_options: dict[str, Any], device: torch.device) -> PreTrainedModel:
+        """The base model on `device`, frozen, in training mode.
+
+        Args:
+            load_options: what `Nf4.load_options()` and its kin return.
+
+        Raises:
+            ModelError: the weights or the architecture cannot be loaded.
+        """
+        choice = {} if self.attention == "auto" else {"attn_implementation": self.attention}
+        model = load_model(
+            self.locate(),
+            device_map={"": device},
+            trust_remote_code=self.trust_remote_code,
+            **choice,
+            **load_options,
+        )
+        # Recorded in every adapter as what it belongs to: the user's name for it, not a cache.
+        model.name_or_path = model.config._name_or_path = self.path
+        model.requires_grad_(False)
+        keep_4bit_weights_trainable(model)
+        # from_pretrained() returns eval mode, in which dropout and bitsandbytes act otherwise.
+        return model.train()
+
+    def load_tokenizer(self, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+        """The model's tokenizer, with the given chat template (Jinja text) if there is one.
+
+        Raises:
+            ModelError: it cannot be loaded, or gives no offsets.
+        """
+        tokenizer = load_tokenizer(self.locate(), trust_remote_code=self.trust_remote_code)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return tokenizer
 
     def _fetch(self) -> Path:
         import huggingface_hub
@@ -134,9 +170,9 @@ def _unpack_gguf(path: Path) -> Path:
 
 
 def load_tokenizer(
-    folder: Path, *, chat_template: str | None = None, trust_remote_code: bool = False
+    folder: Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, with the given chat template (Jinja text) if there is one.
+    """The tokenizer of a model or adapter folder.
 
     Raises:
         ModelError: it cannot be loaded, or is not a fast tokenizer (masks need offsets into the text).
@@ -148,11 +184,9 @@ def load_tokenizer(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: no usable tokenizer in {folder}: {error}") from error
+        raise ModelError(f"no usable tokenizer in {folder}: {error}") from error
     if not tokenizer.is_fast:
-        raise ModelError(f"model.path: {type(tokenizer).__name__} in {folder} gives no offsets")
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
+        raise ModelError(f"{type(tokenizer).__name__} in {folder} gives no offsets into the text")
     if tokenizer.pad_token_id is None:
         # Padding is masked by position and never by id, so sharing the id does no harm.
         tokenizer.pad_token = tokenizer.eos_token
@@ -160,20 +194,8 @@ def load_tokenizer(
     return fast
 
 
-def load_base_model(
-    folder: Path,
-    *,
-    load_options: dict[str, Any],
-    device: torch.device,
-    attention: str = "auto",
-    trust_remote_code: bool = False,
-    name: str | None = None,
-) -> PreTrainedModel:
-    """The base model on `device`, frozen, in training mode.
-
-    Args:
-        load_options: what `Nf4.load_options()` and its kin return.
-        name: recorded as the model's origin in adapters made from it; the folder by default.
+def load_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """A causal language model from a local folder of safetensors.
 
     Raises:
         ModelError: the weights or the architecture cannot be loaded.
@@ -181,25 +203,13 @@ def load_base_model(
     from transformers import AutoModelForCausalLM
 
     refuse_prequantized(folder)
-    choice = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            **choice,
-            **load_options,
+            folder, use_safetensors=True, local_files_only=True, **options
         )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
-    model.name_or_path = model.config._name_or_path = name or str(folder)
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    keep_4bit_weights_trainable(model)
-    # from_pretrained() returns eval mode, in which dropout and bitsandbytes act otherwise.
-    return model.train()
+    return model
 
 
 def refuse_prequantized(folder: Path) -> None:
@@ -237,3 +247,10 @@ def start_checkpointing(model: PreTrainedModel) -> None:
     # The enabling call also makes the embedding's output require a gradient, which only the
     # reentrant form needs; kept, it would backpropagate through every frozen layer for nothing.
     model.disable_input_require_grads()
+
+
+def learn_to_stop(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
+    """Let generation end at every token that training teaches as the end of an answer."""
+    known = model.generation_config.eos_token_id
+    known_ids = known if isinstance(known, list) else [known] if known is not None else []
+    model.generation_config.eos_token_id = sorted({*known_ids, *stop_token_ids})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,9 @@ def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
 
 
 class _FourBit(Part):
+    max_unquantized: ClassVar[float] = 0.2
+    """Share of the linear weights that may stay in 16 bit; above it the run stops."""
+
     double_quant: bool = True
     """Quantize the block constants too: saves about 0.37 bits per weight (QLoRA, section 3)."""
     compute_dtype: DtypeName = "auto"
@@ -73,6 +76,7 @@ class Int8(Part):
     """8-bit weights, outlier columns in 16 bit (LLM.int8, https://arxiv.org/abs/2208.07339)."""
 
     type: Literal["int8"] = "int8"
+    max_unquantized: ClassVar[float] = 0.2
     outlier_threshold: float = Field(6.0, ge=0)
     """Activations above it are multiplied in 16 bit; 0 turns the outlier path off."""
 
@@ -92,6 +96,7 @@ class Unquantized(Part):
     """The weights as they are, in 16 or 32 bit."""
 
     type: Literal["none"] = "none"
+    max_unquantized: ClassVar[float] = 1.0
     dtype: DtypeName = "auto"
     """Dtype of the base weights; `auto` follows `training.precision`."""
 

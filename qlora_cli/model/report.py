@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from torch.nn import Module, Parameter
     from transformers import PreTrainedModel
 
-MAX_UNQUANTIZED = 0.2
-"""Share of linear weights that may stay in 16 bit under a 4-bit recipe."""
-
-
 @dataclass(frozen=True)
 class WeightReport:
     """The base weights as they lie in memory."""
@@ -124,19 +120,19 @@ def report_weights(model: PreTrainedModel) -> WeightReport:
     )
 
 
-def refuse_unquantized(report: WeightReport) -> None:
-    """Stop a 4-bit run that would hold much of the model in 16 bit, as with fused experts.
+def refuse_unquantized(report: WeightReport, max_share: float) -> None:
+    """Stop a quantized run that would hold much of the model in 16 bit, as with fused experts.
 
     Raises:
-        ModelError: more than `MAX_UNQUANTIZED` of the linear weights are not quantized.
+        ModelError: more than `max_share` of the linear weights are not quantized.
     """
-    left = sum(report.unquantized_linear.values())
-    if left <= MAX_UNQUANTIZED * report.linear_weights:
+    share = sum(report.unquantized_linear.values()) / max(1, report.linear_weights)
+    if share <= max_share:
         return
     largest = sorted(report.unquantized_linear, key=report.unquantized_linear.__getitem__)[-5:]
     raise ModelError(
-        f"quantization.type: {left / report.linear_weights:.0%} of the linear weights stayed "
-        f"unquantized (at most {MAX_UNQUANTIZED:.0%} may): {', '.join(reversed(largest))}, ...",
+        f"quantization.type: {share:.0%} of the linear weights stayed unquantized "
+        f"(at most {max_share:.0%} may): {', '.join(reversed(largest))}, ...",
         hint="this architecture keeps them in a form that bitsandbytes cannot quantize; "
         "use --set quantization.type=none",
     )

@@ -17,14 +17,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 
-def decay_groups(parameters: Iterable[Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices alone: on biases, norms and DoRA magnitudes it only does harm."""
+def decay_groups(
+    parameters: Iterable[Parameter], *, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Weight decay for matrices alone: on biases, norms and DoRA magnitudes it only does harm.
+
+    `initial_lr` is what the schedule scales; `lr` is what the step then uses.
+    """
     trainable = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    matrices = [p for p in trainable if p.ndim >= 2]
+    rest = [p for p in trainable if p.ndim < 2]
+    return [
+        {"params": group, "weight_decay": decay, "initial_lr": learning_rate}
+        for group, decay in ((matrices, weight_decay), (rest, 0.0))
+        if group
     ]
-    return [group for group in groups if group["params"]]
 
 
 class _AdamW(Part):
@@ -39,6 +46,11 @@ class _AdamW(Part):
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator."""
 
+    def _groups(self, parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
+        return decay_groups(
+            parameters, learning_rate=self.learning_rate, weight_decay=self.weight_decay
+        )
+
     def _options(self) -> dict[str, Any]:
         return {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "eps": self.eps}
 
@@ -46,15 +58,15 @@ class _AdamW(Part):
         from torch.optim import AdamW as TorchAdamW
 
         # Fused: the foreach form needs temporaries of three times the adapter's bytes.
-        groups = decay_groups(parameters, self.weight_decay)
-        return TorchAdamW(groups, fused=True, **self._options())
+        return TorchAdamW(self._groups(parameters), fused=True, **self._options())
 
     def _bitsandbytes(self, name: str, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
         import bitsandbytes.optim
 
         optimizer_class = getattr(bitsandbytes.optim, name)
-        groups = decay_groups(parameters, self.weight_decay)
-        optimizer: torch.optim.Optimizer = optimizer_class(groups, **self._options())
+        optimizer: torch.optim.Optimizer = optimizer_class(
+            self._groups(parameters), **self._options()
+        )
         return optimizer
 
     def _say_unpaged(self, asked: str, used: str) -> None:

@@ -1,0 +1,154 @@
+"""The training loop. It reads from top to bottom; what each part does is in the part."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.errors import TrainingError
+from qlora_cli.recipe import Training
+from qlora_cli.trackers import Tracker
+from qlora_cli.types import Batch, TrainState
+from qlora_cli.world import World
+
+
+class Batches(Protocol):
+    """The micro-batches of this rank for any step: a pure function of the step."""
+
+    def micro_batches(self, step: int) -> list[Batch]: ...
+
+
+def fit(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    batches: Batches,
+    settings: Training,
+    *,
+    max_steps: int,
+    world: World,
+    scaler: torch.amp.GradScaler,
+    state: TrainState,
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[TrainState], None],
+    tracker: Tracker,
+) -> None:
+    """Train until `max_steps`. One turn is one optimizer step.
+
+    Raises:
+        TrainingError: the loss of a logged step is not finite.
+    """
+    if state.step == 0:
+        tracker.log(evaluate(), state.step)
+    objective.train()
+    meter = Meter(state)
+    while state.step < max_steps:
+        metrics = train_step(
+            objective, optimizer, schedule(state.step), batches, settings, world, scaler, state
+        )
+        state.step += 1
+        is_last = state.step == max_steps
+
+        if is_due(settings.log_every, state.step) or is_last:
+            tracker.log(meter.read(metrics, state, world), state.step)  # the only host sync
+        if is_due(settings.save_every, state.step) or is_last:
+            save(state)  # after the step: state.step steps are done
+        if is_due(settings.eval_every, state.step) or is_last:
+            tracker.log(evaluate(), state.step)  # it restores training mode itself
+            meter.restart(state)
+
+
+def train_step(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scale: float,
+    batches: Batches,
+    settings: Training,
+    world: World,
+    scaler: torch.amp.GradScaler,
+    state: TrainState,
+) -> dict[str, Tensor | float]:
+    """Forward, backward, update. The loss is the mean over the supervised tokens of the whole step.
+
+    Averaging each micro-batch's own mean would over-weight short answers and make the result
+    depend on how the batch was cut; summing and dividing once does not.
+    """
+    micro_batches = batches.micro_batches(state.step)
+    counts = torch.tensor(
+        [[batch.num_supervised, batch.num_tokens] for batch in micro_batches]
+    ).sum(0)
+    num_supervised, num_tokens = world.sum_on_host(counts)
+
+    loss = torch.zeros((), device=world.device)
+    for i, micro_batch in enumerate(micro_batches):
+        with world.no_sync(objective, last=i == len(micro_batches) - 1):
+            micro_loss = objective(micro_batch.to(world.device)) / num_supervised
+            # DDP averages over ranks; we want the sum.
+            scaler.scale(micro_loss * world.size).backward()
+        loss += micro_loss.detach()
+
+    scaler.unscale_(optimizer)
+    grad_norm = clip_gradients(optimizer, settings.max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_scale  # pure function of the step: nothing to resume
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    state.tokens += num_tokens
+    return {
+        "loss": world.sum(loss),
+        "grad_norm": grad_norm,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "supervised_tokens": num_supervised,
+    }
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something done every so many steps is done after this one."""
+    return every is not None and step % every == 0
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """Scale the gradients down to a joint norm of `max_norm`; the norm before, as a tensor."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+
+
+class Meter:
+    """Turns a step's tensors into numbers, and tokens into tokens per second."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.restart(state)
+
+    def restart(self, state: TrainState) -> None:
+        """Forget the time that was spent on anything but steps."""
+        self._tokens = state.tokens
+        self._since = time.monotonic()
+
+    def read(
+        self, metrics: dict[str, Tensor | float], state: TrainState, world: World
+    ) -> dict[str, float]:
+        """The metrics of the last step, with speed (since the last reading), memory and tokens.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        seconds = time.monotonic() - self._since
+        values["tokens_per_second"] = (state.tokens - self._tokens) / seconds
+        values["tokens"] = state.tokens
+        values["peak_memory_bytes"] = world.peak_memory_bytes()
+        self.restart(state)
+        if not math.isfinite(values["loss"]):
+            raise TrainingError(
+                f"step {state.step}: the loss is {values['loss']} "
+                f"(gradient norm {values['grad_norm']}); nothing of this step was saved",
+                hint="try a lower optimizer.learning_rate, more schedule.warmup_steps, or "
+                "training.precision bf16 in place of fp16",
+            )
+        return values

@@ -1,0 +1,170 @@
+"""Token cross-entropy at the supervised positions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_cli.types import IGNORE_INDEX, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Float32 logits of one chunk. Larger saves nothing once the product fills the machine.
+_CHUNK_BYTES = 128 * 2**20
+
+
+class TokenLoss(nn.Module):
+    """Sum of the cross-entropy over the supervised tokens of a micro-batch.
+
+    The decoder runs on all tokens, the head on supervised positions only, chunk by chunk: the peak
+    is one chunk of logits and not B x T x V of them.
+
+    Args:
+        model: a causal language model, with or without PEFT around it.
+        dtype: autocast dtype; float32 means no autocast.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        causal: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment, operator]
+        # Kept out of the registered modules: both are inside the model already.
+        self._halves = causal.get_decoder(), causal.get_output_embeddings()
+        self.is_split = self._can_split(causal)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss sum, a float32 scalar. The labels are read where they lie: on the host, no wait."""
+        device = batch.input_ids.device
+        positions, targets = (
+            index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
+        )
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.is_split:
+                decoder, head = self._halves
+                hidden = decoder(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                ).last_hidden_state  # (B, T, D)
+                return head_loss(hidden.flatten(0, 1)[positions], targets, head)
+            # The model's own forward, asked for the supervised positions alone.
+            keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+            keep.view(-1)[positions] = True
+            logits = self.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                logits_to_keep=keep,
+            ).logits  # (N, V)
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    @torch.no_grad()
+    def _can_split(self, causal: PreTrainedModel) -> bool:
+        """Whether the model is decoder and head, with nothing (such as a soft cap) after them."""
+        decoder, head = self._halves
+        if decoder is None or head is None:
+            return False
+        device = next(causal.parameters()).device
+        input_ids = torch.arange(1, 5, device=device)[None]  # (1, 4)
+        was_training = causal.training
+        causal.eval()
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            whole = causal(input_ids=input_ids, use_cache=False).logits
+            split = head(decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
+        causal.train(was_training)
+        return torch.equal(whole, split)
+
+
+def _is_peft(model: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a supervised token is predicted, and which one it is.
+
+    Args:
+        labels: (B, T), unshifted.
+
+    Returns:
+        Indices (N,) into the B * T flattened positions, each one before its target, and the
+        targets (N,).
+    """
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # token t predicts token t + 1
+    positions = (shifted != IGNORE_INDEX).flatten().nonzero().squeeze(-1)
+    return positions, shifted.flatten()[positions]
+
+
+def head_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Cross-entropy sum of `head(hidden)` against `targets`, its gradient found in the same pass.
+
+    Args:
+        hidden: (N, D), the states that predict the targets.
+        targets: (N,)
+        head: D -> V; its trainable weights get their gradients too.
+    """
+    weights = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = _HeadLoss.apply(hidden, targets, head, *weights)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Logits of a chunk live from their birth to their gradient, and never again in backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *weights: Tensor
+    ) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if wanted else None
+        weight_grads = [torch.zeros_like(weight) for weight in weights]
+        for rows in _chunks(len(targets), _vocabulary_size(head)):
+            with torch.set_grad_enabled(wanted):
+                states = hidden[rows].detach().requires_grad_(wanted)
+                logits = head(states)  # (n, V)
+                chunk = F.cross_entropy(logits.float(), targets[rows], reduction="sum")
+            loss += chunk.detach()
+            if hidden_grad is not None:
+                grads = torch.autograd.grad(chunk, [states, *weights])
+                hidden_grad[rows] = grads[0]
+                for total, grad in zip(weight_grads, grads[1:], strict=True):
+                    total += grad
+        if hidden_grad is not None:
+            ctx.save_for_backward(hidden_grad, *weight_grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, *weight_grads = ctx.saved_tensors
+        # The scale stays a tensor: reading it on the host would make it wait for the device.
+        scaled = [grad * grad_loss.to(grad.dtype) for grad in (hidden_grad, *weight_grads)]
+        return scaled[0], None, None, *scaled[1:]
+
+
+def _vocabulary_size(head: nn.Module) -> int:
+    size: int = head.weight.shape[0]  # type: ignore[union-attr, assignment]
+    return size
+
+
+def _chunks(num_rows: int, vocabulary_size: int) -> Iterable[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * vocabulary_size))
+    return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+@torch.no_grad()
+def evaluate_loss(objective: TokenLoss, batches: Iterable[Batch], device: torch.device) -> Tensor:
+    """Loss sum and number of supervised tokens over all batches: (2,) float64, on `device`."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    was_training = objective.training
+    objective.eval()
+    for batch in batches:
+        totals[0] += objective(batch.to(device))
+        totals[1] += batch.num_supervised
+    objective.train(was_training)
+    return totals

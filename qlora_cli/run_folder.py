@@ -1,0 +1,168 @@
+"""What a run leaves behind: a folder that explains itself.
+
+RUN/
+├── README.md        what this is, in words, with the commands that use it
+├── recipe.yaml      the resolved recipe; `qlora train` on it repeats the run
+├── run.json         versions, seeds, digests, counts, results
+├── metrics.jsonl    one object a line
+├── last/ best/      the trained adapter (PEFT's format) or model, with its tokenizer
+└── checkpoints/     what `--resume` goes on from
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_cli.errors import RecipeError
+
+Weights = Literal["last", "best"]
+
+_PACKAGES = (
+    "qlora",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.record = root / "run.json"
+        self.checkpoints = root / "checkpoints"
+
+    def start(self, *, resume: bool) -> None:
+        """Make the folder, or take it up again.
+
+        Raises:
+            RecipeError: it holds another run, or nothing that could be resumed.
+        """
+        if resume and not self.record.exists():
+            raise RecipeError(
+                f"--resume: output.dir ({self.root}) holds no run", hint="start without --resume"
+            )
+        if not resume and self.record.exists():
+            raise RecipeError(
+                f"output.dir: {self.root} already holds a run",
+                hint="go on with it (--resume), choose another (--set output.dir=...), "
+                "or remove the folder",
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def weights(self, which: Weights) -> Path:
+        """Folder of the trained weights.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        folder = self.root / which
+        if not folder.is_dir():
+            reason = (
+                "the run has no data.evaluation, so no best"
+                if which == "best" and (self.root / "last").is_dir()
+                else "the run has not finished"
+            )
+            raise RecipeError(
+                f"{folder} does not exist: {reason}",
+                hint=f"finish it: qlora train {self.recipe} --resume",
+            )
+        return folder
+
+    def replace(self, which: Weights, write: Callable[[Path], None]) -> None:
+        """Write a folder of weights beside the old one, then put it in its place."""
+        unfinished = self.root / f".{which}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write(unfinished)
+        shutil.rmtree(self.root / which, ignore_errors=True)
+        unfinished.rename(self.root / which)
+
+    def is_best(self, loss: float, step: int) -> bool:
+        """Whether a loss is the lowest so far, and if so remember it. The untrained start is none."""
+        best = self.read_record().get("best")
+        if step == 0 or (best is not None and best["eval_loss"] <= loss):
+            return False
+        self.update_record(best={"step": step, "eval_loss": loss})
+        return True
+
+    def read_record(self) -> dict[str, Any]:
+        """What `update_record` wrote.
+
+        Raises:
+            RecipeError: this is no run folder.
+        """
+        try:
+            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{self.root} is no run folder: {error}") from error
+        return record
+
+    def update_record(self, **values: object) -> None:
+        """Add to `run.json`, whole or not at all."""
+        known = self.read_record() if self.record.exists() else {}
+        unfinished = self.record.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.record)
+
+    def write_readme(self) -> None:
+        """A page for whoever finds the folder."""
+        record = self.read_record()
+        best = record.get("best")
+        lines = [
+            f"# Run {self.root.name}",
+            "",
+            f"{record['max_steps']} steps, {record['tokens']:,} tokens, "
+            f"{record['trained_weights']:,} of {record['total_weights']:,} weights trained, "
+            f"{record['seconds']:,.0f} s.",
+            "",
+            *([f"Lowest evaluation loss: {best['eval_loss']:.4f} at step {best['step']}."] * bool(best)),
+            "",
+            "| file | what |",
+            "|---|---|",
+            "| last/ | weights after the last step, with tokenizer and chat template |",
+            *(["| best/ | weights at the lowest evaluation loss |"] * bool(best)),
+            "| recipe.yaml | the recipe, every value written out |",
+            "| run.json | versions, seed, data digests, counts |",
+            "| metrics.jsonl | one JSON object for each logged step |",
+            "| checkpoints/ | what `qlora train --resume` goes on from |",
+            "",
+            "```bash",
+            f"qlora eval {self.root}",
+            f"qlora merge {self.root} --output {self.root}/merged",
+            "```",
+            "",
+        ]
+        (self.root / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run folder."""
+    return (path / "run.json").is_file()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

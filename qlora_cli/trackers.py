@@ -1,0 +1,142 @@
+"""Where metrics go. To add a tracker: one class here, and its name in `open_trackers`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+Metrics = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Receives the metrics of a step, as numbers on the host."""
+
+    def log(self, metrics: Metrics, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Console:
+    """A live line on a terminal; elsewhere one plain line for each logged step.
+
+    Args:
+        stream: where to write (standard error: standard output is for results).
+        max_steps: steps of the whole run, for the time left.
+    """
+
+    def __init__(self, stream: IO[str], max_steps: int, first_step: int = 0) -> None:
+        self._stream = stream
+        self._is_live = stream.isatty()
+        self._max_steps = max_steps
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._width = 0
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        if "loss" in metrics:
+            self._write(self._progress(metrics, step), stays=not self._is_live)
+        else:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self._write(f"step {step}  {shown}", stays=True)
+
+    def close(self) -> None:
+        if self._width:
+            self._stream.write("\n")
+
+    def _progress(self, metrics: Metrics, step: int) -> str:
+        return (
+            f"step {step}/{self._max_steps}  loss {metrics['loss']:.4f}  "
+            f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB  {self._time_left(step)} left"
+        )
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        seconds = (time.monotonic() - self._started) / done * (self._max_steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+    def _write(self, line: str, *, stays: bool) -> None:
+        if not self._is_live:
+            print(line, file=self._stream, flush=True)
+            return
+        # Blanks wipe what is left of a longer line before.
+        self._stream.write("\r" + line.ljust(self._width) + ("\n" if stays else ""))
+        self._stream.flush()
+        self._width = 0 if stays else len(line)
+
+
+class Jsonl:
+    """One JSON object a line: `{"step": ..., metric: value, ...}`.
+
+    Lines of steps after `first_step` are dropped: a resumed run does these steps again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # Whoever follows the run reads it now, and a killed run has lost nothing.
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files for TensorBoard (needs the extra `tensorboard`)."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class Fanout:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for tracker in self._trackers if metrics else ():
+            tracker.log(metrics, step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def open_trackers(
+    names: Sequence[str] | None, folder: Path, *, max_steps: int, first_step: int
+) -> Tracker:
+    """The console (unless the log is quiet), `metrics.jsonl` in `folder`, and those named.
+
+    Args:
+        names: None for a process that must not write.
+    """
+    if names is None:
+        return Fanout([])
+    trackers: list[Tracker] = [Jsonl(folder / "metrics.jsonl", first_step)]
+    if logging.getLogger("qlora").isEnabledFor(logging.INFO):
+        trackers.append(Console(sys.stderr, max_steps, first_step))
+    if "tensorboard" in names:
+        trackers.append(TensorBoard(folder / "tensorboard"))
+    return Fanout(trackers)

@@ -1,0 +1,109 @@
+"""The processes that train together. The only importer of accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qlora_cli.errors import RecipeError
+
+
+class World:
+    """Device, rank and sums over ranks. One process is a world of size 1."""
+
+    def __init__(self) -> None:
+        self._accelerator = Accelerator()
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.size: int = self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.size == 1:
+            return value
+        total: Tensor = self._accelerator.reduce(value.clone(), reduction="sum")
+        return total
+
+    def sum_on_host(self, counts: Tensor) -> list[int]:
+        """The sums of host counters over all ranks. Alone, it does not touch the device."""
+        if self.size == 1:
+            return [int(count) for count in counts]
+        return [int(count) for count in self.sum(counts.to(self.device))]
+
+    def share(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over the ranks in the backward pass."""
+        if self.size == 1:
+            return module
+        shared: nn.Module = self._accelerator.prepare_model(module, device_placement=False)
+        return shared
+
+    def no_sync(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Leave out the exchange of gradients unless it is the last micro-batch of the step."""
+        if last or self.size == 1:
+            return contextlib.nullcontext()
+        waiting: AbstractContextManager[object] = self._accelerator.no_sync(module)
+        return waiting
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the group of processes, if there is one."""
+        self._accelerator.end_training()
+
+    def compute_dtype(self, precision: Literal["auto", "bf16", "fp16", "fp32"]) -> torch.dtype:
+        """What `training.precision` means on this device.
+
+        Raises:
+            RecipeError: bf16 was asked for by name and the device computes in none.
+        """
+        if precision == "auto":
+            if self._has_bfloat16():
+                return torch.bfloat16
+            return torch.float16 if self.device.type == "cuda" else torch.float32
+        if precision == "bf16" and not self._has_bfloat16():
+            raise RecipeError(
+                f"training.precision: bf16 was asked for, and this {self.device.type} has none",
+                hint="--set training.precision=auto takes the best that the device has",
+            )
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+    def _has_bfloat16(self) -> bool:
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.device.type != "cpu":
+            return True
+        # Any CPU emulates it; only with instructions of its own is that faster than float32.
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory of this process so far: allocated on the GPU, else resident."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator that a run draws from."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
