@@ -18,6 +18,6 @@ class Data(Part):
     max_length: int = Field(1024, ge=8)
     """Tokens per row; what is longer is cut at the end."""
     max_lost: float = Field(0.05, ge=0, le=1)
-    """Share of rows that may be left with nothing to learn after cutting; above it the run stops."""
+    """Share of rows that may be dropped because cutting left nothing to learn; above it, stop."""
     chat_template: str | None = None
     """Jinja file to use in place of the tokenizer's own chat template."""

@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from pydantic import Field
 
 from qlora_cli.data.formats import FormatConfig, Messages
+from qlora_cli.errors import DataError
 from qlora_cli.part import Part
+from qlora_cli.types import Message, Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger("qlora")
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedRow:
+    """A row and where it was read."""
+
+    row: Row
+    place: str
+    """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The messages of a row and where it was read."""
+
+    messages: list[Message]
+    place: str
+
+
+class BadRows:
+    """Rows that cannot be used, gathered so that the user sees them together."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    def add(self, place: str, reason: object) -> None:
+        self._found.append(f"{place}: {reason}")
+
+    def check(self, path: str) -> None:
+        """Raises DataError with the number of bad rows and the first ten, if there are any."""
+        if self._found:
+            rows = "row" if len(self._found) == 1 else "rows"
+            raise DataError(f"{path}: {len(self._found):,} bad {rows}\n{first_lines(self._found)}")
+
+
+def first_lines(lines: list[str]) -> str:
+    """The first ten lines, indented, and how many there are beyond them."""
+    shown = [f"  {line}" for line in lines[:_SHOWN]]
+    if len(lines) > _SHOWN:
+        shown.append(f"  ... and {len(lines) - _SHOWN:,} more")
+    return "\n".join(shown)
 
 
 class Source(Part):
     """Rows of one kind."""
 
-    path: str
-    """File (jsonl, json, csv, parquet, txt), folder of such files, or id of a hub data set."""
+    path: str = Field(min_length=1)
+    """File (jsonl, json, csv, tsv, parquet, txt), folder of such files, or id of a hub data set."""
     format: FormatConfig = Messages()
     """How a row becomes messages."""
     split: str = "train"
@@ -21,3 +84,289 @@ class Source(Part):
     """Commit, tag or branch of a hub data set."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
+
+    def conversations(self) -> list[Conversation]:
+        """The messages of every row.
+
+        Raises:
+            DataError: nothing to read at `path`, no rows, or bad rows (all of them are counted).
+        """
+        bad = BadRows()
+        conversations = []
+        for located in self.read(bad):
+            try:
+                messages = self.format.to_messages(located.row)
+            except DataError as error:
+                bad.add(located.place, error)
+            else:
+                conversations.append(Conversation(messages, located.place))
+        bad.check(self.path)
+        if not conversations:
+            raise DataError(f"{self.path}: no rows")
+        return conversations
+
+    def read(self, bad: BadRows) -> Iterator[LocatedRow]:
+        """The rows in order; what cannot be read as a row is added to `bad`.
+
+        Raises:
+            DataError: nothing to read at `path`, or a file that cannot be read on.
+        """
+        return islice(self._rows(bad), self.limit)
+
+    def digest(self) -> str:
+        """sha256 of the files' bytes in order; of id, split, revision and rows for a hub data set.
+
+        Raises:
+            DataError: nothing to read at `path`.
+        """
+        if not self._is_local():
+            return self._hub_digest()
+        digest = hashlib.sha256()
+        for path in self._files():
+            with _reading(path), path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def _rows(self, bad: BadRows) -> Iterator[LocatedRow]:
+        if not self._is_local():
+            yield from self._hub_rows()
+            return
+        for path in self._files():
+            with _reading(path):
+                yield from _READERS[path.suffix.lower()](path, bad)
+
+    def _is_local(self) -> bool:
+        """Whether `path` is here; if not, it is the id of a hub data set.
+
+        Raises:
+            DataError: it is not here, and it is no id either.
+        """
+        if Path(self.path).exists():
+            return True
+        # A file that is missing, and a name in a folder that is here, are meant to be local: a
+        # misspelt path should fail at once and not after the hub has been asked.
+        is_file = not _READERS.keys().isdisjoint(map(str.lower, Path(self.path).suffixes))
+        owner, slash, _ = self.path.partition("/")
+        if is_file or not _HUB_ID.fullmatch(self.path) or (slash and Path(owner).exists()):
+            raise DataError(
+                f"{self.path}: no such file or folder",
+                hint=f"a relative path starts at the current folder, {Path.cwd()}",
+            )
+        return False
+
+    def _files(self) -> list[Path]:
+        path = Path(self.path)
+        if self.revision is not None or self.split != "train":
+            raise DataError(
+                f"{self.path}: split ({self.split}) and revision ({self.revision}) are for hub "
+                "data sets, and this path is local"
+            )
+        if not path.is_dir():
+            return _known([path], self.path)
+        inside = sorted(child for child in path.iterdir() if child.is_file())
+        files = [child for child in inside if child.suffix.lower() in _READERS]
+        if left_out := [child.name for child in inside if child not in files]:
+            log.info("%s: left out %s", self.path, ", ".join(left_out))
+        return _known(files, self.path)
+
+    def _hub_rows(self) -> Iterator[LocatedRow]:
+        for number, row in enumerate(self._hub_dataset(), start=1):
+            yield LocatedRow(row, f"{self.path} ({self.split}), row {number}")
+
+    def _hub_digest(self) -> str:
+        digest = hashlib.sha256(f"{self.path} {self.split} {self.revision}\n".encode())
+        for row in self._hub_dataset():
+            digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _hub_dataset(self) -> Dataset:
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.path, split=self.split, revision=self.revision)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"{self.path}: no such file or folder, and the hub data set of that name (split "
+                f"{self.split}, revision {self.revision}) cannot be loaded: {error}",
+                hint="check the path, the split and the network; a local copy needs no network",
+            ) from error
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _known(files: list[Path], path: str) -> list[Path]:
+    unknown = [file for file in files if file.suffix.lower() not in _READERS]
+    if unknown or not files:
+        found = ", ".join(file.name for file in unknown) or "none"
+        raise DataError(f"{path}: no data file; found {found}, expected {', '.join(_READERS)}")
+    return files
+
+
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    for place, line in _lines(path, bad):
+        try:
+            row = _object(_parse(line))
+        except json.JSONDecodeError as error:
+            bad.add(place, _not_json(error))
+        except ValueError as error:
+            bad.add(place, error)
+        else:
+            yield LocatedRow(row, place)
+
+
+def _read_text(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    for place, line in _lines(path, bad):
+        yield LocatedRow({"text": line}, place)
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    try:
+        rows = _only_list(_parse(_decoded(path)))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: {_not_json(error)}",
+            hint="a file with one object per line is named .jsonl",
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, row {number}"
+        try:
+            yield LocatedRow(_object(row), place)
+        except ValueError as error:
+            bad.add(place, error)
+
+
+def _read_csv(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    return _table(path, bad, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def _read_tsv(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    # text/tab-separated-values has no quoting, and texts that begin with a quotation mark are
+    # common: read as quoting, one of them would swallow the lines up to the next.
+    return _table(path, bad, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_parquet(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield LocatedRow(row, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, BadRows], Iterator[LocatedRow]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank, with its place."""
+    # Split as bytes: str.splitlines would also split at the line separators that JSON strings
+    # may hold, and one badly encoded line must not take the rest of the file with it.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                bad.add(place, _not_utf8(error))
+                continue
+            if text.strip():
+                yield place, text
+
+
+def _table(path: Path, bad: BadRows, *, delimiter: str, quoting: int) -> Iterator[LocatedRow]:
+    # The default limit of 128 KiB a field is short for documents.
+    csv.field_size_limit(2**31 - 1)
+    lines = io.StringIO(_decoded(path), newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    header: list[str] | None = None
+    while True:
+        place = f"{path}:{reader.line_num + 1}"
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad.add(place, f"not {path.suffix[1:].upper()}: {error}")
+            continue
+        if header is None:
+            header = _header(values, place)
+        elif values and len(values) != len(header):
+            bad.add(place, f"{len(values)} fields, but the header has {len(header)}")
+        elif values:
+            yield LocatedRow(dict(zip(header, values, strict=True)), place)
+
+
+def _header(names: list[str], place: str) -> list[str]:
+    if len(set(names)) < len(names):
+        raise DataError(f"{place}: the header names a column twice: {', '.join(names)}")
+    return names
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: {_not_utf8(error)}", hint="save the file as UTF-8"
+        ) from error
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
+
+
+def _parse(text: str) -> Any:
+    """The JSON value; whatever is wrong with the text is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deeply") from error
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON: {error.msg} (column {error.colno})"
+
+
+def _object(value: object) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _only_list(value: object) -> list[Any]:
+    """A list of rows, or the one list in an object such as `{"version": 1, "data": [...]}`."""
+    if isinstance(value, list):
+        return value
+    lists = [item for item in _object(value).values() if isinstance(item, list)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"expected a list of objects, or an object with one list; found {len(lists)} lists"
+        )
+    return lists[0]
