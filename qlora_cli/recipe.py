@@ -42,6 +42,13 @@ class Training(Part):
     save_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints; null saves after the last step alone."""
 
+    @property
+    def passes(self) -> float | None:
+        """Passes over the training rows; None when `max_steps` says how long to go on."""
+        if self.max_steps is not None:
+            return None
+        return 1.0 if self.epochs is None else self.epochs
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
@@ -118,3 +125,13 @@ class Recipe(Part):
         if self.evaluation.tasks and self.data.evaluation is None:
             raise ValueError("evaluation.tasks needs data.evaluation: rows to answer")
         return self
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows per forward in evaluation."""
+        return self.evaluation.batch_size or self.training.micro_batch_size
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Prompts answered at once: without a backward pass more of them fit than in training."""
+        return self.evaluation.batch_size or 4 * self.training.micro_batch_size

@@ -10,6 +10,7 @@ from qlora_cli.part import Part
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -24,7 +25,16 @@ def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
     return dtype
 
 
-class _FourBit(Part):
+class _Quantized(Part):
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The weights that the quantized ones stand for, in float32."""
+        import torch
+
+        model.dequantize(torch.float32)
+        return model.float()
+
+
+class _FourBit(_Quantized):
     max_unquantized: ClassVar[float] = 0.2
     """Share of the linear weights that may stay in 16 bit; above it the run stops."""
 
@@ -72,7 +82,7 @@ class Fp4(_FourBit):
         return self._load_options("fp4", dtype)
 
 
-class Int8(Part):
+class Int8(_Quantized):
     """8-bit weights, outlier columns in 16 bit (LLM.int8, https://arxiv.org/abs/2208.07339)."""
 
     type: Literal["int8"] = "int8"
@@ -103,6 +113,10 @@ class Unquantized(Part):
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
         return {"dtype": resolve_dtype(self.dtype, dtype)}
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same weights in float32."""
+        return model.float()
 
 
 QuantizationConfig = Annotated[Nf4 | Fp4 | Int8 | Unquantized, Field(discriminator="type")]

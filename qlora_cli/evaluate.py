@@ -1,0 +1,158 @@
+"""What came out: base and tuned model on the same held-out rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.data.tokenize import Prepared, prepare_prompts, read_chat_template
+from qlora_cli.errors import RecipeError
+from qlora_cli.generate import answer
+from qlora_cli.model.base import learn_to_stop, load_tokenizer
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.run_folder import RunFolder, Weights, is_run
+from qlora_cli.train import load_base, measure, read_data
+from qlora_cli.types import Prompt
+from qlora_cli.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
+
+
+def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -> dict[str, Any]:
+    """Measure a run (base beside tuned) or the base model of a recipe.
+
+    Args:
+        target: a run folder or a recipe.
+        weights: which of the run's weights.
+
+    Returns:
+        {"target", "weights", "rows", "supervised_tokens", "models": {"base": M, "tuned": M}}, where
+        M is {"loss", "perplexity", "tasks": {type: {"score", "rows"}}}.
+
+    Raises:
+        QloraError: in one of its kinds, with its exit code.
+    """
+    quiet_libraries()
+    run = RunFolder(target) if is_run(target) else None
+    recipe = load_recipe(run.recipe if run else target, overrides).recipe
+    trained = run.weights(weights) if run else None
+    tokenizer = (
+        load_tokenizer(trained, trust_remote_code=recipe.model.trust_remote_code)
+        if trained
+        else recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
+    )
+    held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
+    if held_out is None or recipe.data.evaluation is None:
+        raise RecipeError(
+            f"{target} has no data.evaluation", hint="--set data.evaluation.path=held_out.jsonl"
+        )
+    prompts = (
+        prepare_prompts(recipe.data.evaluation, tokenizer)[: recipe.evaluation.limit]
+        if recipe.evaluation.tasks
+        else []
+    )
+
+    world = World()
+    dtype = world.compute_dtype(recipe.training.precision)
+    model = load_base(recipe, dtype, world.device)
+    learn_to_stop(model, held_out.stop_token_ids)
+    examiner = Examiner(recipe, tokenizer, held_out, prompts, dtype, world)
+    models = {"base": examiner.examine("base", model)}
+    if trained:
+        models["tuned"] = examiner.examine("tuned", recipe.adapter.load(model, trained))
+    report = {
+        "target": str(target),
+        "weights": weights if trained else None,
+        "rows": len(held_out.examples),
+        "supervised_tokens": held_out.num_supervised,
+        "models": models,
+    }
+    if run:
+        run.update_record(evaluation=report)
+    return report
+
+
+class Examiner:
+    """Asks each model the same questions."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        held_out: Prepared,
+        prompts: Sequence[Prompt],
+        dtype: torch.dtype,
+        world: World,
+    ) -> None:
+        self._recipe = recipe
+        self._tokenizer = tokenizer
+        self._held_out = held_out
+        self._prompts = prompts
+        self._dtype = dtype
+        self._world = world
+
+    def examine(self, name: str, model: Any) -> dict[str, Any]:
+        """Loss, perplexity and the score of each task."""
+        metrics = measure(
+            TokenLoss(model, self._dtype),
+            self._held_out,
+            self._tokenizer,
+            self._recipe.eval_batch_size,
+            self._world,
+        )
+        log.info("%s: loss %.4f", name, metrics["eval_loss"])
+        return {
+            "loss": metrics["eval_loss"],
+            "perplexity": metrics["eval_perplexity"],
+            "tasks": self._tasks(name, model),
+        }
+
+    def _tasks(self, name: str, model: Any) -> dict[str, dict[str, float]]:
+        settings = self._recipe.evaluation
+        if not settings.tasks:
+            return {}
+        log.info("%s: answering %d prompts", name, len(self._prompts))
+        answers = answer(
+            model,
+            self._prompts,
+            self._tokenizer,
+            stop_token_ids=model.generation_config.eos_token_id,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=self._recipe.generation_batch_size,
+            dtype=self._dtype,
+            device=self._world.device,
+        )
+        results = {}
+        for task in settings.tasks:
+            scores = [
+                task.score(prompt.reference, text)
+                for prompt, text in zip(self._prompts, answers, strict=True)
+            ]
+            results[task.type] = {"score": sum(scores) / len(scores), "rows": len(scores)}
+        return results
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """The report for people: one column a model."""
+    models: dict[str, dict[str, Any]] = report["models"]
+    tasks = list(models["base"]["tasks"])
+    rows = [["", *models]]
+    rows.append(["loss", *(f"{m['loss']:.4f}" for m in models.values())])
+    rows.append(["perplexity", *(f"{m['perplexity']:.3f}" for m in models.values())])
+    for task in tasks:
+        rows.append([task, *(f"{m['tasks'][task]['score']:.1%}" for m in models.values())])
+    width = max(len(row[0]) for row in rows)
+    table = "\n".join(row[0].ljust(width) + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+    answered = f", {models['base']['tasks'][tasks[0]]['rows']} answers" if tasks else ""
+    counts = f"{report['rows']} rows, {report['supervised_tokens']:,} supervised tokens{answered}"
+    return f"{report['target']}: {counts}\n{table}"

@@ -1,0 +1,128 @@
+"""Tiny real models and tokenizers for every test: built here, no downloads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before transformers is imported: a test never asks the network for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(template: str | None = CHATML) -> Any:
+    """Byte-level BPE without merges: 256 bytes and the special tokens of ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = template
+    return fast
+
+
+def save_tiny_model(folder: Path, *, dtype: str = "float32", **changes: Any) -> Path:
+    """A random two-layer Llama of width 32 with its tokenizer, as an ordinary model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 260,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        # Large enough that a gradient through two layers is no rounding noise.
+        "initializer_range": 0.2,
+        **changes,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny float32 model."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_rows() -> list[dict[str, Any]]:
+    """Conversations whose answers follow a rule that a tiny model can begin to learn."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {word} {count}"},
+                {"role": "assistant", "content": " ".join([word] * count)},
+            ]
+        }
+        for word in ("ab", "cd", "ef", "gh")
+        for count in (1, 2, 3, 5)
+    ]
+
+
+@pytest.fixture
+def tiny_recipe(
+    tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
+) -> Callable[..., Any]:
+    """Make a Recipe on the tiny model; keyword arguments replace or extend its sections."""
+    from qlora_cli.recipe import Recipe
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows), encoding="utf-8")
+
+    def make(**sections: Any) -> Recipe:
+        document: dict[str, Any] = {
+            "model": {"path": str(tiny_model)},
+            "adapter": {"type": "lora", "r": 4, "alpha": 8},
+            "data": {
+                "train": {"path": str(data)},
+                "evaluation": {"path": str(data), "limit": 6},
+                "max_length": 96,
+            },
+            "training": {
+                "max_steps": 4,
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "precision": "fp32",
+                "gradient_checkpointing": False,
+            },
+            "optimizer": {"type": "adamw", "learning_rate": 1e-2},
+            "output": {"dir": str(tmp_path / "run")},
+        }
+        for name, section in sections.items():
+            kept = document.get(name, {})
+            same = section.get("type") == kept.get("type") or "type" not in section
+            document[name] = {**kept, **section} if same else section
+        return Recipe.model_validate(document)
+
+    return make

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from qlora_cli.model.adapters import LoRA
+from qlora_cli.objectives import supervised
+from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
+from qlora_cli.types import IGNORE_INDEX, Batch
+
+
+def make_batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(0, 250, (3, 12), generator=generator)
+    mask = torch.ones_like(input_ids)
+    mask[1, 9:] = 0
+    labels = torch.where(torch.rand(3, 12, generator=generator) < 0.5, input_ids, IGNORE_INDEX)
+    labels[mask == 0] = IGNORE_INDEX
+    labels[:, 0] = input_ids[:, 0]  # a label that nothing predicts
+    return Batch(input_ids, mask, labels)
+
+
+def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("adapter", [LoRA(r=4), LoRA(r=4, modules_to_save=["lm_head"])])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 10_000])
+def test_equals_the_plain_loss_and_its_gradients(
+    tiny_model: Path, adapter: LoRA, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "_CHUNK_BYTES", chunk_rows * 4 * 260)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = adapter.attach(model.requires_grad_(False))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide the gradient of lora_A
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = make_batch()
+    expected = plain_loss(model, batch)
+    expected.backward()
+    expected_gradients = gradients(model)
+
+    objective = TokenLoss(model, torch.float32)
+    assert objective.is_split
+    loss = objective(batch)
+    (loss * 0.5).backward()
+    found = gradients(model)
+
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert found.keys() == expected_gradients.keys()
+    for name, gradient in found.items():
+        # Float32 sums in another order.
+        torch.testing.assert_close(2 * gradient, expected_gradients[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_soft_cap_after_the_head_is_noticed_and_kept() -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=260,
+        final_logit_softcapping=5.0,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    objective = TokenLoss(model, torch.float32)
+    assert not objective.is_split
+    batch = make_batch()
+    torch.testing.assert_close(objective(batch), plain_loss(model, batch), rtol=1e-6, atol=0)
+
+
+def test_logits_are_made_at_supervised_positions_alone(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    objective = TokenLoss(model, torch.float32)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
+    batch = make_batch()
+    objective(batch)
+    assert seen == [batch.num_supervised]
+
+
+def test_no_supervised_token_gives_zero_loss_and_zero_gradients(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = LoRA(r=4).attach(model.requires_grad_(False))
+    batch = make_batch()
+    objective = TokenLoss(model, torch.float32)
+    loss = objective(Batch(batch.input_ids, batch.attention_mask, batch.labels.fill_(IGNORE_INDEX)))
+    loss.backward()
+    assert loss.item() == 0
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+def test_positions_come_one_before_their_targets() -> None:
+    labels = torch.tensor([[7, IGNORE_INDEX, 8, 9], [IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX]])
+    positions, targets = supervised_positions(labels)
+    assert positions.tolist() == [1, 2, 4]
+    assert targets.tolist() == [8, 9, 5]
+
+
+def test_bfloat16_head_loss_is_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 260, bias=False).bfloat16().requires_grad_(False)
+    hidden = torch.randn(4000, 16).bfloat16()
+    targets = torch.randint(0, 260, (4000,))
+    loss = head_loss(hidden, targets, head)
+    expected = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
