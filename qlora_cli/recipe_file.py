@@ -1,0 +1,262 @@
+"""Recipes as files: YAML, `extends`, overrides from the command line, and back to YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as ReadOnlyDict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import RecipeError
+from qlora_cli.part_reader import read_part
+from qlora_cli.recipe import Recipe
+from qlora_cli.yaml_tree import (
+    Entry,
+    Items,
+    KeyPath,
+    Mapping,
+    Node,
+    Place,
+    Problem,
+    Scalar,
+    Tree,
+    dotted,
+    parse_tree,
+    read_tree,
+)
+from qlora_cli.yaml_writer import Leaf, yaml_lines
+
+MAX_EXTENDS = 10
+"""Files in a chain of `extends`."""
+
+MAX_ALIGNED = 60
+"""Columns up to which comments are aligned."""
+
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+    "load_in_4bit": "quantization.type",
+    "load_in_8bit": "quantization.type",
+    "dataset": "data.train.path",
+    "train_on_inputs": "data.train.format",
+    "seq_len": "max_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "block_size": "max_length",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "max_norm": "max_grad_norm",
+    "clip": "max_grad_norm",
+    "lr_scheduler": "schedule.type",
+    "lr_scheduler_type": "schedule.type",
+    "warmup": "warmup_steps",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "output_dir": "output.dir",
+    "report_to": "trackers",
+    "attn_implementation": "attention",
+}
+"""What other tools call our keys, for "did you mean"."""
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, and where each of its values comes from."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    """Dotted key -> "recipe.yaml:12", "base.yaml:3", "--set" or "default"."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe, the recipes it extends, and overrides such as `adapter.r=8`.
+
+    Raises:
+        RecipeError: with all that is wrong, one line each, sorted by place.
+    """
+    layers = _Layers()
+    tree = layers.overridden(layers.file(path, str(path)), overrides)
+    if tree is None:
+        raise layers.error()
+    reading = read_part(Recipe, tree, other_names=OTHER_NAMES)
+    layers.problems += reading.problems
+    if reading.part is None or layers.problems:
+        raise layers.error()
+    return LoadedRecipe(reading.part, _origins(reading.part, reading.places))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML with every value written out, which `load_recipe` reads back to an equal recipe."""
+    return "".join(f"{line}\n" for line, _ in _lines(recipe))
+
+
+def dump_with_origins(loaded: LoadedRecipe) -> str:
+    """The same YAML, with the origin of each value in a comment."""
+    lines = list(_lines(loaded.recipe))
+    # One endless line (a long regular expression) must not push all comments out of sight.
+    width = min(MAX_ALIGNED, max(len(line) for line, _ in lines))
+    return "".join(
+        f"{line:<{width}}  # {loaded.origins[dotted(key)]}\n" if key else f"{line}\n"
+        for line, key in lines
+    )
+
+
+def _lines(recipe: Recipe) -> Iterator[Leaf]:
+    return yaml_lines(_type_first(recipe.model_dump(mode="json")))
+
+
+def _type_first(value: Any) -> Any:
+    """A variant's `type` says what the keys below it mean, so it is read first."""
+    if isinstance(value, list):
+        return [_type_first(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    first = {"type": value["type"]} if "type" in value else {}
+    return {key: _type_first(below) for key, below in {**first, **value}.items()}
+
+
+def _origins(recipe: Recipe, places: ReadOnlyDict[KeyPath, Place]) -> dict[str, str]:
+    sources = {place.source for place in places.values() if place.line}
+    names = [Path(source).name for source in sources]
+    short = {s: Path(s).name if names.count(Path(s).name) == 1 else s for s in sources}
+
+    def origin(path: KeyPath) -> str:
+        place = places.get(path)
+        if place is None:
+            return "default"
+        return f"{short[place.source]}:{place.line}" if place.line else "--set"
+
+    return {dotted(path): origin(path) for _, path in _lines(recipe) if path}
+
+
+@dataclass
+class _Layers:
+    """Recipe on base recipe, overrides on both. Remembers what is wrong in any of them."""
+
+    problems: list[Problem] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    def error(self) -> RecipeError:
+        order = {source: i for i, source in enumerate(self.sources)}
+        lines = sorted(
+            dict.fromkeys(self.problems),
+            key=lambda p: (order[p.place.source], p.place.line, p.place.column),
+        )
+        text = "\n".join(map(str, lines))
+        return RecipeError(text if len(lines) == 1 else f"{len(lines)} problems\n{text}")
+
+    def file(self, path: Path, source: str) -> Mapping | None:
+        """The merged tree of a file and all that it extends; None if nothing can be read."""
+        self.sources.append(source)
+        tree = read_tree(path, source)
+        self.problems += tree.problems
+        root = self._root(tree, Place(source, 1, 1))
+        extends = root.entries.get("extends") if root else None
+        if root is None or extends is None:
+            return root
+        self.files.append(os.path.realpath(path))
+        own = replace(root, entries={k: v for k, v in root.entries.items() if k != "extends"})
+        base_path = self._base_path(extends.node, path)
+        base = self.file(base_path, _name_beside(source, extends.node)) if base_path else None
+        # Without its base a recipe lacks keys; to call them missing would be wrong.
+        return _merged(base, own) if base else None
+
+    def overridden(self, tree: Mapping | None, overrides: Sequence[str]) -> Mapping | None:
+        """The tree with all overrides on it; a later one wins over an earlier."""
+        layer: Mapping | None = None
+        for override in overrides:
+            one = self._override(override)
+            layer = _merged(layer, one) if layer and one else one or layer
+        return _merged(tree, layer) if tree and layer else tree
+
+    def _override(self, text: str) -> Mapping | None:
+        source = f"--set {text}"
+        self.sources.append(source)
+        place = Place(source)
+        key, equals, value = text.partition("=")
+        names = key.strip().split(".")
+        if not equals or not all(names):
+            self._report(place, "needs the form section.key=value")
+            return None
+        if names[0] == "extends":
+            self._report(place, "extends belongs in a file, at its top")
+            return None
+        tree = parse_tree(value, source, with_lines=False)
+        self.problems += tree.problems
+        node = tree.root
+        for name in reversed(names):
+            node = node and Mapping({name: Entry(place, node)}, place)
+        return node if isinstance(node, Mapping) else None
+
+    def _root(self, tree: Tree, place: Place) -> Mapping | None:
+        root = tree.root
+        if root is None or isinstance(root, Mapping):
+            return root
+        found = "a list" if isinstance(root, Items) else "text"
+        if isinstance(root, Scalar) and root.is_null:
+            found = "nothing: the file is empty"
+        keys = ", ".join(Recipe.model_fields)
+        self._report(place, f"found {found}; a recipe has the sections {keys}")
+        return None
+
+    def _base_path(self, node: Node, path: Path) -> Path | None:
+        if not isinstance(node, Scalar) or node.is_null or not node.text:
+            self._report(node.place, "extends: it takes the name of one YAML file")
+            return None
+        base = path.parent / node.text
+        if not os.path.isfile(base):  # unlike Path.is_file, it bears names that cannot exist
+            self._report(node.place, f"extends: there is no file {base}")
+            return None
+        if os.path.realpath(base) in self.files:
+            self._report(node.place, f"extends: {node.text} is extended in a circle")
+            return None
+        if len(self.files) > MAX_EXTENDS:
+            self._report(node.place, f"extends: more than {MAX_EXTENDS} recipes in a chain")
+            return None
+        return base
+
+    def _report(self, place: Place, message: str) -> None:
+        self.problems.append(Problem(place, message))
+
+
+def _name_beside(source: str, node: Node) -> str:
+    assert isinstance(node, Scalar)
+    return os.path.normpath(Path(source).parent / node.text)
+
+
+def _merged(base: Mapping, over: Mapping) -> Mapping:
+    """`over` on `base`: mappings are merged key by key, anything else is replaced.
+
+    A section of another `type` replaces the one below it, whose keys belong to that other type.
+    """
+    types = {_type_of(base), _type_of(over)} - {None}
+    if len(types) > 1:
+        return over
+    entries = dict(base.entries)
+    for key, entry in over.entries.items():
+        below = entries[key].node if key in entries else None
+        if isinstance(entry.node, Mapping) and isinstance(below, Mapping):
+            entries[key] = Entry(entries[key].place, _merged(below, entry.node))
+        else:
+            entries[key] = entry
+    return Mapping(entries, base.place)
+
+
+def _type_of(section: Mapping) -> str | None:
+    entry = section.entries.get("type")
+    return entry.node.text if entry and isinstance(entry.node, Scalar) else None

@@ -1,0 +1,313 @@
+"""YAML as a tree of nodes that know their places. Nothing is interpreted: a scalar is its text.
+
+YAML 1.1 turns `no` into false, `2e-4` into text, and keeps the last of two equal keys. So this
+module stops before types (the schema of a recipe decides them) and reports what YAML lets pass.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import yaml
+from yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    NodeEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+    StreamEndEvent,
+)
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_NODES = 10_000
+"""Nodes after aliases are expanded: a few lines of nested aliases can stand for billions."""
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions from the root to a node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something was written: a file (or command-line option), a line and a column from 1."""
+
+    source: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong at a place."""
+
+    place: Place
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}  {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A piece of text. One that is not `plain` was quoted, or a block: its writer meant text."""
+
+    text: str
+    plain: bool
+    place: Place
+
+    @property
+    def is_null(self) -> bool:
+        return self.plain and self.text in ("", "~", "null", "Null", "NULL")
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list."""
+
+    nodes: tuple[Node, ...]
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key's place, and what it holds."""
+
+    place: Place
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Keys to entries, in the order of writing."""
+
+    entries: dict[str, Entry]
+    place: Place
+
+
+Node = Scalar | Items | Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What could be read. `root` is None if `problems` left nothing to go on with."""
+
+    root: Node | None
+    problems: tuple[Problem, ...]
+
+
+def dotted(path: KeyPath) -> str:
+    """The path as people write it: `evaluation.tasks[0].type`."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".")
+
+
+def read_tree(path: Path, source: str) -> Tree:
+    """The tree of a file; `source` names it in places."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return _nothing(Place(source), "there is no such file")
+    except IsADirectoryError:
+        return _nothing(Place(source), "is a folder; give the YAML file in it")
+    except (OSError, ValueError) as error:  # ValueError: a name that the system cannot hold
+        return _nothing(Place(source), f"cannot be read: {error}")
+    if len(data) > MAX_BYTES:
+        return _nothing(Place(source), f"is larger than {MAX_BYTES >> 20} MiB: not a recipe")
+    return _decode_and_parse(data, source)
+
+
+def parse_tree(text: str, source: str, *, with_lines: bool = True) -> Tree:
+    """The tree of one YAML document. Without lines, `source` alone is the place of everything."""
+    builder = _Builder(source, with_lines)
+    try:
+        root = builder.document(yaml.parse(text, Loader=yaml.SafeLoader))
+    except _FatalError as fatal:
+        return Tree(None, (*builder.problems, fatal.problem))
+    except yaml.MarkedYAMLError as error:
+        problem = Problem(builder.place(error.problem_mark), _explain(error))
+        return Tree(None, (*builder.problems, problem))
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        place = _place_after(before, source) if with_lines else Place(source)
+        return _nothing(place, f"the character U+{error.character:04X} is not allowed in YAML")
+    return Tree(root, tuple(builder.problems))
+
+
+def _nothing(place: Place, message: str) -> Tree:
+    return Tree(None, (Problem(place, message),))
+
+
+def _decode_and_parse(data: bytes, source: str) -> Tree:
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),
+        (codecs.BOM_UTF32_BE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+    ):
+        if data.startswith(mark):
+            return _nothing(Place(source, 1, 1), f"the file is {name}; save it as UTF-8")
+    try:
+        return parse_tree(data.decode("utf-8-sig"), source)
+    except UnicodeDecodeError as error:
+        place = _place_after(error.object[: error.start].decode("utf-8"), source)
+        found = error.object[error.start]
+        return _nothing(place, f"the byte 0x{found:02x} is not UTF-8; save the file as UTF-8")
+
+
+def _place_after(before: str, source: str) -> Place:
+    return Place(source, before.count("\n") + 1, len(before) - before.rfind("\n"))
+
+
+_EXPLAINED = (
+    ("found character '\\t'", "a tab; YAML is indented by spaces"),
+    (
+        "expected <block end>",
+        'the line does not fit in here: look at its indentation, and for a missing "-" or ":"',
+    ),
+    (
+        "mapping values are not allowed",
+        'a ":" that cannot stand here: look at the indentation, or put text that holds ": " '
+        "in quotes",
+    ),
+    ("could not find expected ':'", 'this line is no "key: value"'),
+    ("found unexpected end of stream", "a quote or bracket is opened and never closed"),
+    ("expected ',' or", "a comma is missing, or a bracket is opened and never closed"),
+    ("found character", "text that begins with this character needs quotes"),
+    ("found undefined tag handle", "a tag; recipes take plain values, without tags"),
+)
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    for start, words in _EXPLAINED:
+        if str(error.problem).startswith(start):
+            return f"not valid YAML: {words}"
+    context = f" {error.context}" if error.context else ""
+    return f"not valid YAML: {error.problem}{context}"
+
+
+class _Mark(Protocol):
+    """Either of PyYAML's two classes of marks; both count from 0."""
+
+    line: int
+    column: int
+
+
+class _FatalError(Exception):
+    """After this, the rest of the document cannot be understood."""
+
+    def __init__(self, place: Place, message: str) -> None:
+        super().__init__(message)
+        self.problem = Problem(place, message)
+
+
+@dataclass
+class _Builder:
+    """Builds nodes from parser events: PyYAML's composer has no bound on depth or aliases."""
+
+    source: str
+    with_lines: bool
+    problems: list[Problem] = field(default_factory=list)
+    anchors: dict[str, tuple[Node, int]] = field(default_factory=dict)
+    num_nodes: int = 0
+
+    def place(self, mark: _Mark | None) -> Place:
+        if mark is None or not self.with_lines:
+            return Place(self.source)
+        return Place(self.source, mark.line + 1, mark.column + 1)
+
+    def document(self, events: Iterator[Event]) -> Node:
+        self.events = events
+        next(events)  # start of the stream
+        first = next(events)
+        if isinstance(first, StreamEndEvent):
+            return Scalar("", True, Place(self.source, 1, 1))
+        root = self._node(next(events), ())
+        next(events)  # end of the document
+        if isinstance(more := next(events), DocumentStartEvent):
+            message = "a second document begins here (---); a recipe is one"
+            raise _FatalError(self.place(more.start_mark), message)
+        return root
+
+    def _node(self, event: Event, path: KeyPath) -> Node:
+        place = self.place(event.start_mark)
+        self._count(1, place)
+        if len(path) > MAX_DEPTH:
+            raise _FatalError(place, f"nested more than {MAX_DEPTH} deep")
+        if isinstance(event, AliasEvent):
+            return self._alias(event, place)
+        assert isinstance(event, NodeEvent)
+        before = self.num_nodes
+        node = self._fresh_node(event, path, place)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = (node, self.num_nodes - before + 1)
+        return node
+
+    def _fresh_node(self, event: NodeEvent, path: KeyPath, place: Place) -> Node:
+        assert isinstance(event, ScalarEvent | SequenceStartEvent | MappingStartEvent)
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self._report(place, path, f"the tag {tag} is not allowed; recipes take plain values")
+        if isinstance(event, ScalarEvent):
+            return Scalar(event.value, event.style is None, place)
+        if isinstance(event, SequenceStartEvent):
+            return self._items(path, place)
+        return self._mapping(path, place)
+
+    def _items(self, path: KeyPath, place: Place) -> Items:
+        nodes: list[Node] = []
+        while not isinstance(event := next(self.events), SequenceEndEvent):
+            nodes.append(self._node(event, (*path, len(nodes))))
+        return Items(tuple(nodes), place)
+
+    def _mapping(self, path: KeyPath, place: Place) -> Mapping:
+        entries: dict[str, Entry] = {}
+        while not isinstance(event := next(self.events), MappingEndEvent):
+            key = self._node(event, path)
+            name = self._key_name(key, path)
+            value = self._node(next(self.events), (*path, name or "?"))
+            if name in entries:
+                first = entries[name].place
+                where = f", first in line {first.line}" if first.line else ""
+                self._report(key.place, (*path, name), f"is given twice{where}")
+            elif name is not None:
+                entries[name] = Entry(key.place, value)
+        return Mapping(entries, place)
+
+    def _key_name(self, key: Node, path: KeyPath) -> str | None:
+        if not isinstance(key, Scalar) or key.is_null:
+            self._report(key.place, path, "a key must be text")
+            return None
+        if key.plain and key.text == "<<":
+            message = 'merge keys ("<<") are not read; write the keys out, or use extends'
+            self._report(key.place, path, message)
+            return None
+        return key.text
+
+    def _alias(self, event: AliasEvent, place: Place) -> Node:
+        if event.anchor not in self.anchors:
+            message = f'the alias "*{event.anchor}" names nothing complete before it; '
+            raise _FatalError(place, message + "text that starts with * needs quotes")
+        node, size = self.anchors[event.anchor]
+        self._count(size, place)
+        return replace(node, place=place)
+
+    def _count(self, nodes: int, place: Place) -> None:
+        self.num_nodes += nodes
+        if self.num_nodes > MAX_NODES:
+            raise _FatalError(place, f"more than {MAX_NODES} values: not a recipe")
+
+    def _report(self, place: Place, path: KeyPath, message: str) -> None:
+        self.problems.append(Problem(place, f"{dotted(path)}: {message}" if path else message))

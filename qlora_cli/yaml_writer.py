@@ -1,0 +1,78 @@
+"""Plain values as YAML, one leaf a line, such that every YAML reader reads them alike.
+
+PyYAML's own writer breaks long values over lines, so that none can be followed by a comment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_cli.yaml_tree import KeyPath
+
+Leaf = tuple[str, KeyPath | None]
+"""A line, and the key whose value it holds (None for a line that only opens a section)."""
+
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*(?: [A-Za-z0-9_/.()-]+)*")
+_NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "y", "n", "null"}
+_UNPRINTABLE = re.compile(
+    "[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+
+
+def yaml_lines(values: dict[str, Any], path: KeyPath = ()) -> Iterator[Leaf]:
+    """Lines of block YAML; lists of plain values stay on one line.
+
+    Args:
+        values: text, numbers, truth values and None, in lists and dictionaries.
+    """
+    for key, value in values.items():
+        below = (*path, key)
+        name = _text(key)
+        if isinstance(value, dict) and value:
+            yield f"{name}:", None
+            yield from _indented(yaml_lines(value, below))
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield f"{name}:", None
+            yield from _indented(_item_lines(value, below))
+        else:
+            yield f"{name}: {_inline(value)}", below
+
+
+def _item_lines(items: list[dict[str, Any]], path: KeyPath) -> Iterator[Leaf]:
+    for i, item in enumerate(items):
+        mark = "- "
+        for line, key in yaml_lines(item, (*path, i)):
+            yield mark + line, key
+            mark = "  "
+
+
+def _indented(lines: Iterator[Leaf]) -> Iterator[Leaf]:
+    for line, key in lines:
+        yield f"  {line}", key
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, float):
+        return _float(value)
+    # What is left (null, truth values, whole numbers, {}) is written alike in JSON and YAML.
+    return json.dumps(value)
+
+
+def _text(text: str) -> str:
+    if _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT:
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
+
+
+def _float(value: float) -> str:
+    text = repr(value)
+    # Without the point, YAML 1.1 reads 1e-08 as text.
+    return text if "." in text else text.replace("e", ".0e")
