@@ -1,0 +1,265 @@
+"""The whole way through the command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_cli.cli import main
+
+
+@pytest.fixture
+def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    def write(**sections: Any) -> Path:
+        document = tiny_recipe(**sections).model_dump(mode="json", exclude_unset=True)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return path
+
+    return write
+
+
+def qlora(*arguments: object) -> None:
+    """Run a command in this process; a non-zero exit code is an error."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert caught.value.code in (0, None)
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    capsys.readouterr()
+    qlora(*arguments, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_train_eval_merge(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    quantization: str,
+    precision: str,
+) -> None:
+    recipe = write_recipe(
+        quantization={"type": quantization},
+        training={"max_steps": 6, "precision": precision, "eval_every": 3},
+        evaluation={"tasks": [{"type": "exact_match"}], "max_new_tokens": 16},
+    )
+    run = tmp_path / "run"
+    record = output_of(capsys, "train", recipe)
+    assert record["status"] == "finished"
+    logged = [row["eval_loss"] for row in metrics(run) if "eval_loss" in row]
+    assert len(logged) == 3
+    assert logged[-1] < logged[0]
+    assert record["best"]["eval_loss"] == min(logged[1:])
+
+    report = output_of(capsys, "eval", run)
+    assert set(report["models"]) == {"base", "tuned"}
+    # The same rows through the same code: the very number that training logged.
+    assert report["models"]["tuned"]["loss"] == logged[-1]
+    assert report["models"]["base"]["loss"] == logged[0]
+    assert report["models"]["tuned"]["tasks"]["exact_match"]["rows"] == 6
+
+    proof = output_of(capsys, "merge", run, "--output", tmp_path / "merged")
+    assert proof["kl"] < 0.02
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in merged.config.to_dict()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template
+    assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id]
+
+    alone = output_of(
+        capsys, "eval", recipe, "--set", f"model.path={tmp_path / 'merged'}",
+        "--set", "quantization.type=none",
+    )  # fmt: skip
+    assert set(alone["models"]) == {"base"}
+    assert alone["models"]["base"]["loss"] == pytest.approx(logged[-1], abs=0.02)
+
+
+def test_a_run_folder_explains_itself(
+    write_recipe: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    qlora("train", write_recipe())
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "README.md", "best", "checkpoints", "last", "metrics.jsonl", "recipe.yaml", "run.json",
+    }  # fmt: skip
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["seed"] == 0
+    assert len(record["data"]["training"]["digest"]) == 64
+    assert "qlora merge" in (run / "README.md").read_text(encoding="utf-8")
+
+    # Plain PEFT loads the adapter, and plain transformers the tokenizer beside it.
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = peft.PeftModel.from_pretrained(base, run / "last")
+    tokenizer = AutoTokenizer.from_pretrained(run / "last")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say ab 2"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        with_adapter = adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            without = adapted(input_ids=ids).logits
+    assert not torch.allclose(with_adapter, without)
+
+
+def test_the_saved_recipe_repeats_the_run(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    qlora("train", write_recipe())
+    again = tmp_path / "again"
+    qlora("train", tmp_path / "run" / "recipe.yaml", "--set", f"output.dir={again}")
+    name = "last/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_not(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        quantization={"type": "nf4"}, adapter={"dropout": 0.1}, training={"max_steps": 3}
+    )
+    adapters = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        command = [
+            sys.executable, "-m", "qlora_cli", "train", str(recipe),
+            "--set", f"output.dir={tmp_path / name}", "--set", f"training.seed={seed}",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        # A clean run has no warning of any library in it.
+        assert "warning" not in done.stderr.lower()
+        assert done.stdout == ""
+        adapters.append((tmp_path / name / "last" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    assert adapters[0] != adapters[2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_resume_goes_on_bit_for_bit(
+    write_recipe: Callable[..., Path], tmp_path: Path, optimizer: str
+) -> None:
+    sections = {
+        "quantization": {"type": "nf4"},
+        "adapter": {"dropout": 0.1},
+        "optimizer": {"type": optimizer, "learning_rate": 1e-2},
+        "training": {"max_steps": 6, "save_every": 2, "eval_every": 3},
+    }
+    recipe = write_recipe(**sections)
+    qlora("train", recipe)
+    expected = metrics(tmp_path / "run")
+    # As after a kill between step 4 and the end.
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000006*"):
+        path.rename(tmp_path / "lost")
+    qlora("train", recipe, "--resume")
+    resumed = metrics(tmp_path / "run")
+    for name in ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens"):
+        assert [row.get(name) for row in resumed] == [row.get(name) for row in expected]
+
+
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    curves = []
+    for micro_batch_size in (8, 2, 1):
+        run = tmp_path / f"run-{micro_batch_size}"
+        recipe = write_recipe(
+            training={"batch_size": 8, "micro_batch_size": micro_batch_size},
+            output={"dir": str(run)},
+        )
+        qlora("train", recipe)
+        curves.append([row["loss"] for row in metrics(run) if "loss" in row])
+    # Float32 sums in another order.
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert curves[2] == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_full_fine_tuning_trains_evaluates_and_exports(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        adapter={"type": "full"}, optimizer={"type": "adamw", "learning_rate": 1e-3}
+    )
+    record = output_of(capsys, "train", recipe)
+    assert record["trained_weights"] == record["total_weights"]
+    report = output_of(capsys, "eval", tmp_path / "run")
+    last = [row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row][-1]
+    assert report["models"]["tuned"]["loss"] == last
+    qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
+
+
+def exit_code(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe()
+    qlora("train", recipe)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert exit_code("train", recipe) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert exit_code("merge", tmp_path / "run", "--output", tmp_path / "merged") == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "code", "message"),
+    [
+        ({"model": {"path": "./no/such/folder"}}, 3, "no such folder: ./no/such/folder"),
+        ({"adapter": {"target_modules": ["q_porj"]}}, 3, "did you mean q_proj"),
+        ({"data": {"train": {"path": "./nothing.jsonl"}}}, 2, "nothing.jsonl"),
+        ({"optimizer": {"learning_rate": 1e30}}, 4, "the loss is nan"),
+    ],
+    ids=["model", "adapter", "data", "nan"],
+)
+def test_what_goes_wrong_has_its_own_exit_code(
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    sections: dict[str, Any],
+    code: int,
+    message: str,
+) -> None:
+    assert exit_code("train", write_recipe(**sections)) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_local_paths_open_no_socket(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    qlora("train", write_recipe(quantization={"type": "nf4"}))
+    qlora("eval", tmp_path / "run")
+    qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")

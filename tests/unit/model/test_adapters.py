@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+from typing import get_args
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model.adapters import AdapterConfig, FullFineTune, LoRA
+
+INPUT = torch.arange(1, 13)[None]
+
+# One instance of each class of the union, and of each option that changes the mathematics.
+ADAPTERS = {
+    "full": FullFineTune(),
+    "lora": LoRA(r=4),
+    "lora-regex": LoRA(r=4, target_modules=r".*self_attn\.(q|v)_proj"),
+    "lora-excluded": LoRA(r=4, exclude_modules=["down_proj"]),
+    "rslora": LoRA(r=4, use_rslora=True),
+    "dora": LoRA(r=4, use_dora=True),
+    "patterns": LoRA(r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 5}),
+    "modules-to-save": LoRA(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=INPUT).logits
+    return result
+
+
+def train_a_little(model: torch.nn.Module) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    for _ in range(2):
+        model(input_ids=INPUT, labels=INPUT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_every_class_of_the_union_is_under_contract() -> None:
+    assert {type(a) for a in ADAPTERS.values()} == set(get_args(get_args(AdapterConfig)[0]))
+
+
+@each_adapter
+def test_attaching_changes_nothing_yet(tiny_model: Path, adapter: LoRA) -> None:
+    before = logits(load(tiny_model))
+    after = logits(adapter.attach(load(tiny_model)).eval())
+    # DoRA recomputes the norm of each weight row: float32 rounding.
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+@each_adapter
+def test_only_trained_weights_change_and_all_of_them_do(tiny_model: Path, adapter: LoRA) -> None:
+    model = adapter.attach(load(tiny_model))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_a_little(model)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert changed
+
+
+@each_adapter
+def test_trained_weights_are_float32_on_a_bfloat16_base(tiny_model: Path, adapter: LoRA) -> None:
+    model = adapter.attach(load(tiny_model).bfloat16())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@each_adapter
+def test_what_is_saved_is_what_is_loaded(tiny_model: Path, adapter: LoRA, tmp_path: Path) -> None:
+    model = adapter.attach(load(tiny_model))
+    train_a_little(model)
+    adapter.save(model, tmp_path)
+    restored = adapter.load(load(tiny_model), tmp_path).eval()
+    assert torch.equal(logits(restored), logits(model.eval()))
+
+
+@each_adapter
+def test_merging_keeps_the_function(tiny_model: Path, adapter: LoRA) -> None:
+    model = adapter.attach(load(tiny_model))
+    train_a_little(model)
+    before = logits(model.eval())
+    merged = adapter.merge(model)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged.eval()), before, rtol=0, atol=2e-5)
+
+
+def test_plain_peft_loads_a_saved_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = LoRA(r=4, use_rslora=True)
+    model = adapter.attach(load(tiny_model))
+    train_a_little(model)
+    adapter.save(model, tmp_path)
+    plain = peft.PeftModel.from_pretrained(load(tiny_model), tmp_path)
+    assert torch.equal(logits(plain.eval()), logits(model.eval()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"target_modules": ["q_porj"]}, "adapter.target_modules: 'q_porj' matches no", "q_proj"),
+        ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no module", None),
+        ({"target_modules": r".*\.qproj"}, r"'.*\\.qproj' matches no module", None),
+        ({"target_modules": "*broken"}, "is no regular expression", None),
+        ({"exclude_modules": ["dwn_proj"]}, "adapter.exclude_modules: 'dwn_proj'", "down_proj"),
+        ({"modules_to_save": ["lm_haed"]}, "adapter.modules_to_save: 'lm_haed'", "lm_head"),
+        ({"rank_pattern": {"k_prj": 2}}, "adapter.rank_pattern: 'k_prj'", "k_proj"),
+        ({"alpha_pattern": {"k_prj": 2}}, "adapter.alpha_pattern: 'k_prj'", "k_proj"),
+    ],
+)
+def test_a_name_that_matches_nothing_stops_and_lists_near_names(
+    tiny_model: Path, changes: dict[str, object], message: str, hint: str | None
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        LoRA(**changes).attach(load(tiny_model))
+    assert message in str(caught.value)
+    assert hint is None or (caught.value.hint is not None and hint in caught.value.hint)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(["q_proj"], "unexpected: .*v_proj"), (["q_proj", "v_proj", "k_proj"], "missing: .*k_proj")],
+)
+def test_an_adapter_whose_tensors_and_config_disagree_is_refused(
+    tiny_model: Path, tmp_path: Path, targets: list[str], message: str
+) -> None:
+    adapter = LoRA(r=4, target_modules=["q_proj", "v_proj"])
+    adapter.save(adapter.attach(load(tiny_model)), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**settings, "target_modules": targets}), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"does not fit the base model; {message}"):
+        adapter.load(load(tiny_model), tmp_path)

@@ -1,0 +1,138 @@
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qlora_cli.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from qlora_cli.errors import TrainingError
+from qlora_cli.optim.optimizers import AdamW, AdamW8bit
+from qlora_cli.types import TrainState
+
+CPU = torch.device("cpu")
+
+
+class Run:
+    """A small model with everything that a checkpoint has to hold."""
+
+    def __init__(self, optimizer: AdamW | AdamW8bit, width: int = 80) -> None:
+        torch.manual_seed(0)
+        # More than 4096 weights: below that bitsandbytes keeps 32-bit states.
+        self.model = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5), nn.Linear(width, 1))
+        self.model[2].requires_grad_(False)
+        self.optimizer = optimizer.build(self.model.parameters(), CPU)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.state = TrainState()
+
+    def steps(self, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            noise = random.random() + np.random.rand()
+            width = self.model[0].in_features
+            loss = ((self.model(torch.randn(8, width)) - noise) ** 2).mean()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.state.step += 1
+            losses.append(loss.item())
+        return losses
+
+    def save(self, folder: Path, keep: int = 2) -> Path:
+        return save_checkpoint(
+            folder,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            state=self.state,
+            keep=keep,
+        )
+
+    def load(self, path: Path) -> None:
+        self.state = load_checkpoint(
+            path, model=self.model, optimizer=self.optimizer, scaler=self.scaler
+        )
+
+
+@pytest.mark.parametrize("config", [AdamW(learning_rate=1e-2), AdamW8bit(learning_rate=1e-2)])
+def test_going_on_from_a_checkpoint_is_bit_identical(config: AdamW, tmp_path: Path) -> None:
+    run = Run(config)
+    run.steps(3)
+    path = run.save(tmp_path)
+    expected = run.steps(3)
+
+    resumed = Run(config)
+    resumed.steps(1)  # other weights, other random states
+    resumed.load(path)
+    assert resumed.state == TrainState(step=3)
+    assert resumed.steps(3) == expected
+    assert torch.equal(resumed.model[0].weight, run.model[0].weight)
+
+
+def test_only_trained_weights_are_stored_and_nothing_is_pickled(tmp_path: Path) -> None:
+    run = Run(AdamW())
+    run.steps(1)
+    path = run.save(tmp_path)
+    assert {file.name for file in path.iterdir()} == {
+        "manifest.json",
+        "state.json",
+        "state.safetensors",
+        "trained.safetensors",
+    }
+    weights = run.model[0].weight.numel() + run.model[0].bias.numel()
+    assert (path / "trained.safetensors").stat().st_size < 4 * weights + 500
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    run = Run(AdamW())
+    for _ in range(4):
+        run.steps(1)
+        run.save(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert newest_checkpoint(tmp_path).name == "step-00000004"
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "state.safetensors", "one byte"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(AdamW())
+    run.steps(1)
+    run.save(tmp_path)
+    run.steps(1)
+    newest = run.save(tmp_path)
+    if damage == "one byte":
+        file = newest / "trained.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        (newest / damage).unlink()
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
+    assert "step-00000002 is damaged" in caplog.text
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint in"):
+        newest_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    run = Run(AdamW())
+    run.steps(1)
+    path = run.save(tmp_path)
+    with pytest.raises(TrainingError, match="other trained weights"):
+        Run(AdamW(), width=81).load(path)
+
+
+def test_a_save_that_was_cut_short_leaves_no_checkpoint(tmp_path: Path) -> None:
+    run = Run(AdamW())
+    run.steps(1)
+    path = run.save(tmp_path)
+    # What a kill in the middle of a save leaves behind.
+    shutil.move(path, tmp_path / f".{path.name}.unfinished")
+    with pytest.raises(TrainingError):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(run.save(tmp_path).parent) == path
