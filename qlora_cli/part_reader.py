@@ -213,6 +213,8 @@ def _wrong_value(node: Node, field_type: FieldType, default: object) -> str:
     message = f"found {_found(node)}; it takes {field_type.words()}"
     if isinstance(node, Scalar) and (advice := _advice(node, field_type)):
         return message + advice
+    if isinstance(default, Part):
+        return f"{message}; leave the key out for the defaults"
     is_example = isinstance(default, int | float | str) and not isinstance(default, bool)
     return f"{message}; for example {default}" if is_example and not field_type.choices else message
 
@@ -226,8 +228,6 @@ def _advice(node: Scalar, field_type: FieldType) -> str:
         return f"; write [{{type: {node.text}}}]"
     if field_type.item and field_type.item.read(node.text, plain=node.plain) is not None:
         return f"; write [{node.text}]"
-    if field_type.parts and node.is_null:
-        return "; leave the key out for the defaults"
     return _did_you_mean(node, field_type.choices or field_type.variants)
 
 

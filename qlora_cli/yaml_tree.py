@@ -7,6 +7,7 @@ module stops before types (the schema of a recipe decides them) and reports what
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 10_000
 """Nodes after aliases are expanded: a few lines of nested aliases can stand for billions."""
+
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the root to a node."""
@@ -261,6 +264,8 @@ class _Builder:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self._report(place, path, f"the tag {tag} is not allowed; recipes take plain values")
         if isinstance(event, ScalarEvent):
+            if _UNWRITABLE.search(event.value):
+                self._report(place, path, "holds a character that no file or file name can hold")
             return Scalar(event.value, event.style is None, place)
         if isinstance(event, SequenceStartEvent):
             return self._items(path, place)
