@@ -16,6 +16,12 @@ from qlora_cli.part import Part
 from qlora_cli.tasks import TaskConfig
 
 
+def _refuse(problems: list[str]) -> None:
+    """One line for each problem: the loader shows all of them, each with its place."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 class Training(Part):
     """The loop. A batch is what one optimizer step learns from; a micro-batch is one forward."""
 
@@ -34,7 +40,7 @@ class Training(Part):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Dtype of the computation; `auto` is bf16 where the device has it. Trained weights stay fp32."""
+    """Dtype of the computation; `auto` is bf16 where the device has it. Trained weights are fp32."""
     log_every: int = Field(1, ge=1)
     """Steps between two lines of the log."""
     eval_every: int | None = Field(None, ge=1)
@@ -51,23 +57,25 @@ class Training(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problems = []
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError(
+            problems.append(
                 f"training.epochs ({self.epochs:g}) and training.max_steps ({self.max_steps}) "
                 "are both given; give one of them"
             )
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
+            problems.append(
                 f"training.batch_size ({self.batch_size}) must be a multiple of "
                 f"training.micro_batch_size ({self.micro_batch_size})"
             )
+        _refuse(problems)
         return self
 
 
 class Evaluation(Part):
     """How the model is measured, beside its loss on `data.evaluation`."""
 
-    tasks: list[TaskConfig] = []
+    tasks: list[TaskConfig] = Field([])
     """Scores of generated answers, computed by `qlora eval`."""
     limit: int | None = Field(None, ge=1)
     """Generate for only the first rows; the loss is always over all of them."""
@@ -80,11 +88,11 @@ class Evaluation(Part):
 class Output(Part):
     """What is written, and where."""
 
-    dir: str
+    dir: str = Field(min_length=1)
     """Folder of the run."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
-    trackers: list[Literal["tensorboard"]] = []
+    trackers: list[Literal["tensorboard"]] = Field([])
     """Besides the console and metrics.jsonl."""
 
 
@@ -112,18 +120,21 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problems = []
         if self.adapter.type == "full" and self.quantization.type != "none":
-            raise ValueError(
+            problems.append(
                 f"adapter.type (full) cannot train quantization.type ({self.quantization.type}): "
-                "quantized weights have no gradient; use quantization.type none, or adapter.type lora"
+                "quantized weights have no gradient; use quantization.type none, or "
+                "adapter.type lora"
             )
         if self.model.trust_remote_code and self.model.revision is None:
-            raise ValueError(
+            problems.append(
                 "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
                 "that you have read"
             )
         if self.evaluation.tasks and self.data.evaluation is None:
-            raise ValueError("evaluation.tasks needs data.evaluation: rows to answer")
+            problems.append("evaluation.tasks needs data.evaluation: rows to answer")
+        _refuse(problems)
         return self
 
     @property

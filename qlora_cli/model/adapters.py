@@ -64,9 +64,9 @@ class LoRA(Part):
     """Names, or one regular expression, of modules to leave out."""
     modules_to_save: list[str] = []
     """Modules trained in full and saved with the adapter, such as `lm_head`."""
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Module name or regular expression -> its own rank."""
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Module name or regular expression -> its own alpha."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
