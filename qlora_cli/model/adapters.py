@@ -62,11 +62,11 @@ class LoRA(Part):
     """`all-linear` (all but the head), a list of module names, or one regular expression."""
     exclude_modules: list[str] | str | None = None
     """Names, or one regular expression, of modules to leave out."""
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field([])
     """Modules trained in full and saved with the adapter, such as `lm_head`."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     """Module name or regular expression -> its own rank."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
     """Module name or regular expression -> its own alpha."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
