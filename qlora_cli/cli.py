@@ -217,7 +217,8 @@ def main(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
-    log.handlers = [logging.StreamHandler()]
+    handler = logging.StreamHandler()
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         app(args=args, prog_name="qlora")
@@ -226,3 +227,5 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(error.exit_code)
+    finally:
+        log.removeHandler(handler)
