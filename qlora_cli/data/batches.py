@@ -77,10 +77,9 @@ class BatchStream:
         return [_collate([examples[i] for i in group], self._pad_token_id) for group in groups]
 
     def _order(self, epoch: int) -> list[int]:
+        # One order is kept: rows are asked for in sequence, so an epoch that is left is over.
         if epoch not in self._orders:
-            # A step lies in one epoch or on the seam of two; an older order is not needed again.
-            self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
-            self._orders[epoch] = _permutation(len(self._examples), self._seed, epoch)
+            self._orders = {epoch: _permutation(len(self._examples), self._seed, epoch)}
         return self._orders[epoch]
 
 

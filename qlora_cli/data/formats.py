@@ -199,7 +199,8 @@ def _learnable(messages: list[Message], field: str) -> list[Message]:
 
 def _refuse(values: Mapping[str, Any], *fields: str, where: str = "") -> None:
     for field in fields:
-        if values.get(field) not in (None, "", [], {}):
+        # Tables hold an empty list as text.
+        if values.get(field) not in (None, "", [], {}, "[]", "{}"):
             raise DataError(
                 f"field '{_path(where, field)}': got {_shown(values[field])}, which this format "
                 "does not read; leaving it out would change what is learnt"

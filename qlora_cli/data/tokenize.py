@@ -113,16 +113,13 @@ def prepare(
     )
 
 
-def prepare_prompts(
-    source: Source, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
-) -> list[Prompt]:
-    """A prompt and its reference for each row (or the first `limit` rows) of a source.
+def prepare_prompts(source: Source, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """A prompt and its reference for each row of a source.
 
     Raises:
         DataError: no rows, or bad rows (all are counted).
     """
-    rows = source.conversations()[:limit]
-    return Encoder(tokenizer).to_prompts(rows, path=source.path)
+    return Encoder(tokenizer).to_prompts(source.conversations(), path=source.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,11 +314,8 @@ def _extents(offsets: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
     Byte-level tokenizers may report offsets without the white space that a token holds; then a
     token that reaches back into the prompt would pass for one of the answer.
     """
-    starts, ends, previous = [], [], 0
-    for start, end in offsets:
-        starts.append(min(start, previous))
-        ends.append(end)
-        previous = end
+    ends = [end for _, end in offsets]
+    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends], strict=False)]
     return starts, ends
 
 

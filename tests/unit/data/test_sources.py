@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qlora_cli.data.formats import Text
+from qlora_cli.data.sources import BadRows, LocatedRow, Source
+from qlora_cli.errors import DataError
+from qlora_cli.types import Row
+
+ROWS: list[Row] = [{"text": "one"}, {"text": 'two, with "marks"'}, {"text": "drei äöü \u2028 €"}]
+
+
+def source(path: Path | str, **settings: Any) -> Source:
+    return Source(path=str(path), format=Text(), **settings)
+
+
+def read(path: Path | str, **settings: Any) -> tuple[list[LocatedRow], str]:
+    """The rows, and what was said about the bad ones."""
+    bad = BadRows()
+    rows = list(source(path, **settings).read(bad))
+    try:
+        bad.check("source")
+    except DataError as error:
+        return rows, str(error)
+    return rows, ""
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"rows.{kind}"
+    texts = [row["text"] for row in ROWS]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        return path
+    quoted = ["text", *(f'"{text.replace(chr(34), chr(34) * 2)}"' for text in texts)]
+    content = {
+        "jsonl": "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+        "json": json.dumps(ROWS, indent=2),
+        "csv": "\r\n".join(quoted),
+        "tsv": "\n".join(["text", *texts]) + "\n",
+        "txt": "\n \n".join(texts) + "\n\n",
+    }[kind]
+    path.write_bytes(content.encode())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a local path opened a socket")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind)
+    rows, errors = read(path)
+    assert [located.row for located in rows] == ROWS
+    assert errors == ""
+    assert [located.row for located in read(path, limit=2)[0]] == ROWS[:2]
+    assert source(path).digest() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("jsonl", ":5"),
+        ("csv", ":4"),
+        ("tsv", ":4"),
+        ("txt", ":5"),
+        ("json", ", row 3"),
+        ("parquet", ", row 3"),
+    ],
+)
+def test_rows_know_their_place(tmp_path: Path, kind: str, place: str) -> None:
+    path = write(tmp_path, kind)
+    assert read(path)[0][2].place == f"{path}{place}"
+
+
+def test_a_folder_is_read_by_name_and_leaves_out_other_files(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"text": "2"}\n', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("1\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text("about", encoding="utf-8")
+    rows, _ = read(tmp_path)
+    assert [located.row["text"] for located in rows] == ["1", "2"]
+    assert source(tmp_path).digest() == hashlib.sha256(b'1\n{"text": "2"}\n').hexdigest()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in [("a.txt", "one"), ("b.csv", "text\none"), ("c.jsonl", '{"text": "one"}')]:
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read(path)[0][0].row == {"text": "one"}
+
+
+def test_json_with_one_list_inside(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
+    assert [located.row for located in read(path)[0]] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not JSON: Expecting ',' delimiter (column 13)"),
+        (b"[1]", "expected an object, found list"),
+        (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 (invalid continuation byte)"),
+        (b"[" * 100_000, "not JSON: nested too deeply"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits)"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_survive(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "too"}\n')
+    rows, errors = read(path)
+    assert [located.row["text"] for located in rows] == ["good", "too"]
+    assert errors.startswith(f"source: 1 bad row\n  {path}:2: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", b'[{"text": 1},\n {"text"}]', ":2: not JSON: Expecting ':' delimiter"),
+        ("a.json", b'{"text": 1}\n{"text": 2}', ":2: not JSON: Extra data"),
+        ("a.json", b"7", ": expected an object, found int"),
+        ("a.json", b'{"a": [], "b": []}', ": expected a list of objects, or an object with one"),
+        ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', ":2: not UTF-8: byte 0xff"),
+        ("a.csv", b"text,text\n1,2\n", ":1: the header names a column twice: text, text"),
+        ("a.csv", b"text\n\xff\xfe\n", ":2: not UTF-8"),
+        ("a.parquet", b"PAR1 not at all", ": not a readable Parquet file"),
+        ("a.yaml", b"text: a", ": no data file; found a.yaml, expected .jsonl, .json, .csv"),
+    ],
+)
+def test_a_file_that_cannot_be_read_on_is_an_error(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}{reason}")
+
+
+def test_bad_lines_of_a_table_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,id\nok,1\n"a"b,2\nshort\n"two\nlines",4\nlast,5\n', encoding="utf-8")
+    rows, errors = read(path)
+    assert [located.row["text"] for located in rows] == ["ok", "two\nlines", "last"]
+    assert f"{path}:3: not CSV" in errors
+    assert f"{path}:4: 1 fields, but the header has 2" in errors
+
+
+def test_a_quotation_mark_in_a_tsv_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"so it begins\t0\nnext\t1\n', encoding="utf-8")
+    assert [located.row["text"] for located in read(path)[0]] == ['"so it begins', "next"]
+
+
+def test_a_long_field_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a" * 300_000 + "\n", encoding="utf-8")
+    assert len(read(path)[0][0].row["text"]) == 300_000
+
+
+def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    lines = ['{"text": "good"}', *['{"text": 7}'] * 12, "{", '{"txt": "a"}']
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        source(path).conversations()
+    message = str(caught.value).splitlines()
+    assert message[0] == f"{path}: 14 bad rows"
+    assert message[1] == f"  {path}:2: field 'text': got 7 (int), expected text"
+    assert message[-1] == "  ... and 4 more"
+    assert len(message) == 12
+
+
+def test_conversations_keep_their_place(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl")
+    [_, second, _] = source(path).conversations()
+    assert second.messages[0].content == ROWS[1]["text"]
+    assert second.place == f"{path}:3"
+
+
+def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.csv", "a.txt"):
+        (tmp_path / name).write_text("\n", encoding="utf-8")
+        with pytest.raises(DataError, match=r": no rows"):
+            source(tmp_path / name).conversations()
+    (tmp_path / "a.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match=r": no rows"):
+        source(tmp_path / "a.json").conversations()
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data file; found none"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "data/x.jsonl", "data/missing", "./x", "a/b/c", "x.jsonl.gz", "/x"]
+)
+def test_a_missing_path_is_named_and_the_hub_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError) as caught:
+        source(name).conversations()
+    assert str(caught.value) == f"{name}: no such file or folder"
+    with pytest.raises(DataError, match="no such file"):
+        source(name).digest()
+
+
+@pytest.mark.parametrize("settings", [{"split": "test"}, {"revision": "main"}])
+def test_hub_settings_of_a_local_path_are_refused(tmp_path: Path, settings: dict[str, str]) -> None:
+    path = write(tmp_path, "jsonl")
+    with pytest.raises(DataError, match="are for hub data sets, and this path is local"):
+        read(path, **settings)
+
+
+def test_a_hub_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What HF_HUB_OFFLINE=1 sets when these are imported.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="owner/name: no such file or folder, and the hub data set"):
+        source("owner/name").conversations()
+
+
+def test_a_hub_data_set_is_asked_for_by_id_split_and_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, *, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((path, split, revision))
+        return datasets.Dataset.from_list(ROWS[:2] if revision else ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, _ = read("owner/name", split="test", revision="abc", limit=1)
+    assert rows == [LocatedRow(ROWS[0], "owner/name (test), row 1")]
+    assert asked == [("owner/name", "test", "abc")]
+    digests = {source("owner/name", revision=revision).digest() for revision in ("abc", "d", None)}
+    assert len(digests) == 3
+    assert source("owner/name").digest() == source("owner/name").digest()
