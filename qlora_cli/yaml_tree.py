@@ -266,7 +266,7 @@ class _Builder:
         if isinstance(event, ScalarEvent):
             if _UNWRITABLE.search(event.value):
                 self._report(place, path, "holds a character that no file or file name can hold")
-            return Scalar(event.value, event.style is None, place)
+            return Scalar(_UNWRITABLE.sub("", event.value), event.style is None, place)
         if isinstance(event, SequenceStartEvent):
             return self._items(path, place)
         return self._mapping(path, place)

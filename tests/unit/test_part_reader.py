@@ -161,7 +161,8 @@ def test_all_problems_at_once_sorted_by_place(problems: Callable[..., list[str]]
             "evaluation: {tasks: [{type: json_match}]}\n",
             [
                 "recipe.yaml:5:11  adapter.type (full) cannot train quantization.type (nf4): "
-                "quantized weights have no gradient; use quantization.type none, or adapter.type lora",
+                "quantized weights have no gradient; use quantization.type none, or "
+                "adapter.type lora",
                 "recipe.yaml:6:14  evaluation.tasks needs data.evaluation: rows to answer",
             ],
         ),

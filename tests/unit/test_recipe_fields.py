@@ -1,0 +1,129 @@
+"""Every documented key does something: changing it changes the resolved recipe, there alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qlora_cli.errors import RecipeError
+from qlora_cli.field_types import FieldType, part_type
+from qlora_cli.part import Part
+from qlora_cli.part_reader import key_paths
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import LoadedRecipe
+
+WHOLE = """\
+model: {path: base, revision: main}
+data:
+  train: {path: rows.jsonl}
+  evaluation: {path: held_out.jsonl}
+output: {dir: run}
+"""
+
+Key = tuple[str, tuple[str, ...], FieldType]
+"""Dotted key, overrides that choose the variants on the way to it, what it takes."""
+
+
+def keys_of(part: type[Part], prefix: str = "", chosen: tuple[str, ...] = ()) -> Iterator[Key]:
+    for name, info in part.model_fields.items():
+        if name == "type":
+            continue  # varied where the variant is chosen
+        key, field_type = f"{prefix}{name}", FieldType.of(info)
+        if field_type.variants:
+            yield f"{key}.type", chosen, field_type
+        for below in field_type.parts:
+            choice = (f"{key}.type={part_type(below)}",) if field_type.variants else ()
+            yield from keys_of(below, f"{key}.", (*chosen, *choice))
+        if not field_type.parts:
+            yield key, chosen, field_type
+
+
+def candidates(field_type: FieldType) -> Iterator[str]:
+    yield from field_type.variants
+    yield from field_type.choices
+    for scalar in field_type.scalars:
+        yield from {
+            bool: ("true", "false"),
+            int: ("1", "2", "3", "32", "1000"),
+            float: ("0.125", "0.25", "3", "100"),
+            str: ("other",),
+        }[scalar]
+    if field_type.item:
+        item = next(candidates(field_type.item))
+        yield f"[{{type: {item}}}]" if field_type.item.variants else f"[{item}]"
+    if field_type.value:
+        yield f"{{name: {next(candidates(field_type.value))}}}"
+
+
+KEYS = list(keys_of(Recipe))
+
+
+def test_keys_are_found_at_every_depth() -> None:
+    found = {key for key, _, _ in KEYS}
+    assert {"model.path", "adapter.r", "data.train.format.prompt_field"} <= found
+    assert {"adapter.type", "optimizer.learning_rate", "evaluation.tasks"} <= found
+    sections = {
+        path for path in key_paths(Recipe) if any(key.startswith(f"{path}.") for key in found)
+    }
+    assert set(key_paths(Recipe)) - sections == found
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen", "field_type"), KEYS, ids=["/".join([*chosen, key]) for key, chosen, _ in KEYS]
+)
+def test_each_key_changes_the_recipe(
+    load: Callable[..., LoadedRecipe], key: str, chosen: tuple[str, ...], field_type: FieldType
+) -> None:
+    before = _leaves(load(WHOLE, *chosen).recipe.model_dump())
+    for value in candidates(field_type):
+        try:
+            loaded = load(WHOLE, *chosen, f"{key}={value}")
+        except RecipeError:
+            continue  # out of bounds, or at odds with another key
+        after = _leaves(loaded.recipe.model_dump())
+        if after.get(key) == before.get(key):
+            continue
+        changed = {leaf for leaf in {*before, *after} if before.get(leaf) != after.get(leaf)}
+        assert all(leaf == key or leaf.startswith(_section(key)) for leaf in changed)
+        origins = [o for k, o in loaded.origins.items() if re.match(rf"{key}(?!\w)", k)]
+        assert origins == ["--set"]
+        return
+    pytest.fail(f"nothing changes {key}")
+
+
+def _section(key: str) -> str:
+    """What a key may change besides itself: another `type` brings other keys beside it."""
+    return key.removesuffix("type") if key.endswith(".type") else f"{key}."
+
+
+def _leaves(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    below = (_leaves(item, f"{prefix}.{key}".removeprefix(".")) for key, item in value.items())
+    return {key: leaf for leaves in below for key, leaf in leaves.items()}
+
+
+def parts_of(part: type[Part]) -> set[type[Part]]:
+    found = {part}
+    for info in part.model_fields.values():
+        field_type = FieldType.of(info)
+        for below in (*field_type.parts, *(field_type.item.parts if field_type.item else ())):
+            found |= parts_of(below)
+    return found
+
+
+@pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))
+def test_every_section_and_key_is_documented(part: type[Part]) -> None:
+    assert part.__doc__, part
+    for name, info in part.model_fields.items():
+        assert name == "type" or info.description, f"{part.__name__}.{name} has no docstring"
+        assert FieldType.of(info).words(), f"the loader cannot read {part.__name__}.{name}"
+
+
+@pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))
+def test_every_bound_is_one_that_the_loader_explains(part: type[Part]) -> None:
+    for name, info in part.model_fields.items():
+        known = len(FieldType.of(info).bounds)
+        assert len(info.metadata) == known, f"{part.__name__}.{name}: {info.metadata}"
