@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from qlora_cli import __version__
+from qlora_cli.cli import app, main
+
+Run = Callable[..., tuple[int, str, str]]
+
+RECIPE = """\
+extends: base.yaml
+adapter:
+  type: lora
+  r: 8
+optimizer: {type: adamw, learning_rate: 2e-4}
+"""
+BASE = "model: {path: base}\ndata: {train: {path: rows.jsonl}}\noutput: {dir: run}\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in a folder with two recipes: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    Path("base.yaml").write_text(BASE, encoding="utf-8")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_validate_prints_every_value_with_its_origin(run: Run) -> None:
+    code, out, err = run("validate", "recipe.yaml", "--set", "training.seed=7")
+    assert (code, err) == (0, "")
+    values = {line.split("  # ")[0].rstrip(): line.split("  # ")[-1] for line in out.splitlines()}
+    assert values["  r: 8"] == "recipe.yaml:4"
+    assert values["  path: base"] == "base.yaml:1"
+    assert values["  seed: 7"] == "--set"
+    assert values["  alpha: 32.0"] == "default"
+    assert values["  learning_rate: 0.0002"] == "recipe.yaml:5"
+
+
+def test_what_validate_prints_is_a_recipe(run: Run) -> None:
+    out = run("validate", "recipe.yaml")[1]
+    Path("printed.yaml").write_text(out, encoding="utf-8")
+    code, again, _ = run("validate", "printed.yaml", "--json")
+    assert code == 0
+    assert (
+        json.loads(again)["recipe"]
+        == json.loads(run("validate", "recipe.yaml", "--json")[1])["recipe"]
+    )
+
+
+def test_json_is_one_document_with_stable_keys(run: Run) -> None:
+    code, out, err = run("validate", "--json", "recipe.yaml")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert set(report) == {"recipe", "origins"}
+    assert report["recipe"]["adapter"]["r"] == 8
+    assert report["origins"]["adapter.r"] == "recipe.yaml:4"
+
+
+def test_an_error_is_text_on_stderr_and_exit_code_2(run: Run) -> None:
+    code, out, err = run("validate", "recipe.yaml", "--json", "--set", "adapter.rank=8")
+    assert (code, out) == (2, "")
+    assert err.startswith('error: --set adapter.rank=8  adapter.rank: LoRA has no "rank"')
+    assert err.count("\n") == 1
+
+
+def test_several_problems_each_have_a_line_that_begins_with_the_place(run: Run) -> None:
+    Path("recipe.yaml").write_text(RECIPE + "training: {seed: x}\nr: 1\n", encoding="utf-8")
+    code, _, err = run("validate", "recipe.yaml")
+    assert code == 2
+    assert [line.split("  ")[0] for line in err.splitlines()] == [
+        "error: 2 problems",
+        "recipe.yaml:6:18",
+        "recipe.yaml:7:1",
+    ]
+
+
+def test_a_missing_file(run: Run) -> None:
+    assert run("validate", "none.yaml") == (2, "", "error: none.yaml  there is no such file\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("validat",), ("validate",), ("validate", "recipe.yaml", "--sett", "a=1")]
+)
+def test_a_wrong_command_line_is_exit_code_2(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert "Usage: qlora" in out + err
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"qlora {__version__}\n", "")
+
+
+COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_commands() -> None:
+    assert COMMANDS == ["train", "eval", "merge", "validate", "schema"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"Example:\n    qlora {command}" in out
+
+
+def test_help_names_the_exit_codes(run: Run) -> None:
+    out = run("--help")[1]
+    for code in (0, 2, 3, 4, 130):
+        assert f"\n    {code} " in out
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "level"),
+    [
+        (("validate", "recipe.yaml"), logging.INFO),
+        (("validate", "recipe.yaml", "-q"), logging.WARNING),
+        (("-q", "validate", "recipe.yaml"), logging.WARNING),
+        (("--quiet", "validate", "recipe.yaml"), logging.WARNING),
+        (("validate", "-v", "recipe.yaml"), logging.DEBUG),
+        (("-v", "validate", "recipe.yaml", "-q"), logging.WARNING),
+    ],
+)
+def test_quiet_and_verbose_before_and_after_the_command(
+    run: Run, arguments: tuple[str, ...], level: int
+) -> None:
+    assert run(*arguments)[0] == 0
+    assert logging.getLogger("qlora").level == level
+
+
+def test_names_beyond_ascii_in_an_ascii_environment(tmp_path: Path) -> None:
+    recipe = tmp_path / "rezept-ü.yaml"
+    recipe.write_text(BASE.replace("base", "größe/モデル"), encoding="utf-8")
+    command = [sys.executable, "-m", "qlora_cli", "validate", str(recipe), "--set", "output.dir=é"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    out = done.stdout.decode("utf-8")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "größe/モデル" in out
+    assert "é" in out
+    assert "# rezept-ü.yaml:1" in out
+
+
+def test_validate_answers_in_half_a_second(tmp_path: Path) -> None:
+    """On a machine that starts Python in 25 ms; on one that is slower or busy, in proportion."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(BASE, encoding="utf-8")
+    bare = _processor_seconds("-c", "pass")
+    assert _processor_seconds("-m", "qlora_cli", "validate", str(recipe)) < max(0.5, 20 * bare)
+
+
+def _processor_seconds(*arguments: str) -> float:
+    """The least of three runs. Time in which others have the processor does not count."""
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        after = os.times()
+        user = after.children_user - before.children_user
+        seconds.append(user + after.children_system - before.children_system)
+    return min(seconds)
