@@ -1,0 +1,120 @@
+"""Who may import whom. Parts cannot import the recipe, so nobody can pass all of it around."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "qlora_cli"
+
+FOUNDATION = {
+    "types", "errors", "part", "_compat", "kernels",
+    "yaml_tree", "yaml_writer", "field_types", "part_reader",
+}  # fmt: skip
+PARTS = {
+    "model", "data", "optim", "objectives", "tasks",
+    "world", "checkpoint", "trackers", "run_folder",
+}  # fmt: skip
+RECIPE = {"recipe", "recipe_file", "recipe_schema"}
+STORIES = {"train", "evaluate", "merge", "generate", "plan", "preview"}
+
+ALLOWED = {
+    **dict.fromkeys(FOUNDATION, FOUNDATION),
+    **{part: FOUNDATION | {part} for part in PARTS},
+    "recipe": FOUNDATION | PARTS,
+    "recipe_file": FOUNDATION | {"recipe"},
+    "recipe_schema": FOUNDATION | {"recipe"},
+    "report_text": set(),
+    "loop": FOUNDATION | PARTS | {"recipe"},
+    **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | STORIES | {"loop"}),
+    "cli": FOUNDATION | RECIPE | STORIES | {"report_text", ""},
+    "__main__": {"cli"},
+    "": set(),
+}
+"""Unit -> units that it may import. A unit is a module or package of ours; "" is the root."""
+
+HEAVY = {
+    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors",
+    "numpy", "pandas", "pyarrow", "gguf", "tensorboard",
+}  # fmt: skip
+LIGHT_PARTS = {"model", "data", "optim", "tasks"}
+"""Parts whose settings are in the recipe: what reads recipes imports them."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of imported modules (for `from a import b`: a.b, which may be a module)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def at_import_time(tree: ast.Module) -> ast.Module:
+    """Without functions, and without what only type checkers see."""
+    kept = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    kept = [node for node in kept if not (isinstance(node, ast.If) and _is_typing(node.test))]
+    return ast.Module(kept, [])
+
+
+def _is_typing(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
+
+
+def ours(name: str) -> str | None:
+    """The unit that a full name belongs to, if it is one of ours."""
+    root, _, rest = name.partition(".")
+    if root != "qlora_cli":
+        return None
+    first = rest.partition(".")[0]
+    is_module = (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file()
+    return first if is_module else ""
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_all_of_the_package_is_looked_at() -> None:
+    assert len(FILES) > 20
+    assert {unit(path) for path in FILES} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_unit_imports_what_it_may(path: Path) -> None:
+    found = {ours(name) for name in imports(parse(path))} - {None}
+    assert found <= ALLOWED[unit(path)]
+
+
+def test_the_command_line_imports_a_story_inside_its_command_alone() -> None:
+    found = {ours(name) for name in imports(at_import_time(parse(PACKAGE / "cli.py")))}
+    assert not found & (STORIES | PARTS | {"loop"})
+
+
+def test_the_loop_knows_one_section_of_the_recipe() -> None:
+    names = set(imports(parse(PACKAGE / "loop.py")))
+    assert {name for name in names if "recipe" in name} == {"qlora_cli.recipe.Training"}
+
+
+LIGHT = [path for path in FILES if unit(path) in FOUNDATION | RECIPE | LIGHT_PARTS | {"cli"}]
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_reads_recipes_imports_nothing_heavy(path: Path) -> None:
+    roots = {name.partition(".")[0] for name in imports(at_import_time(parse(path)))}
+    assert not roots & HEAVY
+
+
+def test_the_world_alone_knows_accelerate() -> None:
+    users = {unit(p) for p in FILES if any("accelerate" in name for name in imports(parse(p)))}
+    assert users <= {"world"}
