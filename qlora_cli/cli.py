@@ -59,7 +59,11 @@ Overrides = Annotated[
 ]
 WeightsOption = Annotated[
     Literal["last", "best"],
-    typer.Option("--weights", help="After the last step, or at the lowest evaluation loss."),
+    typer.Option(
+        "--weights",
+        metavar="last|best",
+        help="After the last step, or at the lowest evaluation loss.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[
@@ -82,10 +86,11 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
     """Fine-tune language models from one YAML recipe.
 
     \b
-    qlora validate recipe.yaml                 look at the recipe with every default
-    qlora train recipe.yaml                    train; the run is written to output.dir
-    qlora eval runs/mine                       base and tuned model on the held-out rows
-    qlora merge runs/mine --output models/mine a plain model folder
+    Example:
+      qlora validate recipe.yaml                  # every value, and where it comes from
+      qlora train recipe.yaml                     # the run is written to output.dir
+      qlora eval runs/mine                        # base and tuned model on held-out rows
+      qlora merge runs/mine --output models/mine  # a plain model folder
 
     Results go to stdout, progress and errors to stderr.
 
@@ -154,7 +159,9 @@ def evaluate(
 @app.command()
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder to make; it must not exist.")],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
+    ],
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
@@ -200,7 +207,9 @@ def schema() -> None:
     \b
     Example:
       qlora schema > recipe.schema.json
-    and, for editors with a YAML language server, as the first line of a recipe:
+
+    \b
+    Editors with a YAML language server use it when a recipe begins with this line:
       # yaml-language-server: $schema=recipe.schema.json
     """
     from qlora_cli.recipe_schema import recipe_schema

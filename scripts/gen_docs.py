@@ -1,0 +1,209 @@
+"""Write docs/reference from the code: `python scripts/gen_docs.py` (`--check`: is it current?).
+
+Exit status of `--check`: 0 current, 1 not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from typer.main import get_command
+
+from qlora_cli.cli import app
+from qlora_cli.field_types import FieldType
+from qlora_cli.part import Part
+from qlora_cli.recipe import Recipe
+from qlora_cli.yaml_writer import yaml_lines
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+
+NOTE = "<!-- Written by scripts/gen_docs.py from the code; change that instead. -->"
+
+RECIPE_HEAD = f"""\
+{NOTE}
+# The recipe
+
+A recipe is one YAML file. The shortest:
+
+```yaml
+model: {{path: Qwen/Qwen2.5-0.5B-Instruct}}
+data: {{train: {{path: rows.jsonl}}}}
+output: {{dir: runs/first}}
+```
+
+A key that is not in these tables is an error. `qlora validate RECIPE` prints a recipe with all its
+values and where each of them comes from.
+
+- **Types.** The key decides what its value is: `2e-4`, `1E-5` and `1_000` are numbers where a
+  number is due, and `no` and `123` are text where text is due. What is in quotes is always text.
+- **Sections with a `type`** come in several kinds, each with keys of its own. A section that is
+  there must name its `type`.
+- **`extends: other.yaml`**, at the top of a recipe, builds on another (beside it, and perhaps built
+  on a third). Sections are merged key by key; lists and values replace those below, and so does a
+  section of another `type`.
+- **`--set section.key=value`**, on the command line, comes last and is typed in the same way:
+  `--set adapter.r=8`, `--set 'adapter.target_modules=[q_proj, v_proj]'`.
+- **Editors** can check a recipe as it is written: `qlora schema > recipe.schema.json`, and as the
+  first line of the recipe `# yaml-language-server: $schema=recipe.schema.json`. The schema knows
+  one spelling of each value: `true` and not `yes`, and quotes around text that looks like a number.
+"""
+
+CLI_HEAD = f"""\
+{NOTE}
+# The command line
+"""
+
+
+Sections = dict[tuple[type[Part], ...], str]
+"""Parts, and the section where their keys are written down."""
+
+
+def recipe_page() -> str:
+    seen: Sections = {}
+    sections = [
+        line for name, info in Recipe.model_fields.items() for line in _section(name, info, seen)
+    ]
+    return _joined([RECIPE_HEAD, *sections])
+
+
+def _section(path: str, info: FieldInfo, seen: Sections) -> Iterator[str]:
+    """The keys of a section, kind by kind, and the sections below it."""
+    field_type = FieldType.of(info)
+    parts = _parts(field_type)
+    if not parts:
+        return
+    yield f"{'#' * (path.count('.') + 2)} `{path}`\n"
+    yield f"{info.description} {_presence(info)}\n"
+    if parts in seen:
+        yield f"It takes the same keys as `{seen[parts]}`.\n"
+        return
+    seen[parts] = path
+    if len(parts) > 1:
+        yield from (f"- `type: {_type(part)}`: {_about(part)}" for part in parts)
+        yield ""
+    yield from _tables(parts)
+    for part in parts:
+        for name, below in part.model_fields.items():
+            yield from _section(f"{path}.{name}", below, seen)
+
+
+def _parts(field_type: FieldType) -> tuple[type[Part], ...]:
+    return field_type.parts or (_parts(field_type.item) if field_type.item else ())
+
+
+def _tables(parts: tuple[type[Part], ...]) -> Iterator[str]:
+    """One table for all kinds that take the same keys."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for part in parts:
+        kinds.setdefault(tuple(_rows(part)), []).append(f"`{_type(part)}`" if parts[1:] else "")
+    for rows, names in kinds.items():
+        if not rows:
+            yield f"{', '.join(names)}: no other keys.\n"
+            continue
+        if parts[1:]:
+            yield f"{', '.join(names)}:\n"
+        yield from ["| key | takes | default | meaning |", "|---|---|---|---|", *rows, ""]
+
+
+def _rows(part: type[Part]) -> Iterator[str]:
+    for name, info in part.model_fields.items():
+        if name == "type":
+            continue
+        field_type = FieldType.of(info)
+        takes = "a section (below)" if _parts(field_type) else field_type.words()
+        if _parts(field_type) and field_type.item:
+            takes = "a list of sections (below)"
+        cells = [f"`{name}`", takes, _default(info), str(info.description)]
+        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    default = info.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, Part):
+        return f"`{{type: {_type(type(default))}}}`" if "type" in type(default).model_fields else ""
+    (line, _), *_ = yaml_lines({"x": default})
+    return f"`{line.removeprefix('x: ')}`"
+
+
+def _presence(info: FieldInfo) -> str:
+    default = _default(info)
+    if default == "required":
+        return "Required."
+    return f"Left out, it is {default}." if "type" in default else "May be left out."
+
+
+def _type(part: type[Part]) -> str:
+    return str(part.model_fields["type"].default)
+
+
+def _about(part: type[Part]) -> str:
+    return " ".join((inspect.getdoc(part) or "").split())
+
+
+def cli_page() -> str:
+    group = get_command(app)
+    lines = [CLI_HEAD, *_command("qlora", group)]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        lines += _command(f"qlora {name}", command)
+    return _joined(lines)
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    arguments = [p.metavar for p in command.params if p.param_type_name == "argument"]
+    yield f"## `{' '.join([name, *arguments])}`\n"
+    for paragraph in inspect.cleandoc(command.help).split("\n\n"):
+        # The mark of a paragraph that keeps its lines.
+        if not paragraph.startswith("\b\n"):
+            yield f"{paragraph}\n"
+            continue
+        title, lines = paragraph[2:].split("\n", 1)
+        language = "bash" if title == "Example:" else "text"
+        yield f"{title}\n\n```{language}\n{textwrap.dedent(lines)}\n```\n"
+    if command.params:
+        yield from ["| option | meaning |", "|---|---|", *map(_option, command.params), ""]
+
+
+def _option(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"| `{parameter.metavar}` | {parameter.help} |"
+    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    value = f" `{parameter.metavar}`" if parameter.metavar else ""
+    notes = ["Required."] * parameter.required
+    if parameter.metavar and isinstance(parameter.default, str):
+        notes.append(f"Default: {parameter.default}.")
+    cell = " ".join([f"{names}{value}", "|", parameter.help, *notes])
+    return "| " + cell.replace("last|best", "last&#124;best") + " |"
+
+
+def _joined(lines: list[str]) -> str:
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    pages = {"recipe.md": recipe_page(), "cli.md": cli_page()}
+    old = [name for name, text in pages.items() if not _is_current(FOLDER / name, text)]
+    if sys.argv[1:] == ["--check"]:
+        for name in old:
+            print(f"docs/reference/{name} is not current: run python scripts/gen_docs.py")
+        return 1 if old else 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in old:
+        (FOLDER / name).write_text(pages[name], encoding="utf-8")
+        print(f"wrote docs/reference/{name}")
+    return 0
+
+
+def _is_current(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Documentation is generated or executed: every recipe is loaded, every command line parsed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from qlora_cli.cli import app
+from qlora_cli.part_reader import key_paths
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+MINIMAL = "model: {path: base}\ndata: {train: {path: rows.jsonl}}\noutput: {dir: run}\n"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL):
+        line = text[: match.start()].count("\n") + 1
+        yield Block(page, line, match[2], match[3])
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+RECIPES = [block for block in BLOCKS if block.language in ("yaml", "yml")]
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A call of qlora in some text."""
+
+    where: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.where} {shlex.join(self.words)}"
+
+
+def command_lines(where: str, text: str) -> Iterator[CommandLine]:
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        yield from _calls(where, list(lexer))
+
+
+def _calls(where: str, words: list[str]) -> Iterator[CommandLine]:
+    """The calls in a line of shell, cut at pipes, redirections and the like."""
+    calls: list[list[str]] = [[]]
+    for word in words:
+        if set(word) <= set("|&;<>"):
+            calls.append([])
+        else:
+            calls[-1].append(word)
+    for call in calls:
+        while call and re.fullmatch(r"[A-Z_]+=.*", call[0]):
+            call.pop(0)
+        if call[:1] == ["qlora"]:
+            yield CommandLine(where, tuple(call[1:]))
+
+
+def commented(path: Path) -> str:
+    """The commands in the comments of a recipe or script."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[1:] for line in lines if re.match(r"#\s+qlora ", line))
+
+
+SHELL = [block for block in BLOCKS if block.language in ("bash", "sh", "shell", "console")]
+COMMANDS = [call for block in SHELL for call in command_lines(str(block), block.text)]
+COMMANDS += [
+    call for path in CONFIGS for call in command_lines(str(path.relative_to(ROOT)), commented(path))
+]
+
+
+def test_something_was_found() -> None:
+    assert CONFIGS
+    assert RECIPES
+    assert COMMANDS
+    assert any(call.where.startswith("configs/") for call in COMMANDS)
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    command = [sys.executable, "scripts/gen_docs.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_recipe_to_copy_is_read(path: Path) -> None:
+    assert load_recipe(path).recipe.output.dir
+
+
+@pytest.mark.parametrize("block", RECIPES, ids=str)
+def test_every_recipe_in_the_text_is_read(block: Block, tmp_path: Path) -> None:
+    """One that is a piece is read on top of the shortest recipe."""
+    (tmp_path / "minimal.yaml").write_text(MINIMAL, encoding="utf-8")
+    text = re.sub(r"^extends: .*\n", "", block.text, flags=re.MULTILINE)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"extends: minimal.yaml\n{text}", encoding="utf-8")
+    load_recipe(recipe)
+
+
+@pytest.mark.parametrize("call", COMMANDS, ids=str)
+def test_every_command_line_in_the_text_is_understood(call: CommandLine, tmp_path: Path) -> None:
+    values = parse(list(call.words))
+    for override in values.get("overrides") or ():
+        assert override.partition("=")[0] in set(key_paths(Recipe))
+    recipe = str(values.get("recipe", ""))
+    if recipe.startswith("configs/"):
+        load_recipe(ROOT / recipe, values["overrides"])
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """The values of a command line. (The command itself is not run.)"""
+    group: Any = get_command(app)
+    while words and words[0] in ("-q", "--quiet", "-v", "--verbose"):
+        words = words[1:]
+    try:
+        context = group.make_context("qlora", words)
+        name, *rest = words
+        context = group.commands[name].make_context(name, rest, parent=context)
+    except typer.Exit:  # --help, --version
+        return {}
+    return dict(context.params)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["qlora trian recipe.yaml", "qlora train recipe.yaml --sett a=b", "qlora merge runs/x"],
+)
+def test_a_wrong_command_line_would_be_noticed(text: str) -> None:
+    (call,) = command_lines("here", text)
+    with pytest.raises(Exception, match=r"trian|sett|output"):
+        parse(list(call.words))
+
+
+def test_calls_are_found_in_shell() -> None:
+    text = (
+        "cd x && CUDA=1 qlora train a.yaml \\\n  --resume | tee log  # qlora no\n$ qlora schema > s"
+    )
+    assert [call.words for call in command_lines("here", text)] == [
+        ("train", "a.yaml", "--resume"),
+        ("schema",),
+    ]
