@@ -1,4 +1,4 @@
-"""Checkpoints: all that is needed to go on as if nothing had happened. safetensors and JSON alone."""
+"""Checkpoints: all that is needed to go on as if nothing had happened. Nothing is pickled."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -
         if trained
         else recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
     )
-    held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
-    if held_out is None or recipe.data.evaluation is None:
+    if recipe.data.evaluation is None:
         raise RecipeError(
             f"{target} has no data.evaluation", hint="--set data.evaluation.path=held_out.jsonl"
         )
+    held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
     prompts = (
         prepare_prompts(recipe.data.evaluation, tokenizer)[: recipe.evaluation.limit]
         if recipe.evaluation.tasks
@@ -132,7 +132,7 @@ class Examiner:
             dtype=self._dtype,
             device=self._world.device,
         )
-        results = {}
+        results: dict[str, dict[str, float]] = {}
         for task in settings.tasks:
             scores = [
                 task.score(prompt.reference, text)
@@ -152,7 +152,7 @@ def as_table(report: dict[str, Any]) -> str:
     for task in tasks:
         rows.append([task, *(f"{m['tasks'][task]['score']:.1%}" for m in models.values())])
     width = max(len(row[0]) for row in rows)
-    table = "\n".join(row[0].ljust(width) + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+    lines = [row[0].ljust(width) + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
     answered = f", {models['base']['tasks'][tasks[0]]['rows']} answers" if tasks else ""
     counts = f"{report['rows']} rows, {report['supervised_tokens']:,} supervised tokens{answered}"
-    return f"{report['target']}: {counts}\n{table}"
+    return "\n".join([f"{report['target']}: {counts}", *lines])

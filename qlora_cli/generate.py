@@ -43,7 +43,9 @@ def answer(
     texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    for batch in prompt_batches(prompts, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id):
+    for batch in prompt_batches(
+        prompts, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
+    ):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = model.generate(  # type: ignore[operator]
                 input_ids=batch.input_ids.to(device),

@@ -28,8 +28,10 @@ log = logging.getLogger("qlora")
 MAX_LOGIT_ERROR = 1e-3
 """Largest difference of float32 logits, merged against unmerged, over the range of the logits."""
 MAX_KL = 0.02
-"""Largest mean KL divergence (nats a token) of the written model from base plus adapter. Rounding
-the merged weights to bfloat16 costs about 0.002; a merge into 4 bit, which loses the adapter, 0.8."""
+"""Largest mean KL divergence (nats a token) of the written model from base plus adapter.
+
+Rounding merged weights to bfloat16 costs about 0.002; a merge into 4 bit, which loses the adapter,
+0.8."""
 
 _PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then it goes home.",
@@ -82,7 +84,9 @@ def merge(run_folder: Path, output: Path, *, weights: Weights) -> dict[str, Any]
             **compare(reference, reload_logits(unfinished, inputs)),
         }
         refuse_infidelity(report)
-        (unfinished / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (unfinished / "merge.json").write_text(
+            json.dumps(report, indent=2) + "\n", encoding="utf-8"
+        )
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

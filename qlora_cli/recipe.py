@@ -40,7 +40,7 @@ class Training(Part):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Dtype to compute in; `auto` is bf16 where the device has it. Trained weights are fp32."""
+    """Dtype to compute in; `auto` is bf16 where that is fast. Trained weights are fp32."""
     log_every: int = Field(1, ge=1)
     """Steps between two lines of the log."""
     eval_every: int | None = Field(None, ge=1)

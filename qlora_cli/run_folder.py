@@ -93,7 +93,7 @@ class RunFolder:
         unfinished.rename(self.root / which)
 
     def is_best(self, loss: float, step: int) -> bool:
-        """Whether a loss is the lowest so far, and if so remember it. The untrained start is none."""
+        """Whether a loss is the lowest so far (and remember it). The untrained start is none."""
         best = self.read_record().get("best")
         if step == 0 or (best is not None and best["eval_loss"] <= loss):
             return False
@@ -130,12 +130,14 @@ class RunFolder:
             f"{record['trained_weights']:,} of {record['total_weights']:,} weights trained, "
             f"{record['seconds']:,.0f} s.",
             "",
-            *([f"Lowest evaluation loss: {best['eval_loss']:.4f} at step {best['step']}."] * bool(best)),
-            "",
             "| file | what |",
             "|---|---|",
             "| last/ | weights after the last step, with tokenizer and chat template |",
-            *(["| best/ | weights at the lowest evaluation loss |"] * bool(best)),
+        ]
+        if best is not None:
+            lowest = f"{best['eval_loss']:.4f} at step {best['step']}"
+            lines.append(f"| best/ | weights at the lowest evaluation loss, {lowest} |")
+        lines += [
             "| recipe.yaml | the recipe, every value written out |",
             "| run.json | versions, seed, data digests, counts |",
             "| metrics.jsonl | one JSON object for each logged step |",

@@ -51,7 +51,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     # Data first: a bad row is found before a large model is loaded.
     tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
     learnt = read_data("training", recipe.data, recipe.data.train, tokenizer)
-    held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
+    held_out = None
+    if recipe.data.evaluation is not None:
+        held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
 
     dtype = world.compute_dtype(settings.precision)
     model = load_base(recipe, dtype, world.device)
@@ -159,11 +161,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
 
 
 def read_data(
-    name: str, data: Data, source: Source | None, tokenizer: PreTrainedTokenizerFast
-) -> Prepared | None:
+    name: str, data: Data, source: Source, tokenizer: PreTrainedTokenizerFast
+) -> Prepared:
     """The examples of a source, with a line about them in the log."""
-    if source is None:
-        return None
     prepared = prepare(source, tokenizer, max_length=data.max_length, max_lost=data.max_lost)
     log.info("%s data: %s", name, prepared.summary())
     return prepared

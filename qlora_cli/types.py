@@ -1,6 +1,6 @@
 """Values that travel between parts.
 
-Shapes, everywhere in this code: B rows, T tokens, V vocabulary, D width, N supervised tokens, R rank.
+Shapes, everywhere in this code: B rows, T tokens, V vocabulary, D width, N supervised tokens.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized conversation or text. Labels are unshifted: labels[i] is input_ids[i] or IGNORE_INDEX."""
+    """One tokenized row. Labels are unshifted: labels[i] is input_ids[i] or IGNORE_INDEX."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that contribute to the loss. The first token has no predecessor to predict it from."""
+        """Tokens that contribute to the loss. The first has no predecessor to predict it from."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
@@ -71,7 +71,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch for a device. Labels stay on the host, where counting them makes nobody wait."""
+        """The batch for a device. Labels stay on the host: counted there, nobody waits."""
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),

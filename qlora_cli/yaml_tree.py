@@ -52,13 +52,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong at a place."""
+    """Something wrong at a place; as text one line, whatever the keys and values hold."""
 
     place: Place
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}  {self.message}"
+        return " ".join(f"{self.place}  {self.message}".splitlines())
 
 
 @dataclass(frozen=True, slots=True)

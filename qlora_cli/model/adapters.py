@@ -25,7 +25,8 @@ class FullFineTune(Part):
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make every weight trainable, in float32: bfloat16 loses updates below its grid."""
-        return model.float().requires_grad_(True)
+        model.float().requires_grad_(True)
+        return model
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the weights as an ordinary model folder."""

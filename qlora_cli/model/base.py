@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.errors import ModelError
@@ -89,7 +89,8 @@ class BaseModelConfig(Part):
         model.requires_grad_(False)
         keep_4bit_weights_trainable(model)
         # from_pretrained() returns eval mode, in which dropout and bitsandbytes act otherwise.
-        return model.train()
+        model.train()
+        return model
 
     def load_tokenizer(self, chat_template: str | None = None) -> PreTrainedTokenizerFast:
         """The model's tokenizer, with the given chat template (Jinja text) if there is one.
@@ -104,7 +105,11 @@ class BaseModelConfig(Part):
 
     def _fetch(self) -> Path:
         import huggingface_hub
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
             raise ModelError(f"model.path: no such folder: {self.path}")
@@ -169,13 +174,11 @@ def _unpack_gguf(path: Path) -> Path:
     return folder
 
 
-def load_tokenizer(
-    folder: Path, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of a model or adapter folder.
 
     Raises:
-        ModelError: it cannot be loaded, or is not a fast tokenizer (masks need offsets into the text).
+        ModelError: it cannot be loaded, or is not a fast one (masks need offsets into the text).
     """
     from transformers import AutoTokenizer
 
@@ -190,8 +193,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         # Padding is masked by position and never by id, so sharing the id does no harm.
         tokenizer.pad_token = tokenizer.eos_token
-    fast: PreTrainedTokenizerFast = tokenizer
-    return fast
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:

@@ -31,7 +31,8 @@ class _Quantized(Part):
         import torch
 
         model.dequantize(torch.float32)
-        return model.float()
+        model.float()
+        return model
 
 
 class _FourBit(_Quantized):
@@ -43,7 +44,7 @@ class _FourBit(_Quantized):
     compute_dtype: DtypeName = "auto"
     """Dtype in which dequantized weights are multiplied; `auto` follows `training.precision`."""
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
-    """Dtype of the tensors that hold the packed 4-bit values; sharded training needs a float one."""
+    """Dtype of the tensors with the packed 4-bit values; sharded training needs a float one."""
 
     def _load_options(self, quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
@@ -116,7 +117,8 @@ class Unquantized(Part):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same weights in float32."""
-        return model.float()
+        model.float()
+        return model
 
 
 QuantizationConfig = Annotated[Nf4 | Fp4 | Int8 | Unquantized, Field(discriminator="type")]

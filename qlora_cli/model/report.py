@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.nn import Module, Parameter
     from transformers import PreTrainedModel
 
+
 @dataclass(frozen=True)
 class WeightReport:
     """The base weights as they lie in memory."""
@@ -23,7 +24,7 @@ class WeightReport:
     num_unquantized: int
     """Of these, how many are held in 16 or 32 bit."""
     unquantized_linear: dict[str, int]
-    """Matrices other than embeddings and head that could be quantized and are not: name -> weights."""
+    """Matrices, embeddings and head aside, that are not quantized: name -> weights."""
     linear_weights: int
 
     def summary(self) -> str:

@@ -100,7 +100,7 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, shifted.flatten()[positions]
 
 
-def head_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+def head_loss(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
     """Cross-entropy sum of `head(hidden)` against `targets`, its gradient found in the same pass.
 
     Args:
@@ -109,7 +109,7 @@ def head_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         head: D -> V; its trainable weights get their gradients too.
     """
     weights = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = _HeadLoss.apply(hidden, targets, head, *weights)
+    loss: Tensor = _HeadLoss.apply(hidden, targets, head, *weights)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -117,14 +117,14 @@ class _HeadLoss(torch.autograd.Function):
     """Logits of a chunk live from their birth to their gradient, and never again in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *weights: Tensor
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, *weights: Tensor
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wanted else None
         weight_grads = [torch.zeros_like(weight) for weight in weights]
-        for rows in _chunks(len(targets), _vocabulary_size(head)):
+        for rows in _chunks(len(targets), head.out_features):
             with torch.set_grad_enabled(wanted):
                 states = hidden[rows].detach().requires_grad_(wanted)
                 logits = head(states)  # (n, V)
@@ -140,16 +140,11 @@ class _HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *weight_grads = ctx.saved_tensors
         # The scale stays a tensor: reading it on the host would make it wait for the device.
         scaled = [grad * grad_loss.to(grad.dtype) for grad in (hidden_grad, *weight_grads)]
         return scaled[0], None, None, *scaled[1:]
-
-
-def _vocabulary_size(head: nn.Module) -> int:
-    size: int = head.weight.shape[0]  # type: ignore[union-attr, assignment]
-    return size
 
 
 def _chunks(num_rows: int, vocabulary_size: int) -> Iterable[slice]:

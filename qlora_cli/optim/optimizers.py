@@ -94,7 +94,7 @@ class AdamW8bit(_AdamW):
 
 
 class PagedAdamW32bit(_AdamW):
-    """AdamW whose 32-bit states may be moved to the host when the GPU is full (QLoRA, section 3)."""
+    """AdamW whose 32-bit states may move to the host when the GPU is full (QLoRA, section 3)."""
 
     type: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
 

@@ -29,7 +29,9 @@ class JsonMatch(Part):
             ) from error
         try:
             # Python's True == 1, which in JSON are two different values.
-            return float(json.dumps(json.loads(answer), sort_keys=True)
-                         == json.dumps(expected, sort_keys=True))
+            return float(
+                json.dumps(json.loads(answer), sort_keys=True)
+                == json.dumps(expected, sort_keys=True)
+            )
         except (json.JSONDecodeError, RecursionError):
             return 0.0

@@ -27,9 +27,7 @@ def test_off_a_terminal_each_step_is_one_plain_line() -> None:
     assert "\r" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
     assert len(lines) == 2
-    assert lines[0].startswith(
-        "step 1/10  loss 1.2500  lr 2.00e-04  1,234 tokens/s  2.00 GiB  "
-    )
+    assert lines[0].startswith("step 1/10  loss 1.2500  lr 2.00e-04  1,234 tokens/s  2.00 GiB  ")
     assert lines[0].endswith(" left")
     assert lines[1] == "step 1  eval_loss 1.5000"
 

@@ -15,9 +15,7 @@ def test_alone_sums_are_what_they_were() -> None:
     assert world.share(module) is module
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16)]
-)
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16)])
 def test_precision_by_name(precision, dtype) -> None:
     assert World().compute_dtype(precision) == dtype
 

@@ -87,7 +87,9 @@ def test_logits_are_made_at_supervised_positions_alone(tiny_model: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     objective = TokenLoss(model, torch.float32)
     seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: seen.append(output[..., 0].numel())
+    )
     batch = make_batch()
     objective(batch)
     assert seen == [batch.num_supervised]

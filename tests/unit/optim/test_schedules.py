@@ -10,7 +10,9 @@ CLASSES = get_args(get_args(ScheduleConfig)[0])
 
 @pytest.mark.parametrize("config_class", CLASSES)
 @pytest.mark.parametrize("warmup_steps", [0, 1, 5, 20])
-def test_every_schedule_is_within_bounds_and_never_wastes_a_step(config_class, warmup_steps) -> None:
+def test_every_schedule_is_within_bounds_and_never_wastes_a_step(
+    config_class, warmup_steps
+) -> None:
     schedule = config_class(warmup_steps=warmup_steps)
     scales = [schedule.scale(step, 20) for step in range(20)]
     assert all(0 < scale <= 1 for scale in scales)
