@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,22 @@ def test_commands() -> None:
     assert COMMANDS == ["train", "eval", "merge", "validate", "schema"]
 
 
+def test_options_are_a_promise() -> None:
+    """Scripts of others use these. To take one away is a change to announce."""
+    talk = {"--quiet", "--verbose", "-q", "-v"}
+    found = {
+        name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == {
+        "train": {"recipe", "--set", "--resume", "--json", *talk},
+        "eval": {"target", "--set", "--weights", "--json", *talk},
+        "merge": {"run", "--output", "--weights", "--json", *talk},
+        "validate": {"recipe", "--set", "--json", *talk},
+        "schema": set(),
+    }
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
@@ -159,6 +176,18 @@ def test_names_beyond_ascii_in_an_ascii_environment(tmp_path: Path) -> None:
     assert "größe/モデル" in out
     assert "é" in out
     assert "# rezept-ü.yaml:1" in out
+
+
+def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)
+    command = [sys.executable, "-m", "qlora_cli", "validate", str(recipe)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # The pipe opens when the command begins to read, and then makes it wait.
+    with subprocess.Popen(command, **pipes) as process, recipe.open("wb"):
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, b"", b"")
 
 
 def test_validate_answers_in_half_a_second(tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ def test_places_without_lines() -> None:
     assert str(tree.problems[0]) == "--set x  a: is given twice"
 
 
+def test_a_problem_is_one_line() -> None:
+    assert problem('"a\\nb": 1\n"a\\nb": 2\n') == "r.yaml:2:1  a b: is given twice, first in line 1"
+
+
 def test_dotted() -> None:
     assert dotted(("evaluation", "tasks", 0, "type")) == "evaluation.tasks[0].type"
     assert dotted(()) == ""
