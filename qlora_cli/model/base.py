@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from pydantic import Field
+
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
@@ -40,7 +42,7 @@ _WANTED_FILES = [
 class BaseModelConfig(Part):
     """Where the base model comes from."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Hub id, folder of safetensors, or GGUF file (dequantized when loaded)."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
