@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,21 +55,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     held_out = None
     if recipe.data.evaluation is not None:
         held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
-
-    dtype = world.compute_dtype(settings.precision)
-    model = load_base(recipe, dtype, world.device)
-    learn_to_stop(model, learnt.stop_token_ids)
-    set_seed(settings.seed)  # the same adapter on every rank
-    adapted = recipe.adapter.attach(model)
-    set_seed(settings.seed + world.rank)  # but not the same dropout
-    trained = report_trained(adapted)
-    log.info(trained.summary())
-    if settings.gradient_checkpointing:
-        start_checkpointing(model)
-
-    objective = TokenLoss(adapted, dtype)
-    optimizer = recipe.optimizer.build(adapted.parameters(), world.device)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     batches = BatchStream(
         learnt.examples,
         batch_size=settings.batch_size,
@@ -80,56 +66,43 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         world_size=world.size,
     )
     max_steps = settings.max_steps or batches.num_steps
-    state = TrainState()
-    if resume:
-        path = newest_checkpoint(run.checkpoints)
-        state = load_checkpoint(path, model=adapted, optimizer=optimizer, scaler=scaler)
-        log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
 
-    def write_weights(folder: Path) -> None:
-        recipe.adapter.save(adapted, folder)
-        tokenizer.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+    dtype = world.compute_dtype(settings.precision)
+    base = load_base(recipe, dtype, world.device)
+    learn_to_stop(base, learnt.stop_token_ids)
+    set_seed(settings.seed)  # the same adapter on every rank
+    model = recipe.adapter.attach(base)
+    set_seed(settings.seed + world.rank)  # but not the same dropout
+    trained = report_trained(model)
+    log.info(trained.summary())
+    if settings.gradient_checkpointing:
+        start_checkpointing(base)
 
-    def save(state: TrainState) -> None:
-        if world.is_main:
-            save_checkpoint(
-                run.checkpoints,
-                model=adapted,
-                optimizer=optimizer,
-                scaler=scaler,
-                state=state,
-                keep=recipe.output.keep_checkpoints,
-            )
-        world.wait()
+    objective = TokenLoss(model, dtype)
+    optimizer = recipe.optimizer.build(model.parameters(), world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    keeper = Keeper(recipe, run, world, base, model, tokenizer, optimizer, scaler)
+    state = keeper.resume(max_steps) if resume else TrainState()
+    keeper.record(
+        status="training",
+        max_steps=max_steps,
+        trained_weights=trained.trained,
+        total_weights=trained.total,
+        data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
+    )
 
     def evaluate() -> dict[str, float]:
         if held_out is None:
             return {}
         metrics = measure(objective, held_out, tokenizer, recipe.eval_batch_size, world)
-        if world.is_main and run.is_best(metrics["eval_loss"], state.step):
-            run.replace("best", write_weights)
+        keeper.keep_best(metrics["eval_loss"], state)
         return metrics
 
-    if world.is_main:
-        run.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
-        run.update_record(
-            status="training",
-            seed=settings.seed,
-            max_steps=max_steps,
-            trained_weights=trained.trained,
-            total_weights=trained.total,
-            data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
-            **environment(),
-        )
-    tracker = open_trackers(
-        recipe.output.trackers if world.is_main else None,
-        run.root,
-        max_steps=max_steps,
-        first_step=state.step,
-    )
     started = time.monotonic()
-    try:
+    names = recipe.output.trackers if world.is_main else None
+    with closing(
+        open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
+    ) as tracker:
         fit(
             world.share(objective),
             optimizer,
@@ -141,22 +114,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             scaler=scaler,
             state=state,
             evaluate=evaluate,
-            save=save,
+            save=keeper.checkpoint,
             tracker=tracker,
         )
-    finally:
-        tracker.close()
-
-    if world.is_main:
-        run.replace("last", write_weights)
-        run.update_record(
-            status="finished",
-            tokens=state.tokens,
-            seconds=round(time.monotonic() - started, 1),
-            peak_memory_bytes=world.peak_memory_bytes(),
-        )
-        run.write_readme()
-    world.close()
+    keeper.finish(state, seconds=time.monotonic() - started)
     return run.read_record()
 
 
@@ -202,3 +163,85 @@ def measure(
     totals = world.sum(evaluate_loss(objective, batches, world.device))
     loss = float(totals[0] / totals[1])
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+class Keeper:
+    """Writes what is kept of a run: its record, checkpoints, the best and the last weights.
+
+    Only the main process writes; the others wait where they must not run ahead.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        world: World,
+        base: PreTrainedModel,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self._recipe = recipe
+        self._run = run
+        self._world = world
+        self._base = base
+        self._model = model
+        self._tokenizer = tokenizer
+        self._optimizer = optimizer
+        self._scaler = scaler
+
+    def resume(self, max_steps: int) -> TrainState:
+        """Put the newest whole checkpoint in place.
+
+        Raises:
+            TrainingError: there is none, or it is of another model.
+        """
+        path = newest_checkpoint(self._run.checkpoints)
+        state = load_checkpoint(
+            path, model=self._model, optimizer=self._optimizer, scaler=self._scaler
+        )
+        log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
+        return state
+
+    def record(self, **values: object) -> None:
+        """The recipe as it is run, and facts about the run."""
+        if self._world.is_main:
+            self._run.recipe.write_text(dump_recipe(self._recipe), encoding="utf-8")
+            self._run.update_record(seed=self._recipe.training.seed, **values, **environment())
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Save all that is needed to go on from here."""
+        if self._world.is_main:
+            save_checkpoint(
+                self._run.checkpoints,
+                model=self._model,
+                optimizer=self._optimizer,
+                scaler=self._scaler,
+                state=state,
+                keep=self._recipe.output.keep_checkpoints,
+            )
+        self._world.wait()
+
+    def keep_best(self, loss: float, state: TrainState) -> None:
+        """Keep the weights if no earlier ones had so low a loss."""
+        if self._world.is_main and self._run.is_best(loss, state.step):
+            self._run.replace("best", self._write_weights)
+
+    def finish(self, state: TrainState, *, seconds: float) -> None:
+        """Keep the last weights and close the record."""
+        if self._world.is_main:
+            self._run.replace("last", self._write_weights)
+            self._run.update_record(
+                status="finished",
+                tokens=state.tokens,
+                seconds=round(seconds, 1),
+                peak_memory_bytes=self._world.peak_memory_bytes(),
+            )
+            self._run.write_readme()
+        self._world.close()
+
+    def _write_weights(self, folder: Path) -> None:
+        self._recipe.adapter.save(self._model, folder)
+        self._tokenizer.save_pretrained(folder)
+        self._base.generation_config.save_pretrained(folder)
