@@ -199,9 +199,9 @@ def test_validate_answers_in_half_a_second(tmp_path: Path) -> None:
 
 
 def _processor_seconds(*arguments: str) -> float:
-    """The least of three runs. Time in which others have the processor does not count."""
+    """The lesser of two runs. Time in which others have the processor does not count."""
     seconds = []
-    for _ in range(3):
+    for _ in range(2):
         before = os.times()
         subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
         after = os.times()
