@@ -126,7 +126,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train import train
 
-    report = train(loaded.recipe, resume=resume)
+    report = train(loaded.recipe, resume=resume, origins=loaded.origins)
     _show(report, as_json, run_text(loaded.recipe.output.dir, report))
 
 
@@ -218,7 +218,9 @@ def schema() -> None:
 
 
 def _show(report: Mapping[str, object], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else text.rstrip())
+    # Of several processes that train together, one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else text.rstrip())
 
 
 def main(args: Sequence[str] | None = None) -> None:

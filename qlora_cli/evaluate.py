@@ -140,19 +140,3 @@ class Examiner:
             ]
             results[task.type] = {"score": sum(scores) / len(scores), "rows": len(scores)}
         return results
-
-
-def as_table(report: dict[str, Any]) -> str:
-    """The report for people: one column a model."""
-    models: dict[str, dict[str, Any]] = report["models"]
-    tasks = list(models["base"]["tasks"])
-    rows = [["", *models]]
-    rows.append(["loss", *(f"{m['loss']:.4f}" for m in models.values())])
-    rows.append(["perplexity", *(f"{m['perplexity']:.3f}" for m in models.values())])
-    for task in tasks:
-        rows.append([task, *(f"{m['tasks'][task]['score']:.1%}" for m in models.values())])
-    width = max(len(row[0]) for row in rows)
-    lines = [row[0].ljust(width) + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
-    answered = f", {models['base']['tasks'][tasks[0]]['rows']} answers" if tasks else ""
-    counts = f"{report['rows']} rows, {report['supervised_tokens']:,} supervised tokens{answered}"
-    return "\n".join([f"{report['target']}: {counts}", *lines])

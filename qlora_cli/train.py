@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, resume: bool = False, origins: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run a recipe. The returned record is also in the run folder, as run.json.
 
     Args:
         resume: go on from the newest whole checkpoint in `output.dir`.
+        origins: where each value of the recipe comes from, for the record.
 
     Raises:
         QloraError: in one of its kinds, with its exit code.
@@ -46,8 +50,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     quiet_libraries()
     settings = recipe.training
     world = World()
+    if not world.is_main:
+        log.setLevel(logging.ERROR)
     run = RunFolder(Path(recipe.output.dir))
     run.start(resume=resume)
+    world.wait()  # a rank that is late must not find the run of its own main process
 
     # Data first: a bad row is found before a large model is loaded.
     tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
@@ -85,6 +92,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     state = keeper.resume(max_steps) if resume else TrainState()
     keeper.record(
         status="training",
+        origins=origins,
         max_steps=max_steps,
         trained_weights=trained.trained,
         total_weights=trained.total,
@@ -239,6 +247,7 @@ class Keeper:
                 peak_memory_bytes=self._world.peak_memory_bytes(),
             )
             self._run.write_readme()
+        self._world.wait()
         self._world.close()
 
     def _write_weights(self, folder: Path) -> None:

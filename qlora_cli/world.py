@@ -18,7 +18,8 @@ class World:
     """Device, rank and sums over ranks. One process is a world of size 1."""
 
     def __init__(self) -> None:
-        self._accelerator = Accelerator()
+        # Asked for by name, several CPU processes form a group; otherwise each would be alone.
+        self._accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.size: int = self._accelerator.num_processes

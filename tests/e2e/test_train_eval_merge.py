@@ -263,3 +263,25 @@ def test_local_paths_open_no_socket(
     qlora("train", write_recipe(quantization={"type": "nf4"}))
     qlora("eval", tmp_path / "run")
     qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
+
+
+def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(
+        quantization={"type": "nf4"},
+        # 16 rows in steps of 6: the last step is short, and one rank has fewer rows in it.
+        training={"batch_size": 6, "micro_batch_size": 1, "max_steps": None, "epochs": 1},
+    )
+    qlora("train", recipe)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_addr", "127.0.0.1", "--master_port", "0", "--standalone",
+        "-m", "qlora_cli", "train", str(recipe), "--set", f"output.dir={tmp_path / 'two'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    alone, together = metrics(tmp_path / "run"), metrics(tmp_path / "two")
+    for name in ("loss", "eval_loss", "grad_norm"):
+        expected = [row[name] for row in alone if name in row]
+        # Float32 sums in another order.
+        assert [row[name] for row in together if name in row] == pytest.approx(expected, abs=1e-4)
+    assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]
