@@ -1,0 +1,469 @@
+"""Verify on a CUDA card what could not be verified on a CPU, and print a table.
+
+Exit status: 0 all checks passed, 1 at least one failed, 3 there is no CUDA card.
+
+`--device cpu` tries the script itself on a machine without a card: what needs one is left out, and
+nothing is proven about any card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.data.batches import BatchStream
+from qlora_cli.data.tokenize import prepare
+from qlora_cli.loop import train_step
+from qlora_cli.model.base import start_checkpointing
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.recipe import Recipe
+from qlora_cli.train import load_base
+from qlora_cli.types import Batch, TrainState
+from qlora_cli.world import World
+
+NO_CARD = 3
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class NotHere(Exception):
+    """The check needs a card."""
+
+
+class Bench:
+    """A random model with rows that it can begin to learn, in a folder that goes away."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder = folder
+        self.device = device
+        self.model = folder / "model"
+        self.rows = folder / "rows.jsonl"
+        save_model(self.model, width=256, layers=4)
+        words = [chr(97 + i) + chr(97 + (7 * i) % 26) for i in range(26)]
+        rows = [
+            {"prompt": f"say {word} {count}", "completion": " ".join([word] * count)}
+            for word in words
+            for count in range(1, 9)
+        ]
+        self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def recipe(self, name: str, **sections: Any) -> Recipe:
+        """A short run. Keyword arguments replace or extend its sections."""
+        source = {"path": str(self.rows), "format": {"type": "prompt_completion"}}
+        document: dict[str, Any] = {
+            "model": {"path": str(self.model)},
+            "quantization": {"type": "nf4"},
+            "adapter": {"type": "lora", "r": 8, "dropout": 0.05},
+            "data": {"train": source, "evaluation": {**source, "limit": 48}, "max_length": 128},
+            "training": {"max_steps": 12, "batch_size": 8, "micro_batch_size": 4},
+            "optimizer": {"type": "paged_adamw_32bit", "learning_rate": 3e-3},
+            "output": {"dir": str(self.folder / name)},
+        }
+        for section, values in sections.items():
+            document[section] = {**document[section], **values}
+        return Recipe.model_validate(document)
+
+    def qlora(self, *arguments: object) -> Any:
+        """The JSON that a command prints. It runs in a process of its own, as a user's would."""
+        command = [sys.executable, "-m", "qlora_cli", *map(str, arguments), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, f"exit code {done.returncode}: {last_line(done.stderr)}"
+        assert "warning" not in done.stderr.lower(), last_line(done.stderr)
+        return json.loads(done.stdout)
+
+    def train(self, name: str, **sections: Any) -> Path:
+        """Train through the command line; the run folder."""
+        path = self.folder / f"{name}.yaml"
+        recipe = self.recipe(name, **sections).model_dump(mode="json")
+        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        self.qlora("train", path)
+        return self.folder / name
+
+
+def save_model(folder: Path, *, width: int, layers: int, vocabulary: int = 260) -> None:
+    """A random Llama with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
+    found, expected = found.detach().float(), expected.detach().float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def at_most(value: float, limit: float, name: str) -> str:
+    assert value <= limit, f"{name} {value:.1e}, at most {limit:.0e} is allowed"  # NaN fails too
+    return f"{name} {value:.1e}"
+
+
+def metrics(run: Path, name: str) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+# The kernels of bitsandbytes.
+
+
+def four_bit_product(bench: Bench, kind: str) -> str:
+    """Linear4bit against a plain product with the dequantized weight, one token and many."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    worst = 0.0
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)):
+        layer = Linear4bit(
+            1024, 768, bias=False, compute_dtype=dtype, quant_type=kind, compress_statistics=True
+        )
+        layer = layer.to(bench.device)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        for tokens in (1, 7, 2048):
+            x = torch.randn(tokens, 1024, device=bench.device, dtype=dtype)
+            with torch.no_grad():
+                error = relative_error(layer(x), x.float() @ weight.T)
+            at_most(error, tolerance, f"{dtype}, {tokens} tokens: relative error")
+            worst = max(worst, error)
+    return f"relative error {worst:.1e}"
+
+
+def four_bit_values(bench: Bench, kind: str) -> str:
+    """The same weight, quantized on the card and on the CPU, stands for the same values."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    weight = torch.randn(768, 1024)
+    here, there = (
+        dequantize_4bit(*quantize_4bit(weight.to(d), quant_type=kind, compress_statistics=True))
+        for d in (bench.device, torch.device("cpu"))
+    )
+    differing = float(((here.cpu() - there).abs() > 1e-3 * there.abs().max()).float().mean())
+    return at_most(differing, 1e-3, "share of values that differ")
+
+
+def eight_bit_product(bench: Bench) -> str:
+    """LLM.int8 against float32, and a gradient through it."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    torch.manual_seed(0)
+    plain = nn.Linear(1024, 768, bias=False)
+    layer = Linear8bitLt(1024, 768, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict(plain.state_dict())
+    layer = layer.to(bench.device)
+    x = torch.randn(64, 1024, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    weight = plain.weight.to(bench.device)
+    error = relative_error(y.detach(), x.detach().float() @ weight.T)
+    y.float().sum().backward()
+    assert x.grad is not None
+    gradient_error = relative_error(x.grad, weight.sum(0).expand_as(x))
+    return at_most(max(error, gradient_error), 5e-2, "relative error")
+
+
+# Gradients and optimizers.
+
+
+def gradients(bench: Bench, kind: str, *, checkpointing: bool) -> dict[str, Tensor]:
+    """Gradients of the adapter for one batch."""
+    recipe = bench.recipe(
+        "gradients", quantization={"type": kind}, adapter={"dropout": 0.0}, training={"seed": 1}
+    )
+    world = World()
+    dtype = world.compute_dtype("auto")
+    base = load_base(recipe, dtype, bench.device)
+    torch.manual_seed(1)
+    model = recipe.adapter.attach(base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide the gradient of the other half
+            nn.init.normal_(parameter, std=0.02)
+    if checkpointing:
+        start_checkpointing(base)
+    batch = stream(recipe).micro_batches(0)[0]
+    TokenLoss(model, dtype)(batch.to(bench.device)).backward()
+    return {
+        n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
+    }
+
+
+def stream(recipe: Recipe) -> BatchStream:
+    tokenizer = recipe.model.load_tokenizer()
+    rows = prepare(recipe.data.train, tokenizer, max_length=128, max_lost=0.0).examples
+    return BatchStream(
+        rows,
+        batch_size=recipe.training.batch_size,
+        micro_batch_size=recipe.training.micro_batch_size,
+        seed=0,
+        epochs=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def gradients_agree(bench: Bench, kind: str) -> str:
+    """Every adapter weight gets a finite gradient, with checkpointing the same as without."""
+    plain = gradients(bench, kind, checkpointing=False)
+    checkpointed = gradients(bench, kind, checkpointing=True)
+    assert len(plain) == 2 * 7 * 4, f"{len(plain)} gradients, {2 * 7 * 4} expected"
+    for name, gradient in plain.items():
+        assert bool(gradient.isfinite().all()), f"{name}: the gradient is not finite"
+        assert bool(gradient.any()), f"{name}: the gradient is zero"
+    error = max(relative_error(checkpointed[name], plain[name]) for name in plain)
+    return at_most(error, 1e-3, f"{len(plain)} tensors; relative difference")
+
+
+def paged_optimizer(bench: Bench, bits: int) -> str:
+    """Twenty steps of the paged optimizer against the unpaged one."""
+    import bitsandbytes.optim
+
+    if bench.device.type != "cuda":
+        raise NotHere
+    names = {32: ("PagedAdamW32bit", "AdamW32bit"), 8: ("PagedAdamW8bit", "AdamW8bit")}[bits]
+    results, states = [], []
+    for name in names:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(512, 1024, device=bench.device))
+        optimizer = getattr(bitsandbytes.optim, name)([weight], lr=1e-2)
+        target = torch.randn_like(weight)
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(weight, target, reduction="sum").backward()
+            optimizer.step()
+        results.append(weight.detach())
+        states.append(optimizer.state[weight]["state1"])
+    # Only paged tensors carry the mark.
+    assert hasattr(states[0], "is_paged"), "the states are not paged"
+    return at_most(relative_error(*results), 1e-6, "states are paged; relative difference")
+
+
+# The commands.
+
+
+def command_train(bench: Bench, kind: str, precision: str) -> str:
+    """A short run through the command line lowers the held-out loss."""
+    run = bench.train(
+        f"{kind}-{precision}",
+        quantization={"type": kind},
+        training={"precision": precision},
+    )
+    before, after = metrics(run, "eval_loss")
+    assert after < 0.9 * before, f"held-out loss from {before:.3f} to {after:.3f}"
+    return f"held-out loss {before:.3f} -> {after:.3f}"
+
+
+def eval_reproduces(bench: Bench) -> str:
+    """`qlora eval` gives the loss that training logged for base and tuned model."""
+    run = bench.train("eval")
+    models = bench.qlora("eval", run)["models"]
+    before, after = metrics(run, "eval_loss")
+    error = max(abs(models["base"]["loss"] - before), abs(models["tuned"]["loss"] - after))
+    return at_most(error, 1e-4, "difference of the loss")
+
+
+def merge_is_faithful(bench: Bench, kind: str) -> str:
+    """`qlora merge` passes its own comparison with base plus adapter."""
+    run = bench.train(f"merge-{kind}", quantization={"type": kind})
+    report = bench.qlora("merge", run, "--output", run / "merged")
+    return f"KL {report['kl']:.1e}, same next token {report['top1_agreement']:.1%}"
+
+
+def resume_is_exact(bench: Bench) -> str:
+    """A run that was cut and resumed ends where the uncut one ends."""
+    whole = bench.train("whole", training={"save_every": 6})
+    cut = bench.folder / "cut"
+    recipe = bench.folder / "cut.yaml"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000012")
+    text = bench.recipe("cut", training={"save_every": 6}).model_dump(mode="json")
+    recipe.write_text(json.dumps(text), encoding="utf-8")
+    bench.qlora("train", recipe, "--resume")
+    expected, found = (metrics(run, "loss")[-6:] for run in (whole, cut))
+    error = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+    return at_most(error, 1e-6, "difference of the loss")
+
+
+# Speed and memory.
+
+
+def no_host_sync(bench: Bench) -> str:
+    """A training step never makes the host wait for the card."""
+    if bench.device.type != "cuda":
+        raise NotHere
+    recipe = bench.recipe("sync", optimizer={"type": "adamw"})
+    world = World()
+    dtype = world.compute_dtype("auto")
+    model = recipe.adapter.attach(load_base(recipe, dtype, bench.device))
+    objective = TokenLoss(model, dtype).train()
+    optimizer = recipe.optimizer.build(model.parameters(), bench.device)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=False)
+    batches, state = stream(recipe), TrainState()
+
+    def step() -> None:
+        train_step(objective, optimizer, 1.0, batches, recipe.training, world, scaler, state)
+        state.step += 1
+
+    step()  # the first makes the optimizer's states and chooses kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return f"{len(batches.micro_batches(1))} micro-batches"
+
+
+def peak_memory(bench: Bench, kind: str, *, checkpointing: bool) -> float:
+    """MiB at the peak of one step of a model of 200 million weights on 4 x 512 tokens."""
+    folder = bench.folder / "large"
+    if not folder.exists():
+        save_model(folder, width=1024, layers=16, vocabulary=32000)
+    recipe = bench.recipe("memory", model={"path": str(folder)}, quantization={"type": kind})
+    dtype = World().compute_dtype("auto")
+    base = load_base(recipe, dtype, bench.device)
+    model = recipe.adapter.attach(base)
+    if checkpointing:
+        start_checkpointing(base)
+    objective = TokenLoss(model, dtype).train()
+    input_ids = torch.randint(0, 256, (4, 512))
+    batch = Batch(input_ids, torch.ones_like(input_ids), input_ids)
+    torch.cuda.reset_peak_memory_stats()
+    objective(batch.to(bench.device)).backward()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def memory_is_saved(bench: Bench) -> str:
+    """4 bit needs less than 16, and checkpointing less than none."""
+    if bench.device.type != "cuda":
+        raise NotHere
+    sixteen = peak_memory(bench, "none", checkpointing=True)
+    four = peak_memory(bench, "nf4", checkpointing=True)
+    unchecked = peak_memory(bench, "nf4", checkpointing=False)
+    figures = (
+        f"nf4 {four:,.0f} MiB, 16 bit {sixteen:,.0f}, nf4 without checkpointing {unchecked:,.0f}"
+    )
+    assert four < min(sixteen, unchecked), figures
+    return figures
+
+
+Check = Callable[[Bench], str]
+
+
+def checks() -> Iterator[tuple[str, Check]]:
+    """What is checked, in order: name and function."""
+    for kind in ("nf4", "fp4"):
+        yield f"{kind}: product against dequantized", lambda b, k=kind: four_bit_product(b, k)
+        yield f"{kind}: values as on the CPU", lambda b, k=kind: four_bit_values(b, k)
+    yield "int8: product and gradient", eight_bit_product
+    for kind in ("nf4", "int8", "none"):
+        yield f"{kind}: gradients, checkpointed or not", lambda b, k=kind: gradients_agree(b, k)
+    for bits in (32, 8):
+        yield f"paged AdamW, {bits} bit", lambda b, n=bits: paged_optimizer(b, n)
+    for kind, precision in (
+        ("nf4", "bf16"), ("nf4", "fp16"), ("nf4", "fp32"), ("fp4", "bf16"), ("int8", "bf16"),
+        ("int8", "fp16"), ("none", "bf16"), ("none", "fp16"),
+    ):  # fmt: skip
+        yield (
+            f"qlora train, {kind} in {precision}",
+            lambda b, k=kind, p=precision: command_train(b, k, p),
+        )
+    yield "qlora eval repeats the logged loss", eval_reproduces
+    yield "qlora train --resume is exact", resume_is_exact
+    for kind in ("nf4", "int8", "none"):
+        yield f"qlora merge, {kind}", lambda b, k=kind: merge_is_faithful(b, k)
+    yield "a step never waits for the card", no_host_sync
+    yield "peak memory", memory_is_saved
+
+
+def run_check(bench: Bench, check: Check) -> tuple[str, str]:
+    """Result and figure. Whatever goes wrong is a failed check, not the end of the others."""
+    try:
+        return "pass", check(bench)
+    except NotHere:
+        return "not here", "needs a card"
+    except AssertionError as error:
+        return "FAIL", str(error)
+    except Exception as error:
+        return "FAIL", f"{type(error).__name__}: {last_line(str(error))}"
+
+
+def print_machine(device: torch.device) -> None:
+    import bitsandbytes
+    import peft
+    import transformers
+
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        print(f"{card.name}, compute capability {card.major}.{card.minor}, ", end="")
+        print(f"{card.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}")
+    print(f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, peft {peft.__version__}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    device = torch.device(parser.parse_args().device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA card here (torch.cuda.is_available() is false): nothing was checked")
+        return NO_CARD
+    quiet_libraries()
+    print_machine(device)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), device)
+        for name, check in checks():
+            result, figure = run_check(bench, check)
+            results.append(result)
+            print(f"{name:<40}  {result:<8}  {figure}", flush=True)
+    failed = results.count("FAIL")
+    print(
+        f"\n{results.count('pass')} passed, {failed} failed, {results.count('not here')} left out"
+    )
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
