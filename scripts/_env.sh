@@ -45,13 +45,13 @@ has_accelerator() {
 # Without an accelerator, torch's CPU build will do: it is a tenth of the size of the ordinary one.
 install_cpu_torch() {
     if [[ -n ${QLORA_TORCH_INDEX:-} ]]; then
-        .venv/bin/python -m pip install --quiet "torch==$TORCH_VERSION" \
+        .venv/bin/python -m pip install -qq "torch==$TORCH_VERSION" \
             --index-url "$QLORA_TORCH_INDEX"
         return
     fi
     say "no accelerator: QLORA_TORCH_INDEX can name a package index with CPU builds of torch"
     # Naming one version lets pip take a CPU build of it from wherever pip is set up to look.
-    .venv/bin/python -m pip install --quiet "torch==$TORCH_VERSION"
+    .venv/bin/python -m pip install -qq "torch==$TORCH_VERSION"
 }
 
 # make_environment EXTRA: .venv with the project in it (EXTRA: "" or "dev"), unless it is there.
@@ -69,8 +69,9 @@ make_environment() {
         say ".venv: made with $("$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
         "$python" -m venv .venv
     fi
+    say "installing; the first time this takes some minutes"
     has_accelerator || install_cpu_torch
-    .venv/bin/python -m pip install --quiet --editable ".${extra:+[$extra]}"
+    .venv/bin/python -m pip install -qq --editable ".${extra:+[$extra]}"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
