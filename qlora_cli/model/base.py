@@ -115,7 +115,9 @@ class BaseModelConfig(Part):
             LocalEntryNotFoundError,
         )
 
-        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
+        parent = Path(self.path).parent
+        is_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
+        if is_local or (parent != Path() and parent.is_dir()):
             raise ModelError(f"model.path: no such folder: {self.path}")
         wanted = [*_WANTED_FILES, "*.py"] if self.trust_remote_code else _WANTED_FILES
         try:
@@ -129,7 +131,7 @@ class BaseModelConfig(Part):
             raise ModelError(
                 f"model.path: {self.path} is no local folder, and not to be had from the hub: "
                 f"{reason}",
-                hint="check the name, `huggingface-cli login` for a gated model, or give a folder",
+                hint="check the name, `hf auth login` for a gated model, or give a folder",
             ) from error
 
 

@@ -1,0 +1,43 @@
+"""Every recipe to copy is trained for three steps, its model and data replaced by tiny ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.train import train
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_there_is_a_recipe_of_each_kind() -> None:
+    recipes = [load_recipe(path).recipe for path in CONFIGS]
+    kinds = {(recipe.adapter.type, recipe.quantization.type) for recipe in recipes}
+    assert kinds >= {("lora", "nf4"), ("lora", "int8"), ("lora", "none"), ("full", "none")}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_three_steps(
+    path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows), encoding="utf-8")
+    source = f"{{path: {json.dumps(str(rows))}, format: {{type: messages}}}}"
+    recipe = load_recipe(
+        path,
+        [
+            f"model.path={tiny_model}",
+            f"data={{train: {source}, evaluation: {source}, max_length: 96}}",
+            "training.epochs=null",
+            "training.max_steps=3",
+            f"output.dir={tmp_path / 'run'}",
+        ],
+    ).recipe
+    record = train(recipe)
+    assert record["status"] == "finished"
+    assert record["best"]["step"] == 3
+    assert (tmp_path / "run" / "last").is_dir()
