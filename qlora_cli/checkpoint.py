@@ -38,7 +38,11 @@ def save_checkpoint(
 
     The trained weights, the optimizer, the random generators, the state of the loop. The position
     in the data is a function of the step, and so is the learning rate.
+
+    Raises:
+        TrainingError: a trained weight is not finite; nothing was written.
     """
+    refuse_non_finite(model, state.step)
     path = folder / f"step-{state.step:08d}"
     unfinished = folder / f".{path.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -95,6 +99,17 @@ def load_checkpoint(
     scaler.load_state_dict(values["scaler"])
     _set_random_states(values["random"])
     return TrainState(**values["state"])
+
+
+def refuse_non_finite(model: nn.Module, step: int) -> None:
+    """Raises TrainingError if a trained weight is NaN or infinite."""
+    bad = [name for name, tensor in _trained(model).items() if not tensor.isfinite().all()]
+    if bad:
+        raise TrainingError(
+            f"step {step}: {len(bad)} trained tensors are not finite (such as {bad[0]}); they "
+            "were not saved, and what was saved before is untouched",
+            hint="try a lower optimizer.learning_rate, or training.max_grad_norm=1",
+        )
 
 
 def newest_checkpoint(folder: Path) -> Path:

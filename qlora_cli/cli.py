@@ -169,7 +169,8 @@ def merge(
     """Write a plain model: base plus adapter.
 
     The written model is loaded again and compared with base plus adapter before this says it is
-    done. --json prints output, weights, dtype, bytes, logit_error, kl and top1_agreement.
+    done. --json prints output, weights, dtype, bytes, logit_error, kl, top1_agreement and
+    kl_as_trained.
 
     \b
     Example:

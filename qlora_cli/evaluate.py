@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.data.tokenize import Prepared, prepare_prompts, read_chat_template
+from qlora_cli.build import load_base, measure, read_data, read_prompts
+from qlora_cli.data.tokenize import Prepared, read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.generate import answer
 from qlora_cli.model.base import learn_to_stop, load_tokenizer
@@ -18,7 +19,6 @@ from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
-from qlora_cli.train import load_base, measure, read_data
 from qlora_cli.types import Prompt
 from qlora_cli.world import World
 
@@ -56,11 +56,7 @@ def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -
             f"{target} has no data.evaluation", hint="--set data.evaluation.path=held_out.jsonl"
         )
     held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
-    prompts = (
-        prepare_prompts(recipe.data.evaluation, tokenizer)[: recipe.evaluation.limit]
-        if recipe.evaluation.tasks
-        else []
-    )
+    prompts = read_prompts(recipe, tokenizer)
 
     world = World()
     dtype = world.compute_dtype(recipe.training.precision)
@@ -77,7 +73,8 @@ def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -
         "supervised_tokens": held_out.num_supervised,
         "models": models,
     }
-    if run:
+    if run and not overrides:
+        # With overrides it is a measurement of something else, and belongs to whoever asked.
         run.update_record(evaluation=report)
     return report
 

@@ -37,6 +37,11 @@ def answer(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        # What is not said here, transformers takes from the model's own generation config.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
         eos_token_id=list(stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -43,7 +43,8 @@ def fit(
     Raises:
         TrainingError: the loss of a logged step is not finite.
     """
-    if state.step == 0:
+    # Before the first step; and again where a run that is resumed may have been cut short in it.
+    if is_due(settings.eval_every, state.step) or state.step in (0, max_steps):
         tracker.log(evaluate(), state.step)
     objective.train()
     meter = Meter(state)

@@ -50,7 +50,10 @@ def merge(run_folder: Path, output: Path, *, weights: Weights) -> dict[str, Any]
     is kept in the base's 16 bit and never packed into 4 bit, where rounding would undo it.
 
     Returns:
-        {"output", "weights", "dtype", "bytes", "logit_error", "kl", "top1_agreement"}
+        {"output", "weights", "dtype", "bytes", "logit_error", "kl", "top1_agreement",
+        "kl_as_trained"}: `kl` and `top1_agreement` compare what was written with the dequantized
+        base plus adapter in float32, `kl_as_trained` with the quantized base plus adapter in the
+        run's precision (8-bit bases quantize their activations too, which no merge can repeat).
 
     Raises:
         RecipeError: no finished run, or `output` exists.
@@ -67,21 +70,27 @@ def merge(run_folder: Path, output: Path, *, weights: Weights) -> dict[str, Any]
     tokenizer = load_tokenizer(trained, trust_remote_code=recipe.model.trust_remote_code)
     inputs = [torch.tensor([tokenizer(text)["input_ids"]]) for text in _PROMPTS]
 
-    reference = trained_logits(recipe, trained, inputs)
-    merged, logit_error = merge_in_float32(recipe, trained, inputs)
     unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise RecipeError(f"--output: {output}: {error.strerror}") from error
+    try:
+        quantized = trained_logits(recipe, trained, inputs)
+        merged, unmerged, logit_error = merge_in_float32(recipe, trained, inputs)
         dtype = base_dtype(recipe)
         write(merged.to(dtype), tokenizer, trained, unfinished)
         del merged
+        written = reload_logits(unfinished, inputs)
         report = {
             "output": str(output),
             "weights": weights,
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": sum(file.stat().st_size for file in unfinished.glob("*.safetensors")),
             "logit_error": logit_error,
-            **compare(reference, reload_logits(unfinished, inputs)),
+            **compare(unmerged, written),
+            "kl_as_trained": compare(quantized, written)["kl"],
         }
         refuse_infidelity(report)
         (unfinished / "merge.json").write_text(
@@ -103,12 +112,10 @@ def trained_logits(recipe: Recipe, trained: Path, inputs: Sequence[Tensor]) -> l
         return logits_of(model, inputs, world.device)
 
 
-def merge_in_float32(recipe: Recipe, trained: Path, inputs: Sequence[Tensor]) -> tuple[Any, float]:
-    """The merged model, and the largest relative change of its logits by merging.
-
-    Raises:
-        ModelError: merging changed the function.
-    """
+def merge_in_float32(
+    recipe: Recipe, trained: Path, inputs: Sequence[Tensor]
+) -> tuple[Any, list[Tensor], float]:
+    """The merged model, the logits before merging, and their largest relative change by it."""
     cpu = torch.device("cpu")
     dtype = World().compute_dtype(recipe.training.precision)
     base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
@@ -120,7 +127,7 @@ def merge_in_float32(recipe: Recipe, trained: Path, inputs: Sequence[Tensor]) ->
     pairs = list(zip(before, after, strict=True))
     error = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
     log.info("merged in float32; logits differ by at most %.1e of their range", error)
-    return merged, error
+    return merged, before, error
 
 
 def base_dtype(recipe: Recipe) -> torch.dtype:

@@ -121,11 +121,11 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        if self.adapter.type == "full" and self.quantization.type != "none":
+        if self.adapter.trains_base and self.quantization.is_quantized:
             problems.append(
-                f"adapter.type (full) cannot train quantization.type ({self.quantization.type}): "
-                "quantized weights have no gradient; use quantization.type none, or "
-                "adapter.type lora"
+                f"adapter.type ({self.adapter.type}) cannot train quantization.type "
+                f"({self.quantization.type}): quantized weights have no gradient; use "
+                "quantization.type none, or adapter.type lora"
             )
         if self.model.trust_remote_code and self.model.revision is None:
             problems.append(
@@ -134,6 +134,9 @@ class Recipe(Part):
             )
         if self.evaluation.tasks and self.data.evaluation is None:
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")
+        types = [task.type for task in self.evaluation.tasks]
+        if len(set(types)) < len(types):
+            problems.append(f"evaluation.tasks names a type twice: {', '.join(types)}")
         _refuse(problems)
         return self
 

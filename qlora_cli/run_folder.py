@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,10 @@ class RunFolder:
                 hint="go on with it (--resume), choose another (--set output.dir=...), "
                 "or remove the folder",
             )
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"output.dir: {self.root}: {error.strerror}") from error
 
     def weights(self, which: Weights) -> Path:
         """Folder of the trained weights.
@@ -73,7 +77,7 @@ class RunFolder:
         folder = self.root / which
         if not folder.is_dir():
             reason = (
-                "the run has no data.evaluation, so no best"
+                "the run has no evaluation after its first step, so no best"
                 if which == "best" and (self.root / "last").is_dir()
                 else "the run has not finished"
             )
@@ -144,8 +148,9 @@ class RunFolder:
             "| checkpoints/ | what `qlora train --resume` goes on from |",
             "",
             "```bash",
-            f"qlora eval {self.root}",
-            f"qlora merge {self.root} --output {self.root}/merged",
+            f"qlora eval {shlex.quote(str(self.root))}",
+            f"qlora merge {shlex.quote(str(self.root))} "
+            f"--output {shlex.quote(str(self.root / 'merged'))}",
             "```",
             "",
         ]

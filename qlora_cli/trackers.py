@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -75,22 +76,29 @@ class Console:
 class Jsonl:
     """One JSON object a line: `{"step": ..., metric: value, ...}`.
 
-    Lines of steps after `first_step` are dropped: a resumed run does these steps again.
+    Lines of steps after `first_step` are dropped, and evaluations of that step: a resumed run does
+    them again.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        kept = [line for line in lines if _is_done(json.loads(line), first_step)]
         self._file = path.open("w", encoding="utf-8")
         self._file.writelines(line + "\n" for line in kept)
 
     def log(self, metrics: Metrics, step: int) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON has no infinity; the first steps in fp16 may have one as their gradient norm.
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
         # Whoever follows the run reads it now, and a killed run has lost nothing.
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_done(row: dict[str, float], first_step: int) -> bool:
+    return row["step"] < first_step or (row["step"] == first_step and "loss" in row)
 
 
 class TensorBoard:

@@ -31,6 +31,12 @@ TRAIN = Words(
         "Julia|Kofi|Laura|Marco|Nina|Oscar|Petra|Rafael|Sofia|Tomas|Ursula|Vera|William|Ximena|Yara|"
         "Zeynep|Abdul|Bianca|Claire|Daniel|Erik|Fiona|Georg|Helen|Ingrid|Jonas|Keiko|Liam|Mateo|"
         "Noah|Olga|Pablo|Rahul|Sven|Theo|Anita|Boris|Camille|Dmitri|Esther|Frank|Greta|Hassan|Isabel"
+        "|Jack|Molly|Simon|Paula|Edgar|Nadine|Ruben|Silvia|Tobias|Vivian|Walter|Agnes|Bernard|Cecilia|"
+        "Dominic|Edith|Florian|Gloria|Harald|Irene|Joseph|Katrin|Leonard|Miriam|Norbert|Ophelia|Philip|"
+        "Ramona|Sebastian|Teresa|Ulysses|Veronica|Wesley|Xavier|Yvonne|Zelda|Andre|Brigitte|Cedric|"
+        "Deborah|Emil|Francesca|Gregory|Hilda|Igor|Josephine|Kenneth|Lucinda|Maurice|Natalia|Orlando|"
+        "Patricia|Quentin|Rebecca|Stefan|Tamara|Vincent|Winston|Alejandro|Bettina|Christopher|Daniela|"
+        "Eduardo|Fabian|Giovanni|Hector|Isolde|Jerome|Konrad|Lydia|Margarita|Nikolai|Octavia|Pavel"
     ),
     activities={
         "appointment": _split("dentist|eye doctor|vet|notary|visa|tax|passport|physio|tailor"),
@@ -156,8 +162,8 @@ TEST = Words(
         "rehearse": _split("the speech"),
     },
     event_sentences=_split(
-        "Pencil in {a what}{with}{when}.|"
         "Could you reserve time{when} for {a what}{with}?|"
+        "Enter {a what}{with}{when}.|"
         "{a what}{with} is coming up{when}, so mark my calendar.|"
         "I'm joining {who} for {a what}{when}, note it down.|"
         "Mark {a what}{when} in my agenda{with}."
@@ -169,4 +175,38 @@ TEST = Words(
         "Ping me{when}: {what}.|"
         "My memory is bad; I should {what}{when}."
     ),
+)
+
+# Teaching alone: any two of them make an activity, any one a task. Whoever has copied only the
+# phrases above has learnt the phrases.
+WORDS = _split(
+    "airport|album|alley|anchor|angle|apron|arrow|artist|atlas|autumn|bakery|balloon|bamboo|banner|"
+    "barrel|basket|beacon|bedroom|bench|biology|blanket|blossom|bottle|bracelet|bridge|broom|bucket|"
+    "burger|butter|button|cabin|cactus|camel|canvas|captain|caravan|cargo|carpet|cellar|ceramics|"
+    "chain|chapel|cherry|chimney|circus|clarinet|climate|closet|cloud|coach|coffee|comedy|compass|"
+    "concert|copper|corner|cottage|cotton|courier|cousin|cradle|crane|cricket|curry|cushion|debate|"
+    "delta|desert|diamond|diary|dolphin|donkey|dragon|drama|drum|eagle|elbow|elephant|engine|envoy|"
+    "fabric|falcon|feather|ferry|festival|fiddle|fiction|finger|flute|folder|forest|fossil|fountain|"
+    "fox|frame|furniture|galaxy|garlic|geology|geometry|giant|giraffe|glacier|globe|goat|granite|grape|"
+    "harbour|harvest|hammer|helmet|heron|hill|hobby|honey|horizon|hunter|igloo|index|island|ivory|"
+    "jacket|jazz|jewel|jigsaw|jungle|kettle|kitchen|kite|ladder|lagoon|lantern|lemon|leopard|lettuce|"
+    "library|lily|linguistics|lizard|locker|logic|lotus|luggage|machine|magnet|mango|maple|marble|"
+    "market|mattress|meadow|melody|mineral|mirror|mobile|monkey|mosaic|mountain|mushroom|mustard|napkin|"
+    "needle|neighbour|nest|network|novel|oak|ocean|olive|onion|opera|orchid|organ|oven|oyster|paddle|"
+    "palace|panda|parade|parrot|pasta|pebble|pencil|pepper|perfume|picture|pillow|pine|planet|plaster|"
+    "pocket|polar|pony|porridge|poster|potato|prairie|printer|prism|pumpkin|puzzle|quartz|quilt|rabbit|"
+    "radar|railway|rainbow|ranch|recipe|ribbon|river|robot|rocket|rope|ruby|saddle|sailor|salad|sandal|"
+    "satellite|saxophone|scarf|sculpture|season|shadow|shelter|silver|singer|skeleton|sketch|sled|"
+    "sociology|spice|spider|spinach|squirrel|stadium|statue|stream|studio|sugar|summit|sunset|swan|"
+    "tablet|tango|temple|tent|theory|thunder|ticket|tiger|timber|toast|tower|tractor|trail|treasure|"
+    "trophy|tulip|tunnel|turtle|umbrella|unicorn|vanilla|velvet|village|vinegar|violet|volcano|wagon|"
+    "walnut|wedding|whale|wheat|willow|window|winter|wizard|wolf|yacht|zebra|zoology"
+)
+VERBS = _split(
+    "adjust|admire|arrange|assemble|bake|borrow|bring|brush|carry|change|choose|colour|compare|"
+    "count|cover|cut|deliver|design|dig|draw|dry|edit|empty|examine|explain|fetch|fill|find|fix|"
+    "fold|hide|hire|inspect|install|invite|label|lend|lift|list|load|mend|mix|move|open|order|pack|"
+    "paint|peel|photograph|plan|plant|pour|practise|prepare|press|print|protect|publish|purchase|push|"
+    "read|record|recycle|refill|remove|replace|rescue|reserve|review|rinse|sell|sew|share|sharpen|"
+    "sort|stack|stir|store|study|sweep|swap|test|tidy|translate|trim|unpack|update|visit|wash|weigh|wrap"
 )

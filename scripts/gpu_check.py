@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.build import load_base
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.tokenize import prepare
 from qlora_cli.loop import train_step
 from qlora_cli.model.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
-from qlora_cli.train import load_base
 from qlora_cli.types import Batch, TrainState
 from qlora_cli.world import World
 

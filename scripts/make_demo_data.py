@@ -1,6 +1,6 @@
 """Write the demo data: requests in everyday English, and the JSON that a calendar can act on.
 
-    Pencil in a pottery workshop with Nadia at 15:30 on Friday.
+    Could you reserve time at 15:30 on Friday for a pottery workshop with Nadia?
     {"action":"event","what":"pottery workshop","who":"Nadia","day":"friday","time":"15:30"}
 
 The test rows are a fair examination: their names, activities, tasks and a third of their sentences
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from demo_words import TEST, TRAIN, Words
+from demo_words import TEST, TRAIN, VERBS, WORDS, Words
 
 SYSTEM = "Turn the request into JSON: action, what, who, day, time."
 
@@ -70,8 +70,8 @@ class Writer:
 
     Args:
         known: if given, two of three sentences are of those words; the values never are.
-        is_teacher: mix words that do not belong together and invent names, so that copying what
-            the request says is the only way to be right.
+        is_teacher: put words together at random and invent names, so that copying what the
+            request says is the only way to be right.
     """
 
     def __init__(
@@ -85,18 +85,20 @@ class Writer:
     def request(self) -> Request:
         """A request for an event or for a reminder, in equal parts."""
         if self.random.random() < 0.5:
-            head, kind = self.pair(self.words.activities)
-            return self.say("event", f"{kind} {head}")
-        verb, thing = self.pair(self.words.tasks)
-        return self.say("reminder", f"{verb} {thing}")
+            return self.say("event", self.activity())
+        return self.say("reminder", self.task())
 
-    def pair(self, words: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-        """A head word, and one of its companions or (for teaching) of any other's."""
-        head = self.random.choice(list(words))
-        owner = head
-        if self.is_teacher and self.random.random() < 0.5:
-            owner = self.random.choice(list(words))
-        return head, self.random.choice(words[owner])
+    def activity(self) -> str:
+        if self.is_teacher and self.random.random() < 0.6:
+            return " ".join(self.random.sample(WORDS, 2))
+        head = self.random.choice(list(self.words.activities))
+        return f"{self.random.choice(self.words.activities[head])} {head}"
+
+    def task(self) -> str:
+        if self.is_teacher and self.random.random() < 0.6:
+            return f"{self.random.choice(VERBS)} the {self.random.choice(WORDS)}"
+        verb = self.random.choice(list(self.words.tasks))
+        return f"{verb} {self.random.choice(self.words.tasks[verb])}"
 
     def name(self) -> str:
         if self.is_teacher and self.random.random() < 0.3:
@@ -188,7 +190,7 @@ def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=720, help="rows to learn from")
+    parser.add_argument("--train", type=int, default=800, help="rows to learn from")
     parser.add_argument("--test", type=int, default=200, help="rows held out")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other rows")
     parser.add_argument("--overwrite", action="store_true", help="replace files that differ")

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from qlora_cli.part import Part
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -22,6 +23,7 @@ class FullFineTune(Part):
     """Every weight is trained."""
 
     type: Literal["full"] = "full"
+    trains_base: ClassVar[bool] = True
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make every weight trainable, in float32: bfloat16 loses updates below its grid."""
@@ -53,6 +55,7 @@ class LoRA(Part):
     """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
     type: Literal["lora"] = "lora"
+    trains_base: ClassVar[bool] = False
     r: int = Field(16, ge=1)
     """Rank of the update."""
     alpha: float = Field(32, gt=0)
@@ -85,6 +88,8 @@ class LoRA(Part):
         from peft import LoraConfig, get_peft_model
 
         self._check_names(model)
+        self._refuse_tied(model)
+        self._refuse_dora_in_8_bit(model)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
@@ -127,14 +132,44 @@ class LoRA(Part):
         Raises:
             ModelError: it does not fit the model tensor for tensor.
         """
-        from peft import PeftModel
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
         try:
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            saved = load_file(folder / "adapter_model.safetensors")
+            adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
+            # float32 first: copied into a 16-bit module, what was trained would be rounded.
+            _trained_in_float32(adapted)
+            _check_shapes(adapted, saved, folder)
+            set_peft_model_state_dict(adapted, saved)
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
-        _check_loaded(adapted, folder)
-        return _trained_in_float32(adapted)
+        return adapted
+
+    def _refuse_tied(self, model: PreTrainedModel) -> None:
+        """An update beside a matrix that two modules share would be merged into both of them."""
+        if not model.config.tie_word_embeddings or not isinstance(self.target_modules, list):
+            return
+        tied = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for name, module in model.named_modules():
+            is_target = any(_is_suffix(target, name) for target in self.target_modules)
+            if is_target and any(module is one for one in tied):
+                raise ModelError(
+                    f"adapter.target_modules: {name} shares its weights with the "
+                    "embedding or the head of this model, so an update of one cannot be merged",
+                    hint="adapter.modules_to_save trains them in full",
+                )
+
+    def _refuse_dora_in_8_bit(self, model: PreTrainedModel) -> None:
+        from bitsandbytes.nn import Linear8bitLt
+
+        if self.use_dora and any(isinstance(m, Linear8bitLt) for m in model.modules()):
+            raise ModelError(
+                "adapter.use_dora (true) does not work with quantization.type (int8): peft cannot "
+                "dequantize an 8-bit weight before its first forward",
+                hint="--set quantization.type=nf4, or --set adapter.use_dora=false",
+            )
 
     def _check_names(self, model: PreTrainedModel) -> None:
         modules = [name for name, module in model.named_modules() if not list(module.children())]
@@ -186,18 +221,14 @@ def _trained_in_float32(model: PeftModel) -> PeftModel:
     return model
 
 
-def _check_loaded(model: PeftModel, folder: Path) -> None:
+def _check_shapes(model: PeftModel, saved: dict[str, Tensor], folder: Path) -> None:
     """PEFT only warns of missing tensors and goes on with random ones."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {key: tuple(tensor.shape) for key, tensor in live.items()}
-    if saved != shapes:
-        missing = [key for key, shape in shapes.items() if saved.get(key) != shape]
-        raise ModelError(_key_mismatch(folder, missing, set(saved) - set(shapes)))
+    missing = [key for key in live if key not in saved or saved[key].shape != live[key].shape]
+    if missing or len(saved) > len(live):
+        raise ModelError(_key_mismatch(folder, missing, set(saved) - set(live)))
 
 
 def _key_mismatch(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:

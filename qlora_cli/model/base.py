@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,7 +103,9 @@ class BaseModelConfig(Part):
         Raises:
             ModelError: it cannot be loaded, or gives no offsets.
         """
-        tokenizer = load_tokenizer(self.locate(), trust_remote_code=self.trust_remote_code)
+        folder = self.locate()
+        refuse_prequantized(folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         return tokenizer
@@ -175,7 +178,7 @@ def _unpack_gguf(path: Path) -> Path:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+    except (ValueError, KeyError, NotImplementedError, OSError, struct.error) as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -194,7 +197,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} in {folder} gives no offsets into the text")
@@ -210,16 +213,29 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     Raises:
         ModelError: the weights or the architecture cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     refuse_prequantized(folder)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
-    return model
+    model, found = loaded
+    # transformers gives a missing weight random values, with a warning at most.
+    if missing := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
+        raise ModelError(
+            f"model.path: {folder} lacks {len(missing)} weights of a {type(model).__name__}: "
+            f"{', '.join(missing[:5])}",
+            hint="the download may be incomplete",
+        )
+    return cast("PreTrainedModel", model)
 
 
 def refuse_prequantized(folder: Path) -> None:
@@ -230,6 +246,8 @@ def refuse_prequantized(folder: Path) -> None:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path: no readable config.json in {folder}: {error}") from error
     if "quantization_config" in config:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from qlora_cli.errors import RecipeError
 from qlora_cli.part import Part
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
 
 
 class _Quantized(Part):
+    is_quantized: ClassVar[bool] = True
+
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The weights that the quantized ones stand for, in float32."""
         import torch
@@ -47,9 +50,16 @@ class _FourBit(_Quantized):
     """Dtype of the tensors with the packed 4-bit values; sharded training needs a float one."""
 
     def _load_options(self, quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
+        import torch
         from transformers import BitsAndBytesConfig
 
         compute_dtype = resolve_dtype(self.compute_dtype, dtype)
+        if {compute_dtype, dtype} == {torch.bfloat16, torch.float16}:
+            raise RecipeError(
+                f"quantization.compute_dtype ({self.compute_dtype}) and training.precision (here "
+                f"{str(dtype).removeprefix('torch.')}) are two kinds of 16 bit, which do not mix",
+                hint="--set quantization.compute_dtype=auto",
+            )
         return {
             # What stays unquantized (embeddings, norms, head) has the dtype that is computed in.
             "dtype": compute_dtype,
@@ -107,6 +117,7 @@ class Unquantized(Part):
     """The weights as they are, in 16 or 32 bit."""
 
     type: Literal["none"] = "none"
+    is_quantized: ClassVar[bool] = False
     max_unquantized: ClassVar[float] = 1.0
     dtype: DtypeName = "auto"
     """Dtype of the base weights; `auto` follows `training.precision`."""

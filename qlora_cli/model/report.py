@@ -99,16 +99,19 @@ def _constants(parameter: Parameter) -> list[tuple[str, int]]:
 
 def report_weights(model: PreTrainedModel) -> WeightReport:
     """Count the weights of a freshly loaded base model."""
+    from torch.nn import Embedding
+
     counts = count_weights(model)
     bytes_by_dtype: Counter[str] = Counter()
     for parameter in model.parameters():
         bytes_by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
         for dtype, size in _constants(parameter):
             bytes_by_dtype[dtype.removeprefix("torch.")] += size
+    head = model.get_output_embeddings()
     spared = {
         id(parameter)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        if module is not None
+        for module in model.modules()
+        if isinstance(module, Embedding) or module is head
         for parameter in module.parameters()
     }
     linear = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in spared}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.types import IGNORE_INDEX, Batch
 
@@ -60,7 +61,7 @@ class TokenLoss(nn.Module):
                 use_cache=False,
                 logits_to_keep=keep,
             ).logits  # (N, V)
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
+            return _chunked_cross_entropy(logits, targets)
 
     @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:
@@ -143,8 +144,24 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *weight_grads = ctx.saved_tensors
         # The scale stays a tensor: reading it on the host would make it wait for the device.
-        scaled = [grad * grad_loss.to(grad.dtype) for grad in (hidden_grad, *weight_grads)]
+        # And it is a float32 one: rounded, it would scale the whole step wrongly.
+        scaled = [
+            (grad.float() * grad_loss).to(grad.dtype) for grad in (hidden_grad, *weight_grads)
+        ]
         return scaled[0], None, None, *scaled[1:]
+
+
+def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy sum of logits (N, V), with no more than a chunk of them in float32 at once."""
+
+    def of_rows(rows: Tensor, row_targets: Tensor) -> Tensor:
+        return F.cross_entropy(rows.float(), row_targets, reduction="sum")
+
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for rows in _chunks(*logits.shape):
+        chunk: Tensor = checkpoint(of_rows, logits[rows], targets[rows], use_reentrant=False)
+        loss = loss + chunk
+    return loss
 
 
 def _chunks(num_rows: int, vocabulary_size: int) -> Iterable[slice]:

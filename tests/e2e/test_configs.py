@@ -25,7 +25,12 @@ def test_three_steps(
     path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows), encoding="utf-8")
+    for row in tiny_rows:
+        user, answer = row["messages"]
+        # JSON, since the quickstart scores its answers as such.
+        messages = [user, {**answer, "content": json.dumps(answer["content"])}]
+        with rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": messages}) + "\n")
     source = f"{{path: {json.dumps(str(rows))}, format: {{type: messages}}}}"
     recipe = load_recipe(
         path,

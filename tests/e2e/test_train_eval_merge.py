@@ -13,9 +13,14 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.cli import main
+from qlora_cli.generate import answer
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.types import Prompt
+from tests.conftest import save_tiny_model
 
 
 @pytest.fixture
@@ -285,3 +290,211 @@ def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_
         # Float32 sums in another order.
         assert [row[name] for row in together if name in row] == pytest.approx(expected, abs=1e-4)
     assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=1e-6", "optimizer.learning_rate: 0.01 -> 1e-06"),
+        ("optimizer.type=adamw_8bit", "optimizer.type: adamw -> adamw_8bit"),
+        ("training.seed=5", "training.seed: 0 -> 5"),
+        ("training.precision=fp16", "training.precision: fp32 -> fp16"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_recipe(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    recipe = write_recipe(training={"max_steps": 2})
+    qlora("train", recipe)
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    assert exit_code("train", recipe, "--resume", "--set", override) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_rows(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(training={"max_steps": 2})
+    qlora("train", recipe)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8").replace("ab", "xy"), encoding="utf-8")
+    assert exit_code("train", recipe, "--resume") == 2
+    assert "the rows of data.train" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_made_longer_and_not_shorter(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(training={"max_steps": 2})
+    qlora("train", recipe)
+    qlora("train", recipe, "--resume", "--set", "training.max_steps=4")
+    steps = [row["step"] for row in metrics(tmp_path / "run") if "loss" in row]
+    assert steps == [1, 2, 3, 4]
+    assert exit_code("train", recipe, "--resume", "--set", "training.max_steps=3") == 4
+    assert "beyond the last step, 3" in capsys.readouterr().err
+
+
+def test_what_was_cut_short_in_its_last_evaluation_evaluates_again(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(training={"max_steps": 2})
+    qlora("train", recipe)
+    run = tmp_path / "run"
+    expected = metrics(run)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    # As after a kill between the last checkpoint and the end of the evaluation after it.
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in expected[:-1]), encoding="utf-8"
+    )
+    (run / "best").rename(tmp_path / "lost-best")
+    (run / "last").rename(tmp_path / "lost-last")
+    del record["best"]
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    qlora("train", recipe, "--resume")
+    assert metrics(run)[-1] == expected[-1]
+    assert (run / "best").is_dir()
+    assert (run / "last").is_dir()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        optimizer={"learning_rate": 1e30},
+        training={"max_steps": 6, "log_every": 100, "save_every": 1, "max_grad_norm": None},
+    )
+    assert exit_code("train", recipe) == 4
+    assert "not finite" in capsys.readouterr().err
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        saved = load_file(path / "trained.safetensors")
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_fp16_trains_with_a_scaler_and_its_metrics_are_json(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    qlora("train", write_recipe(training={"max_steps": 8, "precision": "fp16"}))
+    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
+    assert losses[-1] < losses[0]
+    states = (tmp_path / "run" / "checkpoints" / "step-00000008" / "state.json").read_text(
+        encoding="utf-8"
+    )
+    assert '"scale"' in states
+
+
+def test_generation_stops_at_every_token_that_ends_an_answer(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    qlora("train", write_recipe(training={"max_steps": 1}))
+    saved = json.loads(
+        (tmp_path / "run" / "last" / "generation_config.json").read_text(encoding="utf-8")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "last")
+    assert saved["eos_token_id"] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_only_the_newest_checkpoints_are_kept(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        training={"max_steps": 5, "save_every": 1},
+        output={"dir": str(tmp_path / "run"), "keep_checkpoints": 3},
+    )
+    qlora("train", recipe)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000004", "step-00000005"]
+
+
+def test_a_merge_that_is_not_the_trained_model_is_refused_and_leaves_nothing(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qlora("train", write_recipe())
+    monkeypatch.setattr("qlora_cli.merge.MAX_KL", -1.0)
+    assert exit_code("merge", tmp_path / "run", "--output", tmp_path / "merged") == 3
+    assert "not the trained one" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_base_that_lacks_a_weight_is_refused_by_name(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = save_tiny_model(tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(model={"path": str(damaged)})
+    assert exit_code("train", recipe) == 3
+    assert "layers.0.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_an_update_of_a_tied_head_is_refused(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tied = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    recipe = write_recipe(
+        model={"path": str(tied)}, adapter={"target_modules": ["lm_head", "q_proj"]}
+    )
+    assert exit_code("train", recipe) == 3
+    assert "lm_head shares its weights" in capsys.readouterr().err
+
+
+def test_a_setting_of_the_base_does_not_change_what_greedy_means(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for name, penalty in (("plain", 1.0), ("penalised", 50.0)):
+        folder = save_tiny_model(tmp_path / name)
+        settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        settings["repetition_penalty"] = penalty
+        (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        loaded = load_recipe(write_recipe(model={"path": str(folder)})).recipe
+        model = loaded.model.load(
+            loaded.quantization.load_options(torch.float32), torch.device("cpu")
+        )
+        answers.append(
+            answer(
+                model,
+                [Prompt([5, 6, 7], ""), Prompt([9, 8], "")],
+                loaded.model.load_tokenizer(),
+                stop_token_ids=[259],
+                max_new_tokens=12,
+                batch_size=2,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
+        )
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("where", ["a-file/run", "a-file"])
+def test_a_folder_that_cannot_be_made_is_the_users_error(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    (tmp_path / "a-file").write_text("", encoding="utf-8")
+    recipe = write_recipe(output={"dir": str(tmp_path / where)})
+    assert exit_code("train", recipe) == 2
+    assert "output.dir" in capsys.readouterr().err
+
+
+def test_references_that_a_task_cannot_score_are_found_before_training(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(evaluation={"tasks": [{"type": "json_match"}]})
+    assert exit_code("train", recipe) == 2
+    assert "json_match needs JSON references" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -139,3 +139,20 @@ def test_an_adapter_whose_tensors_and_config_disagree_is_refused(
     config.write_text(json.dumps({**settings, "target_modules": targets}), encoding="utf-8")
     with pytest.raises(ModelError, match=f"does not fit the base model; {message}"):
         adapter.load(load(tiny_model), tmp_path)
+
+
+def test_modules_trained_in_full_on_a_16_bit_base_are_loaded_unrounded(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = LoRA(r=4, modules_to_save=["lm_head"])
+    model = adapter.attach(load(tiny_model).bfloat16())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand_like(parameter) * 1e-3)
+    adapter.save(model, tmp_path)
+    restored = adapter.load(load(tiny_model).bfloat16(), tmp_path)
+    for (name, before), (_, after) in zip(
+        model.named_parameters(), restored.named_parameters(), strict=True
+    ):
+        assert torch.equal(before, after), name

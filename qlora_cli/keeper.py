@@ -1,0 +1,158 @@
+"""What is kept of a run while it goes on: record, checkpoints, best and last weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from qlora_cli.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    refuse_non_finite,
+    save_checkpoint,
+)
+from qlora_cli.errors import RecipeError, TrainingError
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import dump_recipe, load_recipe
+from qlora_cli.run_folder import RunFolder, environment
+from qlora_cli.types import TrainState
+from qlora_cli.world import World, set_seed
+
+log = logging.getLogger("qlora")
+
+# What may be different when a run is resumed: how long and how often, and what only reports.
+_FREE = (
+    "training.max_steps",
+    "training.epochs",
+    "training.log_every",
+    "training.eval_every",
+    "training.save_every",
+    "evaluation.",
+    "output.",
+)
+
+
+class Keeper:
+    """Keeps a run. Only the main process writes; the others wait where they must not run ahead.
+
+    Args:
+        write_weights: writes the trained weights, with their tokenizer, into a folder.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        world: World,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: GradScaler,
+        *,
+        keep_checkpoints: int,
+        write_weights: Callable[[Path], None],
+    ) -> None:
+        self._run = run
+        self._world = world
+        self._model = model
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._keep_checkpoints = keep_checkpoints
+        self._write_weights = write_weights
+
+    def resume(self, max_steps: int, seed: int) -> TrainState:
+        """Put the newest whole checkpoint in place.
+
+        Raises:
+            TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
+        """
+        path = newest_checkpoint(self._run.checkpoints)
+        state = load_checkpoint(
+            path, model=self._model, optimizer=self._optimizer, scaler=self._scaler
+        )
+        if state.step > max_steps:
+            raise TrainingError(f"--resume: {path} is beyond the last step, {max_steps}")
+        if not self._world.is_main:
+            # The random states are the main process's; dropout must not be the same everywhere.
+            set_seed(seed + self._world.rank + state.step)
+        log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
+        return state
+
+    def record(self, recipe: Recipe, **values: object) -> None:
+        """The recipe as it is run, and facts about the run."""
+        if self._world.is_main:
+            self._run.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+            self._run.update_record(seed=recipe.training.seed, **values, **environment())
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Save all that is needed to go on from here."""
+        if self._world.is_main:
+            save_checkpoint(
+                self._run.checkpoints,
+                model=self._model,
+                optimizer=self._optimizer,
+                scaler=self._scaler,
+                state=state,
+                keep=self._keep_checkpoints,
+            )
+        self._world.wait()
+
+    def keep_best(self, loss: float, state: TrainState) -> None:
+        """Keep the weights if no earlier ones had so low a loss."""
+        if self._world.is_main and self._run.is_best(loss, state.step):
+            self._run.replace("best", self._write_weights)
+
+    def finish(self, state: TrainState, *, seconds: float) -> None:
+        """Keep the last weights and close the record.
+
+        Raises:
+            TrainingError: they are not finite.
+        """
+        if self._world.is_main:
+            refuse_non_finite(self._model, state.step)
+            self._run.replace("last", self._write_weights)
+            self._run.update_record(
+                status="finished",
+                tokens=state.tokens,
+                seconds=round(seconds, 1),
+                peak_memory_bytes=self._world.peak_memory_bytes(),
+            )
+            self._run.write_readme()
+        self._world.wait()
+        self._world.close()
+
+
+def refuse_changes(run: RunFolder, recipe: Recipe, digest: str) -> None:
+    """Going on with other data or another recipe would be neither the old run nor a new one.
+
+    Args:
+        digest: of the training data as it is now.
+
+    Raises:
+        RecipeError: with what changed, old -> new.
+    """
+    old = _flat(load_recipe(run.recipe).recipe.model_dump(mode="json"))
+    new = _flat(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+    ]
+    if run.read_record()["data"]["training"]["digest"] != digest:
+        changed.append("the rows of data.train")
+    if changed:
+        raise RecipeError(
+            "--resume: the run was started otherwise\n" + "\n".join(changed),
+            hint="change it back, or start a new run in another output.dir",
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    prefix = f"{path}." if path else ""
+    return {k: v for key, item in value.items() for k, v in _flat(item, prefix + key).items()}
