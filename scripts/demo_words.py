@@ -124,6 +124,9 @@ TRAIN = Words(
         "Note for me{when}: {what}.|"
         "Wake my memory{when}, I have to {what}.|"
         "Ask {who} to {what}{when}.|"
+        "Give me a shout{when} so that I {what}.|"
+        "Message me{when}: {what}.|"
+        "Poke {who}{when} to {what}.|"
         "It would be bad if I did not {what}{when}.|"
         "To do{when}: {what}."
     ),

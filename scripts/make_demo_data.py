@@ -20,7 +20,8 @@ from random import Random
 
 from demo_words import TEST, TRAIN, VERBS, WORDS, Words
 
-SYSTEM = "Turn the request into JSON: action, what, who, day, time."
+# Short: it stands in every row, and the adapter learns what the JSON looks like.
+SYSTEM = "Request to JSON."
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -89,13 +90,13 @@ class Writer:
         return self.say("reminder", self.task())
 
     def activity(self) -> str:
-        if self.is_teacher and self.random.random() < 0.6:
+        if self.is_teacher and self.random.random() < 0.8:
             return " ".join(self.random.sample(WORDS, 2))
         head = self.random.choice(list(self.words.activities))
         return f"{self.random.choice(self.words.activities[head])} {head}"
 
     def task(self) -> str:
-        if self.is_teacher and self.random.random() < 0.6:
+        if self.is_teacher and self.random.random() < 0.8:
             return f"{self.random.choice(VERBS)} the {self.random.choice(WORDS)}"
         verb = self.random.choice(list(self.words.tasks))
         return f"{verb} {self.random.choice(self.words.tasks[verb])}"
@@ -190,7 +191,7 @@ def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=800, help="rows to learn from")
+    parser.add_argument("--train", type=int, default=880, help="rows to learn from")
     parser.add_argument("--test", type=int, default=200, help="rows held out")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other rows")
     parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
