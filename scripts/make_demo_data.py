@@ -1,11 +1,11 @@
-"""Write the demo data: requests in everyday English, and the JSON that a calendar can act on.
+"""Write the demo data: requests in everyday English, and the JSON that a booking desk can act on.
 
-    Could you reserve time at 15:30 on Friday for a pottery workshop with Nadia?
-    {"action":"event","what":"pottery workshop","who":"Nadia","day":"friday","time":"15:30"}
+    Set room B214 aside for Nadia on Friday at 15:30.
+    {"action":"book","room":"B214","who":"Nadia","day":"friday","time":"15:30"}
 
-The test rows are a fair examination: their names, activities, tasks and a third of their sentences
-are never seen in training (`demo_words.py`), and no request stands in both files. The same seed
-gives the same bytes.
+The test rows are a fair examination: their names, rooms and a third of their sentences are never
+seen in training (`demo_words.py`), and no request stands in both files. The same seed gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from demo_words import TEST, TRAIN, VERBS, WORDS, Words
+from demo_words import TEST, TRAIN, Words
 
 # Short: it stands in every row, and the adapter learns what the JSON looks like.
 SYSTEM = "Request to JSON."
@@ -35,14 +35,16 @@ SYLLABLES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """The fixed schema. A fact that the request does not give is null."""
+    """The fixed schema."""
 
     action: str
-    what: str
-    who: str | None
+    """`book` or `cancel`."""
+    room: str
+    """A letter and three digits."""
+    who: str
     day: str
     """A weekday, `today` or `tomorrow`."""
-    time: str | None
+    time: str
     """Such as `9:15` or `14:30`."""
 
     def to_json(self) -> str:
@@ -71,8 +73,8 @@ class Writer:
 
     Args:
         known: if given, two of three sentences are of those words; the values never are.
-        is_teacher: put words together at random and invent names, so that copying what the
-            request says is the only way to be right.
+        is_teacher: invent some of the names, so that copying what the request says is the only way
+            to be right; and use the rooms that are not kept for examination.
     """
 
     def __init__(
@@ -83,62 +85,37 @@ class Writer:
         self.known = known
         self.is_teacher = is_teacher
 
-    def request(self) -> Request:
-        """A request for an event or for a reminder, in equal parts."""
-        if self.random.random() < 0.5:
-            return self.say("event", self.activity())
-        return self.say("reminder", self.task())
-
-    def activity(self) -> str:
-        if self.is_teacher and self.random.random() < 0.8:
-            return " ".join(self.random.sample(WORDS, 2))
-        head = self.random.choice(list(self.words.activities))
-        return f"{self.random.choice(self.words.activities[head])} {head}"
-
-    def task(self) -> str:
-        if self.is_teacher and self.random.random() < 0.8:
-            return f"{self.random.choice(VERBS)} the {self.random.choice(WORDS)}"
-        verb = self.random.choice(list(self.words.tasks))
-        return f"{verb} {self.random.choice(self.words.tasks[verb])}"
-
     def name(self) -> str:
         if self.is_teacher and self.random.random() < 0.3:
             return "".join(self.random.choice(part) for part in SYLLABLES)
         return self.random.choice(self.words.names)
 
-    def when(self) -> tuple[str, str, str | None]:
-        """Day and time as said in one phrase, then each as written."""
-        random = self.random
-        day = random.choice((*DAYS, "today", "tomorrow"))
-        said = random.choice(("on {}", "this {}")).format(day) if day in DAYS else day
-        if random.random() < 0.25:
-            return said, day.lower(), None
-        time = f"{random.randint(6, 22)}:{random.choice(range(0, 60, 5)):02}"
-        both = random.choice((f"{said} at {time}", f"at {time} {said}"))
-        return both, day.lower(), time
+    def room(self) -> str:
+        """Every fifth number is a room of the test rows alone."""
+        number = 5 * self.random.randint(20, 198)
+        if self.is_teacher:
+            number += self.random.randint(1, 4)
+        return f"{self.random.choice('ABCDEFGH')}{number}"
 
     def sentence(self, action: str) -> str:
         words = self.known if self.known and self.random.random() < 2 / 3 else self.words
-        sentences = words.event_sentences if action == "event" else words.reminder_sentences
-        return self.random.choice(sentences)
+        return self.random.choice(words.book if action == "book" else words.cancel)
 
-    def say(self, action: str, what: str) -> Request:
-        """Choose a sentence and fill it in."""
-        sentence = self.sentence(action)
-        has_who = "{who}" in sentence or ("{with}" in sentence and self.random.random() < 0.6)
-        who = self.name() if has_who else None
-        said, day, time = self.when()
+    def request(self) -> Request:
+        """Choose facts and a sentence, and fill it in."""
+        random = self.random
+        action = random.choice(("book", "cancel"))
+        room, who = self.room(), self.name()
+        day = random.choice((*DAYS, "today", "tomorrow"))
+        said_day = random.choice(("on {}", "this {}")).format(day) if day in DAYS else day
+        time = f"{random.randint(6, 22)}:{random.choice(range(0, 60, 5)):02}"
         slots = {
-            "what": what,
-            "What": what[0].upper() + what[1:],
-            "a what": f"{'an' if what[0] in 'aeiouAEIOU' else 'a'} {what}",
-            "who": who or "",
-            "with": f" with {who}" if who else "",
-            "when": f" {said}",
-            "When": said[0].upper() + said[1:],
+            "room": random.choice((room, f"room {room}")),
+            "who": who,
+            "when": random.choice((f"{said_day} at {time}", f"at {time} {said_day}")),
         }
-        text = re.sub(r"\{([^}]+)\}", lambda slot: slots[slot[1]], sentence)
-        return Request(text[0].upper() + text[1:], Answer(action, what, who, day, time))
+        text = self.sentence(action).format(**slots)
+        return Request(text[0].upper() + text[1:], Answer(action, room, who, day.lower(), time))
 
 
 def normalise(text: str) -> str:
@@ -156,11 +133,11 @@ def make_requests(writer: Writer, number: int) -> list[Request]:
 
 
 def shared_values(train: list[Request], test: list[Request]) -> set[str]:
-    """Texts, whats and whos that stand on both sides of the split."""
+    """Texts, rooms and names that stand on both sides of the split."""
 
     def values(requests: list[Request]) -> set[str]:
-        answers = [(normalise(r.text), r.answer.what, r.answer.who) for r in requests]
-        return {value for answer in answers for value in answer if value is not None}
+        answers = [(normalise(r.text), r.answer.room, r.answer.who) for r in requests]
+        return {value for answer in answers for value in answer}
 
     return values(train) & values(test)
 
@@ -191,7 +168,7 @@ def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=880, help="rows to learn from")
+    parser.add_argument("--train", type=int, default=720, help="rows to learn from")
     parser.add_argument("--test", type=int, default=200, help="rows held out")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other rows")
     parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
