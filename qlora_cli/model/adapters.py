@@ -138,7 +138,9 @@ class LoRA(Part):
 
         try:
             saved = load_file(folder / "adapter_model.safetensors")
-            adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
+            config = LoraConfig.from_pretrained(str(folder))
+            config.inference_mode = False  # as saved it would freeze what was trained
+            adapted = get_peft_model(model, config)
             # float32 first: copied into a 16-bit module, what was trained would be rounded.
             _trained_in_float32(adapted)
             _check_shapes(adapted, saved, folder)

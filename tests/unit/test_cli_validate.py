@@ -184,7 +184,9 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora_cli", "validate", str(recipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # The pipe opens when the command begins to read, and then makes it wait.
-    with subprocess.Popen(command, **pipes) as process, recipe.open("wb"):
+    # A job in the background, as tests may be, ignores the signal and so would its children.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, **pipes, **heeding) as process, recipe.open("wb"):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (130, b"", b"")
