@@ -45,8 +45,8 @@ has_accelerator() {
 # Without an accelerator, torch's CPU build will do: it is a tenth of the size of the ordinary one.
 install_cpu_torch() {
     if [[ -n ${QLORA_TORCH_INDEX:-} ]]; then
-        .venv/bin/python -m pip install -qq "torch==$TORCH_VERSION" \
-            --index-url "$QLORA_TORCH_INDEX"
+        PIP_INDEX_URL=$QLORA_TORCH_INDEX .venv/bin/python -m pip install -qq \
+            "torch==$TORCH_VERSION"
         return
     fi
     say "no accelerator: QLORA_TORCH_INDEX can name a package index with CPU builds of torch"
