@@ -1,7 +1,7 @@
 """Write the demo data: requests in everyday English, and the JSON that a booking desk can act on.
 
-    Set room B214 aside for Nadia on Friday at 15:30.
-    {"action":"book","room":"B214","who":"Nadia","day":"friday","time":"15:30"}
+    Set room B210 aside for Dr Okafor on Friday at 15:30.
+    {"action":"book","room":"B210","who":"Dr Okafor","day":"friday","time":"15:30"}
 
 The test rows are a fair examination: their names, rooms and a third of their sentences are never
 seen in training (`demo_words.py`), and no request stands in both files. The same seed gives the
@@ -25,12 +25,7 @@ SYSTEM = "Request to JSON."
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
-# Invented names: who has only ever copied names from a list has not learnt to copy.
-SYLLABLES = (
-    ("Ba", "Ce", "Di", "Fo", "Gu", "Ha", "Ke", "Li", "Mo", "Nu", "Pa", "Re", "Si", "To", "Vu"),
-    ("la", "me", "ni", "ro", "su", "ta", "ve", "xi", "do", "ga", "ke", "li"),
-    ("n", "r", "s", "lo", "na", "ra", "th", "x", "do", "lia", "mir", "ven", "sa"),
-)
+TITLES = ("Mr", "Ms", "Dr", "Prof")
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ class Answer:
     room: str
     """A letter and three digits."""
     who: str
+    """Title and name."""
     day: str
     """A weekday, `today` or `tomorrow`."""
     time: str
@@ -86,9 +82,14 @@ class Writer:
         self.is_teacher = is_teacher
 
     def name(self) -> str:
-        if self.is_teacher and self.random.random() < 0.3:
-            return "".join(self.random.choice(part) for part in SYLLABLES)
-        return self.random.choice(self.words.names)
+        """In training two of three are invented, of the halves of two names: who has only ever
+        copied names from a list has not learnt to copy.
+        """
+        name = self.random.choice(self.words.names)
+        if self.is_teacher and self.random.random() < 2 / 3:
+            other = self.random.choice(self.words.names)
+            name = name[: (len(name) + 1) // 2] + other[len(other) // 2 :]
+        return f"{self.random.choice(TITLES)} {name}"
 
     def room(self) -> str:
         """Every fifth number is a room of the test rows alone."""
@@ -99,7 +100,14 @@ class Writer:
 
     def sentence(self, action: str) -> str:
         words = self.known if self.known and self.random.random() < 2 / 3 else self.words
-        return self.random.choice(words.book if action == "book" else words.cancel)
+        if action == "book":
+            sentences, verbs = words.book, words.book_verbs
+        else:
+            sentences, verbs = words.cancel, words.cancel_verbs
+        sentence = self.random.choice(sentences)
+        return (
+            sentence.replace("{do}", self.random.choice(verbs)) if "{do}" in sentence else sentence
+        )
 
     def request(self) -> Request:
         """Choose facts and a sentence, and fill it in."""
@@ -136,7 +144,7 @@ def shared_values(train: list[Request], test: list[Request]) -> set[str]:
     """Texts, rooms and names that stand on both sides of the split."""
 
     def values(requests: list[Request]) -> set[str]:
-        answers = [(normalise(r.text), r.answer.room, r.answer.who) for r in requests]
+        answers = [(normalise(r.text), r.answer.room, r.answer.who.split()[1]) for r in requests]
         return {value for answer in answers for value in answer}
 
     return values(train) & values(test)
