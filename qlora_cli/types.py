@@ -22,6 +22,15 @@ Role = Literal["system", "user", "assistant", "tool", "text"]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant asks for."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn. The role "text" is a verbatim piece: no template is put around it."""
 
@@ -29,6 +38,27 @@ class Message:
     content: str
     train: bool
     """Whether the model learns to produce this content (and the end of the turn after it)."""
+    reasoning: str | None = None
+    """What the assistant thought before it answered."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The functions that the assistant asks for."""
+    name: str | None = None
+    """Of a tool's answer: which function gave it."""
+    tool_call_id: str | None = None
+    """Of a tool's answer: which call it answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What one row says."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that the assistant may ask for (as in transformers)."""
+    rejected: list[Message] | None = None
+    """Of a preference: the whole conversation with the answer that was not chosen."""
+    place: str = ""
+    """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
 
 
 @dataclass(frozen=True, slots=True)

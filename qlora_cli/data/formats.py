@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
-from qlora_cli.types import Message, Role, Row
+from qlora_cli.types import Conversation, Message, Role, Row
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -47,7 +47,7 @@ class Messages(Part):
     field: str = "messages"
     """Column that holds the list of messages."""
 
-    def to_messages(self, row: Row) -> list[Message]:
+    def to_conversation(self, row: Row) -> Conversation:
         """The messages of a row; every assistant turn is learnt."""
         _refuse(row, "tools")
         messages = []
@@ -55,7 +55,7 @@ class Messages(Part):
             # To leave these out would silently change what is learnt.
             _refuse(turn, "tool_calls", "function_call", "reasoning_content", "train", where=where)
             messages.append(_message(turn, where, "role", "content", _ROLES))
-        return _learnable(messages, self.field)
+        return Conversation(_learnable(messages, self.field))
 
 
 class ShareGpt(Part):
@@ -74,12 +74,12 @@ class ShareGpt(Part):
     field: str = "conversations"
     """Column that holds the list of turns."""
 
-    def to_messages(self, row: Row) -> list[Message]:
+    def to_conversation(self, row: Row) -> Conversation:
         """The messages of a row; every turn from `gpt` or `assistant` is learnt."""
         _refuse(row, "tools", "system")
         turns = _turns(row, self.field)
         messages = [_message(turn, at, "from", "value", _SHAREGPT_ROLES) for at, turn in turns]
-        return _learnable(messages, self.field)
+        return Conversation(_learnable(messages, self.field))
 
 
 class Alpaca(Part):
@@ -93,16 +93,18 @@ class Alpaca(Part):
 
     type: Literal["alpaca"] = "alpaca"
 
-    def to_messages(self, row: Row) -> list[Message]:
+    def to_conversation(self, row: Row) -> Conversation:
         """A user turn (instruction, blank line, input) and the answer, which is learnt."""
         _refuse(row, "history", "system")
         request = _text(row, "instruction")
         if row.get("input"):
             request = f"{request}\n\n{_text(row, 'input')}"
-        return [
-            Message("user", request, train=False),
-            Message("assistant", _text(row, "output"), train=True),
-        ]
+        return Conversation(
+            [
+                Message("user", request, train=False),
+                Message("assistant", _text(row, "output"), train=True),
+            ]
+        )
 
 
 class PromptCompletion(Part):
@@ -133,17 +135,20 @@ class PromptCompletion(Part):
             )
         return self
 
-    def to_messages(self, row: Row) -> list[Message]:
+    def to_conversation(self, row: Row) -> Conversation:
         """One user and one assistant turn, or two verbatim pieces; the second of them is learnt."""
         prompt, completion = _text(row, self.prompt_field), _text(row, self.completion_field)
         if not self.as_chat:
-            return [Message("text", prompt, train=False), Message("text", completion, train=True)]
+            pieces = [Message("text", prompt, train=False), Message("text", completion, train=True)]
+            return Conversation(pieces)
         system = [] if self.system is None else [Message("system", self.system, train=False)]
-        return [
-            *system,
-            Message("user", prompt, train=False),
-            Message("assistant", completion, train=True),
-        ]
+        return Conversation(
+            [
+                *system,
+                Message("user", prompt, train=False),
+                Message("assistant", completion, train=True),
+            ]
+        )
 
 
 class Text(Part):
@@ -155,9 +160,9 @@ class Text(Part):
     field: str = "text"
     """Column that holds the text (a text file has one row per line, in the column `text`)."""
 
-    def to_messages(self, row: Row) -> list[Message]:
+    def to_conversation(self, row: Row) -> Conversation:
         """One verbatim piece."""
-        return [Message("text", _text(row, self.field), train=True)]
+        return Conversation([Message("text", _text(row, self.field), train=True)])
 
 
 FormatConfig = Annotated[

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from pydantic import Field
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
-from qlora_cli.types import Message, Row
+from qlora_cli.types import Conversation, Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,14 +37,6 @@ class LocatedRow:
     row: Row
     place: str
     """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """The messages of a row and where it was read."""
-
-    messages: list[Message]
-    place: str
 
 
 class BadRows:
@@ -95,11 +87,11 @@ class Source(Part):
         conversations = []
         for located in self.read(bad):
             try:
-                messages = self.format.to_messages(located.row)
+                conversation = self.format.to_conversation(located.row)
             except DataError as error:
                 bad.add(located.place, error)
             else:
-                conversations.append(Conversation(messages, located.place))
+                conversations.append(replace(conversation, place=located.place))
         bad.check(self.path)
         if not conversations:
             raise DataError(f"{self.path}: no rows")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_cli.data.layout import Layout, Renderer
-from qlora_cli.data.sources import BadRows, Conversation, Source, first_lines
+from qlora_cli.data.sources import BadRows, Source, first_lines
 from qlora_cli.errors import DataError
-from qlora_cli.types import IGNORE_INDEX, Example, Message, Prompt
+from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -35,7 +35,7 @@ def test_recipe_names_it_by_type(kind: Any) -> None:
 @every_format
 def test_its_example_gives_something_to_learn(kind: Any) -> None:
     row = copy.deepcopy(kind.example)
-    messages = kind().to_messages(row)
+    messages = kind().to_conversation(row).messages
     assert row == kind.example, "the row was changed"
     assert any(message.train for message in messages)
     assert all(message.content for message in messages)
@@ -45,7 +45,7 @@ def test_its_example_gives_something_to_learn(kind: Any) -> None:
 @every_format
 def test_an_empty_row_is_refused_by_field(kind: Any) -> None:
     with pytest.raises(DataError, match=r"field '\w+': missing; found nothing"):
-        kind().to_messages({})
+        kind().to_conversation({})
 
 
 @every_format
@@ -53,7 +53,7 @@ def test_an_empty_row_is_refused_by_field(kind: Any) -> None:
 def test_a_column_of_the_wrong_kind_is_refused_by_field(kind: Any, value: object) -> None:
     last = list(kind.example)[-1]
     with pytest.raises(DataError, match=f"field '{last}"):
-        kind().to_messages({**kind.example, last: value})
+        kind().to_conversation({**kind.example, last: value})
 
 
 @every_format
@@ -67,7 +67,7 @@ def test_half_a_surrogate_pair_is_refused(kind: Any) -> None:
         return value + "\ud83d"
 
     with pytest.raises(DataError, match="half of a surrogate pair"):
-        kind().to_messages(spoil(kind.example))
+        kind().to_conversation(spoil(kind.example))
 
 
 def test_messages_learns_every_assistant_turn() -> None:
@@ -80,7 +80,7 @@ def test_messages_learns_every_assistant_turn() -> None:
             {"role": "assistant", "content": "d"},
         ]
     }
-    messages = Messages().to_messages(row)
+    messages = Messages().to_conversation(row).messages
     assert [(m.role, m.content, m.train) for m in messages] == [
         ("system", "", False),
         ("user", "a", False),
@@ -93,7 +93,7 @@ def test_messages_learns_every_assistant_turn() -> None:
 def test_an_unknown_role_is_named_with_its_place() -> None:
     turns = [{"role": "user", "content": "a"}] * 2 + [{"role": "humain", "content": "b"}]
     with pytest.raises(DataError) as caught:
-        Messages().to_messages({"messages": turns})
+        Messages().to_conversation({"messages": turns})
     assert str(caught.value) == (
         "field 'messages[2].role': got 'humain', expected one of system, user, assistant, tool"
     )
@@ -116,24 +116,27 @@ def test_an_unknown_role_is_named_with_its_place() -> None:
 )
 def test_a_bad_turn_is_refused_by_field(turn: object, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        Messages().to_messages({"messages": [turn]})
+        Messages().to_conversation({"messages": [turn]})
 
 
 def test_a_long_value_is_not_shown_whole() -> None:
     with pytest.raises(DataError) as caught:
-        Text().to_messages({"text": ["word"] * 10_000})
+        Text().to_conversation({"text": ["word"] * 10_000})
     assert len(str(caught.value)) < 200
 
 
 def test_messages_in_another_column() -> None:
     row = {"chat": Messages.example["messages"]}
-    assert Messages(field="chat").to_messages(row) == Messages().to_messages(Messages.example)
+    assert (
+        Messages(field="chat").to_conversation(row)
+        == Messages().to_conversation(Messages.example).messages
+    )
 
 
 def test_sharegpt_translates_its_roles() -> None:
     turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    messages = ShareGpt().to_messages(row)
+    messages = ShareGpt().to_conversation(row).messages
     assert [m.role for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [m.train for m in messages] == [False, False, True, False, True]
 
@@ -142,7 +145,7 @@ def test_sharegpt_translates_its_roles() -> None:
 def test_sharegpt_refuses_tool_turns(role: str) -> None:
     row = {"conversations": [{"from": role, "value": "{}"}]}
     with pytest.raises(DataError, match=rf"'conversations\[0\].from': got '{role}', expected one"):
-        ShareGpt().to_messages(row)
+        ShareGpt().to_conversation(row)
 
 
 @pytest.mark.parametrize(
@@ -150,31 +153,31 @@ def test_sharegpt_refuses_tool_turns(role: str) -> None:
     [(ShareGpt, "tools"), (ShareGpt, "system"), (Alpaca, "history"), (Messages, "tools")],
 )
 def test_a_column_that_would_be_lost_is_refused(kind: Any, column: str) -> None:
-    assert kind().to_messages({**kind.example, column: []})
-    assert kind().to_messages({**kind.example, column: None})
+    assert kind().to_conversation({**kind.example, column: []}).messages
+    assert kind().to_conversation({**kind.example, column: None}).messages
     with pytest.raises(DataError, match=f"field '{column}'.*would change what is learnt"):
-        kind().to_messages({**kind.example, column: "something"})
+        kind().to_conversation({**kind.example, column: "something"})
 
 
 def test_alpaca_joins_instruction_and_input() -> None:
-    user, assistant = Alpaca().to_messages(Alpaca.example)
+    user, assistant = Alpaca().to_conversation(Alpaca.example).messages
     assert user == Message("user", "Name the capital of the country.\n\nFrance", train=False)
     assert assistant == Message("assistant", "Paris.", train=True)
     for nothing in ({}, {"input": ""}, {"input": None}):
         row = {"instruction": "Say hi.", "output": "Hi.", **nothing}
-        assert Alpaca().to_messages(row)[0].content == "Say hi."
+        assert Alpaca().to_conversation(row).messages[0].content == "Say hi."
 
 
 def test_prompt_completion_as_chat_and_verbatim() -> None:
     row = {"q": "2 + 2", "a": " 4"}
     columns = {"prompt_field": "q", "completion_field": "a"}
-    chat = PromptCompletion(**columns, system="Be brief.").to_messages(row)
+    chat = PromptCompletion(**columns, system="Be brief.").to_conversation(row).messages
     assert [(m.role, m.content, m.train) for m in chat] == [
         ("system", "Be brief.", False),
         ("user", "2 + 2", False),
         ("assistant", " 4", True),
     ]
-    verbatim = PromptCompletion(**columns, as_chat=False).to_messages(row)
+    verbatim = PromptCompletion(**columns, as_chat=False).to_conversation(row).messages
     assert verbatim == [Message("text", "2 + 2", train=False), Message("text", " 4", train=True)]
 
 

@@ -350,7 +350,7 @@ def test_every_format_can_be_learnt_from(
 ) -> None:
     source = Source(path=rows_file(tmp_path, [kind.example] * 3), format=kind())
     prepared = prepare(source, tokenizer, max_length=512, max_lost=0)
-    messages = kind().to_messages(kind.example)
+    messages = kind().to_conversation(kind.example).messages
     stop = "</s>" if messages[0].role == "text" else "<|im_end|>"
     answers = [message.content + stop for message in messages if message.train]
     assert [learnt(example, tokenizer) for example in prepared.examples] == [answers] * 3
@@ -388,6 +388,6 @@ def test_the_demo_models_tokenizer() -> None:
         encoded = Encoder(tokenizer).encode(messages, max_length=4096)
         assert encoded.example.input_ids == whole(messages, tokenizer)
         assert learnt(encoded.example, tokenizer) == [f"{text}<|im_end|>" for text in ANSWERS]
-    as_text = PromptCompletion(as_chat=False).to_messages(PromptCompletion.example)
+    as_text = PromptCompletion(as_chat=False).to_conversation(PromptCompletion.example).messages
     encoded = Encoder(tokenizer).encode(as_text, max_length=64)
     assert learnt(encoded.example, tokenizer) == [" Paris." + tokenizer.eos_token]
