@@ -127,9 +127,8 @@ def test_a_long_value_is_not_shown_whole() -> None:
 
 def test_messages_in_another_column() -> None:
     row = {"chat": Messages.example["messages"]}
-    assert (
-        Messages(field="chat").to_conversation(row)
-        == Messages().to_conversation(Messages.example).messages
+    assert Messages(field="chat").to_conversation(row) == Messages().to_conversation(
+        Messages.example
     )
 
 
