@@ -11,7 +11,7 @@ import torch
 from qlora_cli.data import Data
 from qlora_cli.data.batches import eval_batches
 from qlora_cli.data.sources import Source
-from qlora_cli.data.tokenize import Prepared, prepare, prepare_prompts
+from qlora_cli.data.tokenize import Prepared, join, prepare, prepare_prompts
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
@@ -26,10 +26,15 @@ log = logging.getLogger("qlora")
 
 
 def read_data(
-    name: str, data: Data, source: Source, tokenizer: PreTrainedTokenizerFast
+    name: str, data: Data, sources: list[Source], tokenizer: PreTrainedTokenizerFast
 ) -> Prepared:
-    """The examples of a source, with a line about them in the log."""
-    prepared = prepare(source, tokenizer, max_length=data.max_length, max_lost=data.max_lost)
+    """The examples of all sources, with a line about them in the log."""
+    prepared = join(
+        [
+            prepare(source, tokenizer, max_length=data.max_length, max_lost=data.max_lost)
+            for source in sources
+        ]
+    )
     log.info("%s data: %s", name, prepared.summary())
     return prepared
 
@@ -41,9 +46,11 @@ def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Pro
         DataError: a row has no prompt, or a reference that a task cannot score against.
     """
     settings = recipe.evaluation
-    if not settings.tasks or recipe.data.evaluation is None:
+    if not settings.tasks:
         return []
-    prompts = prepare_prompts(recipe.data.evaluation, tokenizer)[: settings.limit]
+    sources = recipe.data.evaluation_sources
+    prompts = [prompt for source in sources for prompt in prepare_prompts(source, tokenizer)]
+    prompts = prompts[: settings.limit]
     for task in settings.tasks:
         for prompt in prompts:
             task.score(prompt.reference, answer="")

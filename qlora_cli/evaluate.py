@@ -51,11 +51,12 @@ def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -
         if trained
         else recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
     )
-    if recipe.data.evaluation is None:
+    sources = recipe.data.evaluation_sources
+    if not sources:
         raise RecipeError(
             f"{target} has no data.evaluation", hint="--set data.evaluation.path=held_out.jsonl"
         )
-    held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
+    held_out = read_data("evaluation", recipe.data, sources, tokenizer)
     prompts = read_prompts(recipe, tokenizer)
 
     world = World()

@@ -132,7 +132,7 @@ class Recipe(Part):
                 "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
                 "that you have read"
             )
-        if self.evaluation.tasks and self.data.evaluation is None:
+        if self.evaluation.tasks and not self.data.evaluation_sources:
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")
         types = [task.type for task in self.evaluation.tasks]
         if len(set(types)) < len(types):

@@ -64,13 +64,18 @@ def _section(part: type[Part], body: Schema) -> Schema:
     for name, info in part.model_fields.items():
         item = FieldType.of(info).item
         if item and item.parts:
-            properties[name]["items"] |= _required_in(item)
+            _list_schema(properties[name])["items"] |= _required_in(item)
     return {
         "type": "object",
         "description": about,
         "properties": properties,
         "additionalProperties": False,
     }
+
+
+def _list_schema(schema: Schema) -> Schema:
+    """What a field says about lists, be it beside other things or alone."""
+    return next((one for one in schema.get("anyOf", []) if one.get("type") == "array"), schema)
 
 
 def _cleaned(schema: Any) -> Any:

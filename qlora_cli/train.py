@@ -51,10 +51,10 @@ def train(
 
     # Data first: a bad row is found before a large model is loaded.
     tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
-    learnt = read_data("training", recipe.data, recipe.data.train, tokenizer)
+    learnt = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
     held_out = None
-    if recipe.data.evaluation is not None:
-        held_out = read_data("evaluation", recipe.data, recipe.data.evaluation, tokenizer)
+    if sources := recipe.data.evaluation_sources:
+        held_out = read_data("evaluation", recipe.data, sources, tokenizer)
         read_prompts(recipe, tokenizer)  # for its checks: better now than after training
     if resume:
         refuse_changes(run, recipe, learnt.digest)

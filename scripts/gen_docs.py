@@ -118,7 +118,7 @@ def _rows(part: type[Part]) -> Iterator[str]:
         field_type = FieldType.of(info)
         takes = "a section (below)" if _parts(field_type) else field_type.words()
         if _parts(field_type) and field_type.item:
-            takes = "a list of sections (below)"
+            takes = f"{'a section, or ' * bool(field_type.parts)}a list of sections (below)"
         cells = [f"`{name}`", takes, _default(info), str(info.description)]
         yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 

@@ -233,7 +233,7 @@ def gradients(bench: Bench, kind: str, *, checkpointing: bool) -> dict[str, Tens
 
 def stream(recipe: Recipe) -> BatchStream:
     tokenizer = recipe.model.load_tokenizer()
-    rows = prepare(recipe.data.train, tokenizer, max_length=128, max_lost=0.0).examples
+    rows = prepare(recipe.data.train_sources[0], tokenizer, max_length=128, max_lost=0.0).examples
     return BatchStream(
         rows,
         batch_size=recipe.training.batch_size,

@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, Self
 
-from qlora_cli.data.sources import Source
+from pydantic import Field, model_validator
+
+from qlora_cli.data.sources import Portion, Source
 from qlora_cli.part import Part
 
 
 class Data(Part):
     """What is learnt, and what it is measured on."""
 
-    train: Source
-    """Rows to learn from."""
-    evaluation: Source | None = None
+    train: Source | list[Source]
+    """Rows to learn from; a list of sources is learnt together."""
+    evaluation: Source | list[Source] | None = None
     """Rows held out, never learnt from."""
+    evaluation_share: float | None = Field(None, gt=0, lt=1)
+    """In place of `evaluation`: the share of the training rows to hold out, drawn by content."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Fixes what `shuffle` and `evaluation_share` draw, whatever seed is trained with."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do about rows that cannot be used: name the first ten and stop, or go on without."""
     max_length: int = Field(1024, ge=8)
-    """Tokens per row; what is longer is cut at the end."""
+    """Tokens per row."""
+    truncate: Literal["drop", "cut_end", "cut_prompt", "split"] = "cut_end"
+    """What becomes of a longer row; the prompt is cut at its beginning."""
     max_lost: float = Field(0.05, ge=0, le=1)
     """Share of rows that may be dropped because cutting left nothing to learn; above it, stop."""
+    packing: bool = False
+    """Put several short rows into one of `max_length`, where none sees the others."""
     chat_template: str | None = None
     """Jinja file to use in place of the tokenizer's own chat template."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = [
+            f"{name}: the list is empty"
+            for name in ("train", "evaluation")
+            if getattr(self, name) == []
+        ]
+        if self.evaluation is not None and self.evaluation_share is not None:
+            problems.append(
+                f"evaluation_share ({self.evaluation_share:g}) and evaluation are both given; give "
+                "one of them"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """What is learnt, without the rows that `evaluation_share` holds out."""
+        return self._portions(self.train, held_out=False)
+
+    @property
+    def evaluation_sources(self) -> list[Source]:
+        """What is held out; no source if nothing is."""
+        if self.evaluation_share is not None:
+            return self._portions(self.train, held_out=True)
+        return [] if self.evaluation is None else self._portions(self.evaluation, held_out=False)
+
+    def _portions(self, sources: Source | list[Source], *, held_out: bool) -> list[Source]:
+        return [
+            Portion.of(source, seed=self.seed, share=self.evaluation_share, held_out=held_out)
+            for source in (sources if isinstance(sources, list) else [sources])
+        ]

@@ -40,26 +40,52 @@ class LocatedRow:
 
 
 class BadRows:
-    """Rows that cannot be used, gathered so that the user sees them together."""
+    """Rows that cannot be used: all are counted, the first are kept so that the user sees them."""
 
-    def __init__(self) -> None:
-        self._found: list[str] = []
+    def __init__(self, *, keep: int = _SHOWN) -> None:
+        self.count = 0
+        self.first: list[str] = []
+        """What is wrong with the first of them, with the place of each."""
+        self._keep = keep
 
     def add(self, place: str, reason: object) -> None:
-        self._found.append(f"{place}: {reason}")
+        self.count += 1
+        if len(self.first) < self._keep:
+            self.first.append(f"{place}: {reason}")
 
-    def check(self, path: str) -> None:
-        """Raises DataError with the number of bad rows and the first ten, if there are any."""
-        if self._found:
-            rows = "row" if len(self._found) == 1 else "rows"
-            raise DataError(f"{path}: {len(self._found):,} bad {rows}\n{first_lines(self._found)}")
+    def check(self, path: str, *, skip: bool = False) -> None:
+        """Report the bad rows, if there are any: their number and the first ten.
+
+        Args:
+            skip: warn of them in the log, in place of raising.
+
+        Raises:
+            DataError: there are bad rows.
+        """
+        if not self.count:
+            return
+        rows = "row" if self.count == 1 else "rows"
+        message = f"{path}: {self.count:,} bad {rows}"
+        shown = first_lines(self.first, self.count)
+        if skip:
+            log.warning("%s, left out\n%s", message, shown)
+            return
+        raise DataError(
+            f"{message}\n{shown}",
+            hint="repair them, or leave them out with data.on_bad_row: skip",
+        )
 
 
-def first_lines(lines: list[str]) -> str:
-    """The first ten lines, indented, and how many there are beyond them."""
+def first_lines(lines: list[str], count: int | None = None) -> str:
+    """The first ten lines, indented, and how many there are beyond them.
+
+    Args:
+        count: how many there are in all, if `lines` are but the first.
+    """
     shown = [f"  {line}" for line in lines[:_SHOWN]]
-    if len(lines) > _SHOWN:
-        shown.append(f"  ... and {len(lines) - _SHOWN:,} more")
+    more = (len(lines) if count is None else count) - len(shown)
+    if more:
+        shown.append(f"  ... and {more:,} more")
     return "\n".join(shown)
 
 
@@ -77,25 +103,25 @@ class Source(Part):
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
 
-    def conversations(self) -> list[Conversation]:
-        """The messages of every row.
+    def conversations(self, bad: BadRows) -> Iterator[Conversation]:
+        """The messages of each row, read as they are asked for; what is wrong is added to `bad`.
 
         Raises:
-            DataError: nothing to read at `path`, no rows, or bad rows (all of them are counted).
+            DataError: nothing to read at `path`, a file that cannot be read on, or, at the end,
+                not one row that can be used.
         """
-        bad = BadRows()
-        conversations = []
+        is_empty = True
         for located in self.read(bad):
             try:
                 conversation = self.format.to_conversation(located.row)
             except DataError as error:
                 bad.add(located.place, error)
             else:
-                conversations.append(replace(conversation, place=located.place))
-        bad.check(self.path)
-        if not conversations:
+                is_empty = False
+                yield replace(conversation, place=located.place)
+        if is_empty:
+            bad.check(self.path)
             raise DataError(f"{self.path}: no rows")
-        return conversations
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """The rows in order; what cannot be read as a row is added to `bad`.
@@ -183,6 +209,37 @@ class Source(Part):
                 f"{self.split}, revision {self.revision}) cannot be loaded: {error}",
                 hint="check the path, the split and the network; a local copy needs no network",
             ) from error
+
+
+class Portion(Source):
+    """The rows of a source that are learnt, or those that are held out."""
+
+    seed: int
+    share: float | None
+    """Of the rows, held out."""
+    held_out: bool
+
+    @classmethod
+    def of(cls, source: Source, *, seed: int, share: float | None, held_out: bool) -> Portion:
+        """One side of a source. Without a share, nothing of it is held out from itself."""
+        settings = {name: getattr(source, name) for name in Source.model_fields}
+        return cls(**settings, seed=seed, share=share, held_out=held_out)
+
+    def read(self, bad: BadRows) -> Iterator[LocatedRow]:
+        """The rows on this side, in order; what cannot be read as a row is added to `bad`."""
+        rows = super().read(bad)
+        return rows if self.share is None else filter(self._is_here, rows)
+
+    def _is_here(self, located: LocatedRow) -> bool:
+        assert self.share is not None
+        return (draw(located.row, "held out", self.seed) < self.share) is self.held_out
+
+
+def draw(row: Row, purpose: str, seed: int) -> float:
+    """A number in [0, 1) that depends on what a row says and on nothing else about it."""
+    content = json.dumps(row, sort_keys=True, default=str)
+    digest = hashlib.blake2b(f"{purpose} {seed} {content}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

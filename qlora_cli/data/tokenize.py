@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,7 +93,7 @@ def prepare(
         DataError: no rows, bad rows (all are counted), too many lost rows, or turns that do not
             end in a token to stop at.
     """
-    rows = source.conversations()
+    rows = _conversations(source)
     encoded = Encoder(tokenizer).encode_rows(rows, max_length=max_length, path=source.path)
     _check_lost(encoded, rows, max_lost, source.path)
     kept = [row for row in encoded if row.lost is None]
@@ -113,13 +114,29 @@ def prepare(
     )
 
 
+def join(prepared: list[Prepared]) -> Prepared:
+    """Several sources as one."""
+    stop_token_ids = {token_id for one in prepared for token_id in one.stop_token_ids}
+    return Prepared(
+        examples=[example for one in prepared for example in one.examples],
+        stop_token_ids=sorted(stop_token_ids),
+        num_rows=sum(one.num_rows for one in prepared),
+        num_lost=sum(one.num_lost for one in prepared),
+        num_truncated=sum(one.num_truncated for one in prepared),
+        num_tokens=sum(one.num_tokens for one in prepared),
+        num_supervised=sum(one.num_supervised for one in prepared),
+        digest=sha256(" ".join(one.digest for one in prepared).encode()).hexdigest(),
+        stops=sorted({stop for one in prepared for stop in one.stops}),
+    )
+
+
 def prepare_prompts(source: Source, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
     """A prompt and its reference for each row of a source.
 
     Raises:
         DataError: no rows, or bad rows (all are counted).
     """
-    return Encoder(tokenizer).to_prompts(source.conversations(), path=source.path)
+    return Encoder(tokenizer).to_prompts(_conversations(source), path=source.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +274,13 @@ class Encoder:
         if lost is None and example.num_supervised == 0:
             lost = f"{len(ids):,} tokens, cut at max_length {max_length:,} before the answer"
         return Encoded(example, len(ids), turn_ends, lost)
+
+
+def _conversations(source: Source) -> list[Conversation]:
+    bad = BadRows()
+    conversations = list(source.conversations(bad))
+    bad.check(source.path)
+    return conversations
 
 
 def _each(rows: list[Conversation], work: Callable[[list[Message]], T], path: str) -> list[T]:

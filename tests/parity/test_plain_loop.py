@@ -73,7 +73,9 @@ def test_ten_steps_equal_the_plain_loop(
     run = Path(recipe.output.dir)
 
     tokenizer = recipe.model.load_tokenizer()
-    examples = prepare(recipe.data.train, tokenizer, max_length=96, max_lost=0.0).examples
+    examples = prepare(
+        recipe.data.train_sources[0], tokenizer, max_length=96, max_lost=0.0
+    ).examples
     stream = BatchStream(
         examples,
         batch_size=4,

@@ -22,6 +22,9 @@ data:
 output: {dir: run}
 """
 
+AT_ODDS = {"data.evaluation_share": ("data.evaluation=null",)}
+"""What has to go before a key can be given."""
+
 Key = tuple[str, tuple[str, ...], FieldType]
 """Dotted key, overrides that choose the variants on the way to it, what it takes."""
 
@@ -37,7 +40,7 @@ def keys_of(part: type[Part], prefix: str = "", chosen: tuple[str, ...] = ()) ->
             choice = (f"{key}.type={part_type(below)}",) if field_type.variants else ()
             yield from keys_of(below, f"{key}.", (*chosen, *choice))
         if not field_type.parts:
-            yield key, chosen, field_type
+            yield key, (*chosen, *AT_ODDS.get(key, ())), field_type
 
 
 def candidates(field_type: FieldType) -> Iterator[str]:

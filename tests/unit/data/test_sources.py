@@ -179,8 +179,11 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     lines = ['{"text": "good"}', *['{"text": 7}'] * 12, "{", '{"txt": "a"}']
     path.write_text("\n".join(lines), encoding="utf-8")
+    bad = BadRows()
+    kept = list(source(path).conversations(bad))
+    assert [row.place for row in kept] == [f"{path}:1"]
     with pytest.raises(DataError) as caught:
-        source(path).conversations()
+        bad.check(str(path))
     message = str(caught.value).splitlines()
     assert message[0] == f"{path}: 14 bad rows"
     assert message[1] == f"  {path}:2: field 'text': got 7 (int), expected text"
@@ -190,7 +193,7 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
 
 def test_conversations_keep_their_place(tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl")
-    [_, second, _] = source(path).conversations()
+    [_, second, _] = list(source(path).conversations(BadRows()))
     assert second.messages[0].content == ROWS[1]["text"]
     assert second.place == f"{path}:3"
 
@@ -199,10 +202,10 @@ def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.csv", "a.txt"):
         (tmp_path / name).write_text("\n", encoding="utf-8")
         with pytest.raises(DataError, match=r": no rows"):
-            source(tmp_path / name).conversations()
+            list(source(tmp_path / name).conversations(BadRows()))
     (tmp_path / "a.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match=r": no rows"):
-        source(tmp_path / "a.json").conversations()
+        list(source(tmp_path / "a.json").conversations(BadRows()))
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_a_missing_path_is_named_and_the_hub_is_not_asked(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     with pytest.raises(DataError) as caught:
-        source(name).conversations()
+        list(source(name).conversations(BadRows()))
     assert str(caught.value) == f"{name}: no such file or folder"
     with pytest.raises(DataError, match="no such file"):
         source(name).digest()
@@ -237,7 +240,7 @@ def test_a_hub_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="owner/name: no such file or folder, and the hub data set"):
-        source("owner/name").conversations()
+        list(source("owner/name").conversations(BadRows()))
 
 
 def test_a_hub_data_set_is_asked_for_by_id_split_and_revision(
