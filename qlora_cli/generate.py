@@ -45,6 +45,10 @@ def answer(
         eos_token_id=list(stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
+    # Generation gives the head the last position of each row, a view with gaps between the rows.
+    # torch multiplies such a view in bfloat16 on a CPU by a copy of the weights for each row.
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
@@ -63,4 +67,5 @@ def answer(
         ):
             texts[index] = text
     model.train(was_training)
+    hook.remove()
     return texts

@@ -153,8 +153,8 @@ def write(model: Any, tokenizer: PreTrainedTokenizerFast, trained: Path, folder:
 
 
 def reload_logits(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of the folder as any user of it would load it."""
-    model = load_model(folder, dtype="auto").eval()
+    """Logits of what was written, computed in float32: what differs is then the weights alone."""
+    model = load_model(folder, dtype=torch.float32).eval()
     return logits_of(model, inputs, torch.device("cpu"))
 
 
