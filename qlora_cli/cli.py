@@ -162,6 +162,7 @@ def merge(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
     ],
+    overrides: Overrides,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
@@ -175,10 +176,11 @@ def merge(
     \b
     Example:
       qlora merge runs/mine --output models/mine
+      qlora merge runs/mine --output models/mine --set model.path=where/the/base/is/now
     """
     from qlora_cli.merge import merge
 
-    report = merge(run, output, weights=weights)
+    report = merge(run, output, overrides, weights=weights)
     _show(report, as_json, merge_text(report))
 
 

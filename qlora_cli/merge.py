@@ -42,7 +42,9 @@ _PROMPTS = (
 )
 
 
-def merge(run_folder: Path, output: Path, *, weights: Weights) -> dict[str, Any]:
+def merge(
+    run_folder: Path, output: Path, overrides: Sequence[str] = (), *, weights: Weights
+) -> dict[str, Any]:
     """Write a plain model folder that needs neither adapter nor quantization.
 
     The delta is added in float32 to exactly the weights that it was trained against: for a
@@ -61,7 +63,7 @@ def merge(run_folder: Path, output: Path, *, weights: Weights) -> dict[str, Any]
     """
     quiet_libraries()
     run = RunFolder(run_folder)
-    recipe = load_recipe(run.recipe).recipe if run.record.exists() else None
+    recipe = load_recipe(run.recipe, overrides).recipe if run.record.exists() else None
     if recipe is None:
         raise RecipeError(f"{run_folder} is no run folder", hint="give the output.dir of a run")
     if output.exists():

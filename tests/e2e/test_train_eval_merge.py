@@ -414,6 +414,23 @@ def test_only_the_newest_checkpoints_are_kept(
     assert kept == ["step-00000003", "step-00000004", "step-00000005"]
 
 
+def test_merge_finds_a_base_that_was_moved(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    qlora("train", write_recipe(model={"path": str(base)}, training={"max_steps": 1}))
+    base.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged")])
+    assert caught.value.code == 3
+    moved = f"model.path={tmp_path / 'moved'}"
+    report = output_of(
+        capsys, "merge", tmp_path / "run", "--output", tmp_path / "merged", "--set", moved
+    )
+    assert report["kl"] < 1e-3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
 def test_a_merge_that_is_not_the_trained_model_is_refused_and_leaves_nothing(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
