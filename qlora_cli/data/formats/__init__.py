@@ -1,0 +1,29 @@
+"""From a row of a data source to a conversation. To add a format: one class, and its name below.
+
+A row that does not fit raises DataError naming the field; the caller adds the file and line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_cli.data.formats.chat import Messages, ShareGpt
+from qlora_cli.data.formats.flat import Alpaca, PromptCompletion, Text
+from qlora_cli.data.formats.preference import Preference
+
+__all__ = [
+    "Alpaca",
+    "FormatConfig",
+    "Messages",
+    "Preference",
+    "PromptCompletion",
+    "ShareGpt",
+    "Text",
+]
+
+FormatConfig = Annotated[
+    Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,67 @@
+"""Formats for conversations."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from qlora_cli.data.formats.fields import as_object, list_of, optional_text
+from qlora_cli.data.formats.turns import check_order, openai_message, read_tools, sharegpt_message
+from qlora_cli.part import Part
+from qlora_cli.types import Conversation, Message, Row
+
+
+class Messages(Part):
+    """Conversations in the OpenAI manner: `{"messages": [{"role": ..., "content": ...}, ...]}`.
+
+    Read as well: `tool_calls` and the column `tools`, `reasoning_content`, and `train: false` on
+    an answer that is not to be learnt.
+    """
+
+    example: ClassVar[Row] = {
+        "messages": [
+            {"role": "system", "content": "Answer in one word."},
+            {"role": "user", "content": "The capital of France?"},
+            {"role": "assistant", "content": "Paris."},
+        ]
+    }
+
+    type: Literal["messages"] = "messages"
+    field: str = "messages"
+    """Column that holds the list of messages."""
+
+    def to_conversation(self, row: Row) -> Conversation:
+        """The messages of a row; every assistant turn is learnt unless it says `train: false`."""
+        turns = list_of(row, self.field)
+        messages = [openai_message(as_object(turn, where), where) for where, turn in turns]
+        return Conversation(check_order(messages, self.field), tools=read_tools(row))
+
+
+class ShareGpt(Part):
+    """Conversations as `{"conversations": [{"from": "human" | "gpt" | ..., "value": ...}]}`.
+
+    Read as well: the roles `function_call` (JSON text with `name` and `arguments`) and
+    `observation`, and the columns `tools` and `system`.
+    """
+
+    example: ClassVar[Row] = {
+        "conversations": [
+            {"from": "human", "value": "The capital of France?"},
+            {"from": "gpt", "value": "Paris."},
+            {"from": "human", "value": "And of Spain?"},
+            {"from": "gpt", "value": "Madrid."},
+        ]
+    }
+
+    type: Literal["sharegpt"] = "sharegpt"
+    field: str = "conversations"
+    """Column that holds the list of turns."""
+
+    def to_conversation(self, row: Row) -> Conversation:
+        """The messages of a row; every turn from `gpt` or `function_call` is learnt."""
+        turns = list_of(row, self.field)
+        messages = [sharegpt_message(as_object(turn, where), where) for where, turn in turns]
+        checked = check_order(messages, self.field)
+        system = optional_text(row, "system")
+        if system is not None:
+            checked = check_order([Message("system", system, train=False), *checked], self.field)
+        return Conversation(checked, tools=read_tools(row))

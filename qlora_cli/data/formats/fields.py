@@ -1,0 +1,108 @@
+"""Reading one field of a row. Whatever is wrong with it is a DataError that names its path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_cli.errors import DataError
+from qlora_cli.types import Row
+
+
+def value_of(values: Mapping[str, Any], field: str, where: str = "") -> Any:
+    """What the field holds, which has to be there."""
+    if field not in values:
+        found = ", ".join(map(repr, values)) or "nothing"
+        raise DataError(f"field '{path_of(where, field)}': missing; found {found}")
+    return values[field]
+
+
+def text_of(
+    values: Mapping[str, Any], field: str, where: str = "", *, may_be_empty: bool = False
+) -> str:
+    """The text that the field holds."""
+    return as_text(value_of(values, field, where), path_of(where, field), may_be_empty=may_be_empty)
+
+
+def as_text(value: object, path: str, *, may_be_empty: bool = False) -> str:
+    """A value that has to be text."""
+    if not isinstance(value, str):
+        raise DataError(f"field '{path}': got {shown(value)}, expected text")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"field '{path}': empty")
+    try:
+        # JSON may hold half a surrogate pair ("\ud83d"), which no tokenizer takes.
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"field '{path}': character {error.start + 1} is half of a surrogate pair "
+            f"({value[error.start]!r}), which is no text"
+        ) from error
+    return value
+
+
+def list_of(values: Mapping[str, Any], field: str, where: str = "") -> list[tuple[str, Any]]:
+    """The entries of a list of messages, each with its place in the row: `messages[2]`."""
+    path = path_of(where, field)
+    return as_list(value_of(values, field, where), path, "a list of messages")
+
+
+def as_list(value: object, path: str, expected: str) -> list[tuple[str, Any]]:
+    """The entries of a value that has to be a list, each with its place."""
+    if not isinstance(value, list):
+        raise DataError(f"field '{path}': got {shown(value)}, expected {expected}")
+    return [(f"{path}[{i}]", entry) for i, entry in enumerate(value)]
+
+
+def as_object(value: object, path: str) -> Mapping[str, Any]:
+    """A value that has to be an object."""
+    if not isinstance(value, Mapping):
+        raise DataError(f"field '{path}': got {shown(value)}, expected an object")
+    return value
+
+
+def parsed(value: object, path: str) -> Any:
+    """A value that may also be given as JSON text, as tables have to."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"field '{path}': got {shown(value)}, which is not JSON: {error}"
+        ) from error
+
+
+def is_given(values: Mapping[str, Any], field: str) -> bool:
+    """Whether the field holds anything; tables hold null or an empty list in each row."""
+    return values.get(field) not in (None, "", [], {}, "[]", "{}")
+
+
+def refuse(values: Mapping[str, Any], *fields: str, where: str = "") -> None:
+    """Raises DataError if a field holds something that this format would leave out."""
+    for field in fields:
+        if is_given(values, field):
+            raise DataError(
+                f"field '{path_of(where, field)}': got {shown(values[field])}, which this format "
+                "does not read; leaving it out would change what is learnt"
+            )
+
+
+def optional_text(row: Row, field: str) -> str | None:
+    """The text that the field holds, if it holds anything."""
+    return text_of(row, field) if is_given(row, field) else None
+
+
+def path_of(where: str, field: str) -> str:
+    """`messages[2].role`."""
+    return f"{where}.{field}" if where else field
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its type where that is the news, and never a screenful."""
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:60]}..."
+    if value is None:
+        return "null"
+    return text if isinstance(value, str) else f"{text} ({type(value).__name__})"

@@ -1,0 +1,219 @@
+"""What the formats for conversations have in common: turns, tool calls and their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_cli.data.formats.fields import (
+    as_list,
+    as_object,
+    as_text,
+    is_given,
+    parsed,
+    path_of,
+    refuse,
+    shown,
+    text_of,
+    value_of,
+)
+from qlora_cli.errors import DataError
+from qlora_cli.types import Message, Role, Row, ToolCall
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+SHAREGPT_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# A system prompt may be empty on purpose (some templates put in one of their own otherwise), and
+# so may the answer of a tool.
+_MAY_BE_EMPTY: tuple[Role, ...] = ("system", "tool")
+
+
+def read_turns(turns: Sequence[tuple[str, Any]]) -> list[Message]:
+    """Turns of either manner, told apart by their keys: OpenAI's `role` or ShareGPT's `from`."""
+    return [
+        sharegpt_message(as_object(turn, where), where)
+        if "from" in as_object(turn, where)
+        else openai_message(turn, where)
+        for where, turn in turns
+    ]
+
+
+def openai_message(turn: Mapping[str, Any], where: str) -> Message:
+    """One turn in the OpenAI manner."""
+    role = _role(turn, "role", where, ROLES)
+    # To leave it out would silently change what is learnt.
+    refuse(turn, "function_call", "audio", "refusal", where=where)
+    if role != "assistant":
+        refuse(turn, "tool_calls", *_REASONING, where=where)
+    if role != "tool":
+        refuse(turn, "tool_call_id", where=where)
+    calls = _tool_calls(turn, where) if is_given(turn, "tool_calls") else ()
+    content = "" if calls and turn.get("content") is None else _content(turn, role, where, calls)
+    return Message(
+        role,
+        content,
+        train=_train(turn, role, where),
+        reasoning=_reasoning(turn, where),
+        tool_calls=calls,
+        name=text_of(turn, "name", where) if role == "tool" and is_given(turn, "name") else None,
+        tool_call_id=text_of(turn, "tool_call_id", where)
+        if is_given(turn, "tool_call_id")
+        else None,
+    )
+
+
+def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
+    """One turn in the manner of ShareGPT; the value of `function_call` is JSON text."""
+    role = _role(turn, "from", where, SHAREGPT_ROLES)
+    refuse(turn, "tool_calls", *_REASONING, where=where)
+    train = _train(turn, role, where)
+    if turn["from"] != "function_call":
+        content = text_of(turn, "value", where, may_be_empty=role in _MAY_BE_EMPTY)
+        return Message(role, content, train=train)
+    path = path_of(where, "value")
+    calls = parsed(value_of(turn, "value", where), path)
+    # One call is written without a list.
+    entries = (
+        as_list(calls, path, "a list of calls") if isinstance(calls, list) else [(path, calls)]
+    )
+    if not entries:
+        raise DataError(f"field '{path}': no call in it")
+    return Message(role, "", train=train, tool_calls=tuple(_call(*entry) for entry in entries))
+
+
+def read_tools(row: Row, field: str = "tools") -> list[dict[str, Any]] | None:
+    """The functions that the assistant may ask for, in OpenAI's shape; a list, or JSON text."""
+    if not is_given(row, field):
+        return None
+    tools = []
+    for where, entry in as_list(parsed(row[field], field), field, "a list of functions"):
+        tool = dict(as_object(entry, where))
+        # Many data sets leave OpenAI's wrapping out, and templates read it.
+        if "function" not in tool:
+            tool = {"type": "function", "function": tool}
+        function = as_object(tool["function"], path_of(where, "function"))
+        text_of(function, "name", path_of(where, "function"))
+        tools.append(_without_nulls(tool))
+    return tools or None
+
+
+def check_order(messages: Sequence[Message], field: str) -> list[Message]:
+    """The messages, if a conversation may go like this and ends in something to learn.
+
+    Raises:
+        DataError: it may not; the field is named.
+    """
+    waiting = 0  # calls that still may be answered
+    before: Message | None = None
+    for i, message in enumerate(messages):
+        reason = _out_of_order(message, before, waiting)
+        if reason is not None:
+            raise DataError(f"field '{field}[{i}]': {reason}")
+        waiting = waiting - 1 if message.role == "tool" else len(message.tool_calls)
+        before = message
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(f"field '{field}': no assistant message, so nothing to learn")
+    if messages[-1].role != "assistant":
+        raise DataError(
+            f"field '{field}': ends with a message of role {messages[-1].role}, so its answer is "
+            "missing"
+        )
+    if not any(message.train for message in messages):
+        raise DataError(f"field '{field}': every answer has train: false, so nothing to learn")
+    return list(messages)
+
+
+def _out_of_order(message: Message, before: Message | None, waiting: int) -> str | None:
+    if message.role == "system" and before is not None:
+        return "a system message has to come first"
+    if message.role == "tool" and waiting <= 0:
+        return "the answer of a tool without a call before it"
+    if before is not None and message.role == before.role != "tool":
+        return f"two messages of role {message.role} in a row"
+    return None
+
+
+def _role(turn: Mapping[str, Any], key: str, where: str, roles: Mapping[str, Role]) -> Role:
+    name = value_of(turn, key, where)
+    # A list or an object as role is no key of any dictionary.
+    role = roles.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise DataError(
+            f"field '{path_of(where, key)}': got {shown(name)}, expected one of {', '.join(roles)}"
+        )
+    return role
+
+
+def _content(turn: Mapping[str, Any], role: Role, where: str, calls: tuple[ToolCall, ...]) -> str:
+    content = value_of(turn, "content", where)
+    may_be_empty = role in _MAY_BE_EMPTY or bool(calls)
+    path = path_of(where, "content")
+    if not isinstance(content, list):
+        return as_text(content, path, may_be_empty=may_be_empty)
+    texts = []
+    for at, entry in as_list(content, path, "text"):
+        part = as_object(entry, at)
+        kind = value_of(part, "type", at)
+        if kind != "text":
+            raise DataError(f"field '{at}.type': got {shown(kind)}, expected 'text'")
+        texts.append(text_of(part, "text", at, may_be_empty=True))
+    return as_text("".join(texts), path, may_be_empty=may_be_empty)
+
+
+def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
+    given = [key for key in _REASONING if is_given(turn, key)]
+    if len({repr(turn[key]) for key in given}) > 1:
+        raise DataError(f"field '{path_of(where, given[1])}': not the same as {given[0]}")
+    return text_of(turn, given[0], where) if given else None
+
+
+def _train(turn: Mapping[str, Any], role: Role, where: str) -> bool:
+    train = turn.get("train")
+    if train is None:
+        return role == "assistant"
+    if not isinstance(train, bool):
+        raise DataError(f"field '{where}.train': got {shown(train)}, expected true or false")
+    return train
+
+
+def _tool_calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
+    path = path_of(where, "tool_calls")
+    calls = parsed(turn["tool_calls"], path)
+    return tuple(_call(*entry) for entry in as_list(calls, path, "a list of calls"))
+
+
+def _call(where: str, entry: object) -> ToolCall:
+    """A call in OpenAI's shape, or without its wrapping."""
+    call = as_object(entry, where)
+    number = text_of(call, "id", where) if is_given(call, "id") else None
+    if "function" in call:
+        where = path_of(where, "function")
+        call = as_object(call["function"], where)
+    name, path = text_of(call, "name", where), path_of(where, "arguments")
+    arguments = as_object(parsed(value_of(call, "arguments", where), path), path)
+    # The surrogate check of a text, for every text in it.
+    as_text(json.dumps(arguments, ensure_ascii=False, default=str), path)
+    return ToolCall(name, dict(arguments), number)
+
+
+def _without_nulls(value: Any) -> Any:
+    # A table gives every function the parameters of all the others, as nulls.
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
