@@ -42,6 +42,7 @@ def train(
         QloraError: in one of its kinds, with its exit code.
     """
     quiet_libraries()
+    recipe.data.refuse_untrainable()
     settings = recipe.training
     world = World()
     log.disabled = not world.is_main

@@ -6,7 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_cli.data.formats import Preference
 from qlora_cli.data.sources import Portion, Source
+from qlora_cli.errors import DataError
 from qlora_cli.part import Part
 
 
@@ -61,6 +63,16 @@ class Data(Part):
         if self.evaluation_share is not None:
             return self._portions(self.train, held_out=True)
         return [] if self.evaluation is None else self._portions(self.evaluation, held_out=False)
+
+    def refuse_untrainable(self) -> None:
+        """Raises DataError if a source is in a format that can be read but not trained on."""
+        for source in [*self.train_sources, *self.evaluation_sources]:
+            if isinstance(source.format, Preference):
+                raise DataError(
+                    f"{source.path}: preference data is read and previewed, not trained on yet",
+                    hint="to learn the chosen answers, name them in a format such as "
+                    "prompt_completion: completion_field: chosen",
+                )
 
     def _portions(self, sources: Source | list[Source], *, held_out: bool) -> list[Source]:
         return [
