@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import DataError
-from qlora_cli.types import Message
+from qlora_cli.types import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,6 +41,8 @@ class Layout:
     answers: list[Answer]
     is_verbatim: bool
     """No template was put around it, so BOS and EOS are still to be added."""
+    contents: list[tuple[int, int]] | None = None
+    """What of the text came from the data (start and end, in order); None if it cannot be told."""
 
 
 class _Refused(DataError):
@@ -69,24 +71,26 @@ class Renderer:
         with suppress(_Refused):
             self._render([Message("user", "a", train=False)])
 
-    def lay_out(self, messages: list[Message]) -> Layout:
+    def lay_out(self, conversation: Conversation) -> Layout:
         """The text of a row, and what of it is learnt.
 
         Raises:
             DataError: the chat template refuses, or it cannot be told exactly what is learnt.
         """
+        messages = conversation.messages
         if messages[0].role == "text":
             return self._lay_out_verbatim(messages)
         text = self._render(messages)
         learnt = [i for i, message in enumerate(messages) if message.train]
         return Layout(text, [self._find(messages, i, text) for i in learnt], is_verbatim=False)
 
-    def lay_out_prompt(self, messages: list[Message]) -> Layout:
+    def lay_out_prompt(self, conversation: Conversation) -> Layout:
         """What the model is given to write the last learnt message.
 
         Raises:
             DataError: there is nothing before it, or the chat template refuses.
         """
+        messages = conversation.messages
         last = max(i for i, message in enumerate(messages) if message.train)
         if last == 0:
             raise DataError("the row begins with what is to be learnt: there is no prompt")
@@ -99,13 +103,14 @@ class Renderer:
         eos = self._tokenizer.eos_token
         if eos is None:
             raise DataError("the tokenizer has no end-of-text token, so verbatim text cannot end")
-        text, answers = "", []
+        text, answers, contents = "", [], []
         for message in messages:
             start, text = len(text), text + message.content
+            contents.append((start, len(text)))
             # Text that brings its own end-of-text token does not get a second one.
             if message.train:
                 answers.append(Answer(start, len(text), len(text.removesuffix(eos))))
-        return Layout(text, answers, is_verbatim=True)
+        return Layout(text, answers, True, contents)
 
     def _find(self, messages: list[Message], i: int, text: str) -> Answer:
         what = f"message {i + 1} ({messages[i].role})"

@@ -177,16 +177,18 @@ class Encoder:
         Raises:
             DataError: it cannot be told exactly what is to be learnt.
         """
-        [encoded] = self._encode([self._renderer.lay_out(messages)], max_length)
+        [encoded] = self._encode([self._renderer.lay_out(Conversation(messages))], max_length)
         return encoded
 
-    def to_prompt(self, messages: list[Message]) -> Prompt:
+    def to_prompt(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> Prompt:
         """What precedes the last learnt message, with the generation prompt; and its content.
 
         Raises:
             DataError: nothing precedes it, or the chat template refuses.
         """
-        layout = self._renderer.lay_out_prompt(messages)
+        layout = self._renderer.lay_out_prompt(Conversation(messages, tools=tools))
         [(ids, _)] = self._tokenize([layout.text])
         bos = self._missing_bos(ids) if layout.is_verbatim else []
         reference = next(message.content for message in reversed(messages) if message.train)
@@ -212,7 +214,7 @@ class Encoder:
                 counted).
         """
         self._check_template(rows)
-        return _each(rows, self.to_prompt, path)
+        return _each(rows, lambda row: self.to_prompt(row.messages, row.tools), path)
 
     def _check_template(self, rows: list[Conversation]) -> None:
         if any(row.messages[0].role != "text" for row in rows):
@@ -283,12 +285,12 @@ def _conversations(source: Source) -> list[Conversation]:
     return conversations
 
 
-def _each(rows: list[Conversation], work: Callable[[list[Message]], T], path: str) -> list[T]:
+def _each(rows: list[Conversation], work: Callable[[Conversation], T], path: str) -> list[T]:
     """`work` done for each row; the rows that it refuses are reported together."""
     bad, results = BadRows(), []
     for row in rows:
         try:
-            results.append(work(row.messages))
+            results.append(work(row))
         except DataError as error:
             bad.add(row.place, error)
     bad.check(path)
