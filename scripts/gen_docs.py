@@ -119,7 +119,7 @@ def _rows(part: type[Part]) -> Iterator[str]:
         takes = "a section (below)" if _parts(field_type) else field_type.words()
         if _parts(field_type) and field_type.item:
             takes = f"{'a section, or ' * bool(field_type.parts)}a list of sections (below)"
-        cells = [f"`{name}`", takes, _default(info), str(info.description)]
+        cells = [f"`{name}`", takes, _default(info), " ".join(str(info.description).split())]
         yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 

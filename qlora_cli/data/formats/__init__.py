@@ -12,6 +12,7 @@ from pydantic import Field
 from qlora_cli.data.formats.chat import Messages, ShareGpt
 from qlora_cli.data.formats.flat import Alpaca, PromptCompletion, Text
 from qlora_cli.data.formats.preference import Preference
+from qlora_cli.data.formats.template import Template
 
 __all__ = [
     "Alpaca",
@@ -20,10 +21,11 @@ __all__ = [
     "Preference",
     "PromptCompletion",
     "ShareGpt",
+    "Template",
     "Text",
 ]
 
 FormatConfig = Annotated[
-    Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference,
+    Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference | Template,
     Field(discriminator="type"),
 ]

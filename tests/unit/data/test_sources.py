@@ -79,7 +79,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
         ("csv", ":4"),
         ("tsv", ":4"),
         ("txt", ":5"),
-        ("json", ", row 3"),
+        ("json", ":8"),
         ("parquet", ", row 3"),
     ],
 )
@@ -139,9 +139,9 @@ def test_a_bad_line_is_named_and_the_others_survive(
         ("a.json", b'{"a": [], "b": []}', ": expected a list of objects, or an object with one"),
         ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', ":2: not UTF-8: byte 0xff"),
         ("a.csv", b"text,text\n1,2\n", ":1: the header names a column twice: text, text"),
-        ("a.csv", b"text\n\xff\xfe\n", ":2: not UTF-8"),
+        ("a.csv", b"t\xffxt\nabc\n", ":1: not UTF-8: byte 0xff"),
         ("a.parquet", b"PAR1 not at all", ": not a readable Parquet file"),
-        ("a.yaml", b"text: a", ": no data file; found a.yaml, expected .jsonl, .json, .csv"),
+        ("a.yaml", b"text: a", ": no data file; found a.yaml, expected .jsonl, .ndjson, .json"),
     ],
 )
 def test_a_file_that_cannot_be_read_on_is_an_error(
@@ -228,10 +228,12 @@ def test_a_missing_path_is_named_and_the_hub_is_not_asked(
         source(name).digest()
 
 
-@pytest.mark.parametrize("settings", [{"split": "test"}, {"revision": "main"}])
-def test_hub_settings_of_a_local_path_are_refused(tmp_path: Path, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"name": "main"}, {"split": "test"}, {"revision": "main"}, {"streaming": True}]
+)
+def test_hub_settings_of_a_local_path_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = write(tmp_path, "jsonl")
-    with pytest.raises(DataError, match="are for hub data sets, and this path is local"):
+    with pytest.raises(DataError, match="is for hub data sets, and this path is local"):
         read(path, **settings)
 
 
@@ -243,19 +245,42 @@ def test_a_hub_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         list(source("owner/name").conversations(BadRows()))
 
 
-def test_a_hub_data_set_is_asked_for_by_id_split_and_revision(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
+    """What the hub was asked for; the data set behind it is real, and on the disk."""
+    file = tmp_path / "on_the_hub.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    load = datasets.load_dataset
     asked = []
 
-    def load_dataset(path: str, *, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((path, split, revision))
-        return datasets.Dataset.from_list(ROWS[:2] if revision else ROWS)
+    def load_dataset(path: str, name: str | None, **settings: Any) -> Any:
+        asked.append((path, name, *settings.values()))
+        return load(
+            "json",
+            data_files={settings["split"]: str(file)},
+            split=settings["split"],
+            streaming=settings["streaming"],
+            cache_dir=str(tmp_path / "cache"),
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows, _ = read("owner/name", split="test", revision="abc", limit=1)
+    return asked
+
+
+def test_a_hub_data_set_is_asked_for_by_all_that_names_it(hub: list[tuple[Any, ...]]) -> None:
+    rows, _ = read("owner/name", name="main", split="test", revision="abc", limit=1)
     assert rows == [LocatedRow(ROWS[0], "owner/name (test), row 1")]
-    assert asked == [("owner/name", "test", "abc")]
-    digests = {source("owner/name", revision=revision).digest() for revision in ("abc", "d", None)}
-    assert len(digests) == 3
-    assert source("owner/name").digest() == source("owner/name").digest()
+    assert hub == [("owner/name", "main", "test", "abc", False)]
+
+
+def test_a_hub_data_set_gives_the_same_rows_when_streamed(hub: list[tuple[Any, ...]]) -> None:
+    assert read("owner/name", streaming=True)[0] == read("owner/name")[0]
+    assert [located.row for located in read("owner/name", streaming=True)[0]] == ROWS
+    assert [streaming for *_, streaming in hub] == [True, False, True]
+    digests = {source("owner/name", streaming=streaming).digest() for streaming in (True, False)}
+    assert len(digests) == 1
+
+
+def test_columns_of_a_hub_data_set_are_refused() -> None:
+    with pytest.raises(DataError, match="columns are for files without a header"):
+        read("owner/name", columns=["text"])

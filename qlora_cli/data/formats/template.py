@@ -1,0 +1,113 @@
+"""A format written by the user: turns out of the columns of any flat row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from qlora_cli.errors import DataError
+from qlora_cli.part import Part
+from qlora_cli.types import Conversation, Message, Row
+
+if TYPE_CHECKING:
+    from jinja2 import Template as JinjaTemplate
+
+
+class Template(Part):
+    """Jinja texts over the columns of a row, one for each turn."""
+
+    example: ClassVar[Row] = {"prompt": "The capital of France?", "completion": "Paris."}
+
+    type: Literal["template"] = "template"
+    system: str | None = None
+    """The system message."""
+    user: str = "{{ prompt }}"
+    """What is asked; each column of the row has its name."""
+    assistant: str = "{{ completion }}"
+    """The answer, which is learnt."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        from jinja2 import TemplateSyntaxError
+
+        problems = []
+        for role, text in self._texts():
+            try:
+                _compiled(text)
+            except TemplateSyntaxError as error:
+                problems.append(f"{role}: line {error.lineno} of the template: {error.message}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def to_conversation(self, row: Row) -> Conversation:
+        """One user and one assistant turn; the second of them is learnt."""
+        return Conversation(
+            [
+                Message(role, _rendered(role, text, row), train=role == "assistant")
+                for role, text in self._texts()
+            ]
+        )
+
+    def _texts(self) -> list[tuple[Literal["system", "user", "assistant"], str]]:
+        system = [] if self.system is None else [("system", self.system)]
+        return [*system, ("user", self.user), ("assistant", self.assistant)]  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    template: JinjaTemplate
+    columns: frozenset[str]
+    """Columns that the text uses."""
+
+
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> _Compiled:
+    from jinja2 import StrictUndefined
+    from jinja2.meta import find_undeclared_variables
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, finalize=_checked, keep_trailing_newline=True
+    )
+    # Jinja's own is for HTML: it would write "<" as an escape.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    columns = find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
+    return _Compiled(environment.from_string(text), frozenset(columns))
+
+
+def _checked(value: Any) -> Any:
+    """What is put into the text: never Python's own spelling of a value, which would be learnt."""
+    if value is None:
+        raise ValueError("null is no text")
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError(f"a {type(value).__name__} is no text; use its items, join or tojson")
+    return value
+
+
+def _rendered(role: str, template: str, row: Row) -> str:
+    from jinja2 import UndefinedError
+
+    compiled = _compiled(template)
+    field = f"field {', '.join(map(repr, sorted(compiled.columns)))} (in {role})"
+    try:
+        text = compiled.template.render(row)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = error.object[error.start]
+        raise DataError(f"{field}: half of a surrogate pair ({character!r}) is no text") from error
+    except UndefinedError as error:
+        if missing := sorted(compiled.columns - row.keys()):
+            found = ", ".join(map(repr, row)) or "nothing"
+            raise DataError(f"field {missing[0]!r}: missing; found {found}") from error
+        raise DataError(f"{field}: {error}") from error
+    # Filters fail with errors of any kind, and each time it is what this row holds.
+    except Exception as error:
+        raise DataError(f"{field}: {error}") from error
+    if role != "system" and not text.strip():
+        raise DataError(f"{field}: empty")
+    return text

@@ -1,0 +1,400 @@
+"""Rows of local files. To read another kind of file: one function, and its ending in `_READERS`.
+
+All but a JSON list is read piece by piece, so that a file may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import glob
+import gzip
+import io
+import json
+import logging
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from qlora_cli.data.sources.rows import BadRows, LocatedRow
+from qlora_cli.errors import DataError
+from qlora_cli.types import Row
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+log = logging.getLogger("qlora")
+
+_BATCH = 1024
+_BOM = b"\xef\xbb\xbf"
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for all files that match it."""
+    return glob.has_magic(path) and not Path(path).exists()
+
+
+def names_a_file(path: str) -> bool:
+    """Whether a path ends as a data file does."""
+    return any(suffix.lower() in _ENDINGS for suffix in Path(path).suffixes)
+
+
+def find_files(path: str) -> list[Path]:
+    """The data files of a file, folder or pattern, in the order of their names.
+
+    Raises:
+        DataError: there is none.
+    """
+    root = Path(path)
+    if is_pattern(path):
+        found = sorted(map(Path, glob.glob(path, recursive=True)))
+        files = _data_files([file for file in found if file.is_file()], path)
+    elif root.is_dir():
+        files = _data_files(sorted(child for child in root.iterdir() if child.is_file()), path)
+    else:
+        files = [root] if _kind(root) else []
+    if not files:
+        found_there = "none" if is_pattern(path) or root.is_dir() else root.name
+        raise DataError(
+            f"{path}: no data file; found {found_there}, expected {', '.join(_ENDINGS)}; all "
+            f"but {' and '.join(_BINARY)} may be compressed ({', '.join(_COMPRESSIONS)})"
+        )
+    return files
+
+
+def read_file(path: Path, bad: BadRows, columns: list[str] | None) -> Iterator[LocatedRow]:
+    """The rows in order; what cannot be read as a row is added to `bad`.
+
+    Args:
+        columns: of a table without a header.
+
+    Raises:
+        DataError: the file cannot be read on.
+    """
+    kind = _kind(path)
+    assert kind is not None
+    if columns is not None and kind not in _DIALECTS:
+        raise DataError(f"{path}: columns are for {', '.join(_DIALECTS)} files without a header")
+    with _reading(path):
+        if kind in _DIALECTS:
+            yield from _read_table(path, bad, kind, columns)
+        else:
+            yield from _READERS[kind](path, bad)
+
+
+def _data_files(found: list[Path], path: str) -> list[Path]:
+    files = [file for file in found if _kind(file)]
+    if left_out := [file.name for file in found if file not in files]:
+        log.info("%s: left out %s", path, ", ".join(left_out))
+    return files
+
+
+def _kind(path: Path) -> str | None:
+    """The ending that says how a file is read, that of a compression put aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_compressed = suffixes[-1:] and suffixes[-1] in _COMPRESSIONS
+    kind = "".join(suffixes[-2:-1] if is_compressed else suffixes[-1:])
+    return kind if kind in _ENDINGS and not (is_compressed and kind in _BINARY) else None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise DataError(f"{path}: the compressed file is cut short") from error
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked as they are read."""
+    unpack = _COMPRESSIONS.get(path.suffix.lower())
+    file: IO[bytes] = unpack(path) if unpack else path.open("rb")
+    return file
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+
+
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    for place, line in _lines(path, bad):
+        try:
+            row = _object(_parse(line))
+        except json.JSONDecodeError as error:
+            bad.add(place, _not_json(error))
+        except ValueError as error:
+            bad.add(place, error)
+        else:
+            yield LocatedRow(row, place)
+
+
+def _read_text(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    for place, line in _lines(path, bad):
+        yield LocatedRow({"text": line}, place)
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    text = _decoded(path)
+    try:
+        for place, value in _located_values(path, text):
+            try:
+                yield LocatedRow(_object(value), place)
+            except ValueError as error:
+                bad.add(place, error)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: {_not_json(error)}",
+            hint="a file with one object per line is named .jsonl",
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _located_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """What a list holds, or the one list in an object such as `{"version": 1, "data": [...]}`."""
+    start = _skip_space(text, 0)
+    if text[start : start + 1] != "[":
+        for number, value in enumerate(_only_list(_object(_parse(text))), start=1):
+            yield f"{path}, row {number}", value
+        return
+    line, counted = 1, 0
+    for at, value in _list_items(text, start):
+        line += text.count("\n", counted, at)
+        counted = at
+        yield f"{path}:{line}", value
+
+
+def _list_items(text: str, at: int) -> Iterator[tuple[int, Any]]:
+    """What the list that begins at `at` holds, and where each item begins."""
+    at = _skip_space(text, at + 1)
+    is_open = text[at : at + 1] != "]"
+    while is_open:
+        value, end = _decode(text, at)
+        yield at, value
+        at = _skip_space(text, end)
+        is_open = text[at : at + 1] == ","
+        if is_open:
+            at = _skip_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    after = _skip_space(text, at + 1)
+    if after != len(text):
+        raise json.JSONDecodeError("Extra data", text, after)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
+
+
+def _read_table(
+    path: Path, bad: BadRows, kind: str, columns: list[str] | None
+) -> Iterator[LocatedRow]:
+    # The default limit of 128 KiB a field is short for documents.
+    csv.field_size_limit(2**31 - 1)
+    header = columns
+    with _open(path) as file:
+        # One badly encoded field must not take the rest of the file with it, and a record may be
+        # on several lines: bytes that are not UTF-8 pass through, to be found in the record.
+        lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file))
+        reader = csv.reader(lines, strict=True, **_DIALECTS[kind])
+        while True:
+            place = f"{path}:{reader.line_num + 1}"
+            try:
+                values = next(reader)
+                for value in values:
+                    value.encode("utf-8", "surrogateescape").decode("utf-8")
+            except StopIteration:
+                return
+            except csv.Error as error:
+                bad.add(place, f"not {kind[1:].upper()}: {error}")
+                continue
+            except UnicodeDecodeError as error:
+                if header is None:
+                    raise DataError(f"{place}: {_not_utf8(error)}") from error
+                bad.add(place, _not_utf8(error))
+                continue
+            if header is None:
+                header = _header(values, place)
+            elif values and len(values) != len(header):
+                given = "the header has" if columns is None else "there are columns for"
+                bad.add(place, f"{len(values)} fields, but {given} {len(header)}")
+            elif values:
+                yield LocatedRow(dict(zip(header, values, strict=True)), place)
+
+
+_DIALECTS: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
+    # text/tab-separated-values has no quoting, and texts that begin with a quotation mark are
+    # common: read as quoting, one of them would swallow the lines up to the next.
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+
+
+def _read_parquet(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _batch_rows(path, file.iter_batches(batch_size=_BATCH))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _read_arrow(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.OSFile(str(path)) as file:
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            if is_stream:
+                batches = iter(pyarrow.ipc.open_stream(file))
+            else:
+                reader = pyarrow.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            yield from _batch_rows(path, batches)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Arrow file: {error}") from error
+
+
+def _batch_rows(path: Path, batches: Iterator[RecordBatch]) -> Iterator[LocatedRow]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            for row in batch.slice(start, _BATCH).to_pylist():
+                number += 1
+                yield LocatedRow(row, f"{path}, row {number}")
+
+
+_BINARY = (".parquet", ".arrow")
+"""Kinds that are compressed within, if at all."""
+
+_READERS: dict[str, Callable[[Path, BadRows], Iterator[LocatedRow]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text,
+}
+
+_ENDINGS = [*_READERS, *_DIALECTS]
+
+
+def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank, with its place."""
+    with _open(path) as file:
+        for number, line in enumerate(_without_bom(file), start=1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                bad.add(place, _not_utf8(error))
+                continue
+            if text.strip():
+                yield place, text
+
+
+def _without_bom(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, without the byte order mark at its start."""
+    # Split as bytes: str.splitlines would also split at the line separators that JSON strings
+    # may hold, and one badly encoded line must not take the rest of the file with it.
+    yield file.readline().removeprefix(_BOM)
+    yield from file
+
+
+def _header(names: list[str], place: str) -> list[str]:
+    if len(set(names)) < len(names):
+        raise DataError(f"{place}: the header names a column twice: {', '.join(names)}")
+    return names
+
+
+def _decoded(path: Path) -> str:
+    with _open(path) as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: {_not_utf8(error)}", hint="save the file as UTF-8"
+        ) from error
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """An object; of two values with one key, Python would keep the last in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"not JSON: {name} is no number there")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def _parse(text: str) -> Any:
+    """The JSON value; whatever is wrong with the text is a ValueError."""
+    if text.startswith("\ufeff"):
+        raise ValueError("not JSON: a byte order mark before it (from files that were joined?)")
+    start = _skip_space(text, 0)
+    value, end = _decode(text, start)
+    if (after := _skip_space(text, end)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, after)
+    return value
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that begins at a place, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deeply") from error
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON: {error.msg} (column {error.colno})"
+
+
+def _object(value: object) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _only_list(row: Row) -> list[Any]:
+    lists = [item for item in row.values() if isinstance(item, list)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"expected a list of objects, or an object with one list; found {len(lists)} lists"
+        )
+    return lists[0]

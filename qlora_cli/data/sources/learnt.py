@@ -1,0 +1,41 @@
+"""Which turns of a conversation are learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlora_cli.errors import DataError
+from qlora_cli.types import Message, Role
+
+
+def choose_learnt(
+    messages: list[Message], *, roles: Sequence[Role], last_only: bool
+) -> list[Message]:
+    """The messages with `train` set by role and place.
+
+    What the format decided against (`train: false` in a row) stays so; verbatim pieces are learnt
+    as their format says.
+
+    Raises:
+        DataError: nothing is left to learn.
+    """
+    last = max((i for i, m in enumerate(messages) if _is_due(m, roles)), default=None)
+    chosen = [
+        replace(message, train=_is_learnt(message, roles) and (i == last or not last_only))
+        for i, message in enumerate(messages)
+    ]
+    if not any(message.train for message in chosen):
+        turns = "the last turn" if last_only else "any turn"
+        raise DataError(f"nothing to learn in {turns} of {', '.join(roles)}")
+    return chosen
+
+
+def _is_due(message: Message, roles: Sequence[Role]) -> bool:
+    return message.train if message.role == "text" else message.role in roles
+
+
+def _is_learnt(message: Message, roles: Sequence[Role]) -> bool:
+    # A format says of assistant turns whether they are learnt, and that others are not.
+    own = message.train if message.role == "assistant" else True
+    return own and _is_due(message, roles)

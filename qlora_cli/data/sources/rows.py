@@ -1,0 +1,111 @@
+"""Rows with their places, those that cannot be used, and drawing by lot."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import logging
+import pickle
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from qlora_cli.errors import DataError
+from qlora_cli.types import Row
+
+log = logging.getLogger("qlora")
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedRow:
+    """A row and where it was read."""
+
+    row: Row
+    place: str
+    """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
+
+
+class BadRows:
+    """Rows that cannot be used: all are counted, the first are kept so that the user sees them."""
+
+    def __init__(self, *, keep: int = _SHOWN) -> None:
+        self.count = 0
+        self.first: list[str] = []
+        """What is wrong with the first of them, with the place of each."""
+        self._keep = keep
+
+    def add(self, place: str, reason: object) -> None:
+        self.count += 1
+        if len(self.first) < self._keep:
+            self.first.append(f"{place}: {reason}")
+
+    def check(self, path: str, *, skip: bool = False) -> None:
+        """Report the bad rows, if there are any: their number and the first ten.
+
+        Args:
+            skip: warn of them in the log, in place of raising.
+
+        Raises:
+            DataError: there are bad rows.
+        """
+        if not self.count:
+            return
+        rows = "row" if self.count == 1 else "rows"
+        message = f"{path}: {self.count:,} bad {rows}"
+        shown = first_lines(self.first, self.count)
+        if skip:
+            log.warning("%s, left out\n%s", message, shown)
+            return
+        raise DataError(
+            f"{message}\n{shown}",
+            hint="repair them, or leave them out with data.on_bad_row: skip",
+        )
+
+
+def first_lines(lines: list[str], count: int | None = None) -> str:
+    """The first ten lines, indented, and how many there are beyond them.
+
+    Args:
+        count: how many there are in all, if `lines` are but the first.
+    """
+    shown = [f"  {line}" for line in lines[:_SHOWN]]
+    more = (len(lines) if count is None else count) - len(shown)
+    if more:
+        shown.append(f"  ... and {more:,} more")
+    return "\n".join(shown)
+
+
+def draw(row: Row, purpose: str, seed: int) -> float:
+    """A number from 0 to 1 that depends on what a row says, and neither on its place nor order.
+
+    Args:
+        purpose: draws for different purposes are independent of each other.
+    """
+    content = json.dumps(row, sort_keys=True, default=str)
+    digest = hashlib.blake2b(f"{purpose} {seed} {content}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def shuffled(rows: Iterable[LocatedRow], seed: int, limit: int | None) -> Iterator[LocatedRow]:
+    """The first `limit` rows in an order that is drawn; no more than these are held in memory."""
+    if limit is not None:
+        yield from heapq.nsmallest(limit, rows, key=lambda located: _rank(located, seed))
+        return
+    # All rows may be more than memory holds: they wait on the disk, and a few bytes of each here.
+    ranks, offsets = array("d"), array("Q")
+    with tempfile.TemporaryFile() as file:
+        for located in rows:
+            ranks.append(_rank(located, seed))
+            offsets.append(file.tell())
+            pickle.dump(located, file)
+        for i in sorted(range(len(ranks)), key=ranks.__getitem__):
+            file.seek(offsets[i])
+            yield pickle.load(file)
+
+
+def _rank(located: LocatedRow, seed: int) -> float:
+    return draw(located.row, "shuffle", seed)

@@ -1,0 +1,218 @@
+"""The section of a recipe that names rows: where they are, which, and what of them is learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_cli.data.formats import FormatConfig, Messages
+from qlora_cli.data.sources.files import find_files, is_pattern, names_a_file, read_file
+from qlora_cli.data.sources.hub import hub_rows, is_hub_id
+from qlora_cli.data.sources.learnt import choose_learnt
+from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
+from qlora_cli.errors import DataError
+from qlora_cli.part import Part
+from qlora_cli.types import Conversation, Row
+
+
+class Source(Part):
+    """Rows of one kind."""
+
+    path: str = Field(min_length=1)
+    """File (jsonl, json, csv, tsv, parquet, arrow, txt; or compressed: gz, bz2, xz, zst), folder of
+    such files, pattern such as `data/**/*.jsonl`, or id of a hub data set."""
+    format: FormatConfig = Messages()
+    """How a row becomes messages."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set."""
+    streaming: bool = False
+    """Download a hub data set row by row as it is read, in place of keeping it on the disk."""
+    columns: list[str] | None = Field(None, min_length=1)
+    """Names of the columns of a csv or tsv file that has no header."""
+    fields: dict[str, str] = Field({})
+    """Columns to rename before the format reads them: the wanted name, and the one in the file."""
+    shuffle: bool = False
+    """Take the rows in an order drawn by `data.seed` rather than that of the files."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows."""
+    weight: float = Field(1.0, gt=0)
+    """How often a pass over the data sees each row: twice with 2, every other row with 0.5."""
+    learn_roles: list[Literal["system", "user", "assistant", "tool"]] = Field(
+        ["assistant"], min_length=1
+    )
+    """Whose turns are learnt."""
+    learn_turns: Literal["all", "last"] = "all"
+    """Learn all turns of these roles, or the last alone."""
+    learn_prompt: bool = False
+    """Learn everything, prompts and what the chat template writes included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns names a column twice: {', '.join(self.columns)}")
+        if self.learn_prompt and (self.learn_turns != "all" or self.learn_roles != ["assistant"]):
+            raise ValueError(
+                "learn_prompt (true) learns everything; leave out learn_turns and learn_roles"
+            )
+        return self
+
+    def conversations(self, bad: BadRows) -> Iterator[Conversation]:
+        """The messages of each row, read as they are asked for; what is wrong is added to `bad`.
+
+        Raises:
+            DataError: nothing to read at `path`, a file that cannot be read on, or, at the end,
+                not one row that can be used.
+        """
+        is_empty = True
+        for located in self.read(bad):
+            try:
+                conversation = self._learnt(self.format.to_conversation(located.row))
+            except DataError as error:
+                bad.add(located.place, error)
+            else:
+                is_empty = False
+                yield replace(conversation, place=located.place)
+        if is_empty:
+            bad.check(self.path)
+            raise DataError(f"{self.path}: no rows")
+
+    def read(self, bad: BadRows) -> Iterator[LocatedRow]:
+        """The rows in order; what cannot be read as a row is added to `bad`.
+
+        Raises:
+            DataError: nothing to read at `path`, or a file that cannot be read on.
+        """
+        return self._taken(bad, seed=0)
+
+    def digest(self) -> str:
+        """sha256 of the files' bytes in order, or of all rows of a hub data set.
+
+        Raises:
+            DataError: nothing to read at `path`.
+        """
+        digest = hashlib.sha256()
+        if not self._is_local():
+            for row in self._hub_rows():
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+            return digest.hexdigest()
+        for path in self._files():
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return digest.hexdigest()
+
+    def _taken(self, bad: BadRows, seed: int) -> Iterator[LocatedRow]:
+        rows = self._rows(bad)
+        if self.fields:
+            rows = self._renamed(rows, bad)
+        return shuffled(rows, seed, self.limit) if self.shuffle else islice(rows, self.limit)
+
+    def _rows(self, bad: BadRows) -> Iterator[LocatedRow]:
+        if self._is_local():
+            for path in self._files():
+                yield from read_file(path, bad, self.columns)
+            return
+        for number, row in enumerate(self._hub_rows(), start=1):
+            yield LocatedRow(row, f"{self.path} ({self.split}), row {number}")
+
+    def _renamed(self, rows: Iterator[LocatedRow], bad: BadRows) -> Iterator[LocatedRow]:
+        names = self.fields.values()
+        for located in rows:
+            row = located.row
+            if missing := [name for name in names if name not in row]:
+                found = ", ".join(map(repr, row)) or "nothing"
+                bad.add(located.place, f"field '{missing[0]}' (of fields): missing; found {found}")
+                continue
+            kept = {name: value for name, value in row.items() if name not in names}
+            renamed = {wanted: row[name] for wanted, name in self.fields.items()}
+            yield LocatedRow({**kept, **renamed}, located.place)
+
+    def _learnt(self, conversation: Conversation) -> Conversation:
+        if self.learn_prompt:
+            return replace(conversation, learn_all=True)
+        roles, last_only = self.learn_roles, self.learn_turns == "last"
+        rejected = conversation.rejected
+        return replace(
+            conversation,
+            messages=choose_learnt(conversation.messages, roles=roles, last_only=last_only),
+            rejected=rejected and choose_learnt(rejected, roles=roles, last_only=last_only),
+        )
+
+    def _is_local(self) -> bool:
+        """Whether `path` is here; if not, it is the id of a hub data set.
+
+        Raises:
+            DataError: it is not here, and it is no id either.
+        """
+        if is_pattern(self.path) or Path(self.path).exists():
+            return True
+        # A file that is missing, and a name in a folder that is here, are meant to be local: a
+        # misspelt path should fail at once and not after the hub has been asked.
+        owner, slash, _ = self.path.partition("/")
+        is_here = slash and Path(owner).exists()
+        if names_a_file(self.path) or not is_hub_id(self.path) or is_here:
+            raise DataError(
+                f"{self.path}: no such file or folder",
+                hint=f"a relative path starts at the current folder, {Path.cwd()}",
+            )
+        return False
+
+    def _files(self) -> list[Path]:
+        for setting in ("name", "split", "revision", "streaming"):
+            value = getattr(self, setting)
+            if value != Source.model_fields[setting].default:
+                raise DataError(
+                    f"{self.path}: {setting} ({value}) is for hub data sets, and this path is local"
+                )
+        return find_files(self.path)
+
+    def _hub_rows(self) -> Iterator[Row]:
+        if self.columns is not None:
+            raise DataError(
+                f"{self.path}: columns are for files without a header, and no such path is here"
+            )
+        return hub_rows(
+            self.path,
+            name=self.name,
+            split=self.split,
+            revision=self.revision,
+            streaming=self.streaming,
+        )
+
+
+class Portion(Source):
+    """The rows of a source that are learnt, or those that are held out."""
+
+    seed: int
+    share: float | None
+    """Of the rows, held out."""
+    held_out: bool
+
+    @classmethod
+    def of(cls, source: Source, *, seed: int, share: float | None, held_out: bool) -> Portion:
+        """One side of a source. Without a share, nothing of it is held out from itself."""
+        settings = {name: getattr(source, name) for name in Source.model_fields}
+        return cls(**settings, seed=seed, share=share, held_out=held_out)
+
+    def read(self, bad: BadRows) -> Iterator[LocatedRow]:
+        """The rows on this side, in order; what cannot be read as a row is added to `bad`."""
+        rows = self._taken(bad, self.seed)
+        return rows if self.share is None else filter(self._is_here, rows)
+
+    def _is_here(self, located: LocatedRow) -> bool:
+        assert self.share is not None
+        return (draw(located.row, "held out", self.seed) < self.share) is self.held_out
