@@ -131,7 +131,7 @@ def test_reasoning_that_is_taken_out_later_is_refused(make_tokenizer: TokenizerM
     reasoned = "<think>\nIt is in France.\n</think>\n\nParis."
     last = encoder.encode(chat("Capital?", reasoned), max_length=4096)
     assert learnt(last.example, make_tokenizer())[0].startswith("<think>\nIt is")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\).*cannot be told exactly"):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\).*once the conversation goes"):
         encoder.encode(chat("Capital?", reasoned, "Sure?", "Yes."), max_length=4096)
 
 

@@ -1,0 +1,317 @@
+"""Where the learnt turns of a conversation stand in its text, shown by rendering parts of it.
+
+The text that the model is given before a turn when it generates (the earlier messages and the
+generation prompt) must be how the row begins, character for character; and what follows must be
+what the template writes for that turn when it is the last. Where that does not hold, the
+conversation is refused and not approximated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qlora_cli.data.template import Template, TemplateRefused
+from qlora_cli.errors import DataError
+from qlora_cli.types import Conversation, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A learnt turn, in characters of the text."""
+
+    start: int
+    """After the generation prompt."""
+    end: int
+    """After the content."""
+    stop: int
+    """Where the token that ends the turn is due: after the white space that may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Additions:
+    """What a row has beyond the template's own text of it, for some templates."""
+
+    thought: bool = False
+    """The generation prompt opens a block of reasoning that the template takes out of answers."""
+    closing: str = ""
+    """What ends the last turn, where a turn is ended by the beginning of the next."""
+
+
+def write(template: Template, conversation: Conversation, additions: Additions) -> str:
+    """The text of a row."""
+    messages, tools = conversation.messages, conversation.tools
+    if not additions.thought:
+        return template.render(messages, tools) + additions.closing
+    *before, answer = messages
+    answer = _apart(answer)
+    prompt = template.render(before, tools, prompting=True)
+    turn = template.render([*before, answer], tools)
+    thought = f"{answer.reasoning.strip()}\n" if answer.reasoning else "\n"
+    rest = turn[_opening(prompt) :].lstrip()
+    return f"{prompt}{thought}</think>\n\n{rest}{additions.closing}"
+
+
+def find_additions(template: Template, conversation: Conversation) -> Additions:
+    """What the row needs beyond the template's own text of it."""
+    messages, tools = conversation.messages, conversation.tools
+    last = messages[-1]
+    if last.role != "assistant" or not last.train or len(messages) == 1:
+        return Additions()
+    prompt = template.render(messages[:-1], tools, prompting=True)
+    text = template.render(messages, tools)
+    opening = _opening(prompt)
+    thought = (
+        opening < len(prompt)
+        and text.startswith(prompt[:opening])
+        and not text.startswith("<think>", opening)
+    )
+    header = prompt[_common(prompt, template.render(messages[:-1], tools)) :]
+    return Additions(thought, _closing(template, conversation, text, header))
+
+
+def find_answers(
+    template: Template, conversation: Conversation, text: str, additions: Additions
+) -> list[Answer]:
+    """The learnt turns of the text that `write` gave.
+
+    Raises:
+        DataError: it cannot be told exactly what is learnt, or the template leaves something out.
+    """
+    finder = _Finder(template, conversation, text, additions)
+    finder.check_whole()
+    return [finder.find(i) for i, message in enumerate(conversation.messages) if message.train]
+
+
+class _Finder:
+    def __init__(
+        self, template: Template, conversation: Conversation, text: str, additions: Additions
+    ) -> None:
+        self._template = template
+        self._messages = conversation.messages
+        self._tools = conversation.tools
+        self._text = text
+        self._additions = additions
+
+    def check_whole(self) -> None:
+        """Raises DataError if the template leaves out what the model should be given."""
+        if self._tools and self._render(self._messages, tools=False) == self._render(
+            self._messages
+        ):
+            raise DataError("the chat template leaves the tools out")
+        for i, message in enumerate(self._messages):
+            # The answers are looked at one by one, and those that are not learnt may lose
+            # reasoning.
+            if message.role != "assistant" and not _holds(self._text, message.content.strip()):
+                raise DataError(
+                    f"{self._what(i)}: the chat template changes its content or leaves it out"
+                )
+
+    def find(self, i: int) -> Answer:
+        if self._messages[i].role != "assistant":
+            return self._find_other(i)
+        what, text = self._what(i), self._text
+        if i == 0:
+            raise DataError(f"{what}: nothing before it, so the model has no prompt to write it")
+        prompt = self._render(self._messages[:i], prompting=True)
+        _check_prefix(prompt, text, f"{what}: the prompt that the model is given for it")
+        start, is_last = len(prompt), i == len(self._messages) - 1
+        turn = text if is_last else self._render(self._messages[: i + 1])
+        _check_prefix(prompt, turn, f"{what}: the prompt that the model is given for it")
+        end, stop = self._find_end(i, turn, start)
+        stop_token = self._template.added_at(turn, stop)
+        written = turn[start : end if stop_token is None else stop + len(stop_token)]
+        if text.startswith(written, start):
+            return Answer(start, end, stop if stop_token else _skip_space(text, end))
+        # Nothing of the data is lost with a block of reasoning that is empty.
+        shorter = re.sub(r"^\s*<think>\s*</think>\s*", "", written, count=1)
+        if text.startswith(shorter, start):
+            less = len(written) - len(shorter)
+            return Answer(start, end - less, stop - less)
+        raise DataError(
+            f"{what}: the chat template writes it in another way once the conversation goes on, "
+            f"so this is not what the model has to write: {_difference(written, text[start:])}"
+        )
+
+    def _find_end(self, i: int, turn: str, start: int) -> tuple[int, int]:
+        """Where the content of message `i` ends in its turn, and where its stop token is due."""
+        message = self._messages[i]
+        if message.tool_calls:
+            return self._find_end_of_calls(i, turn, start)
+        content = (_apart(message) if self._has_thought(i) else message).content.strip()
+        direct = _skip_space(turn, start)
+        if turn.startswith(content, direct) and self._stops_at(turn, direct + len(content)):
+            at = direct
+        else:
+            # The template writes something else first (Qwen3: a block of reasoning), or it ends
+            # turns without a token of their own.
+            places = list(_occurrences(content, turn, start))
+            if not places:
+                raise DataError(
+                    f"{self._what(i)}: the chat template changes its content or leaves it out"
+                )
+            stopped = (at for at in places if self._stops_at(turn, at + len(content)))
+            at = next(stopped, places[0])
+        if at != direct and self._render(self._messages[:i]) == turn[:start]:
+            raise DataError(
+                f"{self._what(i)}: the chat template has no generation prompt, so the model would "
+                f"have to write {turn[start:at]!r} by itself"
+            )
+        self._check_reasoning(i, turn[start:at])
+        end = at + len(content)
+        return end, _skip_space(turn, end)
+
+    def _find_end_of_calls(self, i: int, turn: str, start: int) -> tuple[int, int]:
+        """What is written after the calls, up to where an answer of the tool would begin."""
+        message = self._messages[i]
+        call = message.tool_calls[-1]
+        answer = Message("tool", "a", train=False, name=call.name, tool_call_id=call.id)
+        try:
+            longer = self._render([*self._messages[: i + 1], answer])
+        except TemplateRefused:
+            longer = turn
+        same = self._template.added_over(turn, _common(turn, longer))
+        written = turn[start:same]
+        self._check_reasoning(i, written)
+        for value in _texts_of(message):
+            if not _holds(written, value):
+                raise DataError(
+                    f"{self._what(i)}: the chat template leaves out {value!r} of its tool calls"
+                )
+        end = start + len(written.rstrip())
+        stop = self._template.added_before(turn, end)
+        # A closing tag such as </tool_call> may be an added token too: no stop, if the turn goes
+        # on with another one.
+        if stop is not None and stop > start and not self._is_tag(turn, stop):
+            return stop, stop
+        return end, _skip_space(turn, end)
+
+    def _is_tag(self, turn: str, at: int) -> bool:
+        token = self._template.added_at(turn, at)
+        return token is not None and token.startswith("</")
+
+    def _find_other(self, i: int) -> Answer:
+        """A turn that the model is not asked for: from where its content begins."""
+        content = self._messages[i].content.strip()
+        before = _common(self._render(self._messages[:i]), self._text) if i else 0
+        places = list(_occurrences(content, self._text, before))
+        if not content or not places:
+            raise DataError(f"{self._what(i)}: nothing of it can be learnt")
+        stopped = (at for at in places if self._stops_at(self._text, at + len(content)))
+        at = next(stopped, places[0])
+        end = at + len(content)
+        return Answer(at, end, _skip_space(self._text, end))
+
+    def _check_reasoning(self, i: int, written: str) -> None:
+        reasoning = self._messages[i].reasoning
+        if reasoning is not None and reasoning.strip() not in written:
+            raise DataError(
+                f"{self._what(i)}: the chat template leaves out its reasoning, which is to be "
+                "learnt"
+            )
+
+    def _has_thought(self, i: int) -> bool:
+        return self._additions.thought and i == len(self._messages) - 1
+
+    def _stops_at(self, text: str, end: int) -> bool:
+        return self._template.added_at(text, _skip_space(text, end)) is not None
+
+    def _render(
+        self, messages: list[Message], *, prompting: bool = False, tools: bool = True
+    ) -> str:
+        return self._template.render(messages, self._tools if tools else None, prompting=prompting)
+
+    def _what(self, i: int) -> str:
+        return f"message {i + 1} ({self._messages[i].role})"
+
+
+def _closing(template: Template, conversation: Conversation, text: str, header: str) -> str:
+    """The header of a next turn, if it is all that ends the last one (GLM: `<|user|>`)."""
+    if template.added_before(text, len(text.rstrip())) is not None and not re.search(
+        r"</\w+>\s*$", text
+    ):
+        return ""
+    question = Message("user", "a", train=False)
+    try:
+        longer = template.render([*conversation.messages, question], conversation.tools)
+    except TemplateRefused:
+        return ""
+    at = _skip_space(longer, len(text))
+    token = template.added_at(longer, at)
+    # What opens the answers too (`<|im_start|>`) cannot say that one is over.
+    if token is None or token in header or not longer.startswith(text):
+        return ""
+    return longer[len(text) : at + len(token)]
+
+
+def _opening(prompt: str) -> int:
+    """Where a generation prompt opens a block of reasoning; its end if it opens none."""
+    found = re.search(r"<think>\s*$", prompt)
+    return found.start() if found else len(prompt)
+
+
+def _apart(message: Message) -> Message:
+    """The message with the reasoning that its content begins with, if any, in its own field."""
+    before, tag, after = message.content.rpartition("</think>")
+    if message.reasoning is not None or not tag:
+        return message
+    reasoning = before.strip().removeprefix("<think>").strip()
+    return replace(message, content=after.lstrip(), reasoning=reasoning or None)
+
+
+def _texts_of(message: Message) -> Iterator[str]:
+    if message.content.strip():
+        yield message.content.strip()
+    for call in message.tool_calls:
+        yield call.name
+        yield from _leaves(call.arguments)
+
+
+def _leaves(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for entry in value.values():
+            yield from _leaves(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _leaves(entry)
+    elif isinstance(value, str):
+        yield value
+
+
+def _holds(text: str, value: str) -> bool:
+    """Whether the value is in the text, as it is or as it is written in JSON."""
+    return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text
+
+
+def _check_prefix(prefix: str, text: str, what: str) -> None:
+    if not text.startswith(prefix):
+        raise DataError(
+            f"{what} is not how the whole conversation begins, so it cannot be told exactly what "
+            f"to learn: {_difference(prefix, text)}"
+        )
+
+
+def _difference(one: str, other: str) -> str:
+    same = _common(one, other)
+    return f"{one[same : same + 30]!r} there is {other[same : same + 30]!r} here"
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _occurrences(part: str, text: str, start: int) -> Iterator[int]:
+    at = text.find(part, start)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + 1)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at

@@ -1,0 +1,158 @@
+"""What the rows of one shape have in common, so that each of them is rendered once.
+
+The shape of a conversation is all that a template may look at: roles, which messages have
+reasoning or calls, the tools, white space around contents. A skeleton of that shape, whose
+contents are unique words, is laid out with every check; its text, cut at the words, is a pattern
+that the text of each conversation of the shape has to match to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_cli.data.answers import Additions, Answer
+from qlora_cli.types import Conversation, Message, ToolCall
+
+_WORD = re.compile(r"Qz(\d+)zQ|c(\d{8})")
+
+
+class Skeleton:
+    """A conversation with unique words in place of its contents."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.values: list[str] = []
+        """What stands in place of the words, in their order; without white space around it."""
+        self._ids: dict[str, str] = {}
+        messages = [self._message(message) for message in conversation.messages]
+        self.conversation = replace(conversation, messages=messages, place="", rejected=None)
+
+    @property
+    def shape(self) -> str:
+        """The same for conversations of the same shape."""
+        return repr((self.conversation.messages, self.conversation.tools))
+
+    def _message(self, message: Message) -> Message:
+        return replace(
+            message,
+            content=self._text(message.content),
+            reasoning=message.reasoning and self._text(message.reasoning),
+            tool_calls=tuple(
+                ToolCall(call.name, self._arguments(call.arguments), self._id(call.id))
+                for call in message.tool_calls
+            ),
+            tool_call_id=self._id(message.tool_call_id),
+        )
+
+    def _text(self, text: str) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        self.values.append(core)
+        return text.replace(core, f"Qz{len(self.values) - 1}zQ", 1)
+
+    def _arguments(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._arguments(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._arguments(entry) for entry in value]
+        return self._text(value) if isinstance(value, str) else value
+
+    def _id(self, value: str | None) -> str | None:
+        # Nine letters and digits, as the templates of Mistral ask for.
+        if value is None:
+            return None
+        if value not in self._ids:
+            self.values.append(value)
+            self._ids[value] = f"c{len(self.values) - 1:08}"
+        return self._ids[value]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Where the pieces of a pattern stand in a text."""
+
+    starts: list[int]
+    contents: list[tuple[int, int]]
+    """The pieces that came from the data."""
+
+
+class Pattern:
+    """The text of a skeleton, cut at its words."""
+
+    def __init__(self, text: str, answers: list[Answer], additions: Additions) -> None:
+        self.additions = additions
+        self._answers = answers
+        self._pieces: list[str | int] = []
+        self._starts: list[int] = []
+        at = 0
+        for word in _WORD.finditer(text):
+            self._add(text[at : word.start()], at)
+            self._add(int(word[1] or word[2]), word.start())
+            at = word.end()
+        self._add(text[at:], at)
+
+    def _add(self, piece: str | int, start: int) -> None:
+        if piece != "":
+            self._pieces.append(piece)
+            self._starts.append(start)
+
+    def match(self, text: str, values: list[str]) -> Match | None:
+        """The pieces in a text, with the values in place of the words; None if it is another."""
+        at, starts, contents = 0, [], []
+        for piece in self._pieces:
+            starts.append(at)
+            if isinstance(piece, str):
+                if not text.startswith(piece, at):
+                    return None
+                at += len(piece)
+                continue
+            value = values[piece]
+            if not text.startswith(value, at):
+                value = json.dumps(value, ensure_ascii=False)[1:-1]
+            if not text.startswith(value, at):
+                return None
+            contents.append((at, at + len(value)))
+            at += len(value)
+        return Match([*starts, at], contents) if at == len(text) else None
+
+    def answers(self, match: Match) -> list[Answer]:
+        """The learnt turns of a text that matches."""
+
+        def shifted(place: int) -> int:
+            piece = bisect_right(self._starts, place) - 1
+            return match.starts[piece] + place - self._starts[piece]
+
+        def end(place: int) -> int:
+            # The end of a piece and not the beginning of the next, which it is too.
+            piece = bisect_right(self._starts, place - 1) - 1
+            inside = isinstance(self._pieces[piece], str)
+            return shifted(place - 1) + 1 if inside else match.starts[piece + 1]
+
+        return [
+            Answer(shifted(answer.start), end(answer.end), end(answer.stop))
+            for answer in self._answers
+        ]
+
+
+class Patterns:
+    """The patterns of the shapes seen so far."""
+
+    _MOST = 4096
+
+    def __init__(self, make: Callable[[Conversation], Pattern | None]) -> None:
+        self._make = make
+        self._known: dict[str, Pattern | None] = {}
+
+    def of(self, skeleton: Skeleton) -> Pattern | None:
+        """The pattern of a shape; None if there is none, and each row has to be looked at."""
+        shape = skeleton.shape
+        if shape not in self._known:
+            if len(self._known) == self._MOST:
+                self._known.clear()
+            self._known[shape] = self._make(skeleton.conversation)
+        return self._known[shape]

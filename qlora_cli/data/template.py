@@ -1,0 +1,186 @@
+"""The chat template of a tokenizer: conversations as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import DataError
+from qlora_cli.types import Message, ToolCall
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_PROBE = "Qz0zQ"
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+class TemplateRefused(DataError):
+    """The chat template does not take this conversation."""
+
+
+class Template:
+    """Renders messages in the keys that the template reads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        by_length = sorted((text for text in added if text.strip()), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+    def check(self) -> None:
+        """Raises DataError if the tokenizer has no chat template, or a broken one."""
+        try:
+            self._tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                "the tokenizer has no chat template, and the rows are conversations",
+                hint="name one in data.chat_template, or use a format without roles: text, or "
+                "prompt_completion with as_chat: false",
+            ) from error
+        # A template may refuse this conversation and take those of the rows: each is asked.
+        with suppress(TemplateRefused):
+            self.render([Message("user", "a", train=False)])
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        prompting: bool = False,
+    ) -> str:
+        """The text of messages.
+
+        Args:
+            prompting: with the generation prompt after them.
+
+        Raises:
+            TemplateRefused: the template does not take them.
+            DataError: the template is broken.
+        """
+        turns = [self._turn(message, in_parts=self._takes_parts) for message in messages]
+        return self._render(turns, tools, prompting)
+
+    def added_at(self, text: str, at: int) -> str | None:
+        """The added token (such as `<|im_end|>`) at a place of the text."""
+        found = self._added.match(text, at)
+        return found[0] if found else None
+
+    def added_before(self, text: str, end: int) -> int | None:
+        """Where the added token begins that ends at a place of the text."""
+        last = None
+        for found in self._added.finditer(text, 0, end):
+            last = found
+        return last.start() if last and last.end() == end else None
+
+    def added_over(self, text: str, at: int) -> int:
+        """The place itself; or where the added token begins whose middle it is."""
+        spans = (found.span() for found in self._added.finditer(text))
+        return next((start for start, end in spans if start < at < end), at)
+
+    def looks_at(self, values: Sequence[str]) -> bool:
+        """Whether one of the values holds a text that the template may test for: `</think>`."""
+        return any(self._constants.search(value) for value in values)
+
+    @cached_property
+    def _source(self) -> str:
+        source = self._tokenizer.get_chat_template()
+        assert isinstance(source, str)
+        return source
+
+    @cached_property
+    def _constants(self) -> re.Pattern[str]:
+        import jinja2
+
+        strings = (
+            value[1:-1].replace("\\n", " ").split()
+            for _, kind, value in jinja2.Environment().lex(self._source)
+            if kind == "string"
+        )
+        # Words that are no markup stand in ordinary contents too, and no template tests for them.
+        marks = {part for parts in strings for part in parts if len(part) > 2}
+        marks = {part for part in marks if re.search(r"[<>\[\]|/]", part)}
+        return re.compile("|".join(map(re.escape, sorted(marks))) or r"(?!)")
+
+    @cached_property
+    def _reasoning_keys(self) -> list[str]:
+        named = [key for key in _REASONING_KEYS if re.search(rf"\b{key}\b", self._source)]
+        return named or ["reasoning_content"]
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether contents have to be lists of parts, as templates for images want them."""
+
+        def shows(*, in_parts: bool) -> bool:
+            try:
+                turn = self._turn(Message("user", _PROBE, train=False), in_parts=in_parts)
+                return _PROBE in self._render([turn], None, False)
+            except TemplateRefused:
+                return False
+
+        return not shows(in_parts=False) and shows(in_parts=True)
+
+    @cached_property
+    def _takes_json(self) -> bool:
+        """Whether the arguments of calls have to be JSON text: some templates add them to text."""
+        call = Message(
+            "assistant", "", False, tool_calls=(ToolCall("f", {"a": _PROBE}, "c00000000"),)
+        )
+        question = self._turn(Message("user", "a", train=False), in_parts=self._takes_parts)
+
+        def shows(*, as_json: bool) -> bool:
+            try:
+                turn = self._turn(call, in_parts=self._takes_parts, as_json=as_json)
+                return _PROBE in self._render([question, turn], None, False)
+            except TemplateRefused:
+                return False
+
+        return not shows(as_json=False) and shows(as_json=True)
+
+    def _turn(
+        self, message: Message, *, in_parts: bool, as_json: bool | None = None
+    ) -> dict[str, Any]:
+        text = message.content
+        turn: dict[str, Any] = {
+            "role": message.role,
+            "content": [{"type": "text", "text": text}] if in_parts else text,
+        }
+        if message.reasoning is not None:
+            turn |= dict.fromkeys(self._reasoning_keys, message.reasoning)
+        if message.tool_calls:
+            as_json = self._takes_json if as_json is None else as_json
+            turn["tool_calls"] = [_call(call, as_json=as_json) for call in message.tool_calls]
+        optional = {"name": message.name, "tool_call_id": message.tool_call_id}
+        return turn | {key: value for key, value in optional.items() if value is not None}
+
+    def _render(self, turns: list[dict[str, Any]], tools: Any, prompting: bool) -> str:
+        import jinja2
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=prompting
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
+        # A template is a program of somebody else's: it may also add a number to a text.
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:
+            raise TemplateRefused(f"the chat template refuses the conversation: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+
+def _call(call: ToolCall, *, as_json: bool) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False) if as_json else call.arguments
+    shape = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return shape if call.id is None else {"id": call.id, **shape}
