@@ -2,4 +2,5 @@
 
 from qlora_cli.cli import main
 
-main()
+if __name__ == "__main__":  # a worker process that prepares data imports this too
+    main()

@@ -10,8 +10,9 @@ import torch
 
 from qlora_cli.data import Data
 from qlora_cli.data.batches import eval_batches
+from qlora_cli.data.cache import load_or_prepare
+from qlora_cli.data.prepare import Prepared, prepare_prompts
 from qlora_cli.data.sources import Source
-from qlora_cli.data.tokenize import Prepared, join, prepare, prepare_prompts
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
@@ -26,16 +27,16 @@ log = logging.getLogger("qlora")
 
 
 def read_data(
-    name: str, data: Data, sources: list[Source], tokenizer: PreTrainedTokenizerFast
+    name: str,
+    data: Data,
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    use_cache: bool = True,
 ) -> Prepared:
     """The examples of all sources, with a line about them in the log."""
-    prepared = join(
-        [
-            prepare(source, tokenizer, max_length=data.max_length, max_lost=data.max_lost)
-            for source in sources
-        ]
-    )
-    log.info("%s data: %s", name, prepared.summary())
+    prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
+    log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared
 
 
@@ -49,7 +50,10 @@ def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Pro
     if not settings.tasks:
         return []
     sources = recipe.data.evaluation_sources
-    prompts = [prompt for source in sources for prompt in prepare_prompts(source, tokenizer)]
+    skip = recipe.data.on_bad_row == "skip"
+    prompts = [
+        prompt for source in sources for prompt in prepare_prompts(source, tokenizer, skip=skip)
+    ]
     prompts = prompts[: settings.limit]
     for task in settings.tasks:
         for prompt in prompts:

@@ -11,7 +11,8 @@ import torch
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import load_base, measure, read_data, read_prompts
-from qlora_cli.data.tokenize import Prepared, read_chat_template
+from qlora_cli.data.encode import read_chat_template
+from qlora_cli.data.prepare import Prepared
 from qlora_cli.errors import RecipeError
 from qlora_cli.generate import answer
 from qlora_cli.model.base import learn_to_stop, load_tokenizer

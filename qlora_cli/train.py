@@ -14,7 +14,7 @@ import torch
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import load_base, measure, read_data, read_prompts
 from qlora_cli.data.batches import BatchStream
-from qlora_cli.data.tokenize import read_chat_template
+from qlora_cli.data.encode import read_chat_template
 from qlora_cli.keeper import Keeper, refuse_changes
 from qlora_cli.loop import fit
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
@@ -30,12 +30,17 @@ log = logging.getLogger("qlora")
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, origins: Mapping[str, str] | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    use_cache: bool = True,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe. The returned record is also in the run folder, as run.json.
 
     Args:
         resume: go on from the newest whole checkpoint in `output.dir`.
+        use_cache: keep the prepared data, and take what was kept before.
         origins: where each value of the recipe comes from, for the record.
 
     Raises:
@@ -52,10 +57,12 @@ def train(
 
     # Data first: a bad row is found before a large model is loaded.
     tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
-    learnt = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
+    learnt = read_data(
+        "training", recipe.data, recipe.data.train_sources, tokenizer, use_cache=use_cache
+    )
     held_out = None
     if sources := recipe.data.evaluation_sources:
-        held_out = read_data("evaluation", recipe.data, sources, tokenizer)
+        held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
         read_prompts(recipe, tokenizer)  # for its checks: better now than after training
     if resume:
         refuse_changes(run, recipe, learnt.digest)

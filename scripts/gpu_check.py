@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import load_base
+from qlora_cli.build import load_base, read_data
 from qlora_cli.data.batches import BatchStream
-from qlora_cli.data.tokenize import prepare
 from qlora_cli.loop import train_step
 from qlora_cli.model.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
@@ -233,7 +232,7 @@ def gradients(bench: Bench, kind: str, *, checkpointing: bool) -> dict[str, Tens
 
 def stream(recipe: Recipe) -> BatchStream:
     tokenizer = recipe.model.load_tokenizer()
-    rows = prepare(recipe.data.train_sources[0], tokenizer, max_length=128, max_lost=0.0).examples
+    rows = read_data("training", recipe.data, recipe.data.train_sources, tokenizer).examples
     return BatchStream(
         rows,
         batch_size=recipe.training.batch_size,

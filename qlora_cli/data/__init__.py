@@ -28,9 +28,13 @@ class Data(Part):
     max_length: int = Field(1024, ge=8)
     """Tokens per row."""
     truncate: Literal["drop", "cut_end", "cut_prompt", "split"] = "cut_end"
-    """What becomes of a longer row; the prompt is cut at its beginning."""
+    """What becomes of a longer row: left out, cut at its end, its prompt cut at the beginning so
+    that the answers stay, or (text without roles, else as cut_end) split into several rows."""
     max_lost: float = Field(0.05, ge=0, le=1)
-    """Share of rows that may be dropped because cutting left nothing to learn; above it, stop."""
+    """Share of the answers that may be lost because they were cut away or cut short; above it,
+    stop."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that prepare rows; null takes one at first, and all cores for a large set."""
     packing: bool = False
     """Put several short rows into one of `max_length`, where none sees the others."""
     chat_template: str | None = None

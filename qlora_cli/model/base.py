@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import struct
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field
 
 from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli.cache_folder import cache_folder
 from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
 
@@ -140,11 +140,6 @@ class BaseModelConfig(Part):
 
 def _listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-
-
-def cache_folder() -> Path:
-    """Where unpacked models are kept: $QLORA_CACHE, else ~/.cache/qlora."""
-    return Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()
 
 
 def _unpack_gguf(path: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 FOUNDATION = {
-    "types", "errors", "part", "_compat", "kernels",
+    "types", "errors", "part", "_compat", "cache_folder", "kernels",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
 }  # fmt: skip
 PARTS = {

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_cli.build import read_data
 from qlora_cli.data.batches import BatchStream
-from qlora_cli.data.tokenize import prepare
 from qlora_cli.train import train
 from qlora_cli.types import Batch
 
@@ -73,9 +73,7 @@ def test_ten_steps_equal_the_plain_loop(
     run = Path(recipe.output.dir)
 
     tokenizer = recipe.model.load_tokenizer()
-    examples = prepare(
-        recipe.data.train_sources[0], tokenizer, max_length=96, max_lost=0.0
-    ).examples
+    examples = read_data("training", recipe.data, recipe.data.train_sources, tokenizer).examples
     stream = BatchStream(
         examples,
         batch_size=4,

@@ -13,9 +13,12 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qlora_cli.data import Data
+from qlora_cli.data.encode import Encoder, read_chat_template
 from qlora_cli.data.formats import FormatConfig, Messages, PromptCompletion, Text
+from qlora_cli.data.prepare import Prepared, prepare_prompts
+from qlora_cli.data.prepare import prepare as prepare_sources
 from qlora_cli.data.sources import Source
-from qlora_cli.data.tokenize import Encoder, prepare, prepare_prompts, read_chat_template
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Example, Message
 
@@ -79,6 +82,12 @@ def chat_source(folder: Path, *conversations: list[Message], **settings: Any) ->
         for messages in conversations
     ]
     return Source(path=rows_file(folder, rows), format=Messages(), **settings)
+
+
+def prepare(
+    source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, **settings: Any
+) -> Prepared:
+    return prepare_sources([source], tokenizer, Data(train=source, **settings), folder)
 
 
 @pytest.mark.parametrize("with_system", [False, True])
@@ -170,13 +179,13 @@ def test_a_template_that_refuses_is_reported_by_row(
 ) -> None:
     source = chat_source(tmp_path, TURNS, [SYSTEM, *TURNS])
     with pytest.raises(DataError) as caught:
-        prepare(source, make_tokenizer("mistral"), max_length=512, max_lost=0)
+        prepare(source, make_tokenizer("mistral"), tmp_path, max_length=512, max_lost=0)
     assert str(caught.value) == (
         f"{source.path}: 1 bad row\n  {source.path}:2: the chat template refuses the "
         "conversation: only user and assistant roles are supported"
     )
     with pytest.raises(DataError, match=r"2 bad rows\n.*refuses the conversation"):
-        prepare(source, make_tokenizer("failing"), max_length=512, max_lost=0)
+        prepare(source, make_tokenizer("failing"), tmp_path, max_length=512, max_lost=0)
 
 
 def test_a_broken_or_missing_template_is_reported_once(
@@ -184,9 +193,9 @@ def test_a_broken_or_missing_template_is_reported_once(
 ) -> None:
     source = chat_source(tmp_path, TURNS, TURNS)
     with pytest.raises(DataError, match=r"^chat template, line 2: "):
-        prepare(source, make_tokenizer("broken"), max_length=512, max_lost=0)
+        prepare(source, make_tokenizer("broken"), tmp_path, max_length=512, max_lost=0)
     with pytest.raises(DataError, match=r"^the tokenizer has no chat template") as caught:
-        prepare(source, make_tokenizer(None), max_length=512, max_lost=0)
+        prepare(source, make_tokenizer(None), tmp_path, max_length=512, max_lost=0)
     assert caught.value.hint is not None
     assert "data.chat_template" in caught.value.hint
 
@@ -289,11 +298,11 @@ def test_rows_with_nothing_to_learn_are_dropped_and_named(
 ) -> None:
     source, max_length = lost_rows(tokenizer, tmp_path, 1)
     with caplog.at_level(logging.WARNING, "qlora"):
-        prepared = prepare(source, tokenizer, max_length=max_length, max_lost=0.05)
+        prepared = prepare(source, tokenizer, tmp_path, max_length=max_length, max_lost=0.05)
     assert (prepared.num_rows, prepared.num_lost, len(prepared.examples)) == (20, 1, 19)
     assert prepared.num_truncated == 1
     length = len(whole(chat("a b c " * 50, "Paris."), tokenizer))
-    assert f"{source.path}:1: {length} tokens, cut at max_length {max_length}" in caplog.text
+    assert f"{source.path}:1: {length} tokens, data.max_length {max_length}: 1 of 1 " in caplog.text
 
 
 @pytest.mark.parametrize(("num_long", "max_lost"), [(2, 0.05), (20, 1.0)])
@@ -301,8 +310,8 @@ def test_too_many_lost_rows_stop_the_run(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, num_long: int, max_lost: float
 ) -> None:
     source, max_length = lost_rows(tokenizer, tmp_path, num_long)
-    with pytest.raises(DataError, match=rf"{num_long} of 20 rows cannot be learnt from.*max_lost"):
-        prepare(source, tokenizer, max_length=max_length, max_lost=max_lost)
+    with pytest.raises(DataError, match=rf"{num_long} of 20 answers are lost.*max_lost"):
+        prepare(source, tokenizer, tmp_path, max_length=max_length, max_lost=max_lost)
 
 
 def test_turns_without_a_stop_token_stop_the_run(
@@ -313,7 +322,7 @@ def test_turns_without_a_stop_token_stop_the_run(
     example = Encoder(tokenizer).encode(chat("a", "b"), max_length=512).example
     assert learnt(example, tokenizer) == [" b"]
     with pytest.raises(DataError, match=r"3 of 3 learnt turns end in no added token.*'\\n'"):
-        prepare(source, tokenizer, max_length=512, max_lost=0)
+        prepare(source, tokenizer, tmp_path, max_length=512, max_lost=0)
 
 
 def test_few_turns_without_a_stop_token_are_suffered(
@@ -325,20 +334,20 @@ def test_few_turns_without_a_stop_token_are_suffered(
     )
     good, odd = chat("a", "b"), chat("a", "odd")
     source = chat_source(tmp_path, *[good] * 99, odd)
-    assert prepare(source, tokenizer, max_length=64, max_lost=0).num_rows == 100
+    assert prepare(source, tokenizer, tmp_path, max_length=64, max_lost=0).num_rows == 100
     source = chat_source(tmp_path, *[good] * 98, odd, odd)
     with pytest.raises(DataError, match="2 of 100 learnt turns"):
-        prepare(source, tokenizer, max_length=64, max_lost=0)
+        prepare(source, tokenizer, tmp_path, max_length=64, max_lost=0)
 
 
 def test_the_counts_of_prepared_data(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = chat_source(tmp_path, TURNS, chat("a", "b"))
-    prepared = prepare(source, tokenizer, max_length=512, max_lost=0)
+    prepared = prepare(source, tokenizer, tmp_path, max_length=512, max_lost=0)
     lengths = [len(whole(m, tokenizer)) for m in (TURNS, chat("a", "b"))]
     assert prepared.num_tokens == sum(lengths)
     assert prepared.num_supervised == sum(e.num_supervised for e in prepared.examples) > 0
     assert prepared.stop_token_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert prepared.summary().endswith(f"longest row {max(lengths)}; turns end with <|im_end|>")
+    assert prepared.summary().endswith(f"longest {max(lengths)}; turns end with <|im_end|>")
     record = json.loads(json.dumps(prepared.record()))
     assert record["digest"] == source.digest()
     assert "examples" not in record
@@ -349,7 +358,7 @@ def test_every_format_can_be_learnt_from(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: Any
 ) -> None:
     source = Source(path=rows_file(tmp_path, [kind.example] * 3), format=kind())
-    prepared = prepare(source, tokenizer, max_length=512, max_lost=0)
+    prepared = prepare(source, tokenizer, tmp_path, max_length=512, max_lost=0)
     messages = kind().to_conversation(kind.example).messages
     stop = "</s>" if messages[0].role == "text" else "<|im_end|>"
     answers = [message.content + stop for message in messages if message.train]

@@ -1,0 +1,167 @@
+"""Prepared sets that are kept, found again by all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_cli.cache_folder import cache_folder
+from qlora_cli.data.prepare import Prepared, digest_of, prepare
+from qlora_cli.data.sources import Source
+from qlora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from qlora_cli.data import Data
+
+log = logging.getLogger("qlora")
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+
+# What has no part in how rows become examples. Whatever else is ever added to the recipe's section
+# counts, so that a forgotten entry costs time and never a wrong set.
+_FREE_OF_DATA = {"train", "evaluation", "evaluation_share", "seed", "chat_template"} | {
+    "packing",
+    "workers",
+}
+_FREE_OF_SOURCE = {"weight"}
+
+
+def load_or_prepare(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    data: Data,
+    *,
+    use_cache: bool = True,
+) -> tuple[Prepared, bool]:
+    """The prepared set of some sources, and whether it was there already.
+
+    Args:
+        use_cache: if not, the set is made anew and deleted when the program ends.
+
+    Raises:
+        DataError: the rows cannot be prepared, or the cache cannot be written.
+    """
+    if not use_cache:
+        folder = Path(tempfile.mkdtemp(prefix="qlora-"))
+        try:
+            prepared = prepare(sources, tokenizer, data, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(prepared.examples, shutil.rmtree, folder, ignore_errors=True)
+        return prepared, False
+    digest = digest_of(sources)
+    folder = _folder() / key_of(sources, tokenizer, data, digest)
+    try:
+        return _find_or_make(folder, sources, tokenizer, data, digest)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: prepared data cannot be kept here: {error}",
+            hint="--no-cache keeps none; QLORA_CACHE names another folder",
+        ) from error
+
+
+def key_of(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, data: Data, digest: str
+) -> str:
+    """A hash of all that the prepared set depends on.
+
+    Args:
+        digest: of the bytes of the data.
+    """
+    parts = {
+        "digest": digest,
+        # The path has no part in the tokens; but the places of the rows have it in them.
+        "sources": [one.model_dump(mode="json", exclude=_FREE_OF_SOURCE) for one in sources],
+        "settings": data.model_dump(mode="json", exclude=_FREE_OF_DATA),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": {name: str(t) for name, t in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "code": _code_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A prepared set that is kept."""
+
+    folder: Path
+    paths: list[str]
+    """Of the sources."""
+    num_rows: int
+    size: int
+    """Bytes."""
+    used: float
+    """When it was last used, in seconds since the epoch."""
+
+
+def entries() -> list[Entry]:
+    """What is kept, the last used first."""
+    found = []
+    for folder in _folder().glob("*/"):
+        prepared = Prepared.open(folder)
+        paths, num_rows = (prepared.paths, prepared.num_rows) if prepared else ([], 0)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        found.append(Entry(folder, paths, num_rows, size, folder.stat().st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def clear() -> list[Entry]:
+    """Delete all that is kept, and return what it was."""
+    cleared = entries()
+    shutil.rmtree(_folder(), ignore_errors=True)
+    return cleared
+
+
+def _find_or_make(
+    folder: Path,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    data: Data,
+    digest: str,
+) -> tuple[Prepared, bool]:
+    import filelock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes that train together the first prepares, and the others wait here. The
+    # system takes the lock from a process that dies.
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        prepared = Prepared.open(folder)
+        if prepared is not None:
+            folder.touch()
+            return prepared, True
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        try:
+            prepare(sources, tokenizer, data, unfinished, digest=digest)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    prepared = Prepared.open(folder)
+    assert prepared is not None
+    return prepared, False
+
+
+def _folder() -> Path:
+    return cache_folder() / "prepared"
+
+
+def _code_digest() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        digest.update(f"{path.relative_to(here)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()

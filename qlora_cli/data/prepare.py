@@ -1,0 +1,263 @@
+"""From sources to a prepared set: all rows encoded, counted and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.data.encode import Encoded, Encoder, Refused
+from qlora_cli.data.sources import BadRows, Source, first_lines
+from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
+from qlora_cli.data.workers import Workers
+from qlora_cli.errors import DataError
+from qlora_cli.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from qlora_cli.data import Data
+
+log = logging.getLogger("qlora")
+
+MIN_STOPPED = 0.99
+"""Least share of learnt turns that end in a token to stop at; with fewer, the model runs on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The examples of some sources, and what became of their rows."""
+
+    examples: PreparedSet
+    paths: list[str]
+    """The sources."""
+    stop_token_ids: list[int]
+    """Tokens that end the learnt turns: what generation has to stop at."""
+    stops: list[str]
+    """The stop tokens as text."""
+    num_rows: int
+    """Rows read that could be used."""
+    num_bad: int
+    """Rows that could not be used and were left out (`data.on_bad_row: skip`)."""
+    num_lost: int
+    """Rows left out because of their length, or because nothing was left to learn."""
+    num_truncated: int
+    """Rows longer than `data.max_length`; those left out among them."""
+    num_answers: int
+    """Learnt turns of all rows."""
+    num_lost_answers: int
+    """Learnt turns that were cut away or cut short."""
+    num_tokens: int
+    num_supervised: int
+    longest: int
+    """Tokens of the longest example."""
+    digest: str
+    """sha256 of the sources."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Prepared | None:
+        """What `prepare` wrote to a folder; None if it is not whole."""
+        facts = read_facts(folder)
+        return None if facts is None else cls(examples=PreparedSet(folder), **facts)
+
+    def summary(self) -> str:
+        """One line for the log."""
+        answers = f", {self.num_lost_answers:,} of {self.num_answers:,} answers lost"
+        bad = f", {self.num_bad:,} bad rows left out" if self.num_bad else ""
+        return (
+            f"{self.num_rows:,} rows ({self.num_truncated:,} too long, {self.num_lost:,} left out"
+            f"{answers if self.num_lost_answers else ''}){bad}, "
+            f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
+            f"learnt, longest {self.longest:,}; turns end with {' '.join(self.stops)}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """All but the examples, for the record of the run."""
+        names = [field.name for field in fields(self) if field.name != "examples"]
+        return {name: getattr(self, name) for name in names}
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    data: Data,
+    folder: Path,
+    *,
+    digest: str | None = None,
+) -> Prepared:
+    """Read, format, tokenize and check all rows of some sources, and write them to a folder.
+
+    Args:
+        digest: of the sources, if it is known already.
+
+    Raises:
+        DataError: no rows, bad rows (all are counted), too many lost answers, or turns that do not
+            end in a token to stop at.
+    """
+    tallies = []
+    with (
+        SetWriter(folder) as writer,
+        Workers(
+            tokenizer,
+            max_length=data.max_length,
+            truncate=data.truncate,
+            number=data.workers,
+        ) as workers,
+    ):
+        for index, source in enumerate(sources):
+            tally = _Tally(source.path)
+            for place, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
+                tally.add(place, encoded, data.max_length)
+                for example in encoded.examples:
+                    writer.add(example, index, place)
+            tally.check(data.max_lost)
+            tallies.append(tally)
+        stop_token_ids = sorted({i for t in tallies for i in t.turn_ends if isinstance(i, int)})
+        counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
+        writer.close(
+            {
+                "paths": [source.path for source in sources],
+                "stop_token_ids": stop_token_ids,
+                "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
+                **{name: counts[name] for name in _COUNTS},
+                "longest": max(tally.longest for tally in tallies),
+                "digest": digest or digest_of(sources),
+            }
+        )
+    prepared = Prepared.open(folder)
+    assert prepared is not None
+    return prepared
+
+
+def digest_of(sources: Sequence[Source]) -> str:
+    """sha256 of the data, wherever it lies."""
+    digests = [source.digest() for source in sources]
+    return digests[0] if len(digests) == 1 else _sha256(" ".join(digests))
+
+
+def prepare_prompts(
+    source: Source, tokenizer: PreTrainedTokenizerFast, *, skip: bool = False
+) -> list[Prompt]:
+    """A prompt and its reference for each row of a source.
+
+    Args:
+        skip: leave out bad rows.
+
+    Raises:
+        DataError: no rows, or bad rows (all are counted).
+    """
+    encoder = Encoder(tokenizer)
+    bad, prompts, is_checked = BadRows(), [], False
+    for row in source.conversations(bad):
+        if not is_checked and row.messages[0].role != "text":
+            encoder.check_template()
+            is_checked = True
+        try:
+            prompts.append(encoder.to_prompt(row.messages, row.tools))
+        except DataError as error:
+            bad.add(row.place, error)
+    bad.check(source.path, skip=skip)
+    return prompts
+
+
+_COUNTS = (
+    "num_rows",
+    "num_bad",
+    "num_lost",
+    "num_truncated",
+    "num_answers",
+    "num_lost_answers",
+    "num_tokens",
+    "num_supervised",
+)
+
+
+class _Tally:
+    """What became of the rows of one source."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.counts: Counter[str] = Counter()
+        self.longest = 0
+        self.turn_ends: Counter[int | str] = Counter()
+        """How often a learnt turn ends in a token, or in a text that is none."""
+        self._lost = BadRows()
+
+    def add(self, place: str, row: Encoded, max_length: int) -> None:
+        self.counts.update(
+            num_rows=1,
+            num_lost=not row.examples,
+            num_truncated=row.length > max_length,
+            num_answers=row.num_answers,
+            num_lost_answers=row.num_lost,
+            num_tokens=sum(len(example.input_ids) for example in row.examples),
+            num_supervised=sum(example.num_supervised for example in row.examples),
+        )
+        self.longest = max([self.longest, *(len(one.input_ids) for one in row.examples)])
+        self.turn_ends.update(
+            end.text if end.token_id is None else end.token_id for end in row.turn_ends
+        )
+        if row.lost is not None:
+            self._lost.add(place, row.lost)
+
+    def check(self, max_lost: float) -> None:
+        self._check_lost(max_lost)
+        self._check_stops()
+
+    def _check_lost(self, max_lost: float) -> None:
+        counts = self.counts
+        if not self._lost.count:
+            return
+        message = (
+            f"{self._path}: {counts['num_lost_answers']:,} of {counts['num_answers']:,} answers "
+            f"are lost, in {self._lost.count:,} of {counts['num_rows']:,} rows"
+        )
+        shown = first_lines(self._lost.first, self._lost.count)
+        is_empty = counts["num_lost"] == counts["num_rows"]
+        if counts["num_lost_answers"] > max_lost * counts["num_answers"] or is_empty:
+            raise DataError(
+                f"{message}; data.max_lost allows {max_lost:.1%}\n{shown}",
+                hint="raise data.max_length, choose another data.truncate, shorten or repair the "
+                "rows, or raise data.max_lost",
+            )
+        log.warning("%s\n%s", message, shown)
+
+    def _check_stops(self) -> None:
+        num_ends = self.turn_ends.total()
+        if not num_ends:
+            log.warning("%s: every row is cut, so the model never learns where to stop", self._path)
+        unstopped = Counter({end: n for end, n in self.turn_ends.items() if isinstance(end, str)})
+        if unstopped.total() > (1 - MIN_STOPPED) * num_ends:
+            [(follows, _)] = unstopped.most_common(1)
+            raise DataError(
+                f"{self._path}: {unstopped.total():,} of {num_ends:,} learnt turns end in no added "
+                "token, so the tuned model would not know where to stop; after the content comes "
+                f"{follows!r}",
+                hint="name a template in data.chat_template that ends assistant turns with a "
+                "special token of the tokenizer",
+            )
+
+
+def _encode(
+    workers: Workers, source: Source, tally: _Tally, skip: bool
+) -> Iterator[tuple[str, Encoded]]:
+    # Kept apart and put together at the end: how far reading is ahead of encoding depends on the
+    # number of workers, and what is shown must not.
+    bad, refused = BadRows(), BadRows()
+    for place, encoded in workers.encode(source.conversations(bad)):
+        if isinstance(encoded, Refused):
+            refused.add(place, encoded.reason)
+        else:
+            yield place, encoded
+    bad.first += refused.first
+    bad.count += refused.count
+    bad.check(source.path, skip=skip and tally.counts["num_rows"] > 0)
+    tally.counts["num_bad"] = bad.count
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,156 @@
+"""A prepared set on disk: a folder of flat arrays that are read where they lie.
+
+input_ids.bin      int32, the tokens of all examples one after the other
+learnt.bin         one byte a token: whether it is learnt
+ends.bin           int64 for each example: tokens up to its end
+sources.bin        int32 for each example: which of the sources it is from
+places.txt         utf-8, the place of each example's row, one a line
+place_ends.bin     int64 for each example: bytes of places.txt up to its end
+facts.json         what is known about the whole
+
+So a set that is larger than memory is trained on like a small one.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
+
+from qlora_cli.types import IGNORE_INDEX, Example
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_COLUMNS = {
+    "input_ids.bin": "int32",
+    "learnt.bin": "uint8",
+    "ends.bin": "int64",
+    "sources.bin": "int32",
+    "places.txt": "uint8",
+    "place_ends.bin": "int64",
+}
+_FACTS = "facts.json"
+
+
+class SetWriter:
+    """Writes examples to a folder, one after the other. `close` makes it a prepared set."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._num_tokens = 0
+        self._num_place_bytes = 0
+        with ExitStack() as stack:
+            self._files: dict[str, BinaryIO] = {
+                name: stack.enter_context((folder / name).open("wb")) for name in _COLUMNS
+            }
+            self._stack = stack.pop_all()
+
+    def add(self, example: Example, source: int, place: str) -> None:
+        """Append an example.
+
+        Args:
+            source: index of the source that it is from.
+            place: where its row stands, as messages to the user say it.
+        """
+        line = f"{place}\n".encode("utf-8", "surrogateescape")
+        self._num_tokens += len(example.input_ids)
+        self._num_place_bytes += len(line)
+        learnt = bytes(label != IGNORE_INDEX for label in example.labels)
+        self._write("input_ids.bin", array("i", example.input_ids))
+        self._write("learnt.bin", learnt)
+        self._write("ends.bin", array("q", [self._num_tokens]))
+        self._write("sources.bin", array("i", [source]))
+        self._write("places.txt", line)
+        self._write("place_ends.bin", array("q", [self._num_place_bytes]))
+
+    def close(self, facts: dict[str, Any]) -> None:
+        """Finish the set, with what is known about the whole of it."""
+        self._stack.close()
+        sizes = {name: (self._folder / name).stat().st_size for name in _COLUMNS}
+        text = json.dumps({"facts": facts, "bytes": sizes}, indent=2)
+        (self._folder / _FACTS).write_text(text + "\n", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _write(self, name: str, data: bytes | array[int]) -> None:
+        self._files[name].write(data)
+
+
+class PreparedSet(Sequence[Example]):
+    """The examples of a folder, read when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+
+        self.folder = folder
+        columns = {
+            name: np.memmap(folder / name, dtype=dtype, mode="r")
+            for name, dtype in _COLUMNS.items()
+        }
+        self._input_ids, self._learnt = columns["input_ids.bin"], columns["learnt.bin"]
+        self._ends, self._sources = columns["ends.bin"], columns["sources.bin"]
+        self._places, self._place_ends = columns["places.txt"], columns["place_ends.bin"]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, without reading any of them."""
+        import numpy as np
+
+        lengths: NDArray[np.int64] = np.diff(self._ends, prepend=0)
+        return lengths
+
+    def source(self, index: int) -> int:
+        """Which of the sources an example is from."""
+        return int(self._sources[index])
+
+    def place(self, index: int) -> str:
+        """Where the row of an example stands: `train.jsonl:17`."""
+        start, end = self._span(self._place_ends, index)
+        return self._places[start : end - 1].tobytes().decode("utf-8", "surrogateescape")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, end = self._span(self._ends, range(len(self))[index])
+        ids = self._input_ids[start:end].tolist()
+        learnt = self._learnt[start:end].tolist()
+        pairs = zip(ids, learnt, strict=True)
+        return Example(ids, [token if is_learnt else IGNORE_INDEX for token, is_learnt in pairs])
+
+    @staticmethod
+    def _span(ends: NDArray[np.int64], index: int) -> tuple[int, int]:
+        return int(ends[index - 1]) if index else 0, int(ends[index])
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """What was given to `SetWriter.close`; None if there is no whole prepared set."""
+    try:
+        known = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in _COLUMNS}
+    except (OSError, ValueError):
+        return None
+    facts: dict[str, Any] = known["facts"]
+    return facts if known["bytes"] == sizes else None

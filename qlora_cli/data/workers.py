@@ -1,0 +1,171 @@
+"""Rows encoded by several processes, with the same results in the same order as by one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from qlora_cli.data.encode import Encoded, Encoder, Refused, Truncate
+from qlora_cli.errors import DataError
+from qlora_cli.types import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Results = list[Encoded | Refused]
+
+ALONE_SECONDS = 15.0
+"""How long one process encodes before it is helped, unless workers are asked for by number: a
+worker needs some seconds to import transformers and to take over the tokenizer."""
+
+_CHUNK = 256
+"""Rows tokenized together, and sent to a worker together."""
+
+
+class Workers:
+    """Encodes rows.
+
+    Args:
+        number: processes; None takes one at first, and one for each core when there is much to do.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int,
+        truncate: Truncate,
+        number: int | None,
+    ) -> None:
+        self._settings = (tokenizer, max_length, truncate)
+        self._job = _Job(*self._settings)
+        self._number = number or _num_cores()
+        self._is_patient = number is None
+        self._pool: ProcessPoolExecutor | None = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, rows: Iterable[Conversation]) -> Iterator[tuple[str, Encoded | Refused]]:
+        """The place of each row and what became of it, in order.
+
+        Raises:
+            DataError: the chat template is missing or broken, or a worker died.
+        """
+        for chunk, results in self._encode_chunks(_chunks(rows)):
+            yield from zip([row.place for row in chunk], results, strict=True)
+
+    def _encode_chunks(
+        self, chunks: Iterable[list[Conversation]]
+    ) -> Iterator[tuple[list[Conversation], Results]]:
+        waiting: deque[tuple[list[Conversation], Future[Results]]] = deque()
+        is_checked = False
+        for chunk in chunks:
+            if not is_checked and any(row.messages[0].role != "text" for row in chunk):
+                self._job.encoder.check_template()
+                is_checked = True
+            if not self._is_time_for_help():
+                yield chunk, self._job.encode(chunk)
+                continue
+            waiting.append((chunk, self._submit(chunk)))
+            # Enough that nobody waits, and few enough that memory does not grow with the set.
+            if len(waiting) > 2 * self._number:
+                yield _next(waiting)
+        while waiting:
+            yield _next(waiting)
+
+    def _is_time_for_help(self) -> bool:
+        if self._number == 1 or self._pool is not None:
+            return self._pool is not None
+        return not self._is_patient or time.monotonic() - self._started > ALONE_SECONDS
+
+    def _submit(self, chunk: list[Conversation]) -> Future[Results]:
+        if self._pool is None:
+            # Never by fork: the tokenizer's threads do not live on in a copy of the process, but
+            # the locks that they held do.
+            self._pool = ProcessPoolExecutor(
+                self._number,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=self._settings,
+            )
+        try:
+            return self._pool.submit(_encode, chunk)
+        except BrokenProcessPool as error:
+            raise _died(chunk) from error
+
+
+class _Job:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, max_length: int, truncate: Truncate
+    ) -> None:
+        self.encoder = Encoder(tokenizer)
+        self._max_length = max_length
+        self._truncate = truncate
+
+    def encode(self, chunk: list[Conversation]) -> Results:
+        return self.encoder.encode_rows(chunk, max_length=self._max_length, truncate=self._truncate)
+
+
+_job: _Job | None = None
+"""Of a worker process."""
+
+
+def _start(tokenizer: PreTrainedTokenizerFast, max_length: int, truncate: Truncate) -> None:
+    global _job
+    # There is a process for each core already.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job = _Job(tokenizer, max_length, truncate)
+
+
+def _encode(chunk: list[Conversation]) -> Results:
+    assert _job is not None
+    return _job.encode(chunk)
+
+
+def _next(
+    waiting: deque[tuple[list[Conversation], Future[Results]]],
+) -> tuple[list[Conversation], Results]:
+    chunk, future = waiting.popleft()
+    try:
+        return chunk, future.result()
+    except BrokenProcessPool as error:
+        raise _died(chunk) from error
+
+
+def _died(chunk: list[Conversation]) -> DataError:
+    return DataError(
+        f"data.workers: a process that prepares rows died at {chunk[0].place} or after it; the "
+        "system may have ended it for want of memory",
+        hint="--set data.workers=1 needs the least memory, and shows what is wrong with a row",
+    )
+
+
+def _chunks(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
