@@ -14,8 +14,8 @@ def choose_learnt(
 ) -> list[Message]:
     """The messages with `train` set by role and place.
 
-    What the format decided against (`train: false` in a row) stays so; verbatim pieces are learnt
-    as their format says.
+    What a row says itself (`train: false` in an answer, `train: true` in another turn) stays so,
+    and verbatim pieces are learnt as their format says.
 
     Raises:
         DataError: nothing is left to learn.
@@ -26,16 +26,14 @@ def choose_learnt(
         for i, message in enumerate(messages)
     ]
     if not any(message.train for message in chosen):
-        turns = "the last turn" if last_only else "any turn"
+        turns = "its last turn" if last_only else "any turn"
         raise DataError(f"nothing to learn in {turns} of {', '.join(roles)}")
     return chosen
 
 
 def _is_due(message: Message, roles: Sequence[Role]) -> bool:
-    return message.train if message.role == "text" else message.role in roles
+    return message.role in roles or (message.train and message.role != "assistant")
 
 
 def _is_learnt(message: Message, roles: Sequence[Role]) -> bool:
-    # A format says of assistant turns whether they are learnt, and that others are not.
-    own = message.train if message.role == "assistant" else True
-    return own and _is_due(message, roles)
+    return _is_due(message, roles) and (message.train or message.role != "assistant")

@@ -85,7 +85,7 @@ class Source(Part):
                 yield replace(conversation, place=located.place)
         if is_empty:
             bad.check(self.path)
-            raise DataError(f"{self.path}: no rows")
+            raise DataError(f"{self.path}: no rows{self._where()}")
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """The rows in order; what cannot be read as a row is added to `bad`.
@@ -114,6 +114,9 @@ class Source(Part):
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         return digest.hexdigest()
+
+    def _where(self) -> str:
+        return ""
 
     def _taken(self, bad: BadRows, seed: int) -> Iterator[LocatedRow]:
         rows = self._rows(bad)
@@ -212,6 +215,11 @@ class Portion(Source):
         """The rows on this side, in order; what cannot be read as a row is added to `bad`."""
         rows = self._taken(bad, self.seed)
         return rows if self.share is None else filter(self._is_here, rows)
+
+    def _where(self) -> str:
+        if self.share is None:
+            return ""
+        return f" among the share that is {'held out' if self.held_out else 'learnt'}"
 
     def _is_here(self, located: LocatedRow) -> bool:
         assert self.share is not None
