@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_cli.data import Data
+from qlora_cli.data.audit import Audit, Finding, Rows, Scan, find_drift, findings, scan
 from qlora_cli.data.batches import eval_batches
 from qlora_cli.data.cache import load_or_prepare
+from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared, prepare_prompts
-from qlora_cli.data.sources import Source
+from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora")
+
+_COMPARED = 256
+"""Rows of a source whose prompt is rendered again, as it is for generation."""
 
 
 def read_data(
@@ -38,6 +47,110 @@ def read_data(
     prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """One side of the data, and what was found in it."""
+
+    name: str
+    prepared: Prepared
+    scan: Scan
+    audit: Audit
+    findings: list[Finding]
+
+    @property
+    def truncated(self) -> float:
+        """Share of rows that are longer than `data.max_length`."""
+        return self.prepared.num_truncated / self.prepared.num_rows
+
+    def summary(self) -> str:
+        """One line for the log."""
+        total = self.audit.total
+        found = "; ".join(
+            f"{finding.what} {finding.found}" for finding in self.findings if finding.is_suspect
+        )
+        return (
+            f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
+            f"median {total.median:,}; {found or 'nothing suspect'}"
+        )
+
+
+def audit_data(
+    data: Data, learnt: Prepared, held_out: Prepared | None, tokenizer: PreTrainedTokenizerFast
+) -> list[Audited]:
+    """What the rows come to, and what in them is often a mistake: training, then evaluation."""
+    training = _audited("training", data, learnt, tokenizer, None)
+    if held_out is None:
+        return [training]
+    return [training, _audited("evaluation", data, held_out, tokenizer, training)]
+
+
+def check_data(
+    data: Data, learnt: Prepared, held_out: Prepared | None, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, dict[str, Any]]:
+    """The audit, with a line about each side in the log. Returns the figures.
+
+    Raises:
+        DataError: a limit of `data.audit` is crossed.
+    """
+    sides = audit_data(data, learnt, held_out, tokenizer)
+    for side in sides:
+        is_suspect = any(finding.is_suspect for finding in side.findings)
+        log.log(logging.WARNING if is_suspect else logging.INFO, side.summary())
+    check_limits(data, sides)
+    return {side.name: side.audit.record() for side in sides}
+
+
+def check_limits(data: Data, sides: list[Audited]) -> None:
+    """Raises DataError if a limit of `data.audit` is crossed."""
+    training, *others = sides
+    evaluation = others[0].audit if others else None
+    data.audit.check(training.audit, evaluation, truncated=training.truncated)
+
+
+def _audited(
+    name: str,
+    data: Data,
+    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerFast,
+    training: Audited | None,
+) -> Audited:
+    rows = prepared.examples
+    scanned = scan(rows, tokenizer, max_length=data.max_length)
+    audit = scanned.audit(None if training is None else training.scan)
+    learnt = None if training is None else training.prepared.examples
+    sources = data.train_sources if training is None else data.evaluation_sources
+    prompts = [
+        pair
+        for i, source in enumerate(sources)
+        for pair in _first_prompts(source, rows, scanned.first_rows(i, _COMPARED), data, tokenizer)
+    ]
+    found = findings(rows, audit, find_drift(rows, prompts), training=learnt)
+    return Audited(name, prepared, scanned, audit, found)
+
+
+def _first_prompts(
+    source: Source,
+    rows: Rows,
+    indices: list[int],
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Iterator[tuple[int, list[int]]]:
+    """Rows that are not cut, and what the model is given to generate their last answer."""
+    encoder = Encoder(tokenizer)
+    times = Counter(rows.place(row) for row in indices)
+    whole = {
+        rows.place(row): row
+        for row in indices
+        # A row that was split is in several places, and what is cut has this length.
+        if times[rows.place(row)] == 1 and len(rows[row].input_ids) < data.max_length
+    }
+    for conversation in islice(source.conversations(BadRows()), _COMPARED):
+        has_prompt = any(message.train for message in conversation.messages[1:])
+        if has_prompt and not conversation.learn_all and conversation.place in whole:
+            prompt = encoder.to_prompt(conversation.messages, conversation.tools)
+            yield whole[conversation.place], prompt.input_ids
 
 
 def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:

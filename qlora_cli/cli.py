@@ -204,6 +204,58 @@ def validate(
 
 
 @app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows", metavar="N", min=1, help="Rows to show of each source (3; with --json all)."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source", metavar="NAME", help="Only rows of train, evaluation, train.0 ..."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write one HTML page, and print no text."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each row.")
+    ] = False,
+    quiet: Quiet = None,
+) -> None:
+    """Show what the model will see, and what in the data is often a mistake.
+
+    Rows are prepared as for training; no weights are opened. Learnt tokens are told from the others
+    by colour, or by marks where there is none (NO_COLOR is heeded). A limit of data.audit that is
+    crossed is an error here too, after the report. --json prints source, row (its place),
+    input_ids, labels and text of each row.
+
+    \b
+    Example:
+      qlora preview recipe.yaml --rows 1
+      qlora preview recipe.yaml --html preview.html
+      qlora preview recipe.yaml --json --source train > rows.jsonl
+    """
+    loaded = load_recipe(recipe, overrides)
+    from qlora_cli.preview import preview
+
+    found = preview(loaded.recipe, source=source)
+    if as_json:
+        for row in found.rows(rows):
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    if html is not None:
+        found.write_page(html, rows or 3, title=f"Preview of {recipe.name}")
+    if html is None and not as_json:
+        typer.echo(found.text(rows or 3, colour=_is_coloured()))
+    found.check()
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes.
 
@@ -218,6 +270,11 @@ def schema() -> None:
     from qlora_cli.recipe_schema import recipe_schema
 
     _show(recipe_schema(), True, "")
+
+
+def _is_coloured() -> bool:
+    # https://no-color.org
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _show(report: Mapping[str, object], as_json: bool, text: str) -> None:

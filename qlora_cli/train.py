@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import load_base, measure, read_data, read_prompts
+from qlora_cli.build import check_data, load_base, measure, read_data, read_prompts
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.keeper import Keeper, refuse_changes
@@ -64,6 +64,7 @@ def train(
     if sources := recipe.data.evaluation_sources:
         held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
         read_prompts(recipe, tokenizer)  # for its checks: better now than after training
+    audit = check_data(recipe.data, learnt, held_out, tokenizer)
     if resume:
         refuse_changes(run, recipe, learnt.digest)
     batches = BatchStream(
@@ -115,6 +116,7 @@ def train(
         trained_weights=trained.trained,
         total_weights=trained.total,
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
+        audit=audit,
     )
 
     def evaluate() -> dict[str, float]:

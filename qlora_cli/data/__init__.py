@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_cli.data.audit import AuditLimits
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.sources import Portion, Source
 from qlora_cli.errors import DataError
@@ -37,6 +38,8 @@ class Data(Part):
     """Processes that prepare rows; null takes one at first, and all cores for a large set."""
     packing: bool = False
     """Put several short rows into one of `max_length`, where none sees the others."""
+    audit: AuditLimits = AuditLimits()
+    """What stops the run because of what is in the rows."""
     chat_template: str | None = None
     """Jinja file to use in place of the tokenizer's own chat template."""
 

@@ -33,6 +33,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _FREE_OF_DATA = {"train", "evaluation", "evaluation_share", "seed", "chat_template"} | {
     "packing",
     "workers",
+    "audit",
 }
 _FREE_OF_SOURCE = {"weight"}
 

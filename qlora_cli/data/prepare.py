@@ -35,6 +35,8 @@ class Prepared:
     examples: PreparedSet
     paths: list[str]
     """The sources."""
+    counts: list[dict[str, int]]
+    """For each source, the numbers that are here for all of them."""
     stop_token_ids: list[int]
     """Tokens that end the learnt turns: what generation has to stop at."""
     stops: list[str]
@@ -121,6 +123,7 @@ def prepare(
         writer.close(
             {
                 "paths": [source.path for source in sources],
+                "counts": [{name: tally.counts[name] for name in _COUNTS} for tally in tallies],
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
                 **{name: counts[name] for name in _COUNTS},

@@ -113,7 +113,7 @@ COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_commands() -> None:
-    assert COMMANDS == ["train", "eval", "merge", "validate", "schema"]
+    assert COMMANDS == ["train", "eval", "merge", "validate", "preview", "schema"]
 
 
 def test_options_are_a_promise() -> None:
@@ -126,8 +126,9 @@ def test_options_are_a_promise() -> None:
     assert found == {
         "train": {"recipe", "--set", "--resume", "--json", *talk},
         "eval": {"target", "--set", "--weights", "--json", *talk},
-        "merge": {"run", "--output", "--weights", "--json", *talk},
+        "merge": {"run", "--output", "--set", "--weights", "--json", *talk},
         "validate": {"recipe", "--set", "--json", *talk},
+        "preview": {"recipe", "--set", "--rows", "--source", "--html", "--json", *talk},
         "schema": set(),
     }
 

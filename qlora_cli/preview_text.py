@@ -1,0 +1,130 @@
+"""A preview as text, for a terminal or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from qlora_cli.data.audit import Bar
+from qlora_cli.view import Sample, SideView, SourceView
+
+_OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
+_MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
+_BAR_WIDTH = 40
+
+_LEARNT, _MASKED, _BOLD, _WARN, _OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
+_LEARNT_SPECIAL, _MASKED_SPECIAL = "\x1b[1;7;32m", "\x1b[2;7m"
+
+
+def preview_text(sides: Sequence[SideView], *, colour: bool) -> str:
+    """Samples, figures and findings.
+
+    Args:
+        colour: tell learnt tokens from the others by colour, and not by marks.
+    """
+    lines = [_legend(colour)]
+    for side in sides:
+        for source in side.sources:
+            lines += ["", *_source(source, colour)]
+        lines += ["", *_side(side, colour)]
+    return "\n".join(lines)
+
+
+def _legend(colour: bool) -> str:
+    if colour:
+        return (
+            f"{_LEARNT}learnt{_OFF}  {_MASKED}not learnt{_OFF}  {_LEARNT_SPECIAL}special token, "
+            f"learnt{_OFF}  {_MASKED_SPECIAL}special token, not learnt{_OFF}  {_BREAK} line break"
+        )
+    return (
+        f"{_OPEN}learnt{_CLOSE} not learnt   {_SPECIAL} before a special token   "
+        f"{_BREAK} line break"
+    )
+
+
+def _source(source: SourceView, colour: bool) -> Iterator[str]:
+    yield _heading(f"{source.name}: {source.path}", colour)
+    yield (
+        f"{source.num_read:,} rows, {source.num_bad:,} bad, {source.num_dropped:,} dropped, "
+        f"{source.num_cut:,} cut; {source.figures.num_tokens:,} tokens, "
+        f"{source.figures.learnt:.1%} learnt"
+    )
+    for sample in source.samples:
+        yield ""
+        yield _heading(_title(sample), colour)
+        yield from (f"  {line}" for line in _draw(sample, colour).splitlines())
+
+
+def _title(sample: Sample) -> str:
+    answer = f", {sample.answer}" if sample.answer else ""
+    return f"{sample.place}{answer}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} learnt"
+
+
+def _draw(sample: Sample, colour: bool) -> str:
+    """The pieces, with a line break after each mark of one."""
+    drawn, was_learnt = "", False
+    for piece in sample.pieces:
+        text = visible(piece.text, _BREAK if colour else _MARKS)
+        if colour:
+            style = _STYLES[piece.is_learnt, piece.is_special]
+            # A style ends with its line: pagers forget it there.
+            drawn += "\n".join(f"{style}{line}{_OFF}" if line else "" for line in text.split("\n"))
+            continue
+        if piece.is_learnt != was_learnt:
+            drawn += _OPEN if piece.is_learnt else _CLOSE
+        drawn += f"{_SPECIAL}{text}" if piece.is_special else text
+        was_learnt = piece.is_learnt
+    return drawn + (_CLOSE if was_learnt else "")
+
+
+_STYLES = {
+    (True, True): _LEARNT_SPECIAL,
+    (True, False): _LEARNT,
+    (False, True): _MASKED_SPECIAL,
+    (False, False): _MASKED,
+}
+
+
+def visible(text: str, marks: str = _BREAK) -> str:
+    """Text in which nothing hides, and which does nothing to a terminal.
+
+    Args:
+        marks: characters that have a meaning in the drawing.
+    """
+    return "".join(map(_visible, text, [marks] * len(text)))
+
+
+def _visible(character: str, marks: str) -> str:
+    if character == "\n":
+        return f"{_BREAK}\n"
+    if character in marks or not character.isprintable():
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+def _side(side: SideView, colour: bool) -> Iterator[str]:
+    total = side.audit.total
+    yield _heading(f"{side.name}: {total.num_rows:,} rows", colour)
+    yield (
+        f"lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
+        f"{total.num_tokens:,} tokens, {total.learnt:.1%} learnt"
+    )
+    yield from _histogram(side.audit.bars)
+    stops = ", ".join(f"{token} {count:,}" for token, count in side.stops)
+    yield f"learnt turns: {total.num_turns:,}, ended by {stops or 'nothing'}"
+    width = max(len(finding.what) for finding in side.findings)
+    for finding in side.findings:
+        line = f"{finding.what:<{width}}  {finding.found}"
+        yield f"{_WARN}{line}{_OFF}" if colour and finding.is_suspect else line
+
+
+def _histogram(bars: Sequence[Bar]) -> Iterator[str]:
+    names = [f"{bar.first:,} to {bar.last:,}" for bar in bars]
+    most = max(bar.num_rows for bar in bars)
+    for bar, name in zip(bars, names, strict=True):
+        # A bar that stands for a row is never empty.
+        width = -(-bar.num_rows * _BAR_WIDTH // most)
+        yield f"  {name:>{max(map(len, names))}}  {'█' * width} {bar.num_rows:,}".rstrip()
+
+
+def _heading(text: str, colour: bool) -> str:
+    return f"{_BOLD}{text}{_OFF}" if colour else text

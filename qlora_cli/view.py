@@ -1,0 +1,110 @@
+"""What a preview shows, ready to be drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from qlora_cli.data.audit import Audit, Figures, Finding
+from qlora_cli.types import IGNORE_INDEX, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring tokens of one kind, as text. A special token is a piece of its own."""
+
+    text: str
+    is_learnt: bool
+    is_special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row to be shown."""
+
+    place: str
+    num_tokens: int
+    num_supervised: int
+    pieces: list[Piece]
+    answer: str | None = None
+    """Of a preference: which of the two answers this is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceView:
+    """A source and its first rows."""
+
+    name: str
+    """Its place in the section `data` of the recipe: `train`, or `train.0` in a list."""
+    path: str
+    num_read: int
+    """Rows that could be read."""
+    num_bad: int
+    """Rows that could not be used."""
+    num_dropped: int
+    """Rows in which nothing was left to learn."""
+    num_cut: int
+    """Rows longer than `data.max_length`; the dropped ones among them."""
+    figures: Figures
+    samples: list[Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class SideView:
+    """What is learnt, or what is held out."""
+
+    name: str
+    audit: Audit
+    stops: list[tuple[str, int]]
+    """Tokens that end learnt turns, and how many turns each."""
+    findings: list[Finding]
+    sources: list[SourceView]
+
+
+def make_sample(
+    example: Example, place: str, tokenizer: PreTrainedTokenizerFast, answer: str | None = None
+) -> Sample:
+    """Cut a row into pieces."""
+    return Sample(
+        place=place,
+        num_tokens=len(example.input_ids),
+        num_supervised=example.num_supervised,
+        pieces=_pieces(example, tokenizer),
+        answer=answer,
+    )
+
+
+def _pieces(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[Piece]:
+    added = tokenizer.added_tokens_decoder
+    ids = example.input_ids
+
+    def kind(i: int) -> tuple[bool, int | None]:
+        return example.labels[i] != IGNORE_INDEX, i if ids[i] in added else None
+
+    pieces = []
+    for (is_learnt, special), group in groupby(range(len(ids)), kind):
+        places = list(group)
+        text = _decode(ids, places[0], places[-1] + 1, tokenizer)
+        pieces.append(Piece(text, is_learnt, special is not None))
+    return pieces
+
+
+def _decode(ids: list[int], first: int, after: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of some tokens of a row.
+
+    Some tokenizers leave out the space before the first of the tokens they are given, so they are
+    given the token before it too.
+    """
+
+    def decode(start: int, end: int) -> str:
+        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    before = max(0, first - 1)
+    lead, whole = decode(before, first), decode(before, after)
+    return whole[len(lead) :] if whole.startswith(lead) else decode(first, after)

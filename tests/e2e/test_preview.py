@@ -1,0 +1,244 @@
+"""`qlora preview`, from the command line: what the model will see, and no weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_cli.cli import main
+from qlora_cli.types import IGNORE_INDEX
+from tests.conftest import make_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def rows_file(path: Path, *pairs: tuple[str, str]) -> Path:
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two rows to learn, one of them held out too; the model has no weights to open."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "model")
+    for weights in Path("model").glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    rows_file(Path("train.jsonl"), ("Hi", "Ho"), ("1+1?", "2\n!"), ("Hi", "Ho"))
+    rows_file(Path("test.jsonl"), ("Hi", "Ho"), ("1+1?", "3"), ("New", "Row"))
+    pairs = {"type": "prompt_completion"}
+    document = {
+        "model": {"path": "model"},
+        "data": {
+            "train": {"path": "train.jsonl", "format": pairs},
+            "evaluation": {"path": "test.jsonl", "format": pairs},
+            "max_length": 64,
+        },
+        "output": {"dir": "run"},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    return Path("recipe.yaml")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        code = caught.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, *capsys.readouterr()
+
+    return run
+
+
+PREVIEW = """\
+⟦learnt⟧ not learnt   ◆ before a special token   ⏎ line break
+
+train: train.jsonl
+3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 12.8% learnt
+
+train.jsonl:1: 25 tokens, 3 learnt
+  ◆<|im_start|>user⏎
+  Hi◆<|im_end|>⏎
+  ◆<|im_start|>assistant⏎
+  ⟦Ho◆<|im_end|>⟧⏎
+
+training: 3 rows
+lengths 25 to 28 tokens, median 25; 78 tokens, 12.8% learnt
+  25 to 25  ████████████████████████████████████████ 2
+  26 to 26   0
+  27 to 27   0
+  28 to 28  ████████████████████ 1
+learnt turns: 3, ended by <|im_end|> 3
+rows with nothing to learn                0 of 3
+turns that end in no stop token           0 of 3
+rows with another prompt than generation  0 of 3
+rows that begin with two BOS tokens       0 of 3
+rows that repeat an earlier one           1 of 3 (train.jsonl:3 = train.jsonl:1)
+
+evaluation: test.jsonl
+3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 11.5% learnt
+
+test.jsonl:1: 25 tokens, 3 learnt
+  ◆<|im_start|>user⏎
+  Hi◆<|im_end|>⏎
+  ◆<|im_start|>assistant⏎
+  ⟦Ho◆<|im_end|>⟧⏎
+
+evaluation: 3 rows
+lengths 25 to 27 tokens, median 26; 78 tokens, 11.5% learnt
+  25 to 25  ████████████████████████████████████████ 1
+  26 to 26  ████████████████████████████████████████ 1
+  27 to 27  ████████████████████████████████████████ 1
+learnt turns: 3, ended by <|im_end|> 3
+rows with nothing to learn                    0 of 3
+turns that end in no stop token               0 of 3
+rows with another prompt than generation      0 of 3
+rows that begin with two BOS tokens           0 of 3
+rows that repeat an earlier one               0 of 3
+rows that training has too                    1 of 3 (test.jsonl:1 = train.jsonl:1)
+rows whose prompt training answers otherwise  1 of 3 (test.jsonl:2 = train.jsonl:2)
+"""
+
+
+def test_the_whole_preview_of_a_few_rows(recipe: Path, run: Run) -> None:
+    code, out, _ = run("preview", recipe, "--rows", 1)
+    assert code == 0
+    assert out == PREVIEW
+
+
+def test_json_gives_one_object_a_row(recipe: Path, run: Run) -> None:
+    code, out, _ = run("preview", recipe, "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["source"], row["row"]) for row in rows] == [
+        *(("train", f"train.jsonl:{number}") for number in (1, 2, 3)),
+        *(("evaluation", f"test.jsonl:{number}") for number in (1, 2, 3)),
+    ]
+    assert {tuple(row) for row in rows} == {("source", "row", "input_ids", "labels", "text")}
+    text = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2\n!<|im_end|>\n"
+    tokenizer = make_tokenizer()
+    answer = tokenizer("2\n!<|im_end|>")["input_ids"]
+    assert rows[1]["text"] == text
+    assert rows[1]["input_ids"] == tokenizer(text)["input_ids"]
+    assert [label for label in rows[1]["labels"] if label != IGNORE_INDEX] == answer
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        (["--rows", 1], ["train.jsonl:1", "test.jsonl:1"]),
+        (["--rows", 2, "--source", "train"], ["train.jsonl:1", "train.jsonl:2"]),
+        (["--source", "evaluation", "--rows", 9], [f"test.jsonl:{n}" for n in (1, 2, 3)]),
+    ],
+    ids=str,
+)
+def test_rows_and_source_choose(
+    recipe: Path, run: Run, options: list[object], places: list[str]
+) -> None:
+    _, out, _ = run("preview", recipe, "--json", *options)
+    assert [json.loads(line)["row"] for line in out.splitlines()] == places
+
+
+def test_one_of_several_sources_is_chosen_by_its_place(recipe: Path, run: Run) -> None:
+    rows_file(Path("more.jsonl"), ("More", "Rows"))
+    pairs = "format: {type: prompt_completion}"
+    both = f"data.train=[{{path: train.jsonl, {pairs}}}, {{path: more.jsonl, {pairs}}}]"
+    code, out, _ = run("preview", recipe, "--set", both, "--source", "train.1")
+    assert code == 0
+    assert "train.0: train.jsonl\n3 rows" in out
+    assert "train.1: more.jsonl\n1 rows" in out
+    assert "training: 4 rows" in out
+    assert "more.jsonl:1: " in out
+    assert "train.jsonl:1: " not in out
+    code, out, error = run("preview", recipe, "--set", both, "--source", "train.2")
+    assert (code, out) == (2, "")
+    assert error == (
+        "error: --source: found train.2; it takes train, evaluation, train.0, train.1\n"
+    )
+
+
+def test_a_page_is_written_in_place_of_text(recipe: Path, run: Run) -> None:
+    rows_file(Path("train.jsonl"), ("<script>alert(1)</script>", "<b>"))
+    code, out, _ = run("preview", recipe, "--html", "page.html")
+    assert (code, out) == (0, "")
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "Preview of recipe.yaml" in page
+    code, _, error = run("preview", recipe, "--html", "none/page.html")
+    assert code == 2
+    assert error.endswith("error: --html: none/page.html: No such file or directory\n")
+
+
+def test_bad_data_is_an_error(recipe: Path, run: Run) -> None:
+    Path("train.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    code, out, error = run("preview", recipe)
+    assert (code, out) == (2, "")
+    assert "train.jsonl:1: field 'completion': missing" in error
+
+
+def test_overlap_is_said_when_training_begins(recipe: Path, run: Run) -> None:
+    _, _, error = run("preview", recipe, "-q")
+    assert error == ""
+    code, _, error = run("train", recipe)
+    assert code == 3, "the model has no weights"
+    lines = [line for line in error.splitlines() if line.startswith("audit")]
+    assert lines == [
+        "audit of training data: 25 to 28 tokens a row, median 25; rows that repeat an earlier one "
+        "1 of 3 (train.jsonl:3 = train.jsonl:1)",
+        "audit of evaluation data: 25 to 27 tokens a row, median 26; rows that training has too "
+        "1 of 3 (test.jsonl:1 = train.jsonl:1); rows whose prompt training answers otherwise "
+        "1 of 3 (test.jsonl:2 = train.jsonl:2)",
+    ]
+
+
+@pytest.mark.parametrize("command", ["train", "preview"])
+def test_a_limit_that_is_crossed_stops_before_the_model_is_loaded(
+    recipe: Path, run: Run, command: str
+) -> None:
+    code, out, error = run(command, recipe, "--set", "data.audit.max_overlap=0.5")
+    assert code == 2
+    assert "data.audit.max_overlap (0.5): 66.67% of the evaluation rows are shown in" in error
+    # A preview says so after the report, which shows why.
+    assert ("test.jsonl:1 = train.jsonl:1" in out) == (command == "preview")
+
+
+def test_the_record_of_a_run_holds_the_audit(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    from qlora_cli.train import train
+
+    record = train(tiny_recipe(training={"max_steps": 1}))
+    assert record["audit"]["training"]["num_rows"] == 16
+    assert record["audit"]["evaluation"]["num_seen"] == 6
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "no_color", "is_coloured"),
+    [(True, "", True), (True, "1", False), (False, "", False)],
+)
+def test_colour_is_for_terminals_that_want_it(
+    recipe: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
+    no_color: str,
+    is_coloured: bool,
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    _, out, _ = run("preview", recipe)
+    assert ("\x1b[32m" in out) == is_coloured
+    assert ("⟦" in out) != is_coloured

@@ -1,0 +1,253 @@
+"""Figures are found in tokens and labels, and each kind of mistake is counted and named."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_cli.data.audit import (
+    Audit,
+    AuditLimits,
+    Bar,
+    Drift,
+    Figures,
+    Finding,
+    Scan,
+    find_drift,
+    findings,
+)
+from qlora_cli.errors import DataError
+from qlora_cli.types import IGNORE_INDEX, Example
+
+BOS, STOP = 1, 2
+MAX_LENGTH = 12
+
+
+class Examples(list[Example]):
+    """Rows of sources, in memory."""
+
+    def __init__(self, examples: list[Example], sources: list[int], places: list[str]) -> None:
+        super().__init__(examples)
+        self._sources = sources
+        self._places = places
+
+    def source(self, index: int) -> int:
+        return self._sources[index]
+
+    def place(self, index: int) -> str:
+        return self._places[index]
+
+
+def row(text: str) -> Example:
+    """A character is a token; what is in capitals is learnt, `^` is BOS and `!` a learnt stop."""
+    ids = [{"^": BOS, "!": STOP}.get(c, ord(c.lower())) for c in text]
+    learnt = [c.isupper() or c == "!" for c in text]
+    labels = [i if is_learnt else IGNORE_INDEX for i, is_learnt in zip(ids, learnt, strict=True)]
+    return Example(ids, labels)
+
+
+def rows(*texts: str) -> Examples:
+    """Rows of one source, which stand at `a:1`, `a:2` ..."""
+    places = [f"a:{number}" for number in range(1, len(texts) + 1)]
+    return Examples([row(text) for text in texts], [0] * len(texts), places)
+
+
+def scan_of(examples: Examples) -> Scan:
+    scan = Scan(added_token_ids={BOS, STOP}, bos_token_id=BOS, max_length=MAX_LENGTH)
+    for i, example in enumerate(examples):
+        scan.add(example, examples.source(i))
+    return scan
+
+
+def audit(*texts: str, training: tuple[str, ...] | None = None) -> Audit:
+    return scan_of(rows(*texts)).audit(None if training is None else scan_of(rows(*training)))
+
+
+def test_the_figures_of_a_few_rows() -> None:
+    assert audit("abcDE!", "abcF!", "xyz").total == Figures(
+        num_rows=3,
+        num_tokens=14,
+        num_supervised=5,
+        num_empty=1,
+        num_turns=2,
+        num_stopped=2,
+        num_double_bos=0,
+        num_duplicates=0,
+        num_seen=0,
+        num_asked=0,
+        shortest=3,
+        median=5,
+        longest=6,
+    )
+
+
+def test_figures_of_a_source_are_of_its_rows_alone() -> None:
+    examples = Examples([row("aB!"), row("cccD!"), row("aB!")], [0, 1, 1], ["a:1", "b:1", "b:2"])
+    first, second = scan_of(examples).audit().sources
+    assert (first.num_rows, first.num_tokens, first.num_duplicates) == (1, 3, 0)
+    assert (second.num_rows, second.num_tokens, second.num_duplicates) == (2, 8, 1)
+    assert scan_of(examples).first_rows(1, 1) == [1]
+    assert scan_of(examples).first_rows(1, None) == [1, 2]
+
+
+def test_the_first_token_of_a_row_cannot_be_learnt() -> None:
+    total = audit("AB!").total
+    assert (total.num_tokens, total.num_supervised) == (3, 2)
+    assert audit("A").total.num_empty == 1
+
+
+def test_turns_are_counted_with_the_token_that_ends_them() -> None:
+    found = audit("aB!cD!", "aB!cDd")
+    assert (found.total.num_turns, found.total.num_stopped, found.total.unstopped) == (4, 3, 1)
+    assert found.ends == {STOP: 3}
+
+
+def test_a_turn_that_is_cut_off_is_no_turn_without_a_stop() -> None:
+    cut = "a" * (MAX_LENGTH - 2)
+    assert audit(f"{cut}BB").total.num_turns == 0
+    assert audit(f"{cut}B!").total.num_stopped == 1
+    assert audit(f"{cut[:-1]}BB").total.unstopped == 1
+
+
+def test_rows_with_the_same_tokens_repeat_the_earliest_of_them() -> None:
+    found = audit("aB!", "cD!", "aB!", "aBb", "aB!")
+    assert found.total.num_duplicates == 2
+    assert found.duplicates == [(2, 0), (4, 0)]
+
+
+def test_a_row_that_is_learnt_otherwise_has_the_same_tokens() -> None:
+    assert audit("abC!", "aBC!").total.num_duplicates == 1
+
+
+def test_two_bos_tokens_are_counted_and_one_is_not() -> None:
+    assert audit("^^aB!", "^aB!", "aB!", "^aB!^").total.num_double_bos == 1
+
+
+def test_an_evaluation_row_that_training_has_is_found() -> None:
+    found = audit("axY!", "aaB!", training=("acD!", "aaB!", "aaB!"))
+    assert (found.total.num_seen, found.total.num_asked) == (1, 0)
+    assert found.seen == [(1, 1)]
+
+
+def test_a_prompt_with_another_answer_in_training_is_found() -> None:
+    found = audit("aaBb", "azB!", training=("acD!", "aaC!"))
+    assert (found.total.num_seen, found.total.num_asked) == (0, 1)
+    assert found.asked == [(0, 1)]
+
+
+def test_the_prompt_is_all_that_precedes_the_last_answer() -> None:
+    found = audit("aaB!cD!", training=("aaB!cE!",))
+    assert found.asked == [(0, 0)]
+    assert audit("aaB!cD!", training=("aaX!cD!",)).asked == []
+
+
+def test_an_earlier_turn_of_training_answers_the_prompt_too() -> None:
+    assert audit("aaB!", training=("azY!", "aaX!cD!")).asked == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    "start", ["", "^", "x"], ids=["nothing", "bos", "last of the piece before"]
+)
+def test_plain_text_has_no_prompt_to_share(start: str) -> None:
+    assert audit(f"{start}AB!", training=(f"{start}XY!",)).total.num_asked == 0
+
+
+def test_nothing_is_shared_with_training_rows_that_have_no_prompt() -> None:
+    assert audit("aaB!", training=("XY!",)).total.num_asked == 0
+
+
+def test_a_line_break_after_the_stop_token_may_be_learnt_with_the_prompt() -> None:
+    found = audit("AB!C", "ABC")
+    assert (found.total.num_turns, found.total.num_stopped, found.ends) == (2, 1, {STOP: 1})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bars"),
+    [
+        ([3], [Bar(3, 3, 1)]),
+        ([1, 2, 2, 4], [Bar(1, 1, 1), Bar(2, 2, 2), Bar(3, 3, 0), Bar(4, 4, 1)]),
+        ([9, 30], [Bar(8, 9, 1), *(Bar(n, n + 1, 0) for n in range(10, 30, 2)), Bar(30, 31, 1)]),
+        ([120, 199, 700], [Bar(100, 199, 2), *(Bar(n, n + 99, 0) for n in range(200, 700, 100)),
+                           Bar(700, 799, 1)]),
+    ],
+)  # fmt: skip
+def test_bars_are_of_one_round_width(lengths: list[int], bars: list[Bar]) -> None:
+    assert audit(*("a" * length for length in lengths)).bars == bars
+
+
+def test_a_row_that_begins_otherwise_than_its_prompt_drifts() -> None:
+    examples = rows("abC!", "abC!", "abcD!", "abX!cD!", "ab")
+    a, b, c, x = (ord(character) for character in "abcx")
+    prompts = [
+        (0, [a, b]),
+        (1, [a, c]),
+        (2, [a, b]),  # the same tokens, but learnt from the next one on
+        (3, [a, b, x, STOP, c]),
+        (4, [a]),
+    ]
+    assert find_drift(examples, prompts) == Drift(5, [1, 2, 4])
+
+
+def test_findings_name_the_first_rows() -> None:
+    training, held_out = rows("aaB!", "aaB!", "acD!"), rows("aaB!", "acX!", "^^zY!", "azY", "q")
+    drift = Drift(4, [2])
+    audited = scan_of(held_out).audit(scan_of(training))
+    assert findings(held_out, audited, drift, training=training) == [
+        Finding("rows with nothing to learn", "1 of 5", True),
+        Finding("turns that end in no stop token", "1 of 4", True),
+        Finding("rows with another prompt than generation", "1 of 4 (a:3)", True),
+        Finding("rows that begin with two BOS tokens", "1 of 5", True),
+        Finding("rows that repeat an earlier one", "0 of 5", False),
+        Finding("rows that training has too", "1 of 5 (a:1 = a:1)", True),
+        Finding("rows whose prompt training answers otherwise", "1 of 5 (a:2 = a:3)", True),
+    ]
+    repeated = rows(*["aB!"] * 6)
+    found = findings(repeated, scan_of(repeated).audit(), Drift(0, []))
+    assert found[-1].found == "5 of 6 (a:2 = a:1, a:3 = a:1, a:4 = a:1, ...)"
+
+
+TRAINING = ("aaB!", "aaB!", "acD!", "aeF!")
+HELD_OUT = ("aaB!", "acX!", "agH!", "aiJ!")
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        ({"max_duplicates": 0.2}, "max_duplicates (0.2): 25.00% of the training rows repeat"),
+        ({"max_overlap": 0.4}, "max_overlap (0.4): 50.00% of the evaluation rows are shown"),
+        ({"max_truncated": 0.1}, "max_truncated (0.1): 12.50% of the training rows are longer"),
+        ({"min_learnt": 0.7}, "min_learnt (0.7): 50.00% of the training tokens are learnt"),
+    ],
+    ids=str,
+)
+def test_each_limit_stops_where_it_is_crossed(limits: dict[str, float], problem: str) -> None:
+    training, held_out = audit(*TRAINING), audit(*HELD_OUT, training=TRAINING)
+    with pytest.raises(DataError) as caught:
+        AuditLimits(**limits).check(training, held_out, truncated=0.125)
+    assert f"data.audit.{problem}" in str(caught.value)
+    assert caught.value.hint is not None
+
+
+def test_all_crossed_limits_are_named_together() -> None:
+    limits = AuditLimits(max_duplicates=0, max_overlap=0, max_truncated=0, min_learnt=1)
+    with pytest.raises(DataError) as caught:
+        limits.check(audit(*TRAINING), audit(*HELD_OUT, training=TRAINING), truncated=0.5)
+    keys = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
+    assert keys == [
+        f"data.audit.{name}"
+        for name in ("max_duplicates", "max_truncated", "max_overlap", "min_learnt")
+    ]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_duplicates": 0.25, "max_overlap": 0.5, "max_truncated": 0.125, "min_learnt": 0.5},
+    ],
+    ids=["none", "just met"],
+)
+def test_limits_that_are_not_crossed_stop_nothing(limits: dict[str, float]) -> None:
+    training, held_out = audit(*TRAINING), audit(*HELD_OUT, training=TRAINING)
+    AuditLimits(**limits).check(training, held_out, truncated=0.125)
+    AuditLimits(**limits).check(training, None, truncated=0.125)
+    assert training.record()["num_duplicates"] == 1
