@@ -387,7 +387,8 @@ def _not_json(error: json.JSONDecodeError) -> str:
 
 def _object(value: object) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
+        found = "null" if value is None else type(value).__name__
+        raise ValueError(f"expected an object, found {found}")
     return value
 
 

@@ -22,7 +22,7 @@ def choose_learnt(
     """
     last = max((i for i, m in enumerate(messages) if _is_due(m, roles)), default=None)
     chosen = [
-        replace(message, train=_is_learnt(message, roles) and (i == last or not last_only))
+        _with_train(message, _is_learnt(message, roles) and (i == last or not last_only))
         for i, message in enumerate(messages)
     ]
     if not any(message.train for message in chosen):
@@ -37,3 +37,7 @@ def _is_due(message: Message, roles: Sequence[Role]) -> bool:
 
 def _is_learnt(message: Message, roles: Sequence[Role]) -> bool:
     return _is_due(message, roles) and (message.train or message.role != "assistant")
+
+
+def _with_train(message: Message, train: bool) -> Message:
+    return message if message.train is train else replace(message, train=train)
