@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: `python scripts/gen_docs.py` (`--check`: is it current?).
+"""Write the generated pages of docs/: `python scripts/gen_docs.py` (`--check`: are they current?).
 
 Exit status of `--check`: 0 current, 1 not.
 """
@@ -6,6 +6,8 @@ Exit status of `--check`: 0 current, 1 not.
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -21,7 +23,9 @@ from qlora_cli.part import Part
 from qlora_cli.recipe import Recipe
 from qlora_cli.yaml_writer import yaml_lines
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs"
+TEMPLATES = ROOT / "tests" / "golden" / "templates.json"
 
 NOTE = "<!-- Written by scripts/gen_docs.py from the code; change that instead. -->"
 
@@ -59,6 +63,35 @@ CLI_HEAD = f"""\
 # The command line
 """
 
+
+TEMPLATES_HEAD = """\
+<!-- Written by scripts/gen_docs.py from tests/golden/templates.json; see there. -->
+# Chat templates
+
+`qlora` learns what the model has to write after the generation prompt, to the token that ends the
+turn, and nothing else. Where that cannot be shown for a conversation with a template, the
+conversation is refused with the reason. This is the outcome for chat templates of well-known
+models, as the library TRL collects them; each was tried with the conversations of
+`tests/golden/templates.py`.
+
+**Exact** means, for every conversation tried: the tokens are those of `apply_chat_template`; the
+generation prompt of each learnt turn is how the row begins; what is learnt is the answer (with its
+reasoning and tool calls) and the token that ends the turn; there is one BOS at most.
+
+- **What a template puts before the content** is learnt too where the model has to write it: an
+  empty block of reasoning (Qwen 3, GLM), the channel (GPT-OSS).
+- **Split**: some templates write an answer in another way once the conversation goes on; they take
+  out its reasoning, or end it with another token. The conversation then makes several rows, in each
+  of which the last answer is as the model has to write it. Reasoning is learnt in such a row. For
+  an answer without reasoning, Qwen 3 leaves out only the empty block; that answer is learnt as it
+  stands, and nothing is split.
+- **DeepSeek R1 and V3**: the generation prompt opens a block of reasoning that the template takes
+  out of every answer. The row is the prompt, the reasoning (or none), `</think>`, an empty line and
+  the answer: what the model has to write, which the template itself never shows.
+- **GLM 4**: a turn ends where the next begins. The last answer gets the token that would follow:
+  `<|user|>`, or `<|observation|>` after a tool call.
+- **GPT-OSS** writes the day into its system message, so rows made on different days differ there.
+"""
 
 Sections = dict[tuple[type[Part], ...], str]
 """Parts, and the section where their keys are written down."""
@@ -183,21 +216,67 @@ def _option(parameter: Any) -> str:
     return "| " + cell.replace("last|best", "last&#124;best") + " |"
 
 
+def templates_page() -> str:
+    kept: dict[str, dict[str, dict[str, Any]]] = json.loads(TEMPLATES.read_text(encoding="utf-8"))
+    kinds = list(next(iter(kept.values())))
+    reasons: list[str] = []
+
+    def cell(entry: dict[str, Any]) -> str:
+        if entry["outcome"] == "exact":
+            return "exact" if entry["rows"] == entry["conversations"] else "exact, split"
+        reason = re.sub(r"^message \d+ \(\w+\): ", "", entry["reason"])
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"refused ({reasons.index(reason) + 1})"
+
+    rows = []
+    for name, entries in kept.items():
+        checked = sum(entry.get("conversations", 0) for entry in entries.values())
+        cells = [cell(entries[kind]) for kind in kinds]
+        rows.append(f"| {' | '.join([f'`{name}`', *cells, str(checked)])} |")
+    head = f"| {' | '.join(['template', *kinds, 'conversations checked'])} |"
+    whole = sum(
+        all(entries[kind]["outcome"] == "exact" for kind in ("single", "multi"))
+        for entries in kept.values()
+    )
+    return _joined(
+        [
+            TEMPLATES_HEAD,
+            f"Exact for single and for several turns: {whole} of {len(kept)}.\n",
+            head,
+            "|---" * (len(kinds) + 2) + "|",
+            *rows,
+            "",
+            "## Why some are refused",
+            "",
+            *(f"{number}. {_quoted(reason)}" for number, reason in enumerate(reasons, start=1)),
+        ]
+    )
+
+
+def _quoted(reason: str) -> str:
+    return f"`` {reason} ``"
+
+
 def _joined(lines: list[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> int:
-    pages = {"recipe.md": recipe_page(), "cli.md": cli_page()}
+    pages = {
+        "reference/recipe.md": recipe_page(),
+        "reference/cli.md": cli_page(),
+        "templates.md": templates_page(),
+    }
     old = [name for name, text in pages.items() if not _is_current(FOLDER / name, text)]
     if sys.argv[1:] == ["--check"]:
         for name in old:
-            print(f"docs/reference/{name} is not current: run python scripts/gen_docs.py")
+            print(f"docs/{name} is not current: run python scripts/gen_docs.py")
         return 1 if old else 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for name in old:
+        (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
         (FOLDER / name).write_text(pages[name], encoding="utf-8")
-        print(f"wrote docs/reference/{name}")
+        print(f"wrote docs/{name}")
     return 0
 
 

@@ -166,16 +166,18 @@ class _Finder:
     def _find_end_of_calls(self, i: int, turn: str, start: int) -> tuple[int, int]:
         """What is written after the calls, up to where an answer of the tool would begin."""
         message = self._messages[i]
-        call = message.tool_calls[-1]
-        answer = Message("tool", "a", train=False, name=call.name, tool_call_id=call.id)
+        answer = _answer_of_tool(message)
         try:
             longer = self._render([*self._messages[: i + 1], answer])
         except TemplateRefused:
             longer = turn
         same = self._template.added_over(turn, _common(turn, longer))
+        values = list(_texts_of(message))
+        if not all(_holds(turn[start:same], value) for value in values):
+            same = len(turn)  # the answer of a tool changes the turn before it (Qwen3)
         written = turn[start:same]
         self._check_reasoning(i, written)
-        for value in _texts_of(message):
+        for value in values:
             if not _holds(written, value):
                 raise DataError(
                     f"{self._what(i)}: the chat template leaves out {value!r} of its tool calls"
@@ -233,17 +235,26 @@ def _closing(template: Template, conversation: Conversation, text: str, header: 
         r"</\w+>\s*$", text
     ):
         return ""
-    question = Message("user", "a", train=False)
+    *before, last = conversation.messages
+    # A template may take the reasoning out once the conversation goes on.
+    bare = [*before, replace(_apart(last), reasoning=None)]
+    follows = _answer_of_tool(last) if last.tool_calls else Message("user", "a", train=False)
     try:
-        longer = template.render([*conversation.messages, question], conversation.tools)
+        shorter = template.render(bare, conversation.tools)
+        longer = template.render([*bare, follows], conversation.tools)
     except TemplateRefused:
         return ""
-    at = _skip_space(longer, len(text))
+    at = _skip_space(longer, len(shorter))
     token = template.added_at(longer, at)
     # What opens the answers too (`<|im_start|>`) cannot say that one is over.
-    if token is None or token in header or not longer.startswith(text):
+    if token is None or token in header or not longer.startswith(shorter):
         return ""
-    return longer[len(text) : at + len(token)]
+    return longer[len(shorter) : at + len(token)]
+
+
+def _answer_of_tool(message: Message) -> Message:
+    call = message.tool_calls[-1]
+    return Message("tool", "a", train=False, name=call.name, tool_call_id=call.id)
 
 
 def _opening(prompt: str) -> int:

@@ -51,7 +51,7 @@ class Encoded:
     """What is learnt from it, none of them longer than `max_length`. Several if it was split, none
     if nothing of it can be learnt."""
     length: int
-    """Tokens before cutting."""
+    """Tokens before cutting; of the longest, if the conversation makes several rows."""
     turn_ends: list[TurnEnd]
     """The end of each learnt turn that was not cut."""
     num_answers: int
@@ -110,19 +110,24 @@ class Encoder:
         self, rows: list[Conversation], *, max_length: int, truncate: Truncate
     ) -> list[Encoded | Refused]:
         """Tokens and labels of each row, or why it has none."""
-        layouts: list[Layout | Refused] = []
+        layouts: list[list[Layout] | Refused] = []
         for row in rows:
             try:
-                layouts.append(self._renderer.lay_out(row))
+                layouts.append(self._renderer.lay_out_all(row))
             except DataError as error:
                 layouts.append(Refused(str(error)))
-        texts = (layout.text for layout in layouts if isinstance(layout, Layout))
-        tokens = iter(self._tokenize(list(texts)))
+        given = [one for found in layouts if not isinstance(found, Refused) for one in found]
+        tokens = iter(self._tokenize([layout.text for layout in given]))
         return [
-            layout
-            if isinstance(layout, Refused)
-            else self._label(layout, *next(tokens), row.learn_all).cut(max_length, truncate)
-            for row, layout in zip(rows, layouts, strict=True)
+            found
+            if isinstance(found, Refused)
+            else _joined(
+                [
+                    self._label(layout, *next(tokens), row.learn_all).cut(max_length, truncate)
+                    for layout in found
+                ]
+            )
+            for row, found in zip(rows, layouts, strict=True)
         ]
 
     def to_prompt(
@@ -196,6 +201,19 @@ class Encoder:
             is_verbatim=layout.is_verbatim,
             has_bos=ids[:1] == [self._tokenizer.bos_token_id],
         )
+
+
+def _joined(rows: list[Encoded]) -> Encoded:
+    """What a conversation makes, as one."""
+    if len(rows) == 1:
+        return rows[0]
+    return Encoded(
+        [example for row in rows for example in row.examples],
+        max(row.length for row in rows),
+        [end for row in rows for end in row.turn_ends],
+        sum(row.num_answers for row in rows),
+        next((row.lost for row in rows if row.lost is not None), None),
+    )
 
 
 @dataclass(frozen=True, slots=True)

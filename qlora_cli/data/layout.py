@@ -40,6 +40,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._template = Template(tokenizer)
         self._patterns = Patterns(self._make_pattern)
+        self._groups: dict[str, list[list[int]]] = {}
 
     def check_template(self) -> None:
         """Raises DataError if the tokenizer has no chat template, or a broken one."""
@@ -66,28 +67,51 @@ class Renderer:
         match = None if pattern is None else pattern.match(text, skeleton.values)
         return Layout(text, answers, False, None if match is None else match.contents)
 
+    def lay_out_all(self, conversation: Conversation) -> list[Layout]:
+        """As `lay_out`, in more than one row for templates that rewrite answers later on.
+
+        Raises:
+            DataError: as `lay_out`.
+        """
+        return [self.lay_out(row) for row in self.split(conversation)]
+
     def split(self, conversation: Conversation) -> list[Conversation]:
-        """The rows that a conversation makes; more than one for templates that rewrite answers.
+        """The rows that a conversation makes; one, if its answers can be learnt in one.
 
         A template may take the reasoning out of an answer once the conversation goes on. As the
         last turn of a row of its own it is what the model has to write.
         """
         learnt = [i for i, message in enumerate(conversation.messages) if message.train]
         roles = {conversation.messages[i].role for i in learnt}
-        if roles != {"assistant"} or conversation.learn_all or self._is_exact(conversation):
+        if len(learnt) < 2 or roles != {"assistant"} or conversation.learn_all:
             return [conversation]
-        rows: list[Conversation] = []
-        while learnt:
-            last, first = learnt[-1], len(learnt) - 1
-            if not self._is_exact(row := _only(conversation, learnt[first:], last)):
-                return [conversation]  # and whoever lays it out is told why
-            while first and self._is_exact(
-                longer := _only(conversation, learnt[first - 1 :], last)
-            ):
-                row, first = longer, first - 1
-            rows.append(row)
-            learnt = learnt[:first]
-        return rows[::-1]
+        skeleton = Skeleton(conversation)
+        is_plain = not self._template.looks_at(skeleton.values)
+        if is_plain and self._patterns.of(skeleton) is not None:
+            return [conversation]
+        groups = self._groups.get(skeleton.shape) if is_plain else None
+        if groups is None:
+            groups = self._group(conversation, learnt)
+            if is_plain:
+                self._groups[skeleton.shape] = groups
+        if len(groups) == 1:
+            return [conversation]
+        return [_only(conversation, group) for group in groups]
+
+    def _group(self, conversation: Conversation, learnt: list[int]) -> list[list[int]]:
+        """The answers that can be learnt in one row together; all in one if there is no way."""
+        if self._is_exact(conversation):
+            return [learnt]
+        groups, left = [], learnt
+        while left:
+            first = len(left) - 1
+            if not self._is_exact(_only(conversation, left[first:])):
+                return [learnt]  # whoever lays it out is told why
+            while first and self._is_exact(_only(conversation, left[first - 1 :])):
+                first -= 1
+            groups.append(left[first:])
+            left = left[:first]
+        return groups[::-1]
 
     def lay_out_prompt(self, conversation: Conversation) -> Layout:
         """What the model is given to write the last learnt message.
@@ -135,10 +159,10 @@ class Renderer:
         return Layout(text, answers, True, contents)
 
 
-def _only(conversation: Conversation, learnt: list[int], last: int) -> Conversation:
-    """The conversation up to a message, with only some of its answers learnt."""
+def _only(conversation: Conversation, learnt: list[int]) -> Conversation:
+    """The conversation up to the last of these answers, with only them learnt."""
     messages = [
         replace(message, train=i in learnt)
-        for i, message in enumerate(conversation.messages[: last + 1])
+        for i, message in enumerate(conversation.messages[: learnt[-1] + 1])
     ]
     return replace(conversation, messages=messages)

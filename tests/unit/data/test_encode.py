@@ -135,13 +135,17 @@ def test_what_the_template_writes_into_an_answer_is_learnt(make_tokenizer: Token
     ]
 
 
-def test_reasoning_that_is_taken_out_later_is_refused(make_tokenizer: TokenizerMaker) -> None:
-    encoder = Encoder(make_tokenizer("reasoning"))
+def test_reasoning_that_is_taken_out_later_is_learnt_in_a_row_of_its_own(
+    make_tokenizer: TokenizerMaker,
+) -> None:
+    tokenizer = make_tokenizer("reasoning")
     reasoned = "<think>\nIt is in France.\n</think>\n\nParis."
-    last = encoder.encode(chat("Capital?", reasoned), max_length=4096)
-    assert learnt(last.example, make_tokenizer())[0].startswith("<think>\nIt is")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\).*once the conversation goes"):
-        encoder.encode(chat("Capital?", reasoned, "Sure?", "Yes."), max_length=4096)
+    messages = chat("Capital?", reasoned, "Sure?", "Yes.")
+    first, second = Encoder(tokenizer).encode(messages, max_length=4096).examples
+    assert first.input_ids == whole(messages[:2], tokenizer)
+    assert learnt(first, tokenizer) == [f"{reasoned}<|im_end|>"]
+    assert second.input_ids == whole(messages, tokenizer)
+    assert learnt(second, tokenizer) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
 
 
 def test_reasoning_in_a_prompt_that_changes_is_refused(make_tokenizer: TokenizerMaker) -> None:

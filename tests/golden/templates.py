@@ -1,0 +1,285 @@
+"""Chat templates of real models, read from the installed folder of TRL, and what becomes of each.
+
+Every template is tried with a byte-level tokenizer that has the special tokens it writes. What
+`qlora` makes of a conversation is held against `apply_chat_template` called by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.data.layout import Layout, Renderer
+from qlora_cli.errors import DataError
+from qlora_cli.types import Conversation, Message, ToolCall
+from tests.conftest import make_tokenizer
+
+GOLDEN = Path(__file__).parent / "templates.json"
+
+# BOS and EOS as the models have them, by the beginning of the template's name.
+_ENDS = {
+    "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "diffusion_gemma": ("<bos>", "<eos>"),
+    "gemma": ("<bos>", "<eos>"),
+    "glm": (None, "<|endoftext|>"),
+    "gptoss": ("<|startoftext|>", "<|return|>"),
+    "idefics3": ("<|begin_of_text|>", "<end_of_utterance>"),
+    "lfm2": ("<|startoftext|>", "<|im_end|>"),
+    "llama": ("<|begin_of_text|>", "<|eot_id|>"),
+    "llava": ("<s>", "</s>"),
+    "muse": ("<|begin_of_text|>", "<|eot|>"),
+    "nemotron": (None, "<|im_end|>"),
+    "phi": (None, "<|endoftext|>"),
+    "qwen": (None, "<|im_end|>"),
+    "smolvlm": ("<|im_start|>", "<end_of_utterance>"),
+}
+_ADDED = re.compile(
+    r"<\|[^\s'\"{}|<>]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|<｜[^\s'\"{}<>]+｜>|"
+    r"</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_\w+>|<image>|<sop>|\[gMASK\]"
+)
+_MARKS = re.compile(
+    r"</?think>|<\|?\w+\|?>|\b(?:thought|analysis|assistant|final|to=user|to=self)\b"
+)
+_IN_PARTS = ("idefics3", "llava", "smolvlm")
+_JSON_ARGUMENTS = ("deepseek",)
+NO_REASONING_KEPT = ("deepseek_r1_distill", "deepseekv3")
+"""The prompt ends in `<think>`, and the text of a conversation never has it."""
+NO_END_OF_TURN = ("glm4moe",)
+"""Turns end where the next begins; the row gets the token that begins the turn after the last."""
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather in a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Its name."}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+
+
+def _chat(*contents: str, system: str | None = None) -> list[Message]:
+    messages = [] if system is None else [Message("system", system, train=False)]
+    for i, content in enumerate(contents):
+        messages.append(Message("assistant" if i % 2 else "user", content, train=i % 2 == 1))
+    return messages
+
+
+def _call(city: str, number: int) -> list[Message]:
+    call = ToolCall("weather", {"city": city}, f"call{number:05}")
+    return [
+        Message("assistant", "", train=True, tool_calls=(call,)),
+        Message("tool", f"rain in {city}", False, name="weather", tool_call_id=call.id),
+    ]
+
+
+def _with_reasoning(messages: list[Message]) -> list[Message]:
+    return [
+        replace(m, reasoning=f"That is question {i}.") if m.train else m
+        for i, m in enumerate(messages)
+    ]
+
+
+_CODE = "def f(x):\n    return [x, {'a': 1}]\n\n\nprint(f(\"é\"))  # 日本 🦊"
+_SINGLE = [_chat("The capital of France?", "Paris."), _chat("Code?", _CODE), _chat(_CODE, "f")]
+_MULTI = [
+    _chat("The capital of France?", "Paris.", "And of Spain?", "Madrid."),
+    _chat("a", "b", "a", "b", "c", "user", "assistant", "b"),
+    _chat("One?", _CODE, "Two?", "2", "Three?", _CODE),
+]
+_CONVERSATIONS: dict[str, list[list[Message]]] = {
+    "single": _SINGLE,
+    "multi": _MULTI,
+    "system": [[Message("system", "Be brief.", False), *m] for m in (_SINGLE[0], *_MULTI)],
+    "tools": [
+        [*_chat("Weather in Oslo?"), *_call("Oslo", 1), Message("assistant", "It rains.", True)],
+        [*_chat("Hi", "Hello.", 'Weather in "Rome"?'), *_call('"Rome"', 1)[:1]],
+        [
+            *_chat("Oslo and Rome?", system="Be brief."),
+            *_call("Oslo", 1),
+            *_call("Rome", 2),
+            *_chat("", "It rains.", "Thanks", "Welcome.")[1:],
+        ],
+    ],
+    "reasoning": [
+        _with_reasoning(_SINGLE[0]),
+        _with_reasoning(_MULTI[0]),
+        _with_reasoning(_chat("a", "b", "c", "d", "e", "f", system="s")),
+    ],
+}
+KINDS = list(_CONVERSATIONS)
+
+
+def conversations(kind: str) -> list[Conversation]:
+    """The conversations of a kind that each template is tried with."""
+    tools = TOOLS if kind == "tools" else None
+    return [Conversation(messages, tools=tools) for messages in _CONVERSATIONS[kind]]
+
+
+def folder() -> Path | None:
+    """Where TRL keeps its templates; it is not imported, for it would import a trainer."""
+    found = find_spec("trl")
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(found.submodule_search_locations[0]) / "chat_templates"
+
+
+def names() -> list[str]:
+    """The templates to generate with: those patched for training are not what models have."""
+    where = folder()
+    stems = sorted(path.stem for path in where.glob("*.jinja")) if where else []
+    return [stem for stem in stems if not stem.endswith("_training")]
+
+
+def _of(table: Any, name: str) -> Any:
+    found = [key for key in table if name.startswith(key)]
+    return max(found, key=len) if found else None
+
+
+def tokenizer_for(name: str) -> Any:
+    """A byte-level tokenizer with a template and the special tokens that it writes."""
+    where = folder()
+    assert where is not None
+    source = (where / f"{name}.jinja").read_text(encoding="utf-8")
+    bos, eos = _ENDS[_of(_ENDS, name)]
+    tokenizer = make_tokenizer(source)
+    tokenizer.add_special_tokens(
+        {"eos_token": eos, "pad_token": eos, **({"bos_token": bos} if bos else {})}
+    )
+    tokenizer.add_tokens(sorted(set(_ADDED.findall(source))), special_tokens=True)
+    return tokenizer
+
+
+def by_hand(name: str, tokenizer: Any, row: Conversation, end: int, **options: Any) -> list[int]:
+    """Token ids of the first `end` messages of a row, from `apply_chat_template` itself."""
+    turns = []
+    for message in row.messages[:end]:
+        content: Any = message.content
+        if _of(_IN_PARTS, name):
+            content = [{"type": "text", "text": content}]
+        turn = {"role": message.role, "content": content}
+        if message.reasoning is not None:
+            keys = ("reasoning_content", "reasoning", "thinking")
+            turn |= dict.fromkeys(keys, message.reasoning)
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(call.arguments, ensure_ascii=False)
+                        if _of(_JSON_ARGUMENTS, name)
+                        else call.arguments,
+                    },
+                }
+                for call in message.tool_calls
+            ]
+        if message.role == "tool":
+            turn |= {"name": message.name, "tool_call_id": message.tool_call_id}
+        turns.append(turn)
+    ids = tokenizer.apply_chat_template(
+        turns, tools=row.tools, tokenize=True, return_dict=False, **options
+    )
+    assert isinstance(ids, list)
+    return ids
+
+
+def pieces(layout: Layout, tokenizer: Any) -> list[str]:
+    """The learnt characters of a row, each turn with its stop token."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    found = []
+    for answer in layout.answers:
+        here = [token for token in added if layout.text.startswith(token, answer.stop)]
+        end = answer.stop + max(map(len, here)) if here else answer.end
+        found.append(layout.text[answer.start : end])
+    return found
+
+
+def check(name: str, tokenizer: Any, row: Conversation, layout: Layout) -> None:
+    """Assert that a row is what the model sees, and what is learnt what it has to write."""
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def hand(end: int, **options: Any) -> list[int]:
+        return by_hand(name, tokenizer, row, end, **options)
+
+    length, whole = len(row.messages), ids(layout.text)
+    learnt = [i for i, message in enumerate(row.messages) if message.train]
+    texts = pieces(layout, tokenizer)
+    prompt = hand(learnt[-1], add_generation_prompt=True)
+    if name in NO_REASONING_KEPT:
+        # The template takes reasoning out even of the last turn, and the prompt opens with it.
+        assert whole == prompt + ids(texts[-1])
+        opened = tokenizer.decode(prompt).removesuffix("<think>\n")
+        answer = texts[-1].partition("</think>\n\n")[2]
+        assert ids(opened + answer) == hand(length)
+    elif name in NO_END_OF_TURN:
+        assert whole[:-1] == hand(length)
+    else:
+        assert whole == hand(length)
+    assert whole.count(tokenizer.bos_token_id) <= 1 or name == "smolvlm"
+    for i, answer, text in zip(learnt, layout.answers, texts, strict=True):
+        message = row.messages[i]
+        prompt = hand(i, add_generation_prompt=True)
+        assert ids(layout.text[: answer.start]) == prompt == whole[: len(prompt)]
+        last = whole[len(prompt) : len(prompt) + len(ids(text))][-1]
+        assert last in tokenizer.added_tokens_decoder, "no token to stop at is learnt"
+        stop = tokenizer.added_tokens_decoder[last].content
+        if not message.tool_calls:
+            body = text.removesuffix(stop).rstrip()
+            assert body.endswith(message.content.strip())
+            before = body.removesuffix(message.content.strip())
+            assert (message.reasoning or "") in before
+            # Beside the reasoning, the template puts nothing before the content but its marks.
+            assert not _MARKS.sub("", before.replace(message.reasoning or "", "")).strip()
+        for call in message.tool_calls:
+            assert call.name in text
+        # At inference the turn is the last: the same is written there.
+        alone = hand(i + 1)[len(prompt) :]
+        short = ids(text)
+        empty = re.compile(r"^\s*<think>\s*</think>\s*")
+        assert (
+            alone[: len(short)] == short
+            or alone == short[: len(alone)]
+            or name in NO_REASONING_KEPT
+            or ids(empty.sub("", tokenizer.decode(alone)))[: len(short)] == short
+        )
+
+
+def outcomes(name: str) -> dict[str, dict[str, Any]]:
+    """What becomes of the conversations of each kind: learnt exactly, or refused and why."""
+    tokenizer = tokenizer_for(name)
+    renderer = Renderer(tokenizer)
+    found: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        try:
+            rows = [
+                (row, renderer.lay_out(row))
+                for conversation in conversations(kind)
+                for row in renderer.split(conversation)
+            ]
+        except DataError as error:
+            found[kind] = {"outcome": "refused", "reason": str(error)}
+            continue
+        for row, layout in rows:
+            check(name, tokenizer, row, layout)
+        found[kind] = {
+            "outcome": "exact",
+            "conversations": len(conversations(kind)),
+            "rows": len(rows),
+            "learnt": [pieces(layout, tokenizer) for _, layout in rows],
+        }
+    return found

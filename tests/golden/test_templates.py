@@ -1,0 +1,57 @@
+"""Chat templates of real models: each is learnt exactly, or refused with the kept reason.
+
+`python scripts/regen_templates.py` writes `templates.json` anew, and `python scripts/gen_docs.py`
+the table in `docs/templates.md` from it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.golden.templates import GOLDEN, KINDS, folder, names, outcomes
+
+KEPT: dict[str, dict[str, dict[str, Any]]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+FAMILIES = ("llama3", "qwen", "gemma", "phi3", "deepseek", "glm4moe", "gptoss", "cohere")
+
+with_trl = pytest.mark.skipif(folder() is None, reason="trl is not installed")
+
+
+def exact(*kinds: str) -> list[str]:
+    return [
+        name
+        for name, kept in KEPT.items()
+        if all(kept[kind]["outcome"] == "exact" for kind in kinds)
+    ]
+
+
+@with_trl
+def test_every_template_is_kept() -> None:
+    assert list(KEPT) == names()
+    assert all(list(kept) == KINDS for kept in KEPT.values())
+
+
+@with_trl
+@pytest.mark.parametrize("name", KEPT)
+def test_a_template_is_learnt_exactly_or_refused_as_kept(name: str) -> None:
+    assert outcomes(name) == KEPT[name]
+
+
+def test_most_templates_are_learnt_exactly_and_the_best_known_ones_among_them() -> None:
+    found = exact("single", "multi")
+    assert len(found) >= 37
+    for family in FAMILIES:
+        of_family = [name for name in KEPT if name.startswith(family)]
+        assert of_family, family
+        assert set(of_family) <= set(found), family
+    assert len(exact("system")) >= 36
+    assert len(exact("tools")) >= 22
+    assert len(exact("reasoning")) >= 18
+
+
+def test_a_refusal_has_its_reason() -> None:
+    refused = [entry for kept in KEPT.values() for entry in kept.values() if "reason" in entry]
+    assert refused
+    assert all(len(entry["reason"]) > 20 for entry in refused)
