@@ -16,7 +16,7 @@ import typer
 from qlora_cli import __version__
 from qlora_cli.errors import QloraError
 from qlora_cli.recipe_file import dump_with_origins, load_recipe
-from qlora_cli.report_text import evaluation_table, merge_text, run_text
+from qlora_cli.report_text import cache_text, evaluation_table, merge_text, run_text
 
 log = logging.getLogger("qlora")
 
@@ -112,6 +112,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.dir.")
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Prepare the data anew, and keep none of it.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -126,7 +129,9 @@ def train(
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train import train
 
-    report = train(loaded.recipe, resume=resume, origins=loaded.origins)
+    report = train(
+        loaded.recipe, resume=resume, use_cache=not no_cache, origins=loaded.origins
+    )
     _show(report, as_json, run_text(loaded.recipe.output.dir, report))
 
 
@@ -201,6 +206,28 @@ def validate(
     loaded = load_recipe(recipe, overrides)
     values = loaded.recipe.model_dump(mode="json")
     _show({"recipe": values, "origins": loaded.origins}, as_json, dump_with_origins(loaded))
+
+
+@app.command("cache")
+def show_cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """List the prepared data that is kept for later runs.
+
+    It is found by its content: what other data, another tokenizer or other settings would make is
+    never taken for it. It lies in $QLORA_CACHE, else ~/.cache/qlora. --json prints folder, paths,
+    num_rows, size (bytes) and used (seconds since 1970) of each set.
+
+    \b
+    Example:
+      qlora cache --clear
+    """
+    from qlora_cli.data import cache
+
+    report = {"cleared": clear, "sets": [one.record() for one in cache.list_sets(clear=clear)]}
+    _show(report, as_json, cache_text(report))
 
 
 @app.command()

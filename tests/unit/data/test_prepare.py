@@ -1,0 +1,364 @@
+"""Rows become a prepared set: cut as the recipe says, counted, kept, and read from the disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qlora_cli.data import Data, cache
+from qlora_cli.data.cache import load_or_prepare
+from qlora_cli.data.encode import Encoder, Truncate
+from qlora_cli.data.prepare import Prepared, prepare
+from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
+from qlora_cli.data.workers import Workers
+from qlora_cli.errors import DataError
+from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
+
+TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
+
+QUESTION = Message("user", "a b c " * 20, train=False)
+ANSWER = Message("assistant", "Paris is the capital.", train=True)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows of one question and answer, or of a text, and return the file."""
+
+    def write(*texts: str | tuple[str, str], name: str = "rows.jsonl") -> Path:
+        rows = [
+            {"text": text} if isinstance(text, str) else dict(zip("qa", text, strict=True))
+            for text in texts
+        ]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def chat_data(path: Path, **settings: Any) -> Data:
+    form = {"type": "prompt_completion", "prompt_field": "q", "completion_field": "a"}
+    return Data.model_validate({"train": {"path": str(path), "format": form}, **settings})
+
+
+def text_data(path: Path, **settings: Any) -> Data:
+    return Data.model_validate(
+        {"train": {"path": str(path), "format": {"type": "text"}}, "max_length": 16, **settings}
+    )
+
+
+def make(data: Data, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
+    folder.mkdir()
+    return prepare(data.train_sources, tokenizer, data, folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
+    examples = [Example([5, 6, 7], [IGNORE_INDEX, 6, 7]), Example([2**31 - 1], [IGNORE_INDEX])]
+    with SetWriter(tmp_path) as writer:
+        for source, example in enumerate(examples):
+            writer.add(example, source, f"ä/rows.jsonl:{source + 1}")
+        assert read_facts(tmp_path) is None, "not whole before it is closed"
+        writer.close({"note": "x"})
+    read = PreparedSet(tmp_path)
+    assert list(read) == examples
+    assert (read[-1], read[0:1]) == (examples[1], examples[:1])
+    with pytest.raises(IndexError):
+        read[2]
+    assert read.lengths.tolist() == [3, 1]
+    assert [read.source(i) for i in range(2)] == [0, 1]
+    assert read.place(1) == "ä/rows.jsonl:2"
+    assert read_facts(tmp_path) == {"note": "x"}
+    (tmp_path / "learnt.bin").write_bytes(b"\0")
+    assert read_facts(tmp_path) is None
+
+
+def cut(
+    tokenizer: PreTrainedTokenizerFast, truncate: Truncate, max_length: int
+) -> tuple[Example, Any]:
+    encoder = Encoder(tokenizer)
+    whole = encoder.encode([QUESTION, ANSWER], max_length=4096).example
+    return whole, encoder.encode([QUESTION, ANSWER], max_length=max_length, truncate=truncate)
+
+
+def test_drop_leaves_long_rows_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole, encoded = cut(tokenizer, "drop", 40)
+    assert encoded.examples == []
+    assert (encoded.length, encoded.num_lost) == (len(whole.input_ids), 1)
+    assert encoded.lost.endswith("1 of 1 answers cut, nothing left to learn")
+    assert cut(tokenizer, "drop", len(whole.input_ids))[1].example == whole
+
+
+def test_cut_prompt_keeps_the_answer_and_bos(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer("llama3")
+    whole, encoded = cut(tokenizer, "cut_prompt", 30)
+    assert encoded.example.input_ids == [tokenizer.bos_token_id, *whole.input_ids[-29:]]
+    assert encoded.example.num_supervised == whole.num_supervised
+    assert encoded.lost is None
+    assert [end.text for end in encoded.turn_ends] == ["<|eot_id|>"]
+
+
+def test_cut_prompt_cuts_an_answer_that_is_too_long_at_its_end(
+    make_tokenizer: TokenizerMaker,
+) -> None:
+    tokenizer = make_tokenizer("llama3")
+    whole, encoded = cut(tokenizer, "cut_prompt", 8)
+    first = next(i for i, label in enumerate(whole.labels) if label != IGNORE_INDEX)
+    # One token is left for the first of the answer to follow.
+    assert encoded.example.input_ids == [
+        tokenizer.bos_token_id,
+        *whole.input_ids[first - 1 : first + 6],
+    ]
+    assert encoded.example.num_supervised == 6
+    assert encoded.num_lost == 1
+
+
+def test_split_learns_each_token_of_a_text_once(make_tokenizer: TokenizerMaker) -> None:
+    encoder = Encoder(make_tokenizer(None, adds_bos=True))
+    text = [Message("text", "a b c " * 20, train=True)]
+    whole = encoder.encode(text, max_length=4096).example
+    for max_length in (8, len(whole.input_ids) - 1, len(whole.input_ids)):
+        encoded = encoder.encode(text, max_length=max_length, truncate="split")
+        learnt = [t for one in encoded.examples for t in one.labels[1:] if t != IGNORE_INDEX]
+        assert learnt == whole.input_ids[1:]
+        assert all(len(one.input_ids) <= max_length for one in encoded.examples)
+        assert (encoded.lost, encoded.num_lost) == (None, 0)
+
+
+def test_split_cuts_a_conversation_at_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole, _ = cut(tokenizer, "split", 4096)
+    shorter = len(whole.input_ids) - 6
+    encoded = cut(tokenizer, "split", shorter)[1]
+    assert encoded.example == cut(tokenizer, "cut_end", shorter)[1].example
+    assert encoded.num_lost == 1
+
+
+def test_a_conversation_learnt_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded = Encoder(tokenizer).encode([QUESTION, ANSWER], max_length=4096, learn_all=True)
+    assert encoded.example.labels == encoded.example.input_ids
+
+
+def test_lost_answers_are_counted_and_named(
+    tokenizer: PreTrainedTokenizerFast,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = write(*[("a", "b")] * 9, ("a", "b " * 40))
+    with caplog.at_level(logging.WARNING, "qlora"):
+        prepared = make(chat_data(path, max_length=40, max_lost=0.1), tokenizer, tmp_path / "set")
+    assert (prepared.num_rows, prepared.num_truncated, prepared.num_lost) == (10, 1, 0)
+    assert (prepared.num_answers, prepared.num_lost_answers) == (10, 1)
+    assert "1 of 10 answers lost" in prepared.summary()
+    assert f"{path}:10: " in caplog.text
+    with pytest.raises(DataError) as caught:
+        make(chat_data(path, max_length=40, max_lost=0.05), tokenizer, tmp_path / "other")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == (
+        f"{path}: 1 of 10 answers are lost, in 1 of 10 rows; data.max_lost allows 5.0%"
+    )
+    assert lines[1].startswith(f"  {path}:10: ")
+    assert lines[1].endswith("tokens, data.max_length 40: 1 of 1 answers cut")
+
+
+def test_bad_rows_are_left_out_and_counted(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(("a", "b"), ("a", ""), ("c", "d"))
+    with pytest.raises(DataError, match=r"1 bad row\n.*rows.jsonl:2: "):
+        make(chat_data(path), tokenizer, tmp_path / "stopped")
+    prepared = make(chat_data(path, on_bad_row="skip"), tokenizer, tmp_path / "skipped")
+    assert (prepared.num_rows, prepared.num_bad, len(prepared.examples)) == (2, 1, 2)
+    assert [prepared.examples.place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
+
+
+def test_several_sources_are_one_set(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    paths = [write(("a", "b"), ("c", "d")), write(("e", "f"), name="more.jsonl")]
+    one, other = (chat_data(path) for path in paths)
+    both = Data(train=[one.train, other.train])
+    prepared = make(both, tokenizer, tmp_path / "both")
+    assert [prepared.examples.source(i) for i in range(3)] == [0, 0, 1]
+    assert prepared.paths == list(map(str, paths))
+    alone = [make(data, tokenizer, tmp_path / name) for data, name in ((one, "1"), (other, "2"))]
+    assert list(prepared.examples) == [*alone[0].examples, *alone[1].examples]
+    assert prepared.num_tokens == sum(one.num_tokens for one in alone)
+
+
+def test_any_number_of_workers_writes_the_same(
+    make_tokenizer: TokenizerMaker, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    rows = [("a " * (1 + i % 7), "b " * (1 + i % 5)) for i in range(900)]
+    rows[100::50] = [("a", "")] * 16
+    rows[1] = rows[702] = ("odd", "b")
+    path = write(*rows)
+    folders = []
+    for workers in (1, 2):
+        folders.append(tmp_path / str(workers))
+        data = chat_data(path, workers=workers, on_bad_row="skip")
+        make(data, tokenizer, folders[-1])
+    assert content(folders[0]) == content(folders[1])
+    with pytest.raises(DataError, match="18 bad rows") as first:
+        make(chat_data(path, workers=1), tokenizer, tmp_path / "first")
+    with pytest.raises(DataError) as second:
+        make(chat_data(path, workers=2), tokenizer, tmp_path / "second")
+    assert str(first.value) == str(second.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadly(Conversation):
+    """Ends the process that it is sent to."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _die, (os.getpid(),)
+
+
+def _die(parent: int) -> None:
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    def rows() -> Iterator[Conversation]:
+        for i in range(3000):
+            kind = Deadly if i == 700 else Conversation
+            yield kind([QUESTION, ANSWER], place=f"rows.jsonl:{i + 1}")
+
+    started = time.monotonic()
+    with (
+        pytest.raises(DataError, match=r"data.workers: a process .* died at rows.jsonl:\d+"),
+        Workers(tokenizer, max_length=64, truncate="cut_end", number=2) as workers,
+    ):
+        list(workers.encode(rows()))
+    # Most of it is what two processes take to import transformers.
+    assert time.monotonic() - started < 60
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "prepared"
+
+
+def is_found(data: Data, tokenizer: PreTrainedTokenizerFast) -> bool:
+    return load_or_prepare(data.train_sources, tokenizer, data)[1]
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_was_prepared_is_found_again(
+    make_tokenizer: TokenizerMaker, write: Callable[..., Path]
+) -> None:
+    path = write(("a", "b"), ("c", "d"))
+    tokenizer, data = make_tokenizer(), chat_data(path)
+    new, is_old = load_or_prepare(data.train_sources, tokenizer, data)
+    assert not is_old
+    old, is_old = load_or_prepare(data.train_sources, make_tokenizer(), data)
+    assert is_old
+    assert (old.record(), list(old.examples)) == (new.record(), list(new.examples))
+    assert is_found(chat_data(path, packing=True, workers=1), tokenizer)
+    weighted = data.model_dump() | {"train": data.train.model_dump() | {"weight": 2.0}}  # type: ignore[union-attr]
+    assert is_found(Data.model_validate(weighted), tokenizer)
+
+
+@pytest.mark.usefixtures("kept")
+def test_whatever_changes_the_examples_is_prepared_anew(
+    make_tokenizer: TokenizerMaker, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(("a", "b"), ("c", "d"))
+    tokenizer, data = make_tokenizer(), chat_data(path)
+    assert not is_found(data, tokenizer)
+    for settings in (
+        {"max_length": 512},
+        {"truncate": "cut_prompt"},
+        {"max_lost": 0.1},
+        {"on_bad_row": "skip"},
+    ):
+        assert not is_found(chat_data(path, **settings), tokenizer)
+    assert not is_found(chat_data(path), make_tokenizer("phi3"))
+    other = make_tokenizer()
+    other.add_tokens(["Paris"])
+    assert not is_found(data, other)
+    half = chat_data(path, evaluation_share=0.5)
+    held_out = cache.key_of(half.evaluation_sources, tokenizer, half, "")
+    assert held_out != cache.key_of(half.train_sources, tokenizer, half, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_LIBRARIES", ("transformers", "pytest"))
+        assert not is_found(data, tokenizer)
+    changed = path.read_bytes().replace(b'"d"', b'"e"')
+    path.write_bytes(changed)
+    assert not is_found(data, tokenizer)
+    assert is_found(data, tokenizer)
+
+
+def test_a_damaged_set_is_prepared_anew(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+) -> None:
+    data = chat_data(write(("a", "b")))
+    assert not is_found(data, tokenizer)
+    [folder] = (entry.folder for entry in cache.entries())
+    (folder / "input_ids.bin").write_bytes(b"")
+    assert not is_found(data, tokenizer)
+    assert is_found(data, tokenizer)
+    assert [path.suffix for path in sorted(kept.iterdir())] == ["", ".lock"]
+
+
+def test_a_failure_leaves_nothing_behind(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+) -> None:
+    data = chat_data(write(("a", "")))
+    with pytest.raises(DataError, match="bad row"):
+        is_found(data, tokenizer)
+    assert [path.suffix for path in kept.iterdir()] == [".lock"]
+
+
+def test_without_a_cache_nothing_is_kept(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+) -> None:
+    data = chat_data(write(("a", "b")))
+    prepared, is_old = load_or_prepare(data.train_sources, tokenizer, data, use_cache=False)
+    folder = prepared.examples.folder
+    assert (is_old, folder.is_dir(), kept.exists()) == (False, True, False)
+    del prepared
+    assert not folder.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+) -> None:
+    kept.parent.write_text("a file", encoding="utf-8")
+    with pytest.raises(DataError, match="prepared data cannot be kept here") as caught:
+        is_found(chat_data(write(("a", "b"))), tokenizer)
+    assert "--no-cache" in str(caught.value.hint)
+
+
+def test_what_is_kept_can_be_seen_and_cleared(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+) -> None:
+    path = write(("a", "b"), ("c", "d"))
+    is_found(chat_data(path), tokenizer)
+    [entry] = cache.entries()
+    assert (entry.paths, entry.num_rows) == ([str(path)], 2)
+    assert entry.size == sum(file.stat().st_size for file in entry.folder.iterdir()) > 0
+    assert cache.clear() == [entry]
+    assert not kept.exists()
+    assert cache.entries() == []
