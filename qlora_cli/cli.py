@@ -129,9 +129,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train import train
 
-    report = train(
-        loaded.recipe, resume=resume, use_cache=not no_cache, origins=loaded.origins
-    )
+    report = train(loaded.recipe, resume=resume, use_cache=not no_cache, origins=loaded.origins)
     _show(report, as_json, run_text(loaded.recipe.output.dir, report))
 
 

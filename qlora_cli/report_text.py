@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,31 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     table = [f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
     counts = f"{report['rows']} rows, {report['supervised_tokens']} supervised tokens"
     return "\n".join([f"{report['target']}: {counts}", *table])
+
+
+def cache_text(report: Mapping[str, Any]) -> str:
+    """The prepared sets that are kept, or were until now (`report` as `qlora cache --json`)."""
+    sets = report["sets"]
+    total = f"{len(sets)} prepared sets, {_mib(sum(one['size'] for one in sets))}"
+    if report["cleared"]:
+        return f"deleted {total}"
+    lines = [
+        f"{_mib(one['size'])}  {one['num_rows']:>9,} rows  used {_ago(time.time() - one['used'])}"
+        f"  {' '.join(one['paths']) or 'unfinished'}"
+        for one in sets
+    ]
+    return "\n".join([*lines, total])
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
 
 
 def merge_text(report: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli.cache_folder import cache_folder
 from qlora_cli.data.prepare import Prepared, digest_of, prepare
@@ -106,25 +106,28 @@ class Entry:
     size: int
     """Bytes."""
     used: float
-    """When it was last used, in seconds since the epoch."""
+    """When it was last used, in seconds since 1970."""
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        return {**asdict(self), "folder": str(self.folder)}
 
 
-def entries() -> list[Entry]:
-    """What is kept, the last used first."""
+def list_sets(*, clear: bool = False) -> list[Entry]:
+    """What is kept, the last used first.
+
+    Args:
+        clear: delete all of it.
+    """
     found = []
     for folder in _folder().glob("*/"):
         prepared = Prepared.open(folder)
         paths, num_rows = (prepared.paths, prepared.num_rows) if prepared else ([], 0)
         size = sum(file.stat().st_size for file in folder.iterdir())
         found.append(Entry(folder, paths, num_rows, size, folder.stat().st_mtime))
+    if clear:
+        shutil.rmtree(_folder(), ignore_errors=True)
     return sorted(found, key=lambda entry: -entry.used)
-
-
-def clear() -> list[Entry]:
-    """Delete all that is kept, and return what it was."""
-    cleared = entries()
-    shutil.rmtree(_folder(), ignore_errors=True)
-    return cleared
 
 
 def _find_or_make(

@@ -35,7 +35,7 @@ ALLOWED = {
     **dict.fromkeys({"build", "keeper"}, FOUNDATION | PARTS | RECIPE),
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | {"loop", "build", "keeper", "generate"}),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
-    "cli": FOUNDATION | RECIPE | STORIES | {"report_text", ""},
+    "cli": FOUNDATION | RECIPE | STORIES | {"report_text", "data", ""},
     "__main__": {"cli"},
     "": set(),
 }

@@ -113,7 +113,7 @@ COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_commands() -> None:
-    assert COMMANDS == ["train", "eval", "merge", "validate", "preview", "schema"]
+    assert COMMANDS == ["train", "eval", "merge", "validate", "preview", "cache", "schema"]
 
 
 def test_options_are_a_promise() -> None:
@@ -124,11 +124,12 @@ def test_options_are_a_promise() -> None:
         for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
     }
     assert found == {
-        "train": {"recipe", "--set", "--resume", "--json", *talk},
+        "train": {"recipe", "--set", "--resume", "--no-cache", "--json", *talk},
         "eval": {"target", "--set", "--weights", "--json", *talk},
         "merge": {"run", "--output", "--set", "--weights", "--json", *talk},
         "validate": {"recipe", "--set", "--json", *talk},
         "preview": {"recipe", "--set", "--rows", "--source", "--html", "--json", *talk},
+        "cache": {"--clear", "--json", *talk},
         "schema": set(),
     }
 

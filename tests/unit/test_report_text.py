@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from qlora_cli.report_text import evaluation_table, merge_text, run_text
+from qlora_cli.report_text import cache_text, evaluation_table, merge_text, run_text
 
 
 def measured(loss: float, score: float) -> dict[str, Any]:
@@ -38,3 +39,12 @@ def test_merge_text() -> None:
     assert lines[0] == "m: 3 MiB in bfloat16"
     assert "97.5%" in lines[1]
     assert "2.0e-03" in lines[1]
+
+
+def test_cache_text_says_what_is_kept_and_what_was_deleted() -> None:
+    kept = {"paths": ["a.jsonl"], "num_rows": 1200, "size": 3 * 2**20, "used": time.time() - 7300}
+    report: dict[str, Any] = {"cleared": False, "sets": [kept]}
+    assert cache_text(report) == (
+        "3.0 MiB      1,200 rows  used 2 h ago  a.jsonl\n1 prepared sets, 3.0 MiB"
+    )
+    assert cache_text({**report, "cleared": True}) == "deleted 1 prepared sets, 3.0 MiB"

@@ -315,7 +315,7 @@ def test_a_damaged_set_is_prepared_anew(
 ) -> None:
     data = chat_data(write(("a", "b")))
     assert not is_found(data, tokenizer)
-    [folder] = (entry.folder for entry in cache.entries())
+    [folder] = (entry.folder for entry in cache.list_sets())
     (folder / "input_ids.bin").write_bytes(b"")
     assert not is_found(data, tokenizer)
     assert is_found(data, tokenizer)
@@ -356,9 +356,9 @@ def test_what_is_kept_can_be_seen_and_cleared(
 ) -> None:
     path = write(("a", "b"), ("c", "d"))
     is_found(chat_data(path), tokenizer)
-    [entry] = cache.entries()
+    [entry] = cache.list_sets()
     assert (entry.paths, entry.num_rows) == ([str(path)], 2)
     assert entry.size == sum(file.stat().st_size for file in entry.folder.iterdir()) > 0
-    assert cache.clear() == [entry]
+    assert cache.list_sets(clear=True) == [entry]
     assert not kept.exists()
-    assert cache.entries() == []
+    assert cache.list_sets() == []
