@@ -113,7 +113,7 @@ COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_commands() -> None:
-    assert COMMANDS == ["train", "eval", "merge", "validate", "preview", "cache", "schema"]
+    assert COMMANDS == ["train", "eval", "merge", "validate", "cache", "preview", "schema"]
 
 
 def test_options_are_a_promise() -> None:
