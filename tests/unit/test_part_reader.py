@@ -220,3 +220,57 @@ def test_key_paths_hold_every_variant() -> None:
     paths = list(key_paths(Recipe))
     assert {f"adapter.{name}" for name in LoRA.model_fields} <= set(paths)
     assert "data.train.format.completion_field" in paths
+
+
+SOURCES = "model: {path: base}\noutput: {dir: run}\ndata:\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "  train:\n    - {path: a.jsonl}\n    - {path: b.jsonl, weight: 0}\n",
+            ["recipe.yaml:6:31  data.train[1].weight: found 0; it takes a number (above 0); ..."],
+        ),
+        (
+            "  train:\n    - {path: a.jsonl, format: {type: txt}}\n    - {limit: 1}\n",
+            [
+                "recipe.yaml:5:38  data.train[0].format.type: found txt; ...text...",
+                "recipe.yaml:6:7  data.train[1].path: is missing; ...",
+            ],
+        ),
+        (
+            "  train: [a.jsonl]\n",
+            ["recipe.yaml:4:11  data.train[0]: found a.jsonl; it takes a section ..."],
+        ),
+        (
+            "  train: a.jsonl\n",
+            [
+                "recipe.yaml:4:10  data.train: found a.jsonl; it takes a list (of a section with "
+                "the keys path, ...), or a section with the keys path, ..."
+            ],
+        ),
+        (
+            "  train: {path: a}\n  evaluation: []\n",
+            ["recipe.yaml:5:3  data: evaluation: the list is empty"],
+        ),
+        (
+            "  train: {path: a}\n  evaluation: {path: b}\n  evaluation_share: 0.1\n",
+            ["recipe.yaml:6:3  data: evaluation_share (0.1) and evaluation are both given; ..."],
+        ),
+        (
+            "  train:\n    - {path: a, columns: [x, x]}\n    - path: b\n"
+            "      format: {type: template, user: '{{ x'}\n",
+            [
+                "recipe.yaml:5:17  data.train[0]: columns names a column twice: x, x",
+                "recipe.yaml:7:32  data.train[1].format: user: line 1 of the template: ...",
+            ],
+        ),
+    ],
+)
+def test_errors_in_sources_name_the_source_and_the_line(
+    problems: Callable[..., list[str]], text: str, expected: list[str]
+) -> None:
+    found = problems(SOURCES + text)
+    assert len(found) == len(expected), found
+    assert all(map(_matches, found, expected)), found

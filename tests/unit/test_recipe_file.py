@@ -18,6 +18,8 @@ from qlora_cli.recipe_file import (
 )
 
 Load = Callable[..., LoadedRecipe]
+
+ENDS = "model: {path: base}\noutput: {dir: run}\n"
 Problems = Callable[..., list[str]]
 
 
@@ -94,6 +96,20 @@ def test_aliases_are_read(load: Load) -> None:
     ).recipe
     assert recipe.data.evaluation is not None
     assert recipe.data.evaluation.format == recipe.data.train.format
+
+
+def test_one_source_and_a_list_of_them_are_read_and_written(load: Load) -> None:
+    one = "{path: a.jsonl, learn_roles: [user, assistant]}"
+    alone = load(f"{ENDS}data: {{train: {one}}}\n").recipe.data
+    loaded = load(
+        f"{ENDS}data:\n  train:\n    - {one}\n    - {{path: b.csv, fields: {{text: b}}}}\n"
+    )
+    both = loaded.recipe.data
+    assert both.train_sources[0] == alone.train_sources[0]
+    assert [source.path for source in both.train_sources] == ["a.jsonl", "b.csv"]
+    assert loaded.origins["data.train[1].fields.text"] == "recipe.yaml:6"
+    assert loaded.origins["data.train[1].format.type"] == "default"
+    assert load(dump_recipe(loaded.recipe)).recipe == loaded.recipe
 
 
 # Extends ------------------------------------------------------------------------------------------
