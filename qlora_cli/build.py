@@ -14,12 +14,13 @@ import torch
 
 from qlora_cli.data import Data
 from qlora_cli.data.audit import Audit, Finding, Rows, Scan, find_drift, findings, scan
-from qlora_cli.data.batches import eval_batches
+from qlora_cli.data.batches import eval_batches, proof_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared, prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
+from qlora_cli.model.attention import attend_by_document, prove_packing
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
@@ -187,6 +188,23 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTr
     log.info(weights.summary())
     refuse_unquantized(weights, recipe.quantization.max_unquantized)
     return model
+
+
+def prepare_for_packing(
+    model: PreTrainedModel,
+    learnt: Prepared,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Let the model attend to each packed example by itself, and show that it does.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    attend_by_document(model)
+    packed, padded = proof_batches(learnt.examples, pad_token_id=tokenizer.pad_token_id)
+    log.info(prove_packing(model, packed.to(device), padded.to(device), dtype).summary())
 
 
 def measure(

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import check_data, load_base, measure, read_data, read_prompts
+from qlora_cli.build import (
+    check_data,
+    load_base,
+    measure,
+    prepare_for_packing,
+    read_data,
+    read_prompts,
+)
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.keeper import Keeper, refuse_changes
@@ -67,6 +74,7 @@ def train(
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     if resume:
         refuse_changes(run, recipe, learnt.digest)
+    weights = [source.weight for source in recipe.data.train_sources]
     batches = BatchStream(
         learnt.examples,
         batch_size=settings.batch_size,
@@ -74,14 +82,19 @@ def train(
         seed=settings.seed,
         epochs=settings.passes,
         pad_token_id=tokenizer.pad_token_id,
+        parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
+        max_length=recipe.data.max_length if recipe.data.packing else None,
         rank=world.rank,
         world_size=world.size,
     )
+    log.info("a pass over them: %s", batches.summary())
     max_steps = settings.max_steps or batches.num_steps
 
     dtype = world.compute_dtype(settings.precision)
     base = load_base(recipe, dtype, world.device)
     learn_to_stop(base, learnt.stop_token_ids)
+    if recipe.data.packing:
+        prepare_for_packing(base, learnt, tokenizer, dtype, world.device)
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
     set_seed(settings.seed + world.rank)  # but not the same dropout

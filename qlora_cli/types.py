@@ -86,15 +86,19 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, right-padded."""
+    """One micro-batch: rows that are right-padded, or one row of examples end to end (packed)."""
 
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 for real tokens
+    attention_mask: Tensor | None  # (B, T) int64, 1 for real tokens; None if packed
     labels: Tensor  # (B, T) int64, unshifted, IGNORE_INDEX where nothing is learnt
+    documents: tuple[int, ...] = ()
+    """Packed: the lengths of the examples in the one row, which is as long as all of them."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
+        if self.attention_mask is None:
+            return self.input_ids.numel()
         return int(self.attention_mask.sum())
 
     @property
@@ -104,11 +108,38 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch for a device. Labels stay on the host: counted there, nobody waits."""
+        mask = self.attention_mask
         return Batch(
             self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
+            None if mask is None else mask.to(device, non_blocking=True),
             self.labels,
+            self.documents,
         )
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model's forward is given, in transformers' names.
+
+        Packed examples are told apart by positions that begin again, and by boundaries for those
+        back ends that take them: `cu_seq_lens_*` for flash attention, `documents` for ours.
+        """
+        if self.attention_mask is not None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        import torch
+
+        device = self.input_ids.device
+        positions = torch.cat([torch.arange(length) for length in self.documents])[None]  # (1, T)
+        ends = torch.tensor([0, *self.documents]).cumsum(0, dtype=torch.int32)
+        ends = ends.to(device, non_blocking=True)
+        longest = max(self.documents)
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": positions.to(device, non_blocking=True),
+            "documents": self.documents,
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
 
 @dataclass(slots=True)

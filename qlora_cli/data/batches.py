@@ -1,13 +1,15 @@
-"""From examples to padded batches, in an order that is a pure function of seed and step."""
+"""From examples to padded or packed batches: their order is a pure function of seed and step."""
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_cli.data.packing import lengths, pack_in_windows
 from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 
 if TYPE_CHECKING:
@@ -17,15 +19,24 @@ if TYPE_CHECKING:
 class BatchStream:
     """The micro-batches of one rank, for any step.
 
-    The rows form one endless sequence: a permutation of all examples for each epoch, one after the
-    other. Step `s` takes the rows from `s * batch_size` on, so that nothing but the step number is
-    needed to go on after an interruption, on as many ranks as there are then.
+    The rows form one endless sequence: those of each pass in an order of its own, one pass after
+    the other. Step `s` takes the rows from `s * batch_size` on, so that nothing but the step number
+    is needed to go on after an interruption, on as many ranks as there are then.
+
+    A row is an example; or, packed, as many whole examples as fit into `max_length`. The examples
+    of each pass are packed anew, window by window of their order, so companions change from pass to
+    pass and every pass still sees each example as often as it would without packing. As passes then
+    differ by a few rows, where the rows of a step begin follows from packing the passes before it:
+    some seconds for a million examples.
 
     Args:
+        parts: (examples, weight) of each source, consecutive in `examples`; None is one source of
+            weight 1. A pass sees about `weight * n` rows of a source of n.
         batch_size: rows per step, over all ranks.
         micro_batch_size: most rows per forward, on one rank.
-        epochs: how often each example is seen; the last step may be shorter than the others.
+        epochs: how many passes are made; the last step may be shorter than the others.
             None never ends.
+        max_length: pack the examples into rows of so many tokens; None does not pack.
     """
 
     def __init__(
@@ -37,34 +48,41 @@ class BatchStream:
         seed: int,
         epochs: float | None,
         pad_token_id: int,
+        parts: Sequence[tuple[int, float]] | None = None,
+        max_length: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._examples = examples
+        self._lengths = lengths(examples)
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
         self._seed = seed
-        self._num_rows = None if epochs is None else max(1, round(epochs * len(examples)))
+        self._parts = [(len(examples), 1.0)] if parts is None else parts
+        assert sum(number for number, _ in self._parts) == len(examples)
+        self._max_length = max_length
         self._pad_token_id = pad_token_id
         self._rank = rank
         self._world_size = world_size
-        self._orders: dict[int, list[int]] = {}
+        self._kept: dict[int, list[tuple[int, ...]]] = {}
+        self._turns: dict[tuple[int, int], list[int]] = {}
+        self._starts = [0]
+        self._num_rows = None if epochs is None else max(1, round(self._rows_before(epochs)))
 
     @property
     def num_steps(self) -> int:
-        """Steps until each example was seen `epochs` times."""
+        """Steps until all passes are made."""
         assert self._num_rows is not None, "a stream without epochs never ends"
         return math.ceil(self._num_rows / self._batch_size)
 
-    def rows(self, step: int) -> list[int]:
-        """The indices of the examples that all ranks together learn from in a step, in order."""
+    def rows(self, step: int) -> list[tuple[int, ...]]:
+        """The rows that all ranks together learn from in a step: the examples of each, in order."""
         first = step * self._batch_size
         last = first + self._batch_size
         if self._num_rows is not None:
             last = min(last, self._num_rows)
         assert 0 <= first < last, f"step {step} is outside of the stream"
-        places = (divmod(position, len(self._examples)) for position in range(first, last))
-        return [self._order(epoch)[place] for epoch, place in places]
+        return [self._row(position) for position in range(first, last)]
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step: as many micro-batches as every other rank has.
@@ -72,15 +90,103 @@ class BatchStream:
         The loss of a step is divided by the supervised tokens of all its rows, so it does not
         matter how they are cut: rows of about one length go together, for little padding.
         """
-        examples = [self._examples[row] for row in self.rows(step)]
-        groups = _share(_by_length(examples), self._micro_batch_size, self._rank, self._world_size)
-        return [_collate([examples[i] for i in group], self._pad_token_id) for group in groups]
+        rows = self.rows(step)
+        order = self._by_length(rows)
+        groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
+        collate = _pad if self._max_length is None else _concatenate
+        return [
+            collate([self._examples[i] for at in group for i in rows[at]], self._pad_token_id)
+            for group in groups
+        ]
 
-    def _order(self, epoch: int) -> list[int]:
-        # One order is kept: rows are asked for in sequence, so an epoch that is left is over.
-        if epoch not in self._orders:
-            self._orders = {epoch: _permutation(len(self._examples), self._seed, epoch)}
-        return self._orders[epoch]
+    def summary(self) -> str:
+        """One line for the log about the first pass: how full its rows are, or their padding."""
+        rows = self._pass(0)
+        num_tokens = sum(self._length(row) for row in rows)
+        if self._max_length is not None:
+            number = sum(map(len, rows))
+            return (
+                f"{number:,} examples in {len(rows):,} rows of {self._max_length:,} tokens, "
+                f"{num_tokens / (len(rows) * self._max_length):.1%} full"
+            )
+        num_places = 0
+        for first in range(0, len(rows), self._batch_size):
+            some = rows[first : first + self._batch_size]
+            for group in _chunks(self._by_length(some), self._micro_batch_size):
+                num_places += len(group) * max(self._length(some[at]) for at in group)
+        return f"padding {1 - num_tokens / num_places:.1%}"
+
+    def _length(self, row: tuple[int, ...]) -> int:
+        return sum(self._lengths[i] for i in row)
+
+    def _by_length(self, rows: list[tuple[int, ...]]) -> list[int]:
+        return _longest_first([self._length(row) for row in rows])
+
+    def _row(self, position: int) -> tuple[int, ...]:
+        if self._max_length is None:
+            index, place = divmod(position, self._pass_size)
+        else:
+            while self._starts[-1] <= position:
+                self._starts.append(self._starts[-1] + len(self._pass(len(self._starts) - 1)))
+            index = bisect_right(self._starts, position) - 1
+            place = position - self._starts[index]
+        return self._pass(index)[place]
+
+    def _rows_before(self, epochs: float) -> float:
+        whole = math.floor(epochs)
+        if self._max_length is None:
+            return epochs * self._pass_size
+        sizes = [len(self._pass(index)) for index in range(math.ceil(epochs))]
+        return sum(sizes[:whole]) + (epochs - whole) * sum(sizes[whole:])
+
+    @property
+    def _pass_size(self) -> int:
+        """Examples of a pass."""
+        return sum(_share_of_pass(number, weight) for number, weight in self._parts)
+
+    def _pass(self, index: int) -> list[tuple[int, ...]]:
+        """The rows of a pass, in order."""
+        # One pass is kept: rows are asked for in sequence, so a pass that is left is over.
+        if index not in self._kept:
+            chosen = self._choose(index)
+            order = [chosen[i] for i in _permutation(len(chosen), f"{self._seed} {index}")]
+            rows: list[tuple[int, ...]] = [(i,) for i in order]
+            if self._max_length is not None:
+                packed = pack_in_windows(order, self._lengths, self._max_length)
+                shuffled = _permutation(len(packed), f"{self._seed} rows {index}")
+                rows = [packed[i] for i in shuffled]
+            self._kept = {index: rows}
+        return self._kept[index]
+
+    def _choose(self, index: int) -> list[int]:
+        """The examples of a pass: of each source the next part of its own endless permutation."""
+        chosen: list[int] = []
+        first = 0
+        for source, (number, weight) in enumerate(self._parts):
+            if number == 0:  # nothing of it was left to learn
+                continue
+            rounds, rest = divmod(_share_of_pass(number, weight), number)
+            # In the order of the source, as all of them would be: a weight of 1 changes nothing.
+            picked = list(range(number)) * rounds
+            for position in range(index * rest, (index + 1) * rest):
+                turn, place = divmod(position, number)
+                picked.append(self._turn(source, turn)[place])
+            chosen += [first + i for i in sorted(picked)]
+            first += number
+        return chosen
+
+    def _turn(self, source: int, turn: int) -> list[int]:
+        key = source, turn
+        if key not in self._turns:
+            self._turns = {k: v for k, v in self._turns.items() if k[0] != source}
+            name = f"{self._seed} source {source} {turn}"
+            self._turns[key] = _permutation(self._parts[source][0], name)
+        return self._turns[key]
+
+
+def _share_of_pass(number: int, weight: float) -> int:
+    """Rows of a source in a pass: a source that is named is not left out."""
+    return max(min(1, number), round(weight * number))
 
 
 def eval_batches(
@@ -96,8 +202,19 @@ def eval_batches(
     Args:
         batch_size: most rows per batch, on one rank.
     """
-    for group in _share(_by_length(examples), batch_size, rank, world_size):
-        yield _collate([examples[i] for i in group], pad_token_id)
+    order = _longest_first(lengths(examples))
+    for group in _share(order, batch_size, rank, world_size):
+        yield _pad([examples[i] for i in group], pad_token_id)
+
+
+def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:
+    """The beginnings of three examples, packed and padded: to see whether a model tells them apart.
+
+    The labels say nothing.
+    """
+    some = [examples[i % len(examples)].input_ids[:64] for i in range(3)]
+    beginnings = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in some]
+    return _concatenate(beginnings, pad_token_id), _pad(beginnings, pad_token_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +233,7 @@ def prompt_batches(
     """All prompts, the longest first, those of about one length together."""
     import torch
 
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].input_ids), i))
+    order = _longest_first([len(prompt.input_ids) for prompt in prompts])
     for group in _chunks(order, batch_size):
         rows = [prompts[i].input_ids for i in group]
         width = max(map(len, rows))
@@ -125,17 +242,17 @@ def prompt_batches(
         yield PromptBatch(group, torch.tensor(ids), torch.tensor(mask))
 
 
-def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+def _permutation(length: int, name: str) -> list[int]:
     # Python promises that random() repeats itself for a seed in later versions, and a string is
     # hashed by SHA-512; of shuffle() it promises nothing.
-    generator = random.Random(f"{seed} {epoch}")
+    generator = random.Random(name)
     keys = [generator.random() for _ in range(length)]
     return sorted(range(length), key=keys.__getitem__)
 
 
-def _by_length(examples: Sequence[Example]) -> list[int]:
-    """Indices of the examples, the longest first."""
-    return sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
+def _longest_first(sizes: Sequence[int]) -> list[int]:
+    """Indices of the sizes, the largest first."""
+    return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
 
 
 def _share(order: list[int], size: int, rank: int, world_size: int) -> list[list[int]]:
@@ -149,13 +266,17 @@ def _chunks(order: list[int], size: int) -> list[list[int]]:
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
-def _collate(examples: list[Example], pad_token_id: int) -> Batch:
+def _or_dummy(examples: list[Example], pad_token_id: int) -> list[Example]:
+    # A rank without rows still has to take part in the step: it learns nothing from this one,
+    # which has a second token so that a shifted label remains to be ignored.
+    return examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
+
+
+def _pad(examples: list[Example], pad_token_id: int) -> Batch:
     """Right-padded. Padding is masked by its position and never by its id, which may be the EOS."""
     import torch
 
-    # A rank without rows still has to take part in the step: it learns nothing from this one,
-    # which has a second token so that a shifted label remains to be ignored.
-    examples = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
+    examples = _or_dummy(examples, pad_token_id)
     width = max(len(example.input_ids) for example in examples)
     ids, mask, labels = [], [], []
     for example in examples:
@@ -164,3 +285,14 @@ def _collate(examples: list[Example], pad_token_id: int) -> Batch:
         mask.append([1] * length + [0] * (width - length))
         labels.append(example.labels + [IGNORE_INDEX] * (width - length))
     return Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels))
+
+
+def _concatenate(examples: list[Example], pad_token_id: int) -> Batch:
+    """End to end. The first token of an example is not to be predicted from the one before it."""
+    import torch
+
+    examples = _or_dummy(examples, pad_token_id)
+    ids = [token for example in examples for token in example.input_ids]
+    labels = [label for e in examples for label in (IGNORE_INDEX, *e.labels[1:])]
+    documents = tuple(len(example.input_ids) for example in examples)
+    return Batch(torch.tensor([ids]), None, torch.tensor([labels]), documents)

@@ -115,6 +115,13 @@ class PreparedSet(Sequence[Example]):
         lengths: NDArray[np.int64] = np.diff(self._ends, prepend=0)
         return lengths
 
+    def num_by_source(self, num_sources: int) -> list[int]:
+        """Examples of each of the sources, which follow one another."""
+        import numpy as np
+
+        counts: list[int] = np.bincount(self._sources, minlength=num_sources).tolist()
+        return counts
+
     def source(self, index: int) -> int:
         """Which of the sources an example is from."""
         return int(self._sources[index])

@@ -48,18 +48,13 @@ class TokenLoss(nn.Module):
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.is_split:
                 decoder, head = self._halves
-                hidden = decoder(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-                ).last_hidden_state  # (B, T, D)
+                hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
                 return head_loss(hidden.flatten(0, 1)[positions], targets, head)
             # The model's own forward, asked for the supervised positions alone.
             keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
             keep.view(-1)[positions] = True
             logits = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                logits_to_keep=keep,
+                **batch.inputs(), use_cache=False, logits_to_keep=keep
             ).logits  # (N, V)
             return _chunked_cross_entropy(logits, targets)
 

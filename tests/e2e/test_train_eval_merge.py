@@ -515,3 +515,81 @@ def test_references_that_a_task_cannot_score_are_found_before_training(
     assert exit_code("train", recipe) == 2
     assert "json_match needs JSON references" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_packed_rows_train_like_padded_ones(
+    write_recipe: Callable[..., Path], tmp_path: Path, quantization: str
+) -> None:
+    """One step sees all of the data either way, so that the steps are the same."""
+    found = {}
+    for packing, batch in ((True, 1), (False, 16)):
+        run = tmp_path / f"run-{packing}"
+        qlora(
+            "train",
+            write_recipe(
+                data={"packing": packing, "max_length": 1024},
+                quantization={"type": quantization},
+                training={
+                    "max_steps": 4, "batch_size": batch, "micro_batch_size": batch,
+                    "precision": "fp32",
+                },
+                output={"dir": str(run)},
+            ),
+        )  # fmt: skip
+        found[packing] = metrics(run)
+    # LLM.int8() quantizes the rows of a batch together, with the padding.
+    tolerance = 2e-2 if quantization == "int8" else 1e-5
+    for packed, padded in zip(found[True], found[False], strict=True):
+        for name in {"loss", "eval_loss"} & set(packed):
+            assert packed[name] == pytest.approx(padded[name], abs=tolerance)
+        for name in {"tokens", "supervised_tokens"} & set(packed):
+            assert packed[name] == padded[name]
+
+
+def test_packed_training_resumes_where_it_stopped(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = {"batch_size": 2, "micro_batch_size": 1, "save_every": 1, "precision": "fp32"}
+
+    def recipe(run: str, max_steps: int) -> Path:
+        return write_recipe(
+            data={"packing": True},
+            adapter={"type": "lora", "r": 4, "dropout": 0.1},
+            training={**settings, "max_steps": max_steps},
+            output={"dir": str(tmp_path / run)},
+        )
+
+    qlora("train", recipe("whole", 9))
+    qlora("train", recipe("parts", 4))
+    qlora("train", recipe("parts", 9), "--resume")
+    losses = [
+        [row["loss"] for row in metrics(tmp_path / run) if "loss" in row]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    whole, parts = (
+        load_file(tmp_path / run / "last" / "adapter_model.safetensors")
+        for run in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_packing_is_refused_for_a_model_whose_state_crosses_the_seam(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from tests.conftest import make_tokenizer
+
+    folder = tmp_path / "mamba"
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=260, state_size=4)
+    MambaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    recipe = write_recipe(model={"path": str(folder)}, data={"packing": True})
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(recipe)])
+    assert caught.value.code == 3
+    shown = capsys.readouterr().err
+    assert "data.packing: mamba" in shown
+    assert "--set data.packing=false" in shown

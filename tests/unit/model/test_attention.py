@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from qlora_cli.data.batches import BatchStream, proof_batches
+from qlora_cli.errors import ModelError
+from qlora_cli.model.adapters import LoRA
+from qlora_cli.model.attention import NAME, attend_by_document, prove_packing
+from qlora_cli.model.base import start_checkpointing
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.types import IGNORE_INDEX, Batch, Example
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 100,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    # Shorter than the examples; the other half of the layers sees all of them.
+    "Mistral": {"sliding_window": 5},
+    "Gemma3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+}
+LENGTHS = (9, 4, 14, 1, 7)
+
+
+def make_model(architecture: str, attention: str, **changes: Any) -> Any:
+    stem = f"{architecture}Text" if architecture == "Gemma3" else architecture
+    settings = {**SIZE, **ARCHITECTURES.get(architecture, {}), **changes}
+    config = getattr(transformers, f"{stem}Config")(**settings)
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    attend_by_document(model)
+    return model
+
+
+def examples(lengths: tuple[int, ...] = LENGTHS) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(1, 100, (n,), generator=generator).tolist() for n in lengths]
+    return [Example(row, row) for row in rows]
+
+
+def packed(some: list[Example]) -> Batch:
+    """In the order given, which a stream would change."""
+    ids = [token for example in some for token in example.input_ids]
+    labels = [t for e in some for t in (IGNORE_INDEX, *e.labels[1:])]
+    documents = tuple(len(example.input_ids) for example in some)
+    return Batch(torch.tensor([ids]), None, torch.tensor([labels]), documents)
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Batch) -> Tensor:
+    return model(**batch.inputs(), use_cache=False).logits[0]
+
+
+@pytest.fixture
+def queries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of queries of each call of scaled dot-product attention."""
+    seen: list[int] = []
+    original = F.scaled_dot_product_attention
+
+    def watch(query: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(query.shape[2])
+        return original(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    return seen
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_examples_are_computed_as_if_alone(architecture: str, attention: str) -> None:
+    model = make_model(architecture, attention)
+    assert model.config._attn_implementation == {"eager": "eager", "sdpa": NAME}[attention]
+    plain = make_model(architecture, "eager")
+    together = logits(model, packed(examples())).split(LENGTHS)
+    for found, example in zip(together, examples(), strict=True):
+        ids = torch.tensor([example.input_ids])
+        with torch.no_grad():
+            alone = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        if len(ids[0]) > 1:
+            losses = [F.cross_entropy(x[:-1], ids[0, 1:], reduction="none") for x in (found, alone)]
+            torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_changing_one_example_changes_no_other(architecture: str, attention: str) -> None:
+    model = make_model(architecture, attention)
+    batch = packed(examples())
+    before = logits(model, batch).split(LENGTHS)
+    for changed in range(len(LENGTHS)):
+        some = examples()
+        some[changed] = Example([5] * LENGTHS[changed], [5] * LENGTHS[changed])
+        after = logits(model, packed(some)).split(LENGTHS)
+        same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert same == [i != changed for i in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma3"])
+def test_nothing_is_computed_for_what_is_masked(architecture: str, queries: list[int]) -> None:
+    logits(make_model(architecture, "sdpa"), packed(examples()))
+    assert queries == [*LENGTHS, *LENGTHS]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padded_batches_are_computed_as_by_plain_sdpa(architecture: str) -> None:
+    model, plain = make_model(architecture, "sdpa"), make_model(architecture, "eager")
+    plain.set_attn_implementation("sdpa")
+    _, padded = proof_batches(examples(), pad_token_id=0)
+    for batch in (padded.inputs(), {"input_ids": padded.input_ids}):
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(
+        model.generate(**padded.inputs(), **options), plain.generate(**padded.inputs(), **options)
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_proof_holds(architecture: str, attention: str) -> None:
+    model = make_model(architecture, attention).train()
+    proof = prove_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
+    assert proof.leak == 0
+    assert proof.difference < 1e-5
+    assert model.training
+    assert "packing proved" in proof.summary()
+
+
+def refused(model: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        prove_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
+    assert "data.packing=false" in caught.value.hint
+    return str(caught.value)
+
+
+def test_a_convolution_that_sees_over_the_seam_is_refused() -> None:
+    settings = {
+        **SIZE,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    }
+    settings.pop("head_dim")
+    torch.manual_seed(0)
+    model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**settings))
+    message = refused(model)
+    assert "data.packing: lfm2 with attention sdpa lets packed examples see each other" in message
+
+
+def test_a_recurrent_state_is_refused() -> None:
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 4}
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**settings))
+    assert "data.packing: mamba" in refused(model)
+
+
+def test_sdpa_with_one_document_for_all_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_boundaries(batch: Batch) -> dict[str, Any]:
+        return {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.input_ids)}
+
+    model = make_model("Llama", "sdpa")
+    monkeypatch.setattr(Batch, "inputs", without_boundaries)
+    assert "see each other: changing one of them changed the logits of another by" in refused(model)
+
+
+def test_a_model_that_has_no_sdpa_keeps_its_soft_cap() -> None:
+    model = make_model("Gemma2", "eager", sliding_window=5)
+    assert model.config._attn_implementation == "eager"
+    proof = prove_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
+    assert proof.leak == 0
+    assert proof.difference < 1e-5
+
+
+@pytest.mark.parametrize(("name", "value"), [("s_aux", torch.ones(4)), ("softcap", 50.0)])
+def test_what_sdpa_would_leave_out_is_refused(name: str, value: Any) -> None:
+    module = make_model("Llama", "sdpa").model.layers[0].self_attn
+    attend = transformers.AttentionInterface()[NAME]
+    states = torch.randn(1, 4, 5, 8)
+    with pytest.raises(ValueError, match=f"knows no {name}"):
+        attend(module, states, states[:, :2], states[:, :2], None, (3, 2), **{name: value})
+
+
+def test_a_window_that_is_in_the_mask_alone_is_refused() -> None:
+    attend = transformers.AttentionInterface()[NAME]
+    module = make_model("Mistral", "sdpa").model.layers[0].self_attn
+    states = torch.randn(1, 4, 9, 8)
+    with pytest.raises(ValueError, match="sliding_window"):
+        attend(module, states, states[:, :2], states[:, :2], None, (7, 2))
+
+
+def gradients_of(stream: BatchStream, model: Any, make: Callable[[Any], Any]) -> dict[str, Tensor]:
+    objective = make(model)
+    loss = sum(objective(batch) for batch in stream.micro_batches(0))
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Gemma3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_step_are_those_without_packing(
+    architecture: str, attention: str, checkpointing: bool
+) -> None:
+    model = LoRA(r=4).attach(make_model(architecture, attention).requires_grad_(False)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    if checkpointing:
+        start_checkpointing(model.get_base_model())
+
+    def gradients(max_length: int | None, micro_batch_size: int) -> dict[str, Tensor]:
+        stream = BatchStream(
+            examples((9, 4, 14, 2, 7, 20, 3, 8)),
+            batch_size=8,
+            micro_batch_size=micro_batch_size,
+            seed=0,
+            epochs=1,
+            pad_token_id=0,
+            max_length=max_length,
+        )
+        assert stream.num_steps == 1
+        return gradients_of(stream, model, lambda m: TokenLoss(m, torch.float32))
+
+    expected = gradients(None, 3)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
+    for micro_batch_size in (1, 8):
+        found = gradients(24, micro_batch_size)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-4)
