@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_cli.data.layout import Layout, Renderer
+from qlora_cli.data.typed import TypedTokens
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message, Prompt
 
@@ -58,6 +59,8 @@ class Encoded:
     """Learnt turns of the row."""
     lost: str | None = None
     """Why answers are lost, wholly or in part, if they are."""
+    is_typed: bool = False
+    """Whether special tokens were typed in its messages, and taken for plain text."""
 
     @property
     def example(self) -> Example:
@@ -84,6 +87,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._renderer = Renderer(tokenizer)
+        self._typed = TypedTokens(tokenizer)
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._bos = _bos_that_is_added(tokenizer)
 
@@ -110,24 +114,24 @@ class Encoder:
         self, rows: list[Conversation], *, max_length: int, truncate: Truncate
     ) -> list[Encoded | Refused]:
         """Tokens and labels of each row, or why it has none."""
-        layouts: list[list[Layout] | Refused] = []
-        for row in rows:
-            try:
-                layouts.append(self._renderer.lay_out_all(row))
-            except DataError as error:
-                layouts.append(Refused(str(error)))
-        given = [one for found in layouts if not isinstance(found, Refused) for one in found]
-        tokens = iter(self._tokenize([layout.text for layout in given]))
-        return [
-            found
-            if isinstance(found, Refused)
-            else _joined(
+        laid_out = [self._lay_out(row) for row in rows]
+        plain = (one for one in laid_out if isinstance(one, _LaidOut) and one.tokens is None)
+        tokens = iter(self._tokenize([layout.text for one in plain for layout in one.layouts]))
+
+        def encode(row: Conversation, found: _LaidOut) -> Encoded:
+            of_row = found.tokens or [next(tokens) for _ in found.layouts]
+            pairs = zip(found.layouts, of_row, strict=True)
+            encoded = _joined(
                 [
-                    self._label(layout, *next(tokens), row.learn_all).cut(max_length, truncate)
-                    for layout in found
+                    self._label(layout, *one, row.learn_all).cut(max_length, truncate)
+                    for layout, one in pairs
                 ]
             )
-            for row, found in zip(rows, layouts, strict=True)
+            return encoded if found.tokens is None else replace(encoded, is_typed=True)
+
+        return [
+            found if isinstance(found, Refused) else encode(row, found)
+            for row, found in zip(rows, laid_out, strict=True)
         ]
 
     def to_prompt(
@@ -138,8 +142,13 @@ class Encoder:
         Raises:
             DataError: nothing precedes it, or the chat template refuses.
         """
-        layout = self._renderer.lay_out_prompt(Conversation(messages, tools=tools))
-        [(ids, _)] = self._tokenize([layout.text])
+        row = Conversation(messages, tools=tools)
+        masked = self._typed.mask(row)
+        layout = self._renderer.lay_out_prompt(masked or row)
+        if masked is None:
+            [(ids, _)] = self._tokenize([layout.text])
+        else:
+            _, ids, _ = self._typed.tokenize(layout.text)
         bos = self._missing_bos(ids) if layout.is_verbatim else []
         reference = next(message.content for message in reversed(messages) if message.train)
         return Prompt([*bos, *ids], reference)
@@ -148,7 +157,24 @@ class Encoder:
         """Raises DataError if the chat template is missing or broken: once, and not in each row."""
         self._renderer.check_template()
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    def _lay_out(self, row: Conversation) -> _LaidOut | Refused:
+        try:
+            masked = self._typed.mask(row)
+            layouts = self._renderer.lay_out_all(masked or row)
+            if masked is None:
+                return _LaidOut(layouts)
+            tokenized = [self._typed.tokenize(layout.text) for layout in layouts]
+        except DataError as error:
+            return Refused(str(error))
+        return _LaidOut(
+            [
+                replace(layout, text=text)
+                for layout, (text, _, _) in zip(layouts, tokenized, strict=True)
+            ],
+            [(ids, offsets) for _, ids, offsets in tokenized],
+        )
+
+    def _tokenize(self, texts: list[str]) -> list[_Tokens]:
         if not texts:
             return []
         encoding = self._tokenizer(
@@ -201,6 +227,17 @@ class Encoder:
             is_verbatim=layout.is_verbatim,
             has_bos=ids[:1] == [self._tokenizer.bos_token_id],
         )
+
+
+_Tokens = tuple[list[int], list[tuple[int, int]]]
+"""Tokens, and the places of each in the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    layouts: list[Layout]
+    tokens: list[_Tokens] | None = None
+    """If these are not the ordinary ones of the text."""
 
 
 def _joined(rows: list[Encoded]) -> Encoded:

@@ -53,6 +53,8 @@ class Prepared:
     """Learnt turns of all rows."""
     num_lost_answers: int
     """Learnt turns that were cut away or cut short."""
+    num_typed: int
+    """Rows with special tokens in their messages, which are taken for plain text."""
     num_tokens: int
     num_supervised: int
     longest: int
@@ -69,10 +71,11 @@ class Prepared:
     def summary(self) -> str:
         """One line for the log."""
         answers = f", {self.num_lost_answers:,} of {self.num_answers:,} answers lost"
+        typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
         bad = f", {self.num_bad:,} bad rows left out" if self.num_bad else ""
         return (
             f"{self.num_rows:,} rows ({self.num_truncated:,} too long, {self.num_lost:,} left out"
-            f"{answers if self.num_lost_answers else ''}){bad}, "
+            f"{answers if self.num_lost_answers else ''}){bad}{typed}, "
             f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
             f"learnt, longest {self.longest:,}; turns end with {' '.join(self.stops)}"
         )
@@ -174,6 +177,7 @@ _COUNTS = (
     "num_truncated",
     "num_answers",
     "num_lost_answers",
+    "num_typed",
     "num_tokens",
     "num_supervised",
 )
@@ -197,6 +201,7 @@ class _Tally:
             num_truncated=row.length > max_length,
             num_answers=row.num_answers,
             num_lost_answers=row.num_lost,
+            num_typed=row.is_typed,
             num_tokens=sum(len(example.input_ids) for example in row.examples),
             num_supervised=sum(example.num_supervised for example in row.examples),
         )
