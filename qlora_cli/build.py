@@ -69,7 +69,9 @@ class Audited:
         """One line for the log."""
         total = self.audit.total
         found = "; ".join(
-            f"{finding.what} {finding.found}" for finding in self.findings if finding.is_suspect
+            f"{finding.what} {finding.found}{f' ({finding.named[0]})' if finding.named else ''}"
+            for finding in self.findings
+            if finding.count
         )
         return (
             f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
@@ -97,7 +99,7 @@ def check_data(
     """
     sides = audit_data(data, learnt, held_out, tokenizer)
     for side in sides:
-        is_suspect = any(finding.is_suspect for finding in side.findings)
+        is_suspect = any(finding.count for finding in side.findings)
         log.log(logging.WARNING if is_suspect else logging.INFO, side.summary())
     check_limits(data, sides)
     return {side.name: side.audit.record() for side in sides}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import Audited, audit_data, check_limits, read_data
-from qlora_cli.data.encode import read_chat_template
-from qlora_cli.errors import RecipeError
+from qlora_cli.data.encode import Encoder, Refused, read_chat_template
+from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.preview_page import preview_page
 from qlora_cli.preview_text import preview_text
 from qlora_cli.recipe import Recipe
+from qlora_cli.types import Example
 from qlora_cli.view import SideView, SourceView, make_sample
 
 if TYPE_CHECKING:
@@ -31,18 +33,22 @@ def preview(recipe: Recipe, *, source: str | None = None) -> Preview:
     """
     quiet_libraries()
     data = recipe.data
-    sides = {"train": data.train_sources, "evaluation": data.evaluation_sources}
-    names = {side: _names(side, len(sources)) for side, sources in sides.items() if sources}
-    known = {**names, **{name: [] for side in names.values() for name in side}}
+    sources = {"train": data.train_sources, "evaluation": data.evaluation_sources}
+    names = {side: _names(side, len(found)) for side, found in sources.items() if found}
+    known = dict.fromkeys([*names, *(name for side in names.values() for name in side)])
     if source is not None and source not in known:
         raise RecipeError(f"--source: found {source}; it takes {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    learnt, *held_out = [
-        read_data({"train": "training"}.get(side, side), data, sides[side], tokenizer)
-        for side in names
+    learnt = read_data("training", data, sources["train"], tokenizer)
+    held_out = None
+    if sources["evaluation"]:
+        held_out = read_data("evaluation", data, sources["evaluation"], tokenizer)
+    audited = audit_data(data, learnt, held_out, tokenizer)
+    sides = [
+        _Side(side, names[side], sources[side], found)
+        for side, found in zip(names, audited, strict=True)
     ]
-    audited = audit_data(data, learnt, held_out[0] if held_out else None, tokenizer)
-    return Preview(recipe, tokenizer, list(zip(names.values(), audited, strict=True)), source)
+    return Preview(recipe, tokenizer, sides, source)
 
 
 def _names(side: str, num_sources: int) -> list[str]:
@@ -55,14 +61,14 @@ class Preview:
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerFast
-    sides: list[tuple[list[str], Audited]]
-    """Training, then evaluation: the names of its sources, and what was found."""
+    sides: list[_Side]
+    """Training, then evaluation."""
     source: str | None
     """The one source or side whose rows are shown."""
 
     def text(self, num_samples: int, *, colour: bool) -> str:
         """Samples, figures and findings for a terminal."""
-        return preview_text(self._views(num_samples), colour=colour)
+        return preview_text(self.views(num_samples), colour=colour)
 
     def write_page(self, path: Path, num_samples: int, *, title: str) -> None:
         """Write the same as one HTML page.
@@ -70,43 +76,73 @@ class Preview:
         Raises:
             RecipeError: it cannot be written.
         """
-        page = preview_page(self._views(num_samples), title=title)
+        page = preview_page(self.views(num_samples), title=title)
         try:
             path.write_text(page, encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"--html: {path}: {error.strerror or error}") from error
 
     def rows(self, num_rows: int | None) -> Iterator[dict[str, Any]]:
-        """Rows for programs.
+        """Rows for programs: source, row, input_ids, labels, text. Preferences have an answer too.
 
         Args:
             num_rows: of each source; None gives all.
         """
-        for names, side in self.sides:
-            rows = side.prepared.examples
-            for source, name in enumerate(names):
-                for row in side.scan.first_rows(source, num_rows) if self._shows(name) else []:
-                    example = rows[row]
+        for side in self.sides:
+            for source in range(len(side.names)):
+                for row in self._rows(side, source, num_rows):
                     yield {
-                        "source": name,
-                        "row": rows.place(row),
-                        "input_ids": example.input_ids,
-                        "labels": example.labels,
-                        "text": self.tokenizer.decode(example.input_ids),
+                        "source": side.names[source],
+                        "row": row.place,
+                        **({"answer": row.answer} if row.answer else {}),
+                        "input_ids": row.example.input_ids,
+                        "labels": row.example.labels,
+                        "text": self.tokenizer.decode(row.example.input_ids),
                     }
 
     def check(self) -> None:
         """Raises DataError if `qlora train` would stop because of a limit in `data.audit`."""
-        check_limits(self.recipe.data, [side for _, side in self.sides])
+        check_limits(self.recipe.data, [side.audited for side in self.sides])
 
-    def _shows(self, name: str) -> bool:
-        return self.source is None or f"{name}.".startswith(f"{self.source}.")
+    def _rows(self, side: _Side, source: int, num_rows: int | None) -> Iterator[_Row]:
+        """The first rows of a source, if it is one to be shown; of a preference, both answers."""
+        if self.source is not None and self.source not in (side.name, side.names[source]):
+            return
+        examples = side.audited.prepared.examples
+        indices = side.audited.scan.first_rows(source, num_rows)
+        places = [examples.place(i) for i in indices]
+        rejected = self._rejected(side.sources[source], places)
+        for i, place in zip(indices, places, strict=True):
+            yield _Row(place, examples[i], "chosen" if place in rejected else None)
+            if place in rejected:
+                yield _Row(place, rejected[place], "rejected")
 
-    def _views(self, num_samples: int) -> list[SideView]:
-        return [self._view(names, side, num_samples) for names, side in self.sides]
+    def _rejected(self, source: Source, places: list[str]) -> dict[str, Example]:
+        """Of preferences: the answer that was not chosen, by the place of its row."""
+        data, encoder = self.recipe.data, Encoder(self.tokenizer)
+        found: dict[str, Example] = {}
+        wanted = set(places)
+        for row in source.conversations(BadRows()):
+            if row.rejected is None or not wanted:
+                break
+            if row.place in wanted:
+                wanted.remove(row.place)
+                other = replace(row, messages=row.rejected, rejected=None)
+                [encoded] = encoder.encode_rows(
+                    [other], max_length=data.max_length, truncate=data.truncate
+                )
+                if isinstance(encoded, Refused):
+                    raise DataError(f"{row.place}: the rejected answer: {encoded.reason}")
+                found.update((row.place, example) for example in encoded.examples)
+        return found
 
-    def _view(self, names: list[str], side: Audited, num_samples: int) -> SideView:
-        rows, prepared, tokenizer = side.prepared.examples, side.prepared, self.tokenizer
+    def views(self, num_samples: int) -> list[SideView]:
+        """Figures and findings of each side, and the first rows of each source."""
+        return [self._view(side, num_samples) for side in self.sides]
+
+    def _view(self, side: _Side, num_samples: int) -> SideView:
+        audited, tokenizer = side.audited, self.tokenizer
+        prepared = audited.prepared
         sources = [
             SourceView(
                 name=name,
@@ -115,16 +151,33 @@ class Preview:
                 num_bad=prepared.counts[i]["num_bad"],
                 num_dropped=prepared.counts[i]["num_lost"],
                 num_cut=prepared.counts[i]["num_truncated"],
-                figures=side.audit.sources[i],
+                figures=audited.audit.sources[i],
                 samples=[
-                    make_sample(rows[row], rows.place(row), tokenizer)
-                    for row in (side.scan.first_rows(i, num_samples) if self._shows(name) else [])
+                    make_sample(row.example, row.place, tokenizer, row.answer)
+                    for row in self._rows(side, i, num_samples)
                 ],
             )
-            for i, name in enumerate(names)
+            for i, name in enumerate(side.names)
         ]
         stops = [
             (str(tokenizer.convert_ids_to_tokens(token_id)), count)
-            for token_id, count in side.audit.ends.items()
+            for token_id, count in audited.audit.ends.items()
         ]
-        return SideView(side.name, side.audit, stops, side.findings, sources)
+        return SideView(audited.name, audited.audit, stops, audited.findings, sources)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    place: str
+    example: Example
+    answer: str | None
+    """Of a preference: which of the two answers this is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    name: str
+    names: list[str]
+    """Of its sources, as they stand in the recipe."""
+    sources: list[Source]
+    audited: Audited

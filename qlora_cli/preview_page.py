@@ -60,8 +60,9 @@ def _side(side: SideView) -> Iterator[str]:
     yield from _histogram(side.audit.bars)
     yield "<h3>Looked at</h3>\n<table>"
     for finding in side.findings:
-        mark = ' class="suspect"' if finding.is_suspect else ""
-        yield f"<tr{mark}><td>{escape(finding.what)}<td>{escape(finding.found)}"
+        mark = ' class="suspect"' if finding.count else ""
+        found = "<br>".join(map(escape, (finding.found, *finding.named)))
+        yield f"<tr{mark}><td>{escape(finding.what)}<td>{found}"
     stops = ", ".join(f"{token} {count:,}" for token, count in side.stops)
     yield f"<tr><td>learnt turns<td>{total.num_turns:,}, ended by {escape(stops or 'nothing')}"
     yield "</table>"

@@ -114,7 +114,8 @@ def _side(side: SideView, colour: bool) -> Iterator[str]:
     width = max(len(finding.what) for finding in side.findings)
     for finding in side.findings:
         line = f"{finding.what:<{width}}  {finding.found}"
-        yield f"{_WARN}{line}{_OFF}" if colour and finding.is_suspect else line
+        yield f"{_WARN}{line}{_OFF}" if colour and finding.count else line
+        yield from (f"  {name}" for name in finding.named)
 
 
 def _histogram(bars: Sequence[Bar]) -> Iterator[str]:

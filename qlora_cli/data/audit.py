@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -169,9 +169,15 @@ class Finding:
     """One thing that was looked at."""
 
     what: str
-    found: str
-    """How many, out of how many, and which are the first."""
-    is_suspect: bool
+    count: int
+    total: int
+    named: tuple[str, ...] = ()
+    """The first of them."""
+
+    @property
+    def found(self) -> str:
+        """How many, out of how many."""
+        return f"{self.count:,} of {self.total:,}"
 
 
 def findings(
@@ -184,43 +190,28 @@ def findings(
     """
     total = audit.total
 
-    def pairs(found: list[tuple[int, int]], others: Rows = rows) -> list[str]:
-        return [f"{rows.place(row)} = {others.place(other)}" for row, other in found]
+    def pairs(found: list[tuple[int, int]], others: Rows = rows) -> tuple[str, ...]:
+        return tuple(f"{rows.place(row)} = {others.place(other)}" for row, other in found)
 
-    drifting = [rows.place(row) for row in drift.rows[:_NAMED]]
+    num = total.num_rows
+    drifting = tuple(rows.place(row) for row in drift.rows[:_NAMED])
+    repeated = pairs(audit.duplicates)
     found = [
-        _finding("rows with nothing to learn", total.num_empty, total.num_rows),
-        _finding("turns that end in no stop token", total.unstopped, total.num_turns),
-        _finding(
+        Finding("rows with nothing to learn", total.num_empty, num),
+        Finding("turns that end in no stop token", total.unstopped, total.num_turns),
+        Finding(
             "rows with another prompt than generation", len(drift.rows), drift.num_rows, drifting
         ),
-        _finding("rows that begin with two BOS tokens", total.num_double_bos, total.num_rows),
-        _finding(
-            "rows that repeat an earlier one",
-            total.num_duplicates,
-            total.num_rows,
-            pairs(audit.duplicates),
-        ),
+        Finding("rows that begin with two BOS tokens", total.num_double_bos, num),
+        Finding("rows that repeat an earlier one", total.num_duplicates, num, repeated),
     ]
     if training is not None:
         seen, asked = pairs(audit.seen, training), pairs(audit.asked, training)
         found += [
-            _finding("rows that training has too", total.num_seen, total.num_rows, seen),
-            _finding(
-                "rows whose prompt training answers otherwise",
-                total.num_asked,
-                total.num_rows,
-                asked,
-            ),
+            Finding("rows that training has too", total.num_seen, num, seen),
+            Finding("rows whose prompt training answers otherwise", total.num_asked, num, asked),
         ]
     return found
-
-
-def _finding(what: str, count: int, total: int, named: Sequence[str] = ()) -> Finding:
-    found = f"{count:,} of {total:,}"
-    if named:
-        found += f" ({', '.join(named)}{', ...' if count > len(named) else ''})"
-    return Finding(what, found, is_suspect=count > 0)
 
 
 def find_drift(rows: Rows, prompts: Iterable[tuple[int, list[int]]]) -> Drift:

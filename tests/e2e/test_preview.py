@@ -85,7 +85,8 @@ rows with nothing to learn                0 of 3
 turns that end in no stop token           0 of 3
 rows with another prompt than generation  0 of 3
 rows that begin with two BOS tokens       0 of 3
-rows that repeat an earlier one           1 of 3 (train.jsonl:3 = train.jsonl:1)
+rows that repeat an earlier one           1 of 3
+  train.jsonl:3 = train.jsonl:1
 
 evaluation: test.jsonl
 3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 11.5% learnt
@@ -107,8 +108,10 @@ turns that end in no stop token               0 of 3
 rows with another prompt than generation      0 of 3
 rows that begin with two BOS tokens           0 of 3
 rows that repeat an earlier one               0 of 3
-rows that training has too                    1 of 3 (test.jsonl:1 = train.jsonl:1)
-rows whose prompt training answers otherwise  1 of 3 (test.jsonl:2 = train.jsonl:2)
+rows that training has too                    1 of 3
+  test.jsonl:1 = train.jsonl:1
+rows whose prompt training answers otherwise  1 of 3
+  test.jsonl:2 = train.jsonl:2
 """
 
 

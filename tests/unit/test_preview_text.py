@@ -34,8 +34,8 @@ def side(pieces: list[Piece], path: str = "rows.jsonl", place: str = "rows.jsonl
         audit=audit,
         stops=[("</s>", 1)],
         findings=[
-            Finding("rows with nothing to learn", "1 of 2", is_suspect=True),
-            Finding("rows that repeat an earlier one", "0 of 2", is_suspect=False),
+            Finding("rows with nothing to learn", 1, 2, ("rows.jsonl:2",)),
+            Finding("rows that repeat an earlier one", 0, 2),
         ],
         sources=[
             SourceView(
@@ -69,6 +69,7 @@ lengths 3 to 4 tokens, median 4; 7 tokens, 28.6% learnt
   4 to 4  ████████████████████████████████████████ 1
 learnt turns: 1, ended by </s> 1
 rows with nothing to learn       1 of 2
+  rows.jsonl:2
 rows that repeat an earlier one  0 of 2"""
 
 
@@ -160,7 +161,7 @@ def test_a_page_escapes_whatever_comes_from_the_data() -> None:
     pieces = [Piece(EVIL, is_learnt=is_learnt, is_special=False) for is_learnt in (False, True)]
     shown = side(pieces, path=f"{EVIL}.jsonl", place=f"{EVIL}.jsonl:1")
     shown.stops[:] = [(EVIL, 1)]
-    shown.findings[:] = [Finding(EVIL, EVIL, is_suspect=True)]
+    shown.findings[:] = [Finding(EVIL, 1, 2, (EVIL,))]
     page = preview_page([shown], title=EVIL)
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(&#x27;&quot;&amp;&lt;/script&gt;") == 10
@@ -178,6 +179,6 @@ def test_a_page_tells_learnt_and_special_tokens_apart() -> None:
         '<pre><span class="special">&lt;s&gt;</span>Say⏎\nit: <span class="learnt">so⏎\n</span>'
         '<span class="learnt special">&lt;/s&gt;</span>⏎\n</pre>'
     ) in page
-    assert '<tr class="suspect"><td>rows with nothing to learn<td>1 of 2' in page
+    assert '<tr class="suspect"><td>rows with nothing to learn<td>1 of 2<br>rows.jsonl:2' in page
     assert "<tr><td>rows that repeat an earlier one<td>0 of 2" in page
     assert "<title>mine</title>" in page

@@ -192,17 +192,17 @@ def test_findings_name_the_first_rows() -> None:
     drift = Drift(4, [2])
     audited = scan_of(held_out).audit(scan_of(training))
     assert findings(held_out, audited, drift, training=training) == [
-        Finding("rows with nothing to learn", "1 of 5", True),
-        Finding("turns that end in no stop token", "1 of 4", True),
-        Finding("rows with another prompt than generation", "1 of 4 (a:3)", True),
-        Finding("rows that begin with two BOS tokens", "1 of 5", True),
-        Finding("rows that repeat an earlier one", "0 of 5", False),
-        Finding("rows that training has too", "1 of 5 (a:1 = a:1)", True),
-        Finding("rows whose prompt training answers otherwise", "1 of 5 (a:2 = a:3)", True),
+        Finding("rows with nothing to learn", 1, 5),
+        Finding("turns that end in no stop token", 1, 4),
+        Finding("rows with another prompt than generation", 1, 4, ("a:3",)),
+        Finding("rows that begin with two BOS tokens", 1, 5),
+        Finding("rows that repeat an earlier one", 0, 5),
+        Finding("rows that training has too", 1, 5, ("a:1 = a:1",)),
+        Finding("rows whose prompt training answers otherwise", 1, 5, ("a:2 = a:3",)),
     ]
     repeated = rows(*["aB!"] * 6)
-    found = findings(repeated, scan_of(repeated).audit(), Drift(0, []))
-    assert found[-1].found == "5 of 6 (a:2 = a:1, a:3 = a:1, a:4 = a:1, ...)"
+    found = findings(repeated, scan_of(repeated).audit(), Drift(0, []))[-1]
+    assert (found.found, found.named) == ("5 of 6", ("a:2 = a:1", "a:3 = a:1", "a:4 = a:1"))
 
 
 TRAINING = ("aaB!", "aaB!", "acD!", "aeF!")

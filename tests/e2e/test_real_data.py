@@ -1,0 +1,183 @@
+"""Real data of every kind: previewed, and trained on. Skipped where it is not at hand.
+
+The data lies in a folder of its own (QLORA_TEST_DATA, else ../shared/data), and the tokenizer is
+that of the demo model (scripts/get_demo_model.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_cli.errors import DataError
+from qlora_cli.model.base import BaseModelConfig, load_tokenizer
+from qlora_cli.preview import preview
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.train import train
+from tests.conftest import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("QLORA_TEST_DATA", ROOT.parent / "shared" / "data"))
+MODEL = ROOT / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+GSM8K = {"type": "prompt_completion", "prompt_field": "question", "completion_field": "answer"}
+SENTIMENT = {
+    "type": "template",
+    "user": "Is this review positive or negative?\n\n{{ sentence }}",
+    "assistant": "{{ 'positive' if label == '1' else 'negative' }}",
+}
+MULTIPLE_CHOICE = {
+    "type": "prompt_completion", "prompt_field": "input", "completion_field": "output",
+}  # fmt: skip
+SETS: dict[str, dict[str, Any]] = {
+    "gsm8k": {
+        "train": {"path": "gsm8k/train.jsonl", "format": GSM8K},
+        "evaluation": {"path": "gsm8k/test.jsonl", "format": GSM8K},
+    },
+    "sst2": {
+        name: {"path": f"sst2/{file}.tsv", "columns": ["sentence", "label"], "format": SENTIMENT}
+        for name, file in (("train", "train"), ("evaluation", "dev"))
+    },
+    "mmlu": {"train": {"path": "mmlu/zero_shot_val.jsonl", "format": MULTIPLE_CHOICE}},
+    "wikitext2": {"train": {"path": "wikitext2/valid.txt", "format": {"type": "text"}}},
+    "alpaca": {"train": {"path": "alpaca/alpaca_en_demo.json", "format": {"type": "alpaca"}}},
+    "toolcall": {
+        "train": {
+            "path": "toolcall/glaive_toolcall_en_demo.json",
+            "format": {"type": "sharegpt"},
+        }
+    },
+    "preference": {
+        "train": {"path": "preference/dpo_en_demo.json", "format": {"type": "preference"}}
+    },
+}
+TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROWS = {
+    "gsm8k": 7473, "sst2": 6920, "mmlu": 1531, "wikitext2": 2461,
+    "alpaca": 999, "toolcall": 300, "preference": 300,
+}  # fmt: skip
+ANSWERS = {
+    "gsm8k": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.",
+    "sst2": "positive",
+    "mmlu": "A",
+    "wikitext2": " = Homarus gammarus = ",
+    "alpaca": "Making crepes is an easy and delicious process!",
+    "toolcall": "Of course! I can help you with that.",
+    "preference": "That sounds like a fun and engaging idea!",
+}
+"""How what is learnt of the first row begins."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA.name}"),
+    pytest.mark.skipif(not MODEL.exists(), reason=f"no demo model at {MODEL.relative_to(ROOT)}"),
+]
+
+TRAINED = [name for name in SETS if name != "preference"]
+
+
+@pytest.fixture(scope="module")
+def demo_model() -> Path:
+    """The demo model, unpacked."""
+    return BaseModelConfig(path=str(MODEL)).locate()
+
+
+@pytest.fixture(scope="module")
+def random_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learnt nothing, with the tokenizer of the demo model."""
+    tokenizer = load_tokenizer(demo_model)
+    folder = tmp_path_factory.mktemp("random") / "model"
+    save_tiny_model(
+        folder, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_recipe(folder: Path, name: str, model: Path, *, limit: int | None, **data: Any) -> Path:
+    sides = {
+        side: {**source, "path": str(DATA / source["path"]), "limit": limit}
+        for side, source in SETS[name].items()
+    }
+    if name == "toolcall":
+        # The demo model's own template leaves tools out, so these rows would be refused with it.
+        (folder / "tools.jinja").write_text(TOOLS, encoding="utf-8")
+        data["chat_template"] = str(folder / "tools.jinja")
+    document = {
+        "model": {"path": str(model)},
+        "data": {**sides, **data},
+        "adapter": {"type": "lora", "r": 4, "alpha": 8},
+        "training": {"batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": False},
+        "output": {"dir": str(folder / "run")},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_all_rows_of_a_set_are_previewed(name: str, demo_model: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, name, demo_model, limit=None, max_length=4096)
+    found = preview(load_recipe(path).recipe)
+    training, *_ = sides = found.views(1)
+    [source] = training.sources
+    assert (source.num_read, source.num_bad, source.num_dropped) == (ROWS[name], 0, 0)
+    assert training.audit.total.num_rows == ROWS[name]
+    for side in sides:
+        counts = {finding.what: finding.count for finding in side.findings}
+        assert counts["rows with nothing to learn"] == 0
+        assert counts["turns that end in no stop token"] == 0
+        assert counts["rows with another prompt than generation"] == 0
+        assert counts["rows that begin with two BOS tokens"] == 0
+    learnt = ["".join(p.text for p in one.pieces if p.is_learnt) for one in source.samples]
+    assert learnt[0].startswith(ANSWERS[name])
+    assert learnt[0].endswith("<|im_end|>")
+    assert [one.answer for one in source.samples] == (
+        ["chosen", "rejected"] if name == "preference" else [None]
+    )
+    assert found.text(1, colour=False).startswith("⟦learnt⟧")
+    assert len(list(found.rows(2))) == 2 * len(sides) * len(source.samples)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_three_steps_are_trained_on_each_set(name: str, random_model: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, name, random_model, limit=64, max_length=256, max_lost=1)
+    train(load_recipe(path, ["training.max_steps=3"]).recipe)
+    assert len(losses(tmp_path)) == 3
+    # Of tokens that are all as likely as each other.
+    assert losses(tmp_path)[0] == pytest.approx(math.log(49152), abs=1.5)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_demo_model_begins_to_learn_each_set(
+    name: str, demo_model: Path, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, name, demo_model, limit=8, max_length=256, max_lost=1)
+    overrides = ["training.max_steps=2", "optimizer.learning_rate=1e-4", "data.evaluation=null"]
+    train(load_recipe(path, overrides).recipe)
+    assert len(losses(tmp_path)) == 2
+    assert max(losses(tmp_path)) < 5
+
+
+def test_preferences_are_not_trained_on(random_model: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "preference", random_model, limit=8)
+    with pytest.raises(DataError, match="preference data is read and previewed, not trained on"):
+        train(load_recipe(path).recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
