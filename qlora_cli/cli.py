@@ -66,6 +66,9 @@ WeightsOption = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Prepare the data anew, and keep none of it.")
+]
 Quiet = Annotated[
     bool | None,
     typer.Option(
@@ -88,6 +91,7 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
     \b
     Example:
       qlora validate recipe.yaml                  # every value, and where it comes from
+      qlora preview recipe.yaml                   # what the model will see
       qlora train recipe.yaml                     # the run is written to output.dir
       qlora eval runs/mine                        # base and tuned model on held-out rows
       qlora merge runs/mine --output models/mine  # a plain model folder
@@ -112,9 +116,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.dir.")
     ] = False,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Prepare the data anew, and keep none of it.")
-    ] = False,
+    no_cache: NoCache = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -206,28 +208,6 @@ def validate(
     _show({"recipe": values, "origins": loaded.origins}, as_json, dump_with_origins(loaded))
 
 
-@app.command("cache")
-def show_cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = None,
-) -> None:
-    """List the prepared data that is kept for later runs.
-
-    It is found by its content: what other data, another tokenizer or other settings would make is
-    never taken for it. It lies in $QLORA_CACHE, else ~/.cache/qlora. --json prints folder, paths,
-    num_rows, size (bytes) and used (seconds since 1970) of each set.
-
-    \b
-    Example:
-      qlora cache --clear
-    """
-    from qlora_cli.data import cache
-
-    report = {"cleared": clear, "sets": [one.record() for one in cache.list_sets(clear=clear)]}
-    _show(report, as_json, cache_text(report))
-
-
 @app.command()
 def preview(
     recipe: RecipePath,
@@ -251,6 +231,7 @@ def preview(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line for each row.")
     ] = False,
+    no_cache: NoCache = False,
     quiet: Quiet = None,
 ) -> None:
     """Show what the model will see, and what in the data is often a mistake.
@@ -269,7 +250,7 @@ def preview(
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.preview import preview
 
-    found = preview(loaded.recipe, source=source)
+    found = preview(loaded.recipe, source=source, use_cache=not no_cache)
     if as_json:
         for row in found.rows(rows):
             typer.echo(json.dumps(row, ensure_ascii=False))
@@ -278,6 +259,28 @@ def preview(
     if html is None and not as_json:
         typer.echo(found.text(rows or 3, colour=_is_coloured()))
     found.check()
+
+
+@app.command("cache")
+def show_cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """List the prepared data that is kept for later runs.
+
+    It is found by its content: what other data, another tokenizer or other settings would make is
+    never taken for it. It lies in $QLORA_CACHE, else ~/.cache/qlora. --json prints folder, paths,
+    num_rows, size (bytes) and used (seconds since 1970) of each set.
+
+    \b
+    Example:
+      qlora cache --clear
+    """
+    from qlora_cli.data import cache
+
+    report = {"cleared": clear, "sets": [one.record() for one in cache.list_sets(clear=clear)]}
+    _show(report, as_json, cache_text(report))
 
 
 @app.command()

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def preview(recipe: Recipe, *, source: str | None = None) -> Preview:
+def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True) -> Preview:
     """Prepare the data of a recipe as for training. No weights are opened.
 
     Args:
         source: show the rows of this source alone (`train.0`), or of one side (`evaluation`).
+        use_cache: keep the prepared data, and take what was kept before.
 
     Raises:
         QloraError: in one of its kinds, with its exit code.
@@ -34,19 +35,19 @@ def preview(recipe: Recipe, *, source: str | None = None) -> Preview:
     quiet_libraries()
     data = recipe.data
     sources = {"train": data.train_sources, "evaluation": data.evaluation_sources}
-    names = {side: _names(side, len(found)) for side, found in sources.items() if found}
+    names = {side: _names(side, len(some)) for side, some in sources.items() if some}
     known = dict.fromkeys([*names, *(name for side in names.values() for name in side)])
     if source is not None and source not in known:
         raise RecipeError(f"--source: found {source}; it takes {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    learnt = read_data("training", data, sources["train"], tokenizer)
+    learnt = read_data("training", data, sources["train"], tokenizer, use_cache=use_cache)
     held_out = None
-    if sources["evaluation"]:
-        held_out = read_data("evaluation", data, sources["evaluation"], tokenizer)
+    if found := sources["evaluation"]:
+        held_out = read_data("evaluation", data, found, tokenizer, use_cache=use_cache)
     audited = audit_data(data, learnt, held_out, tokenizer)
     sides = [
-        _Side(side, names[side], sources[side], found)
-        for side, found in zip(names, audited, strict=True)
+        _Side(side, names[side], sources[side], result)
+        for side, result in zip(names, audited, strict=True)
     ]
     return Preview(recipe, tokenizer, sides, source)
 

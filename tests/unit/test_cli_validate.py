@@ -113,7 +113,7 @@ COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_commands() -> None:
-    assert COMMANDS == ["train", "eval", "merge", "validate", "cache", "preview", "schema"]
+    assert COMMANDS == ["train", "eval", "merge", "validate", "preview", "cache", "schema"]
 
 
 def test_options_are_a_promise() -> None:
@@ -128,7 +128,16 @@ def test_options_are_a_promise() -> None:
         "eval": {"target", "--set", "--weights", "--json", *talk},
         "merge": {"run", "--output", "--set", "--weights", "--json", *talk},
         "validate": {"recipe", "--set", "--json", *talk},
-        "preview": {"recipe", "--set", "--rows", "--source", "--html", "--json", *talk},
+        "preview": {
+            "recipe",
+            "--set",
+            "--rows",
+            "--source",
+            "--html",
+            "--json",
+            "--no-cache",
+            *talk,
+        },
         "cache": {"--clear", "--json", *talk},
         "schema": set(),
     }
