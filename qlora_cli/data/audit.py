@@ -200,7 +200,7 @@ def findings(
         Finding("rows with nothing to learn", total.num_empty, num),
         Finding("turns that end in no stop token", total.unstopped, total.num_turns),
         Finding(
-            "rows with another prompt than generation", len(drift.rows), drift.num_rows, drifting
+            "rows whose prompt differs in generation", len(drift.rows), drift.num_rows, drifting
         ),
         Finding("rows that begin with two BOS tokens", total.num_double_bos, num),
         Finding("rows that repeat an earlier one", total.num_duplicates, num, repeated),

@@ -81,11 +81,11 @@ lengths 25 to 28 tokens, median 25; 78 tokens, 12.8% learnt
   27 to 27   0
   28 to 28  ████████████████████ 1
 learnt turns: 3, ended by <|im_end|> 3
-rows with nothing to learn                0 of 3
-turns that end in no stop token           0 of 3
-rows with another prompt than generation  0 of 3
-rows that begin with two BOS tokens       0 of 3
-rows that repeat an earlier one           1 of 3
+rows with nothing to learn               0 of 3
+turns that end in no stop token          0 of 3
+rows whose prompt differs in generation  0 of 3
+rows that begin with two BOS tokens      0 of 3
+rows that repeat an earlier one          1 of 3
   train.jsonl:3 = train.jsonl:1
 
 evaluation: test.jsonl
@@ -105,7 +105,7 @@ lengths 25 to 27 tokens, median 26; 78 tokens, 11.5% learnt
 learnt turns: 3, ended by <|im_end|> 3
 rows with nothing to learn                    0 of 3
 turns that end in no stop token               0 of 3
-rows with another prompt than generation      0 of 3
+rows whose prompt differs in generation       0 of 3
 rows that begin with two BOS tokens           0 of 3
 rows that repeat an earlier one               0 of 3
 rows that training has too                    1 of 3

@@ -139,7 +139,7 @@ def test_all_rows_of_a_set_are_previewed(name: str, demo_model: Path, tmp_path: 
         counts = {finding.what: finding.count for finding in side.findings}
         assert counts["rows with nothing to learn"] == 0
         assert counts["turns that end in no stop token"] == 0
-        assert counts["rows with another prompt than generation"] == 0
+        assert counts["rows whose prompt differs in generation"] == 0
         assert counts["rows that begin with two BOS tokens"] == 0
     learnt = ["".join(p.text for p in one.pieces if p.is_learnt) for one in source.samples]
     assert learnt[0].startswith(ANSWERS[name])

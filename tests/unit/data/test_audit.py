@@ -194,7 +194,7 @@ def test_findings_name_the_first_rows() -> None:
     assert findings(held_out, audited, drift, training=training) == [
         Finding("rows with nothing to learn", 1, 5),
         Finding("turns that end in no stop token", 1, 4),
-        Finding("rows with another prompt than generation", 1, 4, ("a:3",)),
+        Finding("rows whose prompt differs in generation", 1, 4, ("a:3",)),
         Finding("rows that begin with two BOS tokens", 1, 5),
         Finding("rows that repeat an earlier one", 0, 5),
         Finding("rows that training has too", 1, 5, ("a:1 = a:1",)),
