@@ -216,7 +216,8 @@ def _read_table(
         lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file))
         reader = csv.reader(lines, strict=True, **_DIALECTS[kind])
         while True:
-            place = f"{path}:{reader.line_num + 1}"
+            first = reader.line_num + 1
+            place = f"{path}:{first}"
             try:
                 values = next(reader)
                 for value in values:
@@ -224,7 +225,9 @@ def _read_table(
             except StopIteration:
                 return
             except csv.Error as error:
-                bad.add(place, f"not {kind[1:].upper()}: {error}")
+                # A quotation mark too many can take in the lines up to the next one.
+                taken = f" (lines {first} to {last})" if (last := reader.line_num) > first else ""
+                bad.add(place, f"not {kind[1:].upper()}: {error}{taken}")
                 continue
             except UnicodeDecodeError as error:
                 if header is None:

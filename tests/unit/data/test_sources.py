@@ -163,6 +163,15 @@ def test_bad_lines_of_a_table_are_named(tmp_path: Path) -> None:
     assert f"{path}:4: 1 fields, but the header has 2" in errors
 
 
+def test_the_lines_that_a_quotation_mark_takes_in_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\none\n"two\nthree\n"four" five\nsix\n"seven\n', encoding="utf-8")
+    rows, errors = read(path)
+    assert [located.row["text"] for located in rows] == ["one", "six"]
+    assert f"{path}:3: not CSV: ',' expected after '\"' (lines 3 to 5)" in errors
+    assert f"{path}:7: not CSV: unexpected end of data\n" in f"{errors}\n"
+
+
 def test_a_quotation_mark_in_a_tsv_is_text(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"so it begins\t0\nnext\t1\n', encoding="utf-8")
