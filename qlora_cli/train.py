@@ -25,7 +25,7 @@ from qlora_cli.data.encode import read_chat_template
 from qlora_cli.keeper import Keeper, refuse_changes
 from qlora_cli.loop import fit
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
-from qlora_cli.model.report import report_trained
+from qlora_cli.model.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder
@@ -98,6 +98,7 @@ def train(
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
     set_seed(settings.seed + world.rank)  # but not the same dropout
+    warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
     trained = report_trained(model)
     log.info(trained.summary())
     if settings.gradient_checkpointing:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import ModelError
 
+log = logging.getLogger("qlora")
+
+_SMALL = 0.25
+"""Share of the median norm of the head's rows. The smallest of the 49,152 rows of SmolLM2-135M has
+0.57 of it; rows that were never trained are near zero, or all the same."""
+
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module, Parameter
     from transformers import PreTrainedModel
 
@@ -160,6 +169,43 @@ def report_trained(model: Module) -> TrainedReport:
         trained=sum(weights.values()),
         total=sum(count for count, _ in count_weights(model).values()),
     )
+
+
+def warn_of_untrained(model: PreTrainedModel, tokens: Mapping[str, int]) -> list[str]:
+    """Say which tokens the model could hardly learn to write: the rows of its head are frozen, and
+    as they were before any training.
+
+    Args:
+        model: with its adapter attached.
+        tokens: text and id of each.
+
+    Returns:
+        Their texts.
+    """
+    head = model.get_output_embeddings()
+    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+        return []
+    found = [text for text, token_id in tokens.items() if _looks_untrained(head.weight, token_id)]
+    if found:
+        log.warning(
+            "stop tokens: %s looks untrained in this base model, and adapter.type trains no "
+            "embeddings, so the tuned model may never stop; take the instruction-tuned model, or "
+            "a data.chat_template that ends turns with a token which the base model knows",
+            " ".join(found),
+        )
+    return found
+
+
+def _looks_untrained(rows: Tensor, token_id: int) -> bool:
+    """Whether a row is much smaller than most, or the same as another: left from initialising."""
+    import torch
+
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)  # (V,)
+    norm = norms[token_id]
+    if norm < _SMALL * norms.median():
+        return True
+    alike = torch.nonzero(norms == norm).flatten()
+    return any(i != token_id and rows[i].equal(rows[token_id]) for i in alike.tolist())
 
 
 def _owner(parameter_name: str) -> str:
