@@ -33,6 +33,7 @@ _FREE = (
     "training.log_every",
     "training.eval_every",
     "training.save_every",
+    "data.audit.",
     "evaluation.",
     "output.",
 )

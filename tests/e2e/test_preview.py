@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from qlora_cli.cli import main
+from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX
 from tests.conftest import make_tokenizer
 
@@ -26,11 +27,12 @@ def rows_file(path: Path, *pairs: tuple[str, str]) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two rows to learn, one of them held out too; the model has no weights to open."""
+    """Three rows to learn, one of them held out too; whatever opens the weights fails."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, "model")
     for weights in Path("model").glob("*.safetensors"):
-        weights.write_bytes(b"no weights")
+        weights.unlink()
+        weights.symlink_to("nowhere")
     rows_file(Path("train.jsonl"), ("Hi", "Ho"), ("1+1?", "2\n!"), ("Hi", "Ho"))
     rows_file(Path("test.jsonl"), ("Hi", "Ho"), ("1+1?", "3"), ("New", "Row"))
     pairs = {"type": "prompt_completion"}
@@ -196,7 +198,7 @@ def test_overlap_is_said_when_training_begins(recipe: Path, run: Run) -> None:
     _, _, error = run("preview", recipe, "-q")
     assert error == ""
     code, _, error = run("train", recipe)
-    assert code == 3, "the model has no weights"
+    assert code == 3, "the weights cannot be opened"
     lines = [line for line in error.splitlines() if line.startswith("audit")]
     assert lines == [
         "audit of training data: 25 to 28 tokens a row, median 25; rows that repeat an earlier one "
@@ -218,14 +220,46 @@ def test_a_limit_that_is_crossed_stops_before_the_model_is_loaded(
     assert ("test.jsonl:1 = train.jsonl:1" in out) == (command == "preview")
 
 
-def test_the_record_of_a_run_holds_the_audit(
-    tiny_recipe: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_record_of_a_run_holds_the_audit(tiny_recipe: Callable[..., Any]) -> None:
     from qlora_cli.train import train
 
     record = train(tiny_recipe(training={"max_steps": 1}))
     assert record["audit"]["training"]["num_rows"] == 16
     assert record["audit"]["evaluation"]["num_seen"] == 6
+
+
+def test_a_limit_may_be_set_when_a_run_is_resumed(tiny_recipe: Callable[..., Any]) -> None:
+    from qlora_cli.train import train
+
+    train(tiny_recipe(training={"max_steps": 1}))
+    with pytest.raises(DataError, match=r"max_overlap \(0\.5\): 100\.00% of the evaluation rows"):
+        train(
+            tiny_recipe(training={"max_steps": 2}, data={"audit": {"max_overlap": 0.5}}),
+            resume=True,
+        )
+    strict = tiny_recipe(training={"max_steps": 2}, data={"audit": {"max_duplicates": 0}})
+    assert train(strict, resume=True)["status"] == "finished"
+
+
+def test_both_answers_of_a_preference_are_shown(recipe: Path, run: Run) -> None:
+    rows = [{"prompt": f"Hi {number}", "chosen": "Ho", "rejected": "No"} for number in range(1, 4)]
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    preference = ["--set", "data.train.format.type=preference", "--source", "train"]
+    code, out, _ = run("preview", recipe, *preference, "--rows", 1)
+    assert code == 0
+    for answer, text in (("chosen", "Ho"), ("rejected", "No")):
+        assert (
+            f"train.jsonl:1, {answer}: 27 tokens, 3 learnt\n  ◆<|im_start|>user⏎\n"
+            f"  Hi 1◆<|im_end|>⏎\n  ◆<|im_start|>assistant⏎\n  ⟦{text}◆<|im_end|>⟧⏎\n"
+        ) in out
+    _, out, _ = run("preview", recipe, *preference, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(row["row"], row["answer"]) for row in found] == [
+        (f"train.jsonl:{number}", answer)
+        for number in (1, 2, 3)
+        for answer in ("chosen", "rejected")
+    ]
+    assert found[1]["text"].endswith("assistant\nNo<|im_end|>\n")
 
 
 @pytest.mark.parametrize(

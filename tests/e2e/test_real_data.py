@@ -129,7 +129,7 @@ def write_recipe(folder: Path, name: str, model: Path, *, limit: int | None, **d
 
 @pytest.mark.parametrize("name", SETS)
 def test_all_rows_of_a_set_are_previewed(name: str, demo_model: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, name, demo_model, limit=None, max_length=4096)
+    path = write_recipe(tmp_path, name, demo_model, limit=None, max_length=16384)
     found = preview(load_recipe(path).recipe)
     training, *_ = sides = found.views(1)
     [source] = training.sources
