@@ -21,6 +21,14 @@ from qlora_cli.types import Conversation, Message, ToolCall
 _WORD = re.compile(r"Qz(\d+)zQ|c(\d{8})")
 
 
+_Frame = tuple[str, str, int | None]
+
+
+def _filled(frame: _Frame) -> str:
+    before, after, number = frame
+    return before if number is None else f"{before}Qz{number}zQ{after}"
+
+
 class Skeleton:
     """A conversation with unique words in place of its contents."""
 
@@ -28,13 +36,26 @@ class Skeleton:
         self.values: list[str] = []
         """What stands in place of the words, in their order; without white space around it."""
         self._ids: dict[str, str] = {}
-        messages = [self._message(message) for message in conversation.messages]
-        self.conversation = replace(conversation, messages=messages, place="", rejected=None)
+        self._given = conversation
+        # Made for every row: messages that are nothing but a content are only noted.
+        self._turns = [
+            self._message(message)
+            if message.reasoning or message.tool_calls or message.name or message.tool_call_id
+            else (message.role, message.train, self._frame(message.content))
+            for message in conversation.messages
+        ]
+        tools = conversation.tools
+        self.shape = repr((self._turns, tools))
+        """The same for conversations of the same shape."""
 
     @property
-    def shape(self) -> str:
-        """The same for conversations of the same shape."""
-        return repr((self.conversation.messages, self.conversation.tools))
+    def conversation(self) -> Conversation:
+        """With the words."""
+        messages = [
+            turn if isinstance(turn, Message) else Message(turn[0], _filled(turn[2]), turn[1])
+            for turn in self._turns
+        ]
+        return replace(self._given, messages=messages, place="", rejected=None)
 
     def _message(self, message: Message) -> Message:
         return replace(
@@ -48,12 +69,19 @@ class Skeleton:
             tool_call_id=self._id(message.tool_call_id),
         )
 
-    def _text(self, text: str) -> str:
+    def _frame(self, text: str) -> _Frame:
+        """The white space around a text, and the number of its word; no number if it is empty."""
         core = text.strip()
         if not core:
-            return text
+            return text, "", None
         self.values.append(core)
-        return text.replace(core, f"Qz{len(self.values) - 1}zQ", 1)
+        if len(core) == len(text):
+            return "", "", len(self.values) - 1
+        start = text.index(core)
+        return text[:start], text[start + len(core) :], len(self.values) - 1
+
+    def _text(self, text: str) -> str:
+        return _filled(self._frame(text))
 
     def _arguments(self, value: Any) -> Any:
         if isinstance(value, dict):

@@ -84,7 +84,7 @@ class Template:
 
     def looks_at(self, values: Sequence[str]) -> bool:
         """Whether one of the values holds a text that the template may test for: `</think>`."""
-        return any(self._constants.search(value) for value in values)
+        return self._constants.search("\n".join(values)) is not None
 
     @cached_property
     def _source(self) -> str:
