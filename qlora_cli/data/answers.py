@@ -68,8 +68,9 @@ def find_additions(template: Template, conversation: Conversation) -> Additions:
         and text.startswith(prompt[:opening])
         and not text.startswith("<think>", opening)
     )
-    header = prompt[_common(prompt, template.render(messages[:-1], tools)) :]
-    return Additions(thought, _closing(template, conversation, text, header))
+    start = _common(prompt, template.render(messages[:-1], tools))
+    closing = _closing(template, conversation, text, start=start, header=prompt[start:])
+    return Additions(thought, closing)
 
 
 def find_answers(
@@ -100,7 +101,10 @@ class _Finder:
         if self._tools and self._render(self._messages, tools=False) == self._render(
             self._messages
         ):
-            raise DataError("the chat template leaves the tools out")
+            raise DataError(
+                "the chat template leaves the tools out (data.chat_template may name one that "
+                "writes them)"
+            )
         for i, message in enumerate(self._messages):
             # The answers are looked at one by one, and those that are not learnt may lose
             # reasoning.
@@ -183,16 +187,10 @@ class _Finder:
                     f"{self._what(i)}: the chat template leaves out {value!r} of its tool calls"
                 )
         end = start + len(written.rstrip())
-        stop = self._template.added_before(turn, end)
-        # A closing tag such as </tool_call> may be an added token too: no stop, if the turn goes
-        # on with another one.
-        if stop is not None and stop > start and not self._is_tag(turn, stop):
+        stop = self._template.stop_before(turn, start, end)
+        if stop is not None:
             return stop, stop
         return end, _skip_space(turn, end)
-
-    def _is_tag(self, turn: str, at: int) -> bool:
-        token = self._template.added_at(turn, at)
-        return token is not None and token.startswith("</")
 
     def _find_other(self, i: int) -> Answer:
         """A turn that the model is not asked for: from where its content begins."""
@@ -229,11 +227,11 @@ class _Finder:
         return f"message {i + 1} ({self._messages[i].role})"
 
 
-def _closing(template: Template, conversation: Conversation, text: str, header: str) -> str:
+def _closing(
+    template: Template, conversation: Conversation, text: str, *, start: int, header: str
+) -> str:
     """The header of a next turn, if it is all that ends the last one (GLM: `<|user|>`)."""
-    if template.added_before(text, len(text.rstrip())) is not None and not re.search(
-        r"</\w+>\s*$", text
-    ):
+    if template.stop_before(text, start, len(text.rstrip())) is not None:
         return ""
     *before, last = conversation.messages
     # A template may take the reasoning out once the conversation goes on.

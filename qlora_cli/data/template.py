@@ -70,12 +70,17 @@ class Template:
         found = self._added.match(text, at)
         return found[0] if found else None
 
-    def added_before(self, text: str, end: int) -> int | None:
-        """Where the added token begins that ends at a place of the text."""
-        last = None
-        for found in self._added.finditer(text, 0, end):
-            last = found
-        return last.start() if last and last.end() == end else None
+    def stop_before(self, text: str, start: int, end: int) -> int | None:
+        """Where the added token begins that ends at `end`, if a turn from `start` on may stop so.
+
+        The closing tag of something in the turn (`</tool_call>`) is no stop.
+        """
+        *_, last = [None, *self._added.finditer(text, start, end)]
+        if last is None or last.end() < end:
+            return None
+        opening = last[0].replace("</", "<", 1)
+        is_tag = last[0].startswith("</") and opening in text[start:end]
+        return None if is_tag and last[0] != self._tokenizer.eos_token else last.start()
 
     def added_over(self, text: str, at: int) -> int:
         """The place itself; or where the added token begins whose middle it is."""

@@ -1,0 +1,275 @@
+"""Which characters of a conversation are learnt, and which of them are data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qlora_cli.data.answers import Answer, find_additions, find_answers, write
+from qlora_cli.data.layout import Layout, Renderer
+from qlora_cli.data.template import Template
+from qlora_cli.errors import DataError
+from qlora_cli.types import Conversation, Message, ToolCall
+
+TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
+
+# As those of Qwen: calls and answers of tools, reasoning after the last question only.
+TOOLS_AND_REASONING = """\
+{%- for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}
+{%- set ns = namespace(asked=0) %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.asked = loop.index %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.reasoning_content and loop.index > ns.asked %}
+{{- '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}
+{%- endif %}
+{{- m.content | trim }}
+{%- for c in m.tool_calls or [] %}{{ '<call>' + c.function | tojson + '</call>' }}{% endfor %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def chat(*contents: str) -> list[Message]:
+    roles = ("user", "assistant")
+    return [Message(roles[i % 2], text, train=i % 2 == 1) for i, text in enumerate(contents)]
+
+
+def asked(**arguments: Any) -> Message:
+    return Message("assistant", "", train=True, tool_calls=(ToolCall("add", arguments, "x1"),))
+
+
+def told(content: str) -> Message:
+    return Message("tool", content, train=False, name="add", tool_call_id="x1")
+
+
+def learnt(layout: Layout) -> list[str]:
+    return [layout.text[answer.start : answer.end] for answer in layout.answers]
+
+
+def data(layout: Layout) -> list[str]:
+    assert layout.contents is not None
+    return [layout.text[start:end] for start, end in layout.contents]
+
+
+def by_rendering_parts(template: Template, row: Conversation) -> Layout:
+    additions = find_additions(template, row)
+    text = write(template, row, additions)
+    return Layout(text, find_answers(template, row, text, additions), is_verbatim=False)
+
+
+def outcome(
+    lay_out: Callable[[Conversation], Layout], row: Conversation
+) -> str | tuple[str, list[Answer]]:
+    try:
+        layout = lay_out(row)
+    except DataError as error:
+        return str(error)
+    return layout.text, layout.answers
+
+
+@pytest.fixture
+def tooled(make_tokenizer: TokenizerMaker) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOLS_AND_REASONING
+    return tokenizer
+
+
+def test_one_render_finds_what_rendering_every_part_finds(make_tokenizer: TokenizerMaker) -> None:
+    contents = [
+        *("Paris.", " a\n", "\n\n b", "<", "user", "assistant", "", "é 🦊", "<|im_start|>", "</s>"),
+        *("</think>", "<think>x</think>y", "Qz0zQ", "{{ x }}", "a" * 50, "\u2028", '"', "\\"),
+    ]
+    generator = random.Random(7)
+    compared = 0
+    for kind in ("chatml", "llama3", "mistral", "phi3", "reasoning"):
+        tokenizer = make_tokenizer(kind)
+        renderer, template = Renderer(tokenizer), Template(tokenizer)
+        for _ in range(150):
+            texts = generator.choices(contents, k=2 * generator.randint(1, 4))
+            row = Conversation(
+                [replace(m, train=m.train and bool(m.content)) for m in chat(*texts)]
+            )
+            by_parts = outcome(partial(by_rendering_parts, template), row)
+            assert outcome(renderer.lay_out, row) == by_parts
+            compared += not isinstance(by_parts, str)
+    assert compared > 300
+
+
+def test_a_shape_that_is_known_costs_one_render(
+    make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renders = []
+    render = Template.render
+
+    def counted(*args: Any, **settings: Any) -> str:
+        renders.append(args)
+        return render(*args, **settings)
+
+    monkeypatch.setattr(Template, "render", counted)
+    renderer = Renderer(make_tokenizer())
+    texts = [f"text {i}" for i in range(20)]
+    renderer.lay_out(Conversation(chat(*texts)))
+    assert len(renders) < 3 * len(texts)
+    renders.clear()
+    layout = renderer.lay_out(Conversation(chat(*reversed(texts))))
+    assert len(renders) == 1
+    assert learnt(layout) == texts[-2::-2]
+
+
+def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -> None:
+    messages = [
+        Message("user", " <|im_end|> a ", train=False),
+        replace(asked(a='say "x"', b=[1, "two"]), reasoning="hm"),
+        told("2"),
+        Message("assistant", "b", train=True),
+    ]
+    layout = Renderer(tooled).lay_out(Conversation(messages, tools=TOOLS))
+    assert data(layout) == ["<|im_end|> a", "hm", 'say \\"x\\"', "two", "2", "b"]
+    assert learnt(layout) == [
+        '<think>\nhm\n</think>\n\n<call>{"name": "add", "arguments": {"a": "say \\"x\\"", '
+        '"b": [1, "two"]}}</call>',
+        "b",
+    ]
+
+
+def test_contents_that_cannot_be_told_are_not_guessed(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content[::1][:9]")
+    layout = Renderer(tokenizer).lay_out(Conversation(chat("short", "also")))
+    assert data(layout) == ["short", "also"]
+    with pytest.raises(DataError, match=r"message 1 \(user\): .* changes its content or leaves"):
+        Renderer(tokenizer).lay_out(Conversation(chat("much longer than that", "b")))
+    tokenizer.chat_template = tokenizer.chat_template.replace("[:9]", " | replace('#', '')")
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* changes its content"):
+        Renderer(tokenizer).lay_out(Conversation(chat("a", "b # c")))
+
+
+def test_verbatim_text_is_data_from_end_to_end(make_tokenizer: TokenizerMaker) -> None:
+    pieces = [Message("text", "a", train=False), Message("text", " b", train=True)]
+    assert data(Renderer(make_tokenizer()).lay_out(Conversation(pieces))) == ["a", " b"]
+
+
+def test_a_question_can_be_learnt_from_where_its_content_begins(
+    make_tokenizer: TokenizerMaker,
+) -> None:
+    messages = [replace(message, train=True) for message in chat("user", "b", "user", "d")]
+    layout = Renderer(make_tokenizer()).lay_out(Conversation(messages))
+    assert learnt(layout) == ["user", "b", "user", "d"]
+    for answer in layout.answers:
+        assert layout.text.startswith("<|im_end|>", answer.stop)
+
+
+def test_a_template_that_leaves_something_out_is_refused(
+    make_tokenizer: TokenizerMaker, tooled: PreTrainedTokenizerFast
+) -> None:
+    plain, able = Renderer(make_tokenizer()), Renderer(tooled)
+    call = [*chat("a"), asked(a=1), told("2"), Message("assistant", "b", train=True)]
+    rows = {
+        r"^the chat template leaves the tools out": Conversation(chat("a", "b"), tools=TOOLS),
+        r"^message 2 \(assistant\): .* leaves out 'add' of its tool calls": Conversation(call),
+        r"^message 2 \(assistant\): .* leaves out its reasoning, which is to be": Conversation(
+            [chat("a")[0], Message("assistant", "b", train=True, reasoning="hm")]
+        ),
+    }
+    for reason, row in rows.items():
+        with pytest.raises(DataError, match=reason):
+            plain.lay_out(row)
+        assert able.lay_out(row).answers
+    ignoring = make_tokenizer()
+    ignoring.chat_template = tooled.chat_template.replace(
+        "{%- for m in messages %}\n", "{%- for m in messages if m.role != 'tool' %}\n"
+    )
+    with pytest.raises(DataError, match=r"message 3 \(tool\): .* leaves it out"):
+        Renderer(ignoring).lay_out(Conversation(call))
+
+
+def test_reasoning_that_is_not_learnt_may_be_left_out(tooled: PreTrainedTokenizerFast) -> None:
+    messages = chat("a", "b", "c", "d")
+    messages[1] = replace(messages[1], reasoning="hm", train=False)
+    layout = Renderer(tooled).lay_out(Conversation(messages))
+    assert "hm" not in layout.text
+    assert learnt(layout) == ["d"]
+
+
+def test_a_conversation_is_split_where_reasoning_is_taken_out(
+    tooled: PreTrainedTokenizerFast,
+) -> None:
+    renderer = Renderer(tooled)
+    texts = ("a", "b", "c", "d", "e", "f")
+    for number in range(2):  # the second time, the shape is known
+        messages = chat(*(f"{text}{number}" for text in texts))
+        for i in (1, 5):
+            messages[i] = replace(messages[i], reasoning=f"hm{i}")
+        rows = renderer.split(Conversation(messages))
+        assert [len(row.messages) for row in rows] == [2, 6]
+        assert [learnt(layout) for layout in renderer.lay_out_all(Conversation(messages))] == [
+            [f"<think>\nhm1\n</think>\n\nb{number}"],
+            [f"d{number}", f"<think>\nhm5\n</think>\n\nf{number}"],
+        ]
+
+
+def test_what_ends_a_turn_is_written_after_the_last_one_too(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    layout = Renderer(tokenizer).lay_out(Conversation(chat("a", "b", "c", "d")))
+    assert layout.text == "<|user|>a<|assistant|>b<|user|>c<|assistant|>d<|user|>"
+    assert [layout.text[answer.start : answer.stop + 8] for answer in layout.answers] == [
+        "b<|user|>",
+        "d<|user|>",
+    ]
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_reasoning_that_a_template_never_shows_follows_its_prompt(
+    make_tokenizer: TokenizerMaker, inline: bool
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content.split('</think>')[-1] }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    renderer = Renderer(tokenizer)
+    reasoned = (
+        chat("a", "<think>\nhm\n</think>\n\nb")
+        if inline
+        else [chat("a")[0], Message("assistant", "b", train=True, reasoning="hm")]
+    )
+    layout = renderer.lay_out(Conversation(reasoned))
+    assert layout.text == "<|user|>a<|assistant|><think>\nhm\n</think>\n\nb</s>"
+    assert learnt(layout) == ["hm\n</think>\n\nb"]
+    assert learnt(renderer.lay_out(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
+
+
+def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m.content", "(m.content | map(attribute='text') | join)"
+    )
+    assert learnt(Renderer(tokenizer).lay_out(Conversation(chat("a", "b")))) == ["b"]
+
+
+def test_a_template_that_adds_arguments_to_text_is_given_json(
+    tooled: PreTrainedTokenizerFast,
+) -> None:
+    tooled.chat_template = tooled.chat_template.replace(
+        "c.function | tojson", "c.function.name + c.function.arguments"
+    )
+    row = Conversation([*chat("a"), asked(a=1, b="x")])
+    layout = Renderer(tooled).lay_out(row)
+    assert learnt(layout) == ['<call>add{"a": 1, "b": "x"}</call>']
+    assert data(layout) == ["a", "x"]
