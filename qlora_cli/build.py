@@ -69,7 +69,7 @@ class Audited:
         """One line for the log."""
         total = self.audit.total
         found = "; ".join(
-            f"{finding.what} {finding.found}{f' ({finding.named[0]})' if finding.named else ''}"
+            f"{finding.what}: {', '.join([finding.found, *finding.named[:1]])}"
             for finding in self.findings
             if finding.count
         )
@@ -129,7 +129,8 @@ def _audited(
         for i, source in enumerate(sources)
         for pair in _first_prompts(source, rows, scanned.first_rows(i, _COMPARED), data, tokenizer)
     ]
-    found = findings(rows, audit, find_drift(rows, prompts), training=learnt)
+    cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
+    found = findings(rows, audit, find_drift(rows, prompts), cut, training=learnt)
     return Audited(name, prepared, scanned, audit, found)
 
 

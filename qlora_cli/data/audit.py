@@ -176,16 +176,18 @@ class Finding:
 
     @property
     def found(self) -> str:
-        """How many, out of how many."""
-        return f"{self.count:,} of {self.total:,}"
+        """How many, out of how many, and the share if there are any."""
+        share = f" ({self.count / self.total:.2%})" if self.count else ""
+        return f"{self.count:,} of {self.total:,}{share}"
 
 
 def findings(
-    rows: Rows, audit: Audit, drift: Drift, *, training: Rows | None = None
+    rows: Rows, audit: Audit, drift: Drift, cut: Finding, *, training: Rows | None = None
 ) -> list[Finding]:
     """What was looked at in the rows of one side.
 
     Args:
+        cut: what is known of rows that are too long.
         training: what is learnt, if `rows` are held out from it.
     """
     total = audit.total
@@ -197,6 +199,7 @@ def findings(
     drifting = tuple(rows.place(row) for row in drift.rows[:_NAMED])
     repeated = pairs(audit.duplicates)
     found = [
+        cut,
         Finding("rows with nothing to learn", total.num_empty, num),
         Finding("turns that end in no stop token", total.unstopped, total.num_turns),
         Finding(

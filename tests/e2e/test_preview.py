@@ -83,11 +83,12 @@ lengths 25 to 28 tokens, median 25; 78 tokens, 12.8% learnt
   27 to 27   0
   28 to 28  ████████████████████ 1
 learnt turns: 3, ended by <|im_end|> 3
+rows longer than data.max_length         0 of 3
 rows with nothing to learn               0 of 3
 turns that end in no stop token          0 of 3
 rows whose prompt differs in generation  0 of 3
 rows that begin with two BOS tokens      0 of 3
-rows that repeat an earlier one          1 of 3
+rows that repeat an earlier one          1 of 3 (33.33%)
   train.jsonl:3 = train.jsonl:1
 
 evaluation: test.jsonl
@@ -105,14 +106,15 @@ lengths 25 to 27 tokens, median 26; 78 tokens, 11.5% learnt
   26 to 26  ████████████████████████████████████████ 1
   27 to 27  ████████████████████████████████████████ 1
 learnt turns: 3, ended by <|im_end|> 3
+rows longer than data.max_length              0 of 3
 rows with nothing to learn                    0 of 3
 turns that end in no stop token               0 of 3
 rows whose prompt differs in generation       0 of 3
 rows that begin with two BOS tokens           0 of 3
 rows that repeat an earlier one               0 of 3
-rows that training has too                    1 of 3
+rows that training has too                    1 of 3 (33.33%)
   test.jsonl:1 = train.jsonl:1
-rows whose prompt training answers otherwise  1 of 3
+rows whose prompt training answers otherwise  1 of 3 (33.33%)
   test.jsonl:2 = train.jsonl:2
 """
 
@@ -201,11 +203,12 @@ def test_overlap_is_said_when_training_begins(recipe: Path, run: Run) -> None:
     assert code == 3, "the weights cannot be opened"
     lines = [line for line in error.splitlines() if line.startswith("audit")]
     assert lines == [
-        "audit of training data: 25 to 28 tokens a row, median 25; rows that repeat an earlier one "
-        "1 of 3 (train.jsonl:3 = train.jsonl:1)",
-        "audit of evaluation data: 25 to 27 tokens a row, median 26; rows that training has too "
-        "1 of 3 (test.jsonl:1 = train.jsonl:1); rows whose prompt training answers otherwise "
-        "1 of 3 (test.jsonl:2 = train.jsonl:2)",
+        "audit of training data: 25 to 28 tokens a row, median 25; "
+        "rows that repeat an earlier one: 1 of 3 (33.33%), train.jsonl:3 = train.jsonl:1",
+        "audit of evaluation data: 25 to 27 tokens a row, median 26; "
+        "rows that training has too: 1 of 3 (33.33%), test.jsonl:1 = train.jsonl:1; "
+        "rows whose prompt training answers otherwise: 1 of 3 (33.33%), "
+        "test.jsonl:2 = train.jsonl:2",
     ]
 
 

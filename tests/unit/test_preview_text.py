@@ -68,7 +68,7 @@ lengths 3 to 4 tokens, median 4; 7 tokens, 28.6% learnt
   3 to 3  ████████████████████████████████████████ 1
   4 to 4  ████████████████████████████████████████ 1
 learnt turns: 1, ended by </s> 1
-rows with nothing to learn       1 of 2
+rows with nothing to learn       1 of 2 (50.00%)
   rows.jsonl:2
 rows that repeat an earlier one  0 of 2"""
 
@@ -81,7 +81,7 @@ def test_colour_takes_the_place_of_marks() -> None:
     text = preview_text([side(PIECES)], colour=True)
     assert "\x1b[2;7m<s>\x1b[0m\x1b[2mSay⏎\x1b[0m\n" in text
     assert "\x1b[32mso⏎\x1b[0m\n  \x1b[1;7;32m</s>\x1b[0m" in text
-    assert "\x1b[33mrows with nothing to learn       1 of 2\x1b[0m" in text
+    assert "\x1b[33mrows with nothing to learn       1 of 2 (50.00%)\x1b[0m" in text
     assert not re.search("[⟦⟧◆]", text)
     assert all(line.count("\x1b") % 2 == 0 for line in text.splitlines())
 
@@ -179,6 +179,9 @@ def test_a_page_tells_learnt_and_special_tokens_apart() -> None:
         '<pre><span class="special">&lt;s&gt;</span>Say⏎\nit: <span class="learnt">so⏎\n</span>'
         '<span class="learnt special">&lt;/s&gt;</span>⏎\n</pre>'
     ) in page
-    assert '<tr class="suspect"><td>rows with nothing to learn<td>1 of 2<br>rows.jsonl:2' in page
+    assert (
+        '<tr class="suspect"><td>rows with nothing to learn<td>1 of 2 (50.00%)<br>rows.jsonl:2'
+        in page
+    )
     assert "<tr><td>rows that repeat an earlier one<td>0 of 2" in page
     assert "<title>mine</title>" in page

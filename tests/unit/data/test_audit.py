@@ -187,11 +187,15 @@ def test_a_row_that_begins_otherwise_than_its_prompt_drifts() -> None:
     assert find_drift(examples, prompts) == Drift(5, [1, 2, 4])
 
 
+CUT = Finding("rows longer than data.max_length", 0, 9)
+
+
 def test_findings_name_the_first_rows() -> None:
     training, held_out = rows("aaB!", "aaB!", "acD!"), rows("aaB!", "acX!", "^^zY!", "azY", "q")
     drift = Drift(4, [2])
     audited = scan_of(held_out).audit(scan_of(training))
-    assert findings(held_out, audited, drift, training=training) == [
+    assert findings(held_out, audited, drift, CUT, training=training) == [
+        CUT,
         Finding("rows with nothing to learn", 1, 5),
         Finding("turns that end in no stop token", 1, 4),
         Finding("rows whose prompt differs in generation", 1, 4, ("a:3",)),
@@ -201,8 +205,11 @@ def test_findings_name_the_first_rows() -> None:
         Finding("rows whose prompt training answers otherwise", 1, 5, ("a:2 = a:3",)),
     ]
     repeated = rows(*["aB!"] * 6)
-    found = findings(repeated, scan_of(repeated).audit(), Drift(0, []))[-1]
-    assert (found.found, found.named) == ("5 of 6", ("a:2 = a:1", "a:3 = a:1", "a:4 = a:1"))
+    found = findings(repeated, scan_of(repeated).audit(), Drift(0, []), CUT)[-1]
+    assert (found.found, found.named) == (
+        "5 of 6 (83.33%)",
+        ("a:2 = a:1", "a:3 = a:1", "a:4 = a:1"),
+    )
 
 
 TRAINING = ("aaB!", "aaB!", "acD!", "aeF!")
