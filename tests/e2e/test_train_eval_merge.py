@@ -547,6 +547,32 @@ def test_packed_rows_train_like_padded_ones(
             assert packed[name] == padded[name]
 
 
+def test_a_model_trained_on_packed_rows_is_an_ordinary_one(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(
+        data={"packing": True}, adapter={"type": "full"}, training={"micro_batch_size": 4}
+    )
+    qlora("train", recipe)
+    assert "qlora_documents" not in (run / "last" / "config.json").read_text(encoding="utf-8")
+    logged = [row["eval_loss"] for row in metrics(run) if "eval_loss" in row][-1]
+    report = output_of(capsys, "eval", run)
+    assert report["models"]["tuned"]["loss"] == logged
+
+
+def test_the_weight_of_a_source_says_how_often_it_is_learnt(
+    write_recipe: Callable[..., Path], tmp_path: Path, tiny_rows: list[dict[str, Any]]
+) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in ("much", "little")]
+    for path, rows in zip(paths, (tiny_rows[:4], tiny_rows[4:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = [{"path": str(path), "weight": w} for path, w in zip(paths, (3, 0.5), strict=True)]
+    settings = {"epochs": 1, "max_steps": None, "batch_size": 1, "micro_batch_size": 1}
+    qlora("train", write_recipe(data={"train": sources}, training=settings))
+    assert len([row for row in metrics(tmp_path / "run") if "loss" in row]) == 3 * 4 + 6
+
+
 def test_packed_training_resumes_where_it_stopped(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -203,8 +203,19 @@ def test_a_window_that_is_in_the_mask_alone_is_refused() -> None:
     attend = transformers.AttentionInterface()[NAME]
     module = make_model("Mistral", "sdpa").model.layers[0].self_attn
     states = torch.randn(1, 4, 9, 8)
-    with pytest.raises(ValueError, match="sliding_window"):
+    with pytest.raises(ValueError, match=r"not told the sliding_window \(5\)"):
         attend(module, states, states[:, :2], states[:, :2], None, (7, 2))
+
+
+def test_flash_attention_is_given_the_boundaries_that_it_would_find() -> None:
+    from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+    inputs = packed(examples()).inputs()
+    (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(inputs["position_ids"])
+    assert torch.equal(inputs["cu_seq_lens_q"], ends)
+    assert torch.equal(inputs["cu_seq_lens_k"], ends)
+    assert inputs["cu_seq_lens_q"].dtype == ends.dtype
+    assert inputs["max_length_q"] == inputs["max_length_k"] == longest
 
 
 def gradients_of(stream: BatchStream, model: Any, make: Callable[[Any], Any]) -> dict[str, Tensor]:
