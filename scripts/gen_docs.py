@@ -90,6 +90,10 @@ reasoning and tool calls) and the token that ends the turn; there is one BOS at 
   the answer: what the model has to write, which the template itself never shows.
 - **GLM 4**: a turn ends where the next begins. The last answer gets the token that would follow:
   `<|user|>`, or `<|observation|>` after a tool call.
+- **Nemotron 3** asks for reasoning, and answers without it are written in another way than its
+  prompt begins. Answers without reasoning are exact with `{% set enable_thinking = false %}` in
+  front of the template: save it to a file, and name the file in `data.chat_template`. The tuned
+  model keeps that template. So can `reasoning_effort` and its like be set for other templates.
 - **GPT-OSS** writes the day into its system message, so rows made on different days differ there.
 """
 
@@ -235,14 +239,15 @@ def templates_page() -> str:
         cells = [cell(entries[kind]) for kind in kinds]
         rows.append(f"| {' | '.join([f'`{name}`', *cells, str(checked)])} |")
     head = f"| {' | '.join(['template', *kinds, 'conversations checked'])} |"
+    plain = {name: entries for name, entries in kept.items() if "," not in name}
     whole = sum(
         all(entries[kind]["outcome"] == "exact" for kind in ("single", "multi"))
-        for entries in kept.values()
+        for entries in plain.values()
     )
     return _joined(
         [
             TEMPLATES_HEAD,
-            f"Exact for single and for several turns: {whole} of {len(kept)}.\n",
+            f"Exact for single and for several turns: {whole} of {len(plain)}.\n",
             head,
             "|---" * (len(kinds) + 2) + "|",
             *rows,

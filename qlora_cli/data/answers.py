@@ -103,7 +103,7 @@ class _Finder:
         ):
             raise DataError(
                 "the chat template leaves the tools out (data.chat_template may name one that "
-                "writes them)"
+                "writes them, such as configs/chat_templates/chatml-tools.jinja)"
             )
         for i, message in enumerate(self._messages):
             # The answers are looked at one by one, and those that are not learnt may lose

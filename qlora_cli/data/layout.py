@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_cli.data.answers import Answer, find_additions, find_answers, write
-from qlora_cli.data.pattern import Pattern, Patterns, Skeleton
+from qlora_cli.data.pattern import MOST_SHAPES, Pattern, Patterns, Skeleton
 from qlora_cli.data.template import Template
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
@@ -93,6 +93,8 @@ class Renderer:
         if groups is None:
             groups = self._group(conversation, learnt)
             if is_plain:
+                if len(self._groups) == MOST_SHAPES:
+                    self._groups.clear()
                 self._groups[skeleton.shape] = groups
         if len(groups) == 1:
             return [conversation]

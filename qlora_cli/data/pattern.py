@@ -18,6 +18,9 @@ from typing import Any
 from qlora_cli.data.answers import Additions, Answer
 from qlora_cli.types import Conversation, Message, ToolCall
 
+MOST_SHAPES = 4096
+"""Shapes that are remembered; a set with more of them is one where few rows share one."""
+
 _WORD = re.compile(r"Qz(\d+)zQ|c(\d{8})")
 
 
@@ -170,8 +173,6 @@ class Pattern:
 class Patterns:
     """The patterns of the shapes seen so far."""
 
-    _MOST = 4096
-
     def __init__(self, make: Callable[[Conversation], Pattern | None]) -> None:
         self._make = make
         self._known: dict[str, Pattern | None] = {}
@@ -180,7 +181,7 @@ class Patterns:
         """The pattern of a shape; None if there is none, and each row has to be looked at."""
         shape = skeleton.shape
         if shape not in self._known:
-            if len(self._known) == self._MOST:
+            if len(self._known) == MOST_SHAPES:
                 self._known.clear()
             self._known[shape] = self._make(skeleton.conversation)
         return self._known[shape]

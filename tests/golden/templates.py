@@ -45,6 +45,7 @@ _ADDED = re.compile(
 _MARKS = re.compile(
     r"</?think>|<\|?\w+\|?>|\b(?:thought|analysis|assistant|final|to=user|to=self)\b"
 )
+_NO_THINKING = ", enable_thinking = false"
 _IN_PARTS = ("idefics3", "llava", "smolvlm")
 _JSON_ARGUMENTS = ("deepseek",)
 NO_REASONING_KEPT = ("deepseek_r1_distill", "deepseekv3")
@@ -135,10 +136,14 @@ def folder() -> Path | None:
 
 
 def names() -> list[str]:
-    """The templates to generate with: those patched for training are not what models have."""
+    """The templates to generate with: those patched for training are not what models have.
+
+    Those that ask for reasoning by themselves are tried without it too.
+    """
     where = folder()
     stems = sorted(path.stem for path in where.glob("*.jinja")) if where else []
-    return [stem for stem in stems if not stem.endswith("_training")]
+    stems = [stem for stem in stems if not stem.endswith("_training")]
+    return stems + [f"{stem}{_NO_THINKING}" for stem in stems if stem.startswith("nemotron")]
 
 
 def _of(table: Any, name: str) -> Any:
@@ -150,7 +155,10 @@ def tokenizer_for(name: str) -> Any:
     """A byte-level tokenizer with a template and the special tokens that it writes."""
     where = folder()
     assert where is not None
-    source = (where / f"{name}.jinja").read_text(encoding="utf-8")
+    stem = name.removesuffix(_NO_THINKING)
+    source = (where / f"{stem}.jinja").read_text(encoding="utf-8")
+    if stem != name:
+        source = "{% set enable_thinking = false %}" + source
     bos, eos = _ENDS[_of(_ENDS, name)]
     tokenizer = make_tokenizer(source)
     tokenizer.add_special_tokens(

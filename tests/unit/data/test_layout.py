@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,3 +274,26 @@ def test_a_template_that_adds_arguments_to_text_is_given_json(
     layout = Renderer(tooled).lay_out(row)
     assert learnt(layout) == ['<call>add{"a": 1, "b": "x"}</call>']
     assert data(layout) == ["a", "x"]
+
+
+def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer()
+    path = Path(__file__).parents[3] / "configs" / "chat_templates" / "chatml-tools.jinja"
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    renderer = Renderer(tokenizer)
+    messages = [
+        *chat("1 + 1?"),
+        replace(asked(a=1), content="Well."),
+        told("2"),
+        Message("assistant", "It is 2.", train=True),
+    ]
+    for system in ([], [Message("system", "Be brief.", train=False)]):
+        layout = renderer.lay_out(Conversation([*system, *messages], tools=TOOLS))
+        head = "Be brief.\n\n" if system else ""
+        assert layout.text.startswith(f"<|im_start|>system\n{head}You may call these functions")
+        assert learnt(layout) == [
+            'Well.\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+            "It is 2.",
+        ]
+    plain = renderer.lay_out(Conversation(chat("a", "b")))
+    assert plain.text == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")
