@@ -55,22 +55,8 @@ def gsm8k(path: Path) -> list[list[dict[str, str]]]:
 def long_conversations(count: int = 300, turns: int = 50) -> list[list[dict[str, str]]]:
     """Conversations of `turns` messages of 5 to 40 words."""
     draw = random.Random("long conversations")
-    words = [
-        "the",
-        "river",
-        "road",
-        "house",
-        "of",
-        "light",
-        "and",
-        "stone",
-        "carries",
-        "seven",
-        "small",
-        "boats",
-        "to",
-        "market",
-    ]
+    text = "the river road house of light and stone carries seven small boats to market"
+    words = text.split()
     return [
         [
             {

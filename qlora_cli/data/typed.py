@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -122,16 +122,26 @@ def _restore(text: str, stand_ins: dict[str, str]) -> str:
     return text
 
 
-def _texts(conversation: Conversation) -> list[str]:
+def _texts(conversation: Conversation) -> Iterator[str]:
     """All that came from the data and that a template may write."""
-    found: list[str] = []
+    yield from _strings(conversation.tools)
+    for message in conversation.messages:
+        yield message.content
+        yield message.reasoning or ""
+        yield message.name or ""
+        yield message.tool_call_id or ""
+        for call in message.tool_calls:
+            yield from _strings([call.name, call.arguments, call.id])
 
-    def add(text: str) -> str:
-        found.append(text)
-        return text
 
-    _map_texts(conversation, add)
-    return found
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])
 
 
 def _map_texts(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
