@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 _BATCH = 1024
+_MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -258,7 +259,7 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _batch_rows(path, file.iter_batches(batch_size=_BATCH))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
@@ -276,13 +277,15 @@ def _read_arrow(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
                 reader = pyarrow.ipc.open_file(file)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             yield from _batch_rows(path, batches)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Arrow file: {error}") from error
 
 
 def _batch_rows(path: Path, batches: Iterator[RecordBatch]) -> Iterator[LocatedRow]:
     number = 0
     for batch in batches:
+        # pyarrow trusts what a file says of its own layout, and would read outside of it.
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, _BATCH):
             for row in batch.slice(start, _BATCH).to_pylist():
                 number += 1
@@ -379,9 +382,27 @@ def _parse(text: str) -> Any:
 def _decode(text: str, at: int) -> tuple[Any, int]:
     """The JSON value that begins at a place, and where it ends."""
     try:
-        return _DECODER.raw_decode(text, at)
+        value, end = _DECODER.raw_decode(text, at)
     except RecursionError as error:
-        raise ValueError("not JSON: nested too deeply") from error
+        raise ValueError("nested too deeply") from error
+    if text.count("[", at, end) + text.count("{", at, end) > _MAX_DEPTH and _is_deep(value):
+        raise ValueError("nested too deeply")
+    return value, end
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether there is more than `_MAX_DEPTH` in one another: Python handles few hundred."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inside = [item for item in level if isinstance(item, (list, dict))]
+        if not inside:
+            return False
+        level = [
+            below
+            for item in inside
+            for below in (item.values() if isinstance(item, dict) else item)
+        ]
+    return True
 
 
 def _not_json(error: json.JSONDecodeError) -> str:

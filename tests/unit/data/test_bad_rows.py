@@ -92,7 +92,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
     "NaN": (replaced(b"]}", b'], "score": NaN}'), "not JSON: NaN is no number"),
     "infinity": (replaced(b"]}", b'], "score": -Infinity}'), "not JSON: -Infinity is no number"),
     "huge number": (replaced(b"]}", b'], "n": ' + b"9" * 5000 + b"}"), "Exceeds the limit"),
-    "nested": (lambda q: b"[" * 200_000, "not JSON: nested too deeply"),
+    "nested": (lambda q: b"[" * 200_000, "nested too deeply"),
     "key twice": (replaced(b'"role"', b'"role": "system", "role"'), "key 'role' stands twice"),
     "10 MB, cut off": (
         lambda q: line(q * (10 * MB // len(q)))[:-20],

@@ -106,6 +106,25 @@ def test_both_kinds_of_arrow_file_are_read(tmp_path: Path, is_stream: bool) -> N
         texts(Source(path=str(path)))
 
 
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+@pytest.mark.parametrize(("old", "new"), [(b"row 7", b"row \xff"), (b"text", b"t\xffxt")])
+def test_bytes_that_are_no_text_make_a_table_unreadable(
+    tmp_path: Path, kind: str, old: bytes, new: bytes
+) -> None:
+    path = tmp_path / f"rows.{kind}"
+    table = pyarrow.Table.from_pylist(ROWS)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, compression="none", store_schema=False)
+    else:
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(DataError, match=r"not a readable (Arrow|Parquet) file: .*(UTF|utf-)8"):
+        texts(Source(path=str(path)))
+
+
 def test_a_table_without_header_is_read_by_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "sst2.tsv"
     path.write_text("a fine film\t1\nshort\ndull\t0\n", encoding="utf-8")

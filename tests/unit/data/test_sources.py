@@ -116,7 +116,8 @@ def test_json_with_one_list_inside(tmp_path: Path) -> None:
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter (column 13)"),
         (b"[1]", "expected an object, found list"),
         (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 (invalid continuation byte)"),
-        (b"[" * 100_000, "not JSON: nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 120 + b"]" * 120 + b"}", "nested too deeply"),
         (b'{"text": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits)"),
     ],
 )
