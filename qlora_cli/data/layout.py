@@ -131,14 +131,15 @@ class Renderer:
         text = self._template.render(messages[:last], conversation.tools, prompting=True)
         return Layout(text, [], is_verbatim=False)
 
-    def _make_pattern(self, skeleton: Conversation) -> Pattern | None:
+    def _make_pattern(self, skeleton: Skeleton) -> Pattern | None:
+        row = skeleton.conversation
         try:
-            additions = find_additions(self._template, skeleton)
-            text = write(self._template, skeleton, additions)
-            answers = find_answers(self._template, skeleton, text, additions)
+            additions = find_additions(self._template, row)
+            text = write(self._template, row, additions)
+            answers = find_answers(self._template, row, text, additions)
         except DataError:
             return None  # perhaps only because of the words: each conversation is asked itself
-        return Pattern(text, answers, additions)
+        return Pattern(text, answers, additions, num_words=len(skeleton.values))
 
     def _is_exact(self, conversation: Conversation) -> bool:
         try:

@@ -21,7 +21,7 @@ from qlora_cli.types import Conversation, Message, ToolCall
 MOST_SHAPES = 4096
 """Shapes that are remembered; a set with more of them is one where few rows share one."""
 
-_WORD = re.compile(r"Qz(\d+)zQ|c(\d{8})")
+_WORD = re.compile(r"Qz(\d{1,9})zQ|c(\d{8})")
 
 
 _Frame = tuple[str, str, int | None]
@@ -115,15 +115,20 @@ class Match:
 class Pattern:
     """The text of a skeleton, cut at its words."""
 
-    def __init__(self, text: str, answers: list[Answer], additions: Additions) -> None:
+    def __init__(
+        self, text: str, answers: list[Answer], additions: Additions, *, num_words: int
+    ) -> None:
         self.additions = additions
         self._answers = answers
         self._pieces: list[str | int] = []
         self._starts: list[int] = []
         at = 0
         for word in _WORD.finditer(text):
+            number = int(word[1] or word[2])
+            if number >= num_words:
+                continue  # tools hold texts of their own
             self._add(text[at : word.start()], at)
-            self._add(int(word[1] or word[2]), word.start())
+            self._add(number, word.start())
             at = word.end()
         self._add(text[at:], at)
 
@@ -173,7 +178,7 @@ class Pattern:
 class Patterns:
     """The patterns of the shapes seen so far."""
 
-    def __init__(self, make: Callable[[Conversation], Pattern | None]) -> None:
+    def __init__(self, make: Callable[[Skeleton], Pattern | None]) -> None:
         self._make = make
         self._known: dict[str, Pattern | None] = {}
 
@@ -183,5 +188,5 @@ class Patterns:
         if shape not in self._known:
             if len(self._known) == MOST_SHAPES:
                 self._known.clear()
-            self._known[shape] = self._make(skeleton.conversation)
+            self._known[shape] = self._make(skeleton)
         return self._known[shape]

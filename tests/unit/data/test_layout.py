@@ -297,3 +297,13 @@ def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMa
         ]
     plain = renderer.lay_out(Conversation(chat("a", "b")))
     assert plain.text == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")
+
+
+def test_a_text_that_looks_like_a_word_of_a_skeleton_is_no_content(
+    tooled: PreTrainedTokenizerFast,
+) -> None:
+    function = {"name": "add", "description": "abc12345678 Qz99zQ c00000000 Qz0zQ"}
+    row = Conversation(chat("a", "b"), tools=[{"type": "function", "function": function}])
+    layout = Renderer(tooled).lay_out(row)
+    assert learnt(layout) == ["b"]
+    assert "abc12345678 Qz99zQ c00000000 Qz0zQ" in layout.text
