@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.cache_folder import cache_folder
 from qlora_cli.data.prepare import Prepared, digest_of, prepare
 from qlora_cli.data.sources import Source
+from qlora_cli.data.store import read_facts
 from qlora_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -121,8 +122,9 @@ def list_sets(*, clear: bool = False) -> list[Entry]:
     """
     found = []
     for folder in _folder().glob("*/"):
-        prepared = Prepared.open(folder)
-        paths, num_rows = (prepared.paths, prepared.num_rows) if prepared else ([], 0)
+        # Another version may have known other things about its sets.
+        facts = read_facts(folder) or {}
+        paths, num_rows = facts.get("paths", []), facts.get("num_rows", 0)
         size = sum(file.stat().st_size for file in folder.iterdir())
         found.append(Entry(folder, paths, num_rows, size, folder.stat().st_mtime))
     if clear:

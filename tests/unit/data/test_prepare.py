@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data import Data, cache
 from qlora_cli.data.cache import load_or_prepare
-from qlora_cli.data.encode import Encoder, Truncate
+from qlora_cli.data.encode import Encoded, Encoder, Truncate
 from qlora_cli.data.prepare import Prepared, prepare
 from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.workers import Workers
@@ -224,6 +225,24 @@ def test_any_number_of_workers_writes_the_same(
     assert str(first.value) == str(second.value)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_rows_are_read_when_they_are_needed(
+    tokenizer: PreTrainedTokenizerFast, number: int
+) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[Conversation]:
+        for i in itertools.count():
+            read.append(i)
+            yield Conversation([QUESTION, ANSWER], place=str(i))
+
+    with Workers(tokenizer, max_length=512, truncate="cut_end", number=number) as workers:
+        [place, encoded] = next(workers.encode(endless()))
+    assert place == "0"
+    assert isinstance(encoded, Encoded)
+    assert len(read) <= 2000
+
+
 @dataclass(frozen=True, slots=True)
 class Deadly(Conversation):
     """Ends the process that it is sent to."""
@@ -359,6 +378,10 @@ def test_what_is_kept_can_be_seen_and_cleared(
     [entry] = cache.list_sets()
     assert (entry.paths, entry.num_rows) == ([str(path)], 2)
     assert entry.size == sum(file.stat().st_size for file in entry.folder.iterdir()) > 0
+    # A set of another version is no more than a name.
+    (kept / "old").mkdir()
+    assert [one.num_rows for one in cache.list_sets()] == [0, 2]
+    (kept / "old").rmdir()
     assert cache.list_sets(clear=True) == [entry]
     assert not kept.exists()
     assert cache.list_sets() == []
