@@ -73,7 +73,8 @@ class Example:
     @property
     def num_supervised(self) -> int:
         """Tokens that contribute to the loss. The first has no predecessor to predict it from."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        labels = self.labels[1:]
+        return len(labels) - labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class Encoder:
     ) -> _Labelled:
         if layout.is_verbatim:
             ids, offsets = self._enclose(ids, offsets, len(layout.text))
-        starts, ends = _extents(offsets)
+        ends = [end for _, end in offsets]
         labels = list(ids) if learn_all else [IGNORE_INDEX] * len(ids)
         turn_ends, straddles = [], None
         for answer in layout.answers:
@@ -216,8 +216,8 @@ class Encoder:
             is_stopped = last < len(ids) and ids[last] in self._added_ids
             after = last + 1 if is_stopped else bisect_right(ends, answer.end)
             labels[first:after] = ids[first:after]
-            if first < after and starts[first] < answer.start and not learn_all:
-                straddles = _straddles(layout.text, answer.start, starts[first], ends[first])
+            if first < after and (start := _start(offsets, first)) < answer.start and not learn_all:
+                straddles = _straddles(layout.text, answer.start, start, ends[first])
             follows = layout.text[answer.end : answer.end + 20]
             turn_ends.append((after, TurnEnd(ids[last] if is_stopped else None, follows)))
         return _Labelled(
@@ -319,15 +319,13 @@ def _bos_that_is_added(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
 
 
-def _extents(offsets: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """First and last character (exclusive) of each token, white space before it included.
+def _start(offsets: list[tuple[int, int]], token: int) -> int:
+    """First character of a token, white space before it included.
 
     Byte-level tokenizers may report offsets without the white space that a token holds; then a
     token that reaches back into the prompt would pass for one of the answer.
     """
-    ends = [end for _, end in offsets]
-    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends], strict=False)]
-    return starts, ends
+    return min(offsets[token][0], offsets[token - 1][1] if token else 0)
 
 
 def _straddles(text: str, start: int, first: int, last: int) -> str:

@@ -62,7 +62,7 @@ class SetWriter:
         line = f"{place}\n".encode("utf-8", "surrogateescape")
         self._num_tokens += len(example.input_ids)
         self._num_place_bytes += len(line)
-        learnt = bytes(label != IGNORE_INDEX for label in example.labels)
+        learnt = bytes(map(IGNORE_INDEX.__ne__, example.labels))
         self._write("input_ids.bin", array("i", example.input_ids))
         self._write("learnt.bin", learnt)
         self._write("ends.bin", array("q", [self._num_tokens]))
