@@ -57,13 +57,6 @@ SETS: dict[str, dict[str, Any]] = {
         "train": {"path": "preference/dpo_en_demo.json", "format": {"type": "preference"}}
     },
 }
-TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 ROWS = {
     "gsm8k": 7473, "sst2": 6920, "mmlu": 1531, "wikitext2": 2461,
     "alpaca": 999, "toolcall": 300, "preference": 300,
@@ -113,8 +106,7 @@ def write_recipe(folder: Path, name: str, model: Path, *, limit: int | None, **d
     }
     if name == "toolcall":
         # The demo model's own template leaves tools out, so these rows would be refused with it.
-        (folder / "tools.jinja").write_text(TOOLS, encoding="utf-8")
-        data["chat_template"] = str(folder / "tools.jinja")
+        data["chat_template"] = str(ROOT / "configs/chat_templates/chatml-tools.jinja")
     document = {
         "model": {"path": str(model)},
         "data": {**sides, **data},
