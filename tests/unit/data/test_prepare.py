@@ -272,6 +272,25 @@ def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -
     assert time.monotonic() - started < 60
 
 
+def test_preparation_is_quick_and_its_cost_grows_with_the_turns_alone(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    def seconds(rows: int, turns: int) -> float:
+        row = Conversation([QUESTION, ANSWER] * turns)
+        with Workers(tokenizer, max_length=10**6, truncate="drop", number=1) as workers:
+            started = time.process_time()
+            assert len(list(workers.encode([row] * rows))) == rows
+            return time.process_time() - started
+
+    seconds(1, 1)
+    # Processor time, so that other work on the machine has no part in it; the floor is a tenth of
+    # what one core did when this was written.
+    short = seconds(1000, 1)
+    assert short < 1.6
+    # As many turns in fewer rows. The first row of a shape is looked at more closely.
+    assert seconds(20, 50) < 2 * short + 0.2
+
+
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
