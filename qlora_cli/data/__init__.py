@@ -35,7 +35,8 @@ class Data(Part):
     """Share of the answers that may be lost because they were cut away or cut short; above it,
     stop."""
     workers: int | None = Field(None, ge=1)
-    """Processes that prepare rows; null takes one at first, and all cores for a large set."""
+    """Processes that prepare rows; null takes one at first, and for a large set all cores if
+    there are four or more."""
     packing: bool = False
     """Put several short rows into one of `max_length`, where none sees the others."""
     audit: AuditLimits = AuditLimits()
