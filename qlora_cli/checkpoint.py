@@ -124,7 +124,8 @@ def newest_checkpoint(folder: Path) -> Path:
         log.warning("%s is damaged; passed over", path)
     raise TrainingError(
         f"--resume: no checkpoint in {folder}",
-        hint="start without --resume; training.save_every sets how often one is written",
+        hint="nothing was saved: remove the run's folder and start without --resume; "
+        "training.save_every sets how often a checkpoint is written",
     )
 
 

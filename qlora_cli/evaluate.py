@@ -55,7 +55,9 @@ def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -
     sources = recipe.data.evaluation_sources
     if not sources:
         raise RecipeError(
-            f"{target} has no data.evaluation", hint="--set data.evaluation.path=held_out.jsonl"
+            f"{target} has no data.evaluation",
+            hint="--set data.evaluation.path=held_out.jsonl (and data.evaluation.format if it is "
+            "not messages)",
         )
     held_out = read_data("evaluation", recipe.data, sources, tokenizer)
     prompts = read_prompts(recipe, tokenizer)

@@ -123,8 +123,31 @@ class Keeper:
                 peak_memory_bytes=self._world.peak_memory_bytes(),
             )
             self._run.write_readme()
+            self._warn_if_nothing_was_learnt()
         self._world.wait()
         self._world.close()
+
+    def interrupted(self, state: TrainState) -> None:
+        """Say what is left of a run that was interrupted after `state.step` steps."""
+        if not self._world.is_main:
+            return
+        saved = sorted(path.name for path in self._run.checkpoints.glob("step-*"))
+        if saved:
+            then = f"the newest checkpoint is {saved[-1]}; --resume goes on from it"
+        else:
+            then = "nothing was saved (training.save_every sets how often a checkpoint is written)"
+        log.warning("interrupted after step %d: %s", state.step, then)
+
+    def _warn_if_nothing_was_learnt(self) -> None:
+        record = self._run.read_record()
+        if "best" in record and record["best"]["eval_loss"] >= record["untrained_eval_loss"]:
+            log.warning(
+                "the loss on held-out rows never fell below that of the untrained model (%.4f; "
+                "the lowest since is %.4f): the result is worse than what it began with. Try a "
+                "lower optimizer.learning_rate",
+                record["untrained_eval_loss"],
+                record["best"]["eval_loss"],
+            )
 
 
 def refuse_changes(run: RunFolder, recipe: Recipe, digest: str) -> None:

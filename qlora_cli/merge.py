@@ -17,7 +17,7 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
-from qlora_cli.run_folder import RunFolder, Weights
+from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def write(model: Any, tokenizer: PreTrainedTokenizerFast, trained: Path, folder:
     model.generation_config = GenerationConfig.from_pretrained(trained)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    readable_as_the_folder(folder)
 
 
 def reload_logits(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:

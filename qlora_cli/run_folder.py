@@ -58,10 +58,17 @@ class RunFolder:
                 f"--resume: output.dir ({self.root}) holds no run", hint="start without --resume"
             )
         if not resume and self.record.exists():
+            hint = "choose another (--set output.dir=...), or remove the folder"
+            if any(self.checkpoints.glob("step-*")):
+                hint = f"go on with it (--resume), {hint}"
+            raise RecipeError(f"output.dir: {self.root} already holds a run", hint=hint)
+        if self.root.exists() and not self.root.is_dir():
+            raise RecipeError(f"output.dir: {self.root} is a file, and a folder is needed")
+        if not resume and self.root.is_dir() and any(self.root.iterdir()):
             raise RecipeError(
-                f"output.dir: {self.root} already holds a run",
-                hint="go on with it (--resume), choose another (--set output.dir=...), "
-                "or remove the folder",
+                f"output.dir: {self.root} holds files that are of no run, and a run would write "
+                "beside them and over them",
+                hint="name a folder that is empty or does not exist (--set output.dir=...)",
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -76,15 +83,10 @@ class RunFolder:
         """
         folder = self.root / which
         if not folder.is_dir():
-            reason = (
-                "the run has no evaluation after its first step, so no best"
-                if which == "best" and (self.root / "last").is_dir()
-                else "the run has not finished"
-            )
-            raise RecipeError(
-                f"{folder} does not exist: {reason}",
-                hint=f"finish it: qlora train {self.recipe} --resume",
-            )
+            reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume"
+            if which == "best" and (self.root / "last").is_dir():
+                reason, hint = "the run was not evaluated after its first step", "--weights last"
+            raise RecipeError(f"{folder} does not exist: {reason}", hint=hint)
         return folder
 
     def replace(self, which: Weights, write: Callable[[Path], None]) -> None:
@@ -93,13 +95,17 @@ class RunFolder:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         write(unfinished)
+        readable_as_the_folder(unfinished)
         shutil.rmtree(self.root / which, ignore_errors=True)
         unfinished.rename(self.root / which)
 
     def is_best(self, loss: float, step: int) -> bool:
         """Whether a loss is the lowest so far (and remember it). The untrained start is none."""
         best = self.read_record().get("best")
-        if step == 0 or (best is not None and best["eval_loss"] <= loss):
+        if step == 0:
+            self.update_record(untrained_eval_loss=loss)
+            return False
+        if best is not None and best["eval_loss"] <= loss:
             return False
         self.update_record(best={"step": step, "eval_loss": loss})
         return True
@@ -155,6 +161,15 @@ class RunFolder:
             "",
         ]
         (self.root / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def readable_as_the_folder(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors writes them for the owner alone.
+
+    Without this a server of another user could not load what was trained.
+    """
+    for file in folder.iterdir():
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def is_run(path: Path) -> bool:

@@ -142,22 +142,26 @@ def train(
 
     started = time.monotonic()
     names = recipe.output.trackers if world.is_main else None
-    with closing(
-        open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
-    ) as tracker:
-        fit(
-            world.share(objective),
-            optimizer,
-            lambda step: recipe.schedule.scale(step, max_steps),
-            batches,
-            settings,
-            max_steps=max_steps,
-            world=world,
-            scaler=scaler,
-            state=state,
-            evaluate=evaluate,
-            save=keeper.checkpoint,
-            tracker=tracker,
-        )
+    try:
+        with closing(
+            open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
+        ) as tracker:
+            fit(
+                world.share(objective),
+                optimizer,
+                lambda step: recipe.schedule.scale(step, max_steps),
+                batches,
+                settings,
+                max_steps=max_steps,
+                world=world,
+                scaler=scaler,
+                state=state,
+                evaluate=evaluate,
+                save=keeper.checkpoint,
+                tracker=tracker,
+            )
+    except KeyboardInterrupt:
+        keeper.interrupted(state)
+        raise
     keeper.finish(state, seconds=time.monotonic() - started)
     return run.read_record()

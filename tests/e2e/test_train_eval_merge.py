@@ -619,3 +619,56 @@ def test_packing_is_refused_for_a_model_whose_state_crosses_the_seam(
     shown = capsys.readouterr().err
     assert "data.packing: mamba" in shown
     assert "--set data.packing=false" in shown
+
+
+def test_a_run_is_not_written_among_the_files_of_somebody(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe()
+    before = recipe.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(recipe), "--set", f"output.dir={tmp_path}"])
+    assert caught.value.code == 2
+    assert "holds files that are of no run" in capsys.readouterr().err
+    assert recipe.read_bytes() == before
+
+
+def test_an_interrupted_run_says_what_is_left_of_it(
+    write_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from qlora_cli.trackers import Console
+
+    log = Console.log
+
+    def interrupt(self: Any, metrics: Any, step: int) -> None:
+        log(self, metrics, step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "log", interrupt)
+    recipe = write_recipe(training={"max_steps": 6, "save_every": 2})
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(recipe)])
+    assert caught.value.code == 130
+    assert "interrupted after step 3: the newest checkpoint is step-" in capsys.readouterr().err
+    monkeypatch.undo()
+    qlora("train", recipe, "--resume")
+
+
+def test_a_run_that_only_got_worse_says_so(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    qlora("train", write_recipe(optimizer={"learning_rate": 5.0}, training={"max_steps": 2}))
+    assert "never fell below that of the untrained model" in capsys.readouterr().err
+
+
+def test_what_was_trained_can_be_read_by_whoever_reads_its_folder(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    qlora("train", write_recipe(training={"max_steps": 1}))
+    qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    for folder in (tmp_path / "run" / "last", tmp_path / "merged"):
+        modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
+        assert modes == {folder.stat().st_mode & 0o666}

@@ -60,10 +60,14 @@ class BadRows:
         if skip:
             log.warning("%s, left out\n%s", message, shown)
             return
-        raise DataError(
-            f"{message}\n{shown}",
-            hint="repair them, or leave them out with data.on_bad_row: skip",
-        )
+        hint = "repair them, or leave them out with data.on_bad_row: skip"
+        if all("missing; found" in line for line in self.first):
+            hint = (
+                "if no row has that field, the format is another: data.train.format "
+                "(messages, sharegpt, alpaca, prompt_completion, text, template ...) or "
+                "data.train.fields, which renames columns"
+            )
+        raise DataError(f"{message}\n{shown}", hint=hint)
 
 
 def first_lines(lines: list[str], count: int | None = None) -> str:
