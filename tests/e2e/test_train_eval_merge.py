@@ -658,9 +658,11 @@ def test_an_interrupted_run_says_what_is_left_of_it(
 
 
 def test_a_run_that_only_got_worse_says_so(
-    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    qlora("train", write_recipe(optimizer={"learning_rate": 5.0}, training={"max_steps": 2}))
+    unsure = save_tiny_model(tmp_path / "unsure", initializer_range=0.02)
+    sections = {"model": {"path": str(unsure)}, "training": {"max_steps": 2}}
+    qlora("train", write_recipe(**sections, optimizer={"learning_rate": 1.0}))
     assert "never fell below that of the untrained model" in capsys.readouterr().err
 
 
