@@ -80,7 +80,9 @@ class Evaluation(Part):
     limit: int | None = Field(None, ge=1)
     """Generate for only the first rows; the loss is always over all of them."""
     batch_size: int | None = Field(None, ge=1)
-    """Rows per forward; null takes `training.micro_batch_size`."""
+    """Rows per forward for the loss; null takes `training.micro_batch_size`."""
+    generation_batch_size: int | None = Field(None, ge=1)
+    """Prompts answered at once; null takes four times `training.micro_batch_size`."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer."""
 
@@ -142,10 +144,10 @@ class Recipe(Part):
 
     @property
     def eval_batch_size(self) -> int:
-        """Rows per forward in evaluation."""
+        """Rows per forward when the loss is measured."""
         return self.evaluation.batch_size or self.training.micro_batch_size
 
     @property
     def generation_batch_size(self) -> int:
         """Prompts answered at once: without a backward pass more of them fit than in training."""
-        return self.evaluation.batch_size or 4 * self.training.micro_batch_size
+        return self.evaluation.generation_batch_size or 4 * self.training.micro_batch_size

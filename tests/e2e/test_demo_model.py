@@ -99,6 +99,7 @@ def test_gsm8k_trains(tmp_path: Path) -> None:
             f"model.path={MODEL}",
             f"data.train={source.format(DATA / 'gsm8k' / 'train.jsonl', 6, columns)}",
             f"data.evaluation={source.format(DATA / 'gsm8k' / 'test.jsonl', 2, columns)}",
+            "data.max_length=512",
             "evaluation.tasks=[]",
             "training.batch_size=2",
             "training.micro_batch_size=1",
