@@ -23,12 +23,22 @@ Exit codes: those of `qlora` (see `qlora --help`); 1 if the environment or the m
 HELP
 }
 
+refuse() {
+    echo "quickstart.sh: $1" >&2
+    usage >&2
+    exit 2
+}
+
 model=
 while (($#)); do
     case $1 in
-        --model) model=${2:?--model needs a hub id or a folder} && shift 2 ;;
+        --model)
+            model=${2:-}
+            [[ -n $model ]] || refuse "--model needs a hub id, a folder or a file"
+            shift 2
+            ;;
         -h | --help) usage && exit ;;
-        *) usage >&2 && exit 2 ;;
+        *) refuse "there is no $1" ;;
     esac
 done
 # A relative path is meant from where the user stands.
