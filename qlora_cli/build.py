@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,14 @@ from qlora_cli.data.audit import Audit, Finding, Rows, Scan, find_drift, finding
 from qlora_cli.data.batches import eval_batches, proof_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
-from qlora_cli.data.prepare import Prepared, prepare_prompts
+from qlora_cli.data.prepare import Prepared
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.attention import attend_by_document, prove_packing
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
-from qlora_cli.types import Prompt
+from qlora_cli.tasks.task import Task
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -157,25 +157,27 @@ def _first_prompts(
             yield whole[conversation.place], prompt.input_ids
 
 
-def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
-    """What `evaluation.tasks` have to answer; none if there is no task.
+Exam = list[tuple[Task, Sequence[Any]]]
+"""Tasks, each with its questions."""
+
+
+def read_exam(recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerFast) -> Exam:
+    """What each of the tasks asks.
 
     Raises:
-        DataError: a row has no prompt, or a reference that a task cannot score against.
+        DataError: a row cannot be asked about, or has a reference that cannot be scored against.
     """
-    settings = recipe.evaluation
-    if not settings.tasks:
-        return []
-    sources = recipe.data.evaluation_sources
-    skip = recipe.data.on_bad_row == "skip"
-    prompts = [
-        prompt for source in sources for prompt in prepare_prompts(source, tokenizer, skip=skip)
+    held_out = recipe.data.evaluation_sources
+    limit, skip = recipe.evaluation.limit, recipe.data.on_bad_row == "skip"
+    return [
+        (
+            task,
+            task.questions(
+                held_out if task.data is None else [task.data], tokenizer, limit=limit, skip=skip
+            ),
+        )
+        for task in tasks
     ]
-    prompts = prompts[: settings.limit]
-    for task in settings.tasks:
-        for prompt in prompts:
-            task.score(prompt.reference, answer="")
-    return prompts
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -76,9 +76,9 @@ class Evaluation(Part):
     """How the model is measured, beside its loss on `data.evaluation`."""
 
     tasks: list[TaskConfig] = Field([])
-    """Scores of generated answers, computed by `qlora eval`."""
+    """What is asked of the model beside the loss, by `qlora eval`."""
     limit: int | None = Field(None, ge=1)
-    """Generate for only the first rows; the loss is always over all of them."""
+    """Ask only about the first rows; the loss is always over all of them."""
     batch_size: int | None = Field(None, ge=1)
     """Rows per forward for the loss; null takes `training.micro_batch_size`."""
     generation_batch_size: int | None = Field(None, ge=1)
@@ -134,11 +134,14 @@ class Recipe(Part):
                 "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
                 "that you have read"
             )
-        if self.evaluation.tasks and not self.data.evaluation_sources:
+        tasks = self.evaluation.tasks
+        if not self.data.evaluation_sources and any(task.data is None for task in tasks):
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")
-        types = [task.type for task in self.evaluation.tasks]
-        if len(set(types)) < len(types):
-            problems.append(f"evaluation.tasks names a type twice: {', '.join(types)}")
+        names = [task.label for task in tasks]
+        if len(set(names)) < len(names):
+            problems.append(
+                f"evaluation.tasks has a name twice: {', '.join(names)}; give one of them a name"
+            )
         _refuse(problems)
         return self
 

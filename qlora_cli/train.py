@@ -18,7 +18,7 @@ from qlora_cli.build import (
     measure,
     prepare_for_packing,
     read_data,
-    read_prompts,
+    read_exam,
 )
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
@@ -70,7 +70,8 @@ def train(
     held_out = None
     if sources := recipe.data.evaluation_sources:
         held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
-        read_prompts(recipe, tokenizer)  # for its checks: better now than after training
+    # For its checks: better now than after training.
+    read_exam(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     if resume:
         refuse_changes(run, recipe, learnt.digest)

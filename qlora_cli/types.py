@@ -83,6 +83,10 @@ class Prompt:
 
     input_ids: list[int]
     reference: str
+    text: str = ""
+    """The tokens as text, for whoever looks at the answer."""
+    place: str = ""
+    """Of its row: `test.jsonl:17`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,9 +125,9 @@ def _section(path: str, info: FieldInfo, seen: Sections) -> Iterator[str]:
         yield from (f"- `type: {_type(part)}`: {_about(part)}" for part in parts)
         yield ""
     yield from _tables(parts)
-    for part in parts:
-        for name, below in part.model_fields.items():
-            yield from _section(f"{path}.{name}", below, seen)
+    below = {name: info for part in parts for name, info in part.model_fields.items()}
+    for name, info_below in below.items():
+        yield from _section(f"{path}.{name}", info_below, seen)
 
 
 def _parts(field_type: FieldType) -> tuple[type[Part], ...]:

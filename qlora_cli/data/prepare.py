@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,26 +146,37 @@ def digest_of(sources: Sequence[Source]) -> str:
 
 
 def prepare_prompts(
-    source: Source, tokenizer: PreTrainedTokenizerFast, *, skip: bool = False
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    skip: bool = False,
+    limit: int | None = None,
 ) -> list[Prompt]:
     """A prompt and its reference for each row of a source.
 
     Args:
         skip: leave out bad rows.
+        limit: no more prompts than these.
 
     Raises:
         DataError: no rows, or bad rows (all are counted).
     """
     encoder = Encoder(tokenizer)
-    bad, prompts, is_checked = BadRows(), [], False
+    bad, is_checked = BadRows(), False
+    prompts: list[Prompt] = []
     for row in source.conversations(bad):
+        if len(prompts) == limit:
+            break
         if not is_checked and row.messages[0].role != "text":
             encoder.check_template()
             is_checked = True
         try:
-            prompts.append(encoder.to_prompt(row.messages, row.tools))
+            prompt = encoder.to_prompt(row.messages, row.tools)
         except DataError as error:
             bad.add(row.place, error)
+        else:
+            text = str(tokenizer.decode(prompt.input_ids))
+            prompts.append(replace(prompt, text=text, place=row.place))
     bad.check(source.path, skip=skip)
     return prompts
 

@@ -1,4 +1,7 @@
-"""Evaluation tasks. To add one: a file here, and its class in the union."""
+"""Evaluation tasks. To add one: a file here, and its class in the union.
+
+A task on rows of the user sees the data; nothing else of the parts.
+"""
 
 from __future__ import annotations
 

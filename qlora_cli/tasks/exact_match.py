@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qlora_cli.part import Part
+from qlora_cli.tasks.task import WrittenTask
 
 
-class ExactMatch(Part):
+class ExactMatch(WrittenTask):
     """The answer equals the reference, white space at both ends aside."""
 
     type: Literal["exact_match"] = "exact_match"

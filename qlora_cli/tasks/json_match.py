@@ -6,10 +6,10 @@ import json
 from typing import Literal
 
 from qlora_cli.errors import DataError
-from qlora_cli.part import Part
+from qlora_cli.tasks.task import WrittenTask
 
 
-class JsonMatch(Part):
+class JsonMatch(WrittenTask):
     """The answer parses as JSON and equals the reference: key order and spacing do not count."""
 
     type: Literal["json_match"] = "json_match"

@@ -24,6 +24,8 @@ STORIES = {"train", "evaluate", "merge", "generate", "plan", "preview"}
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     **{part: FOUNDATION | {part} for part in PARTS},
+    # A task asks about rows, which data reads.
+    "tasks": FOUNDATION | {"tasks", "data"},
     "recipe": FOUNDATION | PARTS,
     "recipe_file": FOUNDATION | {"recipe"},
     "recipe_schema": FOUNDATION | {"recipe"},

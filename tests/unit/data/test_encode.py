@@ -373,7 +373,12 @@ def test_prompts_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     source = chat_source(tmp_path, TURNS, chat("a", "b"))
     prompts = prepare_prompts(source, tokenizer)
     encoder = Encoder(tokenizer)
-    assert prompts == [encoder.to_prompt(TURNS), encoder.to_prompt(chat("a", "b"))]
+    expected = [encoder.to_prompt(TURNS), encoder.to_prompt(chat("a", "b"))]
+    assert [p.input_ids for p in prompts] == [p.input_ids for p in expected]
+    assert [p.reference for p in prompts] == [p.reference for p in expected]
+    assert [p.place.rpartition(":")[2] for p in prompts] == ["1", "2"]
+    assert prompts[1].text == tokenizer.decode(expected[1].input_ids)
+    assert prepare_prompts(source, tokenizer, limit=1) == prompts[:1]
 
 
 def test_plain_text_has_no_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

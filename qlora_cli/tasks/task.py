@@ -1,0 +1,155 @@
+"""What all evaluation tasks share: what is asked, of which rows, and how answers are counted."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import Field
+
+from qlora_cli.data.prepare import prepare_prompts
+from qlora_cli.data.sources import Source
+from qlora_cli.errors import DataError
+from qlora_cli.part import Part
+from qlora_cli.types import Example, Prompt
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+
+class Examinee(Protocol):
+    """A model under examination. What was asked before is remembered, so tasks share answers."""
+
+    def write(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The greedy answer to each prompt."""
+        ...
+
+    def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
+        """For each example, the sum of log p over its supervised tokens, in nats."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One example after it was asked: what a user looks at, and what is counted."""
+
+    place: str
+    """Of the row: `test.jsonl:17`."""
+    prompt: str
+    reference: str
+    answer: str
+    values: dict[str, float]
+    """What a `Measure` is made of. All outcomes of a task have the same names."""
+
+
+Values = Mapping[str, "NDArray[float64]"]
+"""Name -> the values of all examples, (..., n): leading axes are resamples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure for all examples together."""
+
+    name: str
+    aggregate: Callable[[Values], NDArray[float64]]
+    """From (..., n) to (...), so that a bootstrap can resample the examples."""
+    lower_is_better: bool = False
+    is_share: bool = True
+    """Shown as a percentage."""
+
+
+def mean_of(name: str, *, lower_is_better: bool = False, is_share: bool = True) -> Measure:
+    """The mean of one value over the examples."""
+    return Measure(name, lambda values: values[name].mean(-1), lower_is_better, is_share)
+
+
+class Task(Part):
+    """One evaluation. A kind of its own says what it asks, how, and what it counts."""
+
+    type: str
+    name: str | None = Field(None, min_length=1)
+    """What it is called in tables, in records and by `--tasks`; null takes the type."""
+    data: Source | None = None
+    """Rows to ask about; null takes those of `data.evaluation`."""
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name or self.type
+
+    @abstractmethod
+    def questions(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        limit: int | None,
+        skip: bool,
+    ) -> Sequence[Any]:
+        """What is asked, one for each example, in the order of the rows.
+
+        Args:
+            sources: `data`, or what `data.evaluation` names.
+            limit: ask about the first rows alone.
+            skip: leave out bad rows.
+
+        Raises:
+            DataError: no rows, or rows that cannot be asked about (all are counted).
+        """
+
+    @abstractmethod
+    def examine(self, model: Examinee, questions: Sequence[Any]) -> list[Outcome]:
+        """Ask a model all questions."""
+
+    @abstractmethod
+    def measures(self) -> Sequence[Measure]:
+        """What the outcomes come to; the first decides about the best checkpoint."""
+
+
+class WrittenTask(Task):
+    """A task that scores text which the model writes, on prompts made of rows as in training."""
+
+    @abstractmethod
+    def score(self, reference: str, answer: str) -> float:
+        """How good an answer is.
+
+        Raises:
+            DataError: no answer can be scored against this reference.
+        """
+
+    def values(self, reference: str, answer: str) -> dict[str, float]:
+        """What is counted of one answer."""
+        return {self.type: self.score(reference, answer)}
+
+    def measures(self) -> Sequence[Measure]:
+        return [mean_of(self.type)]
+
+    def questions(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        limit: int | None,
+        skip: bool,
+    ) -> list[Prompt]:
+        prompts = [
+            prompt
+            for source in sources
+            for prompt in prepare_prompts(source, tokenizer, skip=skip, limit=limit)
+        ][:limit]
+        for prompt in prompts:
+            try:
+                self.values(prompt.reference, "")
+            except DataError as error:
+                raise DataError(f"{prompt.place}: {error}", hint=error.hint) from error
+        return prompts
+
+    def examine(self, model: Examinee, questions: Sequence[Prompt]) -> list[Outcome]:
+        return [
+            Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
+            for q, answer in zip(questions, model.write(questions), strict=True)
+        ]
