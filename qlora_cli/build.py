@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.data import Data
-from qlora_cli.data.audit import Audit, Finding, Rows, Scan, find_drift, findings, scan
+from qlora_cli.data.audit import Finding, find_drift, findings
 from qlora_cli.data.batches import eval_batches, proof_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared
+from qlora_cli.data.scan import Audit, Rows, Scan, scan
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.attention import attend_by_document, prove_packing

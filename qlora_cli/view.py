@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.audit import Audit, Figures, Finding
+from qlora_cli.data.audit import Finding
+from qlora_cli.data.scan import Audit, Figures
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:

@@ -20,8 +20,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from qlora_cli.data.sources.rows import BadRows, LocatedRow
+from qlora_cli.data.sources.strict_json import (
+    as_object,
+    list_items,
+    not_json,
+    only_list,
+    parse,
+    skip_space,
+)
 from qlora_cli.errors import DataError
-from qlora_cli.types import Row
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -29,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 _BATCH = 1024
-_MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -136,9 +142,9 @@ _COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
     for place, line in _lines(path, bad):
         try:
-            row = _object(_parse(line))
+            row = as_object(parse(line))
         except json.JSONDecodeError as error:
-            bad.add(place, _not_json(error))
+            bad.add(place, not_json(error))
         except ValueError as error:
             bad.add(place, error)
         else:
@@ -155,12 +161,12 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
     try:
         for place, value in _located_values(path, text):
             try:
-                yield LocatedRow(_object(value), place)
+                yield LocatedRow(as_object(value), place)
             except ValueError as error:
                 bad.add(place, error)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{error.lineno}: {_not_json(error)}",
+            f"{path}:{error.lineno}: {not_json(error)}",
             hint="a file with one object per line is named .jsonl",
         ) from error
     except ValueError as error:
@@ -169,40 +175,16 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
 
 def _located_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """What a list holds, or the one list in an object such as `{"version": 1, "data": [...]}`."""
-    start = _skip_space(text, 0)
+    start = skip_space(text, 0)
     if text[start : start + 1] != "[":
-        for number, value in enumerate(_only_list(_object(_parse(text))), start=1):
+        for number, value in enumerate(only_list(as_object(parse(text))), start=1):
             yield f"{path}, row {number}", value
         return
     line, counted = 1, 0
-    for at, value in _list_items(text, start):
+    for at, value in list_items(text, start):
         line += text.count("\n", counted, at)
         counted = at
         yield f"{path}:{line}", value
-
-
-def _list_items(text: str, at: int) -> Iterator[tuple[int, Any]]:
-    """What the list that begins at `at` holds, and where each item begins."""
-    at = _skip_space(text, at + 1)
-    is_open = text[at : at + 1] != "]"
-    while is_open:
-        value, end = _decode(text, at)
-        yield at, value
-        at = _skip_space(text, end)
-        is_open = text[at : at + 1] == ","
-        if is_open:
-            at = _skip_space(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    after = _skip_space(text, at + 1)
-    if after != len(text):
-        raise json.JSONDecodeError("Extra data", text, after)
-
-
-def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
-        at += 1
-    return at
 
 
 def _read_table(
@@ -349,77 +331,3 @@ def _decoded(path: Path) -> str:
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    """An object; of two values with one key, Python would keep the last in silence."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"not JSON: {name} is no number there")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
-
-
-def _parse(text: str) -> Any:
-    """The JSON value; whatever is wrong with the text is a ValueError."""
-    if text.startswith("\ufeff"):
-        raise ValueError("not JSON: a byte order mark before it (from files that were joined?)")
-    start = _skip_space(text, 0)
-    value, end = _decode(text, start)
-    if (after := _skip_space(text, end)) != len(text):
-        raise json.JSONDecodeError("Extra data", text, after)
-    return value
-
-
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at a place, and where it ends."""
-    try:
-        value, end = _DECODER.raw_decode(text, at)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if text.count("[", at, end) + text.count("{", at, end) > _MAX_DEPTH and _is_deep(value):
-        raise ValueError("nested too deeply")
-    return value, end
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether there is more than `_MAX_DEPTH` in one another: Python handles few hundred."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inside = [item for item in level if isinstance(item, (list, dict))]
-        if not inside:
-            return False
-        level = [
-            below
-            for item in inside
-            for below in (item.values() if isinstance(item, dict) else item)
-        ]
-    return True
-
-
-def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not JSON: {error.msg} (column {error.colno})"
-
-
-def _object(value: object) -> Row:
-    if not isinstance(value, dict):
-        found = "null" if value is None else type(value).__name__
-        raise ValueError(f"expected an object, found {found}")
-    return value
-
-
-def _only_list(row: Row) -> list[Any]:
-    lists = [item for item in row.values() if isinstance(item, list)]
-    if len(lists) != 1:
-        raise ValueError(
-            f"expected a list of objects, or an object with one list; found {len(lists)} lists"
-        )
-    return lists[0]

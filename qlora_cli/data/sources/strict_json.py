@@ -1,0 +1,113 @@
+"""JSON of data files, strictly: no key twice, no NaN, no endless depth; mistakes are ValueErrors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_cli.types import Row
+
+_MAX_DEPTH = 100
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """An object; of two values with one key, Python would keep the last in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"not JSON: {name} is no number there")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def parse(text: str) -> Any:
+    """The JSON value; whatever is wrong with the text is a ValueError."""
+    if text.startswith("\ufeff"):
+        raise ValueError("not JSON: a byte order mark before it (from files that were joined?)")
+    start = skip_space(text, 0)
+    value, end = _decode(text, start)
+    if (after := skip_space(text, end)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, after)
+    return value
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that begins at a place, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if text.count("[", at, end) + text.count("{", at, end) > _MAX_DEPTH and _is_deep(value):
+        raise ValueError("nested too deeply")
+    return value, end
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether there is more than `_MAX_DEPTH` in one another: Python handles few hundred."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inside = [item for item in level if isinstance(item, (list, dict))]
+        if not inside:
+            return False
+        level = [
+            below
+            for item in inside
+            for below in (item.values() if isinstance(item, dict) else item)
+        ]
+    return True
+
+
+def not_json(error: json.JSONDecodeError) -> str:
+    """What is wrong, in a line."""
+    return f"not JSON: {error.msg} (column {error.colno})"
+
+
+def as_object(value: object) -> Row:
+    """The value, if it is an object; else a ValueError."""
+    if not isinstance(value, dict):
+        found = "null" if value is None else type(value).__name__
+        raise ValueError(f"expected an object, found {found}")
+    return value
+
+
+def only_list(row: Row) -> list[Any]:
+    """The one list that an object holds."""
+    lists = [item for item in row.values() if isinstance(item, list)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"expected a list of objects, or an object with one list; found {len(lists)} lists"
+        )
+    return lists[0]
+
+
+def list_items(text: str, at: int) -> Iterator[tuple[int, Any]]:
+    """What the list that begins at `at` holds, and where each item begins."""
+    at = skip_space(text, at + 1)
+    is_open = text[at : at + 1] != "]"
+    while is_open:
+        value, end = _decode(text, at)
+        yield at, value
+        at = skip_space(text, end)
+        is_open = text[at : at + 1] == ","
+        if is_open:
+            at = skip_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    after = skip_space(text, at + 1)
+    if after != len(text):
+        raise json.JSONDecodeError("Extra data", text, after)
+
+
+def skip_space(text: str, at: int) -> int:
+    """The place of the next character that is no white space, from `at` on."""
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
