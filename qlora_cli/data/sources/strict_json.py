@@ -1,4 +1,4 @@
-"""JSON of data files, strictly: no key twice, no NaN, no endless depth; mistakes are ValueErrors."""
+"""JSON of data files, strictly: no key twice, no NaN, no endless depth; else a ValueError."""
 
 from __future__ import annotations
 
