@@ -18,6 +18,7 @@ from qlora_cli.data.prepare import Prepared
 from qlora_cli.errors import RecipeError
 from qlora_cli.generate import answer
 from qlora_cli.model.base import learn_to_stop, load_tokenizer
+from qlora_cli.model_card import write_cards
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
@@ -82,6 +83,7 @@ def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -
     if run and not overrides:
         # With overrides it is a measurement of something else, and belongs to whoever asked.
         run.update_record(evaluation=report)
+        write_cards(run)
     return report
 
 

@@ -18,6 +18,7 @@ from qlora_cli.checkpoint import (
     save_checkpoint,
 )
 from qlora_cli.errors import RecipeError, TrainingError
+from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import dump_recipe, load_recipe
 from qlora_cli.run_folder import RunFolder, environment
@@ -123,6 +124,7 @@ class Keeper:
                 peak_memory_bytes=self._world.peak_memory_bytes(),
             )
             self._run.write_readme()
+            write_cards(self._run)
             self._warn_if_nothing_was_learnt()
         self._world.wait()
         self._world.close()

@@ -113,6 +113,8 @@ class LoRA(Part):
         """Write the adapter in PEFT's own format."""
         # "auto" would ask the hub whether the base's vocabulary has grown.
         model.save_pretrained(folder, save_embedding_layers=False)
+        # PEFT's form for a model card, with its questions unanswered.
+        (folder / "README.md").unlink()
 
     def merge(self, model: PeftModel) -> PreTrainedModel:
         """Add the update to the base weights, in their dtype, and drop it.

@@ -1,0 +1,242 @@
+"""The README.md of weights that somebody will be given: what they are, and how they came about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from qlora_cli.data.sources import Source
+from qlora_cli.data.sources.files import names_a_file
+from qlora_cli.data.sources.hub import is_hub_id
+from qlora_cli.part import Part
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.report_text import evaluation_table, merge_text
+from qlora_cli.run_folder import RunFolder, Weights
+
+_VERSIONS = ("qlora", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def write_cards(run: RunFolder) -> None:
+    """Describe the run's own weights, each in its folder (in place of PEFT's blank form)."""
+    for weights in get_args(Weights):
+        folder = run.root / weights
+        if folder.is_dir():
+            text = model_card(run, weights, name=run.root.resolve().name)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def model_card(
+    run: RunFolder, weights: Weights, *, name: str, proof: Mapping[str, Any] | None = None
+) -> str:
+    """A model card as hubs want it: YAML front matter, then Markdown.
+
+    Files and folders are named by their last part alone, and nothing is said of the machine.
+
+    Args:
+        name: the heading; and what stands for the place of the folder in the example.
+        proof: what `merge` reports, if the card is for a merged model.
+    """
+    recipe = load_recipe(run.recipe).recipe
+    record = run.read_record()
+    is_whole = proof is not None or recipe.adapter.trains_base
+    kind = "fine-tuned model" if is_whole else f"{recipe.adapter.type} adapter"
+    base = _public(recipe.model.path)
+    lines = [
+        "---",
+        yaml.safe_dump(_front_matter(recipe, is_whole), sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {kind}, made from {base} with `qlora`. The licence of the base model goes with it.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *(_whole_example(name) if is_whole else _adapter_example(recipe, name)),
+        "```",
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {_cell(value)} |" for key, value in _facts(recipe, record, run, weights)),
+    ]
+    for title, text in _measurements(record, weights, name, proof):
+        lines += ["", f"## {title}", "", "```text", text, "```"]
+    return "\n".join([*lines, ""])
+
+
+def _front_matter(recipe: Recipe, is_whole: bool) -> dict[str, Any]:
+    """What hubs index. A base or a data set that is not on a hub has no name there."""
+    entries: dict[str, Any] = {
+        "library_name": "transformers" if is_whole else "peft",
+        "pipeline_tag": "text-generation",
+    }
+    if _is_on_hub(recipe.model.path):
+        entries["base_model"] = recipe.model.path
+        entries["base_model_relation"] = "finetune" if is_whole else "adapter"
+    paths = dict.fromkeys(source.path for source in recipe.data.train_sources)
+    if datasets := [path for path in paths if _is_on_hub(path)]:
+        entries["datasets"] = datasets
+    tags: list[str] = [recipe.adapter.type]
+    if recipe.quantization.is_quantized:
+        tags += ["qlora", recipe.quantization.type]
+    return {**entries, "tags": tags}
+
+
+def _facts(
+    recipe: Recipe, record: Mapping[str, Any], run: RunFolder, weights: Weights
+) -> Iterator[tuple[str, str]]:
+    """The rows of the table: what was trained on what, how, and what it came to."""
+    revision = recipe.model.revision
+    at = f", revision {revision}" if revision else ""
+    yield "base model", _public(recipe.model.path) + at
+    yield "base held in", _summary(recipe.quantization)
+    yield "adapter", _summary(recipe.adapter)
+    yield (
+        "trained weights",
+        f"{record['trained_weights']:,} of {record['total_weights']:,}",
+    )
+    yield "training data", _data(recipe.data.train_sources, record["data"]["training"])
+    if held_out := record["data"]["evaluation"]:
+        yield "held-out data", _data(recipe.data.evaluation_sources, held_out)
+    training = recipe.training
+    packed = ", packed" if recipe.data.packing else ""
+    yield (
+        "steps",
+        f"{record['max_steps']} of {training.batch_size} rows of at most "
+        f"{recipe.data.max_length} tokens{packed}",
+    )
+    yield "optimizer", _summary(recipe.optimizer)
+    yield "schedule", _summary(recipe.schedule)
+    yield "precision", training.precision
+    yield "seed", str(training.seed)
+    best = record.get("best")
+    if weights == "best" and best:
+        yield "weights", f"those after step {best['step']}, with the lowest held-out loss"
+    else:
+        yield "weights", "those after the last step"
+    yield from _losses(record, run)
+    packages = record["packages"]
+    yield "versions", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS)
+
+
+def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, str]]:
+    lines = (run.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [row for row in map(json.loads, lines) if "loss" in row]
+    if logged:
+        yield "training loss", f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at last"
+    if best := record.get("best"):
+        before = record.get("untrained_eval_loss")
+        start = "" if before is None else f"{before:.4f} untrained, "
+        yield "held-out loss", f"{start}{best['eval_loss']:.4f} at step {best['step']}"
+
+
+def _measurements(
+    record: Mapping[str, Any], weights: Weights, name: str, proof: Mapping[str, Any] | None
+) -> Iterator[tuple[str, str]]:
+    # The same text as on the terminal, with the name in place of a folder of this machine.
+    evaluation = record.get("evaluation")
+    if evaluation and evaluation["weights"] == weights:
+        yield "Evaluation", evaluation_table({**evaluation, "target": name})
+    if proof is not None:
+        yield "Merge", merge_text({**proof, "output": name})
+
+
+def _data(sources: list[Source], counts: Mapping[str, Any]) -> str:
+    names = ", ".join(dict.fromkeys(_source(source) for source in sources))
+    return (
+        f"{names}: {counts['num_rows']:,} rows, {counts['num_tokens']:,} tokens, of which "
+        f"{counts['num_supervised']:,} learnt or scored"
+    )
+
+
+def _source(source: Source) -> str:
+    if not _is_on_hub(source.path):
+        return _public(source.path)
+    parts = [source.path, source.name, source.split, source.revision]
+    return " ".join(part for part in parts if part)
+
+
+def _summary(part: Part) -> str:
+    """The type of a section and all of its settings that are neither off nor empty."""
+    values = part.model_dump(mode="json")
+    settings = [
+        f"{key} {_setting(value)}"
+        for key, value in values.items()
+        if key != "type" and value not in (None, False, [], {})
+    ]
+    return f"{values['type']}: {', '.join(settings)}" if settings else values["type"]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return _public(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _is_on_hub(path: str) -> bool:
+    here = Path(path).expanduser()
+    is_file = names_a_file(path) or here.suffix == ".gguf"
+    return is_hub_id(path) and not is_file and not here.exists()
+
+
+def _public(path: str) -> str:
+    """A name without the folders that it lies in."""
+    return path if _is_on_hub(path) else Path(path).name
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _whole_example(name: str) -> list[str]:
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'folder = "{name}"',
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+
+
+def _adapter_example(recipe: Recipe, name: str) -> list[str]:
+    """The base held as in training: it is what the adapter learnt to correct."""
+    import torch
+
+    precisions = {"fp16": torch.float16, "fp32": torch.float32}
+    dtype = precisions.get(recipe.training.precision, torch.bfloat16)
+    options = recipe.quantization.load_options(dtype)
+    imports = "AutoModelForCausalLM, AutoTokenizer"
+    arguments = [f'dtype="{str(options["dtype"]).removeprefix("torch.")}",']
+    if quantization := options.get("quantization_config"):
+        imports += ", BitsAndBytesConfig"
+        settings = quantization.to_diff_dict()
+        wanted = [f"{key}={value!r}" for key, value in settings.items() if key in _CONFIG_KEYS]
+        arguments.append(f"quantization_config=BitsAndBytesConfig({', '.join(wanted)}),")
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {imports}",
+        "",
+        f'folder = "{name}"',
+        "base = AutoModelForCausalLM.from_pretrained(",
+        f'    "{_public(recipe.model.path)}",',
+        *(f"    {argument}" for argument in arguments),
+        ")",
+        "model = PeftModel.from_pretrained(base, folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+
+
+_CONFIG_KEYS = {
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype", "llm_int8_threshold",
+}  # fmt: skip
