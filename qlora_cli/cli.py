@@ -14,9 +14,10 @@ from typing import Annotated, Literal
 import typer
 
 from qlora_cli import __version__
+from qlora_cli.adapter_text import combine_text, diff_text, inspect_text, list_text
 from qlora_cli.errors import QloraError
 from qlora_cli.recipe_file import dump_with_origins, load_recipe
-from qlora_cli.report_text import cache_text, evaluation_table, merge_text, run_text
+from qlora_cli.report_text import cache_text, evaluation_table, generate_text, merge_text, run_text
 
 log = logging.getLogger("qlora")
 
@@ -27,6 +28,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+adapters_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="What adapters are, how they differ, and several made into one.",
+)
+app.add_typer(adapters_app, name="adapters")
 
 
 def _set_level(quiet: bool | None) -> None:
@@ -83,6 +91,51 @@ Version = Annotated[
     typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
 ]
 
+ModelPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help="Folder of a run, an adapter or a model; a recipe, GGUF file or hub id.",
+    ),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="NAME=PATH",
+        default_factory=list,
+        show_default=False,
+        help="A run or adapter over the same base in memory (can be given more than once).",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="The system message, in place of the recipe's."),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", metavar="T", min=0, help="0 (the default) takes the likeliest token."
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", metavar="P", min=0, max=1, help="Draw among the likeliest of this probability."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", metavar="K", min=0, help="Draw among so many; 0 is all.")
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer (512)."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Fixes what is drawn (0).")]
+AdapterPath = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="Folder of a run or of an adapter.")
+]
+
 
 @app.callback()
 def qlora(version: Version = False, quiet: Quiet = None) -> None:
@@ -95,6 +148,7 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
       qlora train recipe.yaml                     # the run is written to output.dir
       qlora eval runs/mine                        # base and tuned model on held-out rows
       qlora merge runs/mine --output models/mine  # a plain model folder
+      qlora chat runs/mine                        # talk to it
 
     Results go to stdout, progress and errors to stderr.
 
@@ -187,6 +241,108 @@ def merge(
 
     report = merge(run, output, overrides, weights=weights)
     _show(report, as_json, merge_text(report))
+
+
+@app.command()
+def chat(
+    target: ModelPath,
+    overrides: Overrides,
+    adapters: Adapters,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    weights: WeightsOption = "last",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+    ] = False,
+    quiet: Quiet = None,
+) -> None:
+    """Talk to a model, and let adapters over one base take turns.
+
+    At a terminal, /help lists the commands: /swap, /base, /compare, /reset, /quit. Ctrl-C ends an
+    answer, Ctrl-D the chat. In a pipe each line of standard input is a message (or a command), and
+    answers alone go to stdout; what is wrong ends it. --json prints model, message, answer,
+    num_tokens and ended (stop, length).
+
+    \b
+    Example:
+      qlora chat runs/mine --temperature 0.7 --top-p 0.9
+      qlora chat recipe.yaml --adapter legal=runs/legal --adapter short=runs/short
+      echo "What is the capital of France?" | qlora chat runs/mine -q
+    """
+    from qlora_cli.chat import chat
+    from qlora_cli.generate import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    chat(
+        target,
+        overrides,
+        weights=weights,
+        adapters=adapters,
+        system=system,
+        sampling=sampling,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def generate(
+    target: ModelPath,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Rows with messages, conversations, instruction, prompt or text, or in the "
+            "format of the run's recipe; or lines of text.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="The answers, one JSON object a line.")
+    ],
+    overrides: Overrides,
+    adapters: Adapters,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts at once (8).")
+    ] = 8,
+    weights: WeightsOption = "last",
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Answer all prompts of a file.
+
+    A line has place, prompt (what was asked), answer, reference (the row's own answer), num_tokens
+    and ended (stop, length). An answer that is drawn depends on the seed and on the place of its
+    row, and not on the batch. --json prints output, model, prompts, tokens, unfinished and seconds.
+
+    \b
+    Example:
+      qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
+    """
+    from qlora_cli.generate import Sampling, generate
+
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    report = generate(
+        target,
+        prompts,
+        output,
+        overrides,
+        weights=weights,
+        adapters=adapters,
+        system=system,
+        sampling=sampling,
+        batch_size=batch_size,
+    )
+    _show(report, as_json, generate_text(report))
 
 
 @app.command()
@@ -298,6 +454,129 @@ def schema() -> None:
     from qlora_cli.recipe_schema import recipe_schema
 
     _show(recipe_schema(), True, "")
+
+
+@adapters_app.command("list")
+def list_adapters(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to look in.")],
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """List the adapters under a folder, those of runs among them.
+
+    --json prints folder and adapters: path, base, type, r, alpha, target_modules, bytes, steps and
+    best_eval_loss of each.
+
+    \b
+    Example:
+      qlora adapters list runs
+    """
+    from qlora_cli.adapter_tools import list_adapters
+
+    report = list_adapters(folder)
+    _show(report, as_json, list_text(report))
+
+
+@adapters_app.command("inspect")
+def inspect_adapter(adapter: AdapterPath, as_json: Json = False, quiet: Quiet = None) -> None:
+    """Say what an adapter is, and how much it changes which weights.
+
+    For each kind of module and each layer: the norm of the updates (scale B A), the largest of
+    their singular values, and the mean of their effective ranks. --json has all modules.
+
+    \b
+    Example:
+      qlora adapters inspect runs/mine
+    """
+    from qlora_cli.adapter_tools import inspect
+
+    report = inspect(adapter)
+    _show(report, as_json, inspect_text(report))
+
+
+@adapters_app.command("diff")
+def diff_adapters(
+    first: AdapterPath, second: AdapterPath, as_json: Json = False, quiet: Quiet = None
+) -> None:
+    """Say how two adapters of one base differ, weight by weight.
+
+    Cosine of the updates; the second norm over the first; norm of the difference over the first
+    norm. --json prints first, second, settings (those that differ), cosine, norm_ratio, distance,
+    modules, only_first and only_second.
+
+    \b
+    Example:
+      qlora adapters diff runs/mine runs/other
+    """
+    from qlora_cli.adapter_tools import diff
+
+    report = diff(first, second)
+    _show(report, as_json, diff_text(report))
+
+
+@adapters_app.command("combine")
+def combine_adapters(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of runs or adapters.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="Of PEFT's: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, or "
+            "the last four with _svd.",
+        ),
+    ] = "cat",
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W,...", help="One for each; else equal, 1 in all."),
+    ] = None,
+    density: Annotated[
+        float,
+        typer.Option(
+            "--density",
+            metavar="D",
+            min=0,
+            max=1,
+            help="Share of values kept by ties, dare ... (0.5).",
+        ),
+    ] = 0.5,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="R", min=1, help="Of the outcome, for svd methods."),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Make one adapter of several.
+
+    cat is the weighted sum itself, with the ranks added up; svd is the nearest to it of a given
+    rank; the others are approximations. How far the outcome is from the weighted sum is printed.
+    It is written as an adapter folder with the recipe of the first run among the parents, which
+    chat, eval and merge take as they take a run. --json prints output, adapters, weights, method,
+    density, rank, seed, norm and error.
+
+    \b
+    Example:
+      qlora adapters combine runs/a runs/b --weights 0.7,0.3 --output runs/a-and-b
+    """
+    from qlora_cli.adapter_tools import combine, read_weights
+
+    report = combine(
+        paths,
+        output,
+        method=method,
+        weights=read_weights(weights),
+        density=density,
+        rank=rank,
+        seed=seed,
+    )
+    _show(report, as_json, combine_text(report))
 
 
 def _is_coloured() -> bool:

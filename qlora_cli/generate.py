@@ -1,21 +1,73 @@
-"""Answers to prompts, by greedy generation in batches."""
+"""Answers to prompts: greedy or drawn, in batches or as they come; and those to a whole file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_cli.data.batches import prompt_batches
+from qlora_cli.data.questions import read_questions
+from qlora_cli.errors import DataError, RecipeError
+from qlora_cli.speaker import open_speaker
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger("qlora")
 
-@torch.no_grad()
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        RecipeError: a setting would have no effect.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 draws from what the model says."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw among so many of the likeliest tokens; 0 is all."""
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise RecipeError(
+                "--top-p and --top-k choose among what may be drawn, and nothing is drawn at "
+                "temperature 0",
+                hint="give a --temperature, such as 0.7",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model wrote."""
+
+    text: str
+    """Without special tokens."""
+    num_tokens: int
+    """The stop token not counted."""
+    ended: Literal["stop", "length", "interrupted"]
+    """By a stop token, by the number of tokens allowed, or by the user."""
+
+
 def answer(
     model: nn.Module,
     prompts: Sequence[Prompt],
@@ -32,10 +84,197 @@ def answer(
     Returns:
         One text per prompt, in their order, without special tokens.
     """
+    texts = [""] * len(prompts)
+    for index, found in answers(
+        model,
+        prompts,
+        tokenizer,
+        stop_token_ids=stop_token_ids,
+        sampling=Sampling(max_new_tokens=max_new_tokens),
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    ):
+        texts[index] = found.text
+    return texts
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    stop_token_ids: Sequence[int],
+    sampling: Sampling,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[int, Answer]]:
+    """Which prompt, and its answer; batch by batch, the longest prompts first.
+
+    What is drawn for a prompt depends on the seed and the prompt's place among all of them, and not
+    on its companions in the batch.
+    """
+    was_training = model.training
+    model.eval()
+    with _rows_without_gaps(model):
+        for batch in prompt_batches(
+            prompts, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
+        ):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                output = model.generate(
+                    input_ids=batch.input_ids.to(device),
+                    attention_mask=batch.attention_mask.to(device),
+                    generation_config=_config(sampling, stop_token_ids, tokenizer),
+                    logits_processor=_draws(sampling, batch.indices),
+                )  # (B, T + new)
+            new = output[:, batch.input_ids.shape[1] :].tolist()
+            for index, ids in zip(batch.indices, new, strict=True):
+                yield index, _read(ids, tokenizer, stop_token_ids)
+    model.train(was_training)
+
+
+@torch.no_grad()
+def stream(
+    model: Any,
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    stop_token_ids: Sequence[int],
+    sampling: Sampling,
+    turn: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    write: Callable[[str], None],
+) -> Answer:
+    """One answer, written piece by piece as it comes. Ctrl-C ends it and keeps what was said.
+
+    Args:
+        turn: number of the answer; with the seed it fixes what is drawn.
+    """
+    pieces = _Pieces(tokenizer, write)
+    input_ids = torch.tensor([prompt.input_ids], device=device)
+    try:
+        with (
+            _rows_without_gaps(model),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=_config(sampling, stop_token_ids, tokenizer),
+                logits_processor=_draws(sampling, [turn]),
+                streamer=pieces,
+            )
+    except KeyboardInterrupt:
+        pieces.end()
+        return replace(_read(pieces.ids, tokenizer, stop_token_ids), ended="interrupted")
+    return _read(pieces.ids, tokenizer, stop_token_ids)
+
+
+def generate(
+    target: str,
+    prompts: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    weights: Literal["last", "best"],
+    adapters: Sequence[str] = (),
+    system: str | None = None,
+    sampling: Sampling,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Answer every row of a file, and write a line of JSON for each, in their order.
+
+    Returns:
+        {"output", "model", "prompts", "tokens", "unfinished", "seconds"}: `unfinished` answers did
+        not end before `max_new_tokens`.
+
+    Raises:
+        QloraError: in one of its kinds, with its exit code.
+    """
+    if output.exists():
+        raise RecipeError(f"--output: {output} exists", hint="choose another file, or remove it")
+    speaker = open_speaker(target, overrides, weights=weights, adapters=adapters)
+    voice = speaker.first
+    questions = read_questions(
+        prompts, voice.encoder, formats=speaker.formats, is_plain=speaker.is_plain, system=system
+    )
+    for question in questions:
+        speaker.refuse_longer(question.prompt)
+    started = shown = time.monotonic()
+    found: dict[int, Answer] = {}
+    with speaker.speaking(voice) as model:
+        for index, one in answers(
+            model,
+            [question.prompt for question in questions],
+            voice.tokenizer,
+            stop_token_ids=voice.stop_token_ids,
+            sampling=sampling,
+            batch_size=batch_size,
+            dtype=speaker.dtype,
+            device=speaker.device,
+        ):
+            found[index] = one
+            if time.monotonic() - shown > _PROGRESS_SECONDS or len(found) == len(questions):
+                shown = time.monotonic()
+                log.info("answers: %d of %d", len(found), len(questions))
+    lines = [
+        {
+            "place": question.prompt.place,
+            "prompt": question.prompt.text,
+            "answer": found[index].text,
+            "reference": question.reference,
+            "num_tokens": found[index].num_tokens,
+            "ended": found[index].ended,
+        }
+        for index, question in enumerate(questions)
+    ]
+    _write_lines(output, lines)
+    return {
+        "output": str(output),
+        "model": voice.name,
+        "prompts": len(questions),
+        "tokens": sum(one.num_tokens for one in found.values()),
+        "unfinished": sum(one.ended == "length" for one in found.values()),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise DataError(f"--output: {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _rows_without_gaps(model: Any) -> Iterator[None]:
+    """Generation gives the head the last position of each row, a view with gaps between the rows.
+
+    torch multiplies such a view in bfloat16 on a CPU by a copy of the weights for each row.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _config(
+    sampling: Sampling, stop_token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast
+) -> Any:
     from transformers import GenerationConfig
 
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        # Drawn by `_Draws`, if at all.
         do_sample=False,
         num_beams=1,
         # What is not said here, transformers takes from the model's own generation config.
@@ -45,27 +284,87 @@ def answer(
         eos_token_id=list(stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Generation gives the head the last position of each row, a view with gaps between the rows.
-    # torch multiplies such a view in bfloat16 on a CPU by a copy of the weights for each row.
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    texts = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    for batch in prompt_batches(
-        prompts, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
-    ):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = model.generate(  # type: ignore[operator]
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                generation_config=greedy,
-            )  # (B, T + new)
-        new = output[:, batch.input_ids.shape[1] :]
-        for index, text in zip(
-            batch.indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            texts[index] = text
-    model.train(was_training)
-    hook.remove()
-    return texts
+
+
+def _draws(sampling: Sampling, indices: Sequence[int]) -> Any:
+    from transformers import LogitsProcessorList
+
+    return LogitsProcessorList([_Draws(sampling, indices)] if sampling.temperature > 0 else [])
+
+
+class _Draws:
+    """Draws the next token of each row by a generator of the row's own.
+
+    The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954), so a greedy
+    choice after this is a draw: one that no companion in the batch has a part in.
+    """
+
+    def __init__(self, sampling: Sampling, indices: Sequence[int]) -> None:
+        from transformers import (
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self._warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+        if sampling.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._generators = [
+            torch.Generator().manual_seed(_seed_of(sampling.seed, index)) for index in indices
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()  # (B, V)
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        waits = torch.stack(
+            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self._generators]
+        )
+        return scores - waits.clamp_min(torch.finfo(waits.dtype).tiny).log().to(scores.device)
+
+
+def _seed_of(seed: int, index: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:7])
+
+
+def _read(
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, stop_token_ids: Sequence[int]
+) -> Answer:
+    """The answer in what was generated; after a stop token comes padding."""
+    stops = set(stop_token_ids)
+    length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text = str(tokenizer.decode(list(ids[:length]), skip_special_tokens=True))
+    return Answer(text, length, "stop" if length < len(ids) else "length")
+
+
+class _Pieces:
+    """What generation gives its tokens to: writes the text that they add."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._written = 0
+        self._has_prompt = False
+        self.ids: list[int] = []
+
+    def put(self, tokens: Tensor) -> None:
+        """New tokens; the first call brings the prompt."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        self.ids += tokens.flatten().tolist()
+        text = str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+        # The bytes of one character may be in several tokens; what is shown cannot be taken back.
+        if not text.endswith("\ufffd"):
+            self._flush(text)
+
+    def end(self) -> None:
+        """No more tokens."""
+        self._flush(str(self._tokenizer.decode(self.ids, skip_special_tokens=True)))
+
+    def _flush(self, text: str) -> None:
+        if len(text) > self._written:
+            piece, self._written = text[self._written :], len(text)
+            self._write(piece)  # Ctrl-C may come here, and what was written is not to come twice

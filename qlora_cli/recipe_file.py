@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as ReadOnlyDict
@@ -89,7 +90,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         RecipeError: with all that is wrong, one line each, sorted by place.
     """
     layers = _Layers()
-    tree = layers.overridden(layers.file(path, str(path)), overrides)
+    return _load(layers, layers.overridden(layers.file(path, str(path)), overrides))
+
+
+def recipe_of_model(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """What a recipe would say of a model that is asked and not trained: all else is the default.
+
+    Raises:
+        RecipeError: an override is wrong.
+    """
+    layers = _Layers()
+    source = f"model {path}"
+    layers.sources.append(source)
+    # JSON is YAML. Nothing is read from `data.train`, which no recipe is without.
+    data, output = {"train": {"path": "-"}}, {"dir": "-"}
+    text = json.dumps({"model": {"path": path}, "data": data, "output": output})
+    root = parse_tree(text, source, with_lines=False).root
+    assert isinstance(root, Mapping)
+    return _load(layers, layers.overridden(root, overrides)).recipe
+
+
+def _load(layers: _Layers, tree: Mapping | None) -> LoadedRecipe:
     if tree is None:
         raise layers.error()
     reading = read_part(Recipe, tree, other_names=OTHER_NAMES)

@@ -64,3 +64,13 @@ def merge_text(report: Mapping[str, Any]) -> str:
         f"against base plus adapter: same next token at {report['top1_agreement']:.1%} of "
         f"positions, KL {report['kl']:.1e} nats a token"
     )
+
+
+def generate_text(report: Mapping[str, Any]) -> str:
+    """What was answered (`report` as `generate` returns it)."""
+    cut = report["unfinished"]
+    return (
+        f"{report['output']}: {report['prompts']} answers of {report['model']}, "
+        f"{report['tokens']:,} tokens in {report['seconds']:.1f} s"
+        + (f"; {cut} were cut off (--max-new-tokens)" if cut else "")
+    )

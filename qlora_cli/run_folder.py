@@ -81,6 +81,9 @@ class RunFolder:
         Raises:
             RecipeError: there are none.
         """
+        # Adapters that were combined are a run with one set of weights, beside its record.
+        if (self.root / "adapter_config.json").is_file():
+            return self.root
         folder = self.root / which
         if not folder.is_dir():
             reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume"

@@ -25,6 +25,7 @@ from qlora_cli.data.encode import read_chat_template
 from qlora_cli.keeper import Keeper, refuse_changes
 from qlora_cli.loop import fit
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
+from qlora_cli.model.identity import identify
 from qlora_cli.model.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
@@ -130,6 +131,7 @@ def train(
         max_steps=max_steps,
         trained_weights=trained.trained,
         total_weights=trained.total,
+        base=identify(recipe.model.locate()),
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
     )

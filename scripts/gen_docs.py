@@ -186,11 +186,14 @@ def _about(part: type[Part]) -> str:
 
 
 def cli_page() -> str:
-    group = get_command(app)
-    lines = [CLI_HEAD, *_command("qlora", group)]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        lines += _command(f"qlora {name}", command)
-    return _joined(lines)
+    return _joined([CLI_HEAD, *_commands("qlora", get_command(app))])
+
+
+def _commands(name: str, command: Any) -> Iterator[str]:
+    """A command, and those below it."""
+    yield from _command(name, command)
+    for below, one in getattr(command, "commands", {}).items():
+        yield from _commands(f"{name} {below}", one)
 
 
 def _command(name: str, command: Any) -> Iterator[str]:

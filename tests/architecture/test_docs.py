@@ -142,8 +142,10 @@ def parse(words: list[str]) -> dict[str, Any]:
         words = words[1:]
     try:
         context = group.make_context("qlora", words)
-        name, *rest = words
-        context = group.commands[name].make_context(name, rest, parent=context)
+        while hasattr(group, "commands"):
+            name, *words = words
+            group = group.commands[name]
+            context = group.make_context(name, list(words), parent=context)
     except typer.Exit:  # --help, --version
         return {}
     return dict(context.params)
@@ -151,11 +153,16 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "text",
-    ["qlora trian recipe.yaml", "qlora train recipe.yaml --sett a=b", "qlora merge runs/x"],
+    [
+        "qlora trian recipe.yaml",
+        "qlora train recipe.yaml --sett a=b",
+        "qlora merge runs/x",
+        "qlora adapters comb a b",
+    ],
 )
 def test_a_wrong_command_line_would_be_noticed(text: str) -> None:
     (call,) = command_lines("here", text)
-    with pytest.raises(Exception, match=r"trian|sett|output"):
+    with pytest.raises(Exception, match=r"trian|sett|output|comb"):
         parse(list(call.words))
 
 

@@ -19,7 +19,9 @@ PARTS = {
     "world", "checkpoint", "trackers", "run_folder",
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
-STORIES = {"train", "evaluate", "merge", "generate", "plan", "preview"}
+STORIES = {
+    "train", "evaluate", "merge", "generate", "chat", "adapter_tools", "plan", "preview",
+}  # fmt: skip
 
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
@@ -30,6 +32,9 @@ ALLOWED = {
     "recipe_file": FOUNDATION | {"recipe"},
     "recipe_schema": FOUNDATION | {"recipe"},
     "report_text": set(),
+    "adapter_text": set(),
+    "adapter_place": FOUNDATION | RECIPE | {"run_folder"},
+    "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},
     "model_card": FOUNDATION | PARTS | RECIPE | {"report_text"},
     "view": FOUNDATION | {"data"},
     "preview_text": {"data", "view"},
@@ -41,8 +46,11 @@ ALLOWED = {
         STORIES,
         FOUNDATION | PARTS | RECIPE | {"loop", "build", "keeper", "generate", "model_card"},
     ),
+    "generate": FOUNDATION | PARTS | {"speaker"},
+    "chat": FOUNDATION | {"run_folder", "speaker", "generate"},
+    "adapter_tools": FOUNDATION | PARTS | RECIPE | {"adapter_place"},
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
-    "cli": FOUNDATION | RECIPE | STORIES | {"report_text", "data", ""},
+    "cli": FOUNDATION | RECIPE | STORIES | {"report_text", "adapter_text", "data", ""},
     "__main__": {"cli"},
     "": set(),
 }

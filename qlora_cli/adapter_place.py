@@ -1,0 +1,80 @@
+"""Where an adapter lies, and what is known of it: by itself, or as what a run trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import RecipeError
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.run_folder import RunFolder, Weights, is_run
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlace:
+    """An adapter in PEFT's format."""
+
+    path: Path
+    """As the user named it."""
+    folder: Path
+    """With its config and tensors."""
+    run: RunFolder | None
+    """The run that trained it."""
+
+    @classmethod
+    def find(cls, path: Path, weights: Weights = "last") -> AdapterPlace:
+        """The adapter of a run, or of a folder.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        run = _run_of(path)
+        folder = run.weights(weights) if run is not None and run.root == path else path
+        if not (folder / CONFIG).is_file():
+            raise RecipeError(
+                f"{path}: no adapter ({folder / CONFIG} does not exist)",
+                hint="name the folder of a run, or one with an adapter in PEFT's format",
+            )
+        return cls(path, folder, run)
+
+    def config(self) -> dict[str, Any]:
+        """Its settings.
+
+        Raises:
+            RecipeError: they cannot be read.
+        """
+        try:
+            found = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__}")
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{self.folder / CONFIG} cannot be read: {error}") from error
+        return found
+
+    def base_path(self) -> str:
+        """What it calls its base model."""
+        return str(self.config().get("base_model_name_or_path") or "")
+
+    def base_identity(self) -> dict[str, str] | None:
+        """Architecture and digest of its base (`model/identity.py`); None if nobody knows."""
+        return self.run.read_record().get("base") if self.run else None
+
+    def recipe(self) -> Recipe | None:
+        """Of the run that trained it."""
+        return load_recipe(self.run.recipe).recipe if self.run else None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is a folder with an adapter of its own."""
+    return (path / CONFIG).is_file()
+
+
+def _run_of(path: Path) -> RunFolder | None:
+    """The run whose folder this is, or in which it lies."""
+    found = next((folder for folder in (path, path.absolute().parent) if is_run(folder)), None)
+    return None if found is None else RunFolder(found)

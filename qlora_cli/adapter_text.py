@@ -1,0 +1,123 @@
+"""Reports of `qlora adapters` as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_BAR = 20
+
+
+def list_text(report: Mapping[str, Any]) -> str:
+    """A line for each adapter (`report` as `list_adapters` returns it)."""
+    adapters = report["adapters"]
+    if not adapters:
+        return f"{report['folder']}: no adapters"
+    rows = [["adapter", "base", "r", "alpha", "size", "steps", "best loss"]]
+    rows += [
+        [
+            one["path"],
+            one["base"],
+            _or_dash(one["r"]),
+            _or_dash(one["alpha"]),
+            _size(one["bytes"]),
+            _or_dash(one["steps"]),
+            "-" if one["best_eval_loss"] is None else f"{one['best_eval_loss']:.4f}",
+        ]
+        for one in adapters
+    ]
+    return _table(rows, left=2)
+
+
+def inspect_text(report: Mapping[str, Any]) -> str:
+    """What an adapter is, by kind of module and by layer (`report` as `inspect` returns it)."""
+    targets = report["target_modules"]
+    extras = [name for name in ("use_rslora", "use_dora") if report[name]]
+    saved = report["modules_to_save"]
+    lines = [
+        f"{report['path']}: {report['type']}, r {report['r']}, alpha {report['alpha']:g}"
+        + "".join(f", {extra}" for extra in extras),
+        f"base: {report['base'] or 'not named'}",
+        f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}",
+        *([f"trained in full: {', '.join(saved)}"] if saved else []),
+        f"{report['weights']:,} weights in {len(report['modules'])} modules, "
+        f"{_size(report['bytes'])}; norm of all updates {report['norm']:.4g}",
+        *(["norms are of B A, before DoRA's magnitudes"] if report["use_dora"] else []),
+        "",
+        _groups("kind", report["kinds"]),
+    ]
+    if report["layers"]:
+        lines += ["", _groups("layer", report["layers"])]
+    return "\n".join(lines)
+
+
+def diff_text(report: Mapping[str, Any]) -> str:
+    """How two adapters differ (`report` as `diff` returns it)."""
+    lines = [f"{report['first']} and {report['second']}"]
+    lines += [f"{name}: {a} and {b}" for name, (a, b) in report["settings"].items()]
+    rows = [["", "cosine", "norm ratio", "distance"], _differences("all", report)]
+    rows += [_differences(row["name"], row) for row in report["modules"]]
+    lines += ["", _table(rows, left=1)]
+    for side in ("first", "second"):
+        only = report[f"only_{side}"]
+        if only:
+            lines.append(f"only in {report[side]}: {', '.join(only)}")
+    return "\n".join(lines)
+
+
+def combine_text(report: Mapping[str, Any]) -> str:
+    """What was made (`report` as `combine` returns it)."""
+    parts = [
+        f"{weight:g} x {path}"
+        for weight, path in zip(report["weights"], report["adapters"], strict=True)
+    ]
+    error = report["error"]
+    lines = [
+        f"{report['output']}: {' + '.join(parts)} by {report['method']}, rank {report['rank']}",
+        "distance from the weighted sum of the updates: "
+        + ("-" if error is None else f"{error:.1%} of it"),
+    ]
+    return "\n".join(lines)
+
+
+def _groups(title: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
+    most = max(group["norm"] for group in groups.values()) or 1.0
+    rows = [[title, "modules", "norm", "largest", "effective rank", ""]]
+    rows += [
+        [
+            name,
+            str(group["modules"]),
+            f"{group['norm']:.4g}",
+            f"{group['largest']:.4g}",
+            f"{group['effective_rank']:.1f}",
+            "#" * round(_BAR * group["norm"] / most),
+        ]
+        for name, group in groups.items()
+    ]
+    return _table(rows, left=1)
+
+
+def _differences(name: str, row: Mapping[str, Any]) -> list[str]:
+    values = (row["cosine"], row["norm_ratio"], row["distance"])
+    return [name, *("-" if value is None else f"{value:.4f}" for value in values)]
+
+
+def _table(rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Columns, the first `left` of them (and a last one of bars) flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    is_left = [i < left or rows[0][i] == "" for i in range(len(widths))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if flush else f"{cell:>{width}}"
+            for cell, width, flush in zip(row, widths, is_left, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.1f} MiB"
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)

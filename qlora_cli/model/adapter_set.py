@@ -1,0 +1,122 @@
+"""Several adapters over one base model in memory, one of them (or none) at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter folder that holds its tensors; pickled ones are never read."""
+
+
+class AdapterSet:
+    """A base model with named adapters. The base's weights are in memory once.
+
+    Args:
+        base: is changed: PEFT puts its layers into it.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self._model: PeftModel | None = None
+        self._keys: dict[str, str] = {}
+
+    def add(self, name: str, folder: Path) -> None:
+        """Put a saved adapter on the base.
+
+        Raises:
+            ModelError: it does not fit the base tensor for tensor, or not beside the others.
+        """
+        from peft import get_peft_model, set_peft_model_state_dict
+
+        config, saved = read_adapter(folder)
+        _refuse_changed_base(config, folder)
+        # Whether the base is the right one is told from its weights and not from its path.
+        config.base_model_name_or_path = None
+        # What the user calls it may be no name for a module.
+        key = f"adapter_{len(self._keys)}"
+        try:
+            if self._model is None:
+                self._model = get_peft_model(self._base, config, adapter_name=key)
+            else:
+                self._model.add_adapter(key, config)
+            assert self._model is not None
+            # float32 first: copied into a 16-bit module, what was trained would be rounded.
+            for path, parameter in self._model.named_parameters():
+                if key in path.split("."):
+                    parameter.data = parameter.data.float()
+            self._check(key, saved, folder)
+            set_peft_model_state_dict(self._model, saved, adapter_name=key)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
+        self._model.eval().requires_grad_(False)
+        self._keys[name] = key
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[Any]:
+        """The model with one of the adapters; None is the base as it is without any."""
+        if self._model is None:
+            assert name is None
+            yield self._base
+            return
+        if name is not None:
+            self._model.set_adapter(self._keys[name], inference_mode=True)
+        with nullcontext() if name is not None else self._model.disable_adapter():
+            yield self._model
+
+    def _check(self, key: str, saved: dict[str, Tensor], folder: Path) -> None:
+        """PEFT only warns of missing tensors, and goes on with random ones."""
+        from peft import get_peft_model_state_dict
+
+        live = get_peft_model_state_dict(self._model, adapter_name=key, save_embedding_layers=False)
+        wrong = [
+            f"{name}: {_shape(saved.get(name))}, the base has {_shape(live.get(name))}"
+            for name in sorted({*live, *saved})
+            if _shape(saved.get(name)) != _shape(live.get(name))
+        ]
+        if wrong:
+            raise ModelError(
+                f"{folder} does not fit the base model in {len(wrong)} tensors, such as {wrong[0]}",
+                hint="it was trained on another model",
+            )
+
+
+def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The settings and tensors of an adapter in PEFT's format.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from peft import PeftConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: no readable adapter: {error}") from error
+    return config, saved
+
+
+def _refuse_changed_base(config: PeftConfig, folder: Path) -> None:
+    """Some ways to begin (PiSSA, OLoRA ...) take a part out of the base, for all adapters on it."""
+    begin = getattr(config, "init_lora_weights", True)
+    if not isinstance(begin, bool) and begin != "gaussian":
+        raise ModelError(
+            f"{folder}: init_lora_weights is {begin}, which changes the base weights, so it cannot "
+            "be put beside other adapters"
+        )
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else " x ".join(map(str, tensor.shape))

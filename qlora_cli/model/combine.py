@@ -1,0 +1,170 @@
+"""Several LoRA adapters made into one, by PEFT's methods.
+
+PEFT combines adapters that are on a model. Nothing of the model but the shapes of the adapted
+modules has a part in that, so they are put on modules of these shapes whose weights take no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor, nn
+
+METHODS = {
+    "linear": False,
+    "cat": False,
+    "svd": False,
+    "ties": True,
+    "ties_svd": True,
+    "dare_linear": True,
+    "dare_linear_svd": True,
+    "dare_ties": True,
+    "dare_ties_svd": True,
+    "magnitude_prune": True,
+    "magnitude_prune_svd": True,
+}
+"""PEFT's methods, and whether they drop a share of the values."""
+
+_ALIKE = ("layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out", "bias")
+"""What the outcome has from the first adapter, and so must be the same in all."""
+
+_PREFIX = "base_model.model."
+
+
+def combine_adapters(
+    adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]],
+    weights: Sequence[float],
+    *,
+    method: str,
+    density: float,
+    rank: int | None,
+    seed: int,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The settings and tensors of the outcome; its scale is 1 everywhere.
+
+    Raises:
+        ModelError: the adapters cannot be combined in this way.
+    """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    _refuse(adapters)
+    configs = [config for config, _ in adapters]
+    names = [f"adapter_{i}" for i in range(len(adapters))]
+    model: Any = None
+    try:
+        for name, (config, saved) in zip(names, adapters, strict=True):
+            config = replace(config, init_lora_weights=True, task_type=None, inference_mode=True)
+            if model is None:
+                model = PeftModel(_skeleton(adapters), config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+            whole = {key: tensor.float() for key, tensor in saved.items()}
+            set_peft_model_state_dict(model, whole, adapter_name=name)
+        # The outcome takes its settings from the first adapter, and PEFT writes factors that need
+        # no scale; with rsLoRA's alpha / sqrt(r) its scale would not be 1.
+        model.peft_config[names[0]] = replace(model.peft_config[names[0]], use_rslora=False)
+        torch.manual_seed(seed)
+        model.base_model.add_weighted_adapter(
+            names,
+            list(weights),
+            "combined",
+            combination_type=method,
+            svd_rank=rank,
+            svd_full_matrices=False,
+            density=density,
+        )
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ModelError(f"--method {method}: PEFT refuses it: {error}") from error
+    made = get_peft_model_state_dict(model, adapter_name="combined", save_embedding_layers=False)
+    config = replace(
+        model.peft_config["combined"],
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+        fan_in_fan_out=configs[0].fan_in_fan_out,
+    )
+    return config, {key: tensor.contiguous() for key, tensor in made.items()}
+
+
+def save_adapter(config: LoraConfig, saved: dict[str, Tensor], folder: Path) -> None:
+    """Write them as PEFT does."""
+    from safetensors.torch import save_file
+
+    config.save_pretrained(str(folder))
+    save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _refuse(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> None:
+    first = adapters[0][0]
+    for config, _ in adapters:
+        if config.use_dora:
+            raise ModelError(
+                "an adapter with use_dora (true) cannot be combined: PEFT's methods know nothing "
+                "of its magnitudes"
+            )
+        if config.modules_to_save:
+            raise ModelError(
+                f"an adapter with modules_to_save ({', '.join(config.modules_to_save)}) cannot be "
+                "combined: those are whole matrices, and no updates"
+            )
+        for name in _ALIKE:
+            mine, other = getattr(first, name), getattr(config, name)
+            if mine != other:
+                raise ModelError(f"adapters with different {name} ({mine} and {other})")
+
+
+def _skeleton(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> nn.Module:
+    """A tree of the adapted modules, in the shapes of their factors."""
+    from torch import nn
+
+    root = nn.Module()
+    for _, saved in adapters:
+        for key, a in saved.items():
+            path, _, factor = key.removeprefix(_PREFIX).partition(".lora_")
+            if factor == "A.weight":
+                b = saved[f"{_PREFIX}{path}.lora_B.weight"]
+                _put(root, path, _linear(a.shape[1], b.shape[0]))
+            elif factor == "embedding_A":
+                b = saved[f"{_PREFIX}{path}.lora_embedding_B"]
+                _put(root, path, _embedding(a.shape[1], b.shape[0]))
+    return root
+
+
+def _linear(num_in: int, num_out: int) -> nn.Module:
+    import torch
+    from torch import nn
+
+    module = nn.Linear(1, 1, bias=False)
+    module.in_features, module.out_features = num_in, num_out
+    module.weight = nn.Parameter(torch.zeros(1).expand(num_out, num_in), requires_grad=False)
+    return module
+
+
+def _embedding(num: int, width: int) -> nn.Module:
+    import torch
+    from torch import nn
+
+    module = nn.Embedding(1, 1)
+    module.num_embeddings, module.embedding_dim = num, width
+    module.weight = nn.Parameter(torch.zeros(1).expand(num, width), requires_grad=False)
+    return module
+
+
+def _put(root: nn.Module, path: str, leaf: nn.Module) -> None:
+    from torch import nn
+
+    *parents, name = path.split(".")
+    module = root
+    for parent in parents:
+        if parent not in module._modules:
+            module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    if name not in module._modules:
+        module.add_module(name, leaf)

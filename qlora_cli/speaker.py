@@ -1,0 +1,269 @@
+"""A model to talk to: a base in memory once, and the adapters that take turns on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.adapter_place import AdapterPlace, is_adapter
+from qlora_cli.build import load_base
+from qlora_cli.data.encode import Encoder, read_chat_template
+from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
+from qlora_cli.data.questions import is_verbatim
+from qlora_cli.errors import DataError, ModelError, RecipeError
+from qlora_cli.model.adapter_set import AdapterSet
+from qlora_cli.model.base import learn_to_stop, load_tokenizer
+from qlora_cli.model.identity import identify
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe, recipe_of_model
+from qlora_cli.run_folder import RunFolder, Weights, is_run
+from qlora_cli.types import Message, Prompt
+from qlora_cli.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
+
+BASE = "base"
+"""The voice of the base model without an adapter."""
+TUNED = "tuned"
+"""The voice of the run or adapter that was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """One set of weights, and how it is spoken to."""
+
+    name: str
+    adapter: str | None
+    """None is the model as it was loaded."""
+    tokenizer: PreTrainedTokenizerFast
+    encoder: Encoder
+    stop_token_ids: list[int]
+    """Whatever may end an answer: of the model, of its training and of the chat template."""
+
+
+class Speaker:
+    """The model in memory, with its voices.
+
+    Attributes:
+        voices: by their names; the base is there unless its weights were trained.
+        first: who speaks if nobody else is named.
+        formats: of the rows that it learnt from, if it is known.
+        is_plain: prompts are continued as they are: it has no chat template, or learnt without.
+        context_length: tokens of prompt and answer together; None if the model does not say.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, is_known: bool, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        world = World()
+        self.device = world.device
+        self.dtype = world.compute_dtype(recipe.training.precision)
+        self._recipe = recipe
+        self._tokenizer = tokenizer
+        self.formats: list[FormatConfig] = (
+            [source.format for source in recipe.data.train_sources] if is_known else []
+        )
+        self.is_plain = tokenizer.chat_template is None or (
+            bool(self.formats) and all(map(is_verbatim, self.formats))
+        )
+        self._base = load_base(recipe, self.dtype, world.device)
+        config = self._base.config.get_text_config()
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._adapters = AdapterSet(self._base.eval())
+        self.voices: dict[str, Voice] = {}
+        self.add(BASE, None)
+        self.first = self.voices[BASE]
+
+    def add(self, name: str, place: AdapterPlace | None) -> None:
+        """A voice; without a place it is the base's.
+
+        Raises:
+            RecipeError: the name is taken.
+            ModelError: the adapter belongs to another base.
+        """
+        if name in self.voices:
+            raise RecipeError(f"--adapter: there are two adapters called {name}")
+        tokenizer, stops = self._tokenizer, _eos_of(self._base.generation_config.to_dict())
+        if place is not None:
+            self._refuse_other_base(place)
+            self._adapters.add(name, place.folder)
+            stops |= _eos_in(place.folder)
+            if (place.folder / "tokenizer_config.json").is_file():
+                tokenizer = load_tokenizer(place.folder)
+        encoder = Encoder(tokenizer)
+        stops |= {tokenizer.eos_token_id, _end_of_turn(encoder)} - {None}
+        adapter = None if place is None else name
+        voice = Voice(name, adapter, tokenizer, encoder, sorted(stops))
+        self.voices[name] = voice
+        if place is not None and self.first.adapter is None:
+            self.first = voice
+
+    def replace_base(self, folder: Path) -> None:
+        """Put weights that were trained in full in the place of the base's."""
+        self._base = self._recipe.adapter.load(self._base, folder).eval()
+        self._adapters = AdapterSet(self._base)
+        learn_to_stop(self._base, _eos_in(folder))
+        self.voices.clear()
+        self.add(TUNED, None)
+        self.first = self.voices[TUNED]
+
+    @contextmanager
+    def speaking(self, voice: Voice) -> Iterator[Any]:
+        """The model with the weights of a voice."""
+        with self._adapters.using(voice.adapter) as model:
+            yield model
+
+    def prompt(self, voice: Voice, messages: Sequence[Message]) -> Prompt:
+        """What a voice is given to answer the last of the messages.
+
+        Raises:
+            DataError: the chat template refuses them, or they are longer than the context.
+        """
+        role, said = "assistant", list(messages)
+        if self.is_plain:
+            # Without a template nothing tells one turn from another.
+            role, said = "text", [Message("text", messages[-1].content, train=False)]
+        answer = Message(role, "", train=True)  # type: ignore[arg-type]
+        prompt = voice.encoder.to_prompt([*said, answer])
+        self.refuse_longer(prompt)
+        return prompt
+
+    def refuse_longer(self, prompt: Prompt) -> None:
+        """Raises DataError if the context has no room for an answer."""
+        length = len(prompt.input_ids)
+        if self.context_length is not None and length >= self.context_length:
+            where = f"{prompt.place}: " if prompt.place else ""
+            raise DataError(
+                f"{where}the context is full: {length:,} tokens, and the model has room for "
+                f"{self.context_length:,}"
+            )
+
+    @property
+    def system(self) -> str | None:
+        """The system message that it was trained with, if its recipe names one."""
+        found = [f.system for f in self.formats if isinstance(f, PromptCompletion | Template)]
+        return found[0] if found else None
+
+    def _refuse_other_base(self, place: AdapterPlace) -> None:
+        known, here = place.base_identity(), identify(self._recipe.model.locate())
+        if known is not None and known["architecture"] != here["architecture"]:
+            raise ModelError(
+                f"{place.path} was trained on a {known['architecture']} ({place.base_path()}), "
+                f"and {self._recipe.model.path} is a {here['architecture']}"
+            )
+        if known is not None and known["digest"] != here["digest"]:
+            raise ModelError(
+                f"{place.path} was trained on {place.base_path()}, and {self._recipe.model.path} "
+                "has other weights",
+                hint="an adapter belongs to the weights that it was trained on",
+            )
+        if known is None and place.base_path() != self._recipe.model.path:
+            log.warning(
+                "%s names %s as its base, and here is %s: whether the weights are the same is not "
+                "known",
+                place.path,
+                place.base_path() or "nothing",
+                self._recipe.model.path,
+            )
+        trained = place.recipe()
+        if trained is not None and trained.quantization != self._recipe.quantization:
+            log.warning(
+                "%s was trained over a base in quantization.type %s, and here it is %s",
+                place.path,
+                trained.quantization.type,
+                self._recipe.quantization.type,
+            )
+
+
+def open_speaker(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    weights: Weights = "last",
+    adapters: Sequence[str] = (),
+) -> Speaker:
+    """Load what the user named, and the adapters beside it.
+
+    Args:
+        target: run folder, recipe, adapter folder, model folder, GGUF file or hub id.
+        adapters: `name=PATH` of each.
+
+    Raises:
+        QloraError: in one of its kinds, with its exit code.
+    """
+    quiet_libraries()
+    path = Path(target)
+    named = [_named(text, weights) for text in adapters]
+    if path.suffix in (".yaml", ".yml"):
+        recipe = load_recipe(path, overrides).recipe
+        speaker = Speaker(recipe, is_known=True, tokenizer=_tokenizer(recipe))
+    elif is_run(path) or is_adapter(path):
+        speaker = _tuned(path, overrides, weights)
+    else:
+        recipe = recipe_of_model(target, overrides)
+        speaker = Speaker(recipe, is_known=False, tokenizer=_tokenizer(recipe))
+    for name, place in named:
+        speaker.add(name, place)
+    return speaker
+
+
+def _tuned(path: Path, overrides: Sequence[str], weights: Weights) -> Speaker:
+    run = RunFolder(path) if is_run(path) else None
+    recipe = load_recipe(run.recipe, overrides).recipe if run else None
+    if run and recipe and recipe.adapter.trains_base:
+        trained = run.weights(weights)
+        speaker = Speaker(recipe, is_known=True, tokenizer=load_tokenizer(trained))
+        speaker.replace_base(trained)
+        return speaker
+    place = AdapterPlace.find(path, weights)
+    if recipe is None:
+        of_run = place.run and load_recipe(place.run.recipe, overrides).recipe
+        recipe = of_run or recipe_of_model(place.base_path(), overrides)
+    has_tokenizer = (place.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(place.folder) if has_tokenizer else _tokenizer(recipe)
+    speaker = Speaker(recipe, is_known=place.run is not None, tokenizer=tokenizer)
+    speaker.add(TUNED, place)
+    return speaker
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    return recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
+
+
+def _named(text: str, weights: Weights) -> tuple[str, AdapterPlace]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path or name != "".join(name.split()):
+        raise RecipeError(
+            f"--adapter {text}: needs the form name=PATH", hint="--adapter legal=runs/legal"
+        )
+    return name, AdapterPlace.find(Path(path), weights)
+
+
+def _eos_of(generation_config: dict[str, Any]) -> set[int]:
+    eos = generation_config.get("eos_token_id")
+    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+
+
+def _eos_in(folder: Path) -> set[int]:
+    """What training taught as the end of an answer: it is kept beside the weights."""
+    path = folder / "generation_config.json"
+    return _eos_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
+
+
+def _end_of_turn(encoder: Encoder) -> int | None:
+    """The token that ends an answer in the chat template."""
+    row = [Message("user", "a", train=False), Message("assistant", "b", train=True)]
+    try:
+        encoded = encoder.encode(row, max_length=2**20)
+    except DataError:
+        return None
+    return next((end.token_id for end in encoded.turn_ends), None)

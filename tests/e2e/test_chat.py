@@ -1,0 +1,170 @@
+"""Talking to runs through the command line, and combining what they trained."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qlora_cli.cli import main
+from tests.conftest import save_tiny_model
+
+LOGITS = """
+import sys, torch
+from qlora_cli.speaker import open_speaker
+speaker = open_speaker(sys.argv[1])
+with torch.no_grad(), speaker.speaking(speaker.first) as model:
+    torch.save(model(input_ids=torch.arange(5, 45)[None]).logits, sys.argv[2])
+"""
+
+
+def qlora(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """Run a command in this process; what it prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert (caught.value.code or 0) == code, printed.err
+    return printed.out if code == 0 else printed.err
+
+
+@pytest.fixture
+def runs(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> list[Path]:
+    """Two runs over one base in NF4."""
+    folders = []
+    for i, rate in enumerate([1e-2, 3e-2]):
+        folder = tmp_path / f"run-{i}"
+        made = tiny_recipe(
+            output={"dir": str(folder)},
+            training={"seed": i},
+            optimizer={"learning_rate": rate},
+            quantization={"type": "nf4"},
+        )
+        path = tmp_path / f"recipe-{i}.yaml"
+        path.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_unset=True)), "utf-8")
+        qlora(capsys, "train", path)
+        folders.append(folder)
+    return folders
+
+
+def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their_own(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    from qlora_cli.speaker import open_speaker
+
+    speaker = open_speaker(str(runs[0]), adapters=[f"other={runs[1]}"])
+    swapped = {}
+    for name in ("other", "tuned", "other", "tuned"):
+        with torch.no_grad(), speaker.speaking(speaker.voices[name]) as model:
+            swapped[name] = model(input_ids=torch.arange(5, 45)[None]).logits
+    for name, run in zip(("tuned", "other"), runs, strict=True):
+        out = tmp_path / f"{name}.pt"
+        subprocess.run([sys.executable, "-c", LOGITS, run, out], check=True, capture_output=True)
+        assert torch.equal(torch.load(out), swapped[name]), name
+    assert not torch.equal(swapped["tuned"], swapped["other"])
+
+
+def test_a_chat_through_a_pipe(runs: list[Path]) -> None:
+    command = [
+        sys.executable, "-m", "qlora_cli", "chat", str(runs[0]), "--adapter", f"other={runs[1]}",
+        "--max-new-tokens", "8", "--json", "-q",
+    ]  # fmt: skip
+    lines = "say ab 2\n\n/base\nsay ab 2\n/swap other\n/reset\nsay ab 2\n/quit\nnever asked\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["model"] for one in said] == ["tuned", "base", "other"]
+    assert {one["message"] for one in said} == {"say ab 2"}
+
+
+def test_what_is_wrong_in_a_pipe_ends_the_chat(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/swop\nho\n"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", str(runs[0]), "--max-new-tokens", "8", "--json"])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert len(printed.out.splitlines()) == 1
+    assert "error: /swop: no such command\nhint: /help lists them" in printed.err
+
+
+def test_all_prompts_of_a_file_are_answered_in_order(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "say " + "ab " * n} for n in (1, 9, 4)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = []
+    for size in (1, 3):
+        out = tmp_path / f"answers-{size}.jsonl"
+        options = ["--batch-size", size, "--max-new-tokens", 9, "--json"]
+        printed = qlora(
+            capsys, "generate", runs[0], "--prompts", prompts, "--output", out, *options
+        )
+        assert json.loads(printed)["prompts"] == 3
+        found.append([json.loads(line) for line in out.read_text("utf-8").splitlines()])
+    assert found[0] == found[1]
+    assert [line["prompt"] for line in found[0]] == [row["prompt"] for row in rows]
+    error = qlora(capsys, "generate", runs[0], "--prompts", prompts, "--output", out, code=2)
+    assert "exists" in error
+
+
+def test_adapters_are_listed_inspected_compared_and_combined(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = json.loads(qlora(capsys, "adapters", "list", tmp_path, "--json"))["adapters"]
+    assert {Path(one["path"]).parent.name for one in listed} == {"run-0", "run-1"}
+    assert {one["r"] for one in listed} == {4}
+
+    found = json.loads(qlora(capsys, "adapters", "inspect", runs[0], "--json"))
+    assert len(found["modules"]) == 14
+    assert set(found["layers"]) == {"0", "1"}
+    assert all(1 <= module["effective_rank"] <= 4 for module in found["modules"])
+    assert "effective rank" in qlora(capsys, "adapters", "inspect", runs[0])
+
+    same = json.loads(qlora(capsys, "adapters", "diff", runs[0], runs[0], "--json"))
+    assert same["cosine"] == pytest.approx(1)
+    assert same["distance"] < 1e-9
+    other = json.loads(qlora(capsys, "adapters", "diff", *runs, "--json"))
+    assert other["cosine"] < 0.9
+    assert "cosine" in qlora(capsys, "adapters", "diff", *runs)
+
+    made = tmp_path / "made"
+    options = ["--method", "linear", "--weights", "1,0", "--output", made]
+    report = json.loads(qlora(capsys, "adapters", "combine", *runs, *options, "--json"))
+    assert report["error"] < 1e-6
+    like = json.loads(qlora(capsys, "adapters", "diff", runs[0], made, "--json"))
+    assert like["distance"] < 1e-6
+    assert "exists" in qlora(capsys, "adapters", "combine", *runs, *options, code=2)
+
+    loss = {
+        path: json.loads(qlora(capsys, "eval", path, "--json"))["models"]["tuned"]["loss"]
+        for path in (runs[0], made)
+    }
+    assert loss[made] == pytest.approx(loss[runs[0]], abs=1e-5)
+    proof = json.loads(qlora(capsys, "merge", made, "--output", tmp_path / "merged", "--json"))
+    assert proof["kl"] < 0.02
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = save_tiny_model(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    error = qlora(capsys, "chat", other, "--adapter", f"a={runs[0]}", code=3)
+    assert "has other weights" in error

@@ -1,0 +1,127 @@
+"""Rows that ask something, with an answer or without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.data.encode import Encoder
+from qlora_cli.data.formats import PromptCompletion, Template, Text
+from qlora_cli.data.questions import Question, read_questions
+from qlora_cli.errors import DataError
+from tests.conftest import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+ENCODER = Encoder(TOKENIZER)
+HI = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def ask(folder: Path, row: dict[str, Any], **options: Any) -> Question:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    [question] = read_questions(path, ENCODER, **options)
+    return question
+
+
+def given(question: Question) -> str:
+    return str(TOKENIZER.decode(question.prompt.input_ids))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+        {"instruction": "hi"},
+        {"instruction": "hi", "output": ""},
+        {"prompt": "hi"},
+        {"prompt": [{"role": "user", "content": "hi"}]},
+        {"prompt": "hi", "completion": None},
+        {"text": "hi"},
+    ],
+    ids=str,
+)
+def test_a_row_without_an_answer_asks_what_it_says(tmp_path: Path, row: dict[str, Any]) -> None:
+    question = ask(tmp_path, row)
+    assert given(question) == HI
+    assert question.reference is None
+    assert (question.prompt.text, question.prompt.place) == ("hi", f"{tmp_path}/rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "ho"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        {"instruction": "hi", "output": "ho"},
+        {"prompt": "hi", "completion": "ho"},
+    ],
+    ids=str,
+)
+def test_the_answer_of_a_row_is_a_reference_and_not_in_the_prompt(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    question = ask(tmp_path, row)
+    assert given(question) == HI
+    assert question.reference == "ho"
+
+
+def test_a_system_message_is_put_before_conversations_that_have_none(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "hi"}]}
+    assert given(ask(tmp_path, row, system="be brief")).startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n"
+    )
+    row["messages"].insert(0, {"role": "system", "content": "be long"})
+    assert "be brief" not in given(ask(tmp_path, row, system="be brief"))
+
+
+def test_the_format_of_the_recipe_comes_first_where_its_columns_are(tmp_path: Path) -> None:
+    learnt = Template(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
+    found = given(ask(tmp_path, {"question": "hi"}, formats=[learnt]))
+    assert found == HI.replace("hi", "Q: hi").replace(
+        "<|im_start|>user", "<|im_start|>system\ncalm<|im_end|>\n<|im_start|>user"
+    )
+    assert given(ask(tmp_path, {"prompt": "hi"}, formats=[learnt])) == HI
+
+
+@pytest.mark.parametrize(
+    ("row", "formats"),
+    [
+        ({"prompt": "hi"}, [PromptCompletion(as_chat=False)]),
+        ({"text": "hi"}, [Text()]),
+        ({"prompt": "hi"}, []),
+        ({"text": "hi"}, []),
+    ],
+    ids=str,
+)
+def test_prompts_of_a_model_without_template_are_continued_as_they_are(
+    tmp_path: Path, row: dict[str, Any], formats: list[Any]
+) -> None:
+    assert given(ask(tmp_path, row, formats=formats, is_plain=True)) == "hi"
+
+
+def test_lines_of_a_text_file_are_messages(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("hi\n\nho\n", encoding="utf-8")
+    assert [given(q) for q in read_questions(path, ENCODER)] == [HI, HI.replace("hi", "ho")]
+
+
+def test_special_tokens_that_are_typed_are_text(tmp_path: Path) -> None:
+    typed = ask(tmp_path, {"prompt": "hi<|im_end|>"}).prompt.input_ids
+    assert typed.count(TOKENIZER.eos_token_id) == 1
+    assert given(ask(tmp_path, {"prompt": "hi<|im_end|>"})).count("<|im_end|>") == 2
+
+
+def test_all_rows_that_ask_nothing_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"x": 1}\n{"prompt": "hi"}\n{"prompt": ""}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: found 'x'; expected.*:3:.*empty"):
+        read_questions(path, ENCODER)

@@ -1,0 +1,208 @@
+"""Conversations with a tiny model, and the commands in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.chat import Chat, Manner, beside
+from qlora_cli.errors import DataError, QloraError, RecipeError
+from qlora_cli.generate import Sampling
+from qlora_cli.speaker import Speaker, open_speaker
+from qlora_cli.types import Message
+from tests.conftest import save_tiny_model
+from tests.unit.adapters import draw_adapter
+
+
+class Talk:
+    """A chat that remembers what it put out."""
+
+    def __init__(self, speaker: Speaker, **options: Any) -> None:
+        self.out: list[str] = []
+        self.notes: list[str] = []
+        manner = {"is_strict": True, "as_json": False, **options.pop("manner", {})}
+        self.speaker = speaker
+        self.chat = Chat(
+            speaker,
+            Sampling(**{"max_new_tokens": 6, **options.pop("sampling", {})}),
+            Manner(write=self.out.append, note=self.notes.append, **manner),
+            **options,
+        )
+
+    def __call__(self, line: str) -> str:
+        before = len(self.out)
+        assert self.chat.take(line)
+        return "".join(self.out[before:])
+
+
+@pytest.fixture(scope="module")
+def speaker(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+    folder = tmp_path_factory.mktemp("adapters")
+    names = [
+        f"{name}={draw_adapter(tiny_model, folder / name, seed=i)}"
+        for i, name in enumerate(["one", "two"])
+    ]
+    return open_speaker(str(tiny_model), adapters=names)
+
+
+def test_adapters_take_turns_and_the_base_is_what_it_was(
+    speaker: Speaker, tiny_model: Path
+) -> None:
+    answers: dict[str, set[str]] = {}
+    talk = Talk(speaker)
+    for name in ("one", "two", "base", "two", "one", "base"):
+        talk("/base" if name == "base" else f"/swap {name}")
+        talk("/reset")
+        answers.setdefault(name, set()).add(talk("hi"))
+    assert all(len(found) == 1 for found in answers.values())
+    assert len(set.union(*answers.values())) == 3
+    assert answers["base"] == {Talk(open_speaker(str(tiny_model)))("hi")}
+
+
+def test_the_first_adapter_answers_unless_told_otherwise(speaker: Speaker) -> None:
+    talk = Talk(speaker)
+    talk("/swap")
+    assert talk.notes == ["base, one (answers), two"]
+
+
+def test_what_was_said_is_in_the_next_prompt_until_it_is_forgotten(speaker: Speaker) -> None:
+    talk = Talk(speaker)
+    first = talk("hi")
+    later = talk("hi")
+    talk("/reset")
+    assert talk("hi") == first
+    assert later != first
+
+
+def test_comparing_shows_both_and_leaves_the_conversation_as_it_was(speaker: Speaker) -> None:
+    talk, plain = Talk(speaker), Talk(speaker)
+    assert talk("hi") == plain("hi")
+    both = talk("/compare what")
+    again = talk("/compare")
+    assert talk("ho") == plain("ho")
+    assert both.startswith("base: ")
+    assert "\none: " in both
+    fresh = Talk(speaker)
+    tuned = fresh("hi")
+    assert again.endswith(f"\none: {tuned}")
+
+
+def test_answers_are_json_if_asked(speaker: Speaker) -> None:
+    talk = Talk(speaker, manner={"as_json": True})
+    [line] = talk("hi").splitlines()
+    assert json.loads(line) == {
+        "model": "one", "message": "hi", "answer": json.loads(line)["answer"], "num_tokens": 6,
+        "ended": "length",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in talk("/compare hi").splitlines()]
+    assert [line["model"] for line in lines] == ["base", "one"]
+
+
+def test_a_slash_is_typed_twice_and_an_unknown_command_is_an_error(speaker: Speaker) -> None:
+    talk = Talk(speaker, manner={"as_json": True})
+    assert json.loads(talk("//etc"))["message"] == "/etc"
+    with pytest.raises(RecipeError, match="/swop: no such command"):
+        talk("/swop one")
+    with pytest.raises(RecipeError, match="/swap three: there is base, one, two"):
+        talk("/swap three")
+    easy = Talk(speaker, manner={"is_strict": False})
+    easy("/swop one")
+    assert easy.notes == ["/swop: no such command (/help lists them)"]
+
+
+def test_the_chat_ends_when_told(speaker: Speaker) -> None:
+    assert not Talk(speaker).chat.take("/quit")
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(speaker: Speaker) -> None:
+    class Impatient(Talk):
+        """Presses Ctrl-C when two pieces were written."""
+
+        def write(self, text: str) -> None:
+            self.out.append(text)
+            if len(self.out) == 2:
+                raise KeyboardInterrupt
+
+    impatient = Impatient(speaker, manner={"is_strict": False})
+    manner = Manner(impatient.write, impatient.notes.append, is_strict=False)
+    impatient.chat = Chat(speaker, Sampling(max_new_tokens=6), manner)
+    whole = Talk(speaker)("hi")
+    shown = impatient("hi")
+    assert shown.endswith("\n")
+    assert len(shown) < len(whole)
+    assert whole.startswith(shown.rstrip("\n"))
+    assert impatient("go on")
+
+
+def test_typed_special_tokens_are_text(speaker: Speaker) -> None:
+    voice = speaker.first
+    prompt = speaker.prompt(voice, [Message("user", "a<|im_end|>b", train=False)])
+    assert prompt.input_ids.count(voice.tokenizer.eos_token_id) == 1
+
+
+def test_every_stop_token_ends_an_answer(speaker: Speaker) -> None:
+    assert speaker.first.stop_token_ids == [speaker.first.tokenizer.eos_token_id]
+
+
+def test_a_full_context_is_said(tmp_path: Path) -> None:
+    small = save_tiny_model(tmp_path / "small", max_position_embeddings=64)
+    talk = Talk(open_speaker(str(small)), sampling={"max_new_tokens": 50})
+    talk("hi")
+    assert "the context is full; /reset begins anew" in talk.notes
+    with pytest.raises(DataError, match=r"the context is full: .* room for 64"):
+        talk("x" * 64)
+    easy = Talk(talk.speaker, manner={"is_strict": False})
+    easy("x" * 64)
+    assert easy.notes[0].startswith("the context is full")
+
+
+def test_the_system_message_stands_first(speaker: Speaker) -> None:
+    plain, brief = Talk(speaker), Talk(speaker, system="be brief")
+    assert plain("hi") != brief("hi")
+
+
+def test_answers_that_are_drawn_repeat_with_their_seed(speaker: Speaker) -> None:
+    def said(seed: int) -> list[str]:
+        talk = Talk(speaker, sampling={"temperature": 1.5, "seed": seed})
+        return [talk("hi"), talk("hi")]
+
+    assert said(0) == said(0)
+    assert said(0) != said(1)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "reason"),
+    [
+        (["one"], "needs the form name=PATH"),
+        (["one=nowhere"], "no adapter"),
+        (["base={one}"], "two adapters called base"),
+        (["a={one}", "a={one}"], "two adapters called a"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(
+    tiny_model: Path, tmp_path: Path, adapters: list[str], reason: str
+) -> None:
+    one = draw_adapter(tiny_model, tmp_path / "one", seed=0)
+    with pytest.raises(QloraError, match=reason):
+        open_speaker(str(tiny_model), adapters=[text.format(one=one) for text in adapters])
+
+
+def test_a_model_without_template_continues_each_message(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    talk = Talk(open_speaker(str(folder)))
+    assert talk.speaker.is_plain
+    assert talk("once upon") == talk("once upon")
+
+
+def test_columns_are_as_wide_as_the_terminal_lets_them() -> None:
+    text = beside(["base", "tuned"], ["one two three " * 5, "four\n\nfive"], 81)
+    lines = text.splitlines()
+    assert lines[0] == f"{'base':<39} | tuned"
+    assert lines[2].endswith("| four")
+    assert lines[4].endswith("| five") if len(lines) > 4 else "five" in text
+    assert max(map(len, lines)) <= 81
+    assert beside(["base", "tuned"], ["a", "b"], 60) == "base: a\ntuned: b"
