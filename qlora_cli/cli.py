@@ -47,6 +47,10 @@ def _decoded(overrides: list[str]) -> list[str]:
     return [os.fsencode(override).decode("utf-8", "replace") for override in overrides]
 
 
+def _decoded_text(text: str | None) -> str | None:
+    return None if text is None else _decoded([text])[0]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"qlora {__version__}")
@@ -95,6 +99,7 @@ ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_MODEL",
+        callback=_decoded_text,
         help="Folder of a run, an adapter or a model; a recipe, GGUF file or hub id.",
     ),
 ]
@@ -105,6 +110,7 @@ Adapters = Annotated[
         metavar="NAME=PATH",
         default_factory=list,
         show_default=False,
+        callback=_decoded,
         help="A run or adapter over the same base in memory (can be given more than once).",
     ),
 ]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -109,24 +110,56 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"qlora {__version__}\n", "")
 
 
-COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
+def leaves(group: Any, name: str = "") -> dict[str, Any]:
+    """The commands, those of groups among them, by their full names."""
+    found: dict[str, Any] = {}
+    for below, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= leaves(command, f"{name}{below} ")
+        else:
+            found[name + below] = command
+    return found
+
+
+COMMANDS = leaves(get_command(app))
 
 
 def test_commands() -> None:
-    assert COMMANDS == ["train", "eval", "merge", "validate", "preview", "cache", "schema"]
+    assert list(COMMANDS) == [
+        "train", "eval", "merge", "chat", "generate", "validate", "preview", "cache", "schema",
+        "adapters list", "adapters inspect", "adapters diff", "adapters combine",
+    ]  # fmt: skip
 
 
 def test_options_are_a_promise() -> None:
     """Scripts of others use these. To take one away is a change to announce."""
     talk = {"--quiet", "--verbose", "-q", "-v"}
+    speak = {"--adapter", "--system", "--temperature", "--top-p", "--top-k", "--max-new-tokens"}
+    speak |= {"target", "--set", "--weights", "--seed", "--json", *talk}
     found = {
         name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+        for name, command in COMMANDS.items()
     }
     assert found == {
         "train": {"recipe", "--set", "--resume", "--no-cache", "--json", *talk},
         "eval": {"target", "--set", "--weights", "--json", *talk},
         "merge": {"run", "--output", "--set", "--weights", "--json", *talk},
+        "chat": speak,
+        "generate": {*speak, "--prompts", "--output", "--batch-size"},
+        "adapters list": {"folder", "--json", *talk},
+        "adapters inspect": {"adapter", "--json", *talk},
+        "adapters diff": {"first", "second", "--json", *talk},
+        "adapters combine": {
+            "paths",
+            "--output",
+            "--method",
+            "--weights",
+            "--density",
+            "--rank",
+            "--seed",
+            "--json",
+            *talk,
+        },
         "validate": {"recipe", "--set", "--json", *talk},
         "preview": {
             "recipe",
@@ -145,7 +178,7 @@ def test_options_are_a_promise() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(run: Run, command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert f"Example:\n    qlora {command}" in out
 
@@ -155,7 +188,7 @@ def test_help_names_the_exit_codes(run: Run) -> None:
     for code in (0, 2, 3, 4, 130):
         assert f"\n    {code} " in out
     for command in COMMANDS:
-        assert f"\n  {command} " in out
+        assert f"\n  {command.split()[0]} " in out
 
 
 @pytest.mark.parametrize(
