@@ -168,17 +168,12 @@ def read_exam(recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokeni
     Raises:
         DataError: a row cannot be asked about, or has a reference that cannot be scored against.
     """
-    held_out = recipe.data.evaluation_sources
-    limit, skip = recipe.evaluation.limit, recipe.data.on_bad_row == "skip"
-    return [
-        (
-            task,
-            task.questions(
-                held_out if task.data is None else [task.data], tokenizer, limit=limit, skip=skip
-            ),
-        )
-        for task in tasks
-    ]
+    held_out, limit = recipe.data.evaluation_sources, recipe.evaluation.limit
+    exam: Exam = []
+    for task in tasks:
+        sources = held_out if task.data is None else [task.data]
+        exam.append((task, task.questions(sources, tokenizer, recipe.data, limit=limit)))
+    return exam
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -198,26 +198,60 @@ def train(
 @app.command("eval")
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_RECIPE", help="The folder of a run, or a recipe.")
+        Path, typer.Argument(metavar="TARGET", help="A run, a model folder, or a recipe.")
     ],
     overrides: Overrides,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="NAME,...", help="Only these (loss, and names or types of tasks)."
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare", metavar="RUN_OR_MODEL", help="Measure beside this, not the base."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="RECIPE", help="What to ask a model folder."),
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option("--records", metavar="FILE", help="Write prompts and answers to this file."),
+    ] = None,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Measure a run beside its base model.
+    """Measure a run beside its base model, on held-out rows and by its tasks.
 
-    Given a recipe, it measures the base model alone. --json prints target, weights, rows,
-    supervised_tokens and models: base and tuned, each with loss, perplexity and tasks (score and
-    rows of each).
+    Each figure has its 95% interval, and so has the paired difference between the two models. Of a
+    recipe the base model is measured alone. A run that is measured as its recipe says keeps the
+    figures (run.json) and prompts, references, answers and scores (answers.jsonl). --json prints
+    target, compare, weights, models (name, measure, then value, low and high), differences,
+    measures, confidence, resamples and records.
 
     \b
     Example:
+      qlora eval runs/mine
+      qlora eval runs/mine --tasks loss,exact_match --records answers.jsonl
+      qlora eval runs/mine --compare runs/other
+      qlora eval models/mine --recipe runs/mine/recipe.yaml
       qlora eval runs/mine --set data.evaluation.path=other.jsonl
     """
     from qlora_cli.evaluate import evaluate
 
-    report = evaluate(target, overrides, weights=weights)
+    report = evaluate(
+        target,
+        overrides,
+        weights=weights,
+        tasks=tasks and tasks.split(","),
+        compare=compare,
+        recipe=recipe,
+        records=records,
+    )
     _show(report, as_json, evaluation_table(report))
 
 

@@ -1,29 +1,29 @@
-"""What came out: base and tuned model on the same held-out rows."""
+"""What came out: base and tuned model, or any two models, on the same examples."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import Exam, load_base, measure, read_data, read_exam
-from qlora_cli.data.batches import eval_batches
+from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
+from qlora_cli.build import load_base, read_data, read_exam
 from qlora_cli.data.encode import read_chat_template
-from qlora_cli.data.prepare import Prepared
 from qlora_cli.errors import RecipeError
-from qlora_cli.generate import answer
-from qlora_cli.model.base import learn_to_stop, load_tokenizer
+from qlora_cli.examinee import Respondent
+from qlora_cli.model.base import learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.model_card import write_cards
-from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
-from qlora_cli.types import Example, Prompt
+from qlora_cli.tasks import Loss, TaskConfig
+from qlora_cli.tasks.task import Outcome, Task
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -31,166 +31,285 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
+Answers = dict[str, list[Outcome]]
+"""Name of a task -> outcomes of one model, in the order of the questions."""
 
-def evaluate(target: Path, overrides: Sequence[str] = (), *, weights: Weights) -> dict[str, Any]:
-    """Measure a run (base beside tuned) or the base model of a recipe.
+
+def evaluate(
+    target: Path,
+    overrides: Sequence[str] = (),
+    *,
+    weights: Weights = "last",
+    tasks: Sequence[str] | None = None,
+    compare: Path | None = None,
+    recipe: Path | None = None,
+    records: Path | None = None,
+) -> dict[str, Any]:
+    """Measure a run beside its base, or two models beside each other.
 
     Args:
-        target: a run folder or a recipe.
-        weights: which of the run's weights.
+        target: a run, a model folder, or a recipe (whose base is then measured alone).
+        weights: which of a run's weights.
+        tasks: names of tasks, `loss` among them; None for all that the recipe has.
+        compare: a run or a model folder to measure `target` beside, in place of the base.
+        recipe: what says what to ask, where `target` is a model folder.
+        records: file for the answers, one example a line; None writes them into the folder of a
+            run that is measured as its recipe says.
 
     Returns:
-        {"target", "weights", "rows", "supervised_tokens", "models": {"base": M, "tuned": M}}, where
-        M is {"loss", "perplexity", "tasks": {type: {"score", "rows"}}}.
+        {"target", "compare", "weights", "models": {name: {measure: E}}, "differences": {measure:
+        E}, "measures": {measure: {"n", "is_share", "lower_is_better"}}, "confidence",
+        "resamples", "records"}, where E is {"value", "low", "high"}. A difference is the second
+        model minus the first; where only one is measured there are none.
 
     Raises:
         QloraError: in one of its kinds, with its exit code.
     """
     quiet_libraries()
-    run = RunFolder(target) if is_run(target) else None
-    recipe = load_recipe(run.recipe if run else target, overrides).recipe
-    trained = run.weights(weights) if run else None
-    tokenizer = (
-        load_tokenizer(trained, trust_remote_code=recipe.model.trust_remote_code)
-        if trained
-        else recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
-    )
-    sources = recipe.data.evaluation_sources
-    if not sources:
-        raise RecipeError(
-            f"{target} has no data.evaluation",
-            hint="--set data.evaluation.path=held_out.jsonl (and data.evaluation.format if it is "
-            "not messages)",
-        )
-    held_out = read_data("evaluation", recipe.data, sources, tokenizer)
-    exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
-
+    asked = recipe or _recipe_of(target) or (compare and _recipe_of(compare))
+    subjects = [find_subject(target, overrides, weights, asked)]
+    if compare is not None:
+        subjects.insert(0, find_subject(compare, overrides, weights, asked))
+        if subjects[0].name == subjects[1].name:
+            paths = str(compare), str(target)
+            subjects = [replace(s, name=path) for s, path in zip(subjects, paths, strict=True)]
+    settings = subjects[-1].recipe
+    chosen = choose_tasks(settings, tasks)
     world = World()
-    dtype = world.compute_dtype(recipe.training.precision)
-    model = load_base(recipe, dtype, world.device)
-    learn_to_stop(model, held_out.stop_token_ids)
-    examiner = Examiner(recipe, tokenizer, held_out, exam, dtype, world)
-    models = {"base": examiner.examine("base", model)}
-    if trained:
-        models["tuned"] = examiner.examine("tuned", recipe.adapter.load(model, trained))
+    models: dict[str, Answers] = {}
+    for subject in subjects:
+        for name, answers in examine(subject, settings, chosen, world, alone=bool(compare)):
+            models[name] = answers
+
+    is_as_trained = is_run(target) and not (overrides or tasks or compare or recipe)
+    if is_as_trained and records is None:
+        records = RunFolder(target).answers
     report = {
         "target": str(target),
-        "weights": weights if trained else None,
-        "rows": len(held_out.examples),
-        "supervised_tokens": held_out.num_supervised,
-        "models": models,
+        "compare": compare and str(compare),
+        "weights": weights if subjects[-1].trained else None,
+        **summarize(chosen, models),
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "records": records and str(records),
     }
-    if run and not overrides:
-        # With overrides it is a measurement of something else, and belongs to whoever asked.
-        run.update_record(evaluation=report)
-        write_cards(run)
+    if records is not None:
+        write_records(records, chosen, models)
+    if is_as_trained:
+        # Anything else is a measurement of something else, and belongs to whoever asked.
+        RunFolder(target).update_record(evaluation=report)
+        write_cards(RunFolder(target))
+    warn_of_losses(report)
     return report
 
 
-class Examiner:
-    """Asks each model the same questions."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a base model, with trained weights on it or without."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerFast,
-        held_out: Prepared,
-        exam: Exam,
-        dtype: torch.dtype,
-        world: World,
-    ) -> None:
-        self._recipe = recipe
-        self._tokenizer = tokenizer
-        self._held_out = held_out
-        self._exam = exam
-        self._dtype = dtype
-        self._world = world
+    name: str
+    recipe: Recipe
+    """Says how the model is loaded."""
+    trained: Path | None = None
 
-    def examine(self, name: str, model: Any) -> dict[str, Any]:
-        """Loss, perplexity and the score of each task."""
-        metrics = measure(
-            TokenLoss(model, self._dtype),
-            self._held_out,
-            self._tokenizer,
-            self._recipe.eval_batch_size,
-            self._world,
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The one that it was trained with, where it was."""
+        if self.trained is None:
+            template = read_chat_template(self.recipe.data.chat_template)
+            return self.recipe.model.load_tokenizer(template)
+        return load_tokenizer(self.trained, trust_remote_code=self.recipe.model.trust_remote_code)
+
+
+def _recipe_of(path: Path) -> Path | None:
+    """The recipe that a path brings along; a model folder brings none."""
+    if is_run(path):
+        return RunFolder(path).recipe
+    return None if path.is_dir() or path.suffix == ".gguf" else path
+
+
+def find_subject(
+    path: Path, overrides: Sequence[str], weights: Weights, asked: Path | None
+) -> Subject:
+    """A run, a model folder or a recipe, as what is measured.
+
+    Args:
+        asked: the recipe that says what a model folder is asked.
+
+    Raises:
+        RecipeError: it is none of them, or a run without the weights.
+    """
+    if is_run(path):
+        run = RunFolder(path)
+        trained = run.weights(weights)
+        return Subject(path.resolve().name, load_recipe(run.recipe, overrides).recipe, trained)
+    if not path.exists():
+        raise RecipeError(f"{path}: no such file or folder")
+    own = _recipe_of(path)
+    if own is not None:
+        return Subject("base", load_recipe(own, overrides).recipe)
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise RecipeError(
+            f"{path} holds neither a run nor a model (found: {found})",
+            hint="give the output.dir of a run, a model folder or a recipe; a run that failed "
+            "before its first step leaves nothing to measure",
         )
-        log.info("%s: loss %.4f", name, metrics["eval_loss"])
-        return {
-            "loss": metrics["eval_loss"],
-            "perplexity": metrics["eval_perplexity"],
-            "tasks": self._tasks(name, model),
-        }
-
-    def _tasks(self, name: str, model: Any) -> dict[str, dict[str, Any]]:
-        respondent = Respondent(model, self._recipe, self._tokenizer, self._dtype, self._world)
-        results: dict[str, dict[str, Any]] = {}
-        for task, questions in self._exam:
-            log.info("%s: %s, %d questions", name, task.label, len(questions))
-            outcomes = task.examine(respondent, questions)
-            values = {
-                key: np.array([outcome.values[key] for outcome in outcomes])
-                for key in outcomes[0].values
-            }
-            measure, *_ = task.measures()
-            results[task.label] = {
-                "score": float(measure.aggregate(values)),
-                "rows": len(outcomes),
-            }
-        return results
-
-
-class Respondent:
-    """A model that answers the questions of tasks, each question once."""
-
-    def __init__(
-        self,
-        model: Any,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerFast,
-        dtype: torch.dtype,
-        world: World,
-    ) -> None:
-        self._model = model
-        self._recipe = recipe
-        self._tokenizer = tokenizer
-        self._dtype = dtype
-        self._world = world
-        self._written: dict[tuple[int, ...], str] = {}
-
-    def write(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The greedy answer to each prompt."""
-        keys = [tuple(prompt.input_ids) for prompt in prompts]
-        new = {
-            key: prompt
-            for key, prompt in zip(keys, prompts, strict=True)
-            if key not in self._written
-        }
-        answers = answer(
-            self._model,
-            list(new.values()),
-            self._tokenizer,
-            stop_token_ids=self._model.generation_config.eos_token_id,
-            max_new_tokens=self._recipe.evaluation.max_new_tokens,
-            batch_size=self._recipe.generation_batch_size,
-            dtype=self._dtype,
-            device=self._world.device,
+    if asked is None:
+        raise RecipeError(
+            f"{path} is a model, which does not say what it is to be asked",
+            hint="--recipe names the recipe whose evaluation data and tasks are taken",
         )
-        self._written |= dict(zip(new, answers, strict=True))
-        return [self._written[key] for key in keys]
+    # The model is measured as it is written, unless it is asked for otherwise.
+    place = f"model.path={json.dumps(str(path))}"
+    loaded = load_recipe(asked, ["quantization.type=none", *overrides, place])
+    return Subject(path.resolve().name, loaded.recipe)
 
-    def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
-        """For each example, the sum of log p over its supervised tokens, in nats."""
-        objective = TokenLoss(self._model, self._dtype)
-        return [
-            -float(
-                evaluate_loss(
-                    objective,
-                    eval_batches(
-                        [example], batch_size=1, pad_token_id=self._tokenizer.pad_token_id
-                    ),
-                    self._world.device,
-                )[0]
+
+def choose_tasks(recipe: Recipe, names: Sequence[str] | None) -> list[Task]:
+    """The tasks of these names, or all that the recipe has; the loss is the first of them.
+
+    Raises:
+        RecipeError: there is no such task, or none at all.
+    """
+    has_rows = bool(recipe.data.evaluation_sources)
+    known: dict[str, Task] = {"loss": Loss()} if has_rows else {}
+    known |= {task.label: task for task in recipe.evaluation.tasks}
+    if names is not None:
+        return [known.get(name) or _plain_task(name, known, has_rows) for name in names]
+    if not known:
+        raise RecipeError(
+            "there is nothing to measure: the recipe has neither data.evaluation nor "
+            "evaluation.tasks",
+            hint="--set data.evaluation.path=held_out.jsonl (and data.evaluation.format if it is "
+            "not messages)",
+        )
+    return list(known.values())
+
+
+def _plain_task(name: str, known: dict[str, Task], has_rows: bool) -> Task:
+    """A task that the recipe does not have, with the defaults of its type."""
+    try:
+        task: Task = TypeAdapter(TaskConfig).validate_python({"type": name})
+    except ValidationError as error:
+        raise RecipeError(
+            f"--tasks: {name} is no task here; there are {', '.join(known) or 'none'}",
+            hint="a type that needs no settings can be named too; one that does is written down "
+            "in evaluation.tasks",
+        ) from error
+    if not has_rows:
+        raise RecipeError(f"--tasks: {name} needs data.evaluation: rows to answer")
+    return task
+
+
+def examine(
+    subject: Subject, settings: Recipe, tasks: Sequence[Task], world: World, *, alone: bool
+) -> Iterator[tuple[str, Answers]]:
+    """Ask the model of a subject all questions; before it, unless it is `alone`, its base.
+
+    Args:
+        settings: the recipe that says what is asked.
+    """
+    tokenizer = subject.load_tokenizer()
+    exam = read_exam(settings, tasks, tokenizer)
+    stops = stop_token_ids(subject.trained) if subject.trained else []
+    if sources := settings.data.evaluation_sources:
+        held_out = read_data("evaluation", settings.data, sources, tokenizer)
+        stops = [*stops, *held_out.stop_token_ids]
+    dtype = world.compute_dtype(subject.recipe.training.precision)
+    model = load_base(subject.recipe, dtype, world.device)
+    learn_to_stop(model, stops)
+
+    def answers_of(name: str, model: Any) -> Answers:
+        respondent = Respondent(name, model, settings, tokenizer, dtype, world)
+        answers: Answers = {}
+        for task, questions in exam:
+            log.info("%s: %s, %d examples", name, task.label, len(questions))
+            answers[task.label] = task.examine(respondent, questions)
+        return answers
+
+    if subject.trained is None:
+        yield subject.name, answers_of(subject.name, model)
+        return
+    if not alone:
+        yield "base", answers_of("base", model)
+    name = subject.name if alone else "tuned"
+    yield name, answers_of(name, subject.recipe.adapter.load(model, subject.trained))
+
+
+def summarize(tasks: Sequence[Task], models: dict[str, Answers]) -> dict[str, Any]:
+    """The figures of each model with their intervals, and the differences of the second."""
+    report: dict[str, Any] = {"models": {m: {} for m in models}, "differences": {}, "measures": {}}
+    for task in tasks:
+        outcomes = [answers[task.label] for answers in models.values()]
+        first, *others = ([outcome.place for outcome in one] for one in outcomes)
+        groups = [[columns(one) for one in outcomes]]
+        if any(places != first for places in others):
+            log.warning(
+                "%s: the models were not asked about the same rows, so there is no difference to "
+                "give; data.max_length may be too short for one of their tokenizers",
+                task.label,
             )
-            for example in examples
-        ]
+            groups = [[one] for one in groups[0]]
+        for name, measure in task.named_measures():
+            found = [estimates(measure, group) for group in groups]
+            singles = [one for single, _ in found for one in single]
+            for model, estimate in zip(models, singles, strict=True):
+                report["models"][model][name] = estimate.record()
+            for _, differences in found:
+                for difference in differences:
+                    report["differences"][name] = difference.record()
+            report["measures"][name] = {
+                "n": len(first),
+                "is_share": measure.is_share,
+                "lower_is_better": measure.lower_is_better,
+            }
+    return report
+
+
+def write_records(path: Path, tasks: Sequence[Task], models: dict[str, Answers]) -> None:
+    """One JSON object a line for each example, with the answers of all models.
+
+    Raises:
+        RecipeError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for task in tasks:
+                for outcomes in zip(*(one[task.label] for one in models.values()), strict=False):
+                    line = _record(task, dict(zip(models, outcomes, strict=True)))
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise RecipeError(f"--records: {path}: {error.strerror}") from error
+
+
+def _record(task: Task, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    one = next(iter(outcomes.values()))
+    asked = {"prompt": one.prompt, "reference": one.reference} if one.prompt else {}
+    models = {
+        name: {
+            **({"answer": outcome.answer} if one.prompt else {}),
+            **{k: v for k, v in outcome.values.items() if not k.startswith("_")},
+        }
+        for name, outcome in outcomes.items()
+    }
+    return {"task": task.label, "row": one.place, **asked, "models": models}
+
+
+def warn_of_losses(report: dict[str, Any]) -> None:
+    """What the second model is worse at than the first, beyond chance."""
+    for name, difference in report["differences"].items():
+        ends = difference["low"], difference["high"]
+        if None in ends:
+            continue
+        is_worse = ends[0] > 0 if report["measures"][name]["lower_is_better"] else ends[1] < 0
+        if is_worse:
+            first, second = report["models"]
+            log.warning(
+                "%s: %s is worse than %s, %.4g against %.4g (difference %.4g to %.4g)",
+                name,
+                second,
+                first,
+                *(report["models"][model][name]["value"] for model in (second, first)),
+                *ends,
+            )

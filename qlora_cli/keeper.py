@@ -33,11 +33,15 @@ _FREE = (
     "training.epochs",
     "training.log_every",
     "training.eval_every",
+    "training.tasks_every",
+    "training.patience",
     "training.save_every",
     "data.audit.",
     "evaluation.",
     "output.",
 )
+_BOUND = ("evaluation.best_by",)
+"""But not this: a checkpoint remembers the best value so far."""
 
 
 class Keeper:
@@ -45,6 +49,7 @@ class Keeper:
 
     Args:
         write_weights: writes the trained weights, with their tokenizer, into a folder.
+        best_by: name of the measure that decides which weights are the best.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Keeper:
         *,
         keep_checkpoints: int,
         write_weights: Callable[[Path], None],
+        best_by: str,
+        lower_is_better: bool,
     ) -> None:
         self._run = run
         self._world = world
@@ -65,6 +72,8 @@ class Keeper:
         self._scaler = scaler
         self._keep_checkpoints = keep_checkpoints
         self._write_weights = write_weights
+        self._best_by = best_by
+        self._lower_is_better = lower_is_better
 
     def resume(self, max_steps: int, seed: int) -> TrainState:
         """Put the newest whole checkpoint in place.
@@ -103,10 +112,29 @@ class Keeper:
             )
         self._world.wait()
 
-    def keep_best(self, loss: float, state: TrainState) -> None:
-        """Keep the weights if no earlier ones had so low a loss."""
-        if self._world.is_main and self._run.is_best(loss, state.step):
+    def keep_best(self, metrics: dict[str, float], state: TrainState) -> None:
+        """Keep the weights if no earlier ones were so good. The untrained start is none.
+
+        Args:
+            metrics: `eval_loss` and its like; what decides may not be among them.
+        """
+        value = metrics.get(f"eval_{self._best_by}")
+        if value is None:
+            return
+        found = {"by": self._best_by, "value": value}
+        if state.step == 0:
+            if self._world.is_main:
+                self._run.update_record(untrained=found)
+            return
+        if state.best_value is not None and not self._is_better(value, state.best_value):
+            return
+        state.best_step, state.best_value = state.step, value
+        if self._world.is_main:
+            self._run.update_record(best={"step": state.step, **found, **metrics})
             self._run.replace("best", self._write_weights)
+
+    def _is_better(self, value: float, than: float) -> bool:
+        return value < than if self._lower_is_better else value > than
 
     def finish(self, state: TrainState, *, seconds: float) -> None:
         """Keep the last weights and close the record.
@@ -119,6 +147,7 @@ class Keeper:
             self._run.replace("last", self._write_weights)
             self._run.update_record(
                 status="finished",
+                steps=state.step,
                 tokens=state.tokens,
                 seconds=round(seconds, 1),
                 peak_memory_bytes=self._world.peak_memory_bytes(),
@@ -142,13 +171,17 @@ class Keeper:
 
     def _warn_if_nothing_was_learnt(self) -> None:
         record = self._run.read_record()
-        if "best" in record and record["best"]["eval_loss"] >= record["untrained_eval_loss"]:
+        if "best" not in record or "untrained" not in record:
+            return
+        best, untrained = record["best"]["value"], record["untrained"]["value"]
+        if not self._is_better(best, untrained):
             log.warning(
-                "the loss on held-out rows never fell below that of the untrained model (%.4f; "
-                "the lowest since is %.4f): the result is worse than what it began with. Try a "
-                "lower optimizer.learning_rate",
-                record["untrained_eval_loss"],
-                record["best"]["eval_loss"],
+                "%s on held-out rows was never better than that of the untrained model (%.4f; the "
+                "best since is %.4f): the result is no better than what it began with. Try a lower "
+                "optimizer.learning_rate",
+                self._best_by,
+                untrained,
+                best,
             )
 
 
@@ -166,7 +199,7 @@ def refuse_changes(run: RunFolder, recipe: Recipe, digest: str) -> None:
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
-        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+        if old.get(key) != new.get(key) and (not key.startswith(_FREE) or key in _BOUND)
     ]
     if run.read_record()["data"]["training"]["digest"] != digest:
         changed.append("the rows of data.train")

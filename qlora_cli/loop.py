@@ -35,20 +35,22 @@ def fit(
     scaler: torch.amp.GradScaler,
     state: TrainState,
     evaluate: Callable[[], dict[str, float]],
+    is_over: Callable[[TrainState], bool],
     save: Callable[[TrainState], None],
     tracker: Tracker,
 ) -> None:
-    """Train until `max_steps`. One turn is one optimizer step.
+    """Train until `max_steps`, or until it `is_over` early. One turn is one optimizer step.
 
     Raises:
         TrainingError: the loss of a logged step is not finite.
     """
     # Before the first step; and again where a run that is resumed may have been cut short in it.
-    if is_due(settings.eval_every, state.step) or state.step in (0, max_steps):
+    if is_evaluated(settings, state.step) or state.step in (0, max_steps):
         tracker.log(evaluate(), state.step)
     objective.train()
     meter = Meter(state)
-    while state.step < max_steps:
+    is_saved = True
+    while state.step < max_steps and not is_over(state):
         metrics = train_step(
             objective, optimizer, schedule(state.step), batches, settings, world, scaler, state
         )
@@ -57,11 +59,14 @@ def fit(
 
         if is_due(settings.log_every, state.step) or is_last:
             tracker.log(meter.read(metrics, state, world), state.step)  # the only host sync
-        if is_due(settings.save_every, state.step) or is_last:
+        is_saved = is_due(settings.save_every, state.step) or is_last
+        if is_saved:
             save(state)  # after the step: state.step steps are done
-        if is_due(settings.eval_every, state.step) or is_last:
+        if is_evaluated(settings, state.step) or is_last:
             tracker.log(evaluate(), state.step)  # it restores training mode itself
             meter.restart(state)
+    if not is_saved:
+        save(state)
 
 
 def train_step(
@@ -107,6 +112,11 @@ def train_step(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "supervised_tokens": num_supervised,
     }
+
+
+def is_evaluated(settings: Training, step: int) -> bool:
+    """Whether the model is measured after this step."""
+    return is_due(settings.eval_every, step) or is_due(settings.tasks_every, step)
 
 
 def is_due(every: int | None, step: int) -> bool:

@@ -110,7 +110,7 @@ def _facts(
     packed = ", packed" if recipe.data.packing else ""
     yield (
         "steps",
-        f"{record['max_steps']} of {training.batch_size} rows of at most "
+        f"{record['steps']} of {training.batch_size} rows of at most "
         f"{recipe.data.max_length} tokens{packed}",
     )
     yield "optimizer", _summary(recipe.optimizer)
@@ -119,7 +119,7 @@ def _facts(
     yield "seed", str(training.seed)
     best = record.get("best")
     if weights == "best" and best:
-        yield "weights", f"those after step {best['step']}, with the lowest held-out loss"
+        yield "weights", f"those after step {best['step']}, with the best {best['by']}"
     else:
         yield "weights", "those after the last step"
     yield from _losses(record, run)
@@ -133,9 +133,9 @@ def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, st
     if logged:
         yield "training loss", f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at last"
     if best := record.get("best"):
-        before = record.get("untrained_eval_loss")
-        start = "" if before is None else f"{before:.4f} untrained, "
-        yield "held-out loss", f"{start}{best['eval_loss']:.4f} at step {best['step']}"
+        before = record.get("untrained")
+        start = "" if before is None else f"{before['value']:.4f} untrained, "
+        yield f"best {best['by']}", f"{start}{best['value']:.4f} at step {best['step']}"
 
 
 def _measurements(

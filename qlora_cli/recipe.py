@@ -13,7 +13,8 @@ from qlora_cli.model.quantization import QuantizationConfig, Unquantized
 from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.part import Part
-from qlora_cli.tasks import TaskConfig
+from qlora_cli.tasks import Loss, TaskConfig
+from qlora_cli.tasks.task import Measure
 
 
 def _refuse(problems: list[str]) -> None:
@@ -45,6 +46,10 @@ class Training(Part):
     """Steps between two lines of the log."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between two evaluations; null evaluates before the first and after the last step."""
+    tasks_every: int | None = Field(None, ge=1)
+    """Steps between two rounds of `evaluation.tasks`; null leaves them to `qlora eval`."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after so many evaluations in a row without a better one; null never does."""
     save_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints; null saves after the last step alone."""
 
@@ -68,6 +73,11 @@ class Training(Part):
                 f"training.batch_size ({self.batch_size}) must be a multiple of "
                 f"training.micro_batch_size ({self.micro_batch_size})"
             )
+        if self.patience is not None and self.eval_every is None and self.tasks_every is None:
+            problems.append(
+                f"training.patience ({self.patience}) counts evaluations: give training.eval_every "
+                "too (or tasks_every)"
+            )
         _refuse(problems)
         return self
 
@@ -85,6 +95,9 @@ class Evaluation(Part):
     """Prompts answered at once; null takes four times `training.micro_batch_size`."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer."""
+    best_by: str = "loss"
+    """What decides which weights of a run are the best: `loss`, or the name of a task (of one of
+    its measures: `task.measure`)."""
 
 
 class Output(Part):
@@ -137,13 +150,49 @@ class Recipe(Part):
         tasks = self.evaluation.tasks
         if not self.data.evaluation_sources and any(task.data is None for task in tasks):
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")
-        names = [task.label for task in tasks]
+        names = ["loss", *(task.label for task in tasks)]
         if len(set(names)) < len(names):
             problems.append(
-                f"evaluation.tasks has a name twice: {', '.join(names)}; give one of them a name"
+                f"evaluation.tasks has a name twice: {', '.join(names)}; give one of them a name "
+                "(loss is the one on data.evaluation)"
+            )
+        if self.evaluation.best_by not in self.measures:
+            problems.append(
+                f"evaluation.best_by ({self.evaluation.best_by}) is no measure of a task; it takes "
+                f"one of {', '.join(self.measures)}"
+            )
+        elif self.evaluation.best_by != "loss" and self.training.tasks_every is None:
+            problems.append(
+                f"evaluation.best_by ({self.evaluation.best_by}) needs training.tasks_every: a "
+                "task is not asked during training otherwise"
+            )
+        elif (
+            self.training.patience is not None
+            and self.evaluation.best_by == "loss"
+            and not self.data.evaluation_sources
+        ):
+            problems.append(
+                f"training.patience ({self.training.patience}) goes by the loss on "
+                "data.evaluation, which is missing"
             )
         _refuse(problems)
         return self
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """What a model is measured by, by its name: the loss, and all that tasks count."""
+        tasks = [Loss(), *self.evaluation.tasks]
+        return {name: measure for task in tasks for name, measure in task.named_measures()}
+
+    def is_over(self, step: int, best_step: int | None) -> bool:
+        """Whether `training.patience` is at its end: so many evaluations since the best one."""
+        settings = self.training
+        every = settings.eval_every if self.evaluation.best_by == "loss" else None
+        every = every or settings.tasks_every
+        if settings.patience is None or best_step is None:
+            return False
+        assert every is not None, "checked when the recipe is read"
+        return (step - best_step) // every >= settings.patience
 
     @property
     def eval_batch_size(self) -> int:

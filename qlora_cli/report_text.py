@@ -3,33 +3,71 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
 def run_text(folder: str, record: Mapping[str, Any]) -> str:
     """Where a finished run lies, and what to do with it (`record` is its run.json)."""
-    lines = [f"{folder}: {record['status']} after {record['max_steps']} steps"]
+    lines = [f"{folder}: {record['status']} after {record['steps']} steps"]
+    if record["steps"] < record["max_steps"]:
+        lines[0] += f" of {record['max_steps']}: training.patience was at its end"
     if best := record.get("best"):
-        lines.append(f"lowest evaluation loss: {best['eval_loss']:.4f} at step {best['step']}")
-    return "\n".join([*lines, f"next: qlora eval {folder}"])
+        lines.append(f"best {best['by']}: {best['value']:.4f} at step {best['step']}")
+    next_command = f"qlora eval {folder}"
+    if not record["tasks"]:
+        next_command = f"qlora merge {folder} --output {folder}/merged"
+    return "\n".join([*lines, f"next: {next_command}"])
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
-    """A column for each model, a row for each measure (`report` as `evaluate` returns it)."""
-    models = report["models"]
-    rows = [
-        ("", list(models)),
-        ("loss", [f"{model['loss']:.4f}" for model in models.values()]),
-        ("perplexity", [f"{model['perplexity']:.3f}" for model in models.values()]),
+    """A row for each measure, a column for each model (`report` as `evaluate` returns it)."""
+    models, measures, differences = report["models"], report["measures"], report["differences"]
+    names = list(models)
+    head = ["", "n", *names]
+    if differences:
+        head += [f"{names[1]} - {names[0]}", ""]
+    rows = [head]
+    for name, measure in measures.items():
+        digits = _percent if measure["is_share"] else _number
+        cells = [_with_interval(model[name], digits) for model in models.values()]
+        if differences:
+            difference = differences.get(name)
+            cells.append(_with_interval(difference, digits, sign="+") if difference else "")
+            cells.append(_verdict(difference, measure["lower_is_better"]) if difference else "")
+        rows.append([name, f"{measure['n']:,}", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
-    for task in next(iter(models.values()))["tasks"]:
-        scores = [model["tasks"][task]["score"] for model in models.values()]
-        rows.append((task, [f"{score:.1%}" for score in scores]))
-    width = max(len(name) for name, _ in rows)
-    table = [f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
-    counts = f"{report['rows']} rows, {report['supervised_tokens']} supervised tokens"
-    return "\n".join([f"{report['target']}: {counts}", *table])
+    interval = f"with {report['confidence']:.0%} intervals (bootstrap over the examples)"
+    return "\n".join([f"{report['target']}: {interval}", *table])
+
+
+def _with_interval(
+    estimate: Mapping[str, Any], digits: Callable[[float, str], str], sign: str = ""
+) -> str:
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "not finite"
+    interval = "" if low is None else f" [{digits(low, sign)}, {digits(high, sign)}]"
+    return f"{digits(value, sign)}{interval}"
+
+
+def _percent(share: float, sign: str) -> str:
+    return f"{100 * share:{sign}.1f}%"
+
+
+def _number(value: float, sign: str) -> str:
+    return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
+
+
+def _verdict(difference: Mapping[str, Any], lower_is_better: bool) -> str:
+    low, high = difference["low"], difference["high"]
+    if low is None or low <= 0 <= high:
+        return "no clear difference"
+    return "better" if (high < 0) == lower_is_better else "worse"
 
 
 def cache_text(report: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ RUN/
 ├── recipe.yaml      the resolved recipe; `qlora train` on it repeats the run
 ├── run.json         versions, seeds, digests, counts, results
 ├── metrics.jsonl    one object a line
+├── answers.jsonl    what `qlora eval` asked, one example a line, with the answers
 ├── last/ best/      the trained adapter (PEFT's format) or model, with its tokenizer
 └── checkpoints/     what `--resume` goes on from
 """
@@ -46,6 +47,7 @@ class RunFolder:
         self.recipe = root / "recipe.yaml"
         self.record = root / "run.json"
         self.checkpoints = root / "checkpoints"
+        self.answers = root / "answers.jsonl"
 
     def start(self, *, resume: bool) -> None:
         """Make the folder, or take it up again.
@@ -87,6 +89,9 @@ class RunFolder:
         folder = self.root / which
         if not folder.is_dir():
             reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume"
+            if not any(self.checkpoints.glob("step-*")):
+                reason = "the run was cut short before its first checkpoint"
+                hint = f"remove {self.root}, and start it again"
             if which == "best" and (self.root / "last").is_dir():
                 reason, hint = "the run was not evaluated after its first step", "--weights last"
             raise RecipeError(f"{folder} does not exist: {reason}", hint=hint)
@@ -101,17 +106,6 @@ class RunFolder:
         readable_as_the_folder(unfinished)
         shutil.rmtree(self.root / which, ignore_errors=True)
         unfinished.rename(self.root / which)
-
-    def is_best(self, loss: float, step: int) -> bool:
-        """Whether a loss is the lowest so far (and remember it). The untrained start is none."""
-        best = self.read_record().get("best")
-        if step == 0:
-            self.update_record(untrained_eval_loss=loss)
-            return False
-        if best is not None and best["eval_loss"] <= loss:
-            return False
-        self.update_record(best={"step": step, "eval_loss": loss})
-        return True
 
     def read_record(self) -> dict[str, Any]:
         """What `update_record` wrote.
@@ -139,7 +133,7 @@ class RunFolder:
         lines = [
             f"# Run {self.root.name}",
             "",
-            f"{record['max_steps']} steps, {record['tokens']:,} tokens, "
+            f"{record['steps']} steps, {record['tokens']:,} tokens, "
             f"{record['trained_weights']:,} of {record['total_weights']:,} weights trained, "
             f"{record['seconds']:,.0f} s.",
             "",
@@ -148,8 +142,8 @@ class RunFolder:
             "| last/ | weights after the last step, with tokenizer and chat template |",
         ]
         if best is not None:
-            lowest = f"{best['eval_loss']:.4f} at step {best['step']}"
-            lines.append(f"| best/ | weights at the lowest evaluation loss, {lowest} |")
+            which = f"best {best['by']}, {best['value']:.4f} at step {best['step']}"
+            lines.append(f"| best/ | weights with the {which} |")
         lines += [
             "| recipe.yaml | the recipe, every value written out |",
             "| run.json | versions, seed, data digests, counts |",
@@ -157,7 +151,7 @@ class RunFolder:
             "| checkpoints/ | what `qlora train --resume` goes on from |",
             "",
             "```bash",
-            f"qlora eval {shlex.quote(str(self.root))}",
+            *([f"qlora eval {shlex.quote(str(self.root))}"] if record["tasks"] else []),
             f"qlora merge {shlex.quote(str(self.root))} "
             f"--output {shlex.quote(str(self.root / 'merged'))}",
             "```",

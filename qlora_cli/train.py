@@ -22,8 +22,9 @@ from qlora_cli.build import (
 )
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
+from qlora_cli.examinee import Respondent, ask
 from qlora_cli.keeper import Keeper, refuse_changes
-from qlora_cli.loop import fit
+from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
 from qlora_cli.model.identity import identify
 from qlora_cli.model.report import report_trained, warn_of_untrained
@@ -71,8 +72,8 @@ def train(
     held_out = None
     if sources := recipe.data.evaluation_sources:
         held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
-    # For its checks: better now than after training.
-    read_exam(recipe, recipe.evaluation.tasks, tokenizer)
+    # Before a large model is loaded: rows that cannot be asked about are found here too.
+    exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     if resume:
         refuse_changes(run, recipe, learnt.digest)
@@ -122,6 +123,8 @@ def train(
         scaler,
         keep_checkpoints=recipe.output.keep_checkpoints,
         write_weights=write_weights,
+        best_by=recipe.evaluation.best_by,
+        lower_is_better=recipe.measures[recipe.evaluation.best_by].lower_is_better,
     )
     state = keeper.resume(max_steps, settings.seed) if resume else TrainState()
     keeper.record(
@@ -134,13 +137,18 @@ def train(
         base=identify(recipe.model.locate()),
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
+        tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
     )
 
     def evaluate() -> dict[str, float]:
-        if held_out is None:
-            return {}
-        metrics = measure(objective, held_out, tokenizer, recipe.eval_batch_size, world)
-        keeper.keep_best(metrics["eval_loss"], state)
+        metrics = {}
+        if held_out is not None:
+            metrics = measure(objective, held_out, tokenizer, recipe.eval_batch_size, world)
+        is_last = state.step == max_steps and settings.tasks_every is not None
+        if is_due(settings.tasks_every, state.step) or is_last:
+            respondent = Respondent("tasks", model, recipe, tokenizer, dtype, world)
+            metrics |= {f"eval_{k}": v for k, v in ask(exam, respondent, world).items()}
+        keeper.keep_best(metrics, state)
         return metrics
 
     started = time.monotonic()
@@ -160,11 +168,16 @@ def train(
                 scaler=scaler,
                 state=state,
                 evaluate=evaluate,
+                is_over=lambda state: recipe.is_over(state.step, state.best_step),
                 save=keeper.checkpoint,
                 tracker=tracker,
             )
     except KeyboardInterrupt:
         keeper.interrupted(state)
         raise
+    if state.step < max_steps:
+        log.info(
+            "stopped early: no better %s since step %d", recipe.evaluation.best_by, state.best_step
+        )
     keeper.finish(state, seconds=time.monotonic() - started)
     return run.read_record()

@@ -155,3 +155,7 @@ class TrainState:
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens read so far, over all ranks, padding not counted."""
+    best_step: int | None = None
+    """When the weights were the best so far, of all steps that were evaluated but the first."""
+    best_value: float | None = None
+    """By what `evaluation.best_by` names, then."""

@@ -299,7 +299,8 @@ def eval_reproduces(bench: Bench) -> str:
     run = bench.train("eval")
     models = bench.qlora("eval", run)["models"]
     before, after = metrics(run, "eval_loss")
-    error = max(abs(models["base"]["loss"] - before), abs(models["tuned"]["loss"] - after))
+    pairs = (("base", before), ("tuned", after))
+    error = max(abs(models[name]["loss"]["value"] - logged) for name, logged in pairs)
     return at_most(error, 1e-4, "difference of the loss")
 
 

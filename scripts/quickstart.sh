@@ -67,8 +67,8 @@ stage "demo data" python scripts/make_demo_data.py --output demo
 stage "train" train_once "$run" "${recipe[@]}"
 stage "evaluate base and tuned" eval_once "$run/eval.json" qlora eval "$run"
 stage "merge" merge_once "$run"
-stage "evaluate merged" eval_once "$run/eval-merged.json" qlora eval "$run/recipe.yaml" \
-    --set "model.path=$run/merged" --set quantization.type=none
+stage "evaluate merged" eval_once "$run/eval-merged.json" qlora eval "$run/merged" \
+    --recipe "$run/recipe.yaml"
 
 print_stages >&2
 say "after installation: $((SECONDS - installed)) s"

@@ -15,8 +15,7 @@ def main() -> None:
     run: Path = parser.parse_args().run
     report = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     merged = json.loads((run / "eval-merged.json").read_text(encoding="utf-8"))
-    # Evaluated from a recipe, a model is the base of that recipe.
-    report["models"]["merged"] = merged["models"]["base"]
+    report["models"] |= merged["models"]
     print(evaluation_table(report))
 
 

@@ -272,6 +272,14 @@ def start_checkpointing(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
+def stop_token_ids(folder: Path) -> list[int]:
+    """Where generation ends, as a folder of weights says."""
+    from transformers import GenerationConfig
+
+    found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
 def learn_to_stop(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
     """Let generation end at every token that training teaches as the end of an answer."""
     known = model.generation_config.eos_token_id

@@ -59,6 +59,32 @@ class TokenLoss(nn.Module):
             return _chunked_cross_entropy(logits, targets)
 
     @torch.no_grad()
+    def of_rows(self, batch: Batch) -> Tensor:
+        """Loss sum of each row (B,), in float64; without a gradient."""
+        device = batch.input_ids.device
+        positions, targets = (index.to(device) for index in supervised_positions(batch.labels))
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.is_split:
+                decoder, head = self._halves
+                hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
+                states = hidden.flatten(0, 1)[positions]  # (N, D)
+            else:
+                head = nn.Identity()
+                keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+                keep.view(-1)[positions] = True
+                states = self.model(
+                    **batch.inputs(), use_cache=False, logits_to_keep=keep
+                ).logits  # (N, V)
+            width = head.out_features if self.is_split else states.shape[-1]
+            losses = [
+                F.cross_entropy(head(states[at]).float(), targets[at], reduction="none")
+                for at in _chunks(len(targets), width)
+            ]
+        rows, length = batch.input_ids.shape
+        sums = torch.zeros(rows, dtype=torch.float64, device=device)
+        return sums.index_add_(0, positions // length, torch.cat(losses).double())
+
+    @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:
         """Whether the model is decoder and head, with nothing (such as a soft cap) after them."""
         decoder, head = self._halves
@@ -171,7 +197,7 @@ def evaluate_loss(objective: TokenLoss, batches: Iterable[Batch], device: torch.
     was_training = objective.training
     objective.eval()
     for batch in batches:
-        totals[0] += objective(batch.to(device))
+        totals[0] += objective.of_rows(batch.to(device)).sum()
         totals[1] += batch.num_supervised
     objective.train(was_training)
     return totals

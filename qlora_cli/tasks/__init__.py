@@ -1,7 +1,4 @@
-"""Evaluation tasks. To add one: a file here, and its class in the union.
-
-A task on rows of the user sees the data; nothing else of the parts.
-"""
+"""Evaluation tasks. To add one: a file here, and its class in the union."""
 
 from __future__ import annotations
 
@@ -9,7 +6,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from qlora_cli.tasks.chrf import ChrF
 from qlora_cli.tasks.exact_match import ExactMatch
 from qlora_cli.tasks.json_match import JsonMatch
+from qlora_cli.tasks.loss import Loss
+from qlora_cli.tasks.numeric import Numeric
+from qlora_cli.tasks.rouge import Rouge
 
-TaskConfig = Annotated[ExactMatch | JsonMatch, Field(discriminator="type")]
+__all__ = ["ChrF", "ExactMatch", "JsonMatch", "Loss", "Numeric", "Rouge", "TaskConfig"]
+
+TaskConfig = Annotated[
+    ExactMatch | Numeric | JsonMatch | Rouge | ChrF | Loss, Field(discriminator="type")
+]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
+from qlora_cli.data import Data
 from qlora_cli.data.prepare import prepare_prompts
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Examinee(Protocol):
-    """A model under examination. What was asked before is remembered, so tasks share answers."""
+    """A model under examination."""
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The greedy answer to each prompt."""
+        """The greedy answer to each prompt. It is remembered, so that tasks share answers."""
         ...
 
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
@@ -43,7 +44,8 @@ class Outcome:
     reference: str
     answer: str
     values: dict[str, float]
-    """What a `Measure` is made of. All outcomes of a task have the same names."""
+    """What a `Measure` is made of. All outcomes of a task have the same names; one that begins
+    with `_` is for counting alone, and not shown."""
 
 
 Values = Mapping[str, "NDArray[float64]"]
@@ -86,16 +88,16 @@ class Task(Part):
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
+        settings: Data,
         *,
         limit: int | None,
-        skip: bool,
     ) -> Sequence[Any]:
         """What is asked, one for each example, in the order of the rows.
 
         Args:
             sources: `data`, or what `data.evaluation` names.
+            settings: the recipe's section `data`: how long rows may be, what becomes of bad ones.
             limit: ask about the first rows alone.
-            skip: leave out bad rows.
 
         Raises:
             DataError: no rows, or rows that cannot be asked about (all are counted).
@@ -107,7 +109,13 @@ class Task(Part):
 
     @abstractmethod
     def measures(self) -> Sequence[Measure]:
-        """What the outcomes come to; the first decides about the best checkpoint."""
+        """What the outcomes come to. The first is what the task is known by."""
+
+    def named_measures(self) -> Iterator[tuple[str, Measure]]:
+        """The measures by their names in tables; one of the task's type has the task's own name."""
+        for measure in self.measures():
+            is_main = measure.name == self.type
+            yield self.label if is_main else f"{self.label}.{measure.name}", measure
 
 
 class WrittenTask(Task):
@@ -132,14 +140,16 @@ class WrittenTask(Task):
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
+        settings: Data,
         *,
         limit: int | None,
-        skip: bool,
     ) -> list[Prompt]:
         prompts = [
             prompt
             for source in sources
-            for prompt in prepare_prompts(source, tokenizer, skip=skip, limit=limit)
+            for prompt in prepare_prompts(
+                source, tokenizer, skip=settings.on_bad_row == "skip", limit=limit
+            )
         ][:limit]
         for prompt in prompts:
             try:

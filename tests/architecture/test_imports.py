@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 FOUNDATION = {
-    "types", "errors", "part", "_compat", "cache_folder", "kernels",
+    "types", "errors", "part", "_compat", "cache_folder", "kernels", "progress",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
 }  # fmt: skip
 PARTS = {
@@ -22,6 +22,8 @@ RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "merge", "generate", "chat", "adapter_tools", "plan", "preview",
 }  # fmt: skip
+TOLD = {"loop", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
+"""What stories share."""
 
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
@@ -42,10 +44,9 @@ ALLOWED = {
     "loop": FOUNDATION | PARTS | {"recipe"},
     "build": FOUNDATION | PARTS | RECIPE,
     "keeper": FOUNDATION | PARTS | RECIPE | {"model_card"},
-    **dict.fromkeys(
-        STORIES,
-        FOUNDATION | PARTS | RECIPE | {"loop", "build", "keeper", "generate", "model_card"},
-    ),
+    "bootstrap": FOUNDATION | {"tasks"},
+    "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
+    **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
     "generate": FOUNDATION | PARTS | {"speaker"},
     "chat": FOUNDATION | {"run_folder", "speaker", "generate"},
     "adapter_tools": FOUNDATION | PARTS | RECIPE | {"adapter_place"},

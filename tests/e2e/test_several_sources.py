@@ -76,9 +76,10 @@ def test_sources_are_learnt_together_and_measured_on_the_rows_held_out(
     capsys.readouterr()
     assert run("eval", tmp_path / "run", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["rows"] == held_out["num_rows"]
+    assert report["measures"]["loss"]["n"] == held_out["num_rows"]
     logged = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert report["models"]["tuned"]["loss"] == json.loads(logged[-1])["eval_loss"]
+    expected = pytest.approx(json.loads(logged[-1])["eval_loss"], rel=1e-12)
+    assert report["models"]["tuned"]["loss"]["value"] == expected
 
 
 def test_a_bad_row_is_named_before_any_weight_is_loaded(

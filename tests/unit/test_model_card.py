@@ -47,7 +47,7 @@ def test_both_weights_of_a_run_have_a_card_in_place_of_the_blank_one(
         assert data.library_name == "peft"
         assert data.tags == ["lora", "qlora", "nf4"]
     assert "after the last step" in last
-    assert "lowest held-out loss" in best
+    assert "with the best loss" in best
 
 
 def test_the_card_has_the_figures_of_the_run(make_run: Callable[..., RunFolder]) -> None:
@@ -69,7 +69,7 @@ def test_an_evaluation_is_added_to_the_card_of_the_weights_that_were_measured(
     run = make_run()
     report = evaluate(run.root, weights="best")
     last, best = ((run.root / name / "README.md").read_text() for name in ("last", "best"))
-    assert f"{report['models']['tuned']['loss']:.4f}" in best.partition("## Evaluation")[2]
+    assert f"{report['models']['tuned']['loss']['value']:.4f}" in best.partition("## Evaluation")[2]
     assert "## Evaluation" not in last
 
 

@@ -22,8 +22,15 @@ data:
 output: {dir: run}
 """
 
-AT_ODDS = {"data.evaluation_share": ("data.evaluation=null",)}
-"""What has to go before a key can be given."""
+NEEDED = {
+    "data.evaluation_share": ("data.evaluation=null",),
+    "training.patience": ("training.eval_every=5",),
+    "evaluation.best_by": (
+        "evaluation.tasks=[{type: exact_match, name: other}]",
+        "training.tasks_every=5",
+    ),
+}
+"""What has to be given before a key can be."""
 
 Key = tuple[str, tuple[str, ...], FieldType]
 """Dotted key, overrides that choose the variants on the way to it, what it takes."""
@@ -40,7 +47,7 @@ def keys_of(part: type[Part], prefix: str = "", chosen: tuple[str, ...] = ()) ->
             choice = (f"{key}.type={part_type(below)}",) if field_type.variants else ()
             yield from keys_of(below, f"{key}.", (*chosen, *choice))
         if not field_type.parts:
-            yield key, (*chosen, *AT_ODDS.get(key, ())), field_type
+            yield key, (*chosen, *NEEDED.get(key, ())), field_type
 
 
 def candidates(field_type: FieldType) -> Iterator[str]:

@@ -3,34 +3,92 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from qlora_cli.report_text import cache_text, evaluation_table, merge_text, run_text
 
 
+def estimate(value: float, low: float | None, high: float | None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": high}
+
+
 def measured(loss: float, score: float) -> dict[str, Any]:
-    tasks = {"json_match": {"score": score, "rows": 20}}
-    return {"loss": loss, "perplexity": 2 * loss, "tasks": tasks}
+    return {
+        "loss": estimate(loss, loss - 0.1, loss + 0.1),
+        "json_match": estimate(score, score - 0.02, score + 0.02),
+    }
 
 
-def test_evaluation_table_has_a_column_for_each_model() -> None:
-    models = {"base": measured(2.5, 0.0), "tuned": measured(0.125, 0.955)}
-    report = {"target": "runs/x", "rows": 20, "supervised_tokens": 700, "models": models}
-    assert evaluation_table(report).splitlines() == [
-        "runs/x: 20 rows, 700 supervised tokens",
-        "                  base       tuned",
-        "loss            2.5000      0.1250",
-        "perplexity       5.000       0.250",
-        "json_match        0.0%       95.5%",
+REPORT: dict[str, Any] = {
+    "target": "runs/x",
+    "models": {"base": measured(2.5, 0.5), "tuned": measured(0.125, 0.955)},
+    "differences": {"loss": estimate(-2.375, -2.5, -2.25), "json_match": estimate(0.455, 0.4, 0.5)},
+    "measures": {
+        "loss": {"n": 20, "is_share": False, "lower_is_better": True},
+        "json_match": {"n": 1200, "is_share": True, "lower_is_better": False},
+    },
+    "confidence": 0.95,
+}
+
+
+def test_evaluation_table_has_a_column_for_each_model_and_one_for_their_difference() -> None:
+    assert evaluation_table(REPORT).splitlines() == [
+        "runs/x: with 95% intervals (bootstrap over the examples)",
+        "            n      base                     tuned                    tuned - base",
+        "loss        20     2.5000 [2.4000, 2.6000]  0.1250 [0.0250, 0.2250]  "
+        "-2.3750 [-2.5000, -2.2500]  better",
+        "json_match  1,200  50.0% [48.0%, 52.0%]     95.5% [93.5%, 97.5%]     "
+        "+45.5% [+40.0%, +50.0%]     better",
     ]
+
+
+def test_evaluation_table_of_one_model() -> None:
+    models = {"base": {"loss": estimate(2.5, None, None)}}
+    measures = {"loss": REPORT["measures"]["loss"]}
+    report = {**REPORT, "models": models, "measures": measures, "differences": {}}
+    assert evaluation_table(report).splitlines()[1:] == ["      n   base", "loss  20  2.5000"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "lower_is_better", "verdict"),
+    [
+        (0.1, 0.3, False, "better"),
+        (0.1, 0.3, True, "worse"),
+        (-0.3, -0.1, False, "worse"),
+        (-0.1, 0.1, True, "no clear difference"),
+        (None, None, True, "no clear difference"),
+    ],
+)
+def test_a_difference_is_called_one_where_zero_is_outside_of_its_interval(
+    low: float | None, high: float | None, lower_is_better: bool, verdict: str
+) -> None:
+    measures = {"loss": {**REPORT["measures"]["loss"], "lower_is_better": lower_is_better}}
+    differences = {"loss": estimate(0.0, low, high)}
+    line = evaluation_table({**REPORT, "measures": measures, "differences": differences})
+    assert line.endswith(verdict)
 
 
 def test_run_text_names_the_best_step_if_there_is_one() -> None:
-    record = {"status": "finished", "max_steps": 8, "best": {"step": 6, "eval_loss": 0.5}}
+    record = {
+        "status": "finished",
+        "steps": 8,
+        "max_steps": 8,
+        "tasks": ["loss"],
+        "best": {"step": 6, "by": "loss", "value": 0.5},
+    }
     assert run_text("runs/x", record).splitlines() == [
         "runs/x: finished after 8 steps",
-        "lowest evaluation loss: 0.5000 at step 6",
+        "best loss: 0.5000 at step 6",
         "next: qlora eval runs/x",
     ]
-    assert "lowest" not in run_text("runs/x", {**record, "best": None})
+    assert "best" not in run_text("runs/x", {**record, "best": None})
+    early = run_text("runs/x", {**record, "steps": 7})
+    assert early.startswith("runs/x: finished after 7 steps of 8: training.patience")
+
+
+def test_run_text_does_not_send_to_eval_what_cannot_be_measured() -> None:
+    record = {"status": "finished", "steps": 8, "max_steps": 8, "tasks": []}
+    assert run_text("runs/x", record).endswith("next: qlora merge runs/x --output runs/x/merged")
 
 
 def test_merge_text() -> None:

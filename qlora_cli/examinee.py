@@ -1,0 +1,122 @@
+"""A model under examination."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_cli.bootstrap import columns
+from qlora_cli.build import Exam
+from qlora_cli.data.batches import eval_batches
+from qlora_cli.generate import answer
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.progress import Progress
+from qlora_cli.recipe import Recipe
+from qlora_cli.types import Example, Prompt
+from qlora_cli.world import World
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+    Column = NDArray[float64]
+
+
+class Respondent:
+    """A model that answers the questions of tasks (`Examinee`), each question once.
+
+    Args:
+        name: of the model, for the log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        dtype: torch.dtype,
+        world: World,
+    ) -> None:
+        self.name = name
+        self._model = model
+        self._recipe = recipe
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        self._world = world
+        self._written: dict[tuple[int, ...], str] = {}
+
+    def write(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The greedy answer to each prompt."""
+        keys = [tuple(prompt.input_ids) for prompt in prompts]
+        new = dict(zip(keys, prompts, strict=True))
+        waiting = [key for key in new if key not in self._written]
+        # Those of about one length together, for little padding; the longest first, so that memory
+        # runs out at once or never.
+        waiting.sort(key=lambda key: (-len(key), key))
+        progress = Progress(f"{self.name}: answers", len(waiting))
+        size = self._recipe.generation_batch_size
+        for start in range(0, len(waiting), size):
+            batch = waiting[start : start + size]
+            answers = answer(
+                self._model,
+                [new[key] for key in batch],
+                self._tokenizer,
+                stop_token_ids=self._model.generation_config.eos_token_id,
+                max_new_tokens=self._recipe.evaluation.max_new_tokens,
+                batch_size=size,
+                dtype=self._dtype,
+                device=self._world.device,
+            )
+            self._written |= dict(zip(batch, answers, strict=True))
+            progress.add(len(batch))
+        return [self._written[key] for key in keys]
+
+    def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
+        """For each example, the sum of log p over its supervised tokens, in nats."""
+        objective = TokenLoss(self._model, self._dtype)
+        was_training = objective.training
+        objective.eval()
+        found = [0.0] * len(examples)
+        # The very batches of the training's evaluation, so that it finds the very same loss.
+        order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
+        progress = Progress(f"{self.name}: likelihoods", len(examples))
+        size = self._recipe.eval_batch_size
+        for start in range(0, len(order), size):
+            group = order[start : start + size]
+            [batch] = eval_batches(
+                [examples[i] for i in group],
+                batch_size=size,
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+            for i, loss in zip(group, objective.of_rows(batch.to(self._world.device)), strict=True):
+                found[i] = -float(loss)
+            progress.add(len(group))
+        objective.train(was_training)
+        return found
+
+
+def ask(exam: Exam, respondent: Respondent, world: World) -> dict[str, float]:
+    """The measures of all tasks by their names. Each rank asks a share of the questions."""
+    found: dict[str, float] = {}
+    for task, questions in exam:
+        mine = list(range(world.rank, len(questions), world.size))
+        # A rank with nothing to ask still learns the names of the values.
+        outcomes = task.examine(respondent, [questions[i] for i in mine or [0]])
+        values = {
+            name: _of_all(column[: len(mine)], mine, len(questions), world)
+            for name, column in columns(outcomes).items()
+        }
+        found |= {name: float(one.aggregate(values)) for name, one in task.named_measures()}
+    return found
+
+
+def _of_all(values: Column, rows: list[int], number: int, world: World) -> Column:
+    """The values of all ranks (n,), from those of the rows of this one."""
+    whole = torch.zeros(number, dtype=torch.float64)
+    whole[rows] = torch.from_numpy(values)
+    column: Column = world.sum(whole.to(world.device)).cpu().numpy()
+    return column

@@ -1,0 +1,40 @@
+"""How far something is that takes long: a line of the log, now and then."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+log = logging.getLogger("qlora")
+
+_EVERY_SECONDS = 10.0
+
+
+class Progress:
+    """Counts; what is done within ten seconds is not worth a line.
+
+    Args:
+        what: is counted: `tuned: gsm8k`.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = total
+        self._done = 0
+        self._started = self._shown = time.monotonic()
+
+    def add(self, number: int) -> None:
+        """So many more are done."""
+        self._done += number
+        now = time.monotonic()
+        if now - self._shown < _EVERY_SECONDS or self._done >= self._total:
+            return
+        self._shown = now
+        left = (now - self._started) / self._done * (self._total - self._done)
+        log.info(
+            "%s: %d of %d, about %d:%02d left",
+            self._what,
+            self._done,
+            self._total,
+            *divmod(round(left), 60),
+        )

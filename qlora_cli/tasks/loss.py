@@ -1,0 +1,64 @@
+"""How likely a model finds the answers of held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from qlora_cli.data import Data
+from qlora_cli.data.cache import load_or_prepare
+from qlora_cli.data.sources import Source
+from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, Values
+from qlora_cli.types import Example
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+
+class Loss(Task):
+    """Cross-entropy in nats a learnt token, over all tokens of all rows together.
+
+    Rows are prepared as for training, and `evaluation.limit` does not shorten them. On
+    `data.evaluation` it is measured in any case.
+    """
+
+    type: Literal["loss"] = "loss"
+
+    def measures(self) -> Sequence[Measure]:
+        return [
+            Measure("loss", _loss, lower_is_better=True, is_share=False),
+            Measure("perplexity", _perplexity, lower_is_better=True, is_share=False),
+        ]
+
+    def questions(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerFast,
+        settings: Data,
+        *,
+        limit: int | None,
+    ) -> list[tuple[str, Example]]:
+        """All examples, each with the place of its row."""
+        prepared, _ = load_or_prepare(sources, tokenizer, settings)
+        return [(prepared.examples.place(i), one) for i, one in enumerate(prepared.examples)]
+
+    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        sums = model.log_likelihoods([example for _, example in questions])
+        return [
+            Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
+            for (place, example), log_p in zip(questions, sums, strict=True)
+        ]
+
+
+def _loss(values: Values) -> NDArray[float64]:
+    loss: NDArray[float64] = values["nats"].sum(-1) / values["tokens"].sum(-1)
+    return loss
+
+
+def _perplexity(values: Values) -> NDArray[float64]:
+    import numpy as np
+
+    perplexity: NDArray[float64] = np.exp(np.minimum(_loss(values), 700.0))
+    return perplexity

@@ -1,0 +1,31 @@
+"""A regular expression that says where in an answer the point is."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+
+def _checked(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_checked)]
+
+
+@lru_cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.MULTILINE)
+
+
+def last_match(pattern: str, text: str) -> str | None:
+    """The last match: its first group, if there is one. None without a match."""
+    found = list(_compiled(pattern).finditer(text))
+    return found[-1][min(1, _compiled(pattern).groups)] if found else None
