@@ -271,8 +271,12 @@ def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_
     recipe = write_recipe(
         quantization={"type": "nf4"},
         # 16 rows in steps of 6: the last step is short, and one rank has fewer rows in it.
-        training={"batch_size": 6, "micro_batch_size": 1, "max_steps": None, "epochs": 1},
-    )
+        training={
+            "batch_size": 6, "micro_batch_size": 1, "max_steps": None, "epochs": 1,
+            "tasks_every": 2,
+        },
+        evaluation={"tasks": [{"type": "chrf"}], "limit": 3, "max_new_tokens": 4},
+    )  # fmt: skip
     qlora("train", recipe)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
@@ -282,8 +286,9 @@ def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     alone, together = metrics(tmp_path / "run"), metrics(tmp_path / "two")
-    for name in ("loss", "eval_loss", "grad_norm"):
+    for name in ("loss", "eval_loss", "eval_chrf", "grad_norm"):
         expected = [row[name] for row in alone if name in row]
+        assert expected
         # Float32 sums in another order.
         assert [row[name] for row in together if name in row] == pytest.approx(expected, abs=1e-4)
     assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]

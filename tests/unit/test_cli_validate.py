@@ -142,7 +142,17 @@ def test_options_are_a_promise() -> None:
     }
     assert found == {
         "train": {"recipe", "--set", "--resume", "--no-cache", "--json", *talk},
-        "eval": {"target", "--set", "--weights", "--json", *talk},
+        "eval": {
+            "target",
+            "--set",
+            "--tasks",
+            "--compare",
+            "--recipe",
+            "--records",
+            "--weights",
+            "--json",
+            *talk,
+        },
         "merge": {"run", "--output", "--set", "--weights", "--json", *talk},
         "chat": speak,
         "generate": {*speak, "--prompts", "--output", "--batch-size"},

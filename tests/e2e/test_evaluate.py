@@ -1,0 +1,343 @@
+"""`qlora eval`, and tasks during training, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_cli.cli import main
+from tests.conftest import save_tiny_model
+
+TASKS = [
+    {"type": "exact_match"},
+    {"type": "chrf", "name": "near"},
+]
+
+
+@pytest.fixture
+def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    def write(**sections: Any) -> Path:
+        document = tiny_recipe(**sections).model_dump(mode="json", exclude_unset=True)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return path
+
+    return write
+
+
+def exit_code(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code or 0  # type: ignore[return-value]
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    capsys.readouterr()
+    assert exit_code(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_base_and_tuned_are_measured_with_intervals_and_their_answers_are_kept(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(evaluation={"tasks": TASKS, "max_new_tokens": 8})
+    assert exit_code("train", recipe) == 0
+    report = output_of(capsys, "eval", run)
+    assert list(report["measures"]) == ["loss", "loss.perplexity", "exact_match", "near"]
+    loss = report["differences"]["loss"]
+    base, tuned = (report["models"][name]["loss"]["value"] for name in ("base", "tuned"))
+    assert loss["value"] == pytest.approx(tuned - base)
+    assert loss["low"] <= loss["value"] <= loss["high"] < 0
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"] == report
+
+    records = lines(run / "answers.jsonl")
+    assert [record["task"] for record in records] == (
+        ["loss"] * 6 + ["exact_match"] * 6 + ["near"] * 6
+    )
+    record = records[12]
+    assert set(record) == {"task", "row", "prompt", "reference", "models"}
+    assert "say ab 1" in record["prompt"]
+    assert record["reference"] == "ab"
+    assert record["row"].endswith("rows.jsonl:1")
+    assert set(record["models"]) == {"base", "tuned"}
+    assert set(record["models"]["tuned"]) == {"answer", "chrf"}
+    # Both tasks saw the same answers.
+    assert record["models"]["tuned"]["answer"] == records[6]["models"]["tuned"]["answer"]
+    # The figure is that of the records.
+    scores = [one["models"]["tuned"]["exact_match"] for one in records[6:12]]
+    assert report["models"]["tuned"]["exact_match"]["value"] == sum(scores) / 6
+
+
+def test_the_table_shows_it(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("train", write_recipe()) == 0
+    capsys.readouterr()
+    assert exit_code("eval", tmp_path / "run") == 0
+    head, names, loss, perplexity = capsys.readouterr().out.splitlines()
+    assert "95% intervals" in head
+    assert names.split() == ["n", "base", "tuned", "tuned", "-", "base"]
+    assert loss.startswith("loss ")
+    assert loss.endswith("better")
+    assert perplexity.startswith("loss.perplexity ")
+
+
+def test_any_two_models_are_compared_on_the_same_examples(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = {"tasks": TASKS[:1], "max_new_tokens": 4}
+    for name, steps in (("short", 1), ("long", 6)):
+        recipe = write_recipe(
+            training={"max_steps": steps},
+            evaluation=evaluation,
+            output={"dir": str(tmp_path / name)},
+        )
+        assert exit_code("train", recipe) == 0
+    short, long = tmp_path / "short", tmp_path / "long"
+    alone = output_of(capsys, "eval", short)["models"]["tuned"]
+    both = output_of(capsys, "eval", long, "--compare", short)
+    assert list(both["models"]) == ["short", "long"]
+    assert both["models"]["short"] == alone
+    assert both["differences"]["loss"]["value"] < 0
+    assert not (long / "answers.jsonl").exists(), "a comparison is kept where it is asked for"
+
+    assert exit_code("merge", long, "--output", tmp_path / "merged") == 0
+    records = tmp_path / "kept" / "records.jsonl"
+    merged = output_of(capsys, "eval", long, "--compare", tmp_path / "merged", "--records", records)
+    assert list(merged["models"]) == ["merged", "long"]
+    assert merged["differences"]["loss"]["value"] == pytest.approx(0, abs=1e-4)
+    assert merged["records"] == str(records)
+    assert {record["task"] for record in lines(records)} == {"loss", "exact_match"}
+
+    # The same run twice: nothing is different, and names tell them apart.
+    again = tmp_path / "elsewhere" / "long"
+    shutil.copytree(long, again)
+    same = output_of(capsys, "eval", long, "--compare", again)
+    assert list(same["models"]) == [str(again), str(long)]
+    assert same["differences"]["loss"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_tasks_are_chosen_by_name_or_type(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(evaluation={"tasks": TASKS, "max_new_tokens": 4, "limit": 2})
+    report = output_of(capsys, "eval", recipe, "--tasks", "near")
+    assert list(report["models"]) == ["base"]
+    assert list(report["measures"]) == ["near"]
+    assert report["measures"]["near"]["n"] == 2
+    assert report["differences"] == {}
+    report = output_of(capsys, "eval", recipe, "--tasks", "rouge,loss")
+    assert list(report["measures"]) == ["rouge", "loss", "loss.perplexity"]
+    assert report["measures"]["loss"]["n"] == 6, "the limit is for questions alone"
+
+    assert exit_code("eval", recipe, "--tasks", "rough") == 2
+    assert "rough is no task here; there are loss, exact_match, near" in capsys.readouterr().err
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(evaluation={"tasks": TASKS[:1], "max_new_tokens": 12})
+    kept = []
+    for size in (1, 2, 5):
+        records = tmp_path / f"{size}.jsonl"
+        output_of(
+            capsys, "eval", recipe, "--tasks", "exact_match", "--records", records,
+            "--set", f"evaluation.generation_batch_size={size}",
+        )  # fmt: skip
+        kept.append(records.read_bytes())
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_the_loss_does_not_depend_on_the_batch(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe()
+    found = [
+        output_of(capsys, "eval", recipe, "--set", f"evaluation.batch_size={size}")["models"]
+        for size in (1, 2, 6)
+    ]
+    for models in found[1:]:
+        assert models["base"]["loss"]["value"] == pytest.approx(
+            found[0]["base"]["loss"]["value"], abs=1e-6
+        )
+
+
+def test_what_cannot_be_measured_is_called_what_it_is(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def error(*arguments: object) -> str:
+        capsys.readouterr()
+        assert exit_code("eval", *arguments) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "empty").mkdir()
+    assert "holds neither a run nor a model (found: nothing)" in error(tmp_path / "empty")
+    assert "no such file or folder" in error(tmp_path / "nowhere")
+    found = error(tiny_model)
+    assert "is a model, which does not say what it is to be asked" in found
+    assert "--recipe" in found
+
+    # A run that died in its first steps.
+    recipe = write_recipe(optimizer={"learning_rate": 1e30})
+    assert exit_code("train", recipe) == 4
+    found = error(tmp_path / "run")
+    assert "the run was cut short before its first checkpoint" in found
+    assert "--resume" not in found
+
+    recipe = write_recipe(data={"evaluation": None})
+    assert "there is nothing to measure" in error(recipe)
+    assert "exact_match needs data.evaluation" in error(recipe, "--tasks", "exact_match")
+
+
+def test_a_run_without_held_out_rows_is_not_sent_to_eval(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("train", write_recipe(data={"evaluation": None})) == 0
+    assert "next: qlora merge" in capsys.readouterr().out
+    assert "qlora eval" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
+def test_being_worse_than_the_base_is_said(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsure = save_tiny_model(tmp_path / "unsure", initializer_range=0.02)
+    sections = {"model": {"path": str(unsure)}, "training": {"max_steps": 2}}
+    assert exit_code("train", write_recipe(**sections, optimizer={"learning_rate": 1.0})) == 0
+    capsys.readouterr()
+    assert exit_code("eval", tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    assert "loss: tuned is worse than base" in shown.err
+    assert "worse" in shown.out
+
+
+def test_tasks_are_asked_during_training_only_where_that_is_wanted(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And they leave the training as it is."""
+    logged = {}
+    for name, training in (("never", {}), ("often", {"tasks_every": 2})):
+        recipe = write_recipe(
+            training={"max_steps": 5, "eval_every": 3, **training},
+            adapter={"dropout": 0.1},
+            evaluation={"tasks": TASKS, "max_new_tokens": 4},
+            output={"dir": str(tmp_path / name)},
+        )
+        assert exit_code("train", recipe) == 0
+        logged[name] = lines(tmp_path / name / "metrics.jsonl")
+    asked = {
+        name: [row["step"] for row in rows if "eval_near" in row] for name, rows in logged.items()
+    }
+    assert asked == {"never": [], "often": [0, 2, 4, 5]}
+    curves = [[row["loss"] for row in rows if "loss" in row] for rows in logged.values()]
+    assert curves[0] == curves[1]
+
+
+def test_the_best_weights_are_those_of_the_task_that_decides(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        training={"max_steps": 6, "tasks_every": 2},
+        evaluation={"tasks": TASKS, "max_new_tokens": 8, "best_by": "near"},
+    )
+    record = output_of(capsys, "train", recipe)
+    values = {
+        row["step"]: row["eval_near"]
+        for row in lines(tmp_path / "run" / "metrics.jsonl")
+        if row.get("step") and "eval_near" in row
+    }
+    best = max(values.values())
+    assert record["best"]["by"] == "near"
+    assert record["best"]["value"] == best
+    assert record["best"]["step"] == next(step for step, value in values.items() if value == best)
+    measured = output_of(capsys, "eval", tmp_path / "run", "--weights", "best", "--tasks", "near")
+    assert measured["models"]["tuned"]["near"]["value"] == pytest.approx(best)
+
+
+def stopping(write_recipe: Callable[..., Path], run: Path, **training: Any) -> Path:
+    """A run that gets worse from its first steps on."""
+    return write_recipe(
+        optimizer={"learning_rate": 0.5},
+        schedule={"type": "constant"},
+        training={"max_steps": 30, "eval_every": 2, "patience": 2, "save_every": 3, **training},
+        output={"dir": str(run), "keep_checkpoints": 20},
+    )
+
+
+def test_a_run_without_progress_stops_early_and_resumes_to_the_same_end(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    record = output_of(capsys, "train", stopping(write_recipe, whole))
+    assert record["status"] == "finished"
+    assert record["steps"] == record["best"]["step"] + 4 < 30
+    rows = lines(whole / "metrics.jsonl")
+    assert rows[-1]["step"] == record["steps"]
+    assert (whole / "last").is_dir()
+    assert (whole / "checkpoints" / f"step-{record['steps']:08d}").is_dir()
+
+    # As after a kill between the best evaluation and the end.
+    parts = tmp_path / "parts"
+    recipe = stopping(write_recipe, parts)
+    assert exit_code("train", recipe) == 0
+    for path in (parts / "checkpoints").glob("step-*"):
+        if path.name > f"step-{record['best']['step'] + 1:08d}":
+            shutil.rmtree(path)
+    assert any((parts / "checkpoints").iterdir())
+    resumed = output_of(capsys, "train", recipe, "--resume")
+    assert resumed["steps"] == record["steps"]
+    assert resumed["best"] == record["best"]
+    name = "best/adapter_model.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+    # With more patience it goes on from where it stopped.
+    more = output_of(capsys, "train", recipe, "--resume", "--set", "training.patience=3")
+    assert more["steps"] == record["best"]["step"] + 6
+
+
+def test_what_decides_is_not_changed_on_the_way(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        training={"max_steps": 2, "tasks_every": 2},
+        evaluation={"tasks": TASKS, "max_new_tokens": 2},
+    )
+    assert exit_code("train", recipe) == 0
+    assert exit_code("train", recipe, "--resume", "--set", "evaluation.best_by=near") == 2
+    assert "evaluation.best_by: loss -> near" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"patience": 2}}, r"training\.patience \(2\) counts evaluations"),
+        (
+            {"training": {"patience": 2, "eval_every": 1}, "data": {"evaluation": None}},
+            r"goes by the loss on data\.evaluation, which is missing",
+        ),
+        ({"evaluation": {"best_by": "near"}}, r"no measure of a task; it takes one of loss"),
+        (
+            {"evaluation": {"best_by": "near", "tasks": TASKS}},
+            r"best_by \(near\) needs training\.tasks_every",
+        ),
+    ],
+)
+def test_settings_that_could_never_act_are_refused(
+    tiny_recipe: Callable[..., Any], sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_recipe(**sections)
