@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_cli.report_text import evaluation_table
+
 _BAR = 20
 
 
@@ -13,7 +15,7 @@ def list_text(report: Mapping[str, Any]) -> str:
     adapters = report["adapters"]
     if not adapters:
         return f"{report['folder']}: no adapters"
-    rows = [["adapter", "base", "r", "alpha", "size", "steps", "best loss"]]
+    rows = [["adapter", "base", "r", "alpha", "size", "steps", "best"]]
     rows += [
         [
             one["path"],
@@ -22,7 +24,7 @@ def list_text(report: Mapping[str, Any]) -> str:
             _or_dash(one["alpha"]),
             _size(one["bytes"]),
             _or_dash(one["steps"]),
-            "-" if one["best_eval_loss"] is None else f"{one['best_eval_loss']:.4f}",
+            _best(one["best"]),
         ]
         for one in adapters
     ]
@@ -66,18 +68,34 @@ def diff_text(report: Mapping[str, Any]) -> str:
 
 
 def combine_text(report: Mapping[str, Any]) -> str:
-    """What was made (`report` as `combine` returns it)."""
-    parts = [
-        f"{weight:g} x {path}"
-        for weight, path in zip(report["weights"], report["adapters"], strict=True)
-    ]
-    error = report["error"]
+    """What was made, and what it is worth (`report` as `combine` returns it)."""
+    tables = [evaluation_table(one) for one in report["evaluations"]]
+    made = f"{report['output']}: {_sum(report, report['adapters'])}"
+    return "\n\n".join([f"{made}\n{_error(report)}", *tables])
+
+
+def combine_card(name: str, report: Mapping[str, Any]) -> str:
+    """A page for whoever finds the folder. Nothing is said of the machine."""
+    parents = [path.rstrip("/").rpartition("/")[2] for path in report["adapters"]]
     lines = [
-        f"{report['output']}: {' + '.join(parts)} by {report['method']}, rank {report['rank']}",
-        "distance from the weighted sum of the updates: "
-        + ("-" if error is None else f"{error:.1%} of it"),
+        f"# {name}",
+        "",
+        f"An adapter in PEFT's format, combined with `qlora`: {_sum(report, parents)}.",
+        f"{_error(report).capitalize()}.",
+        "",
     ]
     return "\n".join(lines)
+
+
+def _sum(report: Mapping[str, Any], names: Sequence[str]) -> str:
+    parts = [f"{weight:g} x {name}" for weight, name in zip(report["weights"], names, strict=True)]
+    return f"{' + '.join(parts)} by {report['method']}, rank {report['rank']}"
+
+
+def _error(report: Mapping[str, Any]) -> str:
+    error = report["error"]
+    share = "not to be told" if error is None else f"{error:.1%} of it"
+    return f"distance from the weighted sum of the updates: {share}"
 
 
 def _groups(title: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
@@ -117,6 +135,10 @@ def _table(rows: Sequence[Sequence[str]], *, left: int) -> str:
 
 def _size(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.1f} MiB"
+
+
+def _best(best: Mapping[str, Any] | None) -> str:
+    return "-" if best is None else f"{best['by']} {best['value']:.4f}"
 
 
 def _or_dash(value: object) -> str:

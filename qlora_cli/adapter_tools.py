@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapter_place import CONFIG, AdapterPlace
+from qlora_cli.adapter_text import combine_card
+from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
 from qlora_cli.model.adapter_set import WEIGHTS, read_adapter
 from qlora_cli.model.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.model.factors import Update, effective_rank, read_updates, stacked
-from qlora_cli.recipe_file import dump_recipe
-from qlora_cli.run_folder import RunFolder, readable_as_the_folder
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import dump_recipe, load_recipe
+from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
+from qlora_cli.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("qlora")
 
+_OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -32,8 +37,8 @@ def list_adapters(folder: Path) -> dict[str, Any]:
     """All adapters under a folder, those of checkpoints aside. No tensors are read.
 
     Returns:
-        {"folder", "adapters": [{"path", "base", "r", "alpha", "target_modules", "bytes", "run",
-        "steps", "loss"}]}: `loss` on held-out rows, of the evaluation after training or the best.
+        {"folder", "adapters": [{"path", "base", "type", "r", "alpha", "target_modules", "bytes",
+        "steps", "best"}]}: the last two from the record of its run.
 
     Raises:
         RecipeError: there is no such folder.
@@ -57,8 +62,8 @@ def list_adapters(folder: Path) -> dict[str, Any]:
                 "alpha": settings.get("lora_alpha"),
                 "target_modules": _names(settings.get("target_modules")),
                 "bytes": weights.stat().st_size if weights.is_file() else None,
-                "steps": record.get("max_steps"),
-                "best_eval_loss": (record.get("best") or {}).get("eval_loss"),
+                "steps": record.get("steps"),
+                "best": record.get("best"),
             }
         )
     return {"folder": str(folder), "adapters": found}
@@ -141,24 +146,30 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
 def combine(
     paths: Sequence[Path],
     output: Path,
+    overrides: Sequence[str] = (),
     *,
     method: str,
     weights: Sequence[float] | None = None,
     density: float = 0.5,
     rank: int | None = None,
     seed: int = 0,
+    measure: bool = True,
 ) -> dict[str, Any]:
     """Make one adapter of several, and write it as a folder that the other commands take.
 
     Args:
+        overrides: of the recipe that is written with it: the first run's.
         method: one of PEFT's, such as "linear", "cat", "svd", "ties" or "dare_linear".
         weights: of each adapter; None gives each the same, 1 in all.
         density: share of values that are kept, for the methods that drop some.
         rank: of the outcome, for the methods that end in a singular value decomposition.
+        measure: evaluate the outcome beside its parents, if the recipe says how.
 
     Returns:
-        {"output", "adapters", "weights", "method", "density", "rank", "norm", "error"}: `error` is
-        the distance from the weighted sum of what the adapters add, over that sum's norm.
+        {"output", "adapters", "weights", "method", "density", "rank", "seed", "norm", "error",
+        "evaluations"}: `error` is the distance from the weighted sum of what the adapters add, over
+        that sum's norm; `evaluations` has for each parent what `evaluate` returns, with the outcome
+        as the second model.
 
     Raises:
         RecipeError: the numbers do not fit together, or `output` exists.
@@ -196,8 +207,12 @@ def combine(
         "norm": math.hypot(*(update.norm() for update in made.values())),
         "error": _error(made, [updates for _, _, updates in read], shares),
     }
-    _write(output, places, lambda folder: save_adapter(config, saved, folder), report)
-    return report
+    recipe = _recipe_of(places, overrides)
+    _write(output, places, lambda folder: save_adapter(config, saved, folder), report, recipe)
+    evaluations = _evaluate(output, recipe, places) if measure and recipe else []
+    if evaluations:
+        RunFolder(output).update_record(evaluations=evaluations)
+    return {**report, "evaluations": evaluations}
 
 
 def read_weights(text: str | None) -> list[float] | None:
@@ -253,7 +268,7 @@ def _describe(name: str, update: Update) -> dict[str, Any]:
 def _grouped(modules: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
     """Norm of all updates of a kind (or layer) together, and the mean of their effective ranks."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for module in modules:
+    for module in sorted(modules, key=lambda module: module["layer"] or 0):
         if module[key] is not None:
             groups.setdefault(str(module[key]), []).append(module)
     return {
@@ -347,18 +362,42 @@ def _error(
     return _over(math.hypot(*(wanted[name].distance(made[name]) for name in names)), norm)
 
 
-def _write(output: Path, places: Sequence[AdapterPlace], save: Any, report: dict[str, Any]) -> None:
-    """The adapter with the tokenizer of the first; and, if a run is among them, its recipe."""
+def _recipe_of(places: Sequence[AdapterPlace], overrides: Sequence[str]) -> Recipe | None:
+    """The recipe of the first run among the parents."""
+    runs = [place.run for place in places if place.run is not None]
+    if not runs and overrides:
+        raise RecipeError("--set: none of the adapters is a run, so there is no recipe to change")
+    return load_recipe(runs[0].recipe, overrides).recipe if runs else None
+
+
+def _write(
+    output: Path,
+    places: Sequence[AdapterPlace],
+    save: Callable[[Path], None],
+    report: dict[str, Any],
+    recipe: Recipe | None,
+) -> None:
+    """The adapter with the tokenizer of the first; and a recipe, if there is one."""
     unfinished = output.with_name(f".{output.name}.unfinished")
+    first = next((place for place in places if place.run is not None), places[0])
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save(unfinished)
-        for file in sorted(places[0].folder.iterdir()):
-            if file.name not in (CONFIG, WEIGHTS, "README.md") and file.is_file():
+        for file in sorted(first.folder.iterdir()):
+            if file.name not in (CONFIG, WEIGHTS, *_OF_A_RUN) and file.is_file():
                 shutil.copy2(file, unfinished)
-        (unfinished / "combined.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        _write_run(unfinished, places, report)
+        (unfinished / "README.md").write_text(combine_card(output.name, report), encoding="utf-8")
+        if recipe is not None:
+            # What `qlora eval` and `qlora merge` need to know.
+            adapter = {"r": report["rank"], "alpha": report["rank"], "rank_pattern": {}}
+            adapter |= {"alpha_pattern": {}, "use_rslora": False}
+            made = {"adapter": recipe.adapter.model_copy(update=adapter)}
+            run = RunFolder(unfinished)
+            run.recipe.write_text(dump_recipe(recipe.model_copy(update=made)), encoding="utf-8")
+            run.update_record(
+                status="combined", base=first.base_identity(), combined=report, **environment()
+            )
         readable_as_the_folder(unfinished)
         unfinished.rename(output)
     except OSError as error:
@@ -367,15 +406,23 @@ def _write(output: Path, places: Sequence[AdapterPlace], save: Any, report: dict
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_run(folder: Path, places: Sequence[AdapterPlace], report: dict[str, Any]) -> None:
-    """What `qlora eval` and `qlora merge` need to know: the first run's recipe and base."""
-    parent = next((place for place in places if place.run is not None), None)
-    if parent is None or parent.run is None:
-        return
-    recipe = parent.recipe()
-    assert recipe is not None
-    adapter = recipe.adapter.model_copy(update={"r": report["rank"], "alpha": report["rank"]})
-    run = RunFolder(folder)
-    made = recipe.model_copy(update={"adapter": adapter})
-    run.recipe.write_text(dump_recipe(made), encoding="utf-8")
-    run.update_record(status="combined", base=parent.base_identity(), combined=report)
+def _evaluate(output: Path, recipe: Recipe, places: Sequence[AdapterPlace]) -> list[dict[str, Any]]:
+    """The outcome beside each parent, all of them on what the recipe asks."""
+    if not recipe.data.evaluation_sources and not recipe.evaluation.tasks:
+        return []
+    tasks, world = choose_tasks(recipe, None), World()
+    parents = [(str(place.path), place.folder) for place in places]
+    answers: dict[str, Answers] = {}
+    for name, folder in [*parents, (str(output), output)]:
+        subject = Subject(name, recipe, folder)
+        answers |= examine(subject, recipe, tasks, world, alone=True)
+    made = answers[str(output)]
+    return [
+        {
+            "target": str(output),
+            **summarize(tasks, {name: answers[name], str(output): made}),
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+        }
+        for name, _ in parents
+    ]

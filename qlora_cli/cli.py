@@ -505,7 +505,7 @@ def list_adapters(
     """List the adapters under a folder, those of runs among them.
 
     --json prints folder and adapters: path, base, type, r, alpha, target_modules, bytes, steps and
-    best_eval_loss of each.
+    best of each.
 
     \b
     Example:
@@ -562,6 +562,7 @@ def combine_adapters(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
     ],
+    overrides: Overrides,
     method: Annotated[
         str,
         typer.Option(
@@ -590,6 +591,9 @@ def combine_adapters(
         typer.Option("--rank", metavar="R", min=1, help="Of the outcome, for svd methods."),
     ] = None,
     seed: Seed = 0,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Leave out the evaluation beside the parents.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -598,8 +602,9 @@ def combine_adapters(
     cat is the weighted sum itself, with the ranks added up; svd is the nearest to it of a given
     rank; the others are approximations. How far the outcome is from the weighted sum is printed.
     It is written as an adapter folder with the recipe of the first run among the parents, which
-    chat, eval and merge take as they take a run. --json prints output, adapters, weights, method,
-    density, rank, seed, norm and error.
+    chat, eval and merge take as they take a run. If that recipe has something to evaluate on
+    (--set data.evaluation.path=...), the outcome is measured beside each parent. --json prints
+    output, adapters, weights, method, density, rank, seed, norm, error and evaluations.
 
     \b
     Example:
@@ -610,11 +615,13 @@ def combine_adapters(
     report = combine(
         paths,
         output,
+        overrides,
         method=method,
         weights=read_weights(weights),
         density=density,
         rank=rank,
         seed=seed,
+        measure=not no_eval,
     )
     _show(report, as_json, combine_text(report))
 

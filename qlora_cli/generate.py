@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +18,12 @@ from torch import Tensor, nn
 from qlora_cli.data.batches import prompt_batches
 from qlora_cli.data.questions import read_questions
 from qlora_cli.errors import DataError, RecipeError
+from qlora_cli.progress import Progress
 from qlora_cli.speaker import open_speaker
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-log = logging.getLogger("qlora")
-
-_PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +199,8 @@ def generate(
     )
     for question in questions:
         speaker.refuse_longer(question.prompt)
-    started = shown = time.monotonic()
+    started = time.monotonic()
+    progress = Progress("answers", len(questions))
     found: dict[int, Answer] = {}
     with speaker.speaking(voice) as model:
         for index, one in answers(
@@ -217,9 +214,7 @@ def generate(
             device=speaker.device,
         ):
             found[index] = one
-            if time.monotonic() - shown > _PROGRESS_SECONDS or len(found) == len(questions):
-                shown = time.monotonic()
-                log.info("answers: %d of %d", len(found), len(questions))
+            progress.add(1)
     lines = [
         {
             "place": question.prompt.place,

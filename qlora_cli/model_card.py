@@ -99,6 +99,11 @@ def _facts(
     yield "base model", _public(recipe.model.path) + at
     yield "base held in", _summary(recipe.quantization)
     yield "adapter", _summary(recipe.adapter)
+    if combined := record.get("combined"):
+        parents = zip(combined["weights"], combined["adapters"], strict=True)
+        parts = " + ".join(f"{weight:g} x {Path(path).name}" for weight, path in parents)
+        yield "combined", f"{parts} by {combined['method']}"
+        return
     yield (
         "trained weights",
         f"{record['trained_weights']:,} of {record['total_weights']:,}",

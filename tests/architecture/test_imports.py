@@ -34,7 +34,7 @@ ALLOWED = {
     "recipe_file": FOUNDATION | {"recipe"},
     "recipe_schema": FOUNDATION | {"recipe"},
     "report_text": set(),
-    "adapter_text": set(),
+    "adapter_text": {"report_text"},
     "adapter_place": FOUNDATION | RECIPE | {"run_folder"},
     "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},
     "model_card": FOUNDATION | PARTS | RECIPE | {"report_text"},
@@ -49,7 +49,10 @@ ALLOWED = {
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
     "generate": FOUNDATION | PARTS | {"speaker"},
     "chat": FOUNDATION | {"run_folder", "speaker", "generate"},
-    "adapter_tools": FOUNDATION | PARTS | RECIPE | {"adapter_place"},
+    "adapter_tools": FOUNDATION
+    | PARTS
+    | RECIPE
+    | {"adapter_place", "adapter_text", "evaluate", "bootstrap"},
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
     "cli": FOUNDATION | RECIPE | STORIES | {"report_text", "adapter_text", "data", ""},
     "__main__": {"cli"},

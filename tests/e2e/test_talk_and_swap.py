@@ -148,11 +148,21 @@ def test_adapters_are_listed_inspected_compared_and_combined(
     assert like["distance"] < 1e-6
     assert "exists" in qlora(capsys, "adapters", "combine", *runs, *options, code=2)
 
+    names = [*map(str, runs), str(made)]
+    assert [list(one["models"]) for one in report["evaluations"]] == [
+        [names[0], names[2]],
+        [names[1], names[2]],
+    ]
     loss = {
-        path: json.loads(qlora(capsys, "eval", path, "--json"))["models"]["tuned"]["loss"]
-        for path in (runs[0], made)
+        name: json.loads(qlora(capsys, "eval", name, "--json"))["models"]["tuned"]["loss"]["value"]
+        for name in names
     }
-    assert loss[made] == pytest.approx(loss[runs[0]], abs=1e-5)
+    assert loss[names[2]] == pytest.approx(loss[names[0]], abs=1e-5)
+    # What `eval` says, all on the questions of the first.
+    for one in report["evaluations"]:
+        for name, measures in one["models"].items():
+            assert measures["loss"]["value"] == pytest.approx(loss[name], abs=1e-6)
+
     proof = json.loads(qlora(capsys, "merge", made, "--output", tmp_path / "merged", "--json"))
     assert proof["kl"] < 0.02
 

@@ -167,6 +167,8 @@ def test_options_are_a_promise() -> None:
             "--density",
             "--rank",
             "--seed",
+            "--set",
+            "--no-eval",
             "--json",
             *talk,
         },
