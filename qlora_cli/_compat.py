@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -26,6 +27,24 @@ def keep_4bit_weights_trainable(model: Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def restore_splitting(tokenizer: Any, gguf_file: Path) -> None:
+    """Let the tokenizer of a GGUF file split text into words as the file says.
+
+    transformers reads the vocabulary but not `tokenizer.ggml.pre`, and splits as GPT-2 does. For
+    SmolLM, which takes every digit by itself, other tokens come of spaces before a number.
+
+    Goes when `tests/e2e/test_demo_model.py` finds the right tokens without it.
+    """
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
 
 
 def quiet_libraries() -> None:

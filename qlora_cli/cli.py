@@ -17,7 +17,15 @@ from qlora_cli import __version__
 from qlora_cli.adapter_text import combine_text, diff_text, inspect_text, list_text
 from qlora_cli.errors import QloraError
 from qlora_cli.recipe_file import dump_with_origins, load_recipe
-from qlora_cli.report_text import cache_text, evaluation_table, generate_text, merge_text, run_text
+from qlora_cli.report_text import (
+    cache_text,
+    evaluation_table,
+    export_text,
+    generate_text,
+    merge_text,
+    run_text,
+)
+from qlora_cli.types import GGUF_KINDS
 
 log = logging.getLogger("qlora")
 
@@ -51,6 +59,12 @@ def _decoded_text(text: str | None) -> str | None:
     return None if text is None else _decoded([text])[0]
 
 
+def _known_kinds(kinds: list[str]) -> list[str]:
+    if unknown := sorted(set(kinds) - set(GGUF_KINDS)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GGUF_KINDS)}")
+    return kinds
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"qlora {__version__}")
@@ -75,6 +89,17 @@ WeightsOption = Annotated[
         "--weights",
         metavar="last|best",
         help="After the last step, or at the lowest evaluation loss.",
+    ),
+]
+GgufOption = Annotated[
+    list[str],
+    typer.Option(
+        "--gguf",
+        metavar="KIND",
+        default_factory=list,
+        show_default=False,
+        callback=_known_kinds,
+        help=f"Write a GGUF file too: {', '.join(GGUF_KINDS)} (can be given more than once).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -262,6 +287,7 @@ def merge(
         Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
     ],
     overrides: Overrides,
+    gguf: GgufOption,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
@@ -270,17 +296,56 @@ def merge(
 
     The written model is loaded again and compared with base plus adapter before this says it is
     done. --json prints output, weights, dtype, bytes, logit_error, kl, top1_agreement and
-    kl_as_trained.
+    kl_as_trained; with --gguf also gguf, as `qlora export` does.
 
     \b
     Example:
       qlora merge runs/mine --output models/mine
+      qlora merge runs/mine --output models/mine --gguf q8_0 --gguf q4_k_m
       qlora merge runs/mine --output models/mine --set model.path=where/the/base/is/now
     """
+    from qlora_cli.export import export
+    from qlora_cli.export_gguf import require_gguf_tools
     from qlora_cli.merge import merge
 
+    require_gguf_tools(gguf)  # merging may take long
     report = merge(run, output, overrides, weights=weights)
-    _show(report, as_json, merge_text(report))
+    text = merge_text(report)
+    if gguf:
+        exported = export(output, gguf=gguf)
+        report, text = {**report, "gguf": exported["gguf"]}, f"{text}\n{export_text(exported)}"
+    _show(report, as_json, text)
+
+
+@app.command("export")
+def export_model(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that merge wrote.")],
+    gguf: GgufOption,
+    bnb_4bit: Annotated[
+        Path | None,
+        typer.Option(
+            "--bnb-4bit", metavar="DIR", help="Folder to make, with the weights packed into NF4."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Write other forms of a model: GGUF files, 4-bit weights of bitsandbytes.
+
+    GGUF files are written into the folder of the model by llama.cpp's converter, which must be on
+    the PATH, and are loaded and compared by llama-cpp-python where that is installed. --json prints
+    model, gguf (for each file path, kind, bytes, seconds and check) and bnb_4bit (path, bytes, kl
+    and top1_agreement).
+
+    \b
+    Example:
+      qlora export models/mine --gguf q8_0 --gguf q4_k_m
+      qlora export models/mine --bnb-4bit models/mine-4bit
+    """
+    from qlora_cli.export import export
+
+    report = export(model, gguf=gguf, bnb_4bit=bnb_4bit)
+    _show(report, as_json, export_text(report))
 
 
 @app.command()

@@ -112,3 +112,29 @@ def generate_text(report: Mapping[str, Any]) -> str:
         f"{report['tokens']:,} tokens in {report['seconds']:.1f} s"
         + (f"; {cut} were cut off (--max-new-tokens)" if cut else "")
     )
+
+
+def export_text(report: Mapping[str, Any]) -> str:
+    """What was written, and how near it is to the model (`report` as `export` returns it)."""
+    lines = []
+    for file in report["gguf"]:
+        check = file["check"]
+        found = (
+            "not checked (llama-cpp-python is not installed)"
+            if check is None
+            else f"in llama.cpp: {check['tokens']} token ids equal, {_nearness(check)}"
+        )
+        lines.append(f"{file['path']}: {_mib(file['bytes'])}; {found}")
+    if packed := report["bnb_4bit"]:
+        lines += [
+            f"{packed['path']}: {_mib(packed['bytes'])}; against the model before it was packed: "
+            + _nearness(packed),
+            "packing rounds away a part of what was learnt: nearest to what was trained is the "
+            "base in 4 bit with the adapter beside it",
+        ]
+    return "\n".join(lines)
+
+
+def _nearness(figures: Mapping[str, float]) -> str:
+    agreement = f"{figures['top1_agreement']:.1%}"
+    return f"same next token at {agreement} of positions, KL {figures['kl']:.1e} nats a token"

@@ -18,6 +18,12 @@ IGNORE_INDEX = -100
 Row = dict[str, Any]
 """One record of a data source, as read."""
 
+GGUF_KINDS = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+)  # fmt: skip
+"""How weights are held in a GGUF file, by llama.cpp's names: the kinds that need no calibration."""
+
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
-from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
 from qlora_cli.cache_folder import cache_folder
 from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
@@ -142,6 +142,10 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
 
 
+_UNPACKED = 2
+"""Raised when GGUF files are unpacked otherwise than before."""
+
+
 def _unpack_gguf(path: Path) -> Path:
     """Dequantize a GGUF file into a bfloat16 folder, once for each content of the file."""
     import torch
@@ -151,7 +155,7 @@ def _unpack_gguf(path: Path) -> Path:
         raise ModelError(f"model.path: no such file: {path}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / digest[:32]
+    folder = cache_folder() / "gguf" / f"{digest[:32]}-{_UNPACKED}"
     if folder.is_dir():
         return folder
     log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
@@ -170,6 +174,7 @@ def _unpack_gguf(path: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True
         )
+        restore_splitting(tokenizer, path)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)

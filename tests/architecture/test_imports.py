@@ -21,6 +21,7 @@ PARTS = {
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "merge", "generate", "chat", "adapter_tools", "plan", "preview",
+    "export", "export_gguf",
 }  # fmt: skip
 TOLD = {"loop", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
 """What stories share."""
@@ -53,6 +54,9 @@ ALLOWED = {
     | PARTS
     | RECIPE
     | {"adapter_place", "adapter_text", "evaluate", "bootstrap"},
+    **dict.fromkeys({"export_gguf", "export_4bit"}, FOUNDATION | PARTS | {"merge", "probes"}),
+    "export": FOUNDATION | {"export_gguf", "export_4bit"},
+    "probes": set(),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
     "cli": FOUNDATION | RECIPE | STORIES | {"report_text", "adapter_text", "data", ""},
     "__main__": {"cli"},

