@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
 from qlora_cli.tasks import Loss, TaskConfig
+from qlora_cli.tasks.forgetting import Drift, Forgetting
 from qlora_cli.tasks.task import Outcome, Task
 from qlora_cli.world import World
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora")
+
+AsBase = Callable[[], AbstractContextManager[Any]]
 
 Answers = dict[str, list[Outcome]]
 """Name of a task -> outcomes of one model, in the order of the questions."""
@@ -74,7 +79,8 @@ def evaluate(
             paths = str(compare), str(target)
             subjects = [replace(s, name=path) for s, path in zip(subjects, paths, strict=True)]
     settings = subjects[-1].recipe
-    chosen = choose_tasks(settings, tasks)
+    is_tuned = all(subject.trained for subject in subjects)
+    chosen = choose_tasks(settings, tasks, is_tuned=is_tuned)
     world = World()
     models: dict[str, Answers] = {}
     for subject in subjects:
@@ -165,15 +171,23 @@ def find_subject(
     return Subject(path.resolve().name, loaded.recipe)
 
 
-def choose_tasks(recipe: Recipe, names: Sequence[str] | None) -> list[Task]:
+def choose_tasks(recipe: Recipe, names: Sequence[str] | None, *, is_tuned: bool) -> list[Task]:
     """The tasks of these names, or all that the recipe has; the loss is the first of them.
+
+    Args:
+        is_tuned: all models have a base that they can be told from.
 
     Raises:
         RecipeError: there is no such task, or none at all.
     """
     has_rows = bool(recipe.data.evaluation_sources)
-    known: dict[str, Task] = {"loss": Loss()} if has_rows else {}
-    known |= {task.label: task for task in recipe.evaluation.tasks}
+    tasks: list[Task] = [Loss()] if has_rows else []
+    tasks += recipe.evaluation.tasks
+    if recipe.evaluation.forgetting is not None:
+        tasks.append(Forgetting(text=recipe.evaluation.forgetting))
+        if has_rows and is_tuned:
+            tasks.append(Drift())
+    known = {task.label: task for task in tasks}
     if names is not None:
         return [known.get(name) or _plain_task(name, known, has_rows) for name in names]
     if not known:
@@ -183,7 +197,7 @@ def choose_tasks(recipe: Recipe, names: Sequence[str] | None) -> list[Task]:
             hint="--set data.evaluation.path=held_out.jsonl (and data.evaluation.format if it is "
             "not messages)",
         )
-    return list(known.values())
+    return tasks
 
 
 def _plain_task(name: str, known: dict[str, Task], has_rows: bool) -> Task:
@@ -219,8 +233,8 @@ def examine(
     model = load_base(subject.recipe, dtype, world.device)
     learn_to_stop(model, stops)
 
-    def answers_of(name: str, model: Any) -> Answers:
-        respondent = Respondent(name, model, settings, tokenizer, dtype, world)
+    def answers_of(name: str, model: Any, as_base: AsBase | None = None) -> Answers:
+        respondent = Respondent(name, model, settings, tokenizer, dtype, world, as_base)
         answers: Answers = {}
         for task, questions in exam:
             log.info("%s: %s, %d examples", name, task.label, len(questions))
@@ -233,7 +247,22 @@ def examine(
     if not alone:
         yield "base", answers_of("base", model)
     name = subject.name if alone else "tuned"
-    yield name, answers_of(name, subject.recipe.adapter.load(model, subject.trained))
+    tuned = subject.recipe.adapter.load(model, subject.trained)
+
+    @contextmanager
+    def as_base() -> Iterator[Any]:
+        if subject.recipe.adapter.trains_base:
+            yield base_again()
+        else:
+            with tuned.disable_adapter():  # type: ignore[operator]
+                yield tuned
+
+    @cache
+    def base_again() -> Any:
+        # Its weights are gone: the trained ones are in their place.
+        return load_base(subject.recipe, dtype, world.device)
+
+    yield name, answers_of(name, tuned, as_base)
 
 
 def summarize(tasks: Sequence[Task], models: dict[str, Answers]) -> dict[str, Any]:
@@ -302,14 +331,22 @@ def warn_of_losses(report: dict[str, Any]) -> None:
         ends = difference["low"], difference["high"]
         if None in ends:
             continue
-        is_worse = ends[0] > 0 if report["measures"][name]["lower_is_better"] else ends[1] < 0
-        if is_worse:
-            first, second = report["models"]
-            log.warning(
-                "%s: %s is worse than %s, %.4g against %.4g (difference %.4g to %.4g)",
-                name,
-                second,
-                first,
-                *(report["models"][model][name]["value"] for model in (second, first)),
-                *ends,
-            )
+        lower_is_better = report["measures"][name]["lower_is_better"]
+        if lower_is_better is None or (ends[0] <= 0 if lower_is_better else ends[1] >= 0):
+            continue
+        first, second = report["models"]
+        log.warning(
+            "%s: %s is worse than %s, %.4g against %.4g (difference %.4g to %.4g)%s",
+            name,
+            second,
+            first,
+            *(report["models"][model][name]["value"] for model in (second, first)),
+            *ends,
+            _ADVICE if name.startswith("forgetting") else "",
+        )
+
+
+_ADVICE = (
+    ": it lost some of what the base could do. Fewer steps, a lower optimizer.learning_rate, a "
+    "smaller adapter.r, or general rows among data.train keep more of it"
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ class Respondent:
 
     Args:
         name: of the model, for the log.
+        as_base: gives the base of a tuned model for a while; None for a base itself.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Respondent:
         tokenizer: PreTrainedTokenizerFast,
         dtype: torch.dtype,
         world: World,
+        as_base: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.name = name
+        self._as_base = as_base
         self._model = model
         self._recipe = recipe
         self._tokenizer = tokenizer
@@ -97,6 +101,32 @@ class Respondent:
             progress.add(len(group))
         objective.train(was_training)
         return found
+
+    @torch.no_grad()
+    def divergences(self, examples: Sequence[Example]) -> list[float]:
+        """For each example, the sum over all positions of KL(base || model), in nats."""
+        if self._as_base is None:
+            return [0.0] * len(examples)
+        progress = Progress(f"{self.name}: divergence from the base", len(examples))
+        found = []
+        # One by one: the distributions of a batch over a large vocabulary would fill the memory.
+        for example in examples:
+            ids = torch.tensor([example.input_ids], device=self._world.device)  # (1, T)
+            q = self._log_probabilities(self._model, ids)
+            with self._as_base() as base:
+                p = self._log_probabilities(base, ids)
+            found.append(float((p.exp() * (p - q)).sum(dtype=torch.float64)))
+            progress.add(1)
+        return found
+
+    def _log_probabilities(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Of the next token at each position, (T, V) in float32."""
+        was_training = model.training
+        model.eval()
+        with torch.autocast(ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        model.train(was_training)
+        return torch.log_softmax(logits.float(), -1)
 
 
 def ask(exam: Exam, respondent: Respondent, world: World) -> dict[str, float]:

@@ -14,6 +14,7 @@ from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.part import Part
 from qlora_cli.tasks import Loss, TaskConfig
+from qlora_cli.tasks.forgetting import GeneralText
 from qlora_cli.tasks.task import Measure
 
 
@@ -95,6 +96,9 @@ class Evaluation(Part):
     """Prompts answered at once; null takes four times `training.micro_batch_size`."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer."""
+    forgetting: GeneralText | None = None
+    """General text: `qlora eval` then tells what was lost, by its perplexity before and after, and
+    by the divergence from the base (KL) on held-out prompts."""
     best_by: str = "loss"
     """What decides which weights of a run are the best: `loss`, or the name of a task (of one of
     its measures: `task.measure`)."""
@@ -109,6 +113,10 @@ class Output(Part):
     """Newest checkpoints to keep."""
     trackers: list[Literal["tensorboard"]] = Field([])
     """Besides the console and metrics.jsonl."""
+
+
+_OWN_TASKS = ("loss", "forgetting", "kl")
+"""What `qlora eval` measures without being told to."""
 
 
 class Recipe(Part):
@@ -150,11 +158,11 @@ class Recipe(Part):
         tasks = self.evaluation.tasks
         if not self.data.evaluation_sources and any(task.data is None for task in tasks):
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")
-        names = ["loss", *(task.label for task in tasks)]
-        if len(set(names)) < len(names):
+        names = [*_OWN_TASKS, *(task.label for task in tasks)]
+        if twice := {name for name in names if names.count(name) > 1}:
             problems.append(
-                f"evaluation.tasks has a name twice: {', '.join(names)}; give one of them a name "
-                "(loss is the one on data.evaluation)"
+                f"evaluation.tasks: {', '.join(sorted(twice))} is there twice; give one of them "
+                f"another name ({', '.join(_OWN_TASKS)} are there by themselves)"
             )
         if self.evaluation.best_by not in self.measures:
             problems.append(

@@ -63,8 +63,10 @@ def _number(value: float, sign: str) -> str:
     return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
 
 
-def _verdict(difference: Mapping[str, Any], lower_is_better: bool) -> str:
+def _verdict(difference: Mapping[str, Any], lower_is_better: bool | None) -> str:
     low, high = difference["low"], difference["high"]
+    if lower_is_better is None:
+        return ""
     if low is None or low <= 0 <= high:
         return "no clear difference"
     return "better" if (high < 0) == lower_is_better else "worse"

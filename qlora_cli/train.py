@@ -124,7 +124,7 @@ def train(
         keep_checkpoints=recipe.output.keep_checkpoints,
         write_weights=write_weights,
         best_by=recipe.evaluation.best_by,
-        lower_is_better=recipe.measures[recipe.evaluation.best_by].lower_is_better,
+        lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
     )
     state = keeper.resume(max_steps, settings.seed) if resume else TrainState()
     keeper.record(

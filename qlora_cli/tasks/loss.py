@@ -28,8 +28,8 @@ class Loss(Task):
 
     def measures(self) -> Sequence[Measure]:
         return [
-            Measure("loss", _loss, lower_is_better=True, is_share=False),
-            Measure("perplexity", _perplexity, lower_is_better=True, is_share=False),
+            Measure("loss", mean_per_token, lower_is_better=True, is_share=False),
+            Measure("perplexity", perplexity, lower_is_better=True, is_share=False),
         ]
 
     def questions(
@@ -52,13 +52,15 @@ class Loss(Task):
         ]
 
 
-def _loss(values: Values) -> NDArray[float64]:
-    loss: NDArray[float64] = values["nats"].sum(-1) / values["tokens"].sum(-1)
-    return loss
+def mean_per_token(values: Values) -> NDArray[float64]:
+    """Nats over tokens, both summed over the examples first."""
+    mean: NDArray[float64] = values["nats"].sum(-1) / values["tokens"].sum(-1)
+    return mean
 
 
-def _perplexity(values: Values) -> NDArray[float64]:
+def perplexity(values: Values) -> NDArray[float64]:
+    """The exponential of that."""
     import numpy as np
 
-    perplexity: NDArray[float64] = np.exp(np.minimum(_loss(values), 700.0))
-    return perplexity
+    found: NDArray[float64] = np.exp(np.minimum(mean_per_token(values), 700.0))
+    return found

@@ -33,6 +33,10 @@ class Examinee(Protocol):
         """For each example, the sum of log p over its supervised tokens, in nats."""
         ...
 
+    def divergences(self, examples: Sequence[Example]) -> list[float]:
+        """For each example, the sum over all positions of KL(base || model), in nats."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -59,7 +63,8 @@ class Measure:
     name: str
     aggregate: Callable[[Values], NDArray[float64]]
     """From (..., n) to (...), so that a bootstrap can resample the examples."""
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
+    """None: neither is."""
     is_share: bool = True
     """Shown as a percentage."""
 

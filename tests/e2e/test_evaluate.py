@@ -341,3 +341,84 @@ def test_settings_that_could_never_act_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_recipe(**sections)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "general.txt"
+    lines = [f"The river number {n} runs to the sea, and the sea is not full." for n in range(40)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_forgetting_is_measured_where_general_text_is_named(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    adapter: str,
+) -> None:
+    recipe = write_recipe(
+        adapter={"type": adapter},
+        optimizer={"learning_rate": 3e-2 if adapter == "lora" else 3e-3},
+        evaluation={"forgetting": {"path": str(text), "window": 64, "max_windows": 12}},
+    )
+    assert exit_code("train", recipe) == 0
+    report = output_of(capsys, "eval", tmp_path / "run")
+    assert list(report["measures"]) == [
+        "loss", "loss.perplexity", "forgetting.perplexity", "kl",
+    ]  # fmt: skip
+    assert report["measures"]["forgetting.perplexity"]["n"] == 12
+    base, tuned = report["models"]["base"], report["models"]["tuned"]
+    assert base["kl"]["value"] == 0
+    assert tuned["kl"]["value"] > tuned["kl"]["low"] > 0
+    assert tuned["forgetting.perplexity"]["value"] != base["forgetting.perplexity"]["value"]
+
+    # A recipe has no base to be far from; two runs have one each.
+    assert "kl" not in output_of(capsys, "eval", recipe)["measures"]
+    again = output_of(capsys, "eval", tmp_path / "run", "--compare", tmp_path / "run")
+    assert again["models"][str(tmp_path / "run")]["kl"] == tuned["kl"]
+
+
+def test_old_skill_that_is_lost_is_warned_of(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A base that knows the general text, and is then taught something else."""
+    rows = {"path": str(text), "format": {"type": "text"}}
+    data = {"train": rows, "evaluation": None, "max_length": 96}
+    knows = write_recipe(
+        data=data,
+        adapter={"type": "full"},
+        optimizer={"learning_rate": 1e-2},
+        training={"max_steps": 30},
+        output={"dir": str(tmp_path / "first")},
+    )
+    assert exit_code("train", knows) == 0
+    assert exit_code("merge", tmp_path / "first", "--output", tmp_path / "knows") == 0
+    recipe = write_recipe(
+        model={"path": str(tmp_path / "knows")},
+        optimizer={"learning_rate": 5e-2},
+        training={"max_steps": 10},
+        evaluation={"forgetting": {"path": str(text), "window": 64}},
+    )
+    assert exit_code("train", recipe) == 0
+    capsys.readouterr()
+    assert exit_code("eval", tmp_path / "run", "--tasks", "forgetting") == 0
+    shown = capsys.readouterr()
+    assert "forgetting.perplexity: tuned is worse than base" in shown.err
+    assert "lost some of what the base could do" in shown.err
+    assert shown.out.rstrip().endswith("worse")
+
+
+def test_too_little_general_text_is_refused_before_a_model_is_measured(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Not much.", encoding="utf-8")
+    recipe = write_recipe(evaluation={"forgetting": {"path": str(short)}})
+    assert exit_code("eval", recipe) == 2
+    assert "has 9 tokens, which is less than two windows of 512" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""What a tuned model lost of its base: perplexity of general text, and how far it drifted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from qlora_cli.data import Data
+from qlora_cli.data.formats import FormatConfig, Text
+from qlora_cli.data.prepare import prepare_prompts
+from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.errors import DataError
+from qlora_cli.tasks.loss import mean_per_token, perplexity
+from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task
+from qlora_cli.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_PROMPTS = 64
+"""Most prompts on which distributions are compared: each has hundreds of them."""
+
+
+class GeneralText(Source):
+    """Text that has nothing to do with what is learnt, such as an encyclopedia."""
+
+    format: FormatConfig = Text()
+    """How a row becomes text."""
+    window: int = Field(512, ge=16)
+    """The rows are joined, and cut into pieces of so many tokens."""
+    max_windows: int | None = Field(64, ge=2)
+    """Read only the first pieces; null reads all."""
+
+
+class Forgetting(Task):
+    """Perplexity of general text, in windows that do not overlap: before and after."""
+
+    type: Literal["forgetting"] = "forgetting"
+    text: GeneralText
+
+    def measures(self) -> Sequence[Measure]:
+        return [Measure("perplexity", perplexity, lower_is_better=True, is_share=False)]
+
+    def questions(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerFast,
+        settings: Data,
+        *,
+        limit: int | None,
+    ) -> list[tuple[str, Example]]:
+        """The windows, each with its number."""
+        source, bad = self.text, BadRows()
+        rows = [
+            "".join(message.content for message in conversation.messages)
+            for conversation in source.conversations(bad)
+        ]
+        bad.check(source.path, skip=settings.on_bad_row == "skip")
+        ids = tokenizer("\n".join(rows), add_special_tokens=False)["input_ids"]
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        windows = [ids[at : at + source.window] for at in range(0, len(ids), source.window)]
+        # The rest at the end is shorter, and one token alone predicts nothing.
+        whole = [window for window in windows if len(window) == source.window]
+        if len(whole) < 2:
+            raise DataError(
+                f"evaluation.forgetting: {source.path} has {len(ids):,} tokens, which is less than "
+                f"two windows of {source.window}",
+                hint="give more text, or a smaller evaluation.forgetting.window",
+            )
+        return [
+            (f"{source.path}, window {number}", Example([*start, *window], [*start, *window]))
+            for number, window in enumerate(whole[: source.max_windows], start=1)
+        ]
+
+    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        sums = model.log_likelihoods([example for _, example in questions])
+        return [
+            Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
+            for (place, example), log_p in zip(questions, sums, strict=True)
+        ]
+
+
+class Drift(Task):
+    """KL divergence of the next token from the base's, in nats, on the prompts of held-out rows."""
+
+    type: Literal["kl"] = "kl"
+
+    def measures(self) -> Sequence[Measure]:
+        # To move away from the base is what training is for: no number is better or worse.
+        return [Measure("kl", mean_per_token, lower_is_better=None, is_share=False)]
+
+    def questions(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerFast,
+        settings: Data,
+        *,
+        limit: int | None,
+    ) -> list[tuple[str, Example]]:
+        most = min(limit or _PROMPTS, _PROMPTS)
+        prompts = [
+            prompt
+            for source in sources
+            for prompt in prepare_prompts(
+                source, tokenizer, skip=settings.on_bad_row == "skip", limit=most
+            )
+        ][:most]
+        return [(prompt.place, Example(prompt.input_ids, prompt.input_ids)) for prompt in prompts]
+
+    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        sums = model.divergences([example for _, example in questions])
+        return [
+            Outcome(place, "", "", "", {"nats": nats, "tokens": len(example.input_ids)})
+            for (place, example), nats in zip(questions, sums, strict=True)
+        ]
