@@ -410,7 +410,7 @@ def _evaluate(output: Path, recipe: Recipe, places: Sequence[AdapterPlace]) -> l
     """The outcome beside each parent, all of them on what the recipe asks."""
     if not recipe.data.evaluation_sources and not recipe.evaluation.tasks:
         return []
-    tasks, world = choose_tasks(recipe, None), World()
+    tasks, world = choose_tasks(recipe, None, is_tuned=True), World()
     parents = [(str(place.path), place.folder) for place in places]
     answers: dict[str, Answers] = {}
     for name, folder in [*parents, (str(output), output)]:
