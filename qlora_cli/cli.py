@@ -327,6 +327,12 @@ def export_model(
             "--bnb-4bit", metavar="DIR", help="Folder to make, with the weights packed into NF4."
         ),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", metavar="RUN", help="Compare the 4-bit model with this run's, as trained."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -334,17 +340,17 @@ def export_model(
 
     GGUF files are written into the folder of the model by llama.cpp's converter, which must be on
     the PATH, and are loaded and compared by llama-cpp-python where that is installed. --json prints
-    model, gguf (for each file path, kind, bytes, seconds and check) and bnb_4bit (path, bytes, kl
-    and top1_agreement).
+    model, gguf (for each file path, kind, bytes, seconds and check) and bnb_4bit (path, bytes, kl,
+    top1_agreement and trained).
 
     \b
     Example:
       qlora export models/mine --gguf q8_0 --gguf q4_k_m
-      qlora export models/mine --bnb-4bit models/mine-4bit
+      qlora export models/mine --bnb-4bit models/mine-4bit --run runs/mine
     """
     from qlora_cli.export import export
 
-    report = export(model, gguf=gguf, bnb_4bit=bnb_4bit)
+    report = export(model, gguf=gguf, bnb_4bit=bnb_4bit, run=run)
     _show(report, as_json, export_text(report))
 
 

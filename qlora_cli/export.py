@@ -13,13 +13,18 @@ from qlora_cli.export_gguf import export_gguf, require_gguf_tools
 
 
 def export(
-    folder: Path, *, gguf: Sequence[str] = (), bnb_4bit: Path | None = None
+    folder: Path,
+    *,
+    gguf: Sequence[str] = (),
+    bnb_4bit: Path | None = None,
+    run: Path | None = None,
 ) -> dict[str, Any]:
     """Write other forms of an ordinary model folder, each compared with it.
 
     Args:
         gguf: kinds of GGUF files to write into the folder.
         bnb_4bit: folder to make for a model in bitsandbytes' NF4.
+        run: what `folder` was merged from; the 4-bit model is then compared with it too.
 
     Returns:
         {"model", "gguf": what `export_gguf` returns, "bnb_4bit": what `export_4bit` returns}
@@ -40,5 +45,5 @@ def export(
     return {
         "model": str(folder),
         "gguf": export_gguf(folder, gguf) if gguf else [],
-        "bnb_4bit": None if bnb_4bit is None else export_4bit(folder, bnb_4bit),
+        "bnb_4bit": None if bnb_4bit is None else export_4bit(folder, bnb_4bit, run),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,33 +12,47 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.merge import compare, logits_of
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.model.quantization import Nf4
-from qlora_cli.probes import TEXTS
-from qlora_cli.run_folder import readable_as_the_folder
+from qlora_cli.probes import TEXTS, compare, logits_of
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.run_folder import RunFolder, readable_as_the_folder
+
+log = logging.getLogger("qlora")
 
 
-def export_4bit(folder: Path, output: Path) -> dict[str, Any]:
+def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
     """Write the model in NF4 with double quantization, as bitsandbytes packs it.
 
-    Rounding to 4 bit takes away a part of what an adapter added to the weights: the figures say how
-    much. What was trained exactly is the base in 4 bit with the adapter beside it.
+    Weights that were dequantized from NF4 lie on its grid, and packing takes all but large updates
+    back to where they were. Those of a merge into the original weights are rounded up as often as
+    down, so that most of an update stays.
+
+    Args:
+        run: the run that `folder` was merged from, to compare with what was trained.
 
     Returns:
-        {"path", "bytes", "kl", "top1_agreement"}, comparing the written folder, loaded again and
-        computed in float32, with `folder` in float32.
+        {"path", "bytes", "kl", "top1_agreement", "trained"}: the written folder, loaded again and
+        computed in float32, against `folder`; and, if there is a `run`, in "trained" the same two
+        figures against its base plus adapter.
 
     Raises:
-        RecipeError: `output` exists.
-        ModelError: it cannot be loaded.
+        RecipeError: `output` exists, or `run` is no run.
+        ModelError: a model cannot be loaded.
     """
     if output.exists():
         raise RecipeError(f"--bnb-4bit: {output} exists", hint="choose another folder")
+    merged = _merge_record(folder)
+    if merged.get("base") == "as-trained":
+        log.warning(
+            "--bnb-4bit: %s was merged into weights that lie on the 4-bit grid, and packing takes "
+            "most of the update back; pack a merge with --base original",
+            folder,
+        )
     tokenizer = load_tokenizer(folder)
-    rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
-    cpu = torch.device("cpu")
-    reference = logits_of(load_model(folder, dtype=torch.float32).eval(), rows, cpu)
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    trained = None if run is None else _trained_logits(run, merged.get("weights", "last"), rows)
+    unpacked = logits_of(load_model(folder, dtype=torch.float32).eval(), rows)
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -47,18 +63,38 @@ def export_4bit(folder: Path, output: Path) -> dict[str, Any]:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, unfinished / name)
         readable_as_the_folder(unfinished)
-        figures = compare(reference, _reloaded(unfinished, rows))
+        packed = _packed_logits(unfinished, rows)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    return {"path": str(output), "bytes": size, **figures}
+    return {
+        "path": str(output),
+        "bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        **compare(unpacked, packed),
+        "trained": None if trained is None else compare(trained, packed),
+    }
 
 
-def _reloaded(folder: Path, rows: list[Tensor]) -> list[Tensor]:
-    """Logits of the packed weights in float32, so that what differs is the packing alone."""
+def _merge_record(folder: Path) -> dict[str, Any]:
+    path = folder / "merge.json"
+    record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return record
+
+
+def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tensor]:
+    """Of base plus adapter, the base as it was quantized, in float32."""
+    folder = RunFolder(run)
+    trained = folder.weights(weights)
+    recipe = load_recipe(folder.recipe).recipe
+    base = recipe.model.load(recipe.quantization.load_options(torch.bfloat16), torch.device("cpu"))
+    model = recipe.adapter.load(recipe.quantization.restore(base), trained).eval()
+    return logits_of(model, rows)
+
+
+def _packed_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
+    """Of the packed weights, in float32: so that what differs is the packing alone."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     model.dequantize(torch.float32)
-    return logits_of(model.float().eval(), rows, torch.device("cpu"))
+    return logits_of(model.float().eval(), rows)

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.merge import compare, logits_of
 from qlora_cli.model.base import load_model, load_tokenizer
-from qlora_cli.probes import TEXTS
+from qlora_cli.probes import TEXTS, compare, logits_of
 
 log = logging.getLogger("qlora")
 
@@ -199,11 +198,10 @@ class Reference:
         input_ids = [tokenizer(text)["input_ids"] for text in texts]
         model = load_model(folder, dtype=torch.float32).eval()
         stops = model.generation_config.eos_token_id
-        rows = [torch.tensor([row]) for row in input_ids]
         return cls(
             texts,
             input_ids,
-            logits_of(model, rows, torch.device("cpu")),
+            logits_of(model, input_ids),
             stops if isinstance(stops, list) else [stops] if stops is not None else [],
         )
 

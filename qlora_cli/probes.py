@@ -1,4 +1,12 @@
-"""Texts on which two forms of a model are held against each other."""
+"""Holding two forms of a model against each other: on which texts, by which figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then it goes home.",
@@ -7,3 +15,21 @@ TEXTS = (
     '{"name": "table", "legs": 4, "colours": ["red", "blue"]}',
     "Übermorgen fahren wir ans Meer. C'est la vie. Mañana será otro día. 明日も。 👋🏽",
 )
+
+
+@torch.no_grad()
+def logits_of(model: Any, input_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Float32 logits (T, V) of a model on the CPU, for each row of token ids."""
+    return [
+        model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in input_ids
+    ]
+
+
+def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
+    """Mean KL(reference || found) in nats a token, and how often the likeliest token agrees."""
+    p = torch.log_softmax(torch.cat(list(reference)), -1)  # (T, V)
+    q = torch.log_softmax(torch.cat(list(found)), -1)
+    return {
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).float().mean()),
+    }

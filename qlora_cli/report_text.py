@@ -128,12 +128,11 @@ def export_text(report: Mapping[str, Any]) -> str:
         )
         lines.append(f"{file['path']}: {_mib(file['bytes'])}; {found}")
     if packed := report["bnb_4bit"]:
-        lines += [
-            f"{packed['path']}: {_mib(packed['bytes'])}; against the model before it was packed: "
-            + _nearness(packed),
-            "packing rounds away a part of what was learnt: nearest to what was trained is the "
-            "base in 4 bit with the adapter beside it",
-        ]
+        lines.append(f"{packed['path']}: {_mib(packed['bytes'])}")
+        lines.append(f"against the model before it was packed: {_nearness(packed)}")
+        if trained := packed["trained"]:
+            lines.append(f"against what was trained: {_nearness(trained)}")
+        lines.append("nothing is lost with the base in 4 bit and the adapter beside it")
     return "\n".join(lines)
 
 

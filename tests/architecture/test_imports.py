@@ -54,7 +54,8 @@ ALLOWED = {
     | PARTS
     | RECIPE
     | {"adapter_place", "adapter_text", "evaluate", "bootstrap"},
-    **dict.fromkeys({"export_gguf", "export_4bit"}, FOUNDATION | PARTS | {"merge", "probes"}),
+    "export_gguf": FOUNDATION | PARTS | {"probes"},
+    "export_4bit": FOUNDATION | PARTS | RECIPE | {"probes"},
     "export": FOUNDATION | {"export_gguf", "export_4bit"},
     "probes": set(),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},

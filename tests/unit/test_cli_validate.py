@@ -154,7 +154,7 @@ def test_options_are_a_promise() -> None:
             *talk,
         },
         "merge": {"run", "--output", "--set", "--gguf", "--weights", "--json", *talk},
-        "export": {"model", "--gguf", "--bnb-4bit", "--json", *talk},
+        "export": {"model", "--gguf", "--bnb-4bit", "--run", "--json", *talk},
         "chat": speak,
         "generate": {*speak, "--prompts", "--output", "--batch-size"},
         "adapters list": {"folder", "--json", *talk},

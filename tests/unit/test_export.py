@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.cli import main
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.export import export
 from qlora_cli.export_gguf import Reference, require_gguf_tools
+from qlora_cli.merge import merge
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.report_text import export_text
 from qlora_cli.train import train
@@ -137,6 +140,46 @@ def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> 
     # Weights that lie on the grid already lose next to nothing.
     twice = export(tmp_path / "again", bnb_4bit=tmp_path / "twice")["bnb_4bit"]
     assert twice["kl"] < once["kl"] / 10
+
+
+def test_an_update_survives_packing_on_the_original_weights_alone() -> None:
+    """What the advice to merge with `--base original` rests on."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256) * 0.02
+    update = torch.randn(256, 8) @ torch.randn(8, 256) * 2e-4
+
+    def packed(weight: Tensor) -> Tensor:
+        return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+    base = packed(weight)
+    kept = {
+        name: float(((packed(start + update) - base) * update).sum() / update.square().sum())
+        for name, start in (("as-trained", base), ("original", weight))
+    }
+    assert kept["as-trained"] < 0.2
+    assert 0.9 < kept["original"] < 1.1
+
+
+def test_the_trained_model_is_another_reference(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    train(tiny_recipe(model={"path": str(tmp_path / "base")}))
+    merge(tmp_path / "run", tmp_path / "mine", weights="last")
+    report = export(tmp_path / "mine", bnb_4bit=tmp_path / "packed", run=tmp_path / "run")
+    found = report["bnb_4bit"]
+    # The base was not quantized, so that merged and trained model are the same.
+    assert found["trained"]["kl"] == pytest.approx(found["kl"], rel=1e-2)
+    assert "against what was trained" in export_text(report)
+
+
+def test_packing_a_merge_on_the_grid_is_advised_against(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_tiny_model(tmp_path / "mine", hidden_size=64, intermediate_size=128)
+    (folder / "merge.json").write_text('{"base": "as-trained"}')
+    export(folder, bnb_4bit=tmp_path / "packed")
+    assert "--base original" in caplog.text
 
 
 def test_a_packed_folder_is_not_written_over(folder: Path, tmp_path: Path) -> None:
