@@ -272,7 +272,7 @@ def evaluate(
         target,
         overrides,
         weights=weights,
-        tasks=tasks and tasks.split(","),
+        tasks=tasks and [name.strip() for name in tasks.split(",")],
         compare=compare,
         recipe=recipe,
         records=records,

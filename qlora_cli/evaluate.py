@@ -71,7 +71,13 @@ def evaluate(
         QloraError: in one of its kinds, with its exit code.
     """
     quiet_libraries()
-    asked = recipe or _recipe_of(target) or (compare and _recipe_of(compare))
+    asked = _recipe_of(target) or (compare and _recipe_of(compare))
+    if recipe is not None and asked is not None:
+        raise RecipeError(
+            f"--recipe: {asked} says what is asked already",
+            hint="--recipe is for model folders; --set changes what a run or a recipe says",
+        )
+    asked = asked or recipe
     subjects = [find_subject(target, overrides, weights, asked)]
     if compare is not None:
         subjects.insert(0, find_subject(compare, overrides, weights, asked))

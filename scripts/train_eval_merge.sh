@@ -16,7 +16,7 @@ Exit codes, those of the step that failed:
   4    training stopped before its end, or the merged model is not the trained one
   130  interrupted
   127  there is no command `qlora`
-A recipe without data.evaluation is trained and merged, and not evaluated.
+A recipe without held-out rows and tasks is trained and merged, and not evaluated.
 HELP
 }
 
@@ -35,10 +35,9 @@ find_qlora
 
 resolved=$(qlora validate "$@" --json)
 run=$(json_value recipe.output.dir <<<"$resolved")
-held_out=$(json_value recipe.data.evaluation <<<"$resolved")
 
 stage "train" train_once "$run" "$@"
-if [[ -n $held_out ]]; then
+if [[ $(json_value tasks <"$run/run.json") != "[]" ]]; then
     stage "evaluate" eval_once "$run/eval.json" qlora eval "$run"
 fi
 stage "merge" merge_once "$run"

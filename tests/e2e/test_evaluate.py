@@ -192,6 +192,9 @@ def test_what_cannot_be_measured_is_called_what_it_is(
     assert "is a model, which does not say what it is to be asked" in found
     assert "--recipe" in found
 
+    recipe = write_recipe()
+    assert "says what is asked already" in error(recipe, "--recipe", recipe)
+
     # A run that died in its first steps.
     recipe = write_recipe(optimizer={"learning_rate": 1e30})
     assert exit_code("train", recipe) == 4
@@ -266,6 +269,39 @@ def test_the_best_weights_are_those_of_the_task_that_decides(
     assert record["best"]["step"] == next(step for step, value in values.items() if value == best)
     measured = output_of(capsys, "eval", tmp_path / "run", "--weights", "best", "--tasks", "near")
     assert measured["models"]["tuned"]["near"]["value"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True}])
+def test_a_task_on_rows_of_its_own_is_enough(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+) -> None:
+    """During training (packed or not) and after it, the answers are the same."""
+    data = {"path": str(tmp_path / "rows.jsonl"), "limit": 5}
+    recipe = write_recipe(
+        data={"evaluation": None, **settings},
+        quantization={"type": "nf4"},
+        training={"tasks_every": 2},
+        evaluation={
+            "tasks": [{"type": "chrf", "name": "own", "data": data}],
+            "best_by": "own",
+            "max_new_tokens": 6,
+        },
+    )
+    record = output_of(capsys, "train", recipe)
+    assert record["tasks"] == ["own"]
+    assert record["best"]["by"] == "own"
+    logged = [
+        row["eval_own"]
+        for row in lines(tmp_path / "run" / "metrics.jsonl")[1:]
+        if "eval_own" in row
+    ]
+    report = output_of(capsys, "eval", tmp_path / "run")
+    assert list(report["measures"]) == ["own"]
+    assert report["measures"]["own"]["n"] == 5
+    assert report["models"]["tuned"]["own"]["value"] == pytest.approx(logged[-1])
 
 
 def stopping(write_recipe: Callable[..., Path], run: Path, **training: Any) -> Path:
