@@ -132,10 +132,14 @@ def test_the_example_holds_the_base_as_in_training(
     assert 'dtype="bfloat16"' in code
 
 
-def test_the_example_for_an_adapter_runs_and_gives_its_logits(
-    make_run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_example_for_an_adapter_runs(
+    make_run: Callable[..., RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    quantization: str,
 ) -> None:
-    run = make_run()
+    run = make_run(quantization={"type": quantization})
     (code,) = codes((run.root / "last" / "README.md").read_text())
     monkeypatch.chdir(tiny_model.parent)
     (tiny_model.parent / "run").unlink(missing_ok=True)
