@@ -333,13 +333,16 @@ def _record(task: Task, outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 def warn_of_losses(report: dict[str, Any]) -> None:
     """What the second model is worse at than the first, beyond chance."""
+    told = set()
     for name, difference in report["differences"].items():
         ends = difference["low"], difference["high"]
-        if None in ends:
+        task = name.partition(".")[0]
+        if None in ends or task in told:
             continue
         lower_is_better = report["measures"][name]["lower_is_better"]
         if lower_is_better is None or (ends[0] <= 0 if lower_is_better else ends[1] >= 0):
             continue
+        told.add(task)  # its other measures are made of the same answers
         first, second = report["models"]
         log.warning(
             "%s: %s is worse than %s, %.4g against %.4g (difference %.4g to %.4g)%s",
@@ -348,7 +351,7 @@ def warn_of_losses(report: dict[str, Any]) -> None:
             first,
             *(report["models"][model][name]["value"] for model in (second, first)),
             *ends,
-            _ADVICE if name.startswith("forgetting") else "",
+            _ADVICE if task == "forgetting" else "",
         )
 
 

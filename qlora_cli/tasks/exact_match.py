@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Literal
 
+from qlora_cli.errors import DataError
 from qlora_cli.tasks.pattern import Pattern, last_match
 from qlora_cli.tasks.task import WrittenTask
 
@@ -31,9 +32,12 @@ class ExactMatch(WrittenTask):
         if self.pattern is not None:
             found = last_match(self.pattern, answer)
             reference = last_match(self.pattern, reference) or reference
+        expected = self._normal(reference)
+        if reference and not expected:
+            raise DataError(f"exact_match: nothing is left to compare of {reference[:80]!r}")
         if found is None:
             return 0.0
-        expected, found = self._normal(reference), self._normal(found)
+        found = self._normal(found)
         return float(expected in found if self.anywhere else expected == found)
 
     def _normal(self, text: str) -> str:

@@ -85,6 +85,11 @@ def test_exact_match_options(settings: dict[str, Any], answer: str, score: float
     assert ExactMatch(**settings).score("New York", answer) == score
 
 
+def test_a_reference_of_which_nothing_is_left_is_refused() -> None:
+    with pytest.raises(DataError, match=r"nothing is left to compare of '\?!'"):
+        ExactMatch(ignore_punctuation=True, anywhere=True).score("?!", "whatever")
+
+
 def test_a_pattern_that_is_none_is_refused_when_the_recipe_is_read(
     tiny_recipe: Callable[..., Any],
 ) -> None:
