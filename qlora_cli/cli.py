@@ -288,19 +288,36 @@ def merge(
     ],
     overrides: Overrides,
     gguf: GgufOption,
+    base: Annotated[
+        Literal["as-trained", "original"] | None,
+        typer.Option(
+            "--base",
+            metavar="as-trained|original",
+            help="Add the update to the weights as they were trained against, dequantized (the "
+            "default where the run was quantized), or to those of the base's files.",
+        ),
+    ] = None,
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits/--no-logits",
+            help="Load what was written and compare its logits too, where memory allows.",
+        ),
+    ] = True,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Write a plain model: base plus adapter.
+    """Write a plain model: base plus adapter, tensor by tensor.
 
-    The written model is loaded again and compared with base plus adapter before this says it is
-    done. --json prints output, weights, dtype, bytes, logit_error, kl, top1_agreement and
-    kl_as_trained; with --gguf also gguf, as `qlora export` does.
+    What was written is proved before this says it is done: each weight by itself, then the logits
+    of the loaded model. --json prints what is also written to DIR/merge.json; with --gguf
+    also gguf, as `qlora export` does.
 
     \b
     Example:
       qlora merge runs/mine --output models/mine
+      qlora merge runs/mine --output models/mine --base original
       qlora merge runs/mine --output models/mine --gguf q8_0 --gguf q4_k_m
       qlora merge runs/mine --output models/mine --set model.path=where/the/base/is/now
     """
@@ -309,7 +326,7 @@ def merge(
     from qlora_cli.merge import merge
 
     require_gguf_tools(gguf)  # merging may take long
-    report = merge(run, output, overrides, weights=weights)
+    report = merge(run, output, overrides, weights=weights, base=base, with_logits=logits)
     text = merge_text(report)
     if gguf:
         exported = export(output, gguf=gguf)

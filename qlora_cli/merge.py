@@ -1,4 +1,4 @@
-"""The adapter into the weights it was trained against, checked before it is called done."""
+"""The adapter into the weights it was trained against: tensor by tensor, and proved."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.model.base import load_model, load_tokenizer
+from qlora_cli.merge_proof import compare_models, refuse_infidelity
+from qlora_cli.model.base import load_tokenizer, refuse_prequantized
+from qlora_cli.model.edits import Names, build_skeleton
+from qlora_cli.model.round_trip import RoundTrip
+from qlora_cli.model.shards import Shards
+from qlora_cli.model.streaming import Merge
+from qlora_cli.model_card import model_card
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
@@ -25,41 +30,42 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-MAX_LOGIT_ERROR = 1e-3
-"""Largest difference of float32 logits, merged against unmerged, over the range of the logits."""
-MAX_KL = 0.02
-"""Largest mean KL divergence (nats a token) of the written model from base plus adapter.
+Base = Literal["as-trained", "original"]
 
-Rounding merged weights to bfloat16 costs about 0.002; a merge into 4 bit, which loses the adapter,
-0.8."""
-
-_PROMPTS = (
-    "The quick brown fox jumps over the lazy dog, and then it goes home.",
-    "Q: A train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nA:",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    '{"name": "table", "legs": 4, "colours": ["red", "blue"]}',
-    "Übermorgen fahren wir ans Meer. C'est la vie. Mañana será otro día.",
-)
+_WEIGHT_FILES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
+}  # fmt: skip
 
 
 def merge(
-    run_folder: Path, output: Path, overrides: Sequence[str] = (), *, weights: Weights
+    run_folder: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    weights: Weights,
+    base: Base | None = None,
+    with_logits: bool = True,
 ) -> dict[str, Any]:
     """Write a plain model folder that needs neither adapter nor quantization.
 
-    The delta is added in float32 to exactly the weights that it was trained against: for a
-    quantized run the dequantized ones, since those were what the adapter learnt to correct. The sum
-    is kept in the base's 16 bit and never packed into 4 bit, where rounding would undo it.
+    The update is added in float32, one tensor at a time, and kept in the dtype of the base; never
+    packed into 4 bit, where rounding would undo it. A run of full fine-tuning is exported.
+
+    Args:
+        base: what the update is added to: the weights as the adapter saw them in training
+            (dequantized, where they were quantized), or those of the base's files. By default
+            as-trained where the run was quantized; else the two are the same.
+        with_logits: compare the written model with base plus adapter, where there is memory for it.
 
     Returns:
-        {"output", "weights", "dtype", "bytes", "logit_error", "kl", "top1_agreement",
-        "kl_as_trained"}: `kl` and `top1_agreement` compare what was written with the dequantized
-        base plus adapter in float32, `kl_as_trained` with the quantized base plus adapter in the
-        run's precision (8-bit bases quantize their activations too, which no merge can repeat).
+        What is also written to merge.json: {"output", "weights", "base", "dtype", "bytes",
+        "update", "logit_error", "kl", "top1_agreement", "comparison"}; the three before the last
+        compare what was written with base plus adapter in float32, and are None where that was
+        not done. See `compare_models` for "comparison", `Account.record` for "update".
 
     Raises:
         RecipeError: no finished run, or `output` exists.
-        ModelError: the written model does not compute what base plus adapter computes.
+        ModelError: it cannot be merged, or the result is not what was trained.
     """
     quiet_libraries()
     run = RunFolder(run_folder)
@@ -70,7 +76,9 @@ def merge(
         raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
     trained = run.weights(weights)
     tokenizer = load_tokenizer(trained, trust_remote_code=recipe.model.trust_remote_code)
-    inputs = [torch.tensor([tokenizer(text)["input_ids"]]) for text in _PROMPTS]
+    located = recipe.model.locate()
+    refuse_prequantized(located)
+    plan = prepare(recipe, located, trained, base)
 
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
@@ -79,116 +87,96 @@ def merge(
     except OSError as error:
         raise RecipeError(f"--output: {output}: {error.strerror}") from error
     try:
-        quantized = trained_logits(recipe, trained, inputs)
-        merged, unmerged, logit_error = merge_in_float32(recipe, trained, inputs)
-        dtype = base_dtype(recipe)
-        write(merged.to(dtype), tokenizer, trained, unfinished)
-        del merged
-        written = reload_logits(unfinished, inputs)
+        size = sum(stored.size for file in plan.layout().values() for stored in file.values())
+        refuse_full_disk(unfinished, size)
+        digests = plan.write(unfinished)
+        plan.verify(unfinished, digests)
+        write_files(located, trained, tokenizer, plan, unfinished)
+        base = "as-trained" if plan.is_as_trained else "original"
         report = {
             "output": str(output),
             "weights": weights,
-            "dtype": str(dtype).removeprefix("torch."),
+            "base": base,
+            "dtype": plan.dtype,
             "bytes": sum(file.stat().st_size for file in unfinished.glob("*.safetensors")),
-            "logit_error": logit_error,
-            **compare(unmerged, written),
-            "kl_as_trained": compare(quantized, written)["kl"],
+            "update": plan.record(),
+            **(
+                compare_models(recipe, trained, unfinished, tokenizer, base)
+                if with_logits
+                else dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
+            ),
         }
-        refuse_infidelity(report)
-        (unfinished / "merge.json").write_text(
-            json.dumps(report, indent=2) + "\n", encoding="utf-8"
-        )
+        held = World().compute_dtype(recipe.training.precision)
+        is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
+        refuse_infidelity(report, is_exact=is_exact)
+        text = json.dumps(report, indent=2) + "\n"
+        (unfinished / "merge.json").write_text(text, encoding="utf-8")
+        card = model_card(run, weights, name=output.name, proof=report)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        readable_as_the_folder(unfinished)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 
-def trained_logits(recipe: Recipe, trained: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of base plus adapter as they were trained: quantized, in the recipe's precision."""
-    world = World()
-    dtype = world.compute_dtype(recipe.training.precision)
-    base = recipe.model.load(recipe.quantization.load_options(dtype), world.device)
-    model = recipe.adapter.load(base, trained).eval()
-    with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-        return logits_of(model, inputs, world.device)
-
-
-def merge_in_float32(
-    recipe: Recipe, trained: Path, inputs: Sequence[Tensor]
-) -> tuple[Any, list[Tensor], float]:
-    """The merged model, the logits before merging, and their largest relative change by it."""
-    cpu = torch.device("cpu")
-    dtype = World().compute_dtype(recipe.training.precision)
-    base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
-    base = recipe.quantization.restore(base)
-    model = recipe.adapter.load(base, trained).eval()
-    before = logits_of(model, inputs, cpu)
-    merged = recipe.adapter.merge(model).eval()
-    after = logits_of(merged, inputs, cpu)
-    pairs = list(zip(before, after, strict=True))
-    error = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
-    log.info("merged in float32; logits differ by at most %.1e of their range", error)
-    return merged, before, error
-
-
-def base_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype of the base model's own files."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        recipe.model.locate(),
-        local_files_only=True,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    dtype: torch.dtype | None = config.dtype
-    return dtype or torch.bfloat16
-
-
-def write(model: Any, tokenizer: PreTrainedTokenizerFast, trained: Path, folder: Path) -> None:
-    """An ordinary model folder: weights, config, tokenizer with template, generation config."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig.from_pretrained(trained)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    readable_as_the_folder(folder)
-
-
-def reload_logits(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of what was written, computed in float32: what differs is then the weights alone."""
-    model = load_model(folder, dtype=torch.float32).eval()
-    return logits_of(model, inputs, torch.device("cpu"))
-
-
-@torch.no_grad()
-def logits_of(model: Any, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Float32 logits (T, V) on the host, for each of the token rows (1, T)."""
-    return [
-        model(input_ids=row.to(device), use_cache=False).logits[0].float().cpu() for row in inputs
-    ]
-
-
-def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
-    """Mean KL(reference || found) in nats a token, and how often the likeliest token agrees."""
-    p = torch.log_softmax(torch.cat(list(reference)), -1)  # (T, V)
-    q = torch.log_softmax(torch.cat(list(found)), -1)
-    return {
-        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
-        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).float().mean()),
-    }
-
-
-def refuse_infidelity(report: dict[str, Any]) -> None:
-    """Nothing is kept of a merge that is not the trained model.
+def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> Merge:
+    """What will be written, before anything is.
 
     Raises:
-        ModelError: a figure of the report is beyond its tolerance.
+        ModelError: the trained weights do not fit the base, or cannot be merged.
     """
-    # Written so that NaN fails.
-    if not (report["logit_error"] <= MAX_LOGIT_ERROR and report["kl"] <= MAX_KL):
+    trust = recipe.model.trust_remote_code
+    dtype = World().compute_dtype(recipe.training.precision)
+    shards = Shards(located)
+    rounding = RoundTrip(
+        build_skeleton(located, trust_remote_code=trust), recipe.quantization.load_options(dtype)
+    )
+    skeleton = build_skeleton(located, trust_remote_code=trust)
+    names = Names(skeleton, shards.tensors)
+    tied = dict(skeleton.all_tied_weights_keys)
+    edits = recipe.adapter.edits(skeleton, trained)
+    is_as_trained = bool(rounding.names) and base != "original"
+    return Merge(shards, names, edits, rounding, tied, as_trained=is_as_trained)
+
+
+def refuse_full_disk(folder: Path, size: int) -> None:
+    """Raises RecipeError if so many bytes (and some small files) have no room."""
+    free, wanted = shutil.disk_usage(folder).free, size + 2**26
+    if free < wanted:
+        raise RecipeError(
+            f"--output: {wanted / 2**30:.1f} GiB are needed, and {free / 2**30:.1f} GiB are free "
+            f"in {folder.parent}"
+        )
+
+
+def write_files(
+    located: Path, trained: Path, tokenizer: PreTrainedTokenizerFast, plan: Merge, folder: Path
+) -> None:
+    """All that is no weight: the base's own files, then tokenizer and generation config as trained.
+
+    config.json comes last: without it, nothing takes the folder for a model.
+    """
+    for file in sorted(located.iterdir()):
+        is_weight = file.suffix in _WEIGHT_FILES or file.name.endswith(".index.json")
+        if file.is_file() and not is_weight and file.name not in ("config.json", "README.md"):
+            shutil.copyfile(file, folder / file.name)
+    tokenizer.save_pretrained(folder)
+    shutil.copyfile(trained / "generation_config.json", folder / "generation_config.json")
+    config = json.loads((located / "config.json").read_text(encoding="utf-8"))
+    for section in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if plan.untied and (section is config or "tie_word_embeddings" in section):
+            section["tie_word_embeddings"] = False
+        if plan.vocab_size is not None and "vocab_size" in section:
+            section["vocab_size"] = plan.vocab_size
+    if plan.vocab_size is not None:
+        check_vocabulary(plan.vocab_size, tokenizer)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ModelError if there are tokens without an embedding."""
+    if len(tokenizer) > vocab_size:
         raise ModelError(
-            "the merged model is not the trained one: float32 logits differ by "
-            f"{report['logit_error']:.1e} (at most {MAX_LOGIT_ERROR:.0e}), KL is "
-            f"{report['kl']:.1e} (at most {MAX_KL:.0e}); nothing was written"
+            f"the tokenizer has {len(tokenizer)} tokens and the merged model {vocab_size}"
         )

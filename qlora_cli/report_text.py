@@ -99,11 +99,26 @@ def _ago(seconds: float) -> str:
 
 def merge_text(report: Mapping[str, Any]) -> str:
     """What was written, and how near it is (`report` as `merge` returns it)."""
-    return (
-        f"{report['output']}: {report['bytes'] / 2**20:,.0f} MiB in {report['dtype']}\n"
+    size = f"{report['bytes'] / 2**20:,.0f} MiB in {report['dtype']}"
+    lines = [f"{report['output']}: {size}, base {report['base']}"]
+    update = report["update"]
+    sizes = f"rounding {update['rounding_error']:.1%} of the update"
+    if (quantization := update["quantization_error"]) is not None:
+        sizes += f", quantization of the base {quantization:.0%} of it"
+    lines.append(f"{update['updated']} weights updated, {update['copied']} copied; {sizes}")
+    if report["kl"] is None:
+        return "\n".join([*lines, "logits were not compared"])
+    lines.append(
         f"against base plus adapter: same next token at {report['top1_agreement']:.1%} of "
         f"positions, KL {report['kl']:.1e} nats a token"
     )
+    comparison = report["comparison"]
+    for name, choice in comparison["choices"].items():
+        line = f"--base {name}: KL from the model as trained {choice['kl']:.1e}"
+        if choice["loss"] is not None:
+            line += f", loss {choice['loss']:.4f} (as trained {comparison['trained_loss']:.4f})"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def generate_text(report: Mapping[str, Any]) -> str:

@@ -15,8 +15,9 @@ from qlora_cli.part import Part
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
     from transformers import PreTrainedModel
+
+    from qlora_cli.model.edits import Edits
 
 
 class FullFineTune(Part):
@@ -34,9 +35,11 @@ class FullFineTune(Part):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
-    def merge(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model as it is: nothing stands beside its weights."""
-        return model
+    def edits(self, skeleton: PreTrainedModel, folder: Path) -> Edits:
+        """What a saved training changed in the base (`skeleton`: the base on the meta device)."""
+        from qlora_cli.model.edits import WholeModel
+
+        return WholeModel(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Put saved weights in place of the base's. `model` itself is changed."""
@@ -116,17 +119,11 @@ class LoRA(Part):
         # PEFT's form for a model card, with its questions unanswered.
         (folder / "README.md").unlink()
 
-    def merge(self, model: PeftModel) -> PreTrainedModel:
-        """Add the update to the base weights, in their dtype, and drop it.
+    def edits(self, skeleton: PreTrainedModel, folder: Path) -> Edits:
+        """What a saved adapter changes in the base (`skeleton`: the base on the meta device)."""
+        from qlora_cli.model.edits import Adapter
 
-        Raises:
-            ModelError: a merged weight is not finite.
-        """
-        try:
-            merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise ModelError(f"the adapter cannot be merged: {error}") from error
-        return merged
+        return Adapter(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         """Put a saved adapter on the base model it belongs to; still trainable.
@@ -138,14 +135,19 @@ class LoRA(Part):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        from qlora_cli.model.edits import grow_vocabulary, match_saved
+
         try:
             saved = load_file(folder / "adapter_model.safetensors")
             config = LoraConfig.from_pretrained(str(folder))
             config.inference_mode = False  # as saved it would freeze what was trained
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+            grow_vocabulary(model, shapes)
+            own = {id(parameter) for parameter in model.parameters()}
             adapted = get_peft_model(model, config)
             # float32 first: copied into a 16-bit module, what was trained would be rounded.
             _trained_in_float32(adapted)
-            _check_shapes(adapted, saved, folder)
+            match_saved(adapted, shapes, own, folder)
             set_peft_model_state_dict(adapted, saved)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
@@ -223,16 +225,6 @@ def _trained_in_float32(model: PeftModel) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def _check_shapes(model: PeftModel, saved: dict[str, Tensor], folder: Path) -> None:
-    """PEFT only warns of missing tensors and goes on with random ones."""
-    from peft import get_peft_model_state_dict
-
-    live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing = [key for key in live if key not in saved or saved[key].shape != live[key].shape]
-    if missing or len(saved) > len(live):
-        raise ModelError(_key_mismatch(folder, missing, set(saved) - set(live)))
 
 
 def _key_mismatch(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:

@@ -34,6 +34,8 @@ _WANTED_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "*processor*.json",
+    "LICENSE*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",

@@ -48,6 +48,8 @@ ALLOWED = {
     "bootstrap": FOUNDATION | {"tasks"},
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
+    "merge_proof": FOUNDATION | PARTS | RECIPE | {"build"},
+    "merge": FOUNDATION | PARTS | RECIPE | {"merge_proof", "model_card"},
     "generate": FOUNDATION | PARTS | {"speaker"},
     "chat": FOUNDATION | {"run_folder", "speaker", "generate"},
     "adapter_tools": FOUNDATION

@@ -152,4 +152,6 @@ def test_the_example_for_an_adapter_runs(
 
 def _proof() -> dict[str, Any]:
     """The least of what a merge reports."""
-    return {"bytes": 1, "dtype": "float32", "top1_agreement": 1.0, "kl": 0.0}
+    update = {"updated": 1, "copied": 1, "rounding_error": 0.0, "quantization_error": None}
+    report = {"output": "m", "bytes": 1, "dtype": "float32", "base": "original", "update": update}
+    return {**report, "kl": None}

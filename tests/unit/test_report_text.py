@@ -92,11 +92,30 @@ def test_run_text_does_not_send_to_eval_what_cannot_be_measured() -> None:
 
 
 def test_merge_text() -> None:
-    report = {"output": "m", "bytes": 3 * 2**20, "dtype": "bfloat16", "kl": 0.002}
-    lines = merge_text({**report, "top1_agreement": 0.975}).splitlines()
-    assert lines[0] == "m: 3 MiB in bfloat16"
-    assert "97.5%" in lines[1]
-    assert "2.0e-03" in lines[1]
+    update = {
+        "updated": 14, "untrained": 0, "requantized": 0, "copied": 6, "norm": 1.0,
+        "rounding_error": 0.01, "quantization_error": 2.5,
+    }  # fmt: skip
+    report: dict[str, Any] = {
+        "output": "m", "bytes": 3 * 2**20, "dtype": "bfloat16", "base": "as-trained",
+        "update": update, "kl": 0.002, "top1_agreement": 0.975,
+        "comparison": {
+            "trained_loss": 1.5,
+            "choices": {
+                "as-trained": {"kl": 0.002, "top1_agreement": 1.0, "loss": 1.51},
+                "original": {"kl": 0.1, "top1_agreement": 0.9, "loss": None},
+            },
+        },
+    }  # fmt: skip
+    assert merge_text(report).splitlines() == [
+        "m: 3 MiB in bfloat16, base as-trained",
+        "14 weights updated, 6 copied; rounding 1.0% of the update, "
+        "quantization of the base 250% of it",
+        "against base plus adapter: same next token at 97.5% of positions, KL 2.0e-03 nats a token",
+        "--base as-trained: KL from the model as trained 2.0e-03, loss 1.5100 (as trained 1.5000)",
+        "--base original: KL from the model as trained 1.0e-01",
+    ]
+    assert merge_text({**report, "kl": None}).endswith("logits were not compared")
 
 
 def test_cache_text_says_what_is_kept_and_what_was_deleted() -> None:

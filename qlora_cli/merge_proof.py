@@ -1,0 +1,218 @@
+"""Is the merged model the trained one? Its logits, beside those of base plus adapter."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from qlora_cli.build import read_data
+from qlora_cli.errors import DataError, ModelError
+from qlora_cli.model.base import load_model
+from qlora_cli.recipe import Recipe
+from qlora_cli.types import IGNORE_INDEX
+from qlora_cli.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
+
+MAX_LOGIT_ERROR = 1e-3
+"""Largest difference of logits over their range, where the base is kept in float32."""
+MAX_KL = 0.02
+"""Largest mean KL divergence (nats a token) of the written model from base plus adapter.
+
+Rounding merged weights to bfloat16 costs about 0.002; a merge into 4 bit, which loses the adapter,
+0.8."""
+
+_MAX_LOGITS = 2**25
+"""Logits that are kept of a model: rows times tokens of the vocabulary."""
+_MAX_TOKENS = 1024
+_MAX_LENGTH = 256
+
+_PROMPTS = (
+    "The quick brown fox jumps over the lazy dog, and then it goes home.",
+    "Q: A train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nA:",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    '{"name": "table", "legs": 4, "colours": ["red", "blue"]}',
+    "Übermorgen fahren wir ans Meer. C'est la vie. Mañana será otro día.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A text to compare on, and which of its tokens an answer has."""
+
+    input_ids: Tensor
+    """(1, T)."""
+    labels: Tensor
+    """(T,), IGNORE_INDEX where nothing is to be learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a model says to the rows."""
+
+    logits: list[Tensor]
+    """Float32 (T, V) for each row."""
+    loss: float | None
+    """Mean over the tokens of the answers, if there are any."""
+
+
+def compare_models(
+    recipe: Recipe, trained: Path, written: Path, tokenizer: PreTrainedTokenizerFast, base: str
+) -> dict[str, Any]:
+    """Load what was written, and hold it against base plus adapter.
+
+    Returns:
+        {"logit_error", "kl", "top1_agreement"} of what was written against the same base plus
+        adapter in float32, and "comparison": {"rows", "tokens", "held_out", "trained_loss",
+        "choices": {base: {"kl", "top1_agreement", "loss"}}}. The choices are held against the model
+        as it was trained, quantized and in the run's precision; the one that was written is
+        measured as written, the other before rounding. All None where memory is too small.
+    """
+    nothing: dict[str, Any] = dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
+    values = sum(file.stat().st_size for file in written.glob("*.safetensors")) // 2
+    needed = 5 * values + 4 * 4 * _MAX_LOGITS
+    if (free := psutil.virtual_memory().available) < needed:
+        log.warning(
+            "logits are not compared: the model would take %.1f GiB of memory, and %.1f are free; "
+            "the weights have been compared one by one",
+            needed / 2**30,
+            free / 2**30,
+        )
+        return nothing
+    rows, held_out = read_rows(recipe, tokenizer)
+    measured = _trained(recipe, trained, rows)
+    bases = {"as-trained": _dequantized, "original": _original}
+    loaders = bases if recipe.quantization.is_quantized else {base: _original}
+    live = {name: _in_float32(load, recipe, trained, rows) for name, load in loaders.items()}
+    model = load_model(written, dtype=torch.float32).eval()
+    found = measure(model, rows, torch.device("cpu"))
+    del model
+    pairs = list(zip(live[base].logits, found.logits, strict=True))
+    return {
+        "logit_error": max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs),
+        **compare(live[base].logits, found.logits),
+        "comparison": {
+            "rows": len(rows),
+            "tokens": sum(row.input_ids.shape[1] for row in rows),
+            "held_out": held_out,
+            "trained_loss": measured.loss,
+            "choices": {
+                name: {**compare(measured.logits, one.logits), "loss": one.loss}
+                for name, one in {**live, base: found}.items()
+            },
+        },
+    }
+
+
+def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[list[Row], bool]:
+    """Rows of the evaluation set, else some fixed text; and whether it is the evaluation set."""
+    if sources := recipe.data.evaluation_sources:
+        try:
+            held_out = read_data("evaluation", recipe.data, sources, tokenizer)
+        except DataError as error:
+            log.warning("models are compared on some fixed text: %s", error)
+        else:
+            vocabulary = len(tokenizer)
+            return list(_first(held_out.examples, _MAX_LOGITS // vocabulary)), True
+    texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in _PROMPTS]
+    return [Row(ids, torch.full_like(ids[0], IGNORE_INDEX)) for ids in texts], False
+
+
+def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[Row]:
+    left = min(max_tokens, _MAX_TOKENS)
+    for example in examples:
+        # The end of a row has the answer.
+        ids = torch.tensor([example.input_ids[-_MAX_LENGTH:]])
+        yield Row(ids, torch.tensor(example.labels[-_MAX_LENGTH:]))
+        left -= ids.shape[1]
+        if left < _MAX_LENGTH:
+            return
+
+
+def _trained(recipe: Recipe, trained: Path, rows: list[Row]) -> Measured:
+    """Base plus adapter as they were trained: quantized, in the recipe's precision."""
+    world = World()
+    dtype = world.compute_dtype(recipe.training.precision)
+    base = recipe.model.load(recipe.quantization.load_options(dtype), world.device)
+    model = recipe.adapter.load(base, trained).eval()
+    with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        return measure(model, rows, world.device)
+
+
+def _dequantized(recipe: Recipe) -> Any:
+    cpu = torch.device("cpu")
+    dtype = World().compute_dtype(recipe.training.precision)
+    base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
+    return recipe.quantization.restore(base)
+
+
+def _original(recipe: Recipe) -> Any:
+    return recipe.model.load({"dtype": torch.float32}, torch.device("cpu"))
+
+
+def _in_float32(
+    load: Callable[[Recipe], Any], recipe: Recipe, trained: Path, rows: list[Row]
+) -> Measured:
+    model = recipe.adapter.load(load(recipe), trained).eval()
+    return measure(model, rows, torch.device("cpu"))
+
+
+@torch.no_grad()
+def measure(model: Any, rows: Sequence[Row], device: torch.device) -> Measured:
+    """Logits of each row on the host, and the loss on its answers."""
+    logits, total, count = [], 0.0, 0
+    for row in rows:
+        ids = row.input_ids.to(device)
+        found = model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+        total += float(
+            torch.nn.functional.cross_entropy(
+                found[:-1], row.labels[1:], ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+        )
+        count += int((row.labels[1:] != IGNORE_INDEX).sum())
+        logits.append(found)
+    return Measured(logits, total / count if count else None)
+
+
+def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
+    """Mean KL(reference || found) in nats a token, and how often the likeliest token agrees."""
+    divergence, agreed, tokens = 0.0, 0, 0
+    for expected, given in zip(reference, found, strict=True):
+        p = torch.log_softmax(expected, -1)  # (T, V)
+        q = torch.log_softmax(given[:, : p.shape[1]], -1)
+        divergence += float((p.exp() * (p - q)).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        tokens += len(p)
+    return {"kl": divergence / tokens, "top1_agreement": agreed / tokens}
+
+
+def refuse_infidelity(report: dict[str, Any], *, is_exact: bool) -> None:
+    """Nothing is kept of a merge that is not the trained model.
+
+    Args:
+        is_exact: no weight was rounded, when it was held or when it was written.
+
+    Raises:
+        ModelError: a figure of the report is beyond its tolerance.
+    """
+    if report["kl"] is None:
+        return
+    bound = MAX_LOGIT_ERROR if is_exact else math.inf
+    # Written so that NaN fails.
+    if not (report["logit_error"] <= bound and report["kl"] <= MAX_KL):
+        raise ModelError(
+            "the merged model is not the trained one: logits differ by "
+            f"{report['logit_error']:.1e} of their range (at most {bound:.0e}), KL is "
+            f"{report['kl']:.1e} (at most {MAX_KL:.0e}); nothing was written"
+        )

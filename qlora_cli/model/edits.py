@@ -1,0 +1,386 @@
+"""What training changed, weight by weight, without the model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model.shards import Shards
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+Read = Callable[[str], "Tensor"]
+"""The base's weight of a name, in float32."""
+
+_SAVED = "base_model.model."
+_WRAPPERS = re.compile(r"\.(base_layer|token_adapter|modules_to_save|original_module)\b")
+"""What PEFT puts between a module's name and its weight."""
+_MAX_NAMED = 5
+
+# Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ ...) take out
+# of its weights what they begin with, so that the adapter is no addition to the weights on disk.
+_ADDITIVE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class Names:
+    """How a model names its weights, and how the files do: not always alike."""
+
+    def __init__(self, skeleton: PreTrainedModel, stored: Iterable[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        state = skeleton.state_dict()
+        mapping = get_model_conversion_mapping(skeleton)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        prefix = skeleton.base_model_prefix
+        self.live: dict[str, str] = {}
+        """Stored name -> name in the model."""
+        self.stored: dict[str, str] = {}
+        """Name in the model -> stored name."""
+        self.composed: set[str] = set()
+        """Weights of the model that are put together from several stored ones."""
+        for name in stored:
+            live, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if live not in state and name in state:
+                live, pattern = rename_source_key(name, [], [], prefix, state)
+            self.live[name] = live
+            self.stored[live] = name
+            if pattern is not None:
+                self.composed.add(live)
+        for target, source in skeleton.all_tied_weights_keys.items():
+            self.stored.setdefault(target, self.stored.get(source, source))
+
+
+def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder on the meta device: modules and names without weights.
+
+    Raises:
+        ModelError: its config cannot be used.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.path: {folder} cannot be read: {error}") from error
+    skeleton.tie_weights()
+    return skeleton
+
+
+class Edits(ABC):
+    """The weights that training changed."""
+
+    names: set[str]
+    """Weights (as the model names them) that `apply` may change."""
+    shapes: dict[str, tuple[int, ...]]
+    """Weights that have another shape than in the base: the vocabulary has grown."""
+
+    @abstractmethod
+    def apply(self, name: str, read: Read) -> Tensor:
+        """The new value of a weight, in float32."""
+
+    @abstractmethod
+    def unused(self) -> set[str]:
+        """Trained tensors that no weight has taken up so far."""
+
+
+class WholeModel(Edits):
+    """Every weight is there anew."""
+
+    def __init__(self, skeleton: PreTrainedModel, folder: Path) -> None:
+        self._saved = Shards(folder)
+        self._names = Names(skeleton, self._saved.tensors)
+        self._used: set[str] = set()
+        self.names = {self._names.live[name] for name in self._saved.tensors}
+        self.shapes = {
+            self._names.live[name]: stored.shape for name, stored in self._saved.tensors.items()
+        }
+
+    def apply(self, name: str, read: Read) -> Tensor:
+        stored = self._names.stored[name]
+        self._used.add(stored)
+        return self._saved.read(stored).float()
+
+    def unused(self) -> set[str]:
+        return set(self._saved.tensors) - self._used
+
+
+class Adapter(Edits):
+    """A saved LoRA of PEFT. Each update is computed by PEFT's own layer, one layer at a time.
+
+    The config beside the adapter decides, not the recipe: it says how the adapter was trained.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, folder: Path) -> None:
+        """
+        Args:
+            skeleton: the model on the meta device. It is changed.
+
+        Raises:
+            ModelError: the adapter does not fit the model, or is of a kind that cannot be merged.
+        """
+        from peft import get_peft_model
+
+        self._folder = folder
+        self._saved = Shards(folder / "adapter_model.safetensors")
+        self._used: set[str] = set()
+        self._results: dict[str, Tensor] = {}
+        config = _read_config(folder)
+        saved = {name: stored.shape for name, stored in self._saved.tensors.items()}
+        self.shapes = grow_vocabulary(skeleton, saved)
+        self._parameters = [*skeleton.named_parameters(remove_duplicate=False)]
+        self._own: dict[int, list[str]] = {}
+        for name, parameter in self._parameters:
+            self._own.setdefault(id(parameter), []).append(name)
+        # PEFT warns of tied weights; what is written is compared and untied where it must be.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self._adapted: Any = get_peft_model(skeleton, config)
+            except (ValueError, TypeError, RuntimeError, KeyError) as error:
+                raise ModelError(f"{folder} does not fit the base model: {error}") from error
+            matched = match_saved(self._adapted, saved, set(self._own), folder)
+        self._sources = {key: names[0] for key, names in matched.items()}
+        self._replaced = {
+            self._own[key][0]: saved for key, saved in self._sources.items() if key in self._own
+        }
+        self._units = dict(self._find_units())
+        self._unit_of = {
+            weight: name for name, unit in self._units.items() for weight in _changed(name, unit)
+        }
+        tied = {name: names[0] for names in self._own.values() for name in names}
+        replaced = {name for name, source in tied.items() if source in self._replaced}
+        self.names = set(self._unit_of) | replaced
+        self._tied = tied
+        self._forget_copies(matched)
+
+    def apply(self, name: str, read: Read) -> Tensor:
+        def base(wanted: str) -> Tensor:
+            saved = self._replaced.get(self._tied[wanted])
+            return read(wanted) if saved is None else self._read(saved)
+
+        if name not in self._unit_of:
+            return base(name)
+        if name not in self._results:
+            self._merge_unit(self._unit_of[name], base)
+        return self._results.pop(name)
+
+    def unused(self) -> set[str]:
+        return set(self._saved.tensors) - self._used
+
+    def _read(self, saved: str) -> Tensor:
+        self._used.add(saved)
+        return self._saved.read(saved).float()
+
+    def _forget_copies(self, matched: dict[int, list[str]]) -> None:
+        """Some tensors are saved twice, and base weights beside those that replace them."""
+        for key, (first, *others) in matched.items():
+            for other in others:
+                if self._saved.digest(other) != self._saved.digest(first):
+                    raise ModelError(f"{self._folder}: {first} and {other} differ, and are one")
+            self._used.update(others)
+            if any(name in self._unit_of for name in self._own.get(key, [])):
+                self._used.add(first)
+
+    def _find_units(self) -> Iterator[tuple[str, nn.Module]]:
+        """The outermost modules that PEFT put in the place of others."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        found: list[str] = []
+        for name, module in self._adapted.base_model.model.named_modules():
+            inside = any(name.startswith(f"{unit}.") for unit in found)
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+                found.append(name)
+                yield name, module
+
+    def _merge_unit(self, name: str, base: Read) -> None:
+        """Let PEFT merge one module, with real weights for as long as that takes."""
+        unit: Any = self._units[name]
+        tensors: dict[int, Tensor] = {}
+        for parameter in unit.parameters():
+            if (saved := self._sources.get(id(parameter))) and id(parameter) not in self._own:
+                tensors[id(parameter)] = self._read(saved)
+            elif names := self._own.get(id(parameter)):
+                here = [one for one in names if one.startswith(f"{name}.")]
+                tensors[id(parameter)] = base((here or names)[0])
+        with _real(unit, tensors):
+            tensors.clear()
+            try:
+                merged = _merge(unit)
+            except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+                raise ModelError(f"PEFT cannot merge {name} of {self._folder}: {error}") from error
+            for weight in _changed(name, unit):
+                value = merged.get_parameter(weight.removeprefix(f"{name}."))
+                self._results[weight] = value.detach()
+
+
+def grow_vocabulary(
+    model: PreTrainedModel, saved: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Give a base model as many tokens as an adapter was saved with.
+
+    Args:
+        saved: the shape of each tensor of the adapter.
+
+    Returns:
+        The new shape of each weight that has one.
+    """
+    modules = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    embeddings = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if id(module) in modules
+    }
+    rows = [
+        shape[0]
+        for name, shape in saved.items()
+        if _WRAPPERS.sub("", name.removeprefix(_SAVED)) in embeddings
+    ]
+    known = max((weight.shape[0] for weight in embeddings.values()), default=0)
+    if not rows or max(rows) == known:
+        return {}
+    model.resize_token_embeddings(max(rows), mean_resizing=False)
+    return {name: (max(rows), *weight.shape[1:]) for name, weight in embeddings.items()}
+
+
+def match_saved(
+    adapted: Any, saved: Mapping[str, tuple[int, ...]], own: Collection[int], folder: Path
+) -> dict[int, list[str]]:
+    """Find the parameter of each saved tensor: id of the parameter -> its names in the file.
+
+    PEFT only warns of missing tensors and goes on with random ones.
+
+    Args:
+        saved: the shape of each tensor of the adapter.
+        own: ids of the base's parameters, which may be saved with the adapter or not.
+
+    Raises:
+        ModelError: they do not match, tensor for tensor.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = adapted.state_dict(keep_vars=True)
+    live: dict[str, Tensor] = {}
+    for with_embeddings in (False, True):
+        live = get_peft_model_state_dict(
+            adapted, state_dict=state, save_embedding_layers=with_embeddings
+        )
+        if set(saved) <= set(live):
+            break
+    missing = {key for key in live if key not in saved and id(live[key]) not in own}
+    wrong = {
+        f"{key} {tuple(shape)}, and not {tuple(live[key].shape)}"
+        for key, shape in saved.items()
+        if key in live and tuple(shape) != tuple(live[key].shape)
+    }
+    if problems := [
+        f"{title} {', '.join(sorted(keys)[:_MAX_NAMED])}"
+        for title, keys in (
+            ("missing:", missing),
+            ("unexpected:", set(saved) - set(live)),
+            ("of another shape:", wrong),
+        )
+        if keys
+    ]:
+        raise ModelError(f"{folder} does not fit the base model; {'; '.join(problems)}")
+    matched: dict[int, list[str]] = {}
+    for key in saved:
+        matched.setdefault(id(live[key]), []).append(key)
+    return matched
+
+
+def _merge(unit: Any) -> Any:
+    if hasattr(unit, "unload_and_optionally_merge_module"):
+        return unit.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
+    unit.merge(safe_merge=False)
+    return unit.get_base_layer()
+
+
+def _changed(name: str, unit: Any) -> list[str]:
+    """The weights of the base that a module of PEFT changes."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(unit, ParamWrapper):
+        inner = _changed(name, unit.base_layer) if isinstance(unit.base_layer, ParamWrapper) else []
+        return [f"{name}.{unit.parameter_name}", *inner]
+    if isinstance(unit, ModulesToSaveWrapper):
+        return [f"{name}.{key}" for key, _ in unit.modules_to_save["default"].named_parameters()]
+    if isinstance(unit, LoraLayer) and any(unit.lora_bias.values()):
+        return [f"{name}.weight", f"{name}.bias"]
+    return [f"{name}.weight"]
+
+
+@contextlib.contextmanager
+def _real(unit: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters (by their id), and take them out again."""
+    from torch import nn
+
+    replaced = []
+    for module in unit.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in tensors:
+                replaced.append((module, name, parameter))
+    for module, name, parameter in replaced:
+        module._parameters[name] = nn.Parameter(tensors[id(parameter)], requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
+        for merged in (getattr(module, "merged_adapters", []) for module in unit.modules()):
+            merged.clear()
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """The adapter's own settings.
+
+    Raises:
+        ModelError: they cannot be read, or name something that is no addition to base weights.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"no readable adapter_config.json in {folder}: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
+    begun = config.init_lora_weights
+    if begun not in _ADDITIVE:
+        raise ModelError(
+            f"{folder}: init_lora_weights ({begun}) changed the base when training began, so the "
+            "adapter does not belong to the weights on disk",
+            hint="save it again with PEFT's save_pretrained("
+            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA",
+        )
+    if config.layer_replication:
+        raise ModelError(f"{folder}: layer_replication makes layers that the base does not have")
+    # It has been drawn; on the meta device there is nothing to draw.
+    config.init_lora_weights = True
+    return config

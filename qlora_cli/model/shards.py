@@ -1,0 +1,186 @@
+"""Safetensors files, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+_CHUNK = 2**24
+"""Bytes of a tensor that is only copied."""
+
+# https://huggingface.co/docs/safetensors/index#format
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it, such as BF16."""
+    shape: tuple[int, ...]
+    start: int
+    size: int
+    """Bytes."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        if self.dtype not in _DTYPES:
+            raise ModelError(f"{self.file}: weights of type {self.dtype} cannot be computed with")
+        dtype: torch.dtype = getattr(torch, _DTYPES[self.dtype])
+        return dtype
+
+    def resized(self, shape: tuple[int, ...]) -> Stored:
+        """The same with another shape (and no place)."""
+        per_value = self.size // max(1, math.prod(self.shape))
+        return Stored(self.file, self.dtype, shape, 0, per_value * math.prod(shape))
+
+
+class Shards:
+    """The tensors of a model folder, or of one file, in the order in which they are stored."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the headers alone.
+
+        Raises:
+            ModelError: a file is missing, or no safetensors.
+        """
+        self.files = [path] if path.is_file() else _files(path)
+        self.metadata: dict[Path, dict[str, str]] = {}
+        self.tensors: dict[str, Stored] = {}
+        for file in self.files:
+            for name, stored in self._header(file):
+                if name in self.tensors:
+                    raise ModelError(f"{file}: {name} is also in {self.tensors[name].file.name}")
+                self.tensors[name] = stored
+
+    @property
+    def has_index(self) -> bool:
+        """Whether a file beside them says which tensor is where."""
+        return (self.files[0].parent / INDEX).is_file()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        import torch
+
+        stored = self.tensors[name]
+        buffer = torch.empty(stored.size, dtype=torch.uint8)
+        memory: Any = buffer.numpy()
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            if file.readinto(memory) != stored.size:
+                raise ModelError(f"{stored.file} ends in the middle of {name}")
+        return buffer.view(stored.torch_dtype).reshape(stored.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor, piece by piece."""
+        stored = self.tensors[name]
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            left = stored.size
+            while left:
+                piece = file.read(min(_CHUNK, left))
+                if not piece:
+                    raise ModelError(f"{stored.file} ends in the middle of {name}")
+                left -= len(piece)
+                yield piece
+
+    def digest(self, name: str) -> str:
+        """A hash of the bytes of one tensor."""
+        found = hashlib.blake2b(digest_size=16)
+        for piece in self.chunks(name):
+            found.update(piece)
+        return found.hexdigest()
+
+    def _header(self, path: Path) -> Iterator[tuple[str, Stored]]:
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header: dict[str, Any] = json.loads(file.read(length))
+        except (OSError, ValueError, struct.error) as error:
+            raise ModelError(f"{path} is no safetensors file: {error}") from error
+        self.metadata[path] = header.pop("__metadata__", {})
+        for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            place = 8 + length + start
+            yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), place, end - start)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return [folder / name for name in sorted(set(places.values()))]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read: {error}") from error
+    alone = folder / "model.safetensors"
+    found = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ModelError(f"{folder} has no safetensors weights")
+    return found
+
+
+def write_shard(
+    path: Path,
+    layout: Mapping[str, Stored],
+    metadata: Mapping[str, str],
+    pieces: Callable[[str], Iterable[bytes | memoryview]],
+) -> dict[str, str]:
+    """Write a safetensors file: the header first, then one tensor after the other.
+
+    Args:
+        layout: dtype and shape of each tensor, in order (where they lie now plays no part).
+        pieces: the bytes of a tensor.
+
+    Returns:
+        The digest of each tensor.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, stored in layout.items():
+        start, end = end, end + stored.size
+        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digests = {}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, stored in layout.items():
+            before, found = file.tell(), hashlib.blake2b(digest_size=16)
+            for piece in pieces(name):
+                file.write(piece)
+                found.update(piece)
+            assert file.tell() - before == stored.size, name
+            digests[name] = found.hexdigest()
+    return digests
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they are stored."""
+    import torch
+
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

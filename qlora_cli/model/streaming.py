@@ -1,0 +1,295 @@
+"""A model folder rewritten tensor by tensor: of the weights, one is in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model.shards import INDEX, Shards, Stored, bytes_of, write_shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qlora_cli.model.edits import Edits, Names
+    from qlora_cli.model.round_trip import RoundTrip
+
+log = logging.getLogger("qlora")
+
+_CHUNK = 2**22
+"""Values that are compared at a time."""
+_MAX_NAMED = 5
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of the weights. Norms are over all updated weights together."""
+
+    updated: int = 0
+    """Weights with an update that is not zero."""
+    untrained: int = 0
+    """Weights that training left as they were."""
+    requantized: int = 0
+    """Weights without an update that are written as their quantized form reads."""
+    copied: int = 0
+    """Weights written bit for bit as the base has them."""
+    lost: list[str] = field(default_factory=list)
+    """Matrices whose whole update is below the grid of the dtype they are stored in."""
+    update: float = 0.0
+    rounding: float = 0.0
+    quantization: float = 0.0
+
+    def record(self, *, is_quantized: bool) -> dict[str, Any]:
+        """Figures for the report: errors are relative to the norm of the update."""
+        norm = math.sqrt(self.update)
+
+        def share(squares: float) -> float | None:
+            return math.sqrt(squares) / norm if norm else None
+
+        return {
+            "updated": self.updated,
+            "untrained": self.untrained,
+            "requantized": self.requantized,
+            "copied": self.copied,
+            "norm": norm,
+            "rounding_error": share(self.rounding),
+            "quantization_error": share(self.quantization) if is_quantized else None,
+        }
+
+
+class Merge:
+    """Base weights with what training changed in them, on their way from file to file."""
+
+    def __init__(
+        self,
+        base: Shards,
+        names: Names,
+        edits: Edits,
+        rounding: RoundTrip,
+        tied: dict[str, str],
+        *,
+        as_trained: bool,
+    ) -> None:
+        """
+        Args:
+            tied: weights that are another one's, by their names in the model: target -> source.
+            as_trained: add to the quantized weights rather than to those of the files.
+
+        Raises:
+            ModelError: what would be changed is not stored in one piece.
+        """
+        self._base = base
+        self._names = names
+        self._edits = edits
+        self._rounding = rounding
+        self.is_as_trained = as_trained
+        self._rounded = rounding.names if as_trained else set()
+        self.account = Account()
+        if split := sorted((edits.names | self._rounded) & names.composed):
+            raise ModelError(
+                f"{', '.join(split[:_MAX_NAMED])}: the files hold this in several tensors, whose "
+                "updates cannot be told apart; such a merge is not supported"
+            )
+        self.untied = {
+            target
+            for target, source in tied.items()
+            if {target, source} & edits.names and not self._are_equal(target, source)
+        }
+        """Weights that are no longer those of another."""
+
+    @property
+    def dtype(self) -> str:
+        """What most of the values are stored in."""
+        sizes: Counter[str] = Counter()
+        for stored in self._base.tensors.values():
+            sizes[str(stored.torch_dtype).removeprefix("torch.")] += stored.size
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, if there are more than in the base."""
+        changed = [
+            rows
+            for live, (rows, *_) in self._edits.shapes.items()
+            if rows != self._base.tensors[self._names.stored[live]].shape[0]
+        ]
+        return max(changed, default=None)
+
+    def record(self) -> dict[str, Any]:
+        """Figures for the report."""
+        return self.account.record(is_quantized=bool(self._rounding.names))
+
+    def layout(self) -> dict[Path, dict[str, Stored]]:
+        """What is written into which file: as in the base, and what is no longer tied."""
+        files: dict[Path, dict[str, Stored]] = {file: {} for file in self._base.files}
+        for name, stored in self._base.tensors.items():
+            files[stored.file][name] = self._resized(self._names.live[name], stored)
+        for live in sorted(self.untied):
+            source = self._base.tensors[self._names.stored[live]]
+            if live not in self._base.tensors:
+                files[source.file][live] = self._resized(live, source)
+        return files
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write all files, with progress in the log. Returns the digest of each tensor.
+
+        Raises:
+            ModelError: a weight is not finite, or a trained tensor went nowhere.
+        """
+        layout = self.layout()
+        total = sum(stored.size for tensors in layout.values() for stored in tensors.values())
+        progress = _Progress(total)
+        digests: dict[str, str] = {}
+        for file, tensors in layout.items():
+
+            def pieces(name: str, tensors: dict[str, Stored] = tensors) -> Iterator[Any]:
+                yield from self._pieces(name, tensors[name])
+                progress.add(tensors[name].size)
+
+            metadata = self._base.metadata[file]
+            digests |= write_shard(folder / file.name, tensors, metadata, pieces)
+        if self._base.has_index:
+            _write_index(folder / INDEX, layout)
+        if unused := self._edits.unused():
+            raise ModelError(
+                f"{len(unused)} trained tensors belong to no weight of the base: "
+                f"{', '.join(sorted(unused)[:_MAX_NAMED])}"
+            )
+        return digests
+
+    def verify(self, folder: Path, digests: dict[str, str]) -> None:
+        """Read what was written, and compare: nothing is missing, nothing else has changed.
+
+        Raises:
+            ModelError: something is.
+        """
+        written = Shards(folder)
+        layout = {
+            name: stored for tensors in self.layout().values() for name, stored in tensors.items()
+        }
+        for name in sorted(set(layout) | set(written.tensors)):
+            wanted, found = layout.get(name), written.tensors.get(name)
+            if wanted is None or found is None:
+                raise ModelError(f"{folder}: {name} is {'too much' if found else 'missing'}")
+            if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
+                raise ModelError(f"{folder}: {name} is {found.dtype} {found.shape}")
+            if written.digest(name) != digests[name]:
+                raise ModelError(f"{folder}: {name} is not what was written; is the disk sound?")
+            if not self._is_touched(name) and self._base.digest(name) != digests[name]:
+                raise ModelError(f"{folder}: {name} has changed, and nothing was to change it")
+        account = self.account
+        if account.lost:
+            raise ModelError(
+                f"{len(account.lost)} weights did not change, since their updates are below the "
+                f"grid of their dtype: {', '.join(account.lost[:_MAX_NAMED])}",
+                hint="train for longer, or at a higher learning rate",
+            )
+        if not account.updated:
+            raise ModelError("every update is zero: there is nothing to merge")
+
+    def _live(self, name: str) -> str:
+        return self._names.live.get(name, name)
+
+    def _is_touched(self, name: str) -> bool:
+        live = self._live(name)
+        return live in self._edits.names | self._rounded or name not in self._base.tensors
+
+    def _resized(self, live: str, stored: Stored) -> Stored:
+        return stored.resized(self._edits.shapes.get(live, stored.shape))
+
+    def _read(self, live: str) -> Tensor:
+        """The weight that the update is added to, in the dtype in which it is at hand."""
+        weight = self._base.read(self._names.stored[live])
+        return self._rounding(live, weight) if live in self._rounded else weight
+
+    def _value(self, live: str) -> Tensor:
+        if live in self._edits.names:
+            return self._edits.apply(live, lambda name: self._read(name).float())
+        return self._read(live)
+
+    def _are_equal(self, target: str, source: str) -> bool:
+        import torch
+
+        dtype = self._base.tensors[self._names.stored[source]].torch_dtype
+        return torch.equal(self._value(target).to(dtype), self._value(source).to(dtype))
+
+    def _pieces(self, name: str, stored: Stored) -> Iterator[Any]:
+        import torch
+
+        live = self._live(name)
+        if not self._is_touched(name):
+            self.account.copied += 1
+            yield from self._base.chunks(name)
+            return
+        value = self._value(live)
+        written = value.to(stored.torch_dtype)
+        if not bool(torch.isfinite(written).all()):
+            raise ModelError(f"{name} is not finite after merging: the training went wrong")
+        if tuple(written.shape) != stored.shape:
+            raise ModelError(f"{name} would have the shape {tuple(written.shape)}")
+        self._enter(name, live, value, written)
+        del value
+        yield bytes_of(written)
+
+    def _enter(self, name: str, live: str, value: Tensor, written: Tensor) -> None:
+        """Count a weight that is not copied."""
+        account = self.account
+        if live not in self._edits.names:
+            if live in self._rounded:
+                account.requantized += 1
+            else:
+                account.copied += 1
+            return
+        stored = self._base.read(self._names.stored[live])
+        base = self._rounding(live, stored) if live in self._rounded else stored
+        update = _squares(value, base)
+        if update == 0:
+            account.untrained += 1
+            return
+        account.updated += 1
+        account.update += update
+        account.rounding += _squares(value, written)
+        if live in self._rounding.names:
+            rounded = base if live in self._rounded else self._rounding(live, stored)
+            account.quantization += _squares(rounded, stored)
+        if written.ndim > 1 and _squares(written, base.to(written.dtype)) == 0:
+            account.lost.append(name)
+
+
+class _Progress:
+    """A line in the log for each tenth."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._said = 0
+
+    def add(self, size: int) -> None:
+        self._done += size
+        tenth = 10 * self._done // max(1, self._total)
+        if tenth > self._said:
+            self._said = tenth
+            log.info(
+                "merging: %d%% of %.2f GiB", 100 * self._done // self._total, self._total / 2**30
+            )
+
+
+def _squares(first: Tensor, second: Tensor) -> float:
+    """The sum of squared differences, over the rows that both have."""
+    rows = min(len(first), len(second))
+    flat = [tensor[:rows].reshape(-1) for tensor in (first, second)]
+    pairs = zip(flat[0].split(_CHUNK), flat[1].split(_CHUNK), strict=True)
+    return sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
+
+
+def _write_index(path: Path, layout: dict[Path, dict[str, Stored]]) -> None:
+    places = {name: file.name for file, tensors in layout.items() for name in tensors}
+    size = sum(stored.size for tensors in layout.values() for stored in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
