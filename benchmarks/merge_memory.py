@@ -2,7 +2,7 @@
 
     python benchmarks/merge_memory.py /somewhere/with/10/GB
 
-Writes a random sharded model of 4.5 GB and an adapter on all of its linear layers, then runs
+Writes a random sharded model of 4.2 GB and an adapter on all of its linear layers, then runs
 `qlora merge --no-logits` on them in a process whose data segment (private writable memory, touched
 or not: RLIMIT_DATA) the kernel holds below 1 GiB; prints that process's peak figures.
 """
@@ -30,9 +30,8 @@ try:
     main(sys.argv[2:])
 finally:
     status = Path("/proc/self/status").read_text()
-    wanted = ("VmHWM", "VmData", "RssAnon")
-    print([line.split() for line in status.splitlines() if line.split(":")[0] in wanted],
-          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    print([line for line in status.splitlines() if "VmHWM" in line][0], file=sys.stderr)
 """
 
 
@@ -86,6 +85,7 @@ def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
 
     from qlora_cli.model.edits import build_skeleton
     from qlora_cli.recipe import Recipe
+    from qlora_cli.run_folder import environment
     from tests.conftest import make_tokenizer
 
     last = run / "last"
@@ -112,10 +112,13 @@ def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
     Recipe.model_validate(recipe)
     (run / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     record = {
-        "status": "finished", "max_steps": 1, "tokens": 1, "trained_weights": 1,
-        "total_weights": 1, "seconds": 1.0, "packages": {}, "gpus": [], "threads": 1,
-        "data": {"training": {"rows": 1}, "evaluation": None},
+        "status": "finished", "seed": 0, "steps": 1, "max_steps": 1, "tokens": 1,
+        "trained_weights": 1, "total_weights": 1, "seconds": 1.0, **environment(),
+        "data": {
+            "training": {"num_rows": 1, "num_tokens": 1, "num_supervised": 1}, "evaluation": None,
+        },
     }  # fmt: skip
+    (run / "metrics.jsonl").write_text("", encoding="utf-8")
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -138,7 +141,7 @@ def main() -> None:
     """Make, merge, measure, delete."""
     place = Path(sys.argv[1]) / "merge-memory"
     try:
-        size = make_base(place / "base", hidden=2048, layers=43, shard=2**29)
+        size = make_base(place / "base", hidden=2048, layers=36, shard=2**29)
         print(f"base: {size / 1e9:.2f} GB")
         for quantization in ("none", "nf4"):
             make_run(place / quantization, place / "base", quantization=quantization)

@@ -217,6 +217,12 @@ def main() -> None:
     """Print the table."""
     quiet_libraries()
     warnings.simplefilter("ignore")
+    print("# Merge parity\n\nMade by `python benchmarks/merge_parity.py`; what the columns say:")
+    print("tensors bit-equal to PEFT's merge in memory over the same (dequantized) base; largest")
+    print(
+        "difference over the largest value of the tensor; difference of float32 logits from those"
+    )
+    print("of base plus adapter, over their range; what became of tied matrices.\n")
     print("| variant | tied | base | bit-equal to PEFT | largest difference | logits | written |")
     print("|---|---|---|---|---|---|---|")
     for variant, settings in VARIANTS.items():

@@ -142,12 +142,17 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
     """Raises RecipeError if so many bytes (and some small files) have no room."""
-    free, wanted = shutil.disk_usage(folder).free, size + 2**26
+    free, wanted = free_bytes(folder), size + 2**26
     if free < wanted:
         raise RecipeError(
             f"--output: {wanted / 2**30:.1f} GiB are needed, and {free / 2**30:.1f} GiB are free "
             f"in {folder.parent}"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 def write_files(

@@ -82,7 +82,7 @@ def compare_models(
     nothing: dict[str, Any] = dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
     values = sum(file.stat().st_size for file in written.glob("*.safetensors")) // 2
     needed = 5 * values + 4 * 4 * _MAX_LOGITS
-    if (free := psutil.virtual_memory().available) < needed:
+    if (free := free_memory()) < needed:
         log.warning(
             "logits are not compared: the model would take %.1f GiB of memory, and %.1f are free; "
             "the weights have been compared one by one",
@@ -113,6 +113,11 @@ def compare_models(
             },
         },
     }
+
+
+def free_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[list[Row], bool]:

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.merge_memory import make_base, make_run
+from benchmarks.merge_memory import merge as merge_within
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.merge import merge
+from qlora_cli.model.shards import Shards
+from qlora_cli.train import train
+from tests.conftest import save_tiny_model
+
+
+@pytest.fixture
+def run(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """Train a little on a sharded base; the folder of the run."""
+
+    def make(**sections: Any) -> Path:
+        base = tmp_path / "base"
+        save_tiny_model(base, dtype="bfloat16", hidden_size=64)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        (base / "model.safetensors").unlink()
+        model.save_pretrained(base, max_shard_size="60KB")
+        train(tiny_recipe(model={"path": str(base)}, **sections), resume=False)
+        return tmp_path / "run"
+
+    return make
+
+
+def change(run: Path, change_one: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = run / "last" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change_one(tensors)
+    save_file(tensors, path)
+
+
+def test_files_names_and_dtypes_are_those_of_the_base(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    merge(run(quantization={"type": "nf4"}), tmp_path / "merged", weights="last")
+    base, merged = Shards(tmp_path / "base"), Shards(tmp_path / "merged")
+    assert len(base.files) > 2
+    assert [file.name for file in merged.files] == [file.name for file in base.files]
+    for name, stored in base.tensors.items():
+        found = merged.tensors[name]
+        assert (found.file.name, found.dtype, found.shape) == (
+            stored.file.name, stored.dtype, stored.shape,
+        )  # fmt: skip
+        is_linear = "proj" in name
+        assert (merged.digest(name) != base.digest(name)) is is_linear
+    others = {path.name for path in (tmp_path / "base").iterdir() if path.suffix == ".json"}
+    assert others <= {path.name for path in (tmp_path / "merged").iterdir()}
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_the_report_has_figures_for_both_bases(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = run(quantization={"type": "nf4"}, training={"max_steps": 8})
+    reports = {
+        base: merge(folder, tmp_path / base, weights="last", base=base)
+        for base in ("as-trained", "original")
+    }
+    as_trained, original = reports["as-trained"], reports["original"]
+    assert json.loads((tmp_path / "original" / "merge.json").read_text("utf-8")) == original
+    for report in reports.values():
+        choices = report["comparison"]["choices"]
+        assert choices["as-trained"]["kl"] < choices["original"]["kl"] / 3
+        assert all(choice["loss"] > 0 for choice in choices.values())
+        assert report["comparison"]["held_out"]
+        assert 0 < report["update"]["rounding_error"] < 0.1
+        assert report["update"]["quantization_error"] > report["update"]["rounding_error"]
+        assert report["kl"] < 1e-3
+    assert as_trained["update"]["norm"] == pytest.approx(original["update"]["norm"], rel=1e-5)
+    # The default for a quantized run.
+    assert merge(folder, tmp_path / "default", weights="last")["base"] == "as-trained"
+
+
+def test_without_quantization_the_base_is_the_original(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    report = merge(run(), tmp_path / "merged", weights="last")
+    assert report["base"] == "original"
+    assert list(report["comparison"]["choices"]) == ["original"]
+    assert report["update"]["quantization_error"] is None
+
+
+def test_in_float32_a_merge_changes_no_logit(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(tiny_recipe(), resume=False)
+    report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
+    assert report["logit_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items()}), "nothing to merge"),
+        (lambda t: t.update({k: v * 1e-5 for k, v in t.items()}), "did not change"),
+        (lambda t: t[sorted(t)[0]].fill_(float("nan")), "not finite"),
+        (lambda t: t.pop(sorted(t)[0]), "missing:"),
+        (lambda t: t.update({"base_model.model.odd.lora_A.weight": torch.ones(2, 2)}), "odd"),
+    ],
+    ids=["zero", "below the grid", "nan", "missing", "too much"],
+)
+def test_an_adapter_that_cannot_be_right_leaves_no_folder(
+    run: Callable[..., Path], tmp_path: Path, damage: Callable[[Any], None], message: str
+) -> None:
+    folder = run()
+    change(folder, damage)
+    with pytest.raises(ModelError, match=message):
+        merge(folder, tmp_path / "merged", weights="last", with_logits=False)
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run()
+    monkeypatch.setattr("qlora_cli.merge.free_bytes", lambda path: 1000)
+    with pytest.raises(RecipeError, match="GiB are needed"):
+        merge(folder, tmp_path / "merged", weights="last")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_where_memory_is_short_only_the_weights_are_compared(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = run()
+    monkeypatch.setattr("qlora_cli.merge_proof.free_memory", lambda: 1000)
+    report = merge(folder, tmp_path / "merged", weights="last")
+    assert report["kl"] is None
+    assert "logits are not compared" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 550 MB in shards of 64 MB, with a run in each kind."""
+    place = tmp_path_factory.mktemp("large")
+    make_base(place / "base", hidden=1024, layers=20, shard=2**26, vocabulary=512)
+    for quantization in ("none", "nf4"):
+        make_run(place / quantization, place / "base", quantization=quantization, r=4)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_memory_is_that_of_a_shard_and_not_of_the_model(
+    large: Path, tmp_path: Path, quantization: str
+) -> None:
+    def peak(base: Path, run: Path, name: str) -> int:
+        text = merge_within(run, tmp_path / name, limit=0)
+        return int(text.split()[-2]) * 1024
+
+    small = tmp_path / "small"
+    make_base(small / "base", hidden=64, layers=1, shard=2**24, vocabulary=512)
+    make_run(small / "run", small / "base", quantization=quantization, r=4)
+    shards = Shards(large / "base")
+    largest = max(file.stat().st_size for file in shards.files)
+    total = sum(file.stat().st_size for file in shards.files)
+    adapter = (large / quantization / "last" / "adapter_model.safetensors").stat().st_size
+    bound = 1.5 * largest + adapter
+    assert total > 4 * bound
+    alone = peak(small / "base", small / "run", "without")
+    assert peak(large / "base", large / quantization, "merged") - alone <= bound
+
+
+@pytest.mark.slow
+def test_a_killed_merge_leaves_nothing_that_loads(large: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "qlora_cli", "merge", str(large / "none"),
+        "--output", str(tmp_path / "merged"), "--no-logits",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    unfinished = tmp_path / ".merged.unfinished"
+    while not list(unfinished.glob("model-00003*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [unfinished.name]
+    assert not (unfinished / "config.json").exists()
+    merge_within(large / "none", tmp_path / "merged", limit=0)
+    assert not unfinished.exists()
