@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-_CHUNK = 2**22
+_CHUNK = 2**18
 """Values that are quantized at a time."""
 _BLOCK = 64
 """Values that share a scale: the default of bitsandbytes, as loading takes it."""

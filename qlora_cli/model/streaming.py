@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-_CHUNK = 2**22
+_CHUNK = 2**18
 """Values that are compared at a time."""
 _MAX_NAMED = 5
 
