@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe import Recipe
@@ -76,5 +76,7 @@ def is_adapter(path: Path) -> bool:
 
 def _run_of(path: Path) -> RunFolder | None:
     """The run whose folder this is, or in which it lies."""
-    found = next((folder for folder in (path, path.absolute().parent) if is_run(folder)), None)
-    return None if found is None else RunFolder(found)
+    whole = path.absolute()
+    if not is_run(path) and whole.name in get_args(Weights) and is_run(whole.parent):
+        return RunFolder(whole.parent)
+    return RunFolder(path) if is_run(path) else None

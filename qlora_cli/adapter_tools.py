@@ -411,18 +411,22 @@ def _evaluate(output: Path, recipe: Recipe, places: Sequence[AdapterPlace]) -> l
     if not recipe.data.evaluation_sources and not recipe.evaluation.tasks:
         return []
     tasks, world = choose_tasks(recipe, None, is_tuned=True), World()
-    parents = [(str(place.path), place.folder) for place in places]
+    paths = [*(place.path for place in places), output]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    folders = [*(place.folder for place in places), output]
     answers: dict[str, Answers] = {}
-    for name, folder in [*parents, (str(output), output)]:
+    for name, folder in zip(names, folders, strict=True):
         subject = Subject(name, recipe, folder)
         answers |= examine(subject, recipe, tasks, world, alone=True)
-    made = answers[str(output)]
+    *parents, made = names
     return [
         {
             "target": str(output),
-            **summarize(tasks, {name: answers[name], str(output): made}),
+            **summarize(tasks, {parent: answers[parent], made: answers[made]}),
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
         }
-        for name, _ in parents
+        for parent in parents
     ]

@@ -141,7 +141,12 @@ Adapters = Annotated[
 ]
 System = Annotated[
     str | None,
-    typer.Option("--system", metavar="TEXT", help="The system message, in place of the recipe's."),
+    typer.Option(
+        "--system",
+        metavar="TEXT",
+        callback=_decoded_text,
+        help="The system message, in place of the recipe's.",
+    ),
 ]
 Temperature = Annotated[
     float,

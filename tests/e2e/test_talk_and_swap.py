@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,14 +149,16 @@ def test_adapters_are_listed_inspected_compared_and_combined(
     assert like["distance"] < 1e-6
     assert "exists" in qlora(capsys, "adapters", "combine", *runs, *options, code=2)
 
-    names = [*map(str, runs), str(made)]
+    names = ["run-0", "run-1", "made"]
     assert [list(one["models"]) for one in report["evaluations"]] == [
         [names[0], names[2]],
         [names[1], names[2]],
     ]
     loss = {
-        name: json.loads(qlora(capsys, "eval", name, "--json"))["models"]["tuned"]["loss"]["value"]
-        for name in names
+        path.name: json.loads(qlora(capsys, "eval", path, "--json"))["models"]["tuned"]["loss"][
+            "value"
+        ]
+        for path in (*runs, made)
     }
     assert loss[names[2]] == pytest.approx(loss[names[0]], abs=1e-5)
     # What `eval` says, all on the questions of the first.
@@ -178,3 +181,41 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     error = qlora(capsys, "chat", other, "--adapter", f"a={runs[0]}", code=3)
     assert "has other weights" in error
+
+
+def test_what_can_be_named_to_talk_to(
+    tiny_recipe: Callable[..., Any],
+    runs: list[Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from qlora_cli.speaker import open_speaker
+
+    recipe = tmp_path / "full.yaml"
+    made = tiny_recipe(output={"dir": str(tmp_path / "full")}, adapter={"type": "full"})
+    recipe.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    qlora(capsys, "train", recipe)
+    alone = tmp_path / "alone"
+    shutil.copytree(runs[0] / "last", alone)
+    voices = {
+        name: list(open_speaker(str(path)).voices)
+        for name, path in {
+            "run": runs[0],
+            "weights of a run": runs[0] / "best",
+            "adapter": alone,
+            "recipe": recipe,
+            "full": tmp_path / "full",
+            "model": tiny_model,
+        }.items()
+    }
+    assert voices == {
+        "run": ["base", "tuned"],
+        "weights of a run": ["base", "tuned"],
+        "adapter": ["base", "tuned"],
+        "recipe": ["base"],
+        "full": ["tuned"],
+        "model": ["base"],
+    }
+    error = qlora(capsys, "chat", tiny_model, "--set", "quantization.type=nf5", code=2)
+    assert "nf5" in error
