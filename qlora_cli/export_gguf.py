@@ -23,7 +23,8 @@ from torch import Tensor
 
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.model.base import load_model, load_tokenizer
-from qlora_cli.probes import TEXTS, compare, logits_of
+from qlora_cli.modelfile import modelfile
+from qlora_cli.probes import TEXTS, compare, logits_of, without_begin
 
 log = logging.getLogger("qlora")
 
@@ -67,6 +68,8 @@ def require_gguf_tools(kinds: Sequence[str]) -> None:
 def export_gguf(folder: Path, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """Write `FOLDER/NAME-KIND.gguf` for each kind, after the folder's own name.
 
+    A Modelfile for Ollama is written beside the last of them, where the chat template allows it.
+
     Each file is loaded by llama.cpp, where llama-cpp-python is installed: its token ids are those
     of the folder's tokenizer, and its logits near those of the folder in float32.
 
@@ -89,9 +92,30 @@ def export_gguf(folder: Path, kinds: Sequence[str]) -> list[dict[str, Any]]:
             'pip install "qlora[gguf-export]"'
         )
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as scratch:
-        return [
+        written = [
             _write(folder, kind, file, Path(scratch), reference) for kind, file in files.items()
         ]
+    _write_modelfile(folder, [*files.values()][-1])
+    return written
+
+
+def _write_modelfile(folder: Path, gguf_file: Path) -> None:
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = modelfile(load_tokenizer(folder), gguf_file.name, _as_list(config.get("eos_token_id")))
+    if text is None:
+        log.warning(
+            "no Modelfile for Ollama: the chat template is no plain sequence of turns, so that its "
+            "TEMPLATE has to be written by hand"
+        )
+        return
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _as_list(token_ids: Any) -> list[int]:
+    if token_ids is None:
+        return []
+    return token_ids if isinstance(token_ids, list) else [token_ids]
 
 
 def _write(
@@ -193,16 +217,14 @@ class Reference:
         texts = list(TEXTS)
         if tokenizer.chat_template:
             chat = tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
-            # llama.cpp adds a begin token by itself, as the tokenizer does.
-            texts.append(str(chat).removeprefix(tokenizer.bos_token or ""))
+            texts.append(without_begin(tokenizer, str(chat)))
         input_ids = [tokenizer(text)["input_ids"] for text in texts]
         model = load_model(folder, dtype=torch.float32).eval()
-        stops = model.generation_config.eos_token_id
         return cls(
             texts,
             input_ids,
             logits_of(model, input_ids),
-            stops if isinstance(stops, list) else [stops] if stops is not None else [],
+            _as_list(model.generation_config.eos_token_id),
         )
 
     def check(self, file: Path, kind: str) -> dict[str, Any]:

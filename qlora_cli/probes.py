@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then it goes home.",
@@ -15,6 +18,13 @@ TEXTS = (
     '{"name": "table", "legs": 4, "colours": ["red", "blue"]}',
     "Übermorgen fahren wir ans Meer. C'est la vie. Mañana será otro día. 明日も。 👋🏽",
 )
+
+
+def without_begin(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """A rendered conversation without the begin token that tokenizing it adds again."""
+    begin = tokenizer.bos_token_id
+    is_added = begin is not None and tokenizer("a")["input_ids"][0] == begin
+    return text.removeprefix(str(tokenizer.bos_token)) if is_added else text
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ ALLOWED = {
     | PARTS
     | RECIPE
     | {"adapter_place", "adapter_text", "evaluate", "bootstrap"},
-    "export_gguf": FOUNDATION | PARTS | {"probes"},
+    "export_gguf": FOUNDATION | PARTS | {"probes", "modelfile"},
+    "modelfile": {"probes"},
     "export_4bit": FOUNDATION | PARTS | RECIPE | {"probes"},
     "export": FOUNDATION | {"export_gguf", "export_4bit"},
     "probes": set(),

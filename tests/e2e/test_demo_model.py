@@ -139,3 +139,6 @@ def test_gguf_files_of_a_model_are_that_model_in_llama_cpp(tmp_path: Path) -> No
     assert f16["check"]["kl"] < q8["check"]["kl"] < q4["check"]["kl"] < 1
     assert f16["bytes"] > q8["bytes"] > q4["bytes"]
     assert q4["check"]["stop_tokens_missing"] == []
+    text = (tmp_path / "mine" / "Modelfile").read_text(encoding="utf-8")
+    assert "FROM ./mine-Q4_K_M.gguf" in text
+    assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text
