@@ -266,8 +266,9 @@ def _piped() -> Iterator[str]:
 
 def _typed(manner: Manner) -> Iterator[str]:
     """What is typed, line by line, until Ctrl-D."""
+    # Importing it is all: input() then lets lines be edited and called back. Windows has none.
     with suppress(ImportError):
-        import readline  # noqa: F401  (lines can be edited and called back)
+        import readline  # noqa: F401
     while True:
         try:
             # A terminal may send bytes that are not UTF-8.

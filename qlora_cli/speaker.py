@@ -23,7 +23,7 @@ from qlora_cli.model.identity import identify
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe, recipe_of_model
 from qlora_cli.run_folder import RunFolder, Weights, is_run
-from qlora_cli.types import Message, Prompt
+from qlora_cli.types import Message, Prompt, Role
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -128,11 +128,12 @@ class Speaker:
         Raises:
             DataError: the chat template refuses them, or they are longer than the context.
         """
-        role, said = "assistant", list(messages)
+        role: Role = "assistant"
+        said = list(messages)
         if self.is_plain:
             # Without a template nothing tells one turn from another.
             role, said = "text", [Message("text", messages[-1].content, train=False)]
-        answer = Message(role, "", train=True)  # type: ignore[arg-type]
+        answer = Message(role, "", train=True)
         prompt = voice.encoder.to_prompt([*said, answer])
         self.refuse_longer(prompt)
         return prompt

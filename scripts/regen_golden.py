@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# A script finds what lies beside it, and tests lie elsewhere.
 sys.path.insert(0, str(ROOT))
 
 from tests.golden.runs import KEPT, KINDS, losses  # noqa: E402

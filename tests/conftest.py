@@ -14,6 +14,17 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The quickstart's model: `scripts/get_demo_model.py` brings it."""
+DATA = Path(os.environ.get("QLORA_TEST_DATA", ROOT.parent / "shared" / "data"))
+"""Real data sets, where there are any."""
+
+needs_model = pytest.mark.skipif(
+    not MODEL.exists(), reason=f"no demo model at {MODEL.relative_to(ROOT)}"
+)
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA.name}")
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -134,3 +145,33 @@ def tiny_recipe(
         return Recipe.model_validate(document)
 
     return make
+
+
+@pytest.fixture
+def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """Write what `tiny_recipe` makes to a file."""
+    import yaml
+
+    def write(**sections: Any) -> Path:
+        document = tiny_recipe(**sections).model_dump(mode="json", exclude_unset=True)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return path
+
+    return write
+
+
+def exit_code(*arguments: object) -> int:
+    """Run a command in this process."""
+    from qlora_cli.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return int(caught.value.code or 0)
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """What a command prints with --json; a non-zero exit code is an error."""
+    capsys.readouterr()
+    assert exit_code(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)

@@ -58,6 +58,7 @@ def load_or_prepare(
         folder = Path(tempfile.mkdtemp(prefix="qlora-"))
         try:
             prepared = prepare(sources, tokenizer, data, folder)
+        # Ctrl-C too must not leave it lying there.
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

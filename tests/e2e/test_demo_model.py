@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,14 +17,11 @@ from qlora_cli.export import export
 from qlora_cli.merge import merge
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train
-
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
-DATA = Path(os.environ.get("QLORA_TEST_DATA", ROOT.parent / "shared" / "data"))
+from tests.conftest import DATA, MODEL, ROOT, needs_data, needs_model
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not MODEL.exists(), reason=f"no demo model at {MODEL.relative_to(ROOT)}"),
+    needs_model,
 ]
 
 
@@ -91,7 +87,7 @@ def plain_loss(folder: Path, rows_file: Path, rows: int) -> float:
     return float(torch.cat(losses).mean())
 
 
-@pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no GSM8K in {DATA.name}/gsm8k")
+@needs_data
 def test_gsm8k_trains(tmp_path: Path) -> None:
     source = "{{path: {}, limit: {}, format: {}}}"
     columns = "{type: prompt_completion, prompt_field: question, completion_field: answer}"

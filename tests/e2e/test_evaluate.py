@@ -9,38 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from qlora_cli.cli import main
-from tests.conftest import save_tiny_model
+from tests.conftest import exit_code, output_of, save_tiny_model
 
 TASKS = [
     {"type": "exact_match"},
     {"type": "chrf", "name": "near"},
 ]
-
-
-@pytest.fixture
-def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
-    def write(**sections: Any) -> Path:
-        document = tiny_recipe(**sections).model_dump(mode="json", exclude_unset=True)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(document), encoding="utf-8")
-        return path
-
-    return write
-
-
-def exit_code(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return caught.value.code or 0  # type: ignore[return-value]
-
-
-def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    capsys.readouterr()
-    assert exit_code(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from qlora_cli.model.base import BaseModelConfig, load_tokenizer
 from qlora_cli.preview import preview
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train
-from tests.conftest import save_tiny_model
-
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("QLORA_TEST_DATA", ROOT.parent / "shared" / "data"))
-MODEL = ROOT / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+from tests.conftest import DATA, MODEL, ROOT, needs_data, needs_model, save_tiny_model
 
 GSM8K = {"type": "prompt_completion", "prompt_field": "question", "completion_field": "answer"}
 SENTIMENT = {
@@ -74,8 +69,8 @@ ANSWERS = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA.name}"),
-    pytest.mark.skipif(not MODEL.exists(), reason=f"no demo model at {MODEL.relative_to(ROOT)}"),
+    needs_data,
+    needs_model,
 ]
 
 TRAINED = [name for name in SETS if name != "preference"]

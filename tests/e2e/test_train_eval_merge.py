@@ -12,7 +12,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,31 +19,12 @@ from qlora_cli.cli import main
 from qlora_cli.generate import answer
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.types import Prompt
-from tests.conftest import save_tiny_model
-
-
-@pytest.fixture
-def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
-    def write(**sections: Any) -> Path:
-        document = tiny_recipe(**sections).model_dump(mode="json", exclude_unset=True)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(document), encoding="utf-8")
-        return path
-
-    return write
+from tests.conftest import exit_code, output_of, save_tiny_model
 
 
 def qlora(*arguments: object) -> None:
     """Run a command in this process; a non-zero exit code is an error."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert caught.value.code in (0, None)
-
-
-def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    capsys.readouterr()
-    qlora(*arguments, "--json")
-    return json.loads(capsys.readouterr().out)
+    assert exit_code(*arguments) == 0
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -206,13 +186,6 @@ def test_full_fine_tuning_trains_evaluates_and_exports(
     assert report["models"]["tuned"]["loss"]["value"] == pytest.approx(last, rel=1e-12)
     qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
-
-
-def exit_code(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def test_a_folder_with_a_run_is_not_overwritten(

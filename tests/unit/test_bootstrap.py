@@ -67,7 +67,7 @@ def test_a_difference_is_of_the_same_examples() -> None:
     assert difference.value == pytest.approx(0.5)
     assert difference.low == pytest.approx(0.5)
     assert difference.high == pytest.approx(0.5)
-    assert all(single.high - single.low > 3 for single in singles)  # type: ignore[operator]
+    assert all(single.high - single.low > 3 for single in singles)
 
 
 def test_the_difference_of_shares_has_the_spread_of_discordant_pairs() -> None:

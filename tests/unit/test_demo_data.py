@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+# Scripts are no package; they find each other by the folder that they are started from.
 sys.path.insert(0, str(SCRIPTS))
 
 import make_demo_data as demo  # noqa: E402

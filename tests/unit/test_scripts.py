@@ -17,7 +17,7 @@ PYTHON = ["get_demo_model.py", "make_demo_data.py", "results_table.py"]
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, encoding="utf-8", **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(words, capture_output=True, text=True, encoding="utf-8", **options)
 
 
 def bash(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

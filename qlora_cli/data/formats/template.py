@@ -54,8 +54,8 @@ class Template(Part):
         )
 
     def _texts(self) -> list[tuple[Literal["system", "user", "assistant"], str]]:
-        system = [] if self.system is None else [("system", self.system)]
-        return [*system, ("user", self.user), ("assistant", self.assistant)]  # type: ignore[list-item]
+        system = () if self.system is None else (("system", self.system),)
+        return [*system, ("user", self.user), ("assistant", self.assistant)]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data import Data
 from qlora_cli.data.encode import Encoder, read_chat_template
@@ -20,7 +19,9 @@ from qlora_cli.data.prepare import Prepared, prepare_prompts
 from qlora_cli.data.prepare import prepare as prepare_sources
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
+from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.types import IGNORE_INDEX, Example, Message
+from tests.conftest import MODEL, needs_model
 
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 FORMATS = get_args(get_args(FormatConfig)[0])
@@ -399,9 +400,10 @@ def test_reading_a_chat_template(tmp_path: Path) -> None:
         read_chat_template(str(path))
 
 
-@pytest.mark.skipif("QLORA_DEMO_MODEL" not in os.environ, reason="QLORA_DEMO_MODEL names no folder")
+@pytest.mark.slow
+@needs_model
 def test_the_demo_models_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(os.environ["QLORA_DEMO_MODEL"])
+    tokenizer = BaseModelConfig(path=str(MODEL)).load_tokenizer()
     for messages in (TURNS, [SYSTEM, *TURNS]):
         encoded = Encoder(tokenizer).encode(messages, max_length=4096)
         assert encoded.example.input_ids == whole(messages, tokenizer)

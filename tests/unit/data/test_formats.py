@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -23,6 +21,7 @@ from qlora_cli.data.formats import (
 )
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
+from tests.conftest import DATA, needs_data
 
 FORMATS = get_args(get_args(FormatConfig)[0])
 every_format = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.__name__)
@@ -381,10 +380,10 @@ REAL = [
 ]
 
 
-@pytest.mark.skipif("QLORA_TEST_DATA" not in os.environ, reason="QLORA_TEST_DATA names no folder")
+@needs_data
 @pytest.mark.parametrize(("path", "kind"), REAL, ids=[path for path, _ in REAL])
 def test_real_rows_are_read(path: str, kind: Any) -> None:
-    text = (Path(os.environ["QLORA_TEST_DATA"]) / path).read_text(encoding="utf-8")
+    text = (DATA / path).read_text(encoding="utf-8")
     rows = json.loads(text) if path.endswith(".json") else map(json.loads, text.splitlines())
     read = [kind.to_conversation(row) for row in rows]
     assert len(read) >= 300

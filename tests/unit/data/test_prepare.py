@@ -314,7 +314,7 @@ def test_what_was_prepared_is_found_again(
     assert is_old
     assert (old.record(), list(old.examples)) == (new.record(), list(new.examples))
     assert is_found(chat_data(path, packing=True, workers=1), tokenizer)
-    weighted = data.model_dump() | {"train": data.train.model_dump() | {"weight": 2.0}}  # type: ignore[union-attr]
+    weighted = data.model_dump() | {"train": data.train.model_dump() | {"weight": 2.0}}
     assert is_found(Data.model_validate(weighted), tokenizer)
 
 
