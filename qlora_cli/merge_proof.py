@@ -16,6 +16,7 @@ from torch import Tensor
 from qlora_cli.build import read_data
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.model.base import load_model
+from qlora_cli.probes import TEXTS, compare
 from qlora_cli.recipe import Recipe
 from qlora_cli.types import IGNORE_INDEX
 from qlora_cli.world import World
@@ -37,14 +38,6 @@ _MAX_LOGITS = 2**25
 """Logits that are kept of a model: rows times tokens of the vocabulary."""
 _MAX_TOKENS = 1024
 _MAX_LENGTH = 256
-
-_PROMPTS = (
-    "The quick brown fox jumps over the lazy dog, and then it goes home.",
-    "Q: A train leaves at 9:40 and arrives at 11:05. How long does the journey take?\nA:",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    '{"name": "table", "legs": 4, "colours": ["red", "blue"]}',
-    "Übermorgen fahren wir ans Meer. C'est la vie. Mañana será otro día.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +123,7 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[list[
         else:
             vocabulary = len(tokenizer)
             return list(_first(held_out.examples, _MAX_LOGITS // vocabulary)), True
-    texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in _PROMPTS]
+    texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
     return [Row(ids, torch.full_like(ids[0], IGNORE_INDEX)) for ids in texts], False
 
 
@@ -188,18 +181,6 @@ def measure(model: Any, rows: Sequence[Row], device: torch.device) -> Measured:
         count += int((row.labels[1:] != IGNORE_INDEX).sum())
         logits.append(found)
     return Measured(logits, total / count if count else None)
-
-
-def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
-    """Mean KL(reference || found) in nats a token, and how often the likeliest token agrees."""
-    divergence, agreed, tokens = 0.0, 0, 0
-    for expected, given in zip(reference, found, strict=True):
-        p = torch.log_softmax(expected, -1)  # (T, V)
-        q = torch.log_softmax(given[:, : p.shape[1]], -1)
-        divergence += float((p.exp() * (p - q)).sum())
-        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-        tokens += len(p)
-    return {"kl": divergence / tokens, "top1_agreement": agreed / tokens}
 
 
 def refuse_infidelity(report: dict[str, Any], *, is_exact: bool) -> None:

@@ -48,7 +48,7 @@ ALLOWED = {
     "bootstrap": FOUNDATION | {"tasks"},
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
-    "merge_proof": FOUNDATION | PARTS | RECIPE | {"build"},
+    "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"merge_proof", "model_card"},
     "generate": FOUNDATION | PARTS | {"speaker"},
     "chat": FOUNDATION | {"run_folder", "speaker", "generate"},
