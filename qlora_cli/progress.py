@@ -20,10 +20,10 @@ class Progress:
     def __init__(self, what: str, total: int) -> None:
         self._what = what
         self._total = total
-        self._done = 0
+        self._done = 0.0
         self._started = self._shown = time.monotonic()
 
-    def add(self, number: int) -> None:
+    def add(self, number: float) -> None:
         """So many more are done."""
         self._done += number
         now = time.monotonic()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
-from typing import Any
+
+from qlora_cli.model.shards import Shards
 
 _SAMPLE = 4096
 """Bytes of each tensor that are looked at. Models of one shape (base and instruction-tuned) differ
@@ -23,22 +23,8 @@ def identify(folder: Path) -> dict[str, str]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     digest = hashlib.sha256()
-    tensors = (tensor for file in folder.glob("*.safetensors") for tensor in _tensors(file))
-    for name, described in sorted(tensors):
-        digest.update(f"{name} ".encode() + described)
+    shards = Shards(folder)
+    for name, stored in sorted(shards.tensors.items()):
+        digest.update(f"{name} {stored.dtype} {list(stored.shape)} ".encode())
+        digest.update(shards.beginning(name, _SAMPLE))
     return {"architecture": architecture, "digest": digest.hexdigest()}
-
-
-def _tensors(path: Path) -> list[tuple[str, bytes]]:
-    """Each tensor of a safetensors file, with its dtype, shape and first bytes."""
-    found = []
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            file.seek(8 + length + start)
-            sample = file.read(min(_SAMPLE, end - start))
-            found.append((name, f"{entry['dtype']} {entry['shape']} ".encode() + sample))
-    return found

@@ -105,6 +105,13 @@ class Shards:
                 left -= len(piece)
                 yield piece
 
+    def beginning(self, name: str, size: int) -> bytes:
+        """The first bytes of one tensor, or all that there are."""
+        stored = self.tensors[name]
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            return file.read(min(size, stored.size))
+
     def digest(self, name: str) -> str:
         """A hash of the bytes of one tensor."""
         found = hashlib.blake2b(digest_size=16)

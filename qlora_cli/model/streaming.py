@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model.shards import INDEX, Shards, Stored, bytes_of, write_shard
+from qlora_cli.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,13 +145,13 @@ class Merge:
         """
         layout = self.layout()
         total = sum(stored.size for tensors in layout.values() for stored in tensors.values())
-        progress = _Progress(total)
+        progress = Progress("merging, MiB written", total // 2**20)
         digests: dict[str, str] = {}
         for file, tensors in layout.items():
 
             def pieces(name: str, tensors: dict[str, Stored] = tensors) -> Iterator[Any]:
                 yield from self._pieces(name, tensors[name])
-                progress.add(tensors[name].size)
+                progress.add(tensors[name].size / 2**20)
 
             metadata = self._base.metadata[file]
             digests |= write_shard(folder / file.name, tensors, metadata, pieces)
@@ -260,24 +261,6 @@ class Merge:
             account.quantization += _squares(rounded, stored)
         if written.ndim > 1 and _squares(written, base.to(written.dtype)) == 0:
             account.lost.append(name)
-
-
-class _Progress:
-    """A line in the log for each tenth."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._said = 0
-
-    def add(self, size: int) -> None:
-        self._done += size
-        tenth = 10 * self._done // max(1, self._total)
-        if tenth > self._said:
-            self._said = tenth
-            log.info(
-                "merging: %d%% of %.2f GiB", 100 * self._done // self._total, self._total / 2**30
-            )
 
 
 def _squares(first: Tensor, second: Tensor) -> float:
