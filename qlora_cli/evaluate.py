@@ -253,14 +253,14 @@ def examine(
     if not alone:
         yield "base", answers_of("base", model)
     name = subject.name if alone else "tuned"
-    tuned = subject.recipe.adapter.load(model, subject.trained)
+    tuned: Any = subject.recipe.adapter.load(model, subject.trained)
 
     @contextmanager
     def as_base() -> Iterator[Any]:
         if subject.recipe.adapter.trains_base:
             yield base_again()
         else:
-            with tuned.disable_adapter():  # type: ignore[operator]
+            with tuned.disable_adapter():
                 yield tuned
 
     @cache

@@ -11,7 +11,7 @@ import torch
 from qlora_cli.bootstrap import columns
 from qlora_cli.build import Exam
 from qlora_cli.data.batches import eval_batches
-from qlora_cli.generate import answer
+from qlora_cli.generate import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.progress import Progress
 from qlora_cli.recipe import Recipe
@@ -58,25 +58,19 @@ class Respondent:
         keys = [tuple(prompt.input_ids) for prompt in prompts]
         new = dict(zip(keys, prompts, strict=True))
         waiting = [key for key in new if key not in self._written]
-        # Those of about one length together, for little padding; the longest first, so that memory
-        # runs out at once or never.
-        waiting.sort(key=lambda key: (-len(key), key))
         progress = Progress(f"{self.name}: answers", len(waiting))
-        size = self._recipe.generation_batch_size
-        for start in range(0, len(waiting), size):
-            batch = waiting[start : start + size]
-            answers = answer(
-                self._model,
-                [new[key] for key in batch],
-                self._tokenizer,
-                stop_token_ids=self._model.generation_config.eos_token_id,
-                max_new_tokens=self._recipe.evaluation.max_new_tokens,
-                batch_size=size,
-                dtype=self._dtype,
-                device=self._world.device,
-            )
-            self._written |= dict(zip(batch, answers, strict=True))
-            progress.add(len(batch))
+        for index, found in answers(
+            self._model,
+            [new[key] for key in waiting],
+            self._tokenizer,
+            stop_token_ids=self._model.generation_config.eos_token_id,
+            sampling=Sampling(max_new_tokens=self._recipe.evaluation.max_new_tokens),
+            batch_size=self._recipe.generation_batch_size,
+            dtype=self._dtype,
+            device=self._world.device,
+        ):
+            self._written[waiting[index]] = found.text
+            progress.add(1)
         return [self._written[key] for key in keys]
 
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:

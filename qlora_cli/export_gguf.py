@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.model.base import load_model, load_tokenizer
+from qlora_cli.model.base import as_ids, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.modelfile import modelfile
 from qlora_cli.probes import TEXTS, compare, logits_of, without_begin
 
@@ -100,9 +100,7 @@ def export_gguf(folder: Path, kinds: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _write_modelfile(folder: Path, gguf_file: Path) -> None:
-    path = folder / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = modelfile(load_tokenizer(folder), gguf_file.name, _as_list(config.get("eos_token_id")))
+    text = modelfile(load_tokenizer(folder), gguf_file.name, stop_token_ids(folder))
     if text is None:
         log.warning(
             "no Modelfile for Ollama: the chat template is no plain sequence of turns, so that its "
@@ -110,12 +108,6 @@ def _write_modelfile(folder: Path, gguf_file: Path) -> None:
         )
         return
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-
-
-def _as_list(token_ids: Any) -> list[int]:
-    if token_ids is None:
-        return []
-    return token_ids if isinstance(token_ids, list) else [token_ids]
 
 
 def _write(
@@ -224,7 +216,7 @@ class Reference:
             texts,
             input_ids,
             logits_of(model, input_ids),
-            _as_list(model.generation_config.eos_token_id),
+            as_ids(model.generation_config.eos_token_id),
         )
 
     def check(self, file: Path, kind: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_cli.data.batches import prompt_batches
 from qlora_cli.data.questions import read_questions
@@ -62,37 +62,6 @@ class Answer:
     """The stop token not counted."""
     ended: Literal["stop", "length", "interrupted"]
     """By a stop token, by the number of tokens allowed, or by the user."""
-
-
-def answer(
-    model: nn.Module,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[str]:
-    """The most likely continuation of each prompt, token by token, up to a stop token.
-
-    Returns:
-        One text per prompt, in their order, without special tokens.
-    """
-    texts = [""] * len(prompts)
-    for index, found in answers(
-        model,
-        prompts,
-        tokenizer,
-        stop_token_ids=stop_token_ids,
-        sampling=Sampling(max_new_tokens=max_new_tokens),
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-    ):
-        texts[index] = found.text
-    return texts
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
 from qlora_cli.data.questions import is_verbatim
 from qlora_cli.errors import DataError, ModelError, RecipeError
 from qlora_cli.model.adapter_set import AdapterSet
-from qlora_cli.model.base import learn_to_stop, load_tokenizer
+from qlora_cli.model.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.model.identity import identify
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe, recipe_of_model
@@ -92,11 +91,11 @@ class Speaker:
         """
         if name in self.voices:
             raise RecipeError(f"--adapter: there are two adapters called {name}")
-        tokenizer, stops = self._tokenizer, _eos_of(self._base.generation_config.to_dict())
+        tokenizer, stops = self._tokenizer, set(as_ids(self._base.generation_config.eos_token_id))
         if place is not None:
             self._refuse_other_base(place)
             self._adapters.add(name, place.folder)
-            stops |= _eos_in(place.folder)
+            stops |= {*stop_token_ids(place.folder)}
             if (place.folder / "tokenizer_config.json").is_file():
                 tokenizer = load_tokenizer(place.folder)
         encoder = Encoder(tokenizer)
@@ -111,7 +110,7 @@ class Speaker:
         """Put weights that were trained in full in the place of the base's."""
         self._base = self._recipe.adapter.load(self._base, folder).eval()
         self._adapters = AdapterSet(self._base)
-        learn_to_stop(self._base, _eos_in(folder))
+        learn_to_stop(self._base, stop_token_ids(folder))
         self.voices.clear()
         self.add(TUNED, None)
         self.first = self.voices[TUNED]
@@ -247,17 +246,6 @@ def _named(text: str, weights: Weights) -> tuple[str, AdapterPlace]:
             f"--adapter {text}: needs the form name=PATH", hint="--adapter legal=runs/legal"
         )
     return name, AdapterPlace.find(Path(path), weights)
-
-
-def _eos_of(generation_config: dict[str, Any]) -> set[int]:
-    eos = generation_config.get("eos_token_id")
-    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
-
-
-def _eos_in(folder: Path) -> set[int]:
-    """What training taught as the end of an answer: it is kept beside the weights."""
-    path = folder / "generation_config.json"
-    return _eos_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
 
 
 def _end_of_turn(encoder: Encoder) -> int | None:

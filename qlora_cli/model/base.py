@@ -280,15 +280,19 @@ def start_checkpointing(model: PreTrainedModel) -> None:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """Where generation ends, as a folder of weights says."""
-    from transformers import GenerationConfig
+    """Where generation ends, as a folder of weights says; nothing if it does not say."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    return as_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
 
-    found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    return found if isinstance(found, list) else [] if found is None else [found]
+
+def as_ids(token_ids: int | list[int] | None) -> list[int]:
+    """A generation config names no token, one, or several."""
+    return token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]
 
 
 def learn_to_stop(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
     """Let generation end at every token that training teaches as the end of an answer."""
-    known = model.generation_config.eos_token_id
-    known_ids = known if isinstance(known, list) else [known] if known is not None else []
-    model.generation_config.eos_token_id = sorted({*known_ids, *stop_token_ids})
+    known = as_ids(model.generation_config.eos_token_id)
+    model.generation_config.eos_token_id = sorted({*known, *stop_token_ids})

@@ -34,55 +34,57 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
-        causal: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment, operator]
+        causal: Any = _without_adapter(model)
         # Kept out of the registered modules: both are inside the model already.
         self._halves = causal.get_decoder(), causal.get_output_embeddings()
         self.is_split = self._can_split(causal)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Loss sum, a float32 scalar. The labels are read where they lie: on the host, no wait."""
-        device = batch.input_ids.device
-        positions, targets = (
-            index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
-        )
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        """Loss sum, a float32 scalar."""
+        with self._autocast(batch.input_ids.device):
+            states, _, targets = self._states(batch)
             if self.is_split:
-                decoder, head = self._halves
-                hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
-                return head_loss(hidden.flatten(0, 1)[positions], targets, head)
-            # The model's own forward, asked for the supervised positions alone.
-            keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-            keep.view(-1)[positions] = True
-            logits = self.model(
-                **batch.inputs(), use_cache=False, logits_to_keep=keep
-            ).logits  # (N, V)
-            return _chunked_cross_entropy(logits, targets)
+                _, head = self._halves
+                return head_loss(states, targets, head)
+            return _chunked_cross_entropy(states, targets)
 
     @torch.no_grad()
     def of_rows(self, batch: Batch) -> Tensor:
         """Loss sum of each row (B,), in float64; without a gradient."""
-        device = batch.input_ids.device
-        positions, targets = (index.to(device) for index in supervised_positions(batch.labels))
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.is_split:
-                decoder, head = self._halves
-                hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
-                states = hidden.flatten(0, 1)[positions]  # (N, D)
-            else:
-                head = nn.Identity()
-                keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-                keep.view(-1)[positions] = True
-                states = self.model(
-                    **batch.inputs(), use_cache=False, logits_to_keep=keep
-                ).logits  # (N, V)
+        with self._autocast(batch.input_ids.device):
+            states, positions, targets = self._states(batch)
+            head: Any = self._halves[1] if self.is_split else nn.Identity()
             width = head.out_features if self.is_split else states.shape[-1]
             losses = [
                 F.cross_entropy(head(states[at]).float(), targets[at], reduction="none")
                 for at in _chunks(len(targets), width)
             ]
         rows, length = batch.input_ids.shape
-        sums = torch.zeros(rows, dtype=torch.float64, device=device)
+        sums = torch.zeros(rows, dtype=torch.float64, device=states.device)
         return sums.index_add_(0, positions // length, torch.cat(losses).double())
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the head is given (N, D), or logits (N, V) where the model cannot be split.
+
+        And where a supervised token is predicted (N,), and which (N,). The labels are read where
+        they lie: on the host, no wait.
+        """
+        device = batch.input_ids.device
+        positions, targets = (
+            index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
+        )
+        if self.is_split:
+            decoder, _ = self._halves
+            hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
+            return hidden.flatten(0, 1)[positions], positions, targets
+        # The model's own forward, asked for the supervised positions alone.
+        keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        keep.view(-1)[positions] = True
+        logits = self.model(**batch.inputs(), use_cache=False, logits_to_keep=keep).logits
+        return logits, positions, targets
 
     @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:
@@ -101,10 +103,11 @@ class TokenLoss(nn.Module):
         return torch.equal(whole, split)
 
 
-def _is_peft(model: nn.Module) -> bool:
+def _without_adapter(model: nn.Module) -> Any:
+    """The causal language model that PEFT is around, if it is."""
     from peft import PeftModel
 
-    return isinstance(model, PeftModel)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +134,7 @@ def head_loss(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
         head: D -> V; its trainable weights get their gradients too.
     """
     weights = [p for p in head.parameters() if p.requires_grad]
+    # torch leaves `apply` without types.
     loss: Tensor = _HeadLoss.apply(hidden, targets, head, *weights)  # type: ignore[no-untyped-call]
     return loss
 

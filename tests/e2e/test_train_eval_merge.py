@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.cli import main
-from qlora_cli.generate import answer
+from qlora_cli.generate import Sampling, answers
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.types import Prompt
 from tests.conftest import exit_code, output_of, save_tiny_model
@@ -445,7 +445,7 @@ def test_an_update_of_a_tied_head_is_refused(
 def test_a_setting_of_the_base_does_not_change_what_greedy_means(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = []
+    written = []
     for name, penalty in (("plain", 1.0), ("penalised", 50.0)):
         folder = save_tiny_model(tmp_path / name)
         settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
@@ -455,19 +455,18 @@ def test_a_setting_of_the_base_does_not_change_what_greedy_means(
         model = loaded.model.load(
             loaded.quantization.load_options(torch.float32), torch.device("cpu")
         )
-        answers.append(
-            answer(
-                model,
-                [Prompt([5, 6, 7], ""), Prompt([9, 8], "")],
-                loaded.model.load_tokenizer(),
-                stop_token_ids=[259],
-                max_new_tokens=12,
-                batch_size=2,
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-            )
+        found = answers(
+            model,
+            [Prompt([5, 6, 7], ""), Prompt([9, 8], "")],
+            loaded.model.load_tokenizer(),
+            stop_token_ids=[259],
+            sampling=Sampling(max_new_tokens=12),
+            batch_size=2,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
         )
-    assert answers[0] == answers[1]
+        written.append(dict(found))
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("where", ["a-file/run", "a-file"])

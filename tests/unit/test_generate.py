@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.generate import Answer, Sampling, _Draws, _Pieces, answer, answers
+from qlora_cli.generate import Answer, Sampling, _Draws, _Pieces, answers
 from qlora_cli.types import Prompt
 from tests.conftest import make_tokenizer
 
@@ -25,17 +25,17 @@ def test_the_head_is_given_rows_without_gaps(tiny_model: Path) -> None:
 
     head = model.get_output_embeddings()
     head.register_forward_hook(note)
-    texts = answer(
+    found = answers(
         model,
         [Prompt([65, 66, 67], ""), Prompt([68], "")],
         AutoTokenizer.from_pretrained(tiny_model),
         stop_token_ids=[],
-        max_new_tokens=3,
+        sampling=Sampling(max_new_tokens=3),
         batch_size=2,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
-    assert len(texts) == 2
+    assert len(list(found)) == 2
     assert seen == [True] * 3
     assert not head._forward_pre_hooks, "the hook outlived the call"
 
