@@ -9,11 +9,10 @@ from pydantic import Field
 
 from qlora_cli.data import Data
 from qlora_cli.data.formats import FormatConfig, Text
-from qlora_cli.data.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.loss import mean_per_token, perplexity
-from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task
+from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity
+from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, read_prompts
 from qlora_cli.types import Example
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class GeneralText(Source):
     """Read only the first pieces; null reads all."""
 
 
-class Forgetting(Task):
+class Forgetting(TokenTask):
     """Perplexity of general text, in windows that do not overlap: before and after."""
 
     type: Literal["forgetting"] = "forgetting"
@@ -74,13 +73,6 @@ class Forgetting(Task):
             for number, window in enumerate(whole[: source.max_windows], start=1)
         ]
 
-    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
-        sums = model.log_likelihoods([example for _, example in questions])
-        return [
-            Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
-            for (place, example), log_p in zip(questions, sums, strict=True)
-        ]
-
 
 class Drift(Task):
     """KL divergence of the next token from the base's, in nats, on the prompts of held-out rows."""
@@ -100,13 +92,7 @@ class Drift(Task):
         limit: int | None,
     ) -> list[tuple[str, Example]]:
         most = min(limit or _PROMPTS, _PROMPTS)
-        prompts = [
-            prompt
-            for source in sources
-            for prompt in prepare_prompts(
-                source, tokenizer, skip=settings.on_bad_row == "skip", limit=most
-            )
-        ][:most]
+        prompts = read_prompts(sources, tokenizer, settings, limit=most)
         return [(prompt.place, Example(prompt.input_ids, prompt.input_ids)) for prompt in prompts]
 
     def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class Loss(Task):
+class TokenTask(Task):
+    """A task that scores given tokens by their likelihood; its questions are (place, example)."""
+
+    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        sums = model.log_likelihoods([example for _, example in questions])
+        return [
+            Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
+            for (place, example), log_p in zip(questions, sums, strict=True)
+        ]
+
+
+class Loss(TokenTask):
     """Cross-entropy in nats a learnt token, over all tokens of all rows together.
 
     Rows are prepared as for training, and `evaluation.limit` does not shorten them. On
@@ -43,13 +54,6 @@ class Loss(Task):
         """All examples, each with the place of its row."""
         prepared, _ = load_or_prepare(sources, tokenizer, settings)
         return [(prepared.examples.place(i), one) for i, one in enumerate(prepared.examples)]
-
-    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
-        sums = model.log_likelihoods([example for _, example in questions])
-        return [
-            Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
-            for (place, example), log_p in zip(questions, sums, strict=True)
-        ]
 
 
 def mean_per_token(values: Values) -> NDArray[float64]:

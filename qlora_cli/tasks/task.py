@@ -123,6 +123,26 @@ class Task(Part):
             yield self.label if is_main else f"{self.label}.{measure.name}", measure
 
 
+def read_prompts(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Data,
+    *,
+    limit: int | None,
+) -> list[Prompt]:
+    """The prompts of the first rows of all sources together.
+
+    Raises:
+        DataError: no rows, or rows that cannot be asked about (all are counted).
+    """
+    skip = settings.on_bad_row == "skip"
+    return [
+        prompt
+        for source in sources
+        for prompt in prepare_prompts(source, tokenizer, skip=skip, limit=limit)
+    ][:limit]
+
+
 class WrittenTask(Task):
     """A task that scores text which the model writes, on prompts made of rows as in training."""
 
@@ -149,13 +169,7 @@ class WrittenTask(Task):
         *,
         limit: int | None,
     ) -> list[Prompt]:
-        prompts = [
-            prompt
-            for source in sources
-            for prompt in prepare_prompts(
-                source, tokenizer, skip=settings.on_bad_row == "skip", limit=limit
-            )
-        ][:limit]
+        prompts = read_prompts(sources, tokenizer, settings, limit=limit)
         for prompt in prompts:
             try:
                 self.values(prompt.reference, "")
