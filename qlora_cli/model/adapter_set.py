@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model.edits import match_saved, refuse_changed_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -29,6 +30,7 @@ class AdapterSet:
         self._base = base
         self._model: PeftModel | None = None
         self._keys: dict[str, str] = {}
+        self._own = {id(parameter) for parameter in base.parameters()}
 
     def add(self, name: str, folder: Path) -> None:
         """Put a saved adapter on the base.
@@ -39,7 +41,7 @@ class AdapterSet:
         from peft import get_peft_model, set_peft_model_state_dict
 
         config, saved = read_adapter(folder)
-        _refuse_changed_base(config, folder)
+        refuse_changed_base(config, folder)
         # Whether the base is the right one is told from its weights and not from its path.
         config.base_model_name_or_path = None
         # What the user calls it may be no name for a module.
@@ -54,7 +56,8 @@ class AdapterSet:
             for path, parameter in self._model.named_parameters():
                 if key in path.split("."):
                     parameter.data = parameter.data.float()
-            self._check(key, saved, folder)
+            shapes = {path: tuple(tensor.shape) for path, tensor in saved.items()}
+            match_saved(self._model, shapes, self._own, folder, key)
             set_peft_model_state_dict(self._model, saved, adapter_name=key)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
@@ -73,22 +76,6 @@ class AdapterSet:
         with nullcontext() if name is not None else self._model.disable_adapter():
             yield self._model
 
-    def _check(self, key: str, saved: dict[str, Tensor], folder: Path) -> None:
-        """PEFT only warns of missing tensors, and goes on with random ones."""
-        from peft import get_peft_model_state_dict
-
-        live = get_peft_model_state_dict(self._model, adapter_name=key, save_embedding_layers=False)
-        wrong = [
-            f"{name}: {_shape(saved.get(name))}, the base has {_shape(live.get(name))}"
-            for name in sorted({*live, *saved})
-            if _shape(saved.get(name)) != _shape(live.get(name))
-        ]
-        if wrong:
-            raise ModelError(
-                f"{folder} does not fit the base model in {len(wrong)} tensors, such as {wrong[0]}",
-                hint="it was trained on another model",
-            )
-
 
 def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     """The settings and tensors of an adapter in PEFT's format.
@@ -106,17 +93,3 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder}: no readable adapter: {error}") from error
     return config, saved
-
-
-def _refuse_changed_base(config: PeftConfig, folder: Path) -> None:
-    """Some ways to begin (PiSSA, OLoRA ...) take a part out of the base, for all adapters on it."""
-    begin = getattr(config, "init_lora_weights", True)
-    if not isinstance(begin, bool) and begin != "gaussian":
-        raise ModelError(
-            f"{folder}: init_lora_weights is {begin}, which changes the base weights, so it cannot "
-            "be put beside other adapters"
-        )
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else " x ".join(map(str, tensor.shape))

@@ -14,7 +14,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model.shards import Shards
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -266,7 +266,11 @@ def grow_vocabulary(
 
 
 def match_saved(
-    adapted: Any, saved: Mapping[str, tuple[int, ...]], own: Collection[int], folder: Path
+    adapted: Any,
+    saved: Mapping[str, tuple[int, ...]],
+    own: Collection[int],
+    folder: Path,
+    adapter_name: str = "default",
 ) -> dict[int, list[str]]:
     """Find the parameter of each saved tensor: id of the parameter -> its names in the file.
 
@@ -285,7 +289,10 @@ def match_saved(
     live: dict[str, Tensor] = {}
     for with_embeddings in (False, True):
         live = get_peft_model_state_dict(
-            adapted, state_dict=state, save_embedding_layers=with_embeddings
+            adapted,
+            state_dict=state,
+            adapter_name=adapter_name,
+            save_embedding_layers=with_embeddings,
         )
         if set(saved) <= set(live):
             break
@@ -357,6 +364,18 @@ def _real(unit: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
             merged.clear()
 
 
+def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
+    """Raises ModelError if an adapter is no addition to the base as it is on disk."""
+    begun = getattr(config, "init_lora_weights", True)
+    if begun not in _ADDITIVE:
+        raise ModelError(
+            f"{folder}: init_lora_weights ({begun}) changed the base when training began, so the "
+            "adapter does not belong to the weights on disk",
+            hint="save it again with PEFT's save_pretrained("
+            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA",
+        )
+
+
 def _read_config(folder: Path) -> LoraConfig:
     """The adapter's own settings.
 
@@ -371,14 +390,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise ModelError(f"no readable adapter_config.json in {folder}: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
-    begun = config.init_lora_weights
-    if begun not in _ADDITIVE:
-        raise ModelError(
-            f"{folder}: init_lora_weights ({begun}) changed the base when training began, so the "
-            "adapter does not belong to the weights on disk",
-            hint="save it again with PEFT's save_pretrained("
-            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA",
-        )
+    refuse_changed_base(config, folder)
     if config.layer_replication:
         raise ModelError(f"{folder}: layer_replication makes layers that the base does not have")
     # It has been drawn; on the meta device there is nothing to draw.

@@ -63,7 +63,9 @@ def test_an_adapter_of_a_model_of_another_shape_is_refused(
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
     folder = draw_adapter(other, tmp_path / "adapter", seed=0)
     adapters = AdapterSet(AutoModelForCausalLM.from_pretrained(tiny_model))
-    with pytest.raises(ModelError, match=r"does not fit .* 64 x 4, the base has 32 x 4"):
+    with pytest.raises(
+        ModelError, match=r"does not fit .* of another shape: .* \(64, 4\), and not \(32, 4\)"
+    ):
         adapters.add("other", folder)
 
 
@@ -75,7 +77,9 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path: Path, tiny_model: P
     tensors.pop(next(iter(tensors)))
     save_file(tensors, folder / "adapter_model.safetensors")
     adapters = AdapterSet(AutoModelForCausalLM.from_pretrained(tiny_model))
-    with pytest.raises(ModelError, match=r"in 1 tensors, such as .*: nothing, the base has"):
+    with pytest.raises(
+        ModelError, match=r"does not fit the base model; missing: \S+\.lora_[AB]\.weight$"
+    ):
         adapters.add("torn", folder)
 
 
@@ -89,5 +93,5 @@ def test_an_adapter_that_takes_a_part_out_of_the_base_is_refused(
     assert changed != text
     config.write_text(changed, encoding="utf-8")
     adapters = AdapterSet(AutoModelForCausalLM.from_pretrained(tiny_model))
-    with pytest.raises(ModelError, match="pissa, which changes the base weights"):
+    with pytest.raises(ModelError, match=r"init_lora_weights \(pissa\) changed the base"):
         adapters.add("pissa", folder)
