@@ -1,0 +1,140 @@
+"""Arguments and options of several commands, and how a command says what it found."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qlora_cli.types import GGUF_KINDS
+
+log = logging.getLogger("qlora")
+
+
+def _set_level(quiet: bool | None) -> None:
+    if quiet is not None:
+        log.setLevel(logging.WARNING if quiet else logging.DEBUG)
+
+
+def _decoded(overrides: list[str]) -> list[str]:
+    # Under LC_ALL=C the arguments reach us as ASCII, other bytes escaped.
+    return [os.fsencode(override).decode("utf-8", "replace") for override in overrides]
+
+
+def _decoded_text(text: str | None) -> str | None:
+    return None if text is None else _decoded([text])[0]
+
+
+def _known_kinds(kinds: list[str]) -> list[str]:
+    if unknown := sorted(set(kinds) - set(GGUF_KINDS)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GGUF_KINDS)}")
+    return kinds
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        default_factory=list,
+        show_default=False,
+        callback=_decoded,
+        help="Another value for a key, such as adapter.r=8 (can be given more than once).",
+    ),
+]
+WeightsOption = Annotated[
+    Literal["last", "best"],
+    typer.Option(
+        "--weights",
+        metavar="last|best",
+        help="After the last step, or at the lowest evaluation loss.",
+    ),
+]
+GgufOption = Annotated[
+    list[str],
+    typer.Option(
+        "--gguf",
+        metavar="KIND",
+        default_factory=list,
+        show_default=False,
+        callback=_known_kinds,
+        help=f"Write a GGUF file too: {', '.join(GGUF_KINDS)} (can be given more than once).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Prepare the data anew, and keep none of it.")
+]
+Quiet = Annotated[
+    bool | None,
+    typer.Option(
+        "--quiet/--verbose",
+        "-q/-v",
+        callback=_set_level,
+        help="Say less, or more, on the way (on stderr).",
+    ),
+]
+ModelPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        callback=_decoded_text,
+        help="Folder of a run, an adapter or a model; a recipe, GGUF file or hub id.",
+    ),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="NAME=PATH",
+        default_factory=list,
+        show_default=False,
+        callback=_decoded,
+        help="A run or adapter over the same base in memory (can be given more than once).",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system",
+        metavar="TEXT",
+        callback=_decoded_text,
+        help="The system message, in place of the recipe's.",
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", metavar="T", min=0, help="0 (the default) takes the likeliest token."
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", metavar="P", min=0, max=1, help="Draw among the likeliest of this probability."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", metavar="K", min=0, help="Draw among so many; 0 is all.")
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer (512)."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Fixes what is drawn (0).")]
+AdapterPath = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="Folder of a run or of an adapter.")
+]
+
+
+def show(report: Mapping[str, object], as_json: bool, text: str) -> None:
+    """Print what a command found: one JSON document, or text for people."""
+    # Of several processes that train together, one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else text.rstrip())

@@ -1,0 +1,194 @@
+"""Commands that make a model: train, measure, merge, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qlora_cli.cli.options import (
+    GgufOption,
+    Json,
+    NoCache,
+    Overrides,
+    Quiet,
+    RecipePath,
+    WeightsOption,
+    show,
+)
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.report_text import evaluation_table, export_text, merge_text, run_text
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.dir.")
+    ] = False,
+    no_cache: NoCache = False,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Train, and write the run to output.dir.
+
+    --json prints the record of the run, which is also its run.json.
+
+    \b
+    Example:
+      qlora train recipe.yaml --set training.max_steps=100 --set output.dir=runs/short
+    """
+    loaded = load_recipe(recipe, overrides)
+    from qlora_cli.train import train
+
+    report = train(loaded.recipe, resume=resume, use_cache=not no_cache, origins=loaded.origins)
+    show(report, as_json, run_text(loaded.recipe.output.dir, report))
+
+
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A run, a model folder, or a recipe.")
+    ],
+    overrides: Overrides,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="NAME,...", help="Only these (loss, and names or types of tasks)."
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare", metavar="RUN_OR_MODEL", help="Measure beside this, not the base."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="RECIPE", help="What to ask a model folder."),
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option("--records", metavar="FILE", help="Write prompts and answers to this file."),
+    ] = None,
+    weights: WeightsOption = "last",
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Measure a run beside its base model, on held-out rows and by its tasks.
+
+    Each figure has its 95% interval, and so has the paired difference between the two models. Of a
+    recipe the base model is measured alone. A run that is measured as its recipe says keeps the
+    figures (run.json) and prompts, references, answers and scores (answers.jsonl). --json prints
+    target, compare, weights, models (name, measure, then value, low and high), differences,
+    measures, confidence, resamples and records.
+
+    \b
+    Example:
+      qlora eval runs/mine
+      qlora eval runs/mine --tasks loss,exact_match --records answers.jsonl
+      qlora eval runs/mine --compare runs/other
+      qlora eval models/mine --recipe runs/mine/recipe.yaml
+      qlora eval runs/mine --set data.evaluation.path=other.jsonl
+    """
+    from qlora_cli.evaluate import evaluate
+
+    report = evaluate(
+        target,
+        overrides,
+        weights=weights,
+        tasks=tasks and [name.strip() for name in tasks.split(",")],
+        compare=compare,
+        recipe=recipe,
+        records=records,
+    )
+    show(report, as_json, evaluation_table(report))
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
+    ],
+    overrides: Overrides,
+    gguf: GgufOption,
+    base: Annotated[
+        Literal["as-trained", "original"] | None,
+        typer.Option(
+            "--base",
+            metavar="as-trained|original",
+            help="Add the update to the weights as they were trained against, dequantized (the "
+            "default where the run was quantized), or to those of the base's files.",
+        ),
+    ] = None,
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits/--no-logits",
+            help="Load what was written and compare its logits too, where memory allows.",
+        ),
+    ] = True,
+    weights: WeightsOption = "last",
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Write a plain model: base plus adapter, tensor by tensor.
+
+    What was written is proved before this says it is done: each weight by itself, then the logits
+    of the loaded model. --json prints what is also written to DIR/merge.json; with --gguf
+    also gguf, as `qlora export` does.
+
+    \b
+    Example:
+      qlora merge runs/mine --output models/mine
+      qlora merge runs/mine --output models/mine --base original
+      qlora merge runs/mine --output models/mine --gguf q8_0 --gguf q4_k_m
+      qlora merge runs/mine --output models/mine --set model.path=where/the/base/is/now
+    """
+    from qlora_cli.export import export
+    from qlora_cli.export_gguf import require_gguf_tools
+    from qlora_cli.merge import merge
+
+    require_gguf_tools(gguf)  # merging may take long
+    report = merge(run, output, overrides, weights=weights, base=base, with_logits=logits)
+    text = merge_text(report)
+    if gguf:
+        exported = export(output, gguf=gguf)
+        report, text = {**report, "gguf": exported["gguf"]}, f"{text}\n{export_text(exported)}"
+    show(report, as_json, text)
+
+
+def export_model(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that merge wrote.")],
+    gguf: GgufOption,
+    bnb_4bit: Annotated[
+        Path | None,
+        typer.Option(
+            "--bnb-4bit", metavar="DIR", help="Folder to make, with the weights packed into NF4."
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", metavar="RUN", help="Compare the 4-bit model with this run's, as trained."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Write other forms of a model: GGUF files, 4-bit weights of bitsandbytes.
+
+    GGUF files are written into the folder of the model by llama.cpp's converter, which must be on
+    the PATH, and are loaded and compared by llama-cpp-python where that is installed. --json prints
+    model, gguf (for each file path, kind, bytes, seconds and check) and bnb_4bit (path, bytes, kl,
+    top1_agreement and trained).
+
+    \b
+    Example:
+      qlora export models/mine --gguf q8_0 --gguf q4_k_m
+      qlora export models/mine --bnb-4bit models/mine-4bit --run runs/mine
+    """
+    from qlora_cli.export import export
+
+    report = export(model, gguf=gguf, bnb_4bit=bnb_4bit, run=run)
+    show(report, as_json, export_text(report))

@@ -1,0 +1,125 @@
+"""Commands that let a model speak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.cli.options import (
+    Adapters,
+    Json,
+    MaxNewTokens,
+    ModelPath,
+    Overrides,
+    Quiet,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    WeightsOption,
+    show,
+)
+from qlora_cli.report_text import generate_text
+
+
+def chat(
+    target: ModelPath,
+    overrides: Overrides,
+    adapters: Adapters,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    weights: WeightsOption = "last",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+    ] = False,
+    quiet: Quiet = None,
+) -> None:
+    """Talk to a model, and let adapters over one base take turns.
+
+    At a terminal, /help lists the commands: /swap, /base, /compare, /reset, /quit. Ctrl-C ends an
+    answer, Ctrl-D the chat. In a pipe each line of standard input is a message (or a command), and
+    answers alone go to stdout; what is wrong ends it. --json prints model, message, answer,
+    num_tokens and ended (stop, length).
+
+    \b
+    Example:
+      qlora chat runs/mine --temperature 0.7 --top-p 0.9
+      qlora chat recipe.yaml --adapter legal=runs/legal --adapter short=runs/short
+      echo "What is the capital of France?" | qlora chat runs/mine -q
+    """
+    from qlora_cli.chat import chat
+    from qlora_cli.generate import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    chat(
+        target,
+        overrides,
+        weights=weights,
+        adapters=adapters,
+        system=system,
+        sampling=sampling,
+        as_json=as_json,
+    )
+
+
+def generate(
+    target: ModelPath,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Rows with messages, conversations, instruction, prompt or text, or in the "
+            "format of the run's recipe; or lines of text.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="The answers, one JSON object a line.")
+    ],
+    overrides: Overrides,
+    adapters: Adapters,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts at once (8).")
+    ] = 8,
+    weights: WeightsOption = "last",
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Answer all prompts of a file.
+
+    A line has place, prompt (what was asked), answer, reference (the row's own answer), num_tokens
+    and ended (stop, length). An answer that is drawn depends on the seed and on the place of its
+    row, and not on the batch. --json prints output, model, prompts, tokens, unfinished and seconds.
+
+    \b
+    Example:
+      qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
+    """
+    from qlora_cli.generate import Sampling, generate
+
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    report = generate(
+        target,
+        prompts,
+        output,
+        overrides,
+        weights=weights,
+        adapters=adapters,
+        system=system,
+        sampling=sampling,
+        batch_size=batch_size,
+    )
+    show(report, as_json, generate_text(report))
