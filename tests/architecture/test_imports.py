@@ -20,7 +20,8 @@ PARTS = {
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
-    "train", "evaluate", "merge", "generate", "chat", "adapter_tools", "plan", "preview",
+    "train", "evaluate", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
+    "plan", "preview",
     "export", "export_gguf",
 }  # fmt: skip
 TOLD = {"loop", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
@@ -52,10 +53,11 @@ ALLOWED = {
     "merge": FOUNDATION | PARTS | RECIPE | {"merge_proof", "model_card"},
     "generate": FOUNDATION | PARTS | {"speaker"},
     "chat": FOUNDATION | {"run_folder", "speaker", "generate"},
-    "adapter_tools": FOUNDATION
+    "adapter_tools": FOUNDATION | PARTS | RECIPE | {"adapter_place"},
+    "adapter_combine": FOUNDATION
     | PARTS
     | RECIPE
-    | {"adapter_place", "adapter_text", "evaluate", "bootstrap"},
+    | {"adapter_place", "adapter_text", "adapter_tools", "evaluate", "bootstrap"},
     "export_gguf": FOUNDATION | PARTS | {"probes", "modelfile"},
     "modelfile": {"probes"},
     "export_4bit": FOUNDATION | PARTS | RECIPE | {"probes"},

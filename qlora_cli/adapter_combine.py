@@ -1,0 +1,215 @@
+"""Several adapters made into one, and measured beside its parents."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.adapter_place import CONFIG, AdapterPlace
+from qlora_cli.adapter_text import combine_card
+from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
+from qlora_cli.errors import RecipeError
+from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
+from qlora_cli.model.adapter_set import WEIGHTS
+from qlora_cli.model.combine import METHODS, combine_adapters, save_adapter
+from qlora_cli.model.factors import Update, read_updates, stacked
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import dump_recipe, load_recipe
+from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
+from qlora_cli.world import World
+
+if TYPE_CHECKING:
+    pass
+from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
+
+_OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
+
+
+def combine(
+    paths: Sequence[Path],
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    method: str,
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    rank: int | None = None,
+    seed: int = 0,
+    measure: bool = True,
+) -> dict[str, Any]:
+    """Make one adapter of several, and write it as a folder that the other commands take.
+
+    Args:
+        overrides: of the recipe that is written with it: the first run's.
+        method: one of PEFT's, such as "linear", "cat", "svd", "ties" or "dare_linear".
+        weights: of each adapter; None gives each the same, 1 in all.
+        density: share of values that are kept, for the methods that drop some.
+        rank: of the outcome, for the methods that end in a singular value decomposition.
+        measure: evaluate the outcome beside its parents, if the recipe says how.
+
+    Returns:
+        {"output", "adapters", "weights", "method", "density", "rank", "seed", "norm", "error",
+        "evaluations"}: `error` is the distance from the weighted sum of what the adapters add, over
+        that sum's norm; `evaluations` has for each parent what `evaluate` returns, with the outcome
+        as the second model.
+
+    Raises:
+        RecipeError: the numbers do not fit together, or `output` exists.
+        ModelError: the adapters cannot be combined.
+    """
+    quiet_libraries()
+    if output.exists():
+        raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
+    shares = _weights(paths, weights)
+    if method not in METHODS:
+        raise RecipeError(f"--method: {method}; there is {', '.join(METHODS)}")
+    if METHODS[method] and density == 0:
+        raise RecipeError(f"--density: 0 leaves nothing over; {method} needs more than 0, up to 1")
+    places = [AdapterPlace.find(path) for path in paths]
+    refuse_two_bases(places)
+    read = [read_lora(place) for place in places]
+    refuse_two_shapes(places, [updates for _, _, updates in read])
+    config, saved = combine_adapters(
+        [(config, saved) for config, saved, _ in read],
+        shares,
+        method=method,
+        density=density,
+        rank=rank,
+        seed=seed,
+    )
+    made = read_updates(config, saved)
+    report = {
+        "output": str(output),
+        "adapters": [str(path) for path in paths],
+        "weights": shares,
+        "method": method,
+        "density": density if METHODS[method] else None,
+        "rank": config.r,
+        "seed": seed,
+        "norm": math.hypot(*(update.norm() for update in made.values())),
+        "error": _error(made, [updates for _, _, updates in read], shares),
+    }
+    recipe = _recipe_of(places, overrides)
+    _write(output, places, lambda folder: save_adapter(config, saved, folder), report, recipe)
+    evaluations = _evaluate(output, recipe, places) if measure and recipe else []
+    if evaluations:
+        RunFolder(output).update_record(evaluations=evaluations)
+    return {**report, "evaluations": evaluations}
+
+
+def read_weights(text: str | None) -> list[float] | None:
+    """The numbers of `--weights`.
+
+    Raises:
+        RecipeError: they are none.
+    """
+    if text is None:
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(
+            f"--weights {text}: needs numbers with commas between them", hint="--weights 0.7,0.3"
+        ) from error
+    if not all(map(math.isfinite, weights)):
+        raise RecipeError(f"--weights {text}: needs finite numbers")
+    return weights
+
+
+def _weights(paths: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    if len(paths) < 2:
+        raise RecipeError("name two adapters or more", hint="qlora adapters combine A B --output C")
+    if weights is None:
+        return [1 / len(paths)] * len(paths)
+    if len(weights) != len(paths):
+        raise RecipeError(
+            f"--weights: {len(weights)} numbers for {len(paths)} adapters; give one for each"
+        )
+    return list(weights)
+
+
+def _error(
+    made: dict[str, Update], parents: Sequence[dict[str, Update]], weights: Sequence[float]
+) -> float | None:
+    """How far the outcome is from the weighted sum of the updates."""
+    names = {name for updates in parents for name in updates}
+    wanted = {}
+    for name in names:
+        some = [(one[name], w) for one, w in zip(parents, weights, strict=True) if name in one]
+        wanted[name] = stacked([update for update, _ in some], [weight for _, weight in some])
+    norm = math.hypot(*(update.norm() for update in wanted.values()))
+    return over(math.hypot(*(wanted[name].distance(made[name]) for name in names)), norm)
+
+
+def _recipe_of(places: Sequence[AdapterPlace], overrides: Sequence[str]) -> Recipe | None:
+    """The recipe of the first run among the parents."""
+    runs = [place.run for place in places if place.run is not None]
+    if not runs and overrides:
+        raise RecipeError("--set: none of the adapters is a run, so there is no recipe to change")
+    return load_recipe(runs[0].recipe, overrides).recipe if runs else None
+
+
+def _write(
+    output: Path,
+    places: Sequence[AdapterPlace],
+    save: Callable[[Path], None],
+    report: dict[str, Any],
+    recipe: Recipe | None,
+) -> None:
+    """The adapter with the tokenizer of the first; and a recipe, if there is one."""
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    first = next((place for place in places if place.run is not None), places[0])
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save(unfinished)
+        for file in sorted(first.folder.iterdir()):
+            if file.name not in (CONFIG, WEIGHTS, *_OF_A_RUN) and file.is_file():
+                shutil.copy2(file, unfinished)
+        (unfinished / "README.md").write_text(combine_card(output.name, report), encoding="utf-8")
+        if recipe is not None:
+            # What `qlora eval` and `qlora merge` need to know.
+            adapter = {"r": report["rank"], "alpha": report["rank"], "rank_pattern": {}}
+            adapter |= {"alpha_pattern": {}, "use_rslora": False}
+            made = {"adapter": recipe.adapter.model_copy(update=adapter)}
+            run = RunFolder(unfinished)
+            run.recipe.write_text(dump_recipe(recipe.model_copy(update=made)), encoding="utf-8")
+            run.update_record(
+                status="combined", base=first.base_identity(), combined=report, **environment()
+            )
+        readable_as_the_folder(unfinished)
+        unfinished.rename(output)
+    except OSError as error:
+        raise RecipeError(f"--output: {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _evaluate(output: Path, recipe: Recipe, places: Sequence[AdapterPlace]) -> list[dict[str, Any]]:
+    """The outcome beside each parent, all of them on what the recipe asks."""
+    if not recipe.data.evaluation_sources and not recipe.evaluation.tasks:
+        return []
+    tasks, world = choose_tasks(recipe, None, is_tuned=True), World()
+    paths = [*(place.path for place in places), output]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    folders = [*(place.folder for place in places), output]
+    answers: dict[str, Answers] = {}
+    for name, folder in zip(names, folders, strict=True):
+        subject = Subject(name, recipe, folder)
+        answers |= examine(subject, recipe, tasks, world, alone=True)
+    *parents, made = names
+    return [
+        {
+            "target": str(output),
+            **summarize(tasks, {parent: answers[parent], made: answers[made]}),
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+        }
+        for parent in parents
+    ]
