@@ -6,11 +6,12 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapter_place import CONFIG, AdapterPlace
 from qlora_cli.adapter_text import combine_card
+from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
@@ -21,10 +22,6 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import dump_recipe, load_recipe
 from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
 from qlora_cli.world import World
-
-if TYPE_CHECKING:
-    pass
-from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 
