@@ -15,7 +15,7 @@ from qlora_cli.generate import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.progress import Progress
 from qlora_cli.recipe import Recipe
-from qlora_cli.types import Example, Prompt
+from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -79,20 +79,30 @@ class Respondent:
         was_training = objective.training
         objective.eval()
         found = [0.0] * len(examples)
+        # Options of one token differ in the last alone, which no state depends on: one forward.
+        same: dict[tuple[int, ...], list[int]] = {}
+        for i, example in enumerate(examples):
+            same.setdefault(tuple(example.input_ids[:-1]), []).append(i)
         # The very batches of the training's evaluation, so that it finds the very same loss.
-        order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
+        order = sorted(same.values(), key=lambda group: (-len(examples[group[0]].labels), group))
         progress = Progress(f"{self.name}: likelihoods", len(examples))
         size = self._recipe.eval_batch_size
         for start in range(0, len(order), size):
-            group = order[start : start + size]
+            groups = order[start : start + size]
             [batch] = eval_batches(
-                [examples[i] for i in group],
+                [examples[group[0]] for group in groups],
                 batch_size=size,
                 pad_token_id=self._tokenizer.pad_token_id,
             )
-            for i, loss in zip(group, objective.of_rows(batch.to(self._world.device)), strict=True):
-                found[i] = -float(loss)
-            progress.add(len(group))
+            indices = [i for group in groups for i in group]
+            rows = torch.tensor([row for row, group in enumerate(groups) for _ in group])
+            labels = torch.full((len(indices), batch.labels.shape[1]), IGNORE_INDEX)
+            for at, i in enumerate(indices):
+                labels[at, : len(examples[i].labels)] = torch.tensor(examples[i].labels)
+            losses = objective.of_labels(batch.to(self._world.device), labels, rows)
+            for i, loss in zip(indices, losses.tolist(), strict=True):
+                found[i] = -loss
+            progress.add(len(indices))
         objective.train(was_training)
         return found
 

@@ -41,50 +41,65 @@ class TokenLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss sum, a float32 scalar."""
-        with self._autocast(batch.input_ids.device):
-            states, _, targets = self._states(batch)
+        device = batch.input_ids.device
+        # The labels are read where they lie: on the host, no wait.
+        positions, targets = (
+            index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
+        )
+        with self._autocast(device):
+            states = self._states(batch, positions)
             if self.is_split:
                 _, head = self._halves
                 return head_loss(states, targets, head)
             return _chunked_cross_entropy(states, targets)
 
-    @torch.no_grad()
     def of_rows(self, batch: Batch) -> Tensor:
         """Loss sum of each row (B,), in float64; without a gradient."""
-        with self._autocast(batch.input_ids.device):
-            states, positions, targets = self._states(batch)
+        return self.of_labels(batch, batch.labels, torch.arange(len(batch.labels)))
+
+    @torch.no_grad()
+    def of_labels(self, batch: Batch, labels: Tensor, rows: Tensor) -> Tensor:
+        """As `of_rows`, for any number of labels on the same rows.
+
+        Args:
+            labels: (R, T), on the host.
+            rows: (R,), which row of the batch each of the labels is on.
+        """
+        device, length = batch.input_ids.device, batch.input_ids.shape[1]
+        positions, targets = supervised_positions(labels)
+        owners = positions // length
+        places, index = (rows[owners] * length + positions % length).unique(return_inverse=True)
+        places, index, targets, owners = (x.to(device) for x in (places, index, targets, owners))
+        with self._autocast(device):
+            states = self._states(batch, places)
             head: Any = self._halves[1] if self.is_split else nn.Identity()
             width = head.out_features if self.is_split else states.shape[-1]
             losses = [
-                F.cross_entropy(head(states[at]).float(), targets[at], reduction="none")
+                F.cross_entropy(head(states[index[at]]).float(), targets[at], reduction="none")
                 for at in _chunks(len(targets), width)
             ]
-        rows, length = batch.input_ids.shape
-        sums = torch.zeros(rows, dtype=torch.float64, device=states.device)
-        return sums.index_add_(0, positions // length, torch.cat(losses).double())
+        sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
+        return sums.index_add_(0, owners, torch.cat(losses).double())
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(self, batch: Batch, positions: Tensor) -> Tensor:
         """What the head is given (N, D), or logits (N, V) where the model cannot be split.
 
-        And where a supervised token is predicted (N,), and which (N,). The labels are read where
-        they lie: on the host, no wait.
+        Args:
+            positions: (N,), ascending: which of the B * T tokens predict something.
         """
-        device = batch.input_ids.device
-        positions, targets = (
-            index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
-        )
         if self.is_split:
             decoder, _ = self._halves
             hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
-            return hidden.flatten(0, 1)[positions], positions, targets
-        # The model's own forward, asked for the supervised positions alone.
+            states: Tensor = hidden.flatten(0, 1)[positions]
+            return states
+        # The model's own forward, asked for these positions alone.
         keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         keep.view(-1)[positions] = True
-        logits = self.model(**batch.inputs(), use_cache=False, logits_to_keep=keep).logits
-        return logits, positions, targets
+        logits: Tensor = self.model(**batch.inputs(), use_cache=False, logits_to_keep=keep).logits
+        return logits
 
     @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from qlora_cli.data import Data
-from qlora_cli.data.formats import FormatConfig, Text
-from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity
+from qlora_cli.tasks.perplexity import PlainText, bos, read_texts, slide
 from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, read_prompts
 from qlora_cli.types import Example
 
@@ -22,11 +22,9 @@ _PROMPTS = 64
 """Most prompts on which distributions are compared: each has hundreds of them."""
 
 
-class GeneralText(Source):
+class GeneralText(PlainText):
     """Text that has nothing to do with what is learnt, such as an encyclopedia."""
 
-    format: FormatConfig = Text()
-    """How a row becomes text."""
     window: int = Field(512, ge=16)
     """The rows are joined, and cut into pieces of so many tokens."""
     max_windows: int | None = Field(64, ge=2)
@@ -51,17 +49,14 @@ class Forgetting(TokenTask):
         limit: int | None,
     ) -> list[tuple[str, Example]]:
         """The windows, each with its number."""
-        source, bad = self.text, BadRows()
-        rows = [
-            "".join(message.content for message in conversation.messages)
-            for conversation in source.conversations(bad)
-        ]
-        bad.check(source.path, skip=settings.on_bad_row == "skip")
-        ids = tokenizer("\n".join(rows), add_special_tokens=False)["input_ids"]
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        windows = [ids[at : at + source.window] for at in range(0, len(ids), source.window)]
+        source = self.text
+        text = "\n".join(text for _, text in read_texts(source, settings))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        start = bos(tokenizer)
+        windows = [one for _, one in slide(ids, source.window, source.window, start)]
         # The rest at the end is shorter, and one token alone predicts nothing.
-        whole = [window for window in windows if len(window) == source.window]
+        length = source.window + len(start)
+        whole = [window for window in windows if len(window.input_ids) == length]
         if len(whole) < 2:
             raise DataError(
                 f"evaluation.forgetting: {source.path} has {len(ids):,} tokens, which is less than "
@@ -69,7 +64,7 @@ class Forgetting(TokenTask):
                 hint="give more text, or a smaller evaluation.forgetting.window",
             )
         return [
-            (f"{source.path}, window {number}", Example([*start, *window], [*start, *window]))
+            (f"{source.path}, window {number}", window)
             for number, window in enumerate(whole[: source.max_windows], start=1)
         ]
 

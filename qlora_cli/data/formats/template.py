@@ -32,14 +32,12 @@ class Template(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        from jinja2 import TemplateSyntaxError
-
         problems = []
         for role, text in self._texts():
             try:
-                _compiled(text)
-            except TemplateSyntaxError as error:
-                problems.append(f"{role}: line {error.lineno} of the template: {error.message}")
+                check_template(text)
+            except ValueError as error:
+                problems.append(f"{role}: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -48,7 +46,7 @@ class Template(Part):
         """One user and one assistant turn; the second of them is learnt."""
         return Conversation(
             [
-                Message(role, _rendered(role, text, row), train=role == "assistant")
+                Message(role, rendered(role, text, row), train=role == "assistant")
                 for role, text in self._texts()
             ]
         )
@@ -56,6 +54,16 @@ class Template(Part):
     def _texts(self) -> list[tuple[Literal["system", "user", "assistant"], str]]:
         system = () if self.system is None else (("system", self.system),)
         return [*system, ("user", self.user), ("assistant", self.assistant)]
+
+
+def check_template(text: str) -> None:
+    """Raises ValueError if a text is not Jinja."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        _compiled(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno} of the template: {error.message}") from error
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,12 @@ def _checked(value: Any) -> Any:
     return value
 
 
-def _rendered(role: str, template: str, row: Row) -> str:
+def rendered(role: str, template: str, row: Row) -> str:
+    """The text that a template makes of a row.
+
+    Raises:
+        DataError: it cannot, or (but for a system message) it makes none.
+    """
     from jinja2 import UndefinedError
 
     compiled = _compiled(template)
