@@ -45,6 +45,15 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     return "\n".join([f"{report['target']}: {interval}", *table])
 
 
+def harness_text(report: Mapping[str, Any]) -> str:
+    """A line for each metric of each task (`report` as `evaluate_by_harness` returns it)."""
+    template = "with" if report["as_chat"] else "without"
+    lines = [f"{report['target']}: lm-evaluation-harness {report['harness']}, {template} template"]
+    for task, metrics in report["tasks"].items():
+        lines += [f"{task}  {name.partition(',')[0]}  {value:g}" for name, value in metrics.items()]
+    return "\n".join(lines)
+
+
 def _with_interval(
     estimate: Mapping[str, Any], digits: Callable[[float, str], str], sign: str = ""
 ) -> str:

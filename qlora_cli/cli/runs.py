@@ -18,7 +18,17 @@ from qlora_cli.cli.options import (
     show,
 )
 from qlora_cli.recipe_file import load_recipe
-from qlora_cli.report_text import evaluation_table, export_text, merge_text, run_text
+from qlora_cli.report_text import (
+    evaluation_table,
+    export_text,
+    harness_text,
+    merge_text,
+    run_text,
+)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def train(
@@ -71,6 +81,21 @@ def evaluate(
         Path | None,
         typer.Option("--records", metavar="FILE", help="Write prompts and answers to this file."),
     ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            "--harness",
+            metavar="NAME,...",
+            help="Tasks of lm-evaluation-harness, in place of ours.",
+        ),
+    ] = None,
+    harness_path: Annotated[
+        Path | None,
+        typer.Option("--harness-path", metavar="DIR", help="More tasks for it, YAML files."),
+    ] = None,
+    harness_plain: Annotated[
+        bool, typer.Option("--harness-plain", help="Its prompts as they are, without a template.")
+    ] = False,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
@@ -83,6 +108,10 @@ def evaluate(
     target, compare, weights, models (name, measure, then value, low and high), differences,
     measures, confidence, resamples and records.
 
+    With --harness, lm-evaluation-harness measures the tuned model alone, with its tokenizer and
+    chat template; evaluation.limit holds there too. --json then prints target, weights, as_chat,
+    harness (its version) and tasks (name, metric, value).
+
     \b
     Example:
       qlora eval runs/mine
@@ -90,14 +119,26 @@ def evaluate(
       qlora eval runs/mine --compare runs/other
       qlora eval models/mine --recipe runs/mine/recipe.yaml
       qlora eval runs/mine --set data.evaluation.path=other.jsonl
+      qlora eval runs/mine --harness hellaswag,arc_easy --set evaluation.limit=200
     """
+    if harness is not None:
+        if tasks or compare or records:
+            raise typer.BadParameter("--harness goes without --tasks, --compare and --records")
+        from qlora_cli.harness import evaluate_by_harness
+
+        found = evaluate_by_harness(
+            target, overrides, tasks=_names(harness), task_folder=harness_path,
+            as_chat=not harness_plain, weights=weights, recipe=recipe,
+        )  # fmt: skip
+        show(found, as_json, harness_text(found))
+        return
     from qlora_cli.evaluate import evaluate
 
     report = evaluate(
         target,
         overrides,
         weights=weights,
-        tasks=tasks and [name.strip() for name in tasks.split(",")],
+        tasks=tasks and _names(tasks),
         compare=compare,
         recipe=recipe,
         records=records,

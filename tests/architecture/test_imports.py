@@ -20,7 +20,7 @@ PARTS = {
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
-    "train", "evaluate", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
+    "train", "evaluate", "harness", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
     "plan", "preview",
     "export", "export_gguf",
 }  # fmt: skip
@@ -49,6 +49,7 @@ ALLOWED = {
     "bootstrap": FOUNDATION | {"tasks"},
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
+    "harness": FOUNDATION | PARTS | RECIPE | TOLD | {"evaluate"},
     "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"merge_proof", "model_card"},
     "generate": FOUNDATION | PARTS | {"speaker"},
