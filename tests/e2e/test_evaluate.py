@@ -433,3 +433,35 @@ def test_too_little_general_text_is_refused_before_a_model_is_measured(
     recipe = write_recipe(evaluation={"forgetting": {"path": str(short)}})
     assert exit_code("eval", recipe) == 2
     assert "has 9 tokens, which is less than two windows of 512" in capsys.readouterr().err
+
+
+def test_tasks_by_likelihood_are_asked_in_training_and_of_the_run(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = tmp_path / "choices.jsonl"
+    row = {"question": "say ab 1", "choices": ["ab", "cd"], "answer": 0, "text": "ab ab ab"}
+    choices.write_text((json.dumps(row) + "\n") * 3, encoding="utf-8")
+    own = {"path": str(choices)}
+    tasks = [
+        {"type": "multiple_choice", "data": own},
+        {"type": "classification"},
+        {"type": "perplexity", "data": own},
+    ]
+    recipe = write_recipe(
+        evaluation={"tasks": tasks, "best_by": "classification.macro_f1"},
+        training={"tasks_every": 2},
+    )
+    assert exit_code("train", recipe) == 0
+    report = output_of(capsys, "eval", tmp_path / "run")
+    assert list(report["measures"]) == [
+        "loss", "loss.perplexity", "multiple_choice", "multiple_choice.normalized",
+        "classification", "classification.macro_f1", "perplexity", "perplexity.bits_per_byte",
+    ]  # fmt: skip
+    assert [report["measures"][name]["n"] for name in list(report["measures"])[2::2]] == [3, 6, 3]
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    asked = [line for line in metrics if "eval_classification.macro_f1" in line]
+    last = asked[-1]["eval_classification.macro_f1"]
+    tuned = report["models"]["tuned"]
+    assert tuned["classification.macro_f1"]["value"] == pytest.approx(last)
+    record = lines(tmp_path / "run" / "answers.jsonl")[6]["models"]["tuned"]
+    assert set(record) == {"answer", "multiple_choice", "normalized"}
