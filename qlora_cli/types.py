@@ -52,6 +52,8 @@ class Message:
     """Of a tool's answer: which function gave it."""
     tool_call_id: str | None = None
     """Of a tool's answer: which call it answers."""
+    is_marked: bool = False
+    """Whether the row itself says if this turn is learnt, so that no setting changes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 
 # What has no part in how rows become examples. Whatever else is ever added to the recipe's section
 # counts, so that a forgotten entry costs time and never a wrong set.
@@ -169,6 +169,6 @@ def _folder() -> Path:
 def _code_digest() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        digest.update(f"{path.relative_to(here)}\n".encode() + path.read_bytes())
+    for path in [here.parent / "types.py", *sorted(here.rglob("*.py"))]:
+        digest.update(f"{path.relative_to(here.parent)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

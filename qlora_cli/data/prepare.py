@@ -177,7 +177,7 @@ def prepare_prompts(
         else:
             text = str(tokenizer.decode(prompt.input_ids))
             prompts.append(replace(prompt, text=text, place=row.place))
-    bad.check(source.path, skip=skip)
+    bad.check(source.path, skip=skip and bool(prompts))
     return prompts
 
 

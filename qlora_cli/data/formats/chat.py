@@ -13,8 +13,8 @@ from qlora_cli.types import Conversation, Message, Row
 class Messages(Part):
     """Conversations in the OpenAI manner: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
-    Read as well: `tool_calls` and the column `tools`, `reasoning_content`, and `train: false` on
-    an answer that is not to be learnt.
+    Read as well: `tool_calls` and the column `tools`, `reasoning_content`, and `train` (true or
+    false) or `weight` (1 or 0) on a message, which say whether it is learnt, whatever its role.
     """
 
     example: ClassVar[Row] = {

@@ -64,17 +64,19 @@ def openai_message(turn: Mapping[str, Any], where: str) -> Message:
     if role != "tool":
         refuse(turn, "tool_call_id", where=where)
     calls = _tool_calls(turn, where) if is_given(turn, "tool_calls") else ()
+    marked = _marked(turn, where)
     content = "" if calls and turn.get("content") is None else _content(turn, role, where, calls)
     return Message(
         role,
         content,
-        train=_train(turn, role, where),
+        train=role == "assistant" if marked is None else marked,
         reasoning=_reasoning(turn, where),
         tool_calls=calls,
         name=text_of(turn, "name", where) if role == "tool" and is_given(turn, "name") else None,
         tool_call_id=text_of(turn, "tool_call_id", where)
         if is_given(turn, "tool_call_id")
         else None,
+        is_marked=marked is not None,
     )
 
 
@@ -82,10 +84,11 @@ def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
     """One turn in the manner of ShareGPT; the value of `function_call` is JSON text."""
     role = _role(turn, "from", where, SHAREGPT_ROLES)
     refuse(turn, "tool_calls", *_REASONING, where=where)
-    train = _train(turn, role, where)
+    marked = _marked(turn, where)
+    is_marked, train = marked is not None, role == "assistant" if marked is None else marked
     if turn["from"] != "function_call":
         content = text_of(turn, "value", where, may_be_empty=role in _MAY_BE_EMPTY)
-        return Message(role, content, train=train)
+        return Message(role, content, train=train, is_marked=is_marked)
     path = path_of(where, "value")
     calls = parsed(value_of(turn, "value", where), path)
     # One call is written without a list.
@@ -94,7 +97,8 @@ def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
     )
     if not entries:
         raise DataError(f"field '{path}': no call in it")
-    return Message(role, "", train=train, tool_calls=tuple(_call(*entry) for entry in entries))
+    asked = tuple(_call(*entry) for entry in entries)
+    return Message(role, "", train=train, tool_calls=asked, is_marked=is_marked)
 
 
 def read_tools(row: Row, field: str = "tools") -> list[dict[str, Any]] | None:
@@ -183,13 +187,19 @@ def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
     return text_of(turn, given[0], where) if given else None
 
 
-def _train(turn: Mapping[str, Any], role: Role, where: str) -> bool:
-    train = turn.get("train")
-    if train is None:
-        return role == "assistant"
-    if not isinstance(train, bool):
+def _marked(turn: Mapping[str, Any], where: str) -> bool | None:
+    """Whether the turn is learnt, if it says so: `train`, or OpenAI's `weight` of 0 or 1."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
         raise DataError(f"field '{where}.train': got {shown(train)}, expected true or false")
-    return train
+    if weight is None:
+        return train
+    # True is 1 in Python, and 1.0 as well; the first is a mistake, the second a table's column.
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"field '{where}.weight': got {shown(weight)}, expected 0 or 1")
+    if train is not None and train != weight:
+        raise DataError(f"field '{where}.weight': got {weight}, and train is {str(train).lower()}")
+    return bool(weight)
 
 
 def _tool_calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:

@@ -14,15 +14,15 @@ def choose_learnt(
 ) -> list[Message]:
     """The messages with `train` set by role and place.
 
-    What a row says itself (`train: false` in an answer, `train: true` in another turn) stays so,
-    and verbatim pieces are learnt as their format says.
+    What a row says itself of a turn (`train: false`, `train: true`) stays so, and verbatim pieces
+    and the prompts of a format are learnt as the format says.
 
     Raises:
         DataError: nothing is left to learn.
     """
-    last = max((i for i, m in enumerate(messages) if _is_due(m, roles)), default=None)
+    last = max((i for i, m in enumerate(messages) if m.role in roles), default=None)
     chosen = [
-        _with_train(message, _is_learnt(message, roles) and (i == last or not last_only))
+        _with_train(message, _is_learnt(message, roles, i == last or not last_only))
         for i, message in enumerate(messages)
     ]
     if not any(message.train for message in chosen):
@@ -31,12 +31,11 @@ def choose_learnt(
     return chosen
 
 
-def _is_due(message: Message, roles: Sequence[Role]) -> bool:
-    return message.role in roles or (message.train and message.role != "assistant")
-
-
-def _is_learnt(message: Message, roles: Sequence[Role]) -> bool:
-    return _is_due(message, roles) and (message.train or message.role != "assistant")
+def _is_learnt(message: Message, roles: Sequence[Role], is_due: bool) -> bool:
+    if message.is_marked or message.role == "text":
+        return message.train
+    # An answer in the prompt of a row is none that is due.
+    return is_due and message.role in roles and (message.train or message.role != "assistant")
 
 
 def _with_train(message: Message, train: bool) -> Message:

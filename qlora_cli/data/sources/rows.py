@@ -83,7 +83,7 @@ def first_lines(lines: list[str], count: int | None = None) -> str:
     return "\n".join(shown)
 
 
-def draw(row: Row, purpose: str, seed: int) -> float:
+def draw(row: object, purpose: str, seed: int) -> float:
     """A number from 0 to 1 that depends on what a row says, and neither on its place nor order.
 
     Args:

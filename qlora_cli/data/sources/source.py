@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -79,8 +80,10 @@ class Source(Part):
             try:
                 conversation = self._learnt(self.format.to_conversation(located.row))
             except DataError as error:
-                bad.add(located.place, error)
-            else:
+                if self._is_here(located.row):
+                    bad.add(located.place, error)
+                continue
+            if self._is_here(_content(conversation)):
                 is_empty = False
                 yield replace(conversation, place=located.place)
         if is_empty:
@@ -96,7 +99,7 @@ class Source(Part):
         return self._taken(bad, seed=0)
 
     def digest(self) -> str:
-        """sha256 of the files' bytes in order, or of all rows of a hub data set.
+        """sha256 of the files' names and bytes in order, or of all rows of a hub data set.
 
         Raises:
             DataError: nothing to read at `path`.
@@ -108,6 +111,9 @@ class Source(Part):
             return digest.hexdigest()
         for path in self._files():
             try:
+                # The ending says how a file is read, and its size where the next one begins.
+                name = os.path.relpath(path, self.path)
+                digest.update(f"{name} {path.stat().st_size}\n".encode(errors="surrogateescape"))
                 with path.open("rb") as file:
                     while block := file.read(2**20):
                         digest.update(block)
@@ -117,6 +123,10 @@ class Source(Part):
 
     def _where(self) -> str:
         return ""
+
+    def _is_here(self, content: object) -> bool:
+        """Whether a row that says this belongs to these rows."""
+        return True
 
     def _taken(self, bad: BadRows, seed: int) -> Iterator[LocatedRow]:
         rows = self._rows(bad)
@@ -212,15 +222,25 @@ class Portion(Source):
         return cls(**settings, seed=seed, share=share, held_out=held_out)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
-        """The rows on this side, in order; what cannot be read as a row is added to `bad`."""
-        rows = self._taken(bad, self.seed)
-        return rows if self.share is None else filter(self._is_here, rows)
+        """The rows of both sides, in order; what cannot be read as a row is added to `bad`."""
+        return self._taken(bad, self.seed)
 
     def _where(self) -> str:
         if self.share is None:
             return ""
         return f" among the share that is {'held out' if self.held_out else 'learnt'}"
 
-    def _is_here(self, located: LocatedRow) -> bool:
-        assert self.share is not None
-        return (draw(located.row, "held out", self.seed) < self.share) is self.held_out
+    def _is_here(self, content: object) -> bool:
+        if self.share is None:
+            return True
+        return (draw(content, "held out", self.seed) < self.share) is self.held_out
+
+
+def _content(conversation: Conversation) -> object:
+    """What is said in a row: equal for rows that differ in columns that nobody reads."""
+    turns = [*conversation.messages, *(conversation.rejected or [])]
+    said = [
+        [turn.role, turn.content, turn.reasoning, [[c.name, c.arguments] for c in turn.tool_calls]]
+        for turn in turns
+    ]
+    return [said, conversation.tools]

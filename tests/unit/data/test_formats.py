@@ -168,6 +168,8 @@ def test_an_unknown_role_is_named_with_its_place() -> None:
         ),
         ({**ANSWER, "function_call": {"name": "f"}}, r"'messages.0..function_call'.* not read"),
         ({**ANSWER, "train": "no"}, r"'messages.0..train': got 'no', expected true or false"),
+        ({**ANSWER, "weight": 0.5}, r"'messages.0..weight': got 0.5 .float., expected 0 or 1"),
+        ({**ANSWER, "weight": 1, "train": False}, r"weight': got 1, and train is false"),
         ({**ANSWER, "reasoning": "x", "thinking": "y"}, "thinking': not the same as reasoning"),
         ({**USER, "reasoning": "x"}, r"'messages.0..reasoning'.* not read"),
         ({**USER, "tool_calls": [CALL]}, r"'messages.0..tool_calls'.* not read"),

@@ -180,9 +180,16 @@ def test_a_limit_takes_the_first_of_the_shuffled_rows(tmp_path: Path) -> None:
 
 
 def sides(path: str, **settings: Any) -> tuple[list[str], list[str]]:
-    data = Data(train=Source(path=path), evaluation_share=0.25, **settings)
+    data = Data(train=Source(path=path, format=Text()), evaluation_share=0.25, **settings)
     [learnt], [held_out] = data.train_sources, data.evaluation_sources
-    return texts(learnt), texts(held_out)
+    return said(learnt), said(held_out)
+
+
+def said(source: Source) -> list[str]:
+    bad = BadRows()
+    found = [row.messages[0].content for row in source.conversations(bad)]
+    bad.check(source.path)
+    return found
 
 
 def test_a_share_is_held_out_and_each_row_is_on_one_side(tmp_path: Path) -> None:
@@ -208,12 +215,46 @@ def test_equal_rows_are_on_one_side(tmp_path: Path) -> None:
     assert not set(learnt) & set(held_out)
 
 
+def test_rows_that_say_the_same_are_on_one_side_whatever_else_they_hold(tmp_path: Path) -> None:
+    twice = [{**row, "id": f"{copy}-{i}"} for copy in "ab" for i, row in enumerate(ROWS)]
+    learnt, held_out = sides(write(tmp_path / "a.jsonl", twice))
+    assert len(learnt) + len(held_out) == 400
+    assert not set(learnt) & set(held_out)
+
+
+def test_a_bad_row_is_counted_on_one_side(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*ROWS, *({"body": i} for i in range(40))])
+    data = Data(train=Source(path=path, format=Text()), evaluation_share=0.25)
+    bad = BadRows(keep=100), BadRows(keep=100)
+    for one, of_side in zip((*data.train_sources, *data.evaluation_sources), bad, strict=True):
+        list(one.conversations(of_side))
+    assert bad[0].count > 0
+    assert bad[1].count > 0
+    assert len({*bad[0].first, *bad[1].first}) == bad[0].count + bad[1].count == 40
+
+
+def test_the_digest_of_a_folder_sees_names_and_where_files_end(tmp_path: Path) -> None:
+    def digest(name: str, **files: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for stem, text in files.items():
+            (folder / f"{stem}.jsonl").write_text(text)
+        return Source(path=str(folder)).digest()
+
+    one = digest("one", a="1\n2\n", b="3\n")
+    assert digest("copy", a="1\n2\n", b="3\n") == one
+    assert digest("moved", a="1\n", b="2\n3\n") != one
+    assert digest("renamed", a="1\n2\n", c="3\n") != one
+
+
 def test_a_limit_counts_rows_of_both_sides(tmp_path: Path) -> None:
     data = Data(
-        train=Source(path=write(tmp_path / "a.jsonl", ROWS), shuffle=True, limit=100),
+        train=Source(
+            path=write(tmp_path / "a.jsonl", ROWS), format=Text(), shuffle=True, limit=100
+        ),
         evaluation_share=0.25,
     )
-    learnt, held_out = (texts(one) for one in (*data.train_sources, *data.evaluation_sources))
+    learnt, held_out = (said(one) for one in (*data.train_sources, *data.evaluation_sources))
     assert len(learnt) + len(held_out) == 100
     assert 10 < len(held_out) < 40
 
@@ -272,6 +313,12 @@ def test_what_a_message_says_of_itself_wins(tmp_path: Path) -> None:
     without_first = [*TURNS[:2], {**TURNS[2], "train": False}, *TURNS[3:]]
     assert learnt(tmp_path, without_first) == ["a2"]
     assert learnt(tmp_path, without_first, learn_roles=["user", "assistant"]) == ["u1", "u2", "a2"]
+    quiet = [{**TURNS[0], "train": False}, {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    every = {"learn_roles": ["system", "user", "assistant"]}
+    assert learnt(tmp_path, quiet, **every) == ["a1", "u2", "a2"]
+    marked = [*TURNS[:2], {**TURNS[2], "weight": 1}, *TURNS[3:]]
+    assert learnt(tmp_path, marked, learn_roles=["user"]) == ["u1", "a1", "u2"]
+    assert learnt(tmp_path, marked, learn_turns="last") == ["a1", "a2"]
     with_user = [TURNS[0], {**TURNS[1], "train": True}, *TURNS[2:]]
     assert learnt(tmp_path, with_user) == ["u1", "a1", "a2"]
     without_last = [*TURNS[:4], {**TURNS[4], "train": False}]

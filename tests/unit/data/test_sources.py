@@ -69,7 +69,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
     assert [located.row for located in rows] == ROWS
     assert errors == ""
     assert [located.row for located in read(path, limit=2)[0]] == ROWS[:2]
-    assert source(path).digest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    content = path.read_bytes()
+    expected = hashlib.sha256(f". {len(content)}\n".encode() + content).hexdigest()
+    assert source(path).digest() == expected
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,8 @@ def test_a_folder_is_read_by_name_and_leaves_out_other_files(tmp_path: Path) -> 
     (tmp_path / "README.md").write_text("about", encoding="utf-8")
     rows, _ = read(tmp_path)
     assert [located.row["text"] for located in rows] == ["1", "2"]
-    assert source(tmp_path).digest() == hashlib.sha256(b'1\n{"text": "2"}\n').hexdigest()
+    content = b'a.txt 2\n1\nb.jsonl 14\n{"text": "2"}\n'
+    assert source(tmp_path).digest() == hashlib.sha256(content).hexdigest()
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
