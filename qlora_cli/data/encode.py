@@ -210,7 +210,7 @@ class Encoder:
             ids, offsets = self._enclose(ids, offsets, len(layout.text))
         ends = [end for _, end in offsets]
         labels = list(ids) if learn_all else [IGNORE_INDEX] * len(ids)
-        turn_ends, straddles = [], None
+        turn_ends, straddles, bos = [], None, self._tokenizer.bos_token_id
         for answer in layout.answers:
             first, last = bisect_right(ends, answer.start), bisect_right(ends, answer.stop)
             is_stopped = last < len(ids) and ids[last] in self._added_ids
@@ -225,7 +225,8 @@ class Encoder:
             turn_ends,
             straddles,
             is_verbatim=layout.is_verbatim,
-            has_bos=ids[:1] == [self._tokenizer.bos_token_id],
+            # Where BOS also opens every turn (ChatML), one left alone would open none.
+            has_bos=ids[:1] == [bos] and bos not in ids[1:],
         )
 
 
@@ -289,10 +290,10 @@ class _Labelled:
         examples = [example for example in examples if example.num_supervised]
         if len(turn_ends) < num_answers or not examples:
             cut = num_answers - len(turn_ends)
-            reason = (
-                f"{length:,} tokens, data.max_length {max_length:,}: {cut} of {num_answers} "
-                f"answers cut{'' if examples else ', nothing left to learn'}"
-            )
+            what = f"{cut} of {num_answers} answers cut"
+            if not examples:
+                what = "left out" if truncate == "drop" else f"{what}, nothing left to learn"
+            reason = f"{length:,} tokens, data.max_length {max_length:,}: {what}"
         return Encoded(examples, length, turn_ends, num_answers, reason)
 
     def _surplus(self, max_length: int) -> int:

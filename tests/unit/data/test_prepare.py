@@ -99,7 +99,7 @@ def test_drop_leaves_long_rows_out(tokenizer: PreTrainedTokenizerFast) -> None:
     whole, encoded = cut(tokenizer, "drop", 40)
     assert encoded.examples == []
     assert (encoded.length, encoded.num_lost) == (len(whole.input_ids), 1)
-    assert encoded.lost.endswith("1 of 1 answers cut, nothing left to learn")
+    assert encoded.lost.endswith("data.max_length 40: left out")
     assert cut(tokenizer, "drop", len(whole.input_ids))[1].example == whole
 
 
@@ -110,6 +110,15 @@ def test_cut_prompt_keeps_the_answer_and_bos(make_tokenizer: TokenizerMaker) -> 
     assert encoded.example.num_supervised == whole.num_supervised
     assert encoded.lost is None
     assert [end.text for end in encoded.turn_ends] == ["<|eot_id|>"]
+
+
+def test_cut_prompt_keeps_no_bos_that_opens_turns(make_tokenizer: TokenizerMaker) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    whole, encoded = cut(tokenizer, "cut_prompt", 30)
+    assert whole.input_ids[0] == tokenizer.bos_token_id
+    assert encoded.example.input_ids == whole.input_ids[-30:]
+    assert encoded.lost is None
 
 
 def test_cut_prompt_cuts_an_answer_that_is_too_long_at_its_end(
