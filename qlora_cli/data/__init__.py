@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.data.audit import AuditLimits
 from qlora_cli.data.formats import Preference
-from qlora_cli.data.sources import Portion, Source
+from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
 
@@ -78,8 +78,7 @@ class Data(Part):
             if isinstance(source.format, Preference):
                 raise DataError(
                     f"{source.path}: preference data is read and previewed, not trained on yet",
-                    hint="to learn the chosen answers, name them in a format such as "
-                    "prompt_completion: completion_field: chosen",
+                    hint=_chosen_hint(source, source.format),
                 )
 
     def _portions(self, sources: Source | list[Source], *, held_out: bool) -> list[Source]:
@@ -87,3 +86,20 @@ class Data(Part):
             Portion.of(source, seed=self.seed, share=self.evaluation_share, held_out=held_out)
             for source in (sources if isinstance(sources, list) else [sources])
         ]
+
+
+def _chosen_hint(source: Source, pairs: Preference) -> str:
+    """How the chosen answers of a source are learnt, by what its first row looks like.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+    for located in source.read(BadRows()):
+        try:
+            pairs.to_conversation(located.row)
+        except DataError:
+            continue
+        settings = pairs.learnable(located.row).items()
+        written = ", ".join(f"{name}: {value}" for name, value in settings)
+        return f"to learn the chosen answers alone, give this source format: {{{written}}}"
+    return "qlora preview says what is wrong with its rows"

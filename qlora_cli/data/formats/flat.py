@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -11,13 +12,12 @@ from qlora_cli.data.formats.fields import (
     as_list,
     as_text,
     is_given,
-    list_of,
     optional_text,
     parsed,
     shown,
     text_of,
 )
-from qlora_cli.data.formats.turns import check_order, read_tools, read_turns
+from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
 from qlora_cli.types import Conversation, Message, Row
@@ -54,7 +54,8 @@ class Alpaca(Part):
 
 
 class PromptCompletion(Part):
-    """A prompt and the completion to learn: texts, or lists of messages (OpenAI or ShareGPT)."""
+    """A prompt and the completion to learn: each a text, a message or a list of messages (OpenAI
+    or ShareGPT)."""
 
     example: ClassVar[Row] = {"prompt": "The capital of France is", "completion": " Paris."}
 
@@ -83,8 +84,9 @@ class PromptCompletion(Part):
 
     def to_conversation(self, row: Row) -> Conversation:
         """One user and one assistant turn, or two verbatim pieces; the second of them is learnt."""
-        if isinstance(row.get(self.prompt_field), list):
-            return self._from_messages(row)
+        for field in (self.prompt_field, self.completion_field):
+            if isinstance(row.get(field), list | Mapping):
+                return self._from_messages(row, field)
         prompt, completion = text_of(row, self.prompt_field), text_of(row, self.completion_field)
         if not self.as_chat:
             pieces = [Message("text", prompt, train=False), Message("text", completion, train=True)]
@@ -97,14 +99,14 @@ class PromptCompletion(Part):
             ]
         )
 
-    def _from_messages(self, row: Row) -> Conversation:
+    def _from_messages(self, row: Row, field: str) -> Conversation:
         if not self.as_chat:
             raise DataError(
-                f"field '{self.prompt_field}': a list of messages, and as_chat is false: verbatim "
-                "text has no messages"
+                f"field '{field}': got {shown(row[field])}, and as_chat is false: verbatim text "
+                "has no messages"
             )
-        prompt = read_turns(list_of(row, self.prompt_field))
-        completion = read_turns(list_of(row, self.completion_field))
+        prompt = messages_of(row, self.prompt_field, "user")
+        completion = messages_of(row, self.completion_field, "assistant")
         check_order(completion, self.completion_field)
         # Only the completion is learnt, whatever answers the prompt holds.
         messages = [*self._system(), *(replace(m, train=False) for m in prompt), *completion]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from qlora_cli.data.formats.fields import as_list, as_object, shown, text_of, value_of
-from qlora_cli.data.formats.turns import check_order, read_tools, read_turns
+from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
 from qlora_cli.types import Conversation, Message, Row
@@ -43,6 +43,16 @@ class Preference(Part):
             rejected=_answered(prompt, row, self.rejected_field),
         )
 
+    def learnable(self, row: Row) -> dict[str, str]:
+        """The format, as a recipe names it, that reads the chosen answer of a row."""
+        for field in _PROMPTS:
+            if row.get(field) is not None:
+                columns = {"prompt_field": field, "completion_field": self.chosen_field}
+                return {"type": "prompt_completion", **columns}
+        turn = row[self.chosen_field][0]
+        is_sharegpt = isinstance(turn, Mapping) and "from" in turn
+        return {"type": "sharegpt" if is_sharegpt else "messages", "field": self.chosen_field}
+
 
 def _prompt(row: Row) -> list[Message]:
     found = [field for field in _PROMPTS if row.get(field) is not None]
@@ -50,30 +60,16 @@ def _prompt(row: Row) -> list[Message]:
         raise DataError(f"field '{found[1]}': there is a prompt in '{found[0]}' too")
     if not found:
         return []
-    messages = _messages(row, found[0], "user")
+    messages = messages_of(row, found[0], "user")
     # Answers in the prompt were given by neither of the two.
     return [replace(message, train=False) for message in messages]
 
 
 def _answered(prompt: list[Message], row: Row, field: str) -> list[Message]:
-    answer = _messages(row, field, "assistant")
+    answer = messages_of(row, field, "assistant")
     if not prompt and len(answer) < 2:
         raise DataError(
             f"field '{field}': no prompt; expected a column {', '.join(_PROMPTS)}, or the whole "
             "conversation here"
         )
     return check_order([*prompt, *answer], f"prompt + {field}" if prompt else field)
-
-
-def _messages(row: Row, field: str, role: Literal["user", "assistant"]) -> list[Message]:
-    value: Any = value_of(row, field)
-    if isinstance(value, str):
-        return [Message(role, text_of(row, field), train=role == "assistant")]
-    if isinstance(value, list):
-        turns = as_list(value, field, "a list of messages")
-        if not turns:
-            raise DataError(f"field '{field}': got {shown(value)}, expected messages")
-        return read_turns(turns)
-    if value is None:
-        raise DataError(f"field '{field}': got null, expected text or messages")
-    return read_turns([(field, as_object(value, field))])

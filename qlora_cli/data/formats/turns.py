@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qlora_cli.data.formats.fields import (
     as_list,
@@ -52,6 +52,21 @@ def read_turns(turns: Sequence[tuple[str, Any]]) -> list[Message]:
         else openai_message(turn, where)
         for where, turn in turns
     ]
+
+
+def messages_of(row: Row, field: str, role: Literal["user", "assistant"]) -> list[Message]:
+    """The turns that a column holds: messages, one message, or a text, which is one of `role`."""
+    value: Any = value_of(row, field)
+    if isinstance(value, str):
+        return [Message(role, text_of(row, field), train=role == "assistant")]
+    if isinstance(value, list):
+        turns = as_list(value, field, "a list of messages")
+        if not turns:
+            raise DataError(f"field '{field}': got {shown(value)}, expected messages")
+        return read_turns(turns)
+    if value is None:
+        raise DataError(f"field '{field}': got null, expected text or messages")
+    return read_turns([(field, as_object(value, field))])
 
 
 def openai_message(turn: Mapping[str, Any], where: str) -> Message:

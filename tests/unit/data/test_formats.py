@@ -328,8 +328,6 @@ def test_prompt_completion_reads_lists_of_messages() -> None:
     assert [m.train for m in messages] == [False, False, False, False, True]
     with pytest.raises(DataError, match="as_chat is false"):
         PromptCompletion(as_chat=False).to_conversation(row)
-    with pytest.raises(DataError, match="field 'completion': got 'c', expected a list"):
-        PromptCompletion().to_conversation({**row, "completion": "c"})
     with pytest.raises(DataError, match="field 'completion': ends with a message of role user"):
         PromptCompletion().to_conversation({**row, "completion": [ANSWER, USER]})
 
