@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as ReadOnlyDict
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,8 @@ MAX_EXTENDS = 10
 
 MAX_ALIGNED = 60
 """Columns up to which comments are aligned."""
+
+_JINJA = re.compile("{{|{%")
 
 OTHER_NAMES = {
     "lr": "learning_rate",
@@ -218,6 +222,10 @@ class _Layers:
             self._report(place, "extends belongs in a file, at its top")
             return None
         tree = parse_tree(value, source, with_lines=False)
+        if tree.problems and _JINJA.search(value):
+            quoted = shlex.quote(f"{key.strip()}={json.dumps(value.strip(), ensure_ascii=False)}")
+            self._report(place, f"text that holds {{{{ or {{% needs quotes: --set {quoted}")
+            return None
         self.problems += tree.problems
         node = tree.root
         for name in reversed(names):

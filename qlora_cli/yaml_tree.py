@@ -293,7 +293,9 @@ class _Builder:
 
     def _key_name(self, key: Node, path: KeyPath) -> str | None:
         if not isinstance(key, Scalar) or key.is_null:
-            self._report(key.place, path, "a key must be text")
+            braces = isinstance(key, Mapping)
+            advice = ' (text that begins with "{" needs quotes: "{{ x }}")' if braces else ""
+            self._report(key.place, path, f"a key must be text{advice}")
             return None
         if key.plain and key.text == "<<":
             message = 'merge keys ("<<") are not read; write the keys out, or use extends'

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qlora_cli.recipe_file import (
     dump_with_origins,
     load_recipe,
 )
+from qlora_cli.yaml_tree import Scalar, parse_tree
 
 Load = Callable[..., LoadedRecipe]
 
@@ -274,6 +276,23 @@ def test_overriding_the_type_replaces_the_section(load: Load, overrides: tuple[s
 def test_bad_overrides_name_the_option(problems: Problems, override: str, expected: str) -> None:
     (found,) = problems(BASE, override)
     assert expected in found
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ x }}", "{% if x %}it's{% endif %}", 'Is "it": {{ x }}?', "{{ x }} \\ {{ y"]
+)
+def test_an_override_with_braces_is_shown_with_its_quotes(
+    load: Load, problems: Problems, minimal: str, template: str
+) -> None:
+    key = "data.train.format.user"
+    (found,) = problems(minimal, "data.train.format.type=template", f"{key}={template}")
+    advice, option, command = found.partition("needs quotes: --set ")
+    assert advice.endswith("text that holds {{ or {% ")
+    assert option
+    (quoted,) = shlex.split(command)
+    root = parse_tree(quoted.removeprefix(f"{key}="), "--set").root
+    assert isinstance(root, Scalar)
+    assert root.text == template
 
 
 def test_problems_of_file_and_overrides_come_together(problems: Problems) -> None:

@@ -84,6 +84,7 @@ def test_aliases_cannot_grow_without_bound() -> None:
         ("a: !!int 5\n", "r.yaml:1:4  a: the tag !!int is not allowed"),
         ("? [a]\n: 1\n", "r.yaml:1:3  a key must be text"),
         ("a:\n  ~: 1\n", "r.yaml:2:3  a: a key must be text"),
+        ("a: {{ x }}\n", 'a key must be text (text that begins with "{" needs quotes: "{{ x }}")'),
         ("a: *b\n", 'r.yaml:1:4  the alias "*b" names nothing complete'),
         ("a: &b [*b]\n", 'r.yaml:1:8  the alias "*b" names nothing complete'),
         ("a:\n\tb: 1\n", "r.yaml:2:1  not valid YAML: a tab"),
