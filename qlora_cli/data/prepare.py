@@ -72,9 +72,10 @@ class Prepared:
         """One line for the log."""
         answers = f", {self.num_lost_answers:,} of {self.num_answers:,} answers lost"
         typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
-        bad = f", {self.num_bad:,} bad rows left out" if self.num_bad else ""
+        bad = f", {_count(self.num_bad, 'bad row')} left out" if self.num_bad else ""
         return (
-            f"{self.num_rows:,} rows ({self.num_truncated:,} too long, {self.num_lost:,} left out"
+            f"{_count(self.num_rows, 'row')} "
+            f"({self.num_truncated:,} too long, {self.num_lost:,} left out"
             f"{answers if self.num_lost_answers else ''}){bad}{typed}, "
             f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
             f"learnt, longest {self.longest:,}; turns end with {' '.join(self.stops)}"
@@ -276,6 +277,10 @@ def _encode(
     bad.count += refused.count
     bad.check(source.path, skip=skip and tally.counts["num_rows"] > 0)
     tally.counts["num_bad"] = bad.count
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _sha256(text: str) -> str:

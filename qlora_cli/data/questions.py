@@ -70,7 +70,8 @@ def read_questions(
             )
             questions.append(Question(prompt, reference))
     if bad.count:
-        raise DataError(f"{path}: {bad.count:,} bad rows\n{first_lines(bad.first, bad.count)}")
+        rows = "row" if bad.count == 1 else "rows"
+        raise DataError(f"{path}: {bad.count:,} bad {rows}\n{first_lines(bad.first, bad.count)}")
     if not questions:
         raise DataError(f"{path}: no rows")
     return questions

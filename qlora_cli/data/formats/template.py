@@ -106,7 +106,8 @@ def rendered(role: str, template: str, row: Row) -> str:
     from jinja2 import UndefinedError
 
     compiled = _compiled(template)
-    field = f"field {', '.join(map(repr, sorted(compiled.columns)))} (in {role})"
+    columns = ", ".join(map(repr, sorted(compiled.columns)))
+    field = f"field {columns} (in {role})" if columns else f"the template of {role}"
     try:
         text = compiled.template.render(row)
         text.encode("utf-8")

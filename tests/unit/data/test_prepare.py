@@ -192,6 +192,7 @@ def test_bad_rows_are_left_out_and_counted(
         make(chat_data(path), tokenizer, tmp_path / "stopped")
     prepared = make(chat_data(path, on_bad_row="skip"), tokenizer, tmp_path / "skipped")
     assert (prepared.num_rows, prepared.num_bad, len(prepared.examples)) == (2, 1, 2)
+    assert "), 1 bad row left out, " in prepared.summary()
     assert [prepared.examples.place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
 
 

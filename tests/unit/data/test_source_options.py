@@ -373,6 +373,7 @@ def test_a_template_writes_lists_only_as_it_is_told() -> None:
         ("{{ text.__class__.__mro__ }}", "field 'text' (in assistant): access to attribute"),
         ("{{ items.append(1) }}", "field 'items' (in assistant): "),
         ("{{ text | trim }}", "field 'text' (in assistant): empty"),
+        (" ", "the template of assistant: empty"),
     ],
 )
 def test_a_row_that_a_template_cannot_take_is_named_by_field(text: str, reason: str) -> None:
