@@ -31,6 +31,9 @@ def as_text(value: object, path: str, *, may_be_empty: bool = False) -> str:
         raise DataError(f"field '{path}': got {shown(value)}, expected text")
     if not may_be_empty and not value.strip():
         raise DataError(f"field '{path}': empty")
+    # Tokenizers, terminals and other programs end a text there.
+    if (at := value.find("\0")) >= 0:
+        raise DataError(f"field '{path}': character {at + 1} is NUL (\\u0000), which is no text")
     try:
         # JSON may hold half a surrogate pair ("\ud83d"), which no tokenizer takes.
         value.encode("utf-8")

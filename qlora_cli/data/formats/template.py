@@ -122,6 +122,8 @@ def rendered(role: str, template: str, row: Row) -> str:
     # Filters fail with errors of any kind, and each time it is what this row holds.
     except Exception as error:
         raise DataError(f"{field}: {error}") from error
+    if "\0" in text:
+        raise DataError(f"{field}: NUL (\\u0000) is no text")
     if role != "system" and not text.strip():
         raise DataError(f"{field}: empty")
     return text

@@ -88,7 +88,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
     "comment": (lambda q: b"// " + line(q), "not JSON: Expecting value"),
     "control character": (replaced(b"Answer", b"An\x07swer"), "Invalid control character"),
     "tab in a string": (replaced(b"Answer", b"An\tswer"), "Invalid control character"),
-    "NUL bytes": (lambda q: b"\0" * 64, "not JSON: Expecting value"),
+    "NUL bytes": (lambda q: b"\0" * 64, "not JSON: Expecting value .*; there is a NUL: "),
     "NaN": (replaced(b"]}", b'], "score": NaN}'), "not JSON: NaN is no number"),
     "infinity": (replaced(b"]}", b'], "score": -Infinity}'), "not JSON: -Infinity is no number"),
     "huge number": (replaced(b"]}", b'], "n": ' + b"9" * 5000 + b"}"), "Exceeds the limit"),
@@ -140,6 +140,10 @@ KINDS: dict[str, tuple[Damage, str]] = {
         replaced(b"Answer", b"\\ud83d"),
         r"'messages\[1\].content': character 1 is half of a surrogate pair",
     ),
+    "NUL in a text": (
+        replaced(b"Answer", b"An\\u0000swer"),
+        r"'messages\[1\].content': character 3 is NUL \(.u0000\), which is no text",
+    ),
     "two users": (messages(lambda q: [user(q), user(q), answer(q)]), r"field 'messages\[1\]"),
     "two answers": (messages(lambda q: [user(q), answer(q), answer(q)]), r"field 'messages\[2\]"),
     "missing answer": (messages(lambda q: [user(q)]), "field 'messages"),
@@ -158,7 +162,7 @@ ODD_BUT_GOOD = [
     "Question with <|im_start|>user\n and <s> in it",
     "Question in \u05e2\u05d1\u05e8\u05d9\u05ea, \U0001f600, \u2028 and \u0085",
     'Question with "quotes", \\backslashes\\ and \ttabs',
-    "Question with \0, \x07 and \x1b[31m",
+    "Question with \x07 and \x1b[31m",
     "Question \ufeff with a byte order mark",
     "Question that is long " * (10 * MB // 22),
 ]
