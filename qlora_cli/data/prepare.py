@@ -178,7 +178,9 @@ def prepare_prompts(
         else:
             text = str(tokenizer.decode(prompt.input_ids))
             prompts.append(replace(prompt, text=text, place=row.place))
-    bad.check(source.path, skip=skip and bool(prompts))
+    if bad.count and not prompts:
+        raise source.unusable(bad)
+    bad.check(source.path, skip=skip)
     return prompts
 
 
@@ -275,7 +277,9 @@ def _encode(
             yield place, encoded
     bad.first += refused.first
     bad.count += refused.count
-    bad.check(source.path, skip=skip and tally.counts["num_rows"] > 0)
+    if bad.count and not tally.counts["num_rows"]:
+        raise source.unusable(bad)
+    bad.check(source.path, skip=skip)
     tally.counts["num_bad"] = bad.count
 
 

@@ -6,6 +6,7 @@ All but a JSON list is read piece by piece, so that a file may be larger than me
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -36,12 +37,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 _BATCH = 1024
-_BOM = b"\xef\xbb\xbf"
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_NAMED = 5
+"""Files of a folder that are named where none can be read."""
 
 
 def is_pattern(path: str) -> bool:
     """Whether a path stands for all files that match it."""
     return glob.has_magic(path) and not Path(path).exists()
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file has columns that a header names."""
+    return _kind(path) in _DIALECTS
 
 
 def names_a_file(path: str) -> bool:
@@ -57,26 +71,47 @@ def find_files(path: str) -> list[Path]:
     """
     root = Path(path)
     if is_pattern(path):
-        found = sorted(map(Path, glob.glob(path, recursive=True)))
-        files = _data_files([file for file in found if file.is_file()], path)
-    elif root.is_dir():
-        files = _data_files(sorted(child for child in root.iterdir() if child.is_file()), path)
+        matching = sorted(map(Path, glob.glob(path, recursive=True)))
+        if not matching:
+            raise DataError(f"{path}: nothing matches; {_contents(_fixed_part(path))}")
+        found = [file for file in matching if file.is_file()]
     else:
-        files = [root] if _kind(root) else []
+        found = sorted(root.iterdir()) if root.is_dir() else [root]
+    files = _data_files([file for file in found if file.is_file()], path)
     if not files:
-        found_there = "none" if is_pattern(path) or root.is_dir() else root.name
         raise DataError(
-            f"{path}: no data file; found {found_there}, expected {', '.join(_ENDINGS)}; all "
+            f"{path}: no data file; found {_names(found)}, expected {', '.join(_ENDINGS)}; all "
             f"but {' and '.join(_BINARY)} may be compressed ({', '.join(_COMPRESSIONS)})"
         )
     return files
 
 
-def read_file(path: Path, bad: BadRows, columns: list[str] | None) -> Iterator[LocatedRow]:
+def _fixed_part(pattern: str) -> Path:
+    """The folder that a pattern begins in."""
+    parts = Path(pattern).parts
+    return Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    return f"in the folder {folder.absolute()} lies {_names(sorted(folder.iterdir()))}"
+
+
+def _names(files: list[Path]) -> str:
+    names = [f"{file.name}/" if file.is_dir() else file.name for file in files[:_NAMED]]
+    more = [f"{len(files) - _NAMED:,} more"] if len(files) > _NAMED else []
+    return ", ".join([*names, *more]) or "nothing"
+
+
+def read_file(
+    path: Path, bad: BadRows, columns: list[str] | None, delimiter: str | None
+) -> Iterator[LocatedRow]:
     """The rows in order; what cannot be read as a row is added to `bad`.
 
     Args:
         columns: of a table without a header.
+        delimiter: of a table; None takes that of its kind.
 
     Raises:
         DataError: the file cannot be read on.
@@ -85,9 +120,11 @@ def read_file(path: Path, bad: BadRows, columns: list[str] | None) -> Iterator[L
     assert kind is not None
     if columns is not None and kind not in _DIALECTS:
         raise DataError(f"{path}: columns are for {', '.join(_DIALECTS)} files without a header")
+    if delimiter is not None and kind not in _DIALECTS:
+        raise DataError(f"{path}: a delimiter is for {', '.join(_DIALECTS)} files")
     with _reading(path):
         if kind in _DIALECTS:
-            yield from _read_table(path, bad, kind, columns)
+            yield from _read_table(path, bad, kind, columns, delimiter)
         else:
             yield from _READERS[kind](path, bad)
 
@@ -140,15 +177,26 @@ _COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 
 
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
+    first, line, num_rows = "", "", 0
     for place, line in _lines(path, bad):
+        first = first or line.lstrip()[:1]
         try:
             row = as_object(parse(line))
         except json.JSONDecodeError as error:
-            bad.add(place, not_json(error))
+            is_zero = line[error.pos : error.pos + 1] == "\0"
+            zeros = "; there is a NUL: was the file cut short, or is it UTF-16?" if is_zero else ""
+            bad.add(place, f"{not_json(error)}{zeros}")
         except ValueError as error:
             bad.add(place, error)
         else:
+            num_rows += 1
             yield LocatedRow(row, place)
+    # Of a list with an object in each line, the last is without a comma, and so a row.
+    if first == "[" and line.rstrip()[-1:] == "]" and num_rows <= 1:
+        raise DataError(
+            f"{path}: one JSON list, where each line should be an object of its own",
+            hint="a file that is one list is named .json",
+        )
 
 
 def _read_text(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
@@ -188,16 +236,17 @@ def _located_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_table(
-    path: Path, bad: BadRows, kind: str, columns: list[str] | None
+    path: Path, bad: BadRows, kind: str, columns: list[str] | None, delimiter: str | None
 ) -> Iterator[LocatedRow]:
+    dialect = {**_DIALECTS[kind], **({} if delimiter is None else {"delimiter": delimiter})}
     # The default limit of 128 KiB a field is short for documents.
     csv.field_size_limit(2**31 - 1)
     header = columns
     with _open(path) as file:
         # One badly encoded field must not take the rest of the file with it, and a record may be
         # on several lines: bytes that are not UTF-8 pass through, to be found in the record.
-        lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file))
-        reader = csv.reader(lines, strict=True, **_DIALECTS[kind])
+        lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file, path))
+        reader = csv.reader(lines, strict=True, **dialect)
         while True:
             first = reader.line_num + 1
             place = f"{path}:{first}"
@@ -219,6 +268,8 @@ def _read_table(
                 continue
             if header is None:
                 header = _header(values, place)
+                if delimiter is None:
+                    _refuse_other_delimiter(values, place, dialect["delimiter"])
             elif values and len(values) != len(header):
                 given = "the header has" if columns is None else "there are columns for"
                 bad.add(place, f"{len(values)} fields, but {given} {len(header)}")
@@ -292,7 +343,7 @@ _ENDINGS = [*_READERS, *_DIALECTS]
 def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
     """Each line that is not blank, with its place."""
     with _open(path) as file:
-        for number, line in enumerate(_without_bom(file), start=1):
+        for number, line in enumerate(_without_bom(file, path), start=1):
             place = f"{path}:{number}"
             try:
                 text = line.decode("utf-8").rstrip("\r\n")
@@ -303,23 +354,51 @@ def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
                 yield place, text
 
 
-def _without_bom(file: IO[bytes]) -> Iterator[bytes]:
+def _without_bom(file: IO[bytes], path: Path) -> Iterator[bytes]:
     """The lines of a file, without the byte order mark at its start."""
     # Split as bytes: str.splitlines would also split at the line separators that JSON strings
     # may hold, and one badly encoded line must not take the rest of the file with it.
-    yield file.readline().removeprefix(_BOM)
+    first = file.readline()
+    _refuse_other_encoding(first, path)
+    yield first.removeprefix(codecs.BOM_UTF8)
     yield from file
+
+
+def _refuse_other_encoding(data: bytes, path: Path) -> None:
+    for mark, name in _OTHER_MARKS.items():
+        if data.startswith(mark):
+            raise DataError(
+                f"{path}: {name}, by the byte order mark at its start, and not UTF-8",
+                hint=f"iconv -f {name} -t UTF-8 FILE > NEW_FILE",
+            )
 
 
 def _header(names: list[str], place: str) -> list[str]:
     if len(set(names)) < len(names):
-        raise DataError(f"{place}: the header names a column twice: {', '.join(names)}")
+        raise DataError(
+            f"{place}: the header names a column twice: {', '.join(names)}",
+            hint="a file without a header needs the names of its columns, in data.train.columns",
+        )
     return names
+
+
+def _refuse_other_delimiter(header: list[str], place: str, delimiter: str) -> None:
+    """Stop at a header of one name that holds what separates the columns of other tables."""
+    if len(header) != 1:
+        return
+    if other := next((one for one in ";|\t," if one != delimiter and one in header[0]), None):
+        raise DataError(
+            f"{place}: the header is one column: {header[0][:80]!r}",
+            hint=f"data.train.delimiter: {json.dumps(other)} if that separates the columns, "
+            f"{json.dumps(delimiter)} if it is one; data.train.columns names them if this is no "
+            "header",
+        )
 
 
 def _decoded(path: Path) -> str:
     with _open(path) as file:
         data = file.read()
+    _refuse_other_encoding(data, path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

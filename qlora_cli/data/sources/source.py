@@ -14,10 +14,16 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_cli.data.formats import FormatConfig, Messages
-from qlora_cli.data.sources.files import find_files, is_pattern, names_a_file, read_file
+from qlora_cli.data.sources.files import (
+    find_files,
+    is_pattern,
+    is_table,
+    names_a_file,
+    read_file,
+)
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.learnt import choose_learnt
-from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
+from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, first_lines, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
 from qlora_cli.types import Conversation, Row
@@ -41,6 +47,8 @@ class Source(Part):
     """Download a hub data set row by row as it is read, in place of keeping it on the disk."""
     columns: list[str] | None = Field(None, min_length=1)
     """Names of the columns of a csv or tsv file that has no header."""
+    delimiter: str | None = None
+    """Character between the columns of a csv or tsv file; null takes a comma, or a tab for tsv."""
     fields: dict[str, str] = Field({})
     """Columns to rename before the format reads them: the wanted name, and the one in the file."""
     shuffle: bool = False
@@ -62,6 +70,11 @@ class Source(Part):
     def _check(self) -> Self:
         if self.columns is not None and len(set(self.columns)) < len(self.columns):
             raise ValueError(f"columns names a column twice: {', '.join(self.columns)}")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ValueError(
+                f"delimiter ({self.delimiter!r}) has to be one character, and no quotation mark or "
+                'line break; a tab is written "\\t", in these quotes'
+            )
         if self.learn_prompt and (self.learn_turns != "all" or self.learn_roles != ["assistant"]):
             raise ValueError(
                 "learn_prompt (true) learns everything; leave out learn_turns and learn_roles"
@@ -87,8 +100,24 @@ class Source(Part):
                 is_empty = False
                 yield replace(conversation, place=located.place)
         if is_empty:
-            bad.check(self.path)
+            if bad.count:
+                raise self.unusable(bad)
             raise DataError(f"{self.path}: no rows{self._where()}")
+
+    def unusable(self, bad: BadRows) -> DataError:
+        """The error for rows of which not one can be used, so that to skip them leaves nothing."""
+        rows = "row" if bad.count == 1 else "rows"
+        hint = "no other row can be used; repair them, or see whether data.train.format is theirs"
+        if all("missing; found" in line for line in bad.first):
+            hint = (
+                "no row has that field: name the right one in data.train.format, or another format "
+                "(messages, sharegpt, alpaca, prompt_completion, text, template ...), or rename "
+                "columns with data.train.fields"
+            )
+            if self.columns is None and self._is_local() and any(map(is_table, self._files())):
+                hint += "; a file without a header needs data.train.columns, the names in order"
+        lines = first_lines(bad.first, bad.count)
+        return DataError(f"{self.path}: {bad.count:,} bad {rows}\n{lines}", hint=hint)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """The rows in order; what cannot be read as a row is added to `bad`.
@@ -137,7 +166,7 @@ class Source(Part):
     def _rows(self, bad: BadRows) -> Iterator[LocatedRow]:
         if self._is_local():
             for path in self._files():
-                yield from read_file(path, bad, self.columns)
+                yield from read_file(path, bad, self.columns, self.delimiter)
             return
         for number, row in enumerate(self._hub_rows(), start=1):
             yield LocatedRow(row, f"{self.path} ({self.split}), row {number}")
@@ -194,10 +223,11 @@ class Source(Part):
         return find_files(self.path)
 
     def _hub_rows(self) -> Iterator[Row]:
-        if self.columns is not None:
-            raise DataError(
-                f"{self.path}: columns are for files without a header, and no such path is here"
-            )
+        for setting in ("columns", "delimiter"):
+            if getattr(self, setting) is not None:
+                raise DataError(
+                    f"{self.path}: {setting} is for csv and tsv files, and no such path is here"
+                )
         return hub_rows(
             self.path,
             name=self.name,

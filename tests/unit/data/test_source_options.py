@@ -51,7 +51,7 @@ def test_a_pattern_takes_the_files_that_match_by_name(tmp_path: Path) -> None:
     assert texts(Source(path=f"{tmp_path}/*/*.jsonl")) == ["a/one.jsonl", "b/two.jsonl"]
     every = texts(Source(path=f"{tmp_path}/**/*.jsonl"))
     assert every == ["a/deep/three.jsonl", "a/one.jsonl", "b/two.jsonl"]
-    with pytest.raises(DataError, match="no data file; found none"):
+    with pytest.raises(DataError, match=r"csv: nothing matches; in the folder /.* lies a/, b/$"):
         texts(Source(path=f"{tmp_path}/*.csv"))
 
 
@@ -363,7 +363,7 @@ def test_a_template_writes_lists_only_as_it_is_told() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{{ lable }}", "field 'lable': missing; found 'label', 'text', 'none', 'items'"),
+        ("{{ lable }}", "field 'lable': missing; found 'label', 'text', 'none', 'items', 'zero'"),
         ("{{ label[7] }}", "field 'label' (in assistant): "),
         ("{{ ['no', 'yes'][label | int] }}", "field 'label' (in assistant): "),
         ("{{ label / 0 }}", "field 'label' (in assistant): "),
@@ -374,10 +374,11 @@ def test_a_template_writes_lists_only_as_it_is_told() -> None:
         ("{{ items.append(1) }}", "field 'items' (in assistant): "),
         ("{{ text | trim }}", "field 'text' (in assistant): empty"),
         (" ", "the template of assistant: empty"),
+        ("{{ zero }}", "field 'zero' (in assistant): NUL"),
     ],
 )
 def test_a_row_that_a_template_cannot_take_is_named_by_field(text: str, reason: str) -> None:
-    row = {"label": 5, "text": " ", "none": None, "items": [1]}
+    row = {"label": 5, "text": " ", "none": None, "items": [1], "zero": "\0"}
     with pytest.raises(DataError) as caught:
         Template(user="u", assistant=text).to_conversation(row)
     assert str(caught.value).startswith(reason)

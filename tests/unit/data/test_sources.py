@@ -222,7 +222,7 @@ def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data file; found none"):
+    with pytest.raises(DataError, match="no data file; found nothing, expected "):
         read(tmp_path)
 
 
@@ -295,5 +295,97 @@ def test_a_hub_data_set_gives_the_same_rows_when_streamed(hub: list[tuple[Any, .
 
 
 def test_columns_of_a_hub_data_set_are_refused() -> None:
-    with pytest.raises(DataError, match="columns are for files without a header"):
+    with pytest.raises(DataError, match="columns is for csv and tsv files"):
         read("owner/name", columns=["text"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[{"text": "a"}, {"text": "b"}]',
+        b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n',
+        b'\n[{"text": "a"},\n{"text": "b"}]',
+        b'[\n  {\n    "text": "a"\n  }\n]\n',
+    ],
+)
+def test_a_list_in_a_jsonl_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.jsonl: one JSON list, where each line") as caught:
+        read(path)
+    assert str(caught.value.hint).endswith("named .json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_another_encoding_is_named(tmp_path: Path, encoding: str, kind: str) -> None:
+    path = write(tmp_path, kind)
+    path.write_bytes(f"\ufeff{path.read_text(encoding='utf-8')}".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    name = encoding[:6].upper()
+    assert str(caught.value).startswith(f"{path}: {name}, by the byte order mark")
+    assert caught.value.hint == f"iconv -f {name} -t UTF-8 FILE > NEW_FILE"
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"), [("csv", ";"), ("csv", "|"), ("csv", "\t"), ("tsv", ",")]
+)
+def test_another_delimiter_is_named_and_can_be_given(
+    tmp_path: Path, kind: str, written: str
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_text(f"text{written}id\nok{written}1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="1: the header is one column: 'text") as caught:
+        read(path)
+    assert f"if {json.dumps(written)} separates" in str(caught.value.hint)
+    assert read(path, delimiter=written)[0][0].row == {"text": "ok", "id": "1"}
+    own = {"csv": ",", "tsv": "\t"}[kind]
+    assert read(path, delimiter=own)[0][0].row == {f"text{written}id": f"ok{written}1"}
+
+
+@pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n"])
+def test_a_delimiter_is_one_character(delimiter: str) -> None:
+    with pytest.raises(ValueError, match="has to be one character"):
+        source("a.csv", delimiter=delimiter)
+
+
+def test_a_delimiter_is_for_tables(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a delimiter is for \.csv, \.tsv files"):
+        read(write(tmp_path, "jsonl"), delimiter=";")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_table"),
+    [("a.tsv", "a fine film\t1\ndull\t0\n", True), ("a.jsonl", '{"label": 1}\n', False)],
+)
+def test_a_field_that_no_row_has_may_be_in_a_header_that_is_missing(
+    tmp_path: Path, name: str, content: str, is_table: bool
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match="field 'text': missing; found") as caught:
+        list(source(path).conversations(BadRows()))
+    assert ("data.train.columns" in str(caught.value.hint)) is is_table
+    assert "on_bad_row" not in str(caught.value.hint)
+
+
+def test_what_lies_where_a_pattern_looked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for i in range(6):
+        (tmp_path / f"{i}.csv").touch()
+    with pytest.raises(DataError) as caught:
+        read(f"{tmp_path}/**/*.jsonl")
+    assert str(caught.value) == (
+        f"{tmp_path}/**/*.jsonl: nothing matches; in the folder {tmp_path} lies 0.csv, 1.csv, "
+        "2.csv, 3.csv, 4.csv, 2 more"
+    )
+    with pytest.raises(DataError, match=f"nothing matches; there is no folder {tmp_path}/missing"):
+        read(f"{tmp_path}/missing/*.jsonl")
+
+
+def test_nul_in_a_text_is_no_text(tmp_path: Path) -> None:
+    for name, content in [("a.txt", b"a\0b\n"), ("b.csv", b"text\na\0b\n")]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=r"field 'text': character 2 is NUL"):
+            list(source(tmp_path / name).conversations(BadRows()))
