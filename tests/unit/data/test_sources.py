@@ -338,7 +338,7 @@ def test_another_delimiter_is_named_and_can_be_given(
     path.write_text(f"text{written}id\nok{written}1\n", encoding="utf-8")
     with pytest.raises(DataError, match="1: the header is one column: 'text") as caught:
         read(path)
-    assert f"if {json.dumps(written)} separates" in str(caught.value.hint)
+    assert f"delimiter: {json.dumps(written)} if that separates" in str(caught.value.hint)
     assert read(path, delimiter=written)[0][0].row == {"text": "ok", "id": "1"}
     own = {"csv": ",", "tsv": "\t"}[kind]
     assert read(path, delimiter=own)[0][0].row == {f"text{written}id": f"ok{written}1"}
