@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import Audited, audit_data, check_limits, read_data
 from qlora_cli.data.encode import Encoder, Refused, read_chat_template
+from qlora_cli.data.prepare import Prepared, TooManyLost
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.preview_page import preview_page
@@ -40,16 +41,27 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     if source is not None and source not in known:
         raise RecipeError(f"--source: found {source}; it takes {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    learnt = read_data("training", data, sources["train"], tokenizer, use_cache=use_cache)
+    crossed: list[TooManyLost] = []
+
+    def read(name: str, some: list[Source]) -> Prepared:
+        try:
+            return read_data(name, data, some, tokenizer, use_cache=use_cache)
+        except TooManyLost as error:
+            # Shown all the same, to see why; where nothing at all is left, this raises again.
+            crossed.append(error)
+            tolerant = data.model_copy(update={"max_lost": 1.0})
+            return read_data(name, tolerant, some, tokenizer, use_cache=use_cache)
+
+    learnt = read("training", sources["train"])
     held_out = None
     if found := sources["evaluation"]:
-        held_out = read_data("evaluation", data, found, tokenizer, use_cache=use_cache)
+        held_out = read("evaluation", found)
     audited = audit_data(data, learnt, held_out, tokenizer)
     sides = [
         _Side(side, names[side], sources[side], result)
         for side, result in zip(names, audited, strict=True)
     ]
-    return Preview(recipe, tokenizer, sides, source)
+    return Preview(recipe, tokenizer, sides, source, crossed)
 
 
 def _names(side: str, num_sources: int) -> list[str]:
@@ -66,6 +78,8 @@ class Preview:
     """Training, then evaluation."""
     source: str | None
     """The one source or side whose rows are shown."""
+    crossed: list[TooManyLost]
+    """Where more is lost than `data.max_lost` allows."""
 
     def text(self, num_samples: int, *, colour: bool) -> str:
         """Samples, figures and findings for a terminal."""
@@ -102,7 +116,9 @@ class Preview:
                     }
 
     def check(self) -> None:
-        """Raises DataError if `qlora train` would stop because of a limit in `data.audit`."""
+        """Raises DataError if `qlora train` would stop at `data.max_lost` or `data.audit`."""
+        for error in self.crossed:
+            raise error
         check_limits(self.recipe.data, [side.audited for side in self.sides])
 
     def _rows(self, side: _Side, source: int, num_rows: int | None) -> Iterator[_Row]:

@@ -66,9 +66,9 @@ def preview(
     """Show what the model will see, and what in the data is often a mistake.
 
     Rows are prepared as for training; no weights are opened. Learnt tokens are told from the others
-    by colour, or by marks where there is none (NO_COLOR is heeded). A limit of data.audit that is
-    crossed is an error here too, after the report. --json prints source, row (its place),
-    input_ids, labels and text of each row.
+    by colour, or by marks where there is none (NO_COLOR is heeded). A limit (data.max_lost,
+    data.audit) that is crossed is an error here too, after the report. --json prints source, row
+    (its place), input_ids, labels and text of each row.
 
     \b
     Example:

@@ -70,7 +70,7 @@ class Data(Part):
         """What is held out; no source if nothing is."""
         if self.evaluation_share is not None:
             return self._portions(self.train, held_out=True)
-        return [] if self.evaluation is None else self._portions(self.evaluation, held_out=False)
+        return [] if self.evaluation is None else self._portions(self.evaluation, held_out=True)
 
     def refuse_untrainable(self) -> None:
         """Raises DataError if a source is in a format that can be read but not trained on."""

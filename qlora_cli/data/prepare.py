@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.data.encode import Encoded, Encoder, Refused
+from qlora_cli.data.formats import Text
+from qlora_cli.data.questions import is_verbatim
 from qlora_cli.data.sources import BadRows, Source, first_lines
 from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.workers import Workers
@@ -26,6 +29,10 @@ log = logging.getLogger("qlora")
 
 MIN_STOPPED = 0.99
 """Least share of learnt turns that end in a token to stop at; with fewer, the model runs on."""
+
+
+class TooManyLost(DataError):
+    """More answers are lost than `data.max_lost` allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ class Prepared:
     """Learnt turns of all rows."""
     num_lost_answers: int
     """Learnt turns that were cut away or cut short."""
+    learnt_as: str
+    """What learnt turns are to the user: answers, or texts."""
     num_typed: int
     """Rows with special tokens in their messages, which are taken for plain text."""
     num_tokens: int
@@ -70,7 +79,7 @@ class Prepared:
 
     def summary(self) -> str:
         """One line for the log."""
-        answers = f", {self.num_lost_answers:,} of {self.num_answers:,} answers lost"
+        answers = f", {self.num_lost_answers:,} of {self.num_answers:,} {self.learnt_as} lost"
         typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
         bad = f", {_count(self.num_bad, 'bad row')} left out" if self.num_bad else ""
         return (
@@ -78,7 +87,7 @@ class Prepared:
             f"({self.num_truncated:,} too long, {self.num_lost:,} left out"
             f"{answers if self.num_lost_answers else ''}){bad}{typed}, "
             f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
-            f"learnt, longest {self.longest:,}; turns end with {' '.join(self.stops)}"
+            f"learnt, longest {self.longest:,}; turns end with {' '.join(self.stops) or 'nothing'}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -115,12 +124,12 @@ def prepare(
         ) as workers,
     ):
         for index, source in enumerate(sources):
-            tally = _Tally(source.path)
+            tally = _Tally(source, data)
             for place, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
-                tally.add(place, encoded, data.max_length)
+                tally.add(place, encoded)
                 for example in encoded.examples:
                     writer.add(example, index, place)
-            tally.check(data.max_lost)
+            tally.check()
             tallies.append(tally)
         stop_token_ids = sorted({i for t in tallies for i in t.turn_ends if isinstance(i, int)})
         counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
@@ -128,6 +137,7 @@ def prepare(
             {
                 "paths": [source.path for source in sources],
                 "counts": [{name: tally.counts[name] for name in _COUNTS} for tally in tallies],
+                "learnt_as": "texts" if all(tally.is_text for tally in tallies) else "answers",
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
                 **{name: counts[name] for name in _COUNTS},
@@ -200,15 +210,22 @@ _COUNTS = (
 class _Tally:
     """What became of the rows of one source."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, source: Source, data: Data) -> None:
+        self._path = source.path
+        self._rows = source.rows_are
+        self._data = data
+        self._is_verbatim = is_verbatim(source.format)
+        self.is_text = isinstance(source.format, Text)
         self.counts: Counter[str] = Counter()
         self.longest = 0
         self.turn_ends: Counter[int | str] = Counter()
         """How often a learnt turn ends in a token, or in a text that is none."""
         self._lost = BadRows()
+        self._lengths = array("I")
 
-    def add(self, place: str, row: Encoded, max_length: int) -> None:
+    def add(self, place: str, row: Encoded) -> None:
+        max_length = self._data.max_length
+        self._lengths.append(row.length)
         self.counts.update(
             num_rows=1,
             num_lost=not row.examples,
@@ -224,29 +241,45 @@ class _Tally:
             end.text if end.token_id is None else end.token_id for end in row.turn_ends
         )
         if row.lost is not None:
-            self._lost.add(place, row.lost)
+            what = "cut" if row.examples else "left out"
+            length = f"{row.length:,} tokens, data.max_length {max_length:,}"
+            self._lost.add(place, f"{length}: {what}" if self.is_text else row.lost)
 
-    def check(self, max_lost: float) -> None:
-        self._check_lost(max_lost)
+    def check(self) -> None:
+        self._check_lost()
         self._check_stops()
 
-    def _check_lost(self, max_lost: float) -> None:
-        counts = self.counts
+    def _check_lost(self) -> None:
+        counts, max_lost = self.counts, self._data.max_lost
         if not self._lost.count:
             return
+        what = "texts are cut or left out" if self.is_text else "answers are lost"
         message = (
-            f"{self._path}: {counts['num_lost_answers']:,} of {counts['num_answers']:,} answers "
-            f"are lost, in {self._lost.count:,} of {counts['num_rows']:,} rows"
+            f"{self._path}: {counts['num_lost_answers']:,} of {counts['num_answers']:,} {what}, "
+            f"in {self._lost.count:,} of {counts['num_rows']:,} {self._rows}"
         )
         shown = first_lines(self._lost.first, self._lost.count)
         is_empty = counts["num_lost"] == counts["num_rows"]
         if counts["num_lost_answers"] > max_lost * counts["num_answers"] or is_empty:
-            raise DataError(
+            raise TooManyLost(
                 f"{message}; data.max_lost allows {max_lost:.1%}\n{shown}",
-                hint="raise data.max_length, choose another data.truncate, shorten or repair the "
-                "rows, or raise data.max_lost",
+                hint="; ".join([*self._remedies(), "or shorten or repair the rows"])
+                + ("" if is_empty else ", or raise data.max_lost"),
             )
         log.warning("%s\n%s", message, shown)
+
+    def _remedies(self) -> Iterator[str]:
+        """Settings that keep rows which are too long, if there are any."""
+        lengths, now = sorted(self._lengths), self._data.max_length
+        if lengths[-1] <= now:
+            return
+        most = lengths[-(len(lengths) // 100) - 1]
+        also = f", {most} keeps 99 %" if now < most < lengths[-1] else ""
+        yield f"data.max_length: {lengths[-1]} keeps every row whole{also}"
+        if self._is_verbatim:
+            yield "data.truncate: split makes several rows of a long text"
+        elif self._data.truncate != "cut_prompt":
+            yield "data.truncate: cut_prompt takes from the prompt, so that answers stay"
 
     def _check_stops(self) -> None:
         num_ends = self.turn_ends.total()

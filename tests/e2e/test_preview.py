@@ -223,6 +223,24 @@ def test_a_limit_that_is_crossed_stops_before_the_model_is_loaded(
     assert ("test.jsonl:1 = train.jsonl:1" in out) == (command == "preview")
 
 
+@pytest.mark.parametrize("option", ["--rows", "--json"])
+def test_a_preview_of_more_lost_answers_than_allowed_says_so_after_the_report(
+    recipe: Path, run: Run, option: str
+) -> None:
+    rows_file(Path("test.jsonl"), ("Hi", "Ho"), ("Long", "answer " * 64))
+    options = [option, 1] if option == "--rows" else [option]
+    code, out, error = run("preview", recipe, *options, "-q")
+    assert code == 2
+    assert "test.jsonl:1" in out
+    lost = "error: test.jsonl: 1 of 2 answers are lost, in 1 of 2 held-out rows; data.max_lost"
+    assert lost in error
+    # Nothing is left to show.
+    code, out, _ = run(
+        "preview", recipe, "--set", "data.truncate=drop", "--set", "data.max_length=8"
+    )
+    assert (code, out) == (2, "")
+
+
 def test_the_record_of_a_run_holds_the_audit(tiny_recipe: Callable[..., Any]) -> None:
     from qlora_cli.train import train
 

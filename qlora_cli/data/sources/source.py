@@ -81,6 +81,11 @@ class Source(Part):
             )
         return self
 
+    @property
+    def rows_are(self) -> str:
+        """What messages to the user call the rows."""
+        return "rows"
+
     def conversations(self, bad: BadRows) -> Iterator[Conversation]:
         """The messages of each row, read as they are asked for; what is wrong is added to `bad`.
 
@@ -250,6 +255,11 @@ class Portion(Source):
         """One side of a source. Without a share, nothing of it is held out from itself."""
         settings = {name: getattr(source, name) for name in Source.model_fields}
         return cls(**settings, seed=seed, share=share, held_out=held_out)
+
+    @property
+    def rows_are(self) -> str:
+        """What messages to the user call the rows."""
+        return "held-out rows" if self.held_out else "rows"
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """The rows of both sides, in order; what cannot be read as a row is added to `bad`."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_cli.data import Data, cache
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoded, Encoder, Truncate
-from qlora_cli.data.prepare import Prepared, prepare
+from qlora_cli.data.prepare import Prepared, TooManyLost, prepare
 from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.workers import Workers
 from qlora_cli.errors import DataError
@@ -182,6 +183,62 @@ def test_lost_answers_are_counted_and_named(
     )
     assert lines[1].startswith(f"  {path}:10: ")
     assert lines[1].endswith("tokens, data.max_length 40: 1 of 1 answers cut")
+
+
+def test_the_advice_about_lost_answers_gives_lengths_that_are_enough(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(*[("a", "b " * n) for n in range(1, 201)], ("a", "b " * 500))
+    with pytest.raises(TooManyLost) as caught:
+        make(chat_data(path, max_length=40), tokenizer, tmp_path / "set")
+    found = re.search(
+        r"max_length: (\d+) keeps every row whole, (\d+) keeps 99 %", caught.value.hint
+    )
+    assert found is not None
+    for i, (length, kept) in enumerate(zip(map(int, found.groups()), (201, 199), strict=True)):
+        for less in (0, 1):
+            data = chat_data(path, max_length=length - less, truncate="drop", max_lost=1)
+            examples = make(data, tokenizer, tmp_path / f"{i}{less}").examples
+            assert (len(examples) == kept) is (less == 0)
+    assert "truncate: cut_prompt" in caught.value.hint
+    with pytest.raises(TooManyLost) as caught:
+        make(chat_data(path, max_length=40, truncate="cut_prompt"), tokenizer, tmp_path / "cut")
+    assert "truncate" not in caught.value.hint
+
+
+def test_lost_texts_are_called_so_and_may_be_split(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write("a", "b " * 40)
+    with pytest.raises(TooManyLost) as caught:
+        make(text_data(path), tokenizer, tmp_path / "stopped")
+    head, line = str(caught.value).splitlines()
+    assert head.startswith(f"{path}: 1 of 2 texts are cut or left out, in 1 of 2 rows; ")
+    assert line.endswith(" tokens, data.max_length 16: cut")
+    assert "data.truncate: split makes several rows" in str(caught.value.hint)
+    prepared = make(text_data(path, max_lost=1), tokenizer, tmp_path / "cut")
+    assert "1 of 2 texts lost" in prepared.summary()
+    prepared = make(text_data(path, truncate="split"), tokenizer, tmp_path / "split")
+    assert prepared.num_lost_answers == 0
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_lost_answers_of_held_out_rows_are_called_so(
+    tokenizer: PreTrainedTokenizerFast,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    share: float | None,
+) -> None:
+    path = write(*[("a", "b " * n) for n in range(40, 46)])
+    data = chat_data(path, max_length=40, evaluation_share=share)
+    if share is None:
+        data = Data.model_validate({**data.model_dump(), "evaluation": data.train.model_dump()})
+    with pytest.raises(
+        TooManyLost, match=r"(\d) of \1 answers are lost, in \1 of \1 held-out rows;"
+    ):
+        prepare(data.evaluation_sources, tokenizer, data, tmp_path)
+    with pytest.raises(TooManyLost, match=r"in (\d) of \1 rows;"):
+        prepare(data.train_sources, tokenizer, data, tmp_path)
 
 
 def test_bad_rows_are_left_out_and_counted(
