@@ -103,6 +103,11 @@ def findings(
     found = [
         cut,
         Finding("rows with nothing to learn", total.num_empty, num),
+        *(
+            [Finding("turns that do not end in their row", total.num_unfinished, total.num_turns)]
+            if total.num_unfinished
+            else []
+        ),
         Finding("turns that end in no stop token", total.unstopped, total.num_turns),
         Finding(
             "rows whose prompt differs in generation", len(drift.rows), drift.num_rows, drifting

@@ -48,7 +48,9 @@ class Figures:
     num_empty: int
     """Rows with nothing to learn."""
     num_turns: int
-    """Learnt turns, without those that are cut off."""
+    """Learnt turns."""
+    num_unfinished: int
+    """Of these, how many fill their row to its end without a stop token: cut off, or split."""
     num_stopped: int
     """Of these, how many end in a learnt stop token."""
     num_double_bos: int
@@ -66,8 +68,8 @@ class Figures:
 
     @property
     def unstopped(self) -> int:
-        """Learnt turns that end in no stop token, without those that are cut off."""
-        return self.num_turns - self.num_stopped
+        """Learnt turns that end within their row, and in no stop token."""
+        return self.num_turns - self.num_unfinished - self.num_stopped
 
     @property
     def learnt(self) -> float:
@@ -138,6 +140,7 @@ class Scan:
         self._lengths = array("I")
         self._supervised = array("I")
         self._turns = array("I")
+        self._unfinished = array("I")
         self._stopped = array("I")
         self._double_bos = array("B")
         self._hashes = array("Q")
@@ -176,7 +179,8 @@ class Scan:
         self._lengths.append(len(ids))
         # The first token of a row has no predecessor to be predicted from.
         self._supervised.append(sum(after - max(1, first) for first, after in turns))
-        self._turns.append(len(turns) - num_cut)
+        self._turns.append(len(turns))
+        self._unfinished.append(num_cut)
         self._stopped.append(num_stopped)
         self._double_bos.append(self._bos is not None and ids[:2] == [self._bos] * 2)
         self._hashes.append(_number(digest.digest()))
@@ -213,6 +217,7 @@ class Scan:
             length=np.array(self._lengths),
             supervised=np.array(self._supervised),
             turns=np.array(self._turns),
+            unfinished=np.array(self._unfinished),
             stopped=np.array(self._stopped),
             double_bos=np.array(self._double_bos),
             duplicate=is_duplicate,
@@ -238,6 +243,7 @@ class _Table:
     length: NDArray[np.uint32]
     supervised: NDArray[np.uint32]
     turns: NDArray[np.uint32]
+    unfinished: NDArray[np.uint32]
     stopped: NDArray[np.uint32]
     double_bos: NDArray[np.uint8]
     duplicate: NDArray[np.bool_]
@@ -257,6 +263,7 @@ class _Table:
             num_supervised=int(self.supervised[rows].sum()),
             num_empty=int((self.supervised[rows] == 0).sum()),
             num_turns=int(self.turns[rows].sum()),
+            num_unfinished=int(self.unfinished[rows].sum()),
             num_stopped=int(self.stopped[rows].sum()),
             num_double_bos=int(self.double_bos[rows].sum()),
             num_duplicates=int(self.duplicate[rows].sum()),

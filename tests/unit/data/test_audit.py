@@ -60,6 +60,7 @@ def test_the_figures_of_a_few_rows() -> None:
         num_supervised=5,
         num_empty=1,
         num_turns=2,
+        num_unfinished=0,
         num_stopped=2,
         num_double_bos=0,
         num_duplicates=0,
@@ -94,7 +95,13 @@ def test_turns_are_counted_with_the_token_that_ends_them() -> None:
 
 def test_a_turn_that_is_cut_off_is_no_turn_without_a_stop() -> None:
     cut = "a" * (MAX_LENGTH - 2)
-    assert audit(f"{cut}BB").total.num_turns == 0
+    found = audit(f"{cut}BB")
+    total = found.total
+    assert (total.num_turns, total.num_unfinished, total.unstopped) == (1, 1, 0)
+    assert findings(rows(f"{cut}BB"), found, Drift(0, []), CUT)[2:4] == [
+        Finding("turns that do not end in their row", 1, 1),
+        Finding("turns that end in no stop token", 0, 1),
+    ]
     assert audit(f"{cut}B!").total.num_stopped == 1
     assert audit(f"{cut[:-1]}BB").total.unstopped == 1
 
