@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import Audited, audit_data, check_limits, read_data
 from qlora_cli.data.encode import Encoder, Refused, read_chat_template
-from qlora_cli.data.prepare import Prepared, TooManyLost
+from qlora_cli.data.prepare import Prepared, TooManyLost, ignored_text
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.preview_page import preview_page
@@ -168,6 +168,7 @@ class Preview:
                 num_bad=prepared.counts[i]["num_bad"],
                 num_dropped=prepared.counts[i]["num_lost"],
                 num_cut=prepared.counts[i]["num_truncated"],
+                ignored=ignored_text(prepared.ignored[i]),
                 figures=audited.audit.sources[i],
                 samples=[
                     make_sample(row.example, row.place, tokenizer, row.answer)

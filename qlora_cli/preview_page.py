@@ -81,6 +81,8 @@ def _side(side: SideView) -> Iterator[str]:
 
 def _samples(source: SourceView) -> Iterator[str]:
     yield f"<h3>{escape(source.name)}: {escape(source.path)}</h3>"
+    if source.ignored:
+        yield f"<p>Not read in messages: {escape(source.ignored)}</p>"
     for sample in source.samples:
         answer = f", {sample.answer}" if sample.answer else ""
         yield (

@@ -48,6 +48,8 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
         f"{source.num_cut:,} cut; {source.figures.num_tokens:,} tokens, "
         f"{source.figures.learnt:.1%} learnt"
     )
+    if source.ignored:
+        yield f"not read in messages: {source.ignored}"
     for sample in source.samples:
         yield ""
         yield _heading(_title(sample), colour)

@@ -54,6 +54,8 @@ class Message:
     """Of a tool's answer: which call it answers."""
     is_marked: bool = False
     """Whether the row itself says if this turn is learnt, so that no setting changes it."""
+    ignored: tuple[str, ...] = ()
+    """Keys of the turn that hold something, and that nobody reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ class SourceView:
     """Rows in which nothing was left to learn."""
     num_cut: int
     """Rows longer than `data.max_length`; the dropped ones among them."""
+    ignored: str
+    """Keys of messages that nobody reads, counted."""
     figures: Figures
     samples: list[Sample]
 

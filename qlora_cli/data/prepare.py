@@ -6,7 +6,7 @@ import hashlib
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from qlora_cli.data.sources import BadRows, Source, first_lines
 from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.workers import Workers
 from qlora_cli.errors import DataError
-from qlora_cli.types import Prompt
+from qlora_cli.types import Conversation, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,6 +60,8 @@ class Prepared:
     """Learnt turns of all rows."""
     num_lost_answers: int
     """Learnt turns that were cut away or cut short."""
+    ignored: list[dict[str, int]]
+    """For each source: keys of messages that nobody reads, and how many messages have them."""
     learnt_as: str
     """What learnt turns are to the user: answers, or texts."""
     num_typed: int
@@ -137,6 +139,7 @@ def prepare(
             {
                 "paths": [source.path for source in sources],
                 "counts": [{name: tally.counts[name] for name in _COUNTS} for tally in tallies],
+                "ignored": [dict(tally.ignored.most_common()) for tally in tallies],
                 "learnt_as": "texts" if all(tally.is_text for tally in tallies) else "answers",
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
@@ -194,6 +197,9 @@ def prepare_prompts(
     return prompts
 
 
+_NAMED = 10
+"""Keys of messages that are named."""
+
 _COUNTS = (
     "num_rows",
     "num_bad",
@@ -220,6 +226,8 @@ class _Tally:
         self.longest = 0
         self.turn_ends: Counter[int | str] = Counter()
         """How often a learnt turn ends in a token, or in a text that is none."""
+        self.ignored: Counter[str] = Counter()
+        """Keys of messages that nobody reads, and how many messages have them."""
         self._lost = BadRows()
         self._lengths = array("I")
 
@@ -263,8 +271,13 @@ class _Tally:
         if counts["num_lost_answers"] > max_lost * counts["num_answers"] or is_empty:
             raise TooManyLost(
                 f"{message}; data.max_lost allows {max_lost:.1%}\n{shown}",
-                hint="; ".join([*self._remedies(), "or shorten or repair the rows"])
-                + ("" if is_empty else ", or raise data.max_lost"),
+                hint="; or ".join(
+                    [
+                        *self._remedies(),
+                        "shorten or repair the rows",
+                        *([] if is_empty else ["raise data.max_lost"]),
+                    ]
+                ),
             )
         log.warning("%s\n%s", message, shown)
 
@@ -303,17 +316,33 @@ def _encode(
     # Kept apart and put together at the end: how far reading is ahead of encoding depends on the
     # number of workers, and what is shown must not.
     bad, refused = BadRows(), BadRows()
-    for place, encoded in workers.encode(source.conversations(bad)):
+    rows = _noting(source.conversations(bad), tally.ignored)
+    for place, encoded in workers.encode(rows):
         if isinstance(encoded, Refused):
             refused.add(place, encoded.reason)
         else:
             yield place, encoded
+    if tally.ignored:
+        log.warning("%s: not read in messages: %s", source.path, ignored_text(tally.ignored))
     bad.first += refused.first
     bad.count += refused.count
     if bad.count and not tally.counts["num_rows"]:
         raise source.unusable(bad)
     bad.check(source.path, skip=skip)
     tally.counts["num_bad"] = bad.count
+
+
+def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Conversation]:
+    for row in rows:
+        ignored.update(key for message in row.messages for key in message.ignored)
+        yield row
+
+
+def ignored_text(ignored: Mapping[str, int]) -> str:
+    """Keys of messages that nobody reads, with the number of messages: `name 7, date 2`."""
+    most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
+    more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
+    return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])
 
 
 def _count(number: int, noun: str) -> str:

@@ -241,6 +241,26 @@ def test_a_preview_of_more_lost_answers_than_allowed_says_so_after_the_report(
     assert (code, out) == (2, "")
 
 
+def test_keys_of_messages_that_are_not_read_are_named_and_counted(recipe: Path, run: Run) -> None:
+    turns = [{"role": "user", "content": "a", "name": "Bo"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": [{**turn, "date": 7, "note": None} for turn in turns]}] * 2
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = "not read in messages: 'date' (4), 'name' (2)"
+    for _ in range(2):  # the second time from the cache
+        _, out, _ = run("preview", recipe, "--set", "data.train.format.type=messages")
+        assert out.count(found) == out.count("not read") == 1
+    run("preview", recipe, "--set", "data.train.format.type=messages", "--html", "page.html")
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.count("Not read in messages: &#x27;date&#x27; (4), &#x27;name&#x27; (2)") == 1
+
+
+def test_turns_that_are_all_cut_are_counted(recipe: Path, run: Run) -> None:
+    rows_file(Path("train.jsonl"), *[("Hi", f"{n} answer " * 64) for n in range(4)])
+    _, out, _ = run("preview", recipe, "--set", "data.max_lost=1", "--source", "train")
+    assert "learnt turns: 4, ended by nothing\n" in out
+    assert "\nturns that do not end in their row       4 of 4 (100.00%)\n" in out
+
+
 def test_the_record_of_a_run_holds_the_audit(tiny_recipe: Callable[..., Any]) -> None:
     from qlora_cli.train import train
 

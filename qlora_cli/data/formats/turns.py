@@ -39,6 +39,7 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "tool": "tool",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_MARKS = ("train", "weight")
 # A system prompt may be empty on purpose (some templates put in one of their own otherwise), and
 # so may the answer of a tool.
 _MAY_BE_EMPTY: tuple[Role, ...] = ("system", "tool")
@@ -92,6 +93,7 @@ def openai_message(turn: Mapping[str, Any], where: str) -> Message:
         if is_given(turn, "tool_call_id")
         else None,
         is_marked=marked is not None,
+        ignored=_ignored(turn, "role", "content", *_OF_ROLE.get(role, ())),
     )
 
 
@@ -101,9 +103,10 @@ def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
     refuse(turn, "tool_calls", *_REASONING, where=where)
     marked = _marked(turn, where)
     is_marked, train = marked is not None, role == "assistant" if marked is None else marked
+    ignored = _ignored(turn, "from", "value")
     if turn["from"] != "function_call":
         content = text_of(turn, "value", where, may_be_empty=role in _MAY_BE_EMPTY)
-        return Message(role, content, train=train, is_marked=is_marked)
+        return Message(role, content, train=train, is_marked=is_marked, ignored=ignored)
     path = path_of(where, "value")
     calls = parsed(value_of(turn, "value", where), path)
     # One call is written without a list.
@@ -113,7 +116,7 @@ def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
     if not entries:
         raise DataError(f"field '{path}': no call in it")
     asked = tuple(_call(*entry) for entry in entries)
-    return Message(role, "", train=train, tool_calls=asked, is_marked=is_marked)
+    return Message(role, "", train=train, tool_calls=asked, is_marked=is_marked, ignored=ignored)
 
 
 def read_tools(row: Row, field: str = "tools") -> list[dict[str, Any]] | None:
@@ -215,6 +218,19 @@ def _marked(turn: Mapping[str, Any], where: str) -> bool | None:
     if train is not None and train != weight:
         raise DataError(f"field '{where}.weight': got {weight}, and train is {str(train).lower()}")
     return bool(weight)
+
+
+_OF_ROLE: dict[Role, tuple[str, ...]] = {
+    "assistant": ("tool_calls", *_REASONING),
+    "tool": ("name", "tool_call_id"),
+}
+"""Keys that are read, or refused, in turns of one role alone."""
+
+
+def _ignored(turn: Mapping[str, Any], *read: str) -> tuple[str, ...]:
+    return tuple(
+        str(key) for key in turn if key not in read and key not in _MARKS and is_given(turn, key)
+    )
 
 
 def _tool_calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:

@@ -104,6 +104,20 @@ def test_messages_learns_every_assistant_turn() -> None:
     ]
 
 
+@pytest.mark.parametrize("is_sharegpt", [False, True])
+def test_keys_of_a_turn_that_are_not_read_are_noted(is_sharegpt: bool) -> None:
+    more = {"id": 1, "name": "Bo", "note": None, "train": True, "weight": 1}
+    row = ShareGpt.example if is_sharegpt else Messages.example
+    [(field, turns)] = row.items()
+    form: Any = ShareGpt() if is_sharegpt else Messages()
+    read = form.to_conversation({field: [*turns[:-1], {**turns[-1], **more}]}).messages
+    assert [message.ignored for message in read] == [*[()] * (len(turns) - 1), ("id", "name")]
+    tool = {"role": "tool", "content": "2", "name": "add", "tool_call_id": "1", "more": 1}
+    asked = {**ANSWER, "tool_calls": [CALL], "reasoning": "so"}
+    noted = [message.ignored for message in of_messages(USER, asked, tool, ANSWER).messages]
+    assert noted == [(), (), ("more",), ()]
+
+
 @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
 @pytest.mark.parametrize("is_wrapped", [True, False])
 def test_messages_reads_tool_calls_and_their_answers(arguments: object, is_wrapped: bool) -> None:
