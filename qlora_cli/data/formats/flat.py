@@ -118,7 +118,7 @@ class PromptCompletion(Part):
 
 
 class Text(Part):
-    """Plain text, learnt whole."""
+    """Plain text, learnt whole, with the end-of-text token after each row."""
 
     example: ClassVar[Row] = {"text": "Paris is the capital of France."}
 
