@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qlora_cli.data.scan import Bar
-from qlora_cli.view import Sample, SideView, SourceView
+from qlora_cli.view import Sample, SideView, SourceView, count_rows
 
 _OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
 _MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
@@ -44,7 +44,7 @@ def _legend(colour: bool) -> str:
 def _source(source: SourceView, colour: bool) -> Iterator[str]:
     yield _heading(f"{source.name}: {source.path}", colour)
     yield (
-        f"{source.num_read:,} rows, {source.num_bad:,} bad, {source.num_dropped:,} dropped, "
+        f"{count_rows(source.num_read)}, {source.num_bad:,} bad, {source.num_dropped:,} dropped, "
         f"{source.num_cut:,} cut; {source.figures.num_tokens:,} tokens, "
         f"{source.figures.learnt:.1%} learnt"
     )
@@ -105,7 +105,7 @@ def _visible(character: str, marks: str) -> str:
 
 def _side(side: SideView, colour: bool) -> Iterator[str]:
     total = side.audit.total
-    yield _heading(f"{side.name}: {total.num_rows:,} rows", colour)
+    yield _heading(f"{side.name}: {count_rows(total.num_rows)}", colour)
     yield (
         f"lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
         f"{total.num_tokens:,} tokens, {total.learnt:.1%} learnt"

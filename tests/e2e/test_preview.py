@@ -165,7 +165,7 @@ def test_one_of_several_sources_is_chosen_by_its_place(recipe: Path, run: Run) -
     code, out, _ = run("preview", recipe, "--set", both, "--source", "train.1")
     assert code == 0
     assert "train.0: train.jsonl\n3 rows" in out
-    assert "train.1: more.jsonl\n1 rows" in out
+    assert "train.1: more.jsonl\n1 row," in out
     assert "training: 4 rows" in out
     assert "more.jsonl:1: " in out
     assert "train.jsonl:1: " not in out
