@@ -23,7 +23,7 @@ from qlora_cli.data.sources.files import (
 )
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.learnt import choose_learnt
-from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, first_lines, shuffled
+from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
 from qlora_cli.types import Conversation, Row
@@ -98,10 +98,8 @@ class Source(Part):
             try:
                 conversation = self._learnt(self.format.to_conversation(located.row))
             except DataError as error:
-                if self._is_here(located.row):
-                    bad.add(located.place, error)
-                continue
-            if self._is_here(_content(conversation)):
+                bad.add(located.place, error)
+            else:
                 is_empty = False
                 yield replace(conversation, place=located.place)
         if is_empty:
@@ -111,7 +109,6 @@ class Source(Part):
 
     def unusable(self, bad: BadRows) -> DataError:
         """The error for rows of which not one can be used, so that to skip them leaves nothing."""
-        rows = "row" if bad.count == 1 else "rows"
         hint = "no other row can be used; repair them, or see whether data.train.format is theirs"
         if all("missing; found" in line for line in bad.first):
             hint = (
@@ -121,8 +118,7 @@ class Source(Part):
             )
             if self.columns is None and self._is_local() and any(map(is_table, self._files())):
                 hint += "; a file without a header needs data.train.columns, the names in order"
-        lines = first_lines(bad.first, bad.count)
-        return DataError(f"{self.path}: {bad.count:,} bad {rows}\n{lines}", hint=hint)
+        return DataError(bad.report(self.path), hint=hint)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """The rows in order; what cannot be read as a row is added to `bad`.
@@ -157,10 +153,6 @@ class Source(Part):
 
     def _where(self) -> str:
         return ""
-
-    def _is_here(self, content: object) -> bool:
-        """Whether a row that says this belongs to these rows."""
-        return True
 
     def _taken(self, bad: BadRows, seed: int) -> Iterator[LocatedRow]:
         rows = self._rows(bad)
@@ -262,21 +254,26 @@ class Portion(Source):
         return "held-out rows" if self.held_out else "rows"
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
-        """The rows of both sides, in order; what cannot be read as a row is added to `bad`."""
-        return self._taken(bad, self.seed)
+        """The rows on this side, in order; what cannot be read as a row is added to `bad`."""
+        rows = self._taken(bad, self.seed)
+        return rows if self.share is None else filter(self._is_here, rows)
 
     def _where(self) -> str:
         if self.share is None:
             return ""
         return f" among the share that is {'held out' if self.held_out else 'learnt'}"
 
-    def _is_here(self, content: object) -> bool:
-        if self.share is None:
-            return True
+    def _is_here(self, located: LocatedRow) -> bool:
+        assert self.share is not None
+        try:
+            content = _said(self.format.to_conversation(located.row))
+        # Bad rows too are on one side alone, and so counted once.
+        except DataError:
+            content = located.row
         return (draw(content, "held out", self.seed) < self.share) is self.held_out
 
 
-def _content(conversation: Conversation) -> object:
+def _said(conversation: Conversation) -> object:
     """What is said in a row: equal for rows that differ in columns that nobody reads."""
     turns = [*conversation.messages, *(conversation.rejected or [])]
     said = [

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.build import read_exam
+from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
 from qlora_cli.examinee import Respondent
 from qlora_cli.tasks.classification import macro_f1
@@ -83,7 +84,7 @@ def test_options_are_as_likely_as_in_a_plain_forward_of_each(
         per_byte = [
             p / len(option.encode()) for p, option in zip(expected, row["choices"], strict=True)
         ]
-        right = {1: 1, "A": 0}[row["answer"]]  # type: ignore[index]
+        right = 0 if row["answer"] == "A" else row["answer"]
         assert outcome.values == {
             "multiple_choice": np.argmax(expected) == right,
             "normalized": np.argmax(per_byte) == right,
@@ -125,6 +126,26 @@ def test_a_row_whose_answer_names_no_option_is_told_with_its_place(
         evaluation={"tasks": [{"type": "multiple_choice", "data": data}]},
     )
     assert len(ask(skipping, model)[1]) == 2
+
+
+def test_rows_that_are_learnt_are_no_questions(
+    tiny_recipe: Callable[..., Any], model: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"say {i}", "completion": "B", "choices": ["A", "B"], "answer": "B"}
+        for i in range(40)
+    ]
+    train = {
+        "path": write_rows(tmp_path / "own.jsonl", rows), "format": {"type": "prompt_completion"},
+    }  # fmt: skip
+    recipe = tiny_recipe(
+        data={"train": train, "evaluation": None, "evaluation_share": 0.3},
+        evaluation={"tasks": [{"type": "multiple_choice", "question": "{{ prompt }}"}]},
+    )
+    [held_out] = recipe.data.evaluation_sources
+    places = [row.place for row in held_out.conversations(BadRows())]
+    assert 0 < len(places) < 40
+    assert [question.place for question in ask(recipe, model)[1]] == places
 
 
 def test_settings_of_multiple_choice_that_cannot_be_are_refused(
