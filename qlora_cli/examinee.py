@@ -83,7 +83,8 @@ class Respondent:
         same: dict[tuple[int, ...], list[int]] = {}
         for i, example in enumerate(examples):
             same.setdefault(tuple(example.input_ids[:-1]), []).append(i)
-        # The very batches of the training's evaluation, so that it finds the very same loss.
+        # Where no two rows begin alike, the very batches of the training's evaluation, so that it
+        # finds the very same loss.
         order = sorted(same.values(), key=lambda group: (-len(examples[group[0]].labels), group))
         progress = Progress(f"{self.name}: likelihoods", len(examples))
         size = self._recipe.eval_batch_size

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from qlora_cli.data.scan import Bar
+from qlora_cli.data.sources import counted
 from qlora_cli.preview_text import visible
-from qlora_cli.view import Piece, Sample, SideView, SourceView, count_rows
+from qlora_cli.view import Piece, Sample, SideView, SourceView
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
@@ -52,7 +53,7 @@ def preview_page(sides: Sequence[SideView], *, title: str) -> str:
 
 def _side(side: SideView) -> Iterator[str]:
     total = side.audit.total
-    yield f"<h2>{escape(side.name)}: {count_rows(total.num_rows)}</h2>"
+    yield f"<h2>{escape(side.name)}: {counted(total.num_rows, 'row')}</h2>"
     yield (
         f"<p>Lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
         f"{total.num_tokens:,} tokens, {total.learnt:.1%} learnt.</p>"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qlora_cli.data.scan import Bar
-from qlora_cli.view import Sample, SideView, SourceView, count_rows
+from qlora_cli.data.sources import counted
+from qlora_cli.view import Sample, SideView, SourceView
 
 _OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
 _MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
@@ -44,9 +45,9 @@ def _legend(colour: bool) -> str:
 def _source(source: SourceView, colour: bool) -> Iterator[str]:
     yield _heading(f"{source.name}: {source.path}", colour)
     yield (
-        f"{count_rows(source.num_read)}, {source.num_bad:,} bad, {source.num_dropped:,} dropped, "
-        f"{source.num_cut:,} cut; {source.figures.num_tokens:,} tokens, "
-        f"{source.figures.learnt:.1%} learnt"
+        f"{counted(source.num_read, 'row')}, {source.num_bad:,} bad, "
+        f"{source.num_dropped:,} dropped, {source.num_cut:,} cut; "
+        f"{source.figures.num_tokens:,} tokens, {source.figures.learnt:.1%} learnt"
     )
     if source.ignored:
         yield f"not read in messages: {source.ignored}"
@@ -105,7 +106,7 @@ def _visible(character: str, marks: str) -> str:
 
 def _side(side: SideView, colour: bool) -> Iterator[str]:
     total = side.audit.total
-    yield _heading(f"{side.name}: {count_rows(total.num_rows)}", colour)
+    yield _heading(f"{side.name}: {counted(total.num_rows, 'row')}", colour)
     yield (
         f"lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
         f"{total.num_tokens:,} tokens, {total.learnt:.1%} learnt"

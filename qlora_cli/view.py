@@ -68,11 +68,6 @@ class SideView:
     sources: list[SourceView]
 
 
-def count_rows(number: int) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number:,} row{'' if number == 1 else 's'}"
-
-
 def make_sample(
     example: Example, place: str, tokenizer: PreTrainedTokenizerFast, answer: str | None = None
 ) -> Sample:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.data.encode import Encoded, Encoder, Refused
 from qlora_cli.data.formats import Text
 from qlora_cli.data.questions import is_verbatim
-from qlora_cli.data.sources import BadRows, Source, first_lines
+from qlora_cli.data.sources import BadRows, Source, counted, first_lines
 from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.workers import Workers
 from qlora_cli.errors import DataError
@@ -83,9 +83,9 @@ class Prepared:
         """One line for the log."""
         answers = f", {self.num_lost_answers:,} of {self.num_answers:,} {self.learnt_as} lost"
         typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
-        bad = f", {_count(self.num_bad, 'bad row')} left out" if self.num_bad else ""
+        bad = f", {counted(self.num_bad, 'bad row')} left out" if self.num_bad else ""
         return (
-            f"{_count(self.num_rows, 'row')} "
+            f"{counted(self.num_rows, 'row')} "
             f"({self.num_truncated:,} too long, {self.num_lost:,} left out"
             f"{answers if self.num_lost_answers else ''}){bad}{typed}, "
             f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
@@ -343,10 +343,6 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
     most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
     more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
     return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _sha256(text: str) -> str:

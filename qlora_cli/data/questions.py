@@ -18,7 +18,7 @@ from qlora_cli.data.formats import (
     Text,
 )
 from qlora_cli.data.formats.fields import list_of
-from qlora_cli.data.sources import BadRows, Source, first_lines
+from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Prompt, Row
 
@@ -70,8 +70,7 @@ def read_questions(
             )
             questions.append(Question(prompt, reference))
     if bad.count:
-        rows = "row" if bad.count == 1 else "rows"
-        raise DataError(f"{path}: {bad.count:,} bad {rows}\n{first_lines(bad.first, bad.count)}")
+        raise DataError(bad.report(str(path)))
     if not questions:
         raise DataError(f"{path}: no rows")
     return questions

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from qlora_cli.data import Data
 from qlora_cli.data.encode import Encoder
-from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.choice import Choice, ChoiceTask, asked, encode_choice
-from qlora_cli.tasks.task import Measure, Values, mean_of
+from qlora_cli.tasks.task import Measure, Values, mean_of, read_rows
 from qlora_cli.types import Conversation
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class Classification(ChoiceTask):
         *,
         limit: int | None,
     ) -> list[Choice]:
-        skip = settings.on_bad_row == "skip"
-        rows = [row for source in sources for row in _rows(source, skip=skip)]
+        rows = [row for source in sources for row in read_rows(source, settings)]
         labels = self.labels or sorted({_label(row) for row in rows})
         if len(labels) < 2:
             raise DataError(
@@ -81,13 +80,6 @@ def macro_f1(values: Values) -> NDArray[float64]:
         number += either > 0
     f1: NDArray[float64] = total / number
     return f1
-
-
-def _rows(source: Source, *, skip: bool) -> list[Conversation]:
-    bad = BadRows()
-    rows = list(source.conversations(bad))
-    bad.check(source.path, skip=skip)
-    return rows
 
 
 def _label(row: Conversation) -> str:

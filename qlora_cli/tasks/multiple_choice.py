@@ -83,7 +83,8 @@ class MultipleChoice(ChoiceTask):
                     questions.append(choice)
                 except DataError as error:
                     bad.add(located.place, error)
-            bad.check(source.path, skip=settings.on_bad_row == "skip")
+            # To skip all rows would leave nothing, and not say why.
+            bad.check(source.path, skip=settings.on_bad_row == "skip" and bool(questions))
         if not questions:
             raise DataError(f"{self.label}: no rows")
         return questions

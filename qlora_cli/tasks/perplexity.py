@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from qlora_cli.data import Data
 from qlora_cli.data.formats import FormatConfig, Text
-from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.loss import perplexity
-from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, Values
+from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, Values, read_rows
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
@@ -143,13 +143,10 @@ def read_texts(source: Source, settings: Data) -> list[tuple[str, str]]:
     Raises:
         DataError: no rows, or bad rows (all are counted).
     """
-    bad = BadRows()
-    rows = [
+    return [
         (row.place, "".join(message.content for message in row.messages))
-        for row in source.conversations(bad)
+        for row in read_rows(source, settings)
     ]
-    bad.check(source.path, skip=settings.on_bad_row == "skip")
-    return rows
 
 
 def bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:

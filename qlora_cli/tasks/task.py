@@ -11,10 +11,10 @@ from pydantic import Field
 
 from qlora_cli.data import Data
 from qlora_cli.data.prepare import prepare_prompts
-from qlora_cli.data.sources import Source
+from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.part import Part
-from qlora_cli.types import Example, Prompt
+from qlora_cli.types import Conversation, Example, Prompt
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -121,6 +121,18 @@ class Task(Part):
         for measure in self.measures():
             is_main = measure.name == self.type
             yield self.label if is_main else f"{self.label}.{measure.name}", measure
+
+
+def read_rows(source: Source, settings: Data) -> list[Conversation]:
+    """What the rows of a source say.
+
+    Raises:
+        DataError: no rows, or bad rows (all are counted).
+    """
+    bad = BadRows()
+    rows = list(source.conversations(bad))
+    bad.check(source.path, skip=settings.on_bad_row == "skip")
+    return rows
 
 
 def read_prompts(

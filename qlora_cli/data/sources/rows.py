@@ -54,20 +54,21 @@ class BadRows:
         """
         if not self.count:
             return
-        rows = "row" if self.count == 1 else "rows"
-        message = f"{path}: {self.count:,} bad {rows}"
-        shown = first_lines(self.first, self.count)
         if skip:
-            log.warning("%s, left out\n%s", message, shown)
+            log.warning("%s", self.report(path, ", left out"))
             return
         hint = "repair them, or leave them out with data.on_bad_row: skip"
-        if all("missing; found" in line for line in self.first):
-            hint = (
-                "if no row has that field, the format is another: data.train.format "
-                "(messages, sharegpt, alpaca, prompt_completion, text, template ...) or "
-                "data.train.fields, which renames columns"
-            )
-        raise DataError(f"{message}\n{shown}", hint=hint)
+        raise DataError(self.report(path), hint=hint)
+
+    def report(self, path: str, what: str = "") -> str:
+        """How many they are and what became of them, and the first ten."""
+        head = f"{path}: {counted(self.count, 'bad row')}{what}"
+        return f"{head}\n{first_lines(self.first, self.count)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def first_lines(lines: list[str], count: int | None = None) -> str:
