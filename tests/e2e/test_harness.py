@@ -56,6 +56,7 @@ def task_folder(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_harness
+# What the harness and its libraries warn of is not ours to mend.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("as_chat", [True, False])
 def test_the_harness_counts_what_our_task_counts(
@@ -88,6 +89,7 @@ def test_the_harness_counts_what_our_task_counts(
 
 
 @needs_harness
+# As above.
 @pytest.mark.filterwarnings("default")
 def test_a_task_that_the_harness_does_not_have_is_refused(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
