@@ -150,18 +150,26 @@ _UNPACKED = 2
 
 def _unpack_gguf(path: Path) -> Path:
     """Dequantize a GGUF file into a bfloat16 folder, once for each content of the file."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import filelock
 
     if not path.is_file():
         raise ModelError(f"model.path: no such file: {path}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "gguf" / f"{digest[:32]}-{_UNPACKED}"
-    if folder.is_dir():
-        return folder
-    log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that train together, or two runs at once: the first unpacks, the others wait.
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
+            _write_unpacked(path, folder)
+    return folder
+
+
+def _write_unpacked(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     try:
         # Its progress bar heeds no setting, and is no error to be read on standard error.
@@ -184,7 +192,6 @@ def _unpack_gguf(path: Path) -> Path:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:

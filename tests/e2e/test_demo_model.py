@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,6 +123,22 @@ def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_the_model_was_taught() -
     read = loaded.recipe.model.load_tokenizer()
     # Each digit by itself, so that the two spaces before them stay together.
     assert read.convert_ids_to_tokens(read("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
+
+
+def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from qlora_cli.model.base import BaseModelConfig"]
+    command[-1] += "; print(BaseModelConfig(path=sys.argv[1]).locate())"
+    environment = {**os.environ, "QLORA_CACHE": str(tmp_path)}
+    running = [
+        subprocess.Popen(
+            [*command, str(MODEL)], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    found = {process.communicate()[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    (folder,) = found
+    assert [path for path in (tmp_path / "gguf").iterdir() if path.is_dir()] == [Path(folder)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
