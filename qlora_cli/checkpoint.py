@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 from pathlib import Path
@@ -14,15 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qlora_cli.durable import describe_file, put_in_place, remove_folder, write_file, write_json
 from qlora_cli.errors import TrainingError
+from qlora_cli.tensor_file import file_of
 from qlora_cli.types import TrainState
 
 log = logging.getLogger("qlora")
 
 _MANIFEST = "manifest.json"
+_WEIGHTS, _TENSORS, _TREE = "trained.safetensors", "state.safetensors", "state.json"
+_FILES = (_WEIGHTS, _TENSORS, _TREE)
+_FORMAT = 1
 
 
 def save_checkpoint(
@@ -32,42 +36,89 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     state: TrainState,
+    random_states: list[dict[str, Any]],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N`, whole or not at all, then drop all but the newest `keep`.
+    """Write `folder/step-N`, whole or not at all; then drop all but the newest `keep`.
 
     The trained weights, the optimizer, the random generators, the state of the loop. The position
-    in the data is a function of the step, and so is the learning rate.
+    in the data is a function of the step, and so is the learning rate. Older checkpoints go only
+    when the new one has been read back from the disk and found to be what was written.
+
+    Args:
+        random_states: of each rank, by `random_states`.
 
     Raises:
-        TrainingError: a trained weight is not finite; nothing was written.
+        TrainingError: a trained weight is not finite, or the disk does not take it; what was saved
+            before is untouched.
     """
     refuse_non_finite(model, state.step)
     path = folder / f"step-{state.step:08d}"
+    if is_whole(path):  # this very step was resumed from
+        return path
     unfinished = folder / f".{path.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file(_trained(model), unfinished / "trained.safetensors")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
+        unfinished.mkdir()
+        _write(unfinished, model, optimizer, scaler, state, random_states)
+        if path.exists():
+            remove_folder(path)
+        put_in_place(unfinished, path)
+        if not is_whole(path):
+            raise TrainingError(
+                f"{path} was written, and reads otherwise than it was written: the disk cannot be "
+                "trusted; older checkpoints are untouched",
+                hint="--resume goes on from an older one; train on another disk",
+            )
+        _drop_old(folder, path, keep)
+    except OSError as error:
+        raise TrainingError(
+            f"the checkpoint of step {state.step} cannot be written: {path}: {error.strerror}; "
+            "what was saved before is untouched",
+            hint="make room (output.keep_checkpoints=1 keeps one), then go on with --resume",
+        ) from error
+    return path
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainState,
+    random_states: list[dict[str, Any]],
+) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _pack(
         {
             "state": dataclasses.asdict(state),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
-            "random": _random_states(),
+            "random": random_states,
         },
         "",
         tensors,
     )
-    save_file(tensors, unfinished / "state.safetensors")
-    _write_json(unfinished / "state.json", tree)
-    # Written last: a folder without a manifest that agrees with it is no checkpoint.
-    _write_json(unfinished / _MANIFEST, _digests(unfinished))
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return path
+    files = {
+        _WEIGHTS: write_file(folder / _WEIGHTS, file_of(_trained(model))),
+        _TENSORS: write_file(folder / _TENSORS, file_of(tensors)),
+        _TREE: write_json(folder / _TREE, tree),
+    }
+    # Last: a folder without a manifest that agrees with it is no checkpoint.
+    write_json(folder / _MANIFEST, {"format": _FORMAT, "files": files})
+
+
+def _drop_old(folder: Path, newest: Path, keep: int) -> None:
+    """Those of later steps stay: they are of a run that was taken back to an earlier one."""
+    older = [path for path in sorted(folder.glob("step-*")) if path.name < newest.name]
+    kept = 1
+    for path in reversed(older):
+        if kept < keep and _has_its_files(path):
+            kept += 1
+        else:
+            remove_folder(path)
 
 
 def load_checkpoint(
@@ -76,29 +127,47 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> TrainState:
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[TrainState, bool]:
     """Put a checkpoint's weights, optimizer and random states in place.
 
+    Returns:
+        The state of the loop; and whether the random states are as they were, which is so on as
+        many ranks as it was written on.
+
     Raises:
-        TrainingError: it was written for another set of trained weights.
+        TrainingError: it was written for another set of trained weights, or cannot be read.
     """
-    saved = load_file(path / "trained.safetensors")
-    live = _trained(model)
-    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
-        changed = sorted(set(saved) ^ set(live)) or sorted(saved)
+    try:
+        saved = load_file(path / _WEIGHTS)
+        tree = json.loads((path / _TREE).read_text(encoding="utf-8"))
+        values = _unpack(tree, load_file(path / _TENSORS))
+        state = TrainState(**values["state"])
+        live = _trained(model)
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
+            changed = sorted(set(saved) ^ set(live)) or sorted(saved)
+            raise TrainingError(
+                f"{path} was written for other trained weights (such as {changed[0]})",
+                hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume",
+            )
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(saved[name])
+        optimizer.load_state_dict(values["optimizer"])
+        scaler.load_state_dict(values["scaler"])
+        is_same_world = len(values["random"]) == world_size
+        if is_same_world:
+            _set_random_states(values["random"][rank])
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
+        RecursionError, SafetensorError,
+    ) as error:  # fmt: skip
         raise TrainingError(
-            f"{path} was written for other trained weights (such as {changed[0]})",
-            hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume",
-        )
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(saved[name])
-    tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    values = _unpack(tree, load_file(path / "state.safetensors"))
-    optimizer.load_state_dict(values["optimizer"])
-    scaler.load_state_dict(values["scaler"])
-    _set_random_states(values["random"])
-    return TrainState(**values["state"])
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}",
+            hint="--resume STEP goes on from another one",
+        ) from error
+    return state, is_same_world
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:
@@ -119,7 +188,7 @@ def newest_checkpoint(folder: Path) -> Path:
         TrainingError: there is none.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if _is_whole(path):
+        if is_whole(path):
             return path
         log.warning("%s is damaged; passed over", path)
     raise TrainingError(
@@ -129,27 +198,41 @@ def newest_checkpoint(folder: Path) -> Path:
     )
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether the files of a checkpoint are those that were written, byte for byte."""
+    files = _manifest(path)
+    try:
+        return files is not None and all(
+            describe_file(path / name) == described for name, described in files.items()
+        )
+    except OSError:
+        return False
+
+
+def _has_its_files(path: Path) -> bool:
+    files = _manifest(path)
+    try:
+        return files is not None and all(
+            (path / name).stat().st_size == described["bytes"] for name, described in files.items()
+        )
+    except OSError:
+        return False
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
+    """What a checkpoint says of its files; None if it cannot be believed.
+
+    The names are known, so nothing that a manifest says leads out of the folder; nor does a link.
+    """
+    if any(file.is_symlink() for file in (path, path / _MANIFEST, *(path / n for n in _FILES))):
+        return None
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(manifest == _digests(path))
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.iterdir())
-        if file.name != _MANIFEST
-    }
-
-
-def _write_json(path: Path, value: object) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+        files = {name: manifest["files"][name] for name in _FILES}
+        is_ours = manifest["format"] == _FORMAT and files == manifest["files"]
+        return files if is_ours and all("bytes" in one for one in files.values()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -160,7 +243,8 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Of every generator that training draws from, in this process."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),

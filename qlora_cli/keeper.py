@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from qlora_cli.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
+    random_states,
     refuse_non_finite,
     save_checkpoint,
 )
@@ -82,13 +83,18 @@ class Keeper:
             TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
         """
         path = newest_checkpoint(self._run.checkpoints)
-        state = load_checkpoint(
-            path, model=self._model, optimizer=self._optimizer, scaler=self._scaler
+        state, is_same_world = load_checkpoint(
+            path,
+            model=self._model,
+            optimizer=self._optimizer,
+            scaler=self._scaler,
+            rank=self._world.rank,
+            world_size=self._world.size,
         )
         if state.step > max_steps:
             raise TrainingError(f"--resume: {path} is beyond the last step, {max_steps}")
-        if not self._world.is_main:
-            # The random states are the main process's; dropout must not be the same everywhere.
+        if not is_same_world:
+            log.warning("saved on another number of processes: dropout is drawn anew")
             set_seed(seed + self._world.rank + state.step)
         log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
         return state
@@ -101,6 +107,7 @@ class Keeper:
 
     def checkpoint(self, state: TrainState) -> None:
         """Save all that is needed to go on from here."""
+        states = self._world.gather(random_states())
         if self._world.is_main:
             save_checkpoint(
                 self._run.checkpoints,
@@ -108,6 +115,7 @@ class Keeper:
                 optimizer=self._optimizer,
                 scaler=self._scaler,
                 state=state,
+                random_states=states,
                 keep=self._keep_checkpoints,
             )
         self._world.wait()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_cli.durable import exchange_folder, put_in_place, write_file
 from qlora_cli.errors import RecipeError
 
 Weights = Literal["last", "best"]
@@ -104,8 +104,7 @@ class RunFolder:
         unfinished.mkdir()
         write(unfinished)
         readable_as_the_folder(unfinished)
-        shutil.rmtree(self.root / which, ignore_errors=True)
-        unfinished.rename(self.root / which)
+        exchange_folder(unfinished, self.root / which)
 
     def read_record(self) -> dict[str, Any]:
         """What `update_record` wrote.
@@ -123,8 +122,9 @@ class RunFolder:
         """Add to `run.json`, whole or not at all."""
         known = self.read_record() if self.record.exists() else {}
         unfinished = self.record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.record)
+        text = json.dumps({**known, **values}, indent=2) + "\n"
+        write_file(unfinished, [text.encode()])
+        put_in_place(unfinished, self.record)
 
     def write_readme(self) -> None:
         """A page for whoever finds the folder."""

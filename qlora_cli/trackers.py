@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
+from qlora_cli.durable import put_in_place, write_file
+
 Metrics = Mapping[str, float]
 
 
@@ -83,8 +85,10 @@ class Jsonl:
     def __init__(self, path: Path, first_step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _is_done(json.loads(line), first_step)]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
+        unfinished = path.with_suffix(".unfinished")
+        write_file(unfinished, [f"{line}\n".encode() for line in kept])
+        put_in_place(unfinished, path)
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics, step: int) -> None:
         # JSON has no infinity; the first steps in fp16 may have one as their gradient norm.

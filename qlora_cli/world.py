@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import random
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from qlora_cli.errors import RecipeError
+
+T = TypeVar("T")
 
 
 class World:
@@ -41,6 +43,13 @@ class World:
         if self.size == 1:
             return [int(count) for count in counts]
         return [int(count) for count in self.sum(counts.to(self.device))]
+
+    def gather(self, value: T) -> list[T]:
+        """A value (of plain Python and tensors) of each rank, in their order."""
+        from accelerate.utils import gather_object
+
+        found: list[T] = gather_object([value]) if self.size > 1 else [value]
+        return found
 
     def share(self, module: nn.Module) -> nn.Module:
         """A module whose gradients are averaged over the ranks in the backward pass."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.tensor_file import DTYPES, header_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 _CHUNK = 2**24
 """Bytes of a tensor that is only copied."""
-
-# https://huggingface.co/docs/safetensors/index#format
-_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +39,9 @@ class Stored:
     def torch_dtype(self) -> torch.dtype:
         import torch
 
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise ModelError(f"{self.file}: weights of type {self.dtype} cannot be computed with")
-        dtype: torch.dtype = getattr(torch, _DTYPES[self.dtype])
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
         return dtype
 
     def resized(self, shape: tuple[int, ...]) -> Stored:
@@ -165,16 +159,13 @@ def write_shard(
     Returns:
         The digest of each tensor.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, stored in layout.items():
-        start, end = end, end + stored.size
-        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = header_of(
+        {name: (stored.dtype, stored.shape, stored.size) for name, stored in layout.items()},
+        metadata,
+    )
     digests = {}
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for name, stored in layout.items():
             before, found = file.tell(), hashlib.blake2b(digest_size=16)
             for piece in pieces(name):
@@ -183,11 +174,3 @@ def write_shard(
             assert file.tell() - before == stored.size, name
             digests[name] = found.hexdigest()
     return digests
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they are stored."""
-    import torch
-
-    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)

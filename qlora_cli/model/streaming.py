@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.shards import INDEX, Shards, Stored, bytes_of, write_shard
+from qlora_cli.model.shards import INDEX, Shards, Stored, write_shard
 from qlora_cli.progress import Progress
+from qlora_cli.tensor_file import bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_cli.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from qlora_cli.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    random_states,
+    save_checkpoint,
+)
 from qlora_cli.errors import TrainingError
 from qlora_cli.optim.optimizers import AdamW, AdamW8bit
 from qlora_cli.types import TrainState
@@ -47,11 +52,12 @@ class Run:
             optimizer=self.optimizer,
             scaler=self.scaler,
             state=self.state,
+            random_states=[random_states()],
             keep=keep,
         )
 
     def load(self, path: Path) -> None:
-        self.state = load_checkpoint(
+        self.state, _ = load_checkpoint(
             path, model=self.model, optimizer=self.optimizer, scaler=self.scaler
         )
 
