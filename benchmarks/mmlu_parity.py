@@ -82,7 +82,7 @@ def by_qlora(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str, A
     overrides = [] if limit is None else [f"evaluation.limit={limit}"]
     report = evaluate(recipe, overrides, tasks=["mmlu"], records=records)
     base = report["models"]["base"]
-    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").strip().split("\n")]
     figures = {"acc": base["mmlu"]["value"], "acc_norm": base["mmlu.normalized"]["value"]}
     return figures, [int(row["models"]["base"]["multiple_choice"]) for row in rows]
 

@@ -54,7 +54,7 @@ def save_checkpoint(
     """
     refuse_non_finite(model, state.step)
     path = folder / f"step-{state.step:08d}"
-    if is_whole(path):  # this very step was resumed from
+    if is_whole(path):  # the run was taken back, and is here again
         return path
     unfinished = folder / f".{path.name}.unfinished"
     try:
@@ -70,14 +70,14 @@ def save_checkpoint(
             raise TrainingError(
                 f"{path} was written, and reads otherwise than it was written: the disk cannot be "
                 "trusted; older checkpoints are untouched",
-                hint="--resume goes on from an older one; train on another disk",
+                hint="--resume auto goes on from an older one; train on another disk",
             )
         _drop_old(folder, path, keep)
     except OSError as error:
         raise TrainingError(
             f"the checkpoint of step {state.step} cannot be written: {path}: {error.strerror}; "
             "what was saved before is untouched",
-            hint="make room (output.keep_checkpoints=1 keeps one), then go on with --resume",
+            hint="make room (output.keep_checkpoints=1 keeps one), then go on with --resume auto",
         ) from error
     return path
 
@@ -149,7 +149,7 @@ def load_checkpoint(
             changed = sorted(set(saved) ^ set(live)) or sorted(saved)
             raise TrainingError(
                 f"{path} was written for other trained weights (such as {changed[0]})",
-                hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume",
+                hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume auto",
             )
         with torch.no_grad():
             for name, tensor in live.items():
@@ -179,6 +179,31 @@ def refuse_non_finite(model: nn.Module, step: int) -> None:
             "were not saved, and what was saved before is untouched",
             hint="try a lower optimizer.learning_rate, or training.max_grad_norm=1",
         )
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """What `--resume` names.
+
+    Args:
+        folder: the run's checkpoints.
+        which: "auto" for the newest that is whole; a step; or the path of one of them.
+
+    Raises:
+        TrainingError: it is not there, or damaged.
+    """
+    if which == "auto":
+        return newest_checkpoint(folder)
+    path = folder / f"step-{int(which):08d}" if which.isdecimal() else Path(which)
+    if path.resolve().parent == folder.resolve() and is_whole(path):
+        return path
+    state = "is damaged" if path.exists() else "does not exist"
+    if path.resolve().parent != folder.resolve():
+        state = f"is no checkpoint of this run, which has them in {folder}"
+    steps = [str(int(p.name[5:])) for p in sorted(folder.glob("step-*")) if is_whole(p)]
+    raise TrainingError(
+        f"--resume: {path} {state}",
+        hint=f"there are steps {', '.join(steps)}" if steps else "there is none that is whole",
+    )
 
 
 def newest_checkpoint(folder: Path) -> Path:

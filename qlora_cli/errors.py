@@ -6,11 +6,19 @@ QloraError
 ├── ModelError       3   the base model or adapter cannot be found, loaded, adapted or merged
 └── TrainingError    4   training stopped before its end, or its result cannot be trusted
 
-Interrupted by the user (Ctrl-C): 130. Success: 0. Anything else (1) is a bug of ours.
+Interrupted              the run ended as it was asked to, and is saved
+  training.stop_after  5
+  Ctrl-C             130
+  SIGTERM            143
+
+Success: 0. Anything else (1) is a bug of ours.
 """
 
 from typing import ClassVar
 
+EXIT_DEADLINE = 5
+EXIT_SIGNAL = 128
+"""Plus the number of the signal, as shells count."""
 EXIT_INTERRUPTED = 130
 
 
@@ -43,3 +51,11 @@ class ModelError(QloraError):
 
 class TrainingError(QloraError):
     exit_code = 4
+
+
+class Interrupted(BaseException):
+    """The run was asked to end. Like KeyboardInterrupt, it is no Exception: nothing swallows it."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code

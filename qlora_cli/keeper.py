@@ -12,13 +12,13 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from qlora_cli.checkpoint import (
+    find_checkpoint,
     load_checkpoint,
-    newest_checkpoint,
     random_states,
     refuse_non_finite,
     save_checkpoint,
 )
-from qlora_cli.errors import RecipeError, TrainingError
+from qlora_cli.errors import Interrupted, RecipeError, TrainingError
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import dump_recipe, load_recipe
@@ -37,6 +37,7 @@ _FREE = (
     "training.tasks_every",
     "training.patience",
     "training.save_every",
+    "training.stop_after",
     "data.audit.",
     "evaluation.",
     "output.",
@@ -76,13 +77,13 @@ class Keeper:
         self._best_by = best_by
         self._lower_is_better = lower_is_better
 
-    def resume(self, max_steps: int, seed: int) -> TrainState:
-        """Put the newest whole checkpoint in place.
+    def resume(self, which: str, max_steps: int, seed: int) -> TrainState:
+        """Put a checkpoint in place: "auto" is the newest that is whole, or its step, or its path.
 
         Raises:
             TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
         """
-        path = newest_checkpoint(self._run.checkpoints)
+        path = find_checkpoint(self._run.checkpoints, which)
         state, is_same_world = load_checkpoint(
             path,
             model=self._model,
@@ -166,16 +167,12 @@ class Keeper:
         self._world.wait()
         self._world.close()
 
-    def interrupted(self, state: TrainState) -> None:
-        """Say what is left of a run that was interrupted after `state.step` steps."""
-        if not self._world.is_main:
-            return
-        saved = sorted(path.name for path in self._run.checkpoints.glob("step-*"))
-        if saved:
-            then = f"the newest checkpoint is {saved[-1]}; --resume goes on from it"
-        else:
-            then = "nothing was saved (training.save_every sets how often a checkpoint is written)"
-        log.warning("interrupted after step %d: %s", state.step, then)
+    def interrupted(self, state: TrainState, why: Interrupted) -> None:
+        """Say what is left of a run that was asked to end after `state.step` steps."""
+        then = "nothing had been learnt yet"
+        if state.step:
+            then = "all that was learnt is saved, and --resume auto goes on from it"
+        log.warning("stopped after step %d (%s): %s", state.step, why, then)
 
     def _warn_if_nothing_was_learnt(self) -> None:
         record = self._run.read_record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,6 +23,10 @@ def _refuse(problems: list[str]) -> None:
     """One line for each problem: the loader shows all of them, each with its place."""
     if problems:
         raise ValueError("\n".join(problems))
+
+
+_DURATION = re.compile(r"([0-9]+(\.[0-9]+)?[dhms])+")
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 class Training(Part):
@@ -54,6 +59,18 @@ class Training(Part):
     save_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints; null saves after the last step alone."""
 
+    stop_after: str | None = None
+    """Save and end after the first step that is done so long after the start, such as `3h55m`
+    (d, h, m, s): before a scheduler's limit. Leave time for a step and a save."""
+
+    @property
+    def stop_after_seconds(self) -> float | None:
+        """`stop_after` in seconds."""
+        if self.stop_after is None:
+            return None
+        parts = re.findall(r"([0-9.]+)([dhms])", self.stop_after)
+        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
     @property
     def passes(self) -> float | None:
         """Passes over the training rows; None when `max_steps` says how long to go on."""
@@ -64,6 +81,11 @@ class Training(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
+        if self.stop_after is not None and not _DURATION.fullmatch(self.stop_after):
+            problems.append(
+                f"training.stop_after ({self.stop_after}) is no length of time; it takes numbers "
+                "with d, h, m or s, such as 3h55m"
+            )
         if self.epochs is not None and self.max_steps is not None:
             problems.append(
                 f"training.epochs ({self.epochs:g}) and training.max_steps ({self.max_steps}) "

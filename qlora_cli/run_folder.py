@@ -17,7 +17,8 @@ import json
 import platform
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +63,12 @@ class RunFolder:
         if not resume and self.record.exists():
             hint = "choose another (--set output.dir=...), or remove the folder"
             if any(self.checkpoints.glob("step-*")):
-                hint = f"go on with it (--resume), {hint}"
+                hint = f"go on with it (--resume auto), {hint}"
             raise RecipeError(f"output.dir: {self.root} already holds a run", hint=hint)
         if self.root.exists() and not self.root.is_dir():
             raise RecipeError(f"output.dir: {self.root} is a file, and a folder is needed")
-        if not resume and self.root.is_dir() and any(self.root.iterdir()):
+        held = [path for path in self.root.glob("*") if path.name != ".lock"]
+        if not resume and self.root.is_dir() and held:
             raise RecipeError(
                 f"output.dir: {self.root} holds files that are of no run, and a run would write "
                 "beside them and over them",
@@ -76,6 +78,27 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"output.dir: {self.root}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here.
+
+        Raises:
+            RecipeError: another process does.
+        """
+        import filelock
+
+        path = self.root / ".lock"
+        try:
+            # The system takes it from a process that dies.
+            with filelock.FileLock(path, timeout=0):
+                yield
+                path.unlink(missing_ok=True)
+        except filelock.Timeout as error:
+            raise RecipeError(
+                f"output.dir: another process is training in {self.root}",
+                hint="wait for it or end it, or choose another folder (--set output.dir=...)",
+            ) from error
 
     def weights(self, which: Weights) -> Path:
         """Folder of the trained weights.
@@ -88,7 +111,7 @@ class RunFolder:
             return self.root
         folder = self.root / which
         if not folder.is_dir():
-            reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume"
+            reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume auto"
             if not any(self.checkpoints.glob("step-*")):
                 reason = "the run was cut short before its first checkpoint"
                 hint = f"remove {self.root}, and start it again"
@@ -148,7 +171,7 @@ class RunFolder:
             "| recipe.yaml | the recipe, every value written out |",
             "| run.json | versions, seed, data digests, counts |",
             "| metrics.jsonl | one JSON object for each logged step |",
-            "| checkpoints/ | what `qlora train --resume` goes on from |",
+            "| checkpoints/ | what `qlora train --resume auto` goes on from |",
             "",
             "```bash",
             *([f"qlora eval {shlex.quote(str(self.root))}"] if record["tasks"] else []),

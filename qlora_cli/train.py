@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from qlora_cli.build import (
 )
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
+from qlora_cli.errors import Interrupted
 from qlora_cli.examinee import Respondent, ask
+from qlora_cli.interruption import Interruption
 from qlora_cli.keeper import Keeper, refuse_changes
 from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
@@ -41,28 +43,47 @@ log = logging.getLogger("qlora")
 def train(
     recipe: Recipe,
     *,
-    resume: bool = False,
+    resume: str | None = None,
     use_cache: bool = True,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe. The returned record is also in the run folder, as run.json.
 
     Args:
-        resume: go on from the newest whole checkpoint in `output.dir`.
+        resume: go on from a checkpoint in `output.dir`: "auto" is the newest that is whole, or its
+            step, or its path.
         use_cache: keep the prepared data, and take what was kept before.
         origins: where each value of the recipe comes from, for the record.
 
     Raises:
         QloraError: in one of its kinds, with its exit code.
+        Interrupted: by a signal or `training.stop_after`; what was learnt is saved.
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
-    settings = recipe.training
     world = World()
     log.disabled = not world.is_main
     run = RunFolder(Path(recipe.output.dir))
-    run.start(resume=resume)
-    world.wait()  # a rank that is late must not find the run of its own main process
+    run.start(resume=resume is not None)
+    with (
+        Interruption(recipe.training.stop_after_seconds) as stop,
+        run.locked() if world.is_main else nullcontext(),
+    ):
+        world.wait()  # a rank that is late must not find the run of its own main process
+        return _train(recipe, run, world, stop, resume, use_cache=use_cache, origins=origins)
+
+
+def _train(
+    recipe: Recipe,
+    run: RunFolder,
+    world: World,
+    stop: Interruption,
+    resume: str | None,
+    *,
+    use_cache: bool,
+    origins: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    settings = recipe.training
 
     # Data first: a bad row is found before a large model is loaded.
     tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
@@ -75,7 +96,7 @@ def train(
     # Before a large model is loaded: rows that cannot be asked about are found here too.
     exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
-    if resume:
+    if resume is not None:
         refuse_changes(run, recipe, learnt.digest)
     weights = [source.weight for source in recipe.data.train_sources]
     batches = BatchStream(
@@ -126,7 +147,9 @@ def train(
         best_by=recipe.evaluation.best_by,
         lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
     )
-    state = keeper.resume(max_steps, settings.seed) if resume else TrainState()
+    state = TrainState()
+    if resume is not None:
+        state = keeper.resume(resume, max_steps, settings.seed)
     keeper.record(
         recipe,
         status="training",
@@ -148,33 +171,46 @@ def train(
         if is_due(settings.tasks_every, state.step) or is_last:
             respondent = Respondent("tasks", model, recipe, tokenizer, dtype, world)
             metrics |= {f"eval_{k}": v for k, v in ask(exam, respondent, world).items()}
+        return metrics
+
+    def evaluate_and_keep_best() -> dict[str, float]:
+        try:
+            # Several processes cannot leave it in different places.
+            with stop.at_once() if world.size == 1 else nullcontext():
+                metrics = evaluate()
+        except Interrupted:
+            return {}  # a run that is resumed evaluates here again
         keeper.keep_best(metrics, state)
         return metrics
 
     started = time.monotonic()
     names = recipe.output.trackers if world.is_main else None
-    try:
-        with closing(
+    with (
+        stop.after_the_step(),
+        closing(
             open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
-        ) as tracker:
-            fit(
-                world.share(objective),
-                optimizer,
-                lambda step: recipe.schedule.scale(step, max_steps),
-                batches,
-                settings,
-                max_steps=max_steps,
-                world=world,
-                scaler=scaler,
-                state=state,
-                evaluate=evaluate,
-                is_over=lambda state: recipe.is_over(state.step, state.best_step),
-                save=keeper.checkpoint,
-                tracker=tracker,
-            )
-    except KeyboardInterrupt:
-        keeper.interrupted(state)
-        raise
+        ) as tracker,
+    ):
+        fit(
+            world.share(objective),
+            optimizer,
+            lambda step: recipe.schedule.scale(step, max_steps),
+            batches,
+            settings,
+            max_steps=max_steps,
+            world=world,
+            scaler=scaler,
+            state=state,
+            evaluate=evaluate_and_keep_best,
+            is_over=lambda state: (
+                world.any(stop.asked is not None) or recipe.is_over(state.step, state.best_step)
+            ),
+            save=keeper.checkpoint,
+            tracker=tracker,
+        )
+    if stop.asked is not None:
+        keeper.interrupted(state, stop.asked)
+        raise stop.asked
     if state.step < max_steps:
         log.info(
             "stopped early: no better %s since step %d", recipe.evaluation.best_by, state.best_step

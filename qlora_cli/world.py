@@ -44,6 +44,10 @@ class World:
             return [int(count) for count in counts]
         return [int(count) for count in self.sum(counts.to(self.device))]
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank. Alone, it does not touch the device."""
+        return self.sum_on_host(torch.tensor([int(flag)]))[0] > 0
+
     def gather(self, value: T) -> list[T]:
         """A value (of plain Python and tensors) of each rank, in their order."""
         from accelerate.utils import gather_object

@@ -98,7 +98,7 @@ train_once() {
         say "$run: already trained"
     elif compgen -G "$run/checkpoints/step-*" >/dev/null; then
         say "$run: was interrupted; going on"
-        qlora train "$@" --resume
+        qlora train "$@" --resume auto
     else
         local aside
         aside=$run.interrupted-$(date +%Y%m%d-%H%M%S)

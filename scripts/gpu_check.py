@@ -320,7 +320,7 @@ def resume_is_exact(bench: Bench) -> str:
     shutil.rmtree(cut / "checkpoints" / "step-00000012")
     text = bench.recipe("cut", training={"save_every": 6}).model_dump(mode="json")
     recipe.write_text(json.dumps(text), encoding="utf-8")
-    bench.qlora("train", recipe, "--resume")
+    bench.qlora("train", recipe, "--resume", "auto")
     expected, found = (metrics(run, "loss")[-6:] for run in (whole, cut))
     error = max(abs(a - b) for a, b in zip(expected, found, strict=True))
     return at_most(error, 1e-6, "difference of the loss")
@@ -410,7 +410,7 @@ def checks() -> Iterator[tuple[str, Check]]:
             lambda b, k=kind, p=precision: command_train(b, k, p),
         )
     yield "qlora eval repeats the logged loss", eval_reproduces
-    yield "qlora train --resume is exact", resume_is_exact
+    yield "qlora train --resume auto is exact", resume_is_exact
     for kind in ("nf4", "int8", "none"):
         yield f"qlora merge, {kind}", lambda b, k=kind: merge_is_faithful(b, k)
     yield "a step never waits for the card", no_host_sync

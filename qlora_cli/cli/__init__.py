@@ -13,7 +13,7 @@ import typer
 from qlora_cli import __version__
 from qlora_cli.cli import adapters, recipes, runs, talk
 from qlora_cli.cli.options import Quiet
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import Interrupted, QloraError
 
 log = logging.getLogger("qlora")
 
@@ -60,7 +60,9 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
       2    the command line, the recipe or the data cannot be used
       3    the model cannot be found, loaded, adapted or merged
       4    training stopped before its end, or its result cannot be trusted
-      130  interrupted (Ctrl-C)
+      5    stopped by training.stop_after, and saved: --resume goes on
+      130  interrupted (Ctrl-C); a run is saved first
+      143  the same by SIGTERM
     """
 
 
@@ -101,6 +103,8 @@ def main(args: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except Interrupted as error:
         sys.exit(error.exit_code)
     finally:
         log.removeHandler(handler)

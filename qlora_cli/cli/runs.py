@@ -35,8 +35,13 @@ def train(
     recipe: RecipePath,
     overrides: Overrides,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.dir.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|STEP|PATH",
+            help="Go on from a checkpoint in output.dir; auto is the newest that is whole.",
+        ),
+    ] = None,
     no_cache: NoCache = False,
     as_json: Json = False,
     quiet: Quiet = None,
@@ -48,6 +53,7 @@ def train(
     \b
     Example:
       qlora train recipe.yaml --set training.max_steps=100 --set output.dir=runs/short
+      qlora train runs/short/recipe.yaml --resume auto
     """
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train import train

@@ -167,10 +167,8 @@ def test_a_wrong_command_line_would_be_noticed(text: str) -> None:
 
 
 def test_calls_are_found_in_shell() -> None:
-    text = (
-        "cd x && CUDA=1 qlora train a.yaml \\\n  --resume | tee log  # qlora no\n$ qlora schema > s"
-    )
+    text = "cd x && CUDA=1 qlora train a.yaml \\\n  --resume auto | tee log  # qlora\n$ qlora schema > s"
     assert [call.words for call in command_lines("here", text)] == [
-        ("train", "a.yaml", "--resume"),
+        ("train", "a.yaml", "--resume", "auto"),
         ("schema",),
     ]

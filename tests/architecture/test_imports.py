@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 FOUNDATION = {
     "types", "errors", "part", "_compat", "cache_folder", "kernels", "progress",
-    "durable", "tensor_file",
+    "durable", "tensor_file", "interruption",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
 }  # fmt: skip
 PARTS = {

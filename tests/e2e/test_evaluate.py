@@ -309,14 +309,14 @@ def test_a_run_without_progress_stops_early_and_resumes_to_the_same_end(
         if path.name > f"step-{record['best']['step'] + 1:08d}":
             shutil.rmtree(path)
     assert any((parts / "checkpoints").iterdir())
-    resumed = output_of(capsys, "train", recipe, "--resume")
+    resumed = output_of(capsys, "train", recipe, "--resume", "auto")
     assert resumed["steps"] == record["steps"]
     assert resumed["best"] == record["best"]
     name = "best/adapter_model.safetensors"
     assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
     # With more patience it goes on from where it stopped.
-    more = output_of(capsys, "train", recipe, "--resume", "--set", "training.patience=3")
+    more = output_of(capsys, "train", recipe, "--resume", "auto", "--set", "training.patience=3")
     assert more["steps"] == record["best"]["step"] + 6
 
 
@@ -328,7 +328,7 @@ def test_what_decides_is_not_changed_on_the_way(
         evaluation={"tasks": TASKS, "max_new_tokens": 2},
     )
     assert exit_code("train", recipe) == 0
-    assert exit_code("train", recipe, "--resume", "--set", "evaluation.best_by=near") == 2
+    assert exit_code("train", recipe, "--resume", "auto", "--set", "evaluation.best_by=near") == 2
     assert "evaluation.best_by: loss -> near" in capsys.readouterr().err
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +153,7 @@ def test_resume_goes_on_bit_for_bit(
     # As after a kill between step 4 and the end.
     for path in (tmp_path / "run" / "checkpoints").glob("step-00000006*"):
         path.rename(tmp_path / "lost")
-    qlora("train", recipe, "--resume")
+    qlora("train", recipe, "--resume", "auto")
     resumed = metrics(tmp_path / "run")
     for name in ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens"):
         assert [row.get(name) for row in resumed] == [row.get(name) for row in expected]
@@ -286,7 +289,7 @@ def test_a_run_is_not_resumed_with_another_recipe(
     recipe = write_recipe(training={"max_steps": 2})
     qlora("train", recipe)
     before = (tmp_path / "run" / "recipe.yaml").read_bytes()
-    assert exit_code("train", recipe, "--resume", "--set", override) == 2
+    assert exit_code("train", recipe, "--resume", "auto", "--set", override) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
 
@@ -298,7 +301,7 @@ def test_a_run_is_not_resumed_with_other_rows(
     qlora("train", recipe)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text(encoding="utf-8").replace("ab", "xy"), encoding="utf-8")
-    assert exit_code("train", recipe, "--resume") == 2
+    assert exit_code("train", recipe, "--resume", "auto") == 2
     assert "the rows of data.train" in capsys.readouterr().err
 
 
@@ -307,10 +310,10 @@ def test_a_finished_run_can_be_made_longer_and_not_shorter(
 ) -> None:
     recipe = write_recipe(training={"max_steps": 2})
     qlora("train", recipe)
-    qlora("train", recipe, "--resume", "--set", "training.max_steps=4")
+    qlora("train", recipe, "--resume", "auto", "--set", "training.max_steps=4")
     steps = [row["step"] for row in metrics(tmp_path / "run") if "loss" in row]
     assert steps == [1, 2, 3, 4]
-    assert exit_code("train", recipe, "--resume", "--set", "training.max_steps=3") == 4
+    assert exit_code("train", recipe, "--resume", "auto", "--set", "training.max_steps=3") == 4
     assert "beyond the last step, 3" in capsys.readouterr().err
 
 
@@ -330,7 +333,7 @@ def test_what_was_cut_short_in_its_last_evaluation_evaluates_again(
     (run / "last").rename(tmp_path / "lost-last")
     del record["best"]
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    qlora("train", recipe, "--resume")
+    qlora("train", recipe, "--resume", "auto")
     assert metrics(run)[-1] == expected[-1]
     assert (run / "best").is_dir()
     assert (run / "last").is_dir()
@@ -562,7 +565,7 @@ def test_packed_training_resumes_where_it_stopped(
 
     qlora("train", recipe("whole", 9))
     qlora("train", recipe("parts", 4))
-    qlora("train", recipe("parts", 9), "--resume")
+    qlora("train", recipe("parts", 9), "--resume", "auto")
     losses = [
         [row["loss"] for row in metrics(tmp_path / run) if "loss" in row]
         for run in ("whole", "parts")
@@ -607,28 +610,175 @@ def test_a_run_is_not_written_among_the_files_of_somebody(
     assert recipe.read_bytes() == before
 
 
-def test_an_interrupted_run_says_what_is_left_of_it(
-    write_recipe: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def send(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, step: int, key: str) -> None:
+    """Send this process a signal when a step (or its evaluation) is on the console."""
     from qlora_cli.trackers import Console
 
     log = Console.log
 
-    def interrupt(self: Any, metrics: Any, step: int) -> None:
-        log(self, metrics, step)
-        if step == 3:
-            raise KeyboardInterrupt
+    def log_and_send(self: Any, metrics: Any, at: int) -> None:
+        log(self, metrics, at)
+        if at == step and key in metrics:
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Console, "log", interrupt)
-    recipe = write_recipe(training={"max_steps": 6, "save_every": 2})
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(recipe)])
-    assert caught.value.code == 130
-    assert "interrupted after step 3: the newest checkpoint is step-" in capsys.readouterr().err
+    monkeypatch.setattr(Console, "log", log_and_send)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run) if "loss" in row]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    sections = {"training": {"max_steps": 6}, "adapter": {"dropout": 0.1}}
+    recipe = write_recipe(**sections)
+    qlora("train", recipe)
+    expected = losses(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "whole")
+    send(monkeypatch, number, step=3, key="loss")
+    assert exit_code("train", recipe) == 128 + number
+    told = capsys.readouterr().err
+    assert f"{number.name}: the run ends after this step, and is saved" in told
+    assert f"stopped after step 3 ({number.name})" in told
     monkeypatch.undo()
-    qlora("train", recipe, "--resume")
+    qlora("train", recipe, "--resume", "auto")
+    assert losses(tmp_path / "run") == expected
+    weights = [
+        (tmp_path / run / "last" / "adapter_model.safetensors").read_bytes()
+        for run in ("run", "whole")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qlora_cli.train
+
+    recipe = write_recipe(training={"max_steps": 4, "eval_every": 2})
+    qlora("train", recipe)
+    expected = metrics(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "whole")
+    measure, times = qlora_cli.train.measure, []
+
+    def measure_and_send(*arguments: Any) -> Any:
+        times.append(1)
+        if len(times) == 2:  # after step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the evaluation went on")
+        return measure(*arguments)
+
+    monkeypatch.setattr(qlora_cli.train, "measure", measure_and_send)
+    assert exit_code("train", recipe) == 143
+    monkeypatch.undo()
+    steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps == ["step-00000002"]
+    qlora("train", recipe, "--resume", "auto")
+    for name in ("step", "loss", "eval_loss"):
+        assert [r.get(name) for r in metrics(tmp_path / "run")] == [r.get(name) for r in expected]
+
+
+def test_a_second_signal_ends_a_run_at_once(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qlora_cli.loop
+
+    step = qlora_cli.loop.train_step
+
+    def send_twice(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(qlora_cli.loop, "train_step", send_twice)
+    assert exit_code("train", write_recipe()) == 130
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_signal_before_the_first_step_ends_a_run_at_once(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qlora_cli.train
+
+    def load(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("loading went on")
+
+    monkeypatch.setattr(qlora_cli.train, "load_base", load)
+    assert exit_code("train", write_recipe()) == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_ends_saved_when_its_time_is_over(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import qlora_cli.interruption
+    from qlora_cli.trackers import Console
+
+    recipe = write_recipe(training={"max_steps": 3})
+    qlora("train", recipe)
+    expected = losses(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "whole")
+
+    log, clock = Console.log, [0.0]
+
+    def wait_a_minute(self: Any, metrics: Any, step: int) -> None:
+        log(self, metrics, step)
+        clock[0] += 60 * ("loss" in metrics)
+
+    monkeypatch.setattr(Console, "log", wait_a_minute)
+    monkeypatch.setattr(
+        qlora_cli.interruption, "time", types.SimpleNamespace(monotonic=lambda: clock[0])
+    )
+    assert exit_code("train", recipe, "--set", "training.stop_after=1m30s") == 5
+    assert "stopped after step 2 (training.stop_after is over)" in capsys.readouterr().err
+    monkeypatch.undo()
+    qlora("train", recipe, "--resume", "auto")
+    assert losses(tmp_path / "run") == expected
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        training={"max_steps": 4, "save_every": 1}, output={"keep_checkpoints": 4}
+    )
+    qlora("train", recipe)
+    expected = losses(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for which in ("2", checkpoints / "step-00000001"):
+        qlora("train", recipe, "--resume", which)
+        assert losses(tmp_path / "run") == expected
+    for which, message in (
+        ("7", "step-00000007 does not exist"),
+        (tmp_path, "is no checkpoint of this run"),
+    ):
+        assert exit_code("train", recipe, "--resume", which) == 4
+        told = capsys.readouterr().err
+        assert message in told
+        assert "there are steps 1, 2, 3, 4" in told
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import filelock
+
+    recipe = write_recipe(training={"max_steps": 1})
+    qlora("train", recipe)
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        assert exit_code("train", recipe, "--resume", "auto") == 2
+    assert "another process is training in" in capsys.readouterr().err
+    qlora("train", recipe, "--resume", "auto")  # released with the process, or the run
 
 
 def test_a_run_that_only_got_worse_says_so(

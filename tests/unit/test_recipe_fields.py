@@ -59,7 +59,7 @@ def candidates(field_type: FieldType) -> Iterator[str]:
             bool: ("true", "false"),
             int: ("1", "2", "3", "32", "1000"),
             float: ("0.125", "0.25", "3", "100"),
-            str: ("other", ";"),
+            str: ("other", ";", "3h55m"),
         }[scalar]
     if field_type.item:
         item = next(candidates(field_type.item))

@@ -92,7 +92,7 @@ def fake_qlora(tmp_path: Path) -> Path:
     [
         (None, False, "train recipe.yaml"),
         ("finished", True, None),
-        ("training", True, "train recipe.yaml --resume"),
+        ("training", True, "train recipe.yaml --resume auto"),
         ("training", False, "train recipe.yaml"),
     ],
 )
