@@ -144,7 +144,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
 
 
-_UNPACKED = 2
+_UNPACKED = 3
 """Raised when GGUF files are unpacked otherwise than before."""
 
 
@@ -171,19 +171,20 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    # transformers would believe a config or tokenizer in the same folder rather than the file.
+    alone = Path(tempfile.mkdtemp(prefix=".alone-", dir=folder.parent))
     try:
+        (alone / path.name).symlink_to(path.resolve())
         # Its progress bar heeds no setting, and is no error to be read on standard error.
         with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
+                alone,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
                 local_files_only=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, local_files_only=True)
         restore_splitting(tokenizer, path)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -191,7 +192,8 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     except (ValueError, KeyError, NotImplementedError, OSError, struct.error) as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for made in (unfinished, alone):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:

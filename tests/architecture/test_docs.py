@@ -167,7 +167,7 @@ def test_a_wrong_command_line_would_be_noticed(text: str) -> None:
 
 
 def test_calls_are_found_in_shell() -> None:
-    text = "cd x && CUDA=1 qlora train a.yaml \\\n  --resume auto | tee log  # qlora\n$ qlora schema > s"
+    text = "cd x && CUDA=1 qlora train a.yaml \\\n  --resume auto | tee log\n$ qlora schema > s"
     assert [call.words for call in command_lines("here", text)] == [
         ("train", "a.yaml", "--resume", "auto"),
         ("schema",),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_cli.evaluate import evaluate
 from qlora_cli.export import export
 from qlora_cli.merge import merge
+from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train
 from tests.conftest import DATA, MODEL, ROOT, needs_data, needs_model
@@ -123,6 +124,19 @@ def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_the_model_was_taught() -
     read = loaded.recipe.model.load_tokenizer()
     # Each digit by itself, so that the two spaces before them stay together.
     assert read.convert_ids_to_tokens(read("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
+
+
+def test_a_gguf_file_is_read_as_it_is_whatever_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    # As in a folder that `qlora merge --gguf` wrote.
+    (tmp_path / MODEL.name).symlink_to(MODEL)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = BaseModelConfig(path=str(tmp_path / MODEL.name)).load_tokenizer()
+    assert tokenizer.chat_template is not None
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
 
 
 def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
