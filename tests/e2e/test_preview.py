@@ -276,10 +276,10 @@ def test_a_limit_may_be_set_when_a_run_is_resumed(tiny_recipe: Callable[..., Any
     with pytest.raises(DataError, match=r"max_overlap \(0\.5\): 100\.00% of the evaluation rows"):
         train(
             tiny_recipe(training={"max_steps": 2}, data={"audit": {"max_overlap": 0.5}}),
-            resume=True,
+            resume="auto",
         )
     strict = tiny_recipe(training={"max_steps": 2}, data={"audit": {"max_duplicates": 0}})
-    assert train(strict, resume=True)["status"] == "finished"
+    assert train(strict, resume="auto")["status"] == "finished"
 
 
 def test_both_answers_of_a_preference_are_shown(recipe: Path, run: Run) -> None:

@@ -33,7 +33,7 @@ def run(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         (base / "model.safetensors").unlink()
         model.save_pretrained(base, max_shard_size="60KB")
-        train(tiny_recipe(model={"path": str(base)}, **sections), resume=False)
+        train(tiny_recipe(model={"path": str(base)}, **sections))
         return tmp_path / "run"
 
     return make
@@ -98,7 +98,7 @@ def test_without_quantization_the_base_is_the_original(
 def test_in_float32_a_merge_changes_no_logit(
     tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    train(tiny_recipe(), resume=False)
+    train(tiny_recipe())
     report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
     assert report["logit_error"] < 1e-5
 
