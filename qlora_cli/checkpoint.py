@@ -54,8 +54,6 @@ def save_checkpoint(
     """
     refuse_non_finite(model, state.step)
     path = folder / f"step-{state.step:08d}"
-    if is_whole(path):  # the run was taken back, and is here again
-        return path
     unfinished = folder / f".{path.name}.unfinished"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,11 +109,12 @@ def _write(
 
 
 def _drop_old(folder: Path, newest: Path, keep: int) -> None:
-    """Those of later steps stay: they are of a run that was taken back to an earlier one."""
-    older = [path for path in sorted(folder.glob("step-*")) if path.name < newest.name]
+    """Those of later steps go too: of a run that was taken back, which may go another way now."""
     kept = 1
-    for path in reversed(older):
-        if kept < keep and _has_its_files(path):
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if path == newest:
+            continue
+        if path.name < newest.name and kept < keep and _has_its_files(path):
             kept += 1
         else:
             remove_folder(path)

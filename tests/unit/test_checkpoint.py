@@ -142,3 +142,17 @@ def test_a_save_that_was_cut_short_leaves_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError):
         newest_checkpoint(tmp_path)
     assert newest_checkpoint(run.save(tmp_path).parent) == path
+
+
+def test_a_run_that_was_taken_back_leaves_no_checkpoint_of_its_old_way(tmp_path: Path) -> None:
+    run = Run(AdamW())
+    for _ in range(4):
+        run.steps(1)
+        run.save(tmp_path, keep=4)
+    old = (tmp_path / "step-00000003" / "trained.safetensors").read_bytes()
+    run.load(tmp_path / "step-00000002")
+    run.optimizer.param_groups[0]["lr"] *= 2  # as after a change of max_steps
+    run.steps(1)
+    path = run.save(tmp_path, keep=4)
+    assert newest_checkpoint(tmp_path) == path == tmp_path / "step-00000003"
+    assert (path / "trained.safetensors").read_bytes() != old
