@@ -1,6 +1,6 @@
 """Merge a model that is many times larger than the memory that it may take.
 
-    python benchmarks/merge_memory.py /somewhere/with/10/GB
+    python -m benchmarks.merge_memory /somewhere/with/10/GB
 
 Writes a random sharded model of 4.2 GB and an adapter on all of its linear layers, then runs
 `qlora merge --no-logits` on them in a process whose data segment (private writable memory, touched

@@ -94,7 +94,10 @@ reasoning and tool calls) and the token that ends the turn; there is one BOS at 
   prompt begins. Answers without reasoning are exact with `{% set enable_thinking = false %}` in
   front of the template: save it to a file, and name the file in `data.chat_template`. The tuned
   model keeps that template. So can `reasoning_effort` and its like be set for other templates.
-- **GPT-OSS** writes the day into its system message, so rows made on different days differ there.
+- **Llama 3.2 and GPT-OSS** write today's date into the system message. Here it is always 26 July
+  2024 (what Llama's templates write where they cannot ask), in training as in `eval`, `generate`
+  and `chat`: rows must not depend on the day on which they are prepared. The template that is
+  saved with the model is untouched.
 """
 
 Sections = dict[tuple[type[Part], ...], str]

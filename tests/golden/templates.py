@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,17 @@ def by_hand(name: str, tokenizer: Any, row: Conversation, end: int, **options: A
             turn |= {"name": message.name, "tool_call_id": message.tool_call_id}
         turns.append(turn)
     ids = tokenizer.apply_chat_template(
-        turns, tools=row.tools, tokenize=True, return_dict=False, **options
+        turns,
+        tools=row.tools,
+        tokenize=True,
+        return_dict=False,
+        # Rows are made as if it were the same day every day.
+        chat_template=re.sub(
+            r"strftime_now\(['\"](.*?)['\"]\)",
+            lambda found: repr(date(2024, 7, 26).strftime(found[1])),
+            tokenizer.chat_template,
+        ),
+        **options,
     )
     assert isinstance(ids, list)
     return ids

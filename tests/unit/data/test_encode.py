@@ -22,6 +22,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.types import IGNORE_INDEX, Example, Message
 from tests.conftest import MODEL, needs_model
+from tests.conftest import make_tokenizer as make_bare
 
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 FORMATS = get_args(get_args(FormatConfig)[0])
@@ -398,6 +399,14 @@ def test_reading_a_chat_template(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
         read_chat_template(str(path))
+
+
+def test_rows_do_not_depend_on_the_day() -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}\n"
+    turns = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = make_bare(dated + turns)
+    encoded = Encoder(tokenizer).encode(TURNS, max_length=4096)
+    assert tokenizer.decode(encoded.example.input_ids).startswith("26 Jul 2024\n")
 
 
 @pytest.mark.slow
