@@ -157,7 +157,7 @@ def load_checkpoint(
         scaler.load_state_dict(values["scaler"])
         is_same_world = len(values["random"]) == world_size
         if is_same_world:
-            _set_random_states(values["random"][rank])
+            set_random_states(values["random"][rank])
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
         RecursionError, SafetensorError,
@@ -277,11 +277,12 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put them back: `states` as `random_states` gave them, arrays as such or as tensors."""
     random.setstate(states["python"])
     numpy_state = states["numpy"]
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].numpy()
-    np.random.set_state(numpy_state)
+    inner = numpy_state["state"]
+    np.random.set_state({**numpy_state, "state": {**inner, "key": np.asarray(inner["key"])}})
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])

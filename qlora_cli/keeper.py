@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from qlora_cli.checkpoint import (
     find_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     random_states,
     refuse_non_finite,
     save_checkpoint,
@@ -37,6 +39,7 @@ _FREE = (
     "training.tasks_every",
     "training.patience",
     "training.save_every",
+    "training.max_bad_steps",
     "training.stop_after",
     "data.audit.",
     "evaluation.",
@@ -84,14 +87,7 @@ class Keeper:
             TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
         """
         path = find_checkpoint(self._run.checkpoints, which)
-        state, is_same_world = load_checkpoint(
-            path,
-            model=self._model,
-            optimizer=self._optimizer,
-            scaler=self._scaler,
-            rank=self._world.rank,
-            world_size=self._world.size,
-        )
+        state, is_same_world = self._load(path)
         if state.step > max_steps:
             raise TrainingError(f"--resume: {path} is beyond the last step, {max_steps}")
         if not is_same_world:
@@ -99,6 +95,17 @@ class Keeper:
             set_seed(seed + self._world.rank + state.step)
         log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
         return state
+
+    def go_back(self, state: TrainState) -> None:
+        """Put the newest checkpoint in place, and what it says into `state`.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        path = newest_checkpoint(self._run.checkpoints)
+        saved, _ = self._load(path)
+        for field in dataclasses.fields(saved):
+            setattr(state, field.name, getattr(saved, field.name))
 
     def record(self, recipe: Recipe, **values: object) -> None:
         """The recipe as it is run, and facts about the run."""
@@ -141,6 +148,16 @@ class Keeper:
         if self._world.is_main:
             self._run.update_record(best={"step": state.step, **found, **metrics})
             self._run.replace("best", self._write_weights)
+
+    def _load(self, path: Path) -> tuple[TrainState, bool]:
+        return load_checkpoint(
+            path,
+            model=self._model,
+            optimizer=self._optimizer,
+            scaler=self._scaler,
+            rank=self._world.rank,
+            world_size=self._world.size,
+        )
 
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._lower_is_better else value > than

@@ -134,7 +134,7 @@ def _facts(
 
 def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, str]]:
     lines = (run.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logged = [row for row in map(json.loads, lines) if "loss" in row]
+    logged = [row for row in map(json.loads, lines) if row.get("loss") is not None]
     if logged:
         yield "training loss", f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at last"
     if best := record.get("best"):

@@ -24,6 +24,7 @@ from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.errors import Interrupted
 from qlora_cli.examinee import Respondent, ask
+from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
 from qlora_cli.keeper import Keeper, refuse_changes
 from qlora_cli.loop import fit, is_due
@@ -163,6 +164,17 @@ def _train(
         tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
     )
 
+    guard = Guard(
+        settings,
+        objective=objective,
+        optimizer=optimizer,
+        scaler=scaler,
+        batches=batches,
+        world=world,
+        place=learnt.examples.place,
+        go_back=keeper.go_back,
+    )
+
     def evaluate() -> dict[str, float]:
         metrics = {}
         if held_out is not None:
@@ -201,6 +213,7 @@ def _train(
             world=world,
             scaler=scaler,
             state=state,
+            guard=guard,
             evaluate=evaluate_and_keep_best,
             is_over=lambda state: (
                 world.any(stop.asked is not None) or recipe.is_over(state.step, state.best_step)

@@ -25,7 +25,7 @@ STORIES = {
     "plan", "preview",
     "export", "export_gguf",
 }  # fmt: skip
-TOLD = {"loop", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
+TOLD = {"loop", "guard", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
 """What stories share."""
 
 ALLOWED = {
@@ -44,7 +44,8 @@ ALLOWED = {
     "view": FOUNDATION | {"data"},
     "preview_text": {"data", "view"},
     "preview_page": {"data", "view", "preview_text"},
-    "loop": FOUNDATION | PARTS | {"recipe"},
+    "guard": FOUNDATION | PARTS | {"recipe"},
+    "loop": FOUNDATION | PARTS | {"recipe", "guard"},
     "build": FOUNDATION | PARTS | RECIPE,
     "keeper": FOUNDATION | PARTS | RECIPE | {"model_card"},
     "bootstrap": FOUNDATION | {"tasks"},
