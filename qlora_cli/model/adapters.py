@@ -90,6 +90,8 @@ class LoRA(Part):
         """
         from peft import LoraConfig, get_peft_model
 
+        from qlora_cli.kernels.lora_layers import layer_classes
+
         self._check_names(model)
         self._refuse_tied(model)
         self._refuse_dora_in_8_bit(model)
@@ -106,6 +108,7 @@ class LoRA(Part):
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
+        config._register_custom_module(layer_classes(model))
         try:
             adapted = get_peft_model(model, config)
         except (ValueError, TypeError) as error:
@@ -135,12 +138,14 @@ class LoRA(Part):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        from qlora_cli.kernels.lora_layers import layer_classes
         from qlora_cli.model.edits import grow_vocabulary, match_saved
 
         try:
             saved = load_file(folder / "adapter_model.safetensors")
             config = LoraConfig.from_pretrained(str(folder))
             config.inference_mode = False  # as saved it would freeze what was trained
+            config._register_custom_module(layer_classes(model))
             shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
             grow_vocabulary(model, shapes)
             own = {id(parameter) for parameter in model.parameters()}
