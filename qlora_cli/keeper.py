@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.amp import GradScaler
@@ -20,33 +19,15 @@ from qlora_cli.checkpoint import (
     refuse_non_finite,
     save_checkpoint,
 )
-from qlora_cli.errors import Interrupted, RecipeError, TrainingError
+from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import dump_recipe, load_recipe
+from qlora_cli.recipe_file import dump_recipe
 from qlora_cli.run_folder import RunFolder, environment
 from qlora_cli.types import TrainState
 from qlora_cli.world import World, set_seed
 
 log = logging.getLogger("qlora")
-
-# What may be different when a run is resumed: how long and how often, and what only reports.
-_FREE = (
-    "training.max_steps",
-    "training.epochs",
-    "training.log_every",
-    "training.eval_every",
-    "training.tasks_every",
-    "training.patience",
-    "training.save_every",
-    "training.max_bad_steps",
-    "training.stop_after",
-    "data.audit.",
-    "evaluation.",
-    "output.",
-)
-_BOUND = ("evaluation.best_by",)
-"""But not this: a checkpoint remembers the best value so far."""
 
 
 class Keeper:
@@ -80,8 +61,13 @@ class Keeper:
         self._best_by = best_by
         self._lower_is_better = lower_is_better
 
-    def resume(self, which: str, max_steps: int, seed: int) -> TrainState:
+    def resume(
+        self, which: str, max_steps: int, seed: int, changes: Mapping[str, object]
+    ) -> TrainState:
         """Put a checkpoint in place: "auto" is the newest that is whole, or its step, or its path.
+
+        Args:
+            changes: what is not as it was when the run was started; it is recorded.
 
         Raises:
             TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
@@ -93,7 +79,11 @@ class Keeper:
         if not is_same_world:
             log.warning("saved on another number of processes: dropout is drawn anew")
             set_seed(seed + self._world.rank + state.step)
-        log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
+        why = "the newest that is whole" if which == "auto" else "as it was asked"
+        log.info("resuming from %s (%s): step %d of %d", path, why, state.step, max_steps)
+        if self._world.is_main:
+            before = self._run.read_record().get("resumed", [])
+            self._run.update_record(resumed=[*before, {"step": state.step, "changes": changes}])
         return state
 
     def go_back(self, state: TrainState) -> None:
@@ -111,7 +101,13 @@ class Keeper:
         """The recipe as it is run, and facts about the run."""
         if self._world.is_main:
             self._run.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
-            self._run.update_record(seed=recipe.training.seed, **values, **environment())
+            self._run.update_record(
+                recipe=recipe.model_dump(mode="json"),
+                seed=recipe.training.seed,
+                processes=self._world.size,
+                **values,
+                **environment(),
+            )
 
     def checkpoint(self, state: TrainState) -> None:
         """Save all that is needed to go on from here."""
@@ -205,35 +201,3 @@ class Keeper:
                 untrained,
                 best,
             )
-
-
-def refuse_changes(run: RunFolder, recipe: Recipe, digest: str) -> None:
-    """Going on with other data or another recipe would be neither the old run nor a new one.
-
-    Args:
-        digest: of the training data as it is now.
-
-    Raises:
-        RecipeError: with what changed, old -> new.
-    """
-    old = _flat(load_recipe(run.recipe).recipe.model_dump(mode="json"))
-    new = _flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and (not key.startswith(_FREE) or key in _BOUND)
-    ]
-    if run.read_record()["data"]["training"]["digest"] != digest:
-        changed.append("the rows of data.train")
-    if changed:
-        raise RecipeError(
-            "--resume: the run was started otherwise\n" + "\n".join(changed),
-            hint="change it back, or start a new run in another output.dir",
-        )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    prefix = f"{path}." if path else ""
-    return {k: v for key, item in value.items() for k, v in _flat(item, prefix + key).items()}

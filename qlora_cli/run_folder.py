@@ -17,6 +17,7 @@ import json
 import platform
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,13 +199,27 @@ def is_run(path: Path) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """Versions and hardware, for the record; and the commit of the user's own files."""
     import torch
 
     return {
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", platform.machine())),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _commit() -> str | None:
+    """Of the git repository that the current folder is in, `-dirty` if files differ from it."""
+    # A repository's own settings may name a program to run.
+    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from qlora_cli.build import (
 )
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
-from qlora_cli.errors import Interrupted
+from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
+from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
-from qlora_cli.keeper import Keeper, refuse_changes
+from qlora_cli.keeper import Keeper
 from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
 from qlora_cli.model.identity import identify
@@ -45,6 +46,7 @@ def train(
     recipe: Recipe,
     *,
     resume: str | None = None,
+    allow: Sequence[str] = (),
     use_cache: bool = True,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def train(
     Args:
         resume: go on from a checkpoint in `output.dir`: "auto" is the newest that is whole, or its
             step, or its path.
+        allow: keys of the recipe that may have another value than when the run was started.
         use_cache: keep the prepared data, and take what was kept before.
         origins: where each value of the recipe comes from, for the record.
 
@@ -62,6 +65,9 @@ def train(
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
+    if allow and resume is None:
+        raise RecipeError("--allow is for a run that goes on", hint="give --resume too")
+    refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
     run = RunFolder(Path(recipe.output.dir))
@@ -71,7 +77,7 @@ def train(
         run.locked() if world.is_main else nullcontext(),
     ):
         world.wait()  # a rank that is late must not find the run of its own main process
-        return _train(recipe, run, world, stop, resume, use_cache=use_cache, origins=origins)
+        return _train(recipe, run, world, stop, resume, allow, use_cache=use_cache, origins=origins)
 
 
 def _train(
@@ -80,6 +86,7 @@ def _train(
     world: World,
     stop: Interruption,
     resume: str | None,
+    allow: Sequence[str],
     *,
     use_cache: bool,
     origins: Mapping[str, str] | None,
@@ -97,8 +104,9 @@ def _train(
     # Before a large model is loaded: rows that cannot be asked about are found here too.
     exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
-    if resume is not None:
-        refuse_changes(run, recipe, learnt.digest)
+    identity = identify(recipe.model.locate())
+    fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
+    changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
     weights = [source.weight for source in recipe.data.train_sources]
     batches = BatchStream(
         learnt.examples,
@@ -150,7 +158,7 @@ def _train(
     )
     state = TrainState()
     if resume is not None:
-        state = keeper.resume(resume, max_steps, settings.seed)
+        state = keeper.resume(resume, max_steps, settings.seed, changes)
     keeper.record(
         recipe,
         status="training",
@@ -158,7 +166,8 @@ def _train(
         max_steps=max_steps,
         trained_weights=trained.trained,
         total_weights=trained.total,
-        base=identify(recipe.model.locate()),
+        base=identity,
+        fingerprint=fingerprint,
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
         tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],

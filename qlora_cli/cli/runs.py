@@ -34,6 +34,17 @@ def _names(text: str) -> list[str]:
 def train(
     recipe: RecipePath,
     overrides: Overrides,
+    allow: Annotated[
+        list[str],
+        typer.Option(
+            "--allow",
+            metavar="KEY",
+            default_factory=list,
+            show_default=False,
+            help="With --resume, let this key have another value than when the run was started "
+            "(can be given more than once); docs/runs.md has those that can be allowed.",
+        ),
+    ],
     resume: Annotated[
         str | None,
         typer.Option(
@@ -54,11 +65,19 @@ def train(
     Example:
       qlora train recipe.yaml --set training.max_steps=100 --set output.dir=runs/short
       qlora train runs/short/recipe.yaml --resume auto
+      qlora train recipe.yaml --resume auto --set optimizer.learning_rate=1e-5 \
+        --allow optimizer.learning_rate
     """
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train import train
 
-    report = train(loaded.recipe, resume=resume, use_cache=not no_cache, origins=loaded.origins)
+    report = train(
+        loaded.recipe,
+        resume=resume,
+        allow=allow,
+        use_cache=not no_cache,
+        origins=loaded.origins,
+    )
     show(report, as_json, run_text(loaded.recipe.output.dir, report))
 
 

@@ -25,7 +25,10 @@ STORIES = {
     "plan", "preview",
     "export", "export_gguf",
 }  # fmt: skip
-TOLD = {"loop", "guard", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
+TOLD = {
+    "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
+    "examinee", "model_card",
+}  # fmt: skip
 """What stories share."""
 
 ALLOWED = {
@@ -48,6 +51,8 @@ ALLOWED = {
     "loop": FOUNDATION | PARTS | {"recipe", "guard"},
     "build": FOUNDATION | PARTS | RECIPE,
     "keeper": FOUNDATION | PARTS | RECIPE | {"model_card"},
+    "fingerprint": FOUNDATION | PARTS | RECIPE,
+    "lineage": FOUNDATION | PARTS | RECIPE | {"adapter_place"},
     "bootstrap": FOUNDATION | {"tasks"},
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
