@@ -28,6 +28,7 @@ from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprin
 from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
 from qlora_cli.keeper import Keeper
+from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
 from qlora_cli.model.identity import identify
@@ -106,6 +107,8 @@ def _train(
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     identity = identify(recipe.model.locate())
     fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
+    # What goes on has its weights in the checkpoint, wherever they once came from.
+    parent = find_parent(recipe, identity) if resume is None else None
     changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
     weights = [source.weight for source in recipe.data.train_sources]
     batches = BatchStream(
@@ -130,6 +133,8 @@ def _train(
         prepare_for_packing(base, learnt, tokenizer, dtype, world.device)
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
+    if parent is not None:
+        parent.put_into(model)
     set_seed(settings.seed + world.rank)  # but not the same dropout
     warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
     trained = report_trained(model)
@@ -170,6 +175,7 @@ def _train(
         fingerprint=fingerprint,
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
+        **({} if parent is None else {"parent": parent.record()}),
         tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
     )
 
