@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -23,6 +26,7 @@ from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import dump_recipe
+from qlora_cli.room import Room
 from qlora_cli.run_folder import RunFolder, environment
 from qlora_cli.types import TrainState
 from qlora_cli.world import World, set_seed
@@ -60,6 +64,27 @@ class Keeper:
         self._write_weights = write_weights
         self._best_by = best_by
         self._lower_is_better = lower_is_better
+        self._saved_step = 0
+
+    def require_room(
+        self, *, num_trained: int, state_bytes: int, saves: int, has_best: bool
+    ) -> None:
+        """Raises TrainingError if the disk has no room for what will be kept.
+
+        Args:
+            num_trained: trained weights.
+            state_bytes: of the optimizer, for each of them.
+            saves: checkpoints that will be written.
+        """
+        room = Room(
+            # They are float32, whatever is computed in.
+            weights=4 * num_trained,
+            state=state_bytes * num_trained,
+            keep=self._keep_checkpoints,
+            saves=saves,
+            has_best=has_best,
+        )
+        room.require(self._run.room(), self._run.root)
 
     def resume(
         self, which: str, max_steps: int, seed: int, changes: Mapping[str, object]
@@ -80,6 +105,7 @@ class Keeper:
             log.warning("saved on another number of processes: dropout is drawn anew")
             set_seed(seed + self._world.rank + state.step)
         why = "the newest that is whole" if which == "auto" else "as it was asked"
+        self._saved_step = state.step
         log.info("resuming from %s (%s): step %d of %d", path, why, state.step, max_steps)
         if self._world.is_main:
             before = self._run.read_record().get("resumed", [])
@@ -111,7 +137,24 @@ class Keeper:
 
     def checkpoint(self, state: TrainState) -> None:
         """Save all that is needed to go on from here."""
-        states = self._world.gather(random_states())
+        self._save(state, self._world.gather(random_states()))
+        self._world.wait()
+
+    @contextmanager
+    def rescuing(self, state: TrainState) -> Iterator[None]:
+        """If an error in here is about to end the run, save what no checkpoint has yet.
+
+        The other processes may be anywhere by then, so nobody waits for them, and where there are
+        some, dropout will be drawn anew.
+        """
+        try:
+            yield
+        except Exception:
+            if state.step > self._saved_step:
+                self._save(state, [random_states()])
+            raise
+
+    def _save(self, state: TrainState, states: list[dict[str, Any]]) -> None:
         if self._world.is_main:
             save_checkpoint(
                 self._run.checkpoints,
@@ -122,7 +165,7 @@ class Keeper:
                 random_states=states,
                 keep=self._keep_checkpoints,
             )
-        self._world.wait()
+        self._saved_step = state.step
 
     def keep_best(self, metrics: dict[str, float], state: TrainState) -> None:
         """Keep the weights if no earlier ones were so good. The untrained start is none.
@@ -140,10 +183,12 @@ class Keeper:
             return
         if state.best_value is not None and not self._is_better(value, state.best_value):
             return
-        state.best_step, state.best_value = state.step, value
         if self._world.is_main:
-            self._run.update_record(best={"step": state.step, **found, **metrics})
-            self._run.replace("best", self._write_weights)
+            with _written("best weights", self._run.root):
+                self._run.update_record(best={"step": state.step, **found, **metrics})
+                self._run.replace("best", self._write_weights)
+        # Last: a run that ends in here and goes on has to find them better again.
+        state.best_step, state.best_value = state.step, value
 
     def _load(self, path: Path) -> tuple[TrainState, bool]:
         return load_checkpoint(
@@ -166,7 +211,8 @@ class Keeper:
         """
         if self._world.is_main:
             refuse_non_finite(self._model, state.step)
-            self._run.replace("last", self._write_weights)
+            with _written("last weights", self._run.root):
+                self._run.replace("last", self._write_weights)
             self._run.update_record(
                 status="finished",
                 steps=state.step,
@@ -201,3 +247,14 @@ class Keeper:
                 untrained,
                 best,
             )
+
+
+@contextmanager
+def _written(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"the {what} cannot be written into {folder}: {error}; the checkpoints are untouched",
+            hint="make room (or see who may write there), then go on with --resume auto",
+        ) from error

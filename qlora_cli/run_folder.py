@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qlora_cli.durable import exchange_folder, put_in_place, write_file
 from qlora_cli.errors import RecipeError
@@ -129,6 +129,13 @@ class RunFolder:
         write(unfinished)
         readable_as_the_folder(unfinished)
         exchange_folder(unfinished, self.root / which)
+
+    def room(self) -> int:
+        """Bytes that the run can have on this disk: what is free, and what it has already."""
+        parts = (self.checkpoints, *(self.root / name for name in get_args(Weights)))
+        files = (file for part in parts for file in part.rglob("*") if file.is_file())
+        held: int = sum(file.stat().st_size for file in files)
+        return shutil.disk_usage(self.root).free + held
 
     def read_record(self) -> dict[str, Any]:
         """What `update_record` wrote.

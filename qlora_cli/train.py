@@ -35,6 +35,7 @@ from qlora_cli.model.identity import identify
 from qlora_cli.model.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
+from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.trackers import open_trackers
 from qlora_cli.types import TrainState
@@ -161,6 +162,12 @@ def _train(
         best_by=recipe.evaluation.best_by,
         lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
     )
+    keeper.require_room(
+        num_trained=trained.trained,
+        state_bytes=recipe.optimizer.state_bytes,
+        saves=count_saves(max_steps, settings.save_every),
+        has_best=held_out is not None,
+    )
     state = TrainState()
     if resume is not None:
         state = keeper.resume(resume, max_steps, settings.seed, changes)
@@ -201,14 +208,15 @@ def _train(
         return metrics
 
     def evaluate_and_keep_best() -> dict[str, float]:
-        try:
-            # Several processes cannot leave it in different places.
-            with stop.at_once() if world.size == 1 else nullcontext():
-                metrics = evaluate()
-        except Interrupted:
-            return {}  # a run that is resumed evaluates here again
-        keeper.keep_best(metrics, state)
-        return metrics
+        with keeper.rescuing(state):
+            try:
+                # Several processes cannot leave it in different places.
+                with stop.at_once() if world.size == 1 else nullcontext():
+                    metrics = evaluate()
+            except Interrupted:
+                return {}  # a run that is resumed evaluates here again
+            keeper.keep_best(metrics, state)
+            return metrics
 
     started = time.monotonic()
     names = recipe.output.trackers if world.is_main else None

@@ -17,7 +17,7 @@ FOUNDATION = {
 }  # fmt: skip
 PARTS = {
     "model", "data", "optim", "objectives", "tasks",
-    "world", "checkpoint", "trackers", "run_folder",
+    "world", "checkpoint", "trackers", "run_folder", "room",
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
