@@ -47,6 +47,7 @@ SAFE = (
     "training.micro_batch_size",
     "training.gradient_checkpointing",
     "training.max_grad_norm",
+    "training.spike*",
     "model.path",
     "model.revision",
     "model.attention",

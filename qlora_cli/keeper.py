@@ -105,7 +105,6 @@ class Keeper:
             log.warning("saved on another number of processes: dropout is drawn anew")
             set_seed(seed + self._world.rank + state.step)
         why = "the newest that is whole" if which == "auto" else "as it was asked"
-        self._saved_step = state.step
         log.info("resuming from %s (%s): step %d of %d", path, why, state.step, max_steps)
         if self._world.is_main:
             before = self._run.read_record().get("resumed", [])
@@ -150,7 +149,9 @@ class Keeper:
         try:
             yield
         except Exception:
-            if state.step > self._saved_step:
+            # As in the loop: what may be bad takes the place of nothing that is good.
+            is_sound = state.bad_steps == state.high_steps == 0
+            if is_sound and state.step > self._saved_step:
                 self._save(state, [random_states()])
             raise
 
@@ -191,7 +192,7 @@ class Keeper:
         state.best_step, state.best_value = state.step, value
 
     def _load(self, path: Path) -> tuple[TrainState, bool]:
-        return load_checkpoint(
+        state, is_same_world = load_checkpoint(
             path,
             model=self._model,
             optimizer=self._optimizer,
@@ -199,6 +200,8 @@ class Keeper:
             rank=self._world.rank,
             world_size=self._world.size,
         )
+        self._saved_step = state.step
+        return state, is_same_world
 
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._lower_is_better else value > than

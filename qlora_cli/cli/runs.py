@@ -17,12 +17,14 @@ from qlora_cli.cli.options import (
     WeightsOption,
     show,
 )
+from qlora_cli.errors import EXIT_DIFFERENT
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.report_text import (
     evaluation_table,
     export_text,
     harness_text,
     merge_text,
+    rerun_text,
     run_text,
 )
 
@@ -79,6 +81,37 @@ def train(
         origins=loaded.origins,
     )
     show(report, as_json, run_text(loaded.recipe.output.dir, report))
+
+
+def rerun(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Folder of the new run; left out, it is RUN-again."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Repeat a run from its record, and say whether the result is the same.
+
+    What is not as it was (versions, hardware, base model, rows, the git commit of the current
+    folder) is listed first. Then weights and metrics are compared bit for bit: exit code 0 if all
+    are equal, 7 if not. --json prints run, again, is_same, different (name: old, new), weights
+    (is_same, largest_difference) and metrics (is_same, rows, first).
+
+    \b
+    Example:
+      qlora rerun runs/mine
+      qlora rerun runs/mine --output runs/once-more --json
+    """
+    from qlora_cli.rerun import rerun
+
+    report = rerun(run, output)
+    show(report, as_json, rerun_text(report))
+    if not report["is_same"]:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 def evaluate(

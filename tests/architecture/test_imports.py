@@ -23,7 +23,7 @@ RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "harness", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
     "plan", "preview",
-    "export", "export_gguf",
+    "export", "export_gguf", "rerun",
 }  # fmt: skip
 TOLD = {
     "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
@@ -56,6 +56,7 @@ ALLOWED = {
     "bootstrap": FOUNDATION | {"tasks"},
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
+    "rerun": FOUNDATION | PARTS | RECIPE | TOLD | {"train"},
     "harness": FOUNDATION | PARTS | RECIPE | TOLD | {"evaluate"},
     "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"merge_proof", "model_card"},
