@@ -27,6 +27,8 @@ _MANIFEST = "manifest.json"
 _WEIGHTS, _TENSORS, _TREE = "trained.safetensors", "state.safetensors", "state.json"
 _FILES = (_WEIGHTS, _TENSORS, _TREE)
 _FORMAT = 1
+_SETTINGS = ("initial_lr", "weight_decay")
+"""Of a group of an optimizer: what a run that goes on may have another value of (`--allow`)."""
 
 
 def save_checkpoint(
@@ -153,7 +155,7 @@ def load_checkpoint(
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(saved[name])
-        optimizer.load_state_dict(values["optimizer"])
+        _load_optimizer(optimizer, values["optimizer"])
         scaler.load_state_dict(values["scaler"])
         is_same_world = len(values["random"]) == world_size
         if is_same_world:
@@ -167,6 +169,14 @@ def load_checkpoint(
             hint="--resume STEP goes on from another one",
         ) from error
     return state, is_same_world
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Its state as it was, its settings as the recipe has them now (they may be changed)."""
+    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, now in zip(optimizer.param_groups, settings, strict=True):
+        group.update(now)
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:

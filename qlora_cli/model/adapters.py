@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -14,7 +15,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
     from qlora_cli.model.edits import Edits
@@ -79,6 +80,9 @@ class LoRA(Part):
     """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, https://arxiv.org/abs/2402.09353)."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a run (its last weights) or of an adapter whose weights a new run begins with; its
+    rank, alpha and targets must be the same."""
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Put the update beside each target; it is zero at first, so the model is unchanged.
@@ -158,6 +162,27 @@ class LoRA(Part):
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         return adapted
 
+    def begin_from(self, model: PeftModel, folder: Path) -> None:
+        """Put the weights of a saved adapter in place of those that `attach` began with.
+
+        Raises:
+            ModelError: it was trained with other settings, or does not fit tensor for tensor.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        from qlora_cli.model.adapter_set import read_adapter
+        from qlora_cli.model.edits import match_saved, refuse_changed_base
+
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        live = get_peft_model_state_dict(model, save_embedding_layers=False)
+        _refuse_other_settings(config, model.peft_config["default"], saved, live, folder)
+        own = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+        match_saved(model, {name: tuple(t.shape) for name, t in saved.items()}, own, folder)
+        if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
+            raise ModelError(f"{folder}: {len(bad)} tensors are not finite (such as {bad[0]})")
+        set_peft_model_state_dict(model, saved)
+
     def _refuse_tied(self, model: PreTrainedModel) -> None:
         """An update beside a matrix that two modules share would be merged into both of them."""
         if not model.config.tie_word_embeddings or not isinstance(self.target_modules, list):
@@ -223,6 +248,51 @@ def _require_each(
                 f"{key}: {name!r} matches no module of the model, which has {', '.join(leaves)}",
                 hint=f"did you mean {' or '.join(near)}?" if near else None,
             )
+
+
+_AGREED = {
+    "peft_type": "type",
+    "r": "r",
+    "lora_alpha": "alpha",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "modules_to_save": "modules_to_save",
+}
+"""What of PEFT's config has to be the same for weights to mean the same, by our names."""
+
+
+def _refuse_other_settings(
+    config: PeftConfig, live: PeftConfig, saved: Iterable[str], wanted: Iterable[str], folder: Path
+) -> None:
+    """
+    Args:
+        saved: names of the tensors of the adapter in `folder`, whose config is `config`.
+        wanted: names of the tensors that it is to be put into.
+    """
+    pairs = {
+        ours: [getattr(one, name, None) for one in (config, live)] for name, ours in _AGREED.items()
+    }
+    # By what they matched: a list, a pattern and `all-linear` may come to the same.
+    pairs["target_modules"] = [_targets(names) for names in (saved, wanted)]
+    lines = [
+        f"adapter.{key}: {old} -> {new}"
+        for key, (old, new) in pairs.items()
+        if (old or None) != (new or None)
+    ]
+    if lines:
+        raise ModelError(
+            "\n".join([f"adapter.init_from: {folder} was trained with other settings", *lines]),
+            hint="its weights mean something with its own settings alone; give the recipe the same",
+        )
+
+
+def _targets(names: Iterable[str]) -> str:
+    """The kinds of modules that have an update, and how many of each."""
+    updated = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    kinds = Counter(name.rpartition(".")[2] for name in updated)
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
 
 
 def _trained_in_float32(model: PeftModel) -> PeftModel:

@@ -17,15 +17,18 @@ FOUNDATION = {
 }  # fmt: skip
 PARTS = {
     "model", "data", "optim", "objectives", "tasks",
-    "world", "checkpoint", "trackers", "run_folder",
+    "world", "checkpoint", "trackers", "run_folder", "room",
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "harness", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
     "plan", "preview",
-    "export", "export_gguf",
+    "export", "export_gguf", "rerun",
 }  # fmt: skip
-TOLD = {"loop", "guard", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
+TOLD = {
+    "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
+    "examinee", "model_card",
+}  # fmt: skip
 """What stories share."""
 
 ALLOWED = {
@@ -48,9 +51,12 @@ ALLOWED = {
     "loop": FOUNDATION | PARTS | {"recipe", "guard"},
     "build": FOUNDATION | PARTS | RECIPE,
     "keeper": FOUNDATION | PARTS | RECIPE | {"model_card"},
+    "fingerprint": FOUNDATION | PARTS | RECIPE,
+    "lineage": FOUNDATION | PARTS | RECIPE | {"adapter_place"},
     "bootstrap": FOUNDATION | {"tasks"},
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
+    "rerun": FOUNDATION | PARTS | RECIPE | TOLD | {"train"},
     "harness": FOUNDATION | PARTS | RECIPE | TOLD | {"evaluate"},
     "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"merge_proof", "model_card"},

@@ -137,28 +137,6 @@ def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_
     assert adapters[0] != adapters[2]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_resume_goes_on_bit_for_bit(
-    write_recipe: Callable[..., Path], tmp_path: Path, optimizer: str
-) -> None:
-    sections = {
-        "quantization": {"type": "nf4"},
-        "adapter": {"dropout": 0.1},
-        "optimizer": {"type": optimizer, "learning_rate": 1e-2},
-        "training": {"max_steps": 6, "save_every": 2, "eval_every": 3},
-    }
-    recipe = write_recipe(**sections)
-    qlora("train", recipe)
-    expected = metrics(tmp_path / "run")
-    # As after a kill between step 4 and the end.
-    for path in (tmp_path / "run" / "checkpoints").glob("step-00000006*"):
-        path.rename(tmp_path / "lost")
-    qlora("train", recipe, "--resume", "auto")
-    resumed = metrics(tmp_path / "run")
-    for name in ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens"):
-        assert [row.get(name) for row in resumed] == [row.get(name) for row in expected]
-
-
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
