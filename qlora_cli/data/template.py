@@ -93,6 +93,30 @@ class Template:
         spans = (found.span() for found in self._added.finditer(text))
         return next((start for start, end in spans if start < at < end), at)
 
+    def turn_tokens(self) -> set[str]:
+        """The added tokens that open and close turns.
+
+        Tags that stand in pairs (`<think>`, `<tool_call>`) are not among them: an answer may be
+        given with its reasoning or its calls written out.
+
+        Raises:
+            DataError: the template is broken.
+        """
+        question, answer = Message("user", _PROBE, False), Message("assistant", _PROBE, False)
+        found: set[str] = set()
+        for turns, prompting in (([question], True), ([question, answer], False)):
+            with suppress(TemplateRefused):
+                text = self.render(turns, prompting=prompting)
+                # In the source are those of tools and of other roles.
+                found.update(self._added.findall(f"{text}\n{self._source}"))
+        return {token for token in found if not self._is_paired_tag(token)}
+
+    def _is_paired_tag(self, token: str) -> bool:
+        tag = re.fullmatch(r"</?([\w-]+)>", token)
+        return tag is not None and all(
+            self._added.fullmatch(each) for each in (f"<{tag[1]}>", f"</{tag[1]}>")
+        )
+
     def looks_at(self, values: Sequence[str]) -> bool:
         """Whether one of the values holds a text that the template may test for: `</think>`."""
         return self._constants.search("\n".join(values)) is not None
