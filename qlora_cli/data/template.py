@@ -84,9 +84,12 @@ class Template:
         *_, last = [None, *self._added.finditer(text, start, end)]
         if last is None or last.end() < end:
             return None
-        opening = last[0].replace("</", "<", 1)
-        is_tag = last[0].startswith("</") and opening in text[start:end]
-        return None if is_tag and last[0] != self._tokenizer.eos_token else last.start()
+        return None if self.is_closing_tag(last[0], text[start:end]) else last.start()
+
+    def is_closing_tag(self, token: str, before: str) -> bool:
+        """Whether a token closes something that was opened before (`</think>`) and no turn."""
+        opening = token.replace("</", "<", 1)
+        return token.startswith("</") and opening in before and token != self._tokenizer.eos_token
 
     def added_over(self, text: str, at: int) -> int:
         """The place itself; or where the added token begins whose middle it is."""
