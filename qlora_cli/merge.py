@@ -15,7 +15,8 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.merge_proof import compare_models, refuse_infidelity
 from qlora_cli.model.base import load_tokenizer, refuse_prequantized
-from qlora_cli.model.edits import Names, build_skeleton
+from qlora_cli.model.edits import build_skeleton
+from qlora_cli.model.names import Names
 from qlora_cli.model.round_trip import RoundTrip
 from qlora_cli.model.shards import Shards
 from qlora_cli.model.streaming import Merge
@@ -135,7 +136,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
     skeleton = build_skeleton(located, trust_remote_code=trust)
     names = Names(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
-    edits = recipe.adapter.edits(skeleton, trained)
+    edits = recipe.adapter.edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"
     return Merge(shards, names, edits, rounding, tied, as_trained=is_as_trained)
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_cli.model.edits import Edits
+    from qlora_cli.model.names import Names
 
 
 class FullFineTune(Part):
@@ -36,22 +37,33 @@ class FullFineTune(Part):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
-    def edits(self, skeleton: PreTrainedModel, folder: Path) -> Edits:
-        """What a saved training changed in the base (`skeleton`: the base on the meta device)."""
+    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+        """What a saved training changed in the base (`skeleton`: on the meta device)."""
         from qlora_cli.model.edits import WholeModel
 
         return WholeModel(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Put saved weights in place of the base's. `model` itself is changed."""
-        from safetensors.torch import load_file
+        import torch
+        from safetensors import SafetensorError
 
-        model = self.attach(model)
-        saved = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-        missing = set(model.state_dict()) - set(saved) - set(model.all_tied_weights_keys)
-        problem = model.load_state_dict(saved, strict=False)
-        if missing or problem.unexpected_keys:
-            raise ModelError(_key_mismatch(folder, missing, problem.unexpected_keys))
+        kind: Any = type(self.attach(model))
+        try:
+            # Not the files themselves: they may hold in several tensors what the model has in one.
+            saved, found = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
+        missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
+        if missing or found["unexpected_keys"]:
+            raise ModelError(_key_mismatch(folder, missing, found["unexpected_keys"]))
+        model.load_state_dict(saved.state_dict())
         return model
 
 
@@ -126,11 +138,11 @@ class LoRA(Part):
         # PEFT's form for a model card, with its questions unanswered.
         (folder / "README.md").unlink()
 
-    def edits(self, skeleton: PreTrainedModel, folder: Path) -> Edits:
-        """What a saved adapter changes in the base (`skeleton`: the base on the meta device)."""
+    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+        """What a saved adapter changes in the base (`skeleton`: on the meta device)."""
         from qlora_cli.model.edits import Adapter
 
-        return Adapter(skeleton, folder)
+        return Adapter(skeleton, names, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         """Put a saved adapter on the base model it belongs to; still trainable.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
@@ -101,6 +102,26 @@ def test_in_float32_a_merge_changes_no_logit(
     train(tiny_recipe())
     report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
     assert report["logit_error"] < 1e-5
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_experts_that_the_files_hold_apart_are_merged_one_by_one(
+    tiny_recipe: Callable[..., Any], tiny_model: Path, tmp_path: Path, adapter: str
+) -> None:
+    """All linear layers of a Mixtral are trained by default, and its experts among them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    settings = json.loads((base / "config.json").read_text("utf-8"))
+    config = MixtralConfig(**{**settings, "model_type": "mixtral"}, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(base)
+    train(tiny_recipe(model={"path": str(base)}, adapter={"type": adapter}))
+    report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
+    assert report["logit_error"] < 1e-5
+    before, after = Shards(base), Shards(tmp_path / "merged")
+    assert list(after.tensors) == list(before.tensors)
+    experts = [name for name in before.tensors if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(before.digest(name) != after.digest(name) for name in experts)
 
 
 @pytest.mark.parametrize(
