@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.errors import RecipeError
+from qlora_cli.model.identity import refuse_other_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
@@ -82,17 +83,7 @@ class AdapterPlace:
             ModelError: it was trained on other weights.
         """
         known = self.base_identity()
-        if known is not None and known["architecture"] != here["architecture"]:
-            raise ModelError(
-                f"{self.path} was trained on a {known['architecture']} ({self.base_path()}), "
-                f"and {recipe.model.path} is a {here['architecture']}"
-            )
-        if known is not None and known["digest"] != here["digest"]:
-            raise ModelError(
-                f"{self.path} was trained on {self.base_path()}, and {recipe.model.path} "
-                f"has other weights ({known['digest'][:12]} -> {here['digest'][:12]})",
-                hint="an adapter belongs to the weights that it was trained on",
-            )
+        refuse_other_base(self.path, known, self.base_path(), recipe.model.path, here)
         if known is None and self.base_path() != recipe.model.path:
             log.warning(
                 "%s names %s as its base, and here is %s: whether the weights are the same is not "

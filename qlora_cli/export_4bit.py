@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.build import recipe_of_run
 from qlora_cli.errors import RecipeError
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.model.quantization import Nf4
 from qlora_cli.probes import TEXTS, compare, logits_of
-from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, readable_as_the_folder
 
 log = logging.getLogger("qlora")
@@ -85,7 +85,7 @@ def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tens
     """Of base plus adapter, the base as it was quantized, in float32."""
     folder = RunFolder(run)
     trained = folder.weights(weights)
-    recipe = load_recipe(folder.recipe).recipe
+    recipe = recipe_of_run(folder)
     base = recipe.model.load(recipe.quantization.load_options(torch.bfloat16), torch.device("cpu"))
     model = recipe.adapter.load(recipe.quantization.restore(base), trained).eval()
     return logits_of(model, rows)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.build import recipe_of_run
+from qlora_cli.durable import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.merge_proof import compare_models, refuse_infidelity
 from qlora_cli.model.base import load_tokenizer, refuse_prequantized
@@ -22,7 +24,6 @@ from qlora_cli.model.shards import Shards
 from qlora_cli.model.streaming import Merge
 from qlora_cli.model_card import model_card
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
 from qlora_cli.world import World
 
@@ -70,7 +71,7 @@ def merge(
     """
     quiet_libraries()
     run = RunFolder(run_folder)
-    recipe = load_recipe(run.recipe, overrides).recipe if run.record.exists() else None
+    recipe = recipe_of_run(run, overrides) if run.record.exists() else None
     if recipe is None:
         raise RecipeError(f"{run_folder} is no run folder", hint="give the output.dir of a run")
     if output.exists():
@@ -115,7 +116,8 @@ def merge(
         card = model_card(run, weights, name=output.name, proof=report)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         readable_as_the_folder(unfinished)
-        unfinished.rename(output)
+        flush_files(unfinished)
+        put_in_place(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return report

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
 from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.evaluate import evaluate
 from qlora_cli.merge import merge
 from qlora_cli.model.shards import Shards
 from qlora_cli.train import train
@@ -143,6 +145,39 @@ def test_an_adapter_that_cannot_be_right_leaves_no_folder(
     with pytest.raises(ModelError, match=message):
         merge(folder, tmp_path / "merged", weights="last", with_logits=False)
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_folder_has_its_name_when_its_files_are_on_the_disk(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, flushed, flush = run(), set(), os.fsync
+
+    def note(place: int) -> None:
+        if not (tmp_path / "merged").exists():
+            flushed.add(os.fstat(place).st_ino)
+        flush(place)
+
+    monkeypatch.setattr(os, "fsync", note)
+    merge(folder, tmp_path / "merged", weights="last", with_logits=False)
+    assert {path.stat().st_ino for path in (tmp_path / "merged").iterdir()} <= flushed
+
+
+def test_a_base_of_equal_shapes_is_another_base(run: Callable[..., Path], tmp_path: Path) -> None:
+    """Every tensor would fit, and every proof would hold: of a model that nobody trained."""
+    folder = run()
+    other = save_tiny_model(tmp_path / "other", dtype="bfloat16", hidden_size=64)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"trained on .*base, and here is .*other, which"):
+        merge(folder, tmp_path / "merged", [f"model.path={other}"], weights="last")
+    with pytest.raises(ModelError, match="which has other weights"):
+        evaluate(folder, [f"model.path={other}"])
+    assert not list(tmp_path.glob("*merged*"))
+    # The same weights in another place are the same base.
+    shutil.copytree(tmp_path / "base", tmp_path / "moved")
+    moved = [f"model.path={tmp_path / 'moved'}"]
+    merge(folder, tmp_path / "merged", moved, weights="last", with_logits=False)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
