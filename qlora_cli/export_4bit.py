@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qlora_cli.build import recipe_of_run
@@ -55,8 +56,8 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
     unpacked = logits_of(load_model(folder, dtype=torch.float32).eval(), rows)
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         load_model(folder, **Nf4().load_options(torch.bfloat16)).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         for name in ("generation_config.json", "README.md"):
@@ -65,6 +66,10 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
         readable_as_the_folder(unfinished)
         packed = _packed_logits(unfinished, rows)
         unfinished.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"--bnb-4bit: {output} could not be written, and nothing is left of it: {error}"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return {

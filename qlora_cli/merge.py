@@ -71,9 +71,9 @@ def merge(
     """
     quiet_libraries()
     run = RunFolder(run_folder)
-    recipe = recipe_of_run(run, overrides) if run.record.exists() else None
-    if recipe is None:
+    if not run.record.exists():
         raise RecipeError(f"{run_folder} is no run folder", hint="give the output.dir of a run")
+    recipe = recipe_of_run(run, [*_precision_of(run), *overrides])
     if output.exists():
         raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
     trained = run.weights(weights)
@@ -118,9 +118,19 @@ def merge(
         readable_as_the_folder(unfinished)
         flush_files(unfinished)
         put_in_place(unfinished, output)
+    except OSError as error:
+        raise RecipeError(
+            f"--output: {output} could not be written, and nothing is left of it: {error}"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return report
+
+
+def _precision_of(run: RunFolder) -> list[str]:
+    """What the weights were dequantized to in training: `auto` may be another thing here."""
+    precision = run.read_record().get("precision")
+    return [] if precision is None else [f"training.precision={precision}"]
 
 
 def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> Merge:

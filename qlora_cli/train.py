@@ -39,7 +39,7 @@ from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.trackers import open_trackers
 from qlora_cli.types import TrainState
-from qlora_cli.world import World, set_seed
+from qlora_cli.world import PRECISIONS, World, set_seed
 
 log = logging.getLogger("qlora")
 
@@ -180,6 +180,7 @@ def _train(
         total_weights=trained.total,
         base=identity,
         fingerprint=fingerprint,
+        precision=PRECISIONS[dtype],
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
         **({} if parent is None else {"parent": parent.record()}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,23 @@ def test_a_run_is_not_resumed_with_another_recipe(
     assert exit_code("train", recipe, "--resume", "auto", "--set", override) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_on_a_base_that_has_changed(
+    write_recipe: Callable[..., Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    recipe = write_recipe(model={"path": str(base)}, training={"save_every": 2})
+    qlora("train", recipe)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    more = ["--resume", "auto", "--set", "training.max_steps=8"]
+    assert exit_code("train", recipe, *more) == 2
+    assert "the weights of model.path" in capsys.readouterr().err
 
 
 def test_a_run_is_not_resumed_with_other_rows(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,38 @@ def test_a_folder_has_its_name_when_its_files_are_on_the_disk(
     monkeypatch.setattr(os, "fsync", note)
     merge(folder, tmp_path / "merged", weights="last", with_logits=False)
     assert {path.stat().st_ino for path in (tmp_path / "merged").iterdir()} <= flushed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_precision_is_that_of_the_training_wherever_it_is_merged(
+    run: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    """`auto` takes one on the machine that trains, and maybe another on the one that merges."""
+    folder = run(quantization={"type": "nf4"}, training={"precision": precision})
+    merge(folder, tmp_path / "named", weights="last", with_logits=False)
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text("utf-8")
+    assert f"precision: {precision}" in text
+    recipe.write_text(text.replace(f"precision: {precision}", "precision: auto"), "utf-8")
+    merge(folder, tmp_path / "auto", weights="last", with_logits=False)
+    named, auto = Shards(tmp_path / "named"), Shards(tmp_path / "auto")
+    assert all(named.digest(name) == auto.digest(name) for name in named.tensors)
+
+
+def test_a_disk_that_is_full_after_all_leaves_no_folder(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = run()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+        with pytest.raises(RecipeError, match="could not be written, and nothing is left of it"):
+            merge(folder, tmp_path / "merged", weights="last", with_logits=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("*merged*"))
 
 
 def test_a_base_of_equal_shapes_is_another_base(run: Callable[..., Path], tmp_path: Path) -> None:
