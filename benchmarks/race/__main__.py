@@ -5,7 +5,8 @@
 Each contestant is a process that trains on the same tokens in the same order. The runs take turns
 (A B A B); the first step of each does not count. Everything is read from outside of the process:
 time, processor time and peak memory at each of its steps. Losses are compared with those of a plain
-loop in float32. Writes race.json, and race.md made from it.
+loop in float32. Writes race.json, and race.md made from it. With --growth it makes short runs in
+many sizes instead, and writes race_growth.json and race_growth.md.
 """
 
 from __future__ import annotations
@@ -24,18 +25,16 @@ from typing import Any
 
 from benchmarks.quantization_curves import processor
 from benchmarks.race import growth
-from benchmarks.race.contestants import CONTESTANTS, TUNED_TRL, Contestant, Kind, Sizes, named
+from benchmarks.race.contestants import Contestant, Sizes, named
 from benchmarks.race.figures import Figures, fastest, loss_difference
+from benchmarks.race.options import ROOT, interpreters, parse, told
 from benchmarks.race.page import as_markdown
 from benchmarks.race.rows import Rows, gsm8k, write
-from benchmarks.race.stage import ROOT, Stage, say, versions
-
-DEMO = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT = ["ours", "ours-lean", "trl", "trl-best"]
+from benchmarks.race.stage import Stage, say, versions
 
 
 def main() -> None:
-    options = parse()
+    options = parse(sys.argv[1:], __doc__.splitlines()[0])
     sizes = Sizes(
         rows_per_step=options.rows_per_step,
         micro_batch=options.micro_batch,
@@ -53,18 +52,19 @@ def main() -> None:
             limit=options.limit,
         )
         report = head(stage, sizes, options)
-        report["races"] = [
-            race(stage.with_threads(number), sizes, options) for number in options.threads
+        part, take = ("growth", grow) if options.growth else ("races", race)
+        report[part] = [
+            found
+            for number in options.threads
+            for found in take(stage.with_threads(number), sizes, options)
         ]
-        if options.growth:
-            report["growth"] = grow(stage, sizes, options)
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     options.output.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
     print(as_markdown(report))
 
 
-def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
-    """One race at one number of threads."""
+def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The race at one number of threads."""
     say(f"== {stage.threads} threads")
     rows = race_rows(stage, sizes, options.data, options.steps)
     rates = [stage.rates(rows, sizes)]
@@ -76,7 +76,7 @@ def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
     for figures in results.values():
         if "failed" not in figures:
             judge(figures, reference, floor)
-    return {
+    report = {
         "threads": stage.threads,
         "about": {one.name: one.about for one in several},
         "results": results,
@@ -91,6 +91,7 @@ def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
         },
         "floor": floor,
     }
+    return [report]
 
 
 def judge(figures: Figures, reference: Figures, floor: Mapping[str, Any]) -> None:
@@ -129,8 +130,7 @@ def race_rows(stage: Stage, sizes: Sizes, data: Path, steps: int, name: str = "r
 
 
 def grow(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sweeps, at the last number of threads."""
-    stage = stage.with_threads(options.threads[-1])
+    """The sweeps at one number of threads."""
     return growth.run(
         stage,
         named(options.growth_contestants, options.ours),
@@ -148,7 +148,7 @@ def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     config = json.loads((stage.model / "config.json").read_text(encoding="utf-8"))
     return {
-        "command": "python -m benchmarks.race --data FOLDER_WITH_GSM8K " + told(),
+        "command": "python -m benchmarks.race --data FOLDER_WITH_GSM8K " + told(sys.argv[1:]),
         "commit": subprocess.check_output(git, text=True).strip(),
         "processor": processor(),
         "processors": os.cpu_count(),
@@ -165,100 +165,11 @@ def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
     }
 
 
-def told() -> str:
-    """The options as given, without those that name places on this machine."""
-    words = iter(sys.argv[1:])
-    kept = []
-    for word in words:
-        if word.partition("=")[0] in PLACES:
-            if "=" not in word:
-                next(words)
-            continue
-        kept.append(f"'{word}'" if " " in word else word)
-    return " ".join(kept)
-
-
-PLACES = {"--data", "--model", "--environments", "--cache", "--output", "--note"}
-
-
 def unpacked(model: Path) -> Path:
     """The base as a folder in bfloat16, which every contestant loads."""
     from qlora_cli.model.base import BaseModelConfig
 
     return BaseModelConfig(path=str(model)).locate().resolve()
-
-
-def interpreters(options: argparse.Namespace) -> dict[Kind, str]:
-    """The Python of each kind of contestant: our own where no environment was made for it."""
-    pythons: dict[Kind, str] = {"ours": sys.executable, "plain": sys.executable}
-    pythons["trl"] = sys.executable
-    for kind in ("trl", "llamafactory"):
-        made = options.environments and options.environments / kind / "bin" / "python"
-        if made and made.exists():
-            pythons[kind] = str(made)
-    wanted = {CONTESTANTS[name].kind for name in options.contestants if name in CONTESTANTS}
-    if missing := wanted - set(pythons):
-        sys.exit(
-            f"no environment for {', '.join(sorted(missing))}: make it with "
-            "benchmarks/race/environments.sh FOLDER, and give --environments FOLDER"
-        )
-    return pythons
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.race",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with train.jsonl of GSM8K")
-    add("--model", type=Path, default=ROOT / DEMO, help="GGUF file or folder")
-    add("--environments", type=Path, help="what environments.sh made")
-    add(
-        "--cache",
-        type=Path,
-        default=Path("~/.cache/qlora/race").expanduser(),
-        help="folder for the losses of the reference",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=ROOT / "benchmarks" / "race.json",
-        help="the report; its page is written beside it",
-    )
-    add("--note", default="", help="what else the machine did, for the page")
-    add(
-        "--contestants",
-        nargs="+",
-        default=DEFAULT,
-        help=f"of {', '.join(CONTESTANTS)}; trl-best is the best of --heats",
-    )
-    add(
-        "--ours",
-        action="append",
-        default=[],
-        metavar="'NAME KEY=VALUE ...'",
-        help="one more of ours, with these keys of the recipe (may be given several times)",
-    )
-    add("--heats", nargs="+", default=TUNED_TRL, help="settings of TRL to choose the best from")
-    add("--heat-steps", type=int, default=2, help="steps of a heat")
-    add("--heat-limit", type=float, default=240.0, help="seconds after which a heat is stopped")
-    add("--threads", type=int, nargs="+", default=[2], help="a race for each number")
-    add("--steps", type=int, default=6, help="optimizer steps of a run")
-    add("--warmup", type=int, default=1, help="first steps that do not count")
-    add("--repetitions", type=int, default=2, help="runs of each contestant")
-    add("--rows-per-step", type=int, default=16)
-    add("--micro-batch", type=int, default=4, help="rows per forward")
-    add("--rank", type=int, default=16, help="of the adapter; alpha is twice as much")
-    add("--limit", type=float, default=900.0, help="seconds after which a run is stopped")
-    add("--growth", action="store_true", help="run the sweeps too")
-    add("--growth-contestants", nargs="+", default=["ours", "trl"])
-    add("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
-    add("--tokens-per-step", type=int, default=4096, help="in the sweep of lengths")
-    add("--micro-batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
-    add("--ranks", type=int, nargs="*", default=[8, 16, 64, 256])
-    return parser.parse_args()  # fmt: skip
 
 
 if __name__ == "__main__":

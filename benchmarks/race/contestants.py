@@ -156,7 +156,7 @@ CONTESTANTS = {
         _trl("trl-padding-free", "activations kept, a micro-batch end to end",
              {**_KEEP, "padding_free": True, "max_length": None}),
         _trl("trl-packing", "activations kept, rows of max_length packed by TRL (other steps)",
-             {**_KEEP, "packing": True}, packs_per_step=4),
+             {**_KEEP, "packing": True}),
         _trl("trl-single", "activations kept, one row a forward, so no padding", _KEEP,
              micro_batch=1),
         _trl("trl-eager", "activations kept, eager attention", _KEEP, by_length=True,

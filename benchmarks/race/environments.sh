@@ -14,12 +14,13 @@ source "$HERE/../../scripts/_env.sh"
 make_peer() {
     local name=$1 folder=$2/$1 stamp=$2/$1/installed
     local wanted=$HERE/environments/$name.txt
-    [[ -f $wanted ]] || die "no such trainer: $name; there are trl and llamafactory"
+    [[ -f $wanted ]] || die "no such trainer: $name; there are trl and llamafactory" 2
     if [[ -f $stamp ]] && cmp -s "$stamp" "$wanted"; then
         say "$folder: already there"
         return
     fi
     say "$folder: installing; this takes some minutes"
+    mkdir -p "$2"
     [[ -x $folder/bin/python ]] || "$(find_python)" -m venv "$folder"
     # By itself first: pinned, a CPU build of it is taken where there is one.
     "$folder/bin/python" -m pip install -qq "torch==$TORCH_VERSION"
@@ -45,12 +46,11 @@ without_sound_and_pictures() {
         >"$packages/torchaudio.py"
 }
 
-[[ $# -ge 1 ]] || die "give a folder for the environments: $0 FOLDER [trl] [llamafactory]" 2
-target=$(mkdir -p "$1" && cd "$1" && pwd)
+[[ $# -ge 1 && $1 != -* ]] || die "give a folder: environments.sh FOLDER [trl] [llamafactory]" 2
+target=$(realpath -m "$1")
 [[ $target/ != "$ROOT"/* ]] || die "$target is inside of the repository; choose a folder outside" 2
 shift
-for peer in "${@:-trl llamafactory}"; do
-    for name in $peer; do
-        make_peer "$name" "$target"
-    done
+[[ $# -ge 1 ]] || set -- trl llamafactory
+for name in "$@"; do
+    make_peer "$name" "$target"
 done

@@ -38,7 +38,15 @@ def run(
         say(f"-- {by} {value}")
         for one in several:
             figures = stage.run(micro_batch_of(one, these.micro_batch), rows, these)
-            points.append({"by": by, "value": value, "contestant": one.name, **figures})
+            points.append(
+                {
+                    "by": by,
+                    "value": value,
+                    "threads": stage.threads,
+                    "contestant": one.name,
+                    **figures,
+                }
+            )
 
     for length in lengths:
         number = max(1, tokens_per_step // length)

@@ -35,10 +35,9 @@ def as_markdown(report: Report) -> str:
         "",
         *_explained(report),
     ]
-    for race in report["races"]:
+    for race in report.get("races", []):
         lines += _race(race)
-    if report.get("growth"):
-        lines += _growth(report["growth"])
+    lines += _growth(report.get("growth", []))
     lines += ["## Versions", ""]
     for kind, found in report["versions"].items():
         lines.append(f"- {kind}: " + ", ".join(f"{name} {v}" for name, v in found.items()))
@@ -78,7 +77,7 @@ def put_between(text: str, inserted: str) -> str:
 
 def _explained(report: Report) -> list[str]:
     return [
-        f"Each contestant is a process of its own; they took turns, {report['repetitions']} times; "
+        f"Each contestant is a process of its own; in turn, {report['repetitions']} runs of each; "
         f"the first {report['warmup']} of the steps of each run is not counted. Tokens are those "
         "of the rows: padding does not count. Speed and processor time are medians, with the "
         "lowest and the highest; memory is the peak of resident memory, whole, above an "
@@ -170,13 +169,16 @@ def _losses(race: Mapping[str, Any]) -> list[str]:
 
 
 def _growth(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["## Growth", ""]
+    lines = []
     for by in dict.fromkeys(point["by"] for point in points):
         rows = [
-            [f"{p['value']:,}", f"`{p['contestant']}`", *_point(p)] for p in points if p["by"] == by
+            [f"{p['value']:,}", f"`{p['contestant']}`", str(p["threads"]), *_point(p)]
+            for p in points
+            if p["by"] == by
         ]
-        titles = [by.replace("_", " "), "contestant", "tokens/s", "peak MiB", "above model"]
-        lines += [*table(titles, rows), ""]
+        name = by.replace("_", " ")
+        titles = [name, "contestant", "threads", "tokens/s", "peak MiB", "above model"]
+        lines += [f"## By {name}", "", *table(titles, rows), ""]
     return lines
 
 

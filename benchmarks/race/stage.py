@@ -16,10 +16,9 @@ from typing import Any
 from benchmarks.race.contestants import CONTESTANTS, IMPORTS, Contestant, Kind, Sizes
 from benchmarks.race.figures import Figures, has_rows, of_run, together
 from benchmarks.race.floor import Geometry, best_of, operations, seconds_of_step
+from benchmarks.race.options import ROOT
 from benchmarks.race.process import environment, interpreter_mb, watch
 from benchmarks.race.rows import Rows
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass

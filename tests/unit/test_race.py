@@ -14,10 +14,13 @@ from benchmarks.race.contestants import CONTESTANTS, Contestant, Sizes, micro_ba
 from benchmarks.race.figures import fastest, has_rows, loss_difference, of_run, together
 from benchmarks.race.floor import Geometry, best_of, operations, seconds_of_step
 from benchmarks.race.machine import Busy, others_share
+from benchmarks.race.options import interpreters, parse, told
 from benchmarks.race.page import BEGIN, END, as_markdown, put_between, readme_table
 from benchmarks.race.process import Mark, Observed, Tail, environment, watch
 from benchmarks.race.rows import Rows, fitting, in_our_order
 from qlora_cli.types import Example
+
+ROOT = Path(__file__).parents[2]
 
 SMOLLM = Geometry(
     hidden=576,
@@ -230,6 +233,8 @@ lines = open(sys.argv[1], "a", buffering=1)
 print("{'loss': 9.9}", flush=True)
 def tell(**facts):
     lines.write(json.dumps(facts) + "\\n")
+loading = bytearray(256 * 2**20)
+del loading
 tell(event="loaded", trained_dtypes=["float32"])
 time.sleep(0.1)
 held = bytearray(64 * 2**20)
@@ -256,7 +261,7 @@ def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
     (first, _), _, (last, _) = seen.steps
     assert 0.15 < last.cpu_seconds - first.cpu_seconds < last.at - first.at
     assert seen.loaded is not None
-    assert last.peak_mb - seen.loaded.resident_mb > 60
+    assert 60 < last.peak_mb - seen.loaded.resident_mb < 200 < seen.loaded.peak_mb
 
 
 def test_the_end_of_the_log_tells_why_a_process_failed(tmp_path: Path) -> None:
@@ -345,6 +350,95 @@ def test_a_sweep_of_micro_batches_reaches_settings_with_their_own() -> None:
     assert micro_batch_of(CONTESTANTS["trl"], 8) == CONTESTANTS["trl"]
 
 
+# Options.
+
+
+def test_places_are_not_told() -> None:
+    words = ["--data", "/secret", "--note=much", "--threads", "1", "2", "--ours", "a b=c"]
+    assert told(words) == "--threads 1 2 --ours 'a b=c'"
+
+
+def test_options_that_cannot_be_raced_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--data", "gsm8k", "--steps", "1"], "")
+    assert "--steps: at least 2" in capsys.readouterr().err
+
+
+def test_a_contestant_without_its_environment_is_named(tmp_path: Path) -> None:
+    words = ["--data", "gsm8k", "--contestants", "llamafactory", "--environments", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"no environment for llamafactory: .*environments\.sh"):
+        interpreters(parse(words, ""))
+    made = tmp_path / "llamafactory" / "bin" / "python"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert interpreters(parse(words, ""))["llamafactory"] == str(made)
+
+
+# The peers' scripts.
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when one of them is started: its folder is where it imports from."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "race" / "peers")
+
+
+@pytest.mark.usefixtures("peers")
+def test_lines_tell_what_a_step_learnt_from(tmp_path: Path) -> None:
+    from lines import Lines
+
+    one, job = CONTESTANTS["plain"], {"lines": str(CONTESTANTS["plain"].lines(tmp_path))}
+    told = Lines(job)
+    # A label on the first token is not learnt: nothing comes before it.
+    told.step(1.5, [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}])
+    told.step(1.0, [{"input_ids": [4, 5], "labels": [-100, 5]}] * 2)
+    steps = [one.step(line) for line in one.lines(tmp_path).read_text().splitlines()]
+    assert steps == [
+        {"loss": 1.5, "tokens_so_far": 3, "supervised": 1},
+        {"loss": 1.0, "tokens_so_far": 7, "supervised": 2},
+    ]
+
+
+@pytest.mark.usefixtures("peers")
+def test_packs_hold_as_much_as_the_rows() -> None:
+    from lines import packs_per_step
+
+    rows = [{"input_ids": [0] * length, "labels": []} for length in (100, 300)]
+    assert packs_per_step(rows, 16, 1024) == 3
+    assert packs_per_step(rows, 2, 1024) == 1
+
+
+@pytest.mark.usefixtures("peers")
+def test_the_reference_is_the_loss_of_the_model_itself() -> None:
+    """Padded and only at supervised positions, it is the sum over the rows one by one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from with_transformers import loss_sum
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, 3, 4, 5]},
+        {"input_ids": [6, 7, 8], "labels": [-100, 7, 8]},
+    ]
+    with torch.no_grad():
+        wanted = 0.0
+        for row in rows:
+            ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+            count = int((labels[:, 1:] != -100).sum())
+            wanted += model(input_ids=ids, labels=labels).loss.item() * count
+        assert loss_sum(model, rows).item() == pytest.approx(wanted, rel=1e-6)
+
+
 # Rows.
 
 
@@ -412,7 +506,7 @@ def a_report() -> dict[str, Any]:
                 },
             }
         ],
-        "growth": [{"by": "length", "value": 4096, "contestant": "ours", **figures}],
+        "growth": [{"by": "length", "value": 4096, "threads": 2, "contestant": "ours", **figures}],
     }  # fmt: skip
 
 
@@ -421,7 +515,7 @@ def test_the_page_holds_the_figures() -> None:
     assert "| `ours`: kept | 83 | 18.00 | 2,000 | 1,600 | 1,100 | 15.0 | 40% | 1.23% |  |" in page
     assert "| `trl`: defaults | failed: last line |" in page
     assert "other rows | adapter in bfloat16 |" in page
-    assert "| 4,096 | `ours` | 83 | 2,000 | 1,100 |" in page
+    assert "| 4,096 | `ours` | 2 | 83 | 2,000 | 1,100 |" in page
     paragraphs = [part.splitlines() for part in page.split("\n\n")]
     tables = [lines for lines in paragraphs if lines[0].startswith("|")]
     assert len(tables) == 4

@@ -20,6 +20,12 @@ def read_rows(job: dict[str, Any]) -> list[dict[str, list[int]]]:
     return [json.loads(line) for line in lines]
 
 
+def packs_per_step(rows: list[dict[str, list[int]]], rows_per_step: int, length: int) -> int:
+    """How many packs of `length` hold about as many tokens as `rows_per_step` rows."""
+    tokens = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    return max(1, round(tokens * rows_per_step / length))
+
+
 class Lines:
     """One JSON object a line, written out at once: the race measures when it reads them."""
 

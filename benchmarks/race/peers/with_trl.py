@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lines import Lines, read_job, read_rows, trainer_callback
+from lines import Lines, packs_per_step, read_job, read_rows, trainer_callback
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
@@ -14,10 +14,13 @@ from trl import SFTConfig, SFTTrainer
 
 def main() -> None:
     job = read_job()
-    # With packing a row of the trainer is a pack.
-    rows_per_step = job.get("packs_per_step", job["rows_per_step"])
-    micro_batch = 1 if "packs_per_step" in job else job["micro_batch"]
+    rows = read_rows(job)
     options: dict[str, Any] = {"max_length": max(1024, job["max_length"])} | job["sft"]
+    rows_per_step, micro_batch = job["rows_per_step"], job["micro_batch"]
+    if options.get("packing"):
+        # A row of the trainer is then a pack: one a forward, and about as many tokens in a step.
+        rows_per_step = packs_per_step(rows, rows_per_step, options["max_length"])
+        micro_batch = 1
     config = SFTConfig(
         output_dir=job["folder"],
         per_device_train_batch_size=micro_batch,
@@ -50,7 +53,7 @@ def main() -> None:
     trainer = SFTTrainer(
         model,
         config,
-        train_dataset=Dataset.from_list(read_rows(job)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         peft_config=LoraConfig(
             r=job["r"],
