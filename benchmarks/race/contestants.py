@@ -173,7 +173,8 @@ CONTESTANTS = {
     ]
 }  # fmt: skip
 
-TUNED_TRL = [name for name in CONTESTANTS if name.startswith("trl-")]
+# Compiled, it compiles for minutes, and again for other lengths: named in --heats, it is tried too.
+TUNED_TRL = [name for name in CONTESTANTS if name.startswith("trl-") and name != "trl-compile"]
 
 
 def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]:

@@ -20,7 +20,7 @@ import psutil
 from benchmarks.race.contestants import Contestant
 from benchmarks.race.machine import Busy, share_before
 
-_PAUSE = 0.01
+_PAUSE = 0.02
 _MIB = 2**20
 
 

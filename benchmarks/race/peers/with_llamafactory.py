@@ -26,7 +26,8 @@ def main() -> None:
         "quantization_bit": 4,
         "quantization_type": "nf4",
         "double_quantization": True,
-        # The rows come as tokens: the template writes nothing.
+        # The rows come as tokens: no data set is read by name, and the template writes nothing.
+        "dataset": "none",
         "tokenized_path": str(tokens),
         "template": "empty",
         "cutoff_len": job["max_length"],
