@@ -21,7 +21,6 @@ from benchmarks.race.contestants import Contestant
 from benchmarks.race.machine import Busy, share_before
 
 _PAUSE = 0.02
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -152,15 +151,15 @@ def read(process: psutil.Process, started: float) -> Mark:
         name: int(value.split()[0])
         for name, _, value in (line.partition(":") for line in status.splitlines())
         if name in ("VmHWM", "VmRSS")
-    }
+    }  # neither is there once the process has ended
     cpu = sum(_cpu_seconds(one) for one in [process, *process.children(recursive=True)])
     ended = process.cpu_times()
     return Mark(
         at=time.perf_counter() - started,
         cpu_seconds=cpu + ended.children_user + ended.children_system,
         machine=Busy.now(),
-        resident_mb=kib["VmRSS"] * 1024 / _MIB,
-        peak_mb=kib["VmHWM"] * 1024 / _MIB,
+        resident_mb=kib.get("VmRSS", 0) / 1024,
+        peak_mb=kib.get("VmHWM", 0) / 1024,
     )
 
 

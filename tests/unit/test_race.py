@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.race.contestants import CONTESTANTS, Contestant, Sizes, micro_batch_of, named
@@ -16,7 +20,7 @@ from benchmarks.race.floor import Geometry, best_of, operations, seconds_of_step
 from benchmarks.race.machine import Busy, others_share
 from benchmarks.race.options import interpreters, parse, told
 from benchmarks.race.page import BEGIN, END, as_markdown, put_between, readme_table
-from benchmarks.race.process import Mark, Observed, Tail, environment, watch
+from benchmarks.race.process import Mark, Observed, Tail, environment, read, watch
 from benchmarks.race.rows import Rows, fitting, in_our_order
 from qlora_cli.types import Example
 
@@ -268,6 +272,15 @@ def test_the_end_of_the_log_tells_why_a_process_failed(tmp_path: Path) -> None:
     seen = watch_script("raise SystemExit('no such option')", tmp_path)
     assert seen.failure == "no such option"
     assert figures_of(seen) == {"failed": "no such option"}
+
+
+def test_a_process_that_has_just_ended_can_still_be_read() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    seen = read(psutil.Process(process.pid), time.perf_counter())
+    assert process.wait() == 0
+    assert (seen.resident_mb, seen.peak_mb) == (0.0, 0.0)
+    assert seen.cpu_seconds > 0
 
 
 def test_a_process_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
