@@ -26,7 +26,7 @@ STORIES = {
     "export", "export_gguf", "rerun",
 }  # fmt: skip
 TOLD = {
-    "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
+    "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
     "examinee", "model_card",
 }  # fmt: skip
 """What stories share."""
@@ -47,6 +47,7 @@ ALLOWED = {
     "view": FOUNDATION | {"data"},
     "preview_text": {"data", "view"},
     "preview_page": {"data", "view", "preview_text"},
+    "speed": FOUNDATION | PARTS | {"recipe"},
     "guard": FOUNDATION | PARTS | {"recipe"},
     "loop": FOUNDATION | PARTS | {"recipe", "guard"},
     "build": FOUNDATION | PARTS | RECIPE,
