@@ -70,6 +70,7 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
 
 app.command()(runs.train)
 app.command()(runs.rerun)
+app.command()(runs.bench)
 app.command("eval")(runs.evaluate)
 app.command()(runs.merge)
 app.command("export")(runs.export_model)

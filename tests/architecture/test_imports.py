@@ -23,7 +23,7 @@ RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "harness", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
     "plan", "preview",
-    "export", "export_gguf", "rerun",
+    "export", "export_gguf", "rerun", "bench",
 }  # fmt: skip
 TOLD = {
     "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
@@ -58,6 +58,7 @@ ALLOWED = {
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
     "rerun": FOUNDATION | PARTS | RECIPE | TOLD | {"train"},
+    "bench": FOUNDATION | PARTS | RECIPE | {"train"},
     "harness": FOUNDATION | PARTS | RECIPE | TOLD | {"evaluate"},
     "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"build", "merge_proof", "model_card"},
