@@ -15,7 +15,7 @@ from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_tw
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
-from qlora_cli.model.adapter_set import WEIGHTS
+from qlora_cli.model.adapter_files import WEIGHTS
 from qlora_cli.model.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.model.factors import Update, read_updates, stacked
 from qlora_cli.recipe import Recipe

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora_cli.durable import describe_file, put_in_place, remove_folder, write_file, write_json
 from qlora_cli.errors import TrainingError
+from qlora_cli.foreign import read_object
 from qlora_cli.tensor_file import file_of
 from qlora_cli.types import TrainState
 
@@ -248,10 +249,12 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
 
     The names are known, so nothing that a manifest says leads out of the folder; nor does a link.
     """
-    if any(file.is_symlink() for file in (path, path / _MANIFEST, *(path / n for n in _FILES))):
+    here = [path / name for name in (_MANIFEST, *_FILES)]
+    # No pipe either, which would be waited for without end.
+    if any(file.is_symlink() for file in (path, *here)) or not all(f.is_file() for f in here):
         return None
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(path / _MANIFEST)
         files = {name: manifest["files"][name] for name in _FILES}
         is_ours = manifest["format"] == _FORMAT and files == manifest["files"]
         return files if is_ours and all("bytes" in one for one in files.values()) else None

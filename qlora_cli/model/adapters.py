@@ -42,13 +42,21 @@ class FullFineTune(Part):
         return WholeModel(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-        """Put saved weights in place of the base's. `model` itself is changed."""
-        from safetensors.torch import load_file
+        """Put saved weights in place of the base's. `model` itself is changed.
 
+        Raises:
+            ModelError: they cannot be read, or are of another model.
+        """
+        from qlora_cli.model.shards import Shards
+
+        shards = Shards(folder)
+        saved = {name: shards.read(name) for name in shards.tensors}
         model = self.attach(model)
-        saved = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
         missing = set(model.state_dict()) - set(saved) - set(model.all_tied_weights_keys)
-        problem = model.load_state_dict(saved, strict=False)
+        try:
+            problem = model.load_state_dict(saved, strict=False)
+        except RuntimeError as error:  # shapes
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
         if missing or problem.unexpected_keys:
             raise ModelError(_key_mismatch(folder, missing, problem.unexpected_keys))
         return model
@@ -131,16 +139,16 @@ class LoRA(Part):
         Raises:
             ModelError: it does not fit the model tensor for tensor.
         """
-        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from peft import get_peft_model, set_peft_model_state_dict
 
-        from qlora_cli.model.edits import grow_vocabulary, match_saved
+        from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
+        from qlora_cli.model.edits import grow_vocabulary, match_saved, refuse_changed_base
 
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        refuse_endless_patterns(config, [name for name, _ in model.named_modules()], folder)
+        config.inference_mode = False  # as saved it would freeze what was trained
         try:
-            saved = load_file(folder / "adapter_model.safetensors")
-            config = LoraConfig.from_pretrained(str(folder))
-            config.inference_mode = False  # as saved it would freeze what was trained
             shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
             grow_vocabulary(model, shapes)
             own = {id(parameter) for parameter in model.parameters()}
@@ -149,7 +157,10 @@ class LoRA(Part):
             _trained_in_float32(adapted)
             match_saved(adapted, shapes, own, folder)
             set_peft_model_state_dict(adapted, saved)
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
+        except ModelError:
+            raise
+        # PEFT checks no types: what is wrong fails wherever it is used first.
+        except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         return adapted
 
