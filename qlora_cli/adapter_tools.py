@@ -152,8 +152,10 @@ def read_lora(place: AdapterPlace) -> tuple[Any, dict[str, Tensor], dict[str, Up
 
 
 def _names(modules: Any) -> list[str] | str | None:
-    is_one = modules is None or isinstance(modules, str)
-    return modules if is_one else sorted(map(str, modules))
+    if isinstance(modules, list | set | tuple):
+        return sorted(map(str, modules))
+    # Settings that were not written by PEFT may hold anything.
+    return None if modules is None else str(modules)
 
 
 def _describe(name: str, update: Update) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora_cli.durable import describe_file, put_in_place, remove_folder, write_file, write_json
 from qlora_cli.errors import TrainingError
 from qlora_cli.foreign import read_object
+from qlora_cli.optimizer_state import check_optimizer
 from qlora_cli.tensor_file import file_of
 from qlora_cli.types import TrainState
 
@@ -143,7 +144,7 @@ def load_checkpoint(
         saved = load_file(path / _WEIGHTS)
         tree = json.loads((path / _TREE).read_text(encoding="utf-8"))
         values = _unpack(tree, load_file(path / _TENSORS))
-        state = TrainState(**values["state"])
+        state = _state_of(values["state"])
         live = _trained(model)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
             changed = sorted(set(saved) ^ set(live)) or sorted(saved)
@@ -151,6 +152,7 @@ def load_checkpoint(
                 f"{path} was written for other trained weights (such as {changed[0]})",
                 hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume auto",
             )
+        check_optimizer(values["optimizer"], optimizer)
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(saved[name])
@@ -168,6 +170,16 @@ def load_checkpoint(
             hint="--resume STEP goes on from another one",
         ) from error
     return state, is_same_world
+
+
+def _state_of(values: dict[str, Any]) -> TrainState:
+    state = TrainState(**values)
+    numbers = (state.step, state.tokens, 0 if state.best_step is None else state.best_step)
+    if not all(type(one) is int and one >= 0 for one in numbers):
+        raise ValueError(f"{state} is no state of a run")
+    if not isinstance(state.best_value, float | None):
+        raise ValueError(f"{state} is no state of a run")
+    return state
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:

@@ -103,7 +103,7 @@ def refuse_endless_patterns(config: PeftConfig, modules: Iterable[str], folder: 
     keys = [key for name in _PATTERNS for key in getattr(settings, name, None) or ()]
     patterns += [rf"(.*\.)?({key})$" for key in keys]
     try:
-        with limited_time(f"{folder / CONFIG}: its regular expressions"):
+        with limited_time(f"{folder / CONFIG}: its regular expressions", seconds=0.5):
             for pattern in patterns:
                 compiled = re.compile(pattern)
                 for module in modules:
@@ -118,6 +118,8 @@ def _check_lora(settings: dict[str, Any]) -> None:
     _require("lora_alpha", settings.get("lora_alpha", 8), _is_number)
     for key in _NAMES:
         _require(key, settings.get(key), _are_names)
+    if isinstance(settings.get("modules_to_save"), str):
+        raise ValueError("modules_to_save is no list of names")
     for key, is_value in zip(_PATTERNS, (_is_rank, _is_number), strict=True):
         pattern = settings.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(is_value, pattern.values())):

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 FOUNDATION = {
     "types", "errors", "part", "_compat", "cache_folder", "kernels", "progress",
     "durable", "tensor_file", "interruption", "foreign", "jinja_limits", "secrets",
+    "optimizer_state",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
 }  # fmt: skip
 PARTS = {
