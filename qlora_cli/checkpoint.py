@@ -163,7 +163,7 @@ def load_checkpoint(
             _set_random_states(values["random"][rank])
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
-        RecursionError, SafetensorError,
+        ArithmeticError, RecursionError, SafetensorError,
     ) as error:  # fmt: skip
         raise TrainingError(
             f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}",

@@ -59,7 +59,8 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
     if config.peft_type == "LORA":
         largest = max((shape[0] for shape in shapes.values() if shape), default=1)
         config.r = min(config.r, largest)
-        config.rank_pattern = {k: min(v, largest) for k, v in config.rank_pattern.items()}
+        config.rank_pattern = {k: min(v, largest) for k, v in (config.rank_pattern or {}).items()}
+        config.alpha_pattern = config.alpha_pattern or {}
     return config
 
 

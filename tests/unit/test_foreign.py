@@ -161,10 +161,12 @@ def test_a_pipe_among_the_weights_is_not_waited_for(model: Path) -> None:
         Shards(model)
 
 
-HOSTILE: list[dict[str, Any]] = [
-    {"megatron_config": {"hidden_size": 1}, "megatron_core": "antigravity"},
+ELSEWHERE: list[dict[str, Any]] = [
+    {"megatron_config": {"hidden_size": 1}, "megatron_core": "named_by_an_adapter"},
     {"peft_type": "XLORA", "adapters": {"a": "../other"}},
     {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "x/y"},
+]
+HOSTILE: list[dict[str, Any]] = [
     {"r": 0}, {"r": "16"}, {"r": 1.5}, {"r": True}, {"lora_alpha": "x"}, {"lora_alpha": None},
     {"lora_alpha": 10**400}, {"target_modules": 5}, {"target_modules": [["x"]]},
     {"rank_pattern": {"x": -1}}, {"alpha_pattern": ["x"]}, {"peft_type": None},
@@ -181,8 +183,25 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.parametrize("settings", ELSEWHERE, ids=str)
+def test_settings_of_an_adapter_that_name_code_or_files_are_an_error(
+    adapter: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    from qlora_cli.model.adapters import LoRA
+
+    (tmp_path / "named_by_an_adapter.py").write_text("raise SystemExit('ran')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    change(adapter / "adapter_config.json", **settings)
+    with pytest.raises(ModelError, match="names code or files elsewhere"):
+        LoRA().load(load_model(tiny_model), adapter)
+
+
 @pytest.mark.parametrize("settings", HOSTILE, ids=str)
-def test_settings_of_an_adapter_that_lead_elsewhere_or_nowhere_are_an_error(
+def test_settings_of_an_adapter_that_cannot_be_are_an_error(
     adapter: Path, tiny_model: Path, settings: dict[str, Any]
 ) -> None:
     from qlora_cli.model.adapters import LoRA
