@@ -365,6 +365,14 @@ with watching() as watch:
 print("sockets:", watch.sockets)
 """
 
+HUB_KERNELS = """
+from pathlib import Path
+Path("kernels.found").touch()
+def get_kernel(*arguments, **options):
+    Path("kernels.fetched").touch()
+"""
+"""In the place of the package with which libraries fetch code from the hub."""
+
 SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD",
     "COMET_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY",
@@ -387,6 +395,7 @@ def all_commands(
     recipe = {**RECIPE, "output": {"dir": "run", "trackers": ["tensorboard"]}}
     recipe["evaluation"] = {"tasks": [{"type": "chrf"}], "max_new_tokens": 3}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (folder / "kernels.py").write_text(HUB_KERNELS, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     environment |= dict.fromkeys(SECRETS, f"hf_{CANARY}")
     path = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -418,6 +427,15 @@ def test_with_local_paths_no_command_opens_a_socket(
     _, done = all_commands
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("sockets: []\n")
+
+
+def test_with_local_paths_no_library_fetches_code_from_the_hub(
+    all_commands: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """bitsandbytes does on some CPUs, where the package for it is installed."""
+    folder, done = all_commands
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.glob("kernels.f*"))
 
 
 def test_a_secret_in_the_environment_is_written_nowhere(
