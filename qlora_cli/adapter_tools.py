@@ -143,6 +143,12 @@ def read_lora(place: AdapterPlace) -> tuple[Any, dict[str, Tensor], dict[str, Up
     if config.peft_type != "LORA":
         raise ModelError(f"{place.path}: a {config.peft_type} adapter, and only LoRA's are read")
     refuse_endless_patterns(config, [name.removesuffix(".weight") for name in saved], place.folder)
+    if config.target_parameters:
+        raise ModelError(
+            f"{place.path}: target_parameters ({', '.join(sorted(config.target_parameters))}): "
+            "updates of experts in one tensor are not read",
+            hint="qlora eval and qlora merge take it",
+        )
     updates = read_updates(config, saved)
     if not updates:
         raise ModelError(f"{place.path}: no pair of factors among its {len(saved)} tensors")

@@ -22,9 +22,12 @@ from qlora_cli.data.scan import Audit, Rows, Scan, scan
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.attention import attend_by_document, prove_packing
+from qlora_cli.model.identity import identify, refuse_other_base
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
 from qlora_cli.world import World
 
@@ -174,6 +177,20 @@ def read_exam(recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokeni
         sources = held_out if task.data is None else [task.data]
         exam.append((task, task.questions(sources, tokenizer, recipe.data, limit=limit)))
     return exam
+
+
+def recipe_of_run(run: RunFolder, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run, with what the user changes of it.
+
+    Raises:
+        ModelError: its model is not the one that the run was trained on.
+    """
+    recipe = load_recipe(run.recipe, overrides).recipe
+    trained_on = load_recipe(run.recipe).recipe.model.path
+    here = identify(recipe.model.locate())
+    known = run.read_record().get("base")
+    refuse_other_base(run.root, known, trained_on, recipe.model.path, here)
+    return recipe
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

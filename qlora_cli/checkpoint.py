@@ -29,6 +29,8 @@ _MANIFEST = "manifest.json"
 _WEIGHTS, _TENSORS, _TREE = "trained.safetensors", "state.safetensors", "state.json"
 _FILES = (_WEIGHTS, _TENSORS, _TREE)
 _FORMAT = 1
+_SETTINGS = ("initial_lr", "weight_decay")
+"""Of a group of an optimizer: what a run that goes on may have another value of (`--allow`)."""
 
 
 def save_checkpoint(
@@ -156,11 +158,11 @@ def load_checkpoint(
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(saved[name])
-        optimizer.load_state_dict(values["optimizer"])
+        _load_optimizer(optimizer, values["optimizer"])
         scaler.load_state_dict(values["scaler"])
         is_same_world = len(values["random"]) == world_size
         if is_same_world:
-            _set_random_states(values["random"][rank])
+            set_random_states(values["random"][rank])
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
         ArithmeticError, RecursionError, SafetensorError,
@@ -180,6 +182,14 @@ def _state_of(values: dict[str, Any]) -> TrainState:
     if not isinstance(state.best_value, float | None):
         raise ValueError(f"{state} is no state of a run")
     return state
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Its state as it was, its settings as the recipe has them now (they may be changed)."""
+    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, now in zip(optimizer.param_groups, settings, strict=True):
+        group.update(now)
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:
@@ -292,11 +302,12 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put them back: `states` as `random_states` gave them, arrays as such or as tensors."""
     random.setstate(states["python"])
     numpy_state = states["numpy"]
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].numpy()
-    np.random.set_state(numpy_state)
+    inner = numpy_state["state"]
+    np.random.set_state({**numpy_state, "state": {**inner, "key": np.asarray(inner["key"])}})
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])

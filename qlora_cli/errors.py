@@ -4,12 +4,15 @@ QloraError
 ├── RecipeError      2   the recipe (YAML, keys, values, combinations) cannot be used
 ├── DataError        2   rows that cannot be read, formatted or learnt from
 ├── ModelError       3   the base model or adapter cannot be found, loaded, adapted or merged
-└── TrainingError    4   training stopped before its end, or its result cannot be trusted
+├── TrainingError    4   training stopped before its end, or its result cannot be trusted
+└── OutOfMemory      6   the machine has no more memory; what was learnt is saved
 
 Interrupted              the run ended as it was asked to, and is saved
   training.stop_after  5
   Ctrl-C             130
   SIGTERM            143
+
+A run that was repeated (`qlora rerun`) with another result: 7
 
 Success: 0. Anything else (1) is a bug of ours.
 """
@@ -20,6 +23,7 @@ EXIT_DEADLINE = 5
 EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 EXIT_INTERRUPTED = 130
+EXIT_DIFFERENT = 7
 
 
 class QloraError(Exception):
@@ -51,6 +55,10 @@ class ModelError(QloraError):
 
 class TrainingError(QloraError):
     exit_code = 4
+
+
+class OutOfMemory(QloraError):
+    exit_code = 6
 
 
 class Interrupted(BaseException):

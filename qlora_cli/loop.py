@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.errors import TrainingError
+from qlora_cli.guard import Guard, is_finite
 from qlora_cli.recipe import Training
 from qlora_cli.trackers import Tracker
 from qlora_cli.types import Batch, TrainState
@@ -34,6 +34,7 @@ def fit(
     world: World,
     scaler: torch.amp.GradScaler,
     state: TrainState,
+    guard: Guard,
     evaluate: Callable[[], dict[str, float]],
     is_over: Callable[[TrainState], bool],
     save: Callable[[TrainState], None],
@@ -42,7 +43,8 @@ def fit(
     """Train until `max_steps`, or until it `is_over` early. One turn is one optimizer step.
 
     Raises:
-        TrainingError: the loss of a logged step is not finite.
+        TrainingError: the loss is not finite for some steps in a row, or jumps again and again.
+        OutOfMemory: in a step; what was learnt before it is saved.
     """
     # Before the first step; and again where a run that is resumed may have been cut short in it.
     if is_evaluated(settings, state.step) or state.step in (0, max_steps):
@@ -51,15 +53,20 @@ def fit(
     meter = Meter(state)
     is_saved = True
     while state.step < max_steps and not is_over(state):
-        metrics = train_step(
-            objective, optimizer, schedule(state.step), batches, settings, world, scaler, state
-        )
+        with guard.out_of_memory(state, save):
+            metrics = train_step(
+                objective, optimizer, schedule(state.step), batches, settings, world, scaler, state
+            )
         state.step += 1
+        if guard.goes_back(metrics, state):
+            continue
         is_last = state.step == max_steps
 
-        if is_due(settings.log_every, state.step) or is_last:
-            tracker.log(meter.read(metrics, state, world), state.step)  # the only host sync
-        is_saved = is_due(settings.save_every, state.step) or is_last
+        if is_due(settings.log_every, state.step) or is_last or not is_finite(metrics):
+            tracker.log(meter.read(metrics, state, world), state.step)
+        # While numbers are bad, nothing takes the place of what was saved when they were good.
+        is_sound = state.bad_steps == state.high_steps == 0
+        is_saved = (is_due(settings.save_every, state.step) and is_sound) or is_last
         if is_saved:
             save(state)  # after the step: state.step steps are done
         if is_evaluated(settings, state.step) or is_last:
@@ -78,13 +85,15 @@ def train_step(
     world: World,
     scaler: torch.amp.GradScaler,
     state: TrainState,
-) -> dict[str, Tensor | float]:
+) -> dict[str, float]:
     """Forward, backward, update. The loss is the mean over the supervised tokens of the whole step.
 
     Averaging each micro-batch's own mean would over-weight short answers and make the result
     depend on how the batch was cut; summing and dividing once does not.
+
+    A step whose loss or gradient is not finite is not applied: no weight would survive it.
     """
-    micro_batches = batches.micro_batches(state.step)
+    micro_batches = batches.micro_batches(state.position)
     counts = torch.tensor(
         [[batch.num_supervised, batch.num_tokens] for batch in micro_batches]
     ).sum(0)
@@ -100,15 +109,18 @@ def train_step(
 
     scaler.unscale_(optimizer)
     grad_norm = clip_gradients(optimizer, settings.max_grad_norm)
+    # The only time that the host waits for the device: it has to know whether to go on.
+    values = torch.stack([world.sum(loss), grad_norm]).tolist()
+    metrics = dict(zip(("loss", "grad_norm"), values, strict=True))
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_scale  # pure function of the step: nothing to resume
-    scaler.step(optimizer)
+    if is_finite(metrics):
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     state.tokens += num_tokens
     return {
-        "loss": world.sum(loss),
-        "grad_norm": grad_norm,
+        **metrics,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "supervised_tokens": num_supervised,
     }
@@ -131,7 +143,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> 
 
 
 class Meter:
-    """Turns a step's tensors into numbers, and tokens into tokens per second."""
+    """Adds to a step's numbers what only the clock and the machine know."""
 
     def __init__(self, state: TrainState) -> None:
         self.restart(state)
@@ -141,25 +153,12 @@ class Meter:
         self._tokens = state.tokens
         self._since = time.monotonic()
 
-    def read(
-        self, metrics: dict[str, Tensor | float], state: TrainState, world: World
-    ) -> dict[str, float]:
-        """The metrics of the last step, with speed (since the last reading), memory and tokens.
-
-        Raises:
-            TrainingError: the loss is not finite.
-        """
-        values = {name: float(value) for name, value in metrics.items()}
+    def read(self, metrics: dict[str, float], state: TrainState, world: World) -> dict[str, float]:
+        """The metrics of the last step, with speed (since the last reading), memory and tokens."""
+        values = dict(metrics)
         seconds = time.monotonic() - self._since
         values["tokens_per_second"] = (state.tokens - self._tokens) / seconds
         values["tokens"] = state.tokens
         values["peak_memory_bytes"] = world.peak_memory_bytes()
         self.restart(state)
-        if not math.isfinite(values["loss"]):
-            raise TrainingError(
-                f"step {state.step}: the loss is {values['loss']} "
-                f"(gradient norm {values['grad_norm']}); nothing of this step was saved",
-                hint="try a lower optimizer.learning_rate, more schedule.warmup_steps, or "
-                "training.precision bf16 in place of fp16",
-            )
         return values

@@ -104,6 +104,8 @@ def _facts(
         parts = " + ".join(f"{weight:g} x {Path(path).name}" for weight, path in parents)
         yield "combined", f"{parts} by {combined['method']}"
         return
+    if parent := record.get("parent"):
+        yield "began from", _chain(parent)
     yield (
         "trained weights",
         f"{record['trained_weights']:,} of {record['total_weights']:,}",
@@ -132,9 +134,16 @@ def _facts(
     yield "versions", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS)
 
 
+def _chain(parent: Mapping[str, Any]) -> str:
+    which = "" if parent["weights"] is None else f"{parent['weights']} weights, "
+    text = f"{parent['name']} ({which}sha256 {parent['digest'][:12]})"
+    before = parent["parent"]
+    return text if before is None else f"{text}, which began from {_chain(before)}"
+
+
 def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, str]]:
     lines = (run.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logged = [row for row in map(json.loads, lines) if "loss" in row]
+    logged = [row for row in map(json.loads, lines) if row.get("loss") is not None]
     if logged:
         yield "training loss", f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at last"
     if best := record.get("best"):

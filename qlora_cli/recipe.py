@@ -29,6 +29,21 @@ _DURATION = re.compile(r"([0-9]+(\.[0-9]+)?[dhms])+")
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
+class SpikeGuard(Part):
+    """What is done when the loss jumps and stays high."""
+
+    factor: float = Field(3.0, gt=1)
+    """A loss is high when it is above so many times the running median."""
+    steps: int = Field(3, ge=1)
+    """Steps in a row with a high loss that make a spike."""
+    window: int = Field(50, ge=1)
+    """Steps, high ones aside, of which the median is taken."""
+    action: Literal["warn", "go_back"] = "warn"
+    """`go_back` puts the last checkpoint in place, and passes over the rows since."""
+    returns: int = Field(3, ge=1)
+    """Stop when the run went back so often and jumps again."""
+
+
 class Training(Part):
     """The loop. A batch is what one optimizer step learns from; a micro-batch is one forward."""
 
@@ -58,6 +73,10 @@ class Training(Part):
     """Stop early after so many evaluations in a row without a better one; null never does."""
     save_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints; null saves after the last step alone."""
+    max_bad_steps: int = Field(3, ge=1)
+    """Stop after so many steps in a row whose loss or gradient is not finite. None is applied."""
+    spike: SpikeGuard | None = None
+    """What is done when the loss jumps; null does nothing."""
 
     stop_after: str | None = None
     """Save and end after the first step that is done so long after the start, such as `3h55m`
@@ -95,6 +114,11 @@ class Training(Part):
             problems.append(
                 f"training.batch_size ({self.batch_size}) must be a multiple of "
                 f"training.micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.spike and self.spike.action == "go_back" and self.save_every is None:
+            problems.append(
+                "training.spike.action (go_back) goes back to a checkpoint: give "
+                "training.save_every too"
             )
         if self.patience is not None and self.eval_every is None and self.tasks_every is None:
             problems.append(

@@ -17,10 +17,11 @@ import json
 import platform
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qlora_cli.durable import exchange_folder, put_in_place, write_file
 from qlora_cli.errors import RecipeError
@@ -134,6 +135,13 @@ class RunFolder:
         readable_as_the_folder(unfinished)
         exchange_folder(unfinished, self.root / which)
 
+    def room(self) -> int:
+        """Bytes that the run can have on this disk: what is free, and what it has already."""
+        parts = (self.checkpoints, *(self.root / name for name in get_args(Weights)))
+        files = (file for part in parts for file in part.rglob("*") if file.is_file())
+        held: int = sum(file.stat().st_size for file in files)
+        return shutil.disk_usage(self.root).free + held
+
     def read_record(self) -> dict[str, Any]:
         """What `update_record` wrote.
 
@@ -202,13 +210,27 @@ def is_run(path: Path) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """Versions and hardware, for the record; and the commit of the user's own files."""
     import torch
 
     return {
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", platform.machine())),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _commit() -> str | None:
+    """Of the git repository that the current folder is in, `-dirty` if files differ from it."""
+    # A repository's own settings may name a program to run.
+    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

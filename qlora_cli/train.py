@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,24 @@ from qlora_cli.build import (
 )
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
-from qlora_cli.errors import Interrupted
+from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
+from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprint
+from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
-from qlora_cli.keeper import Keeper, refuse_changes
+from qlora_cli.keeper import Keeper
+from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop, start_checkpointing
 from qlora_cli.model.identity import identify
 from qlora_cli.model.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
+from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.trackers import open_trackers
 from qlora_cli.types import TrainState
-from qlora_cli.world import World, set_seed
+from qlora_cli.world import PRECISIONS, World, set_seed
 
 log = logging.getLogger("qlora")
 
@@ -44,6 +48,7 @@ def train(
     recipe: Recipe,
     *,
     resume: str | None = None,
+    allow: Sequence[str] = (),
     use_cache: bool = True,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +57,7 @@ def train(
     Args:
         resume: go on from a checkpoint in `output.dir`: "auto" is the newest that is whole, or its
             step, or its path.
+        allow: keys of the recipe that may have another value than when the run was started.
         use_cache: keep the prepared data, and take what was kept before.
         origins: where each value of the recipe comes from, for the record.
 
@@ -61,6 +67,9 @@ def train(
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
+    if allow and resume is None:
+        raise RecipeError("--allow is for a run that goes on", hint="give --resume too")
+    refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
     run = RunFolder(Path(recipe.output.dir))
@@ -70,7 +79,7 @@ def train(
         run.locked() if world.is_main else nullcontext(),
     ):
         world.wait()  # a rank that is late must not find the run of its own main process
-        return _train(recipe, run, world, stop, resume, use_cache=use_cache, origins=origins)
+        return _train(recipe, run, world, stop, resume, allow, use_cache=use_cache, origins=origins)
 
 
 def _train(
@@ -79,6 +88,7 @@ def _train(
     world: World,
     stop: Interruption,
     resume: str | None,
+    allow: Sequence[str],
     *,
     use_cache: bool,
     origins: Mapping[str, str] | None,
@@ -96,8 +106,11 @@ def _train(
     # Before a large model is loaded: rows that cannot be asked about are found here too.
     exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
-    if resume is not None:
-        refuse_changes(run, recipe, learnt.digest)
+    identity = identify(recipe.model.locate())
+    fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
+    # What goes on has its weights in the checkpoint, wherever they once came from.
+    parent = find_parent(recipe, identity) if resume is None else None
+    changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
     weights = [source.weight for source in recipe.data.train_sources]
     batches = BatchStream(
         learnt.examples,
@@ -121,6 +134,8 @@ def _train(
         prepare_for_packing(base, learnt, tokenizer, dtype, world.device)
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
+    if parent is not None:
+        parent.put_into(model)
     set_seed(settings.seed + world.rank)  # but not the same dropout
     warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
     trained = report_trained(model)
@@ -147,9 +162,15 @@ def _train(
         best_by=recipe.evaluation.best_by,
         lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
     )
+    keeper.require_room(
+        num_trained=trained.trained,
+        state_bytes=recipe.optimizer.state_bytes,
+        saves=count_saves(max_steps, settings.save_every),
+        has_best=held_out is not None,
+    )
     state = TrainState()
     if resume is not None:
-        state = keeper.resume(resume, max_steps, settings.seed)
+        state = keeper.resume(resume, max_steps, settings.seed, changes)
     keeper.record(
         recipe,
         status="training",
@@ -157,10 +178,24 @@ def _train(
         max_steps=max_steps,
         trained_weights=trained.trained,
         total_weights=trained.total,
-        base=identify(recipe.model.locate()),
+        base=identity,
+        fingerprint=fingerprint,
+        precision=PRECISIONS[dtype],
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
+        **({} if parent is None else {"parent": parent.record()}),
         tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
+    )
+
+    guard = Guard(
+        settings,
+        objective=objective,
+        optimizer=optimizer,
+        scaler=scaler,
+        batches=batches,
+        world=world,
+        place=learnt.examples.place,
+        go_back=keeper.go_back,
     )
 
     def evaluate() -> dict[str, float]:
@@ -174,14 +209,15 @@ def _train(
         return metrics
 
     def evaluate_and_keep_best() -> dict[str, float]:
-        try:
-            # Several processes cannot leave it in different places.
-            with stop.at_once() if world.size == 1 else nullcontext():
-                metrics = evaluate()
-        except Interrupted:
-            return {}  # a run that is resumed evaluates here again
-        keeper.keep_best(metrics, state)
-        return metrics
+        with keeper.rescuing(state):
+            try:
+                # Several processes cannot leave it in different places.
+                with stop.at_once() if world.size == 1 else nullcontext():
+                    metrics = evaluate()
+            except Interrupted:
+                return {}  # a run that is resumed evaluates here again
+            keeper.keep_best(metrics, state)
+            return metrics
 
     started = time.monotonic()
     names = recipe.output.trackers if world.is_main else None
@@ -201,6 +237,7 @@ def _train(
             world=world,
             scaler=scaler,
             state=state,
+            guard=guard,
             evaluate=evaluate_and_keep_best,
             is_over=lambda state: (
                 world.any(stop.asked is not None) or recipe.is_over(state.step, state.best_step)

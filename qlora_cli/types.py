@@ -5,7 +5,7 @@ Shapes, everywhere in this code: B rows, T tokens, V vocabulary, D width, N supe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class Batch:
     labels: Tensor  # (B, T) int64, unshifted, IGNORE_INDEX where nothing is learnt
     documents: tuple[int, ...] = ()
     """Packed: the lengths of the examples in the one row, which is as long as all of them."""
+    examples: tuple[tuple[int, ...], ...] = ()
+    """Which examples each row holds, by their index in the data, where somebody may ask."""
 
     @property
     def num_tokens(self) -> int:
@@ -129,6 +131,7 @@ class Batch:
             None if mask is None else mask.to(device, non_blocking=True),
             self.labels,
             self.documents,
+            self.examples,
         )
 
     def inputs(self) -> dict[str, Any]:
@@ -169,3 +172,18 @@ class TrainState:
     """When the weights were the best so far, of all steps that were evaluated but the first."""
     best_value: float | None = None
     """By what `evaluation.best_by` names, then."""
+    bad_steps: int = 0
+    """Steps in a row, up to now, that were not applied: their loss or gradient was not finite."""
+    high_steps: int = 0
+    """Steps in a row, up to now, whose loss was above `training.spike`."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What `training.spike` takes its median of, the newest last."""
+    passed_over: int = 0
+    """Steps whose rows were left out after a spike, so that later rows take their place."""
+    returns: int = 0
+    """How often the run went back to a checkpoint because of a spike."""
+
+    @property
+    def position(self) -> int:
+        """Where the rows of the next step are in the stream of batches."""
+        return self.step + self.passed_over

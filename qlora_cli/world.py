@@ -15,6 +15,9 @@ from qlora_cli.errors import RecipeError
 
 T = TypeVar("T")
 
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""What a step computes in, and how `training.precision` calls it."""
+
 
 class World:
     """Device, rank and sums over ranks. One process is a world of size 1."""
@@ -90,7 +93,7 @@ class World:
                 f"training.precision: bf16 was asked for, and this {self.device.type} has none",
                 hint="--set training.precision=auto takes the best that the device has",
             )
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        return next(dtype for dtype, name in PRECISIONS.items() if name == precision)
 
     def _best_dtype(self) -> torch.dtype:
         if self.device.type == "cpu":
@@ -101,6 +104,11 @@ class World:
         # Any CPU has it, if only by emulation.
         return self.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
+    def free_memory(self) -> None:
+        """Give what the allocator keeps for later back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def peak_memory_bytes(self) -> int:
         """Highest memory of this process so far: allocated on the GPU, else resident."""
         if self.device.type == "cuda":
@@ -110,6 +118,13 @@ class World:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or of Python says that there is no memory left."""
+    # On a CPU torch has no class of its own for it.
+    is_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _cpu_is_fast_in_bfloat16() -> bool:

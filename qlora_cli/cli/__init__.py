@@ -62,12 +62,15 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
       3    the model cannot be found, loaded, adapted or merged
       4    training stopped before its end, or its result cannot be trusted
       5    stopped by training.stop_after, and saved: --resume goes on
+      6    out of memory in training; what was learnt is saved
+      7    a run that was repeated (rerun) has another result
       130  interrupted (Ctrl-C); a run is saved first
       143  the same by SIGTERM
     """
 
 
 app.command()(runs.train)
+app.command()(runs.rerun)
 app.command("eval")(runs.evaluate)
 app.command()(runs.merge)
 app.command("export")(runs.export_model)

@@ -6,7 +6,7 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_cli.data.packing import lengths, pack_in_windows
@@ -76,12 +76,14 @@ class BatchStream:
         return math.ceil(self._num_rows / self._batch_size)
 
     def rows(self, step: int) -> list[tuple[int, ...]]:
-        """The rows that all ranks together learn from in a step: the examples of each, in order."""
+        """The rows that all ranks together learn from in a step: the examples of each, in order.
+
+        After `num_steps` it goes on: rows that a run passed over are made up for from there.
+        """
         first = step * self._batch_size
         last = first + self._batch_size
-        if self._num_rows is not None:
+        if self._num_rows is not None and first < self._num_rows:
             last = min(last, self._num_rows)
-        assert 0 <= first < last, f"step {step} is outside of the stream"
         return [self._row(position) for position in range(first, last)]
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -95,7 +97,10 @@ class BatchStream:
         groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
         collate = _pad if self._max_length is None else _concatenate
         return [
-            collate([self._examples[i] for at in group for i in rows[at]], self._pad_token_id)
+            replace(
+                collate([self._examples[i] for at in group for i in rows[at]], self._pad_token_id),
+                examples=tuple(rows[at] for at in group),
+            )
             for group in groups
         ]
 

@@ -72,6 +72,8 @@ class Prepared:
     """Tokens of the longest example."""
     digest: str
     """sha256 of the sources."""
+    rows_digest: str
+    """sha256 of the examples: equal for all that is learnt in the same way."""
 
     @classmethod
     def open(cls, folder: Path) -> Prepared | None:
@@ -149,6 +151,7 @@ def prepare(
                 **{name: counts[name] for name in _COUNTS},
                 "longest": max(tally.longest for tally in tallies),
                 "digest": digest or digest_of(sources),
+                "rows_digest": writer.digest,
             }
         )
     prepared = Prepared.open(folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+from qlora_cli.errors import ModelError
 from qlora_cli.foreign import read_object
 from qlora_cli.model.shards import Shards
 
@@ -30,3 +32,39 @@ def identify(folder: Path) -> dict[str, str]:
         digest.update(f"{name} {stored.dtype} {list(stored.shape)} ".encode())
         digest.update(shards.beginning(name, _SAMPLE))
     return {"architecture": architecture, "digest": digest.hexdigest()}
+
+
+def refuse_other_base(
+    path: Path | str,
+    base: Mapping[str, str] | None,
+    trained_on: str,
+    model_path: str,
+    here: Mapping[str, str],
+) -> None:
+    """Weights of equal shapes fit each other, whatever they are.
+
+    Args:
+        path: of what was trained, as the user named it.
+        base: what `identify` said of the base when it was trained; None if nobody knows.
+        trained_on: what that base was called.
+        model_path: what the base that is there now is called.
+        here: what `identify` says of that.
+
+    Raises:
+        ModelError: it is known to be another one.
+    """
+    if base is None:
+        return
+    if base["architecture"] != here["architecture"]:
+        raise ModelError(
+            f"{path} was trained on a {base['architecture']} ({trained_on}), and {model_path} is a "
+            f"{here['architecture']}"
+        )
+    if base["digest"] != here["digest"]:
+        other = "which has changed since" if trained_on == model_path else "which has other weights"
+        raise ModelError(
+            f"{path} was trained on {trained_on}, and here is {model_path}, {other} "
+            f"({base['digest'][:12]} -> {here['digest'][:12]})",
+            hint="what was trained belongs to the weights that it was trained on; "
+            "--set model.path=... names them, wherever they lie now",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ _SMALL = 0.25
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 
@@ -72,6 +73,30 @@ class TrainedReport:
         share = self.trained / self.total
         lines.insert(0, f"trained: {self.trained:,} of {self.total:,} weights ({share:.2%})")
         return "\n".join(lines)
+
+
+def held_bytes(model: Module, optimizer: Optimizer) -> dict[str, int]:
+    """What training keeps in memory from step to step, by kind, in bytes."""
+    import torch
+
+    def size(tensors: Iterable[Tensor | None]) -> int:
+        # Parameters may share their storage: a tied head is held once.
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    parameters = list(model.parameters())
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return {
+        "base weights": size(p for p in parameters if not p.requires_grad),
+        "trained weights": size(p for p in parameters if p.requires_grad),
+        "gradients": size(p.grad for p in parameters),
+        "optimizer": size(states),
+    }
 
 
 def count_weights(module: Module) -> dict[int, tuple[int, bool]]:

@@ -74,12 +74,14 @@ class TokenLoss(nn.Module):
             states = self._states(batch, places)
             head: Any = self._halves[1] if self.is_split else nn.Identity()
             width = head.out_features if self.is_split else states.shape[-1]
-            losses = [
-                F.cross_entropy(head(states[index[at]]).float(), targets[at], reduction="none")
-                for at in _chunks(len(targets), width)
-            ]
-        sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
-        return sums.index_add_(0, owners, torch.cat(losses).double())
+            sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
+            # With no label at all (a rank without rows) there is no chunk.
+            for at in _chunks(len(targets), width):
+                losses = F.cross_entropy(
+                    head(states[index[at]]).float(), targets[at], reduction="none"
+                )
+                sums.index_add_(0, owners[at], losses.double())
+        return sums
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)

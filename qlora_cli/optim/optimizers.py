@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ def decay_groups(
 
 
 class _AdamW(Part):
+    state_bytes: ClassVar[int] = 8
+    """Of a checkpoint, for each trained weight: two running means in 32 bit."""
     learning_rate: float = Field(2e-4, gt=0)
     """Highest learning rate; the schedule scales it."""
     weight_decay: float = Field(0.0, ge=0)
@@ -83,10 +85,16 @@ class AdamW(_AdamW):
         return self._torch(parameters)
 
 
+_IN_8_BIT = 3
+"""Two running means of one byte each, and a third for their scales, their maps and the small
+tensors that stay in 32 bit."""
+
+
 class AdamW8bit(_AdamW):
     """AdamW with block-wise 8-bit states (https://arxiv.org/abs/2110.02861)."""
 
     type: Literal["adamw_8bit"] = "adamw_8bit"
+    state_bytes: ClassVar[int] = _IN_8_BIT
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient."""
@@ -110,6 +118,7 @@ class PagedAdamW8bit(_AdamW):
     """AdamW whose 8-bit states may be moved to the host when the GPU is full."""
 
     type: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
+    state_bytes: ClassVar[int] = _IN_8_BIT
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient. Unpaged off CUDA."""

@@ -146,6 +146,8 @@ def a_pickle_named_safetensors(base: Path, trap: Trap) -> None:
 
 WITH_A_BASE: list[tuple[Any, ...]] = [
     ("train", "recipe.yaml", "--set", "output.dir=again"),
+    ("train", "recipe.yaml", "--set", "training.max_steps=3", "--resume", "auto"),
+    ("rerun", "run"),
     ("eval", "recipe.yaml"),
     ("eval", "run"),
     ("eval", "base", "--recipe", "recipe.yaml"),
@@ -201,6 +203,7 @@ def test_pickles_beside_safetensors_are_left_alone(here: Path, trap: Trap) -> No
 
 
 WITH_AN_ADAPTER: list[tuple[Any, ...]] = [
+    ("train", "recipe.yaml", "--set", "output.dir=again", "--set", "adapter.init_from=run"),
     ("eval", "run"),
     ("merge", "run", "--output", "merged"),
     ("chat", "run"),
@@ -330,6 +333,7 @@ COMMANDS: list[list[str]] = [
     ["schema"],
     ["preview", "recipe.yaml", "--html", "preview.html"],
     ["train", "recipe.yaml"],
+    ["rerun", "run"],
     ["train", "recipe.yaml", "--resume", "auto", "--set", "training.max_steps=3"],
     ["eval", "run", "--records", "records.jsonl"],
     ["eval", "recipe.yaml"],

@@ -88,6 +88,24 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_facts(tmp_path) is None
 
 
+def test_the_sum_of_a_set_tells_apart_all_that_is_learnt_otherwise(tmp_path: Path) -> None:
+    learnt, shown = Example([5, 6], [IGNORE_INDEX, 6]), Example([5, 6], [IGNORE_INDEX] * 2)
+    sets = [
+        [(learnt, 0), (shown, 0)], [(shown, 0), (learnt, 0)], [(learnt, 0), (learnt, 0)],
+        [(learnt, 0), (shown, 1)], [(learnt, 0)],
+        [(Example([5, 6, 5, 6], [IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX]), 0)],
+    ]  # fmt: skip
+    sums = []
+    for place in ("a", "b"):
+        for examples in sets:
+            with SetWriter(tmp_path) as writer:
+                for example, source in examples:
+                    writer.add(example, source, place)
+                sums.append(writer.digest)
+    assert sums[: len(sets)] == sums[len(sets) :], "where it lies is nothing that is learnt"
+    assert len(set(sums)) == len(sets)
+
+
 def cut(
     tokenizer: PreTrainedTokenizerFast, truncate: Truncate, max_length: int
 ) -> tuple[Example, Any]:
