@@ -27,7 +27,8 @@ _ELSEWHERE = (
 )
 """Settings for which PEFT imports a module, or opens files, that the config names."""
 
-_NAMES = ("target_modules", "exclude_modules", "modules_to_save")
+_NAMES = ("target_modules", "exclude_modules")
+_LISTS = ("modules_to_save", "target_parameters")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
@@ -119,8 +120,8 @@ def _check_lora(settings: dict[str, Any]) -> None:
     _require("lora_alpha", settings.get("lora_alpha", 8), _is_number)
     for key in _NAMES:
         _require(key, settings.get(key), _are_names)
-    if isinstance(settings.get("modules_to_save"), str):
-        raise ValueError("modules_to_save is no list of names")
+    for key in _LISTS:
+        _require(key, settings.get(key), lambda one: _are_names(one) and not isinstance(one, str))
     for key, is_value in zip(_PATTERNS, (_is_rank, _is_number), strict=True):
         pattern = settings.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(is_value, pattern.values())):
