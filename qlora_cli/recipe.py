@@ -201,11 +201,6 @@ class Recipe(Part):
                 f"({self.quantization.type}): quantized weights have no gradient; use "
                 "quantization.type none, or adapter.type lora"
             )
-        if self.model.trust_remote_code and self.model.revision is None:
-            problems.append(
-                "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
-                "that you have read"
-            )
         tasks = self.evaluation.tasks
         if not self.data.evaluation_sources and any(task.data is None for task in tasks):
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 FOUNDATION = {
     "types", "errors", "part", "_compat", "cache_folder", "kernels", "progress",
-    "durable", "tensor_file", "interruption",
+    "durable", "tensor_file", "interruption", "foreign", "jinja_limits", "secrets",
+    "optimizer_state",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
 }  # fmt: skip
 PARTS = {
@@ -70,9 +71,9 @@ ALLOWED = {
     | RECIPE
     | {"adapter_place", "adapter_text", "adapter_tools", "build", "evaluate", "bootstrap"},
     "export_gguf": FOUNDATION | PARTS | {"probes", "modelfile"},
-    "modelfile": {"probes"},
+    "modelfile": FOUNDATION | {"probes"},
     "export_4bit": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
-    "export": FOUNDATION | {"export_gguf", "export_4bit"},
+    "export": FOUNDATION | PARTS | {"export_gguf", "export_4bit"},
     "probes": set(),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
     "cli": FOUNDATION | RECIPE | STORIES | {"cli", "report_text", "adapter_text", "data", ""},

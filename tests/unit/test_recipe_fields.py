@@ -24,6 +24,7 @@ output: {dir: run}
 """
 
 NEEDED = {
+    "model.trust_remote_code": (f"model.revision={40 * 'a'}",),
     "data.evaluation_share": ("data.evaluation=null",),
     "training.patience": ("training.eval_every=5",),
     "evaluation.best_by": (
