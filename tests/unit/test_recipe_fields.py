@@ -19,6 +19,7 @@ model: {path: base, revision: main}
 data:
   train: {path: rows.jsonl}
   evaluation: {path: held_out.jsonl}
+training: {save_every: 5, spike: {}}
 evaluation: {forgetting: {path: text.txt}}
 output: {dir: run}
 """
