@@ -334,6 +334,7 @@ COMMANDS: list[list[str]] = [
     ["preview", "recipe.yaml", "--html", "preview.html"],
     ["train", "recipe.yaml"],
     ["rerun", "run"],
+    ["bench", "recipe.yaml", "--steps", "2"],
     ["train", "recipe.yaml", "--resume", "auto", "--set", "training.max_steps=3"],
     ["eval", "run", "--records", "records.jsonl"],
     ["eval", "recipe.yaml"],
