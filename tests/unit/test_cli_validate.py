@@ -127,7 +127,8 @@ COMMANDS = leaves(get_command(app))
 def test_commands() -> None:
     assert list(COMMANDS) == [
         "train", "rerun", "bench", "eval", "merge", "export", "chat", "generate", "validate",
-        "preview", "cache", "schema", "adapters list", "adapters inspect", "adapters diff", "adapters combine",
+        "preview", "cache", "schema",
+        "adapters list", "adapters inspect", "adapters diff", "adapters combine",
     ]  # fmt: skip
 
 
