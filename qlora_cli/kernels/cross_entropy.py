@@ -26,7 +26,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     largest = work.amax(1, keepdim=True)
     # One buffer for all of it: a new one for each operation costs as much as the operation.
     total = work.sub_(largest).exp_().sum(1, keepdim=True)
-    loss = (largest + total.log() - wanted).sum()
+    loss = (total.log() - (wanted - largest)).sum()
     work.div_(total).scatter_add_(1, at, work.new_full(at.shape, -1.0))
     return loss, work.to(logits.dtype)
 
@@ -37,7 +37,7 @@ def _to_be_compiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     largest = work.amax(1, keepdim=True)
     exponentials = (work - largest).exp()
     total = exponentials.sum(1, keepdim=True)
-    loss = (largest + total.log() - work.gather(1, targets[:, None])).sum()
+    loss = (total.log() - (work.gather(1, targets[:, None]) - largest)).sum()
     columns = torch.arange(logits.shape[1], device=logits.device)
     grad = exponentials / total - (columns[None] == targets[:, None]).float()
     return loss, grad.to(logits.dtype)
