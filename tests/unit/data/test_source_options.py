@@ -197,8 +197,8 @@ def test_shuffled_rows_keep_what_json_has_no_form_for(tmp_path: Path) -> None:
     assert {one.row["at"] for one in read} == {values[0]}
 
 
-def test_nothing_is_pickled() -> None:
-    """The README says so. Programs of others (worker processes, torch) do in their own ways."""
+def test_no_file_is_pickled() -> None:
+    """The README says so."""
     files = sorted(Path(qlora_cli.__file__).parent.rglob("*.py"))
     assert len(files) > 50
     importing = re.compile(r"^\s*(import|from) (pickle|marshal|shelve|dill|cloudpickle)\b", re.M)
