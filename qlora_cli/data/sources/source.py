@@ -152,6 +152,13 @@ class Source(Part):
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         return digest.hexdigest()
 
+    def in_file_order(self) -> Self:
+        """The same source, whose rows are not drawn: the first of them are read at once.
+
+        Without its limit, as that would take other rows.
+        """
+        return self.model_copy(update={"shuffle": False, "limit": None}) if self.shuffle else self
+
     def refuse_changed(self, digest: str) -> None:
         """Raises DataError if local files are no longer those of a digest.
 
