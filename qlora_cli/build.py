@@ -28,6 +28,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
+from qlora_cli.types import Conversation
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -130,34 +131,50 @@ def _audited(
     prompts = [
         pair
         for i, source in enumerate(sources)
-        for pair in _first_prompts(source, rows, scanned.first_rows(i, _COMPARED), data, tokenizer)
+        for pair in _first_prompts(source, rows, _candidates(source, scanned, i), data, tokenizer)
     ]
     cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
     found = findings(rows, audit, find_drift(rows, prompts), cut, training=learnt)
     return Audited(name, prepared, scanned, audit, found)
 
 
+def _candidates(source: Source, scanned: Scan, index: int) -> list[int]:
+    """Rows of a source among which those are that its files begin with."""
+    return scanned.first_rows(index, None if source.shuffle else _COMPARED)
+
+
 def _first_prompts(
     source: Source,
     rows: Rows,
-    indices: list[int],
+    candidates: list[int],
     data: Data,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Iterator[tuple[int, list[int]]]:
     """Rows that are not cut, and what the model is given to generate their last answer."""
     encoder = Encoder(tokenizer)
-    times = Counter(rows.place(row) for row in indices)
-    whole = {
-        rows.place(row): row
-        for row in indices
-        # A row that was split is in several places, and what is cut has this length.
-        if times[rows.place(row)] == 1 and len(rows[row].input_ids) < data.max_length
-    }
-    for conversation in islice(source.conversations(BadRows()), _COMPARED):
+    for row, conversation in islice(_first_located(source, rows, candidates), _COMPARED):
         has_prompt = any(message.train for message in conversation.messages[1:])
-        if has_prompt and not conversation.learn_all and conversation.place in whole:
+        # What is cut has this length.
+        is_whole = len(rows[row].input_ids) < data.max_length
+        if has_prompt and not conversation.learn_all and is_whole:
             prompt = encoder.to_prompt(conversation.messages, conversation.tools)
-            yield whole[conversation.place], prompt.input_ids
+            yield row, prompt.input_ids
+
+
+def _first_located(
+    source: Source, rows: Rows, candidates: list[int]
+) -> Iterator[tuple[int, Conversation]]:
+    """What the files begin with, with the row that it became; without what became several."""
+    # Not in the order of `shuffle`, which takes a whole source to be read before its first row.
+    conversations = source.in_file_order().conversations(BadRows())
+    num_left = len(candidates)
+    while num_left > 0 and (some := {one.place: one for one in islice(conversations, _COMPARED)}):
+        found = [row for row in candidates if rows.place(row) in some]
+        times = Counter(rows.place(row) for row in found)
+        for row in found:
+            if times[rows.place(row)] == 1:
+                yield row, some[rows.place(row)]
+        num_left -= len(found)
 
 
 Exam = list[tuple[Task, Sequence[Any]]]

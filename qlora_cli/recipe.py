@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from qlora_cli.data import Data
+from qlora_cli.data.sources import Source
 from qlora_cli.model.adapters import AdapterConfig, LoRA
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.model.quantization import QuantizationConfig, Unquantized
@@ -229,8 +231,27 @@ class Recipe(Part):
                 f"training.patience ({self.training.patience}) goes by the loss on "
                 "data.evaluation, which is missing"
             )
+        problems += self._weights_without_effect()
         _refuse(problems)
         return self
+
+    def _weights_without_effect(self) -> Iterator[str]:
+        """Rows that are measured are each read once, whatever their weight says."""
+        held_out, asked = self.data.evaluation, self.evaluation.tasks
+        several = held_out if isinstance(held_out, list) else []
+        sources: dict[str, Source | None] = {
+            **({} if isinstance(held_out, list) else {"data.evaluation": held_out}),
+            **{f"data.evaluation[{i}]": source for i, source in enumerate(several)},
+            **{f"evaluation.tasks[{i}].data": task.data for i, task in enumerate(asked)},
+            "evaluation.forgetting": self.evaluation.forgetting,
+        }
+        for name, source in sources.items():
+            if source is not None and source.weight != 1:
+                yield (
+                    f"{name}.weight ({source.weight:g}) would change nothing: rows that are "
+                    "measured are each read once; leave it out, or give it to a source in "
+                    "data.train"
+                )
 
     @property
     def measures(self) -> dict[str, Measure]:

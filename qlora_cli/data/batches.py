@@ -15,6 +15,9 @@ from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PROOF_TOKENS = 64
+"""Of each example that packing is proved on."""
+
 
 class BatchStream:
     """The micro-batches of one rank, for any step.
@@ -224,13 +227,16 @@ def eval_batches(
 
 
 def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:
-    """The beginnings of three examples, packed and padded: to see whether a model tells them apart.
+    """Tokens of three examples, packed and padded: to see whether a model tells them apart.
 
+    Of one length, a short example many times over, so that none is padded: with LLM.int8() the
+    tokens of a batch decide together how it is computed, and these are the same tokens in both.
     The labels say nothing.
     """
-    some = [examples[i % len(examples)].input_ids[:64] for i in range(3)]
-    beginnings = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in some]
-    return _concatenate(beginnings, pad_token_id), _pad(beginnings, pad_token_id)
+    some = [examples[i % len(examples)].input_ids for i in range(3)]
+    pieces = [(ids * _PROOF_TOKENS)[:_PROOF_TOKENS] for ids in some]
+    made = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in pieces]
+    return _concatenate(made, pad_token_id), _pad(made, pad_token_id)
 
 
 @dataclass(frozen=True, slots=True)
