@@ -203,7 +203,7 @@ class Experiment:
             (self.run / "checkpoints", ".step-*.removed", "save: removing an older one"),
             (self.run, ".best.*", "writing the best weights"),
             (self.run, ".last.*", "writing the last weights"),
-            (self.run, "last", "record, page and model cards"),
+            (self.run, "last", "record, model cards, end of the process"),
             (self.cache / "gguf", ".*", "unpacking the model"),
             (self.cache / "prepared", ".*", "preparing data"),
         ]
@@ -223,8 +223,6 @@ class Experiment:
             if last.startswith("a pass over"):
                 return "loading the model"
             return "first evaluation" if is_built else "data: reading, auditing, sums"
-        if "finished after" in last or last.startswith(("best ", "next:")):
-            return "after its end"
         is_measured = "  eval_" in last
         if "  loss " in last and (step % form.save_every == 0 or step == form.max_steps):
             path = self.run / "checkpoints" / f"step-{step:08d}"

@@ -332,7 +332,10 @@ def test_what_was_cut_short_in_its_last_evaluation_evaluates_again(
     (run / "last").rename(tmp_path / "lost-last")
     del record["best"]
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    # And in that checkpoint's save, which had an older one still to remove.
+    (run / "checkpoints" / ".step-00000001.removed").mkdir()
     qlora("train", recipe, "--resume", "auto")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
     assert metrics(run)[-1] == expected[-1]
     assert (run / "best").is_dir()
     assert (run / "last").is_dir()
