@@ -41,8 +41,9 @@ class Form:
 class Aim:
     """When to kill: so much of a stretch of the run after its beginning.
 
-    The stretch is from the start of the process to the first step (`step` is None), from a step to
-    the next, or from the last step to the end.
+    The stretch is from the start of the process to the first step, or to the end of preparation if
+    that has to be done (`step` is None, `is_cold`); from a step to the next; or from the last step
+    to the end.
     """
 
     step: int | None
@@ -80,10 +81,11 @@ def draw_aims(kills: int, max_steps: int, seed: int) -> list[Aim]:
     """Moments in an order that lets the run advance."""
     draw = random.Random(seed)
     num_starts, num_ends = round(kills / 4), max(1, round(kills / 10))
-    steps = sorted(draw.sample(range(max_steps), kills - num_starts - num_ends))
-    aims = [Aim(step, draw.random()) for step in steps]
+    later = draw.sample(range(1, max_steps), kills - num_starts - num_ends - 1)
+    aims = [Aim(step, draw.random()) for step in (0, *sorted(later))]
     for number in range(num_starts):
-        place = draw.randrange(len(aims) + 1)
+        # The first start is among them.
+        place = draw.randrange(len(aims) + 1) if number else 0
         aims.insert(place, Aim(None, draw.random(), is_cold=number % 2 == 0))
     return aims + [Aim(max_steps, draw.random()) for _ in range(num_ends)]
 
@@ -115,11 +117,14 @@ class Clock:
             step = step_of(line)
             if step is not None:
                 self._told.setdefault(step, moment)
-        self._told[max_steps + 1] = attempt.seconds
+            elif line.startswith("a pass over"):
+                self._prepared = moment
+            elif "finished after" in line:
+                self._told[max_steps + 1] = moment
 
     def seconds(self, aim: Aim) -> float:
         if aim.step is None:
-            return aim.share * (self._told[0] if aim.is_cold else self._warm)
+            return aim.share * (self._prepared if aim.is_cold else self._warm)
         return aim.share * self.turn(aim.step)
 
     def turn(self, step: int) -> float:

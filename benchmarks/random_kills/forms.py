@@ -25,7 +25,7 @@ def tiny_form(folder: Path, kills: int, max_steps: int) -> Form:
         for count in (1, 2, 3, 5)
     ]
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 200), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 1000), encoding="utf-8")
     kind = {"type": "prompt_completion"}
     document = {
         "model": {"path": str(folder / "model")},
