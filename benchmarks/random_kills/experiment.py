@@ -172,14 +172,14 @@ class Experiment:
         lines: list[tuple[float, str]] = []
         with subprocess.Popen(
             command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
             env=environment,
         ) as process:
-            assert process.stderr is not None
-            heard = ((time.monotonic() - started, line.rstrip()) for line in process.stderr)
+            assert process.stdout is not None
+            heard = ((time.monotonic() - started, line.rstrip()) for line in process.stdout)
             if step is not None:
                 lines += until(heard, step)
             if seconds is not None:
