@@ -45,14 +45,14 @@ def tiny_form(folder: Path, kills: int, max_steps: int) -> Form:
 def gsm8k_form(folder: Path, kills: int, max_steps: int, data: Path, model: Path) -> Form:
     """The recipe of the benchmarks on GSM8K, on the short rows of both splits."""
     document = yaml.safe_load((RECIPES / "gsm8k.yaml").read_text(encoding="utf-8"))
-    for split, name, number in (("train", "train", 400), ("evaluation", "test", 8)):
+    for split, name, number in (("train", "train", 400), ("evaluation", "test", 4)):
         lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        short = [line for line in lines if len(line) < 400][:number]
+        short = [line for line in lines if len(line) < 280][:number]
         (folder / f"{name}.jsonl").write_text("".join(short), encoding="utf-8")
         document["data"][split] |= {"path": str(folder / f"{name}.jsonl"), "limit": None}
     document["model"]["path"] = str(model)
     document["adapter"]["dropout"] = 0.1
-    document["training"] |= {"epochs": None, "batch_size": 4, "micro_batch_size": 2}
+    document["training"] |= {"epochs": None, "batch_size": 2, "micro_batch_size": 1}
     return as_form(
         f"{model.stem} in NF4 on short rows of GSM8K", document, folder, kills, max_steps, 5
     )
