@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qlora_cli.errors import RecipeError
+from qlora_cli.foreign import read_object, refuse_foreign
 from qlora_cli.model.identity import refuse_other_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
@@ -37,6 +37,7 @@ class AdapterPlace:
 
         Raises:
             RecipeError: there is none.
+            ModelError: something in its folder leads out of it.
         """
         run = _run_of(path)
         folder = run.weights(weights) if run is not None and run.root == path else path
@@ -45,6 +46,7 @@ class AdapterPlace:
                 f"{path}: no adapter ({folder / CONFIG} does not exist)",
                 hint="name the folder of a run, or one with an adapter in PEFT's format",
             )
+        refuse_foreign(folder)
         return cls(path, folder, run)
 
     def config(self) -> dict[str, Any]:
@@ -54,12 +56,9 @@ class AdapterPlace:
             RecipeError: they cannot be read.
         """
         try:
-            found = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError(f"it holds a {type(found).__name__}")
+            return read_object(self.folder / CONFIG)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.folder / CONFIG} cannot be read: {error}") from error
-        return found
 
     def base_path(self) -> str:
         """What it calls its base model."""

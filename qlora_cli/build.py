@@ -14,14 +14,13 @@ import torch
 
 from qlora_cli.data import Data
 from qlora_cli.data.audit import Finding, find_drift, findings
-from qlora_cli.data.batches import eval_batches, proof_batches
+from qlora_cli.data.batches import eval_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared
 from qlora_cli.data.scan import Audit, Rows, Scan, scan
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
-from qlora_cli.model.attention import attend_by_document, prove_packing
 from qlora_cli.model.identity import identify, refuse_other_base
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
@@ -206,23 +205,6 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTr
     log.info(weights.summary())
     refuse_unquantized(weights, recipe.quantization.max_unquantized)
     return model
-
-
-def prepare_for_packing(
-    model: PreTrainedModel,
-    learnt: Prepared,
-    tokenizer: PreTrainedTokenizerFast,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Let the model attend to each packed example by itself, and show that it does.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    attend_by_document(model)
-    packed, padded = proof_batches(learnt.examples, pad_token_id=tokenizer.pad_token_id)
-    log.info(prove_packing(model, packed.to(device), padded.to(device), dtype).summary())
 
 
 def measure(

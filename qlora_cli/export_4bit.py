@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from qlora_cli.build import recipe_of_run
-from qlora_cli.errors import RecipeError
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.foreign import read_object
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.model.quantization import Nf4
 from qlora_cli.probes import TEXTS, compare, logits_of
@@ -82,8 +82,10 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
 
 def _merge_record(folder: Path) -> dict[str, Any]:
     path = folder / "merge.json"
-    record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return record
+    try:
+        return read_object(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
 
 
 def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tensor]:

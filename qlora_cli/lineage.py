@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.adapter_place import AdapterPlace
 from qlora_cli.durable import describe_file
-from qlora_cli.model.adapter_set import WEIGHTS
+from qlora_cli.model.adapter_files import WEIGHTS
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.recipe import Recipe
 

@@ -15,6 +15,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import recipe_of_run
 from qlora_cli.durable import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.foreign import PICKLED, read_object
 from qlora_cli.merge_proof import compare_models, refuse_infidelity
 from qlora_cli.model.base import load_tokenizer, refuse_prequantized
 from qlora_cli.model.edits import build_skeleton
@@ -34,9 +35,7 @@ log = logging.getLogger("qlora")
 
 Base = Literal["as-trained", "original"]
 
-_WEIGHT_FILES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
-}  # fmt: skip
+_WEIGHT_FILES = {".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"} | PICKLED
 
 
 def merge(
@@ -181,7 +180,7 @@ def write_files(
             shutil.copyfile(file, folder / file.name)
     tokenizer.save_pretrained(folder)
     shutil.copyfile(trained / "generation_config.json", folder / "generation_config.json")
-    config = json.loads((located / "config.json").read_text(encoding="utf-8"))
+    config = read_object(located / "config.json")
     for section in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if plan.untied and (section is config or "tie_word_embeddings" in section):
             section["tie_word_embeddings"] = False

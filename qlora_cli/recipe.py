@@ -59,8 +59,13 @@ class Training(Part):
     """Rows per forward, per device."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; null leaves them alone."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["mlp"] = True
+    """What is computed again in the backward pass instead of being kept: all of a layer (true:
+    least memory, about a third more time), its feed-forward half (`mlp`), or only what is cheap."""
+    kernels: Literal["auto", "compiled", "fused", "plain"] = "auto"
+    """Decoder layers as one function each (`fused`), also with compiled element-wise work
+    (`compiled`), or as transformers has them (`plain`). `auto` compiles where a run is long enough
+    to win that back."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Dtype to compute in; `auto` is bf16 where that is fast. Trained weights are fp32."""
     log_every: int = Field(1, ge=1)
@@ -195,11 +200,6 @@ class Recipe(Part):
                 f"adapter.type ({self.adapter.type}) cannot train quantization.type "
                 f"({self.quantization.type}): quantized weights have no gradient; use "
                 "quantization.type none, or adapter.type lora"
-            )
-        if self.model.trust_remote_code and self.model.revision is None:
-            problems.append(
-                "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
-                "that you have read"
             )
         tasks = self.evaluation.tasks
         if not self.data.evaluation_sources and any(task.data is None for task in tasks):

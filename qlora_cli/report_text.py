@@ -20,6 +20,21 @@ def run_text(folder: str, record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"next: {next_command}"])
 
 
+def bench_text(report: Mapping[str, Any]) -> str:
+    """What steps cost (`report` as `bench` returns it)."""
+    speed = report["tokens_per_second"]
+    return "\n".join(
+        (
+            f"{speed['median']:,.0f} tokens/s ({speed['least']:,.0f} to {speed['most']:,.0f} in "
+            f"{report['steps'] - 1} steps after the first), kernels {report['kernels']}",
+            f"{report['processor_seconds_per_1000_tokens']:.2f} processor seconds per 1,000 tokens "
+            "(start and end included)",
+            f"{report['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
+            f"{report['seconds_to_first_step']:.1f} s to the end of the first step",
+        )
+    )
+
+
 def rerun_text(report: Mapping[str, Any]) -> str:
     """What was different, then whether the result is (`report` as `rerun` returns it)."""
     different = report["different"].items()

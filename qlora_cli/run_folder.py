@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 from qlora_cli.durable import exchange_folder, replace_file, unfinished_of
 from qlora_cli.errors import RecipeError
+from qlora_cli.foreign import read_object, refuse_links
 
 Weights = Literal["last", "best"]
 
@@ -56,7 +57,9 @@ class RunFolder:
 
         Raises:
             RecipeError: it holds another run, or nothing that could be resumed.
+            ModelError: a link in it leads out: what is written would be written elsewhere.
         """
+        refuse_links(self.root)
         if resume and not self.record.exists():
             raise RecipeError(
                 f"--resume: output.dir ({self.root}) holds no run", hint="start without --resume"
@@ -108,7 +111,9 @@ class RunFolder:
 
         Raises:
             RecipeError: there are none.
+            ModelError: a link in the run's folder leads out of it.
         """
+        refuse_links(self.root)
         # Adapters that were combined are a run with one set of weights, beside its record.
         if (self.root / "adapter_config.json").is_file():
             return self.root
@@ -146,10 +151,9 @@ class RunFolder:
             RecipeError: this is no run folder.
         """
         try:
-            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            return read_object(self.record)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.root} is no run folder: {error}") from error
-        return record
 
     def update_record(self, **values: object) -> None:
         """Add to `run.json`, whole or not at all."""

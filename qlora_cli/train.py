@@ -16,7 +16,6 @@ from qlora_cli.build import (
     check_data,
     load_base,
     measure,
-    prepare_for_packing,
     read_data,
     read_exam,
 )
@@ -28,15 +27,17 @@ from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprin
 from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
 from qlora_cli.keeper import Keeper
+from qlora_cli.kernels.choice import choose_kernels
 from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
-from qlora_cli.model.base import learn_to_stop, start_checkpointing
+from qlora_cli.model.base import learn_to_stop
 from qlora_cli.model.identity import identify
 from qlora_cli.model.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
 from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
+from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
 from qlora_cli.types import TrainState
 from qlora_cli.world import PRECISIONS, World, set_seed
@@ -111,6 +112,12 @@ def _train(
     # What goes on has its weights in the checkpoint, wherever they once came from.
     parent = find_parent(recipe, identity) if resume is None else None
     changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
+    dtype = world.compute_dtype(settings.precision)
+    base = load_base(recipe, dtype, world.device)
+    learn_to_stop(base, learnt.stop_token_ids)
+    is_flat = lay_end_to_end(
+        base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing
+    )
     weights = [source.weight for source in recipe.data.train_sources]
     batches = BatchStream(
         learnt.examples,
@@ -121,17 +128,13 @@ def _train(
         pad_token_id=tokenizer.pad_token_id,
         parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
         max_length=recipe.data.max_length if recipe.data.packing else None,
+        padding=not is_flat,
         rank=world.rank,
         world_size=world.size,
     )
     log.info("a pass over them: %s", batches.summary())
     max_steps = settings.max_steps or batches.num_steps
 
-    dtype = world.compute_dtype(settings.precision)
-    base = load_base(recipe, dtype, world.device)
-    learn_to_stop(base, learnt.stop_token_ids)
-    if recipe.data.packing:
-        prepare_for_packing(base, learnt, tokenizer, dtype, world.device)
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
     if parent is not None:
@@ -140,15 +143,18 @@ def _train(
     warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
     trained = report_trained(model)
     log.info(trained.summary())
-    if settings.gradient_checkpointing:
-        start_checkpointing(base)
+    # A run that goes on keeps its kernels: others round otherwise.
+    kernels = (run.read_record() if resume else {}).get("kernels") or choose_kernels(
+        settings.kernels, world.device.type, work=trained.total * batches.tokens(max_steps)
+    )
+    kernels = prepare_layers(model, base, settings, kernels, dtype)
 
     def write_weights(folder: Path) -> None:
         recipe.adapter.save(model, folder)
         tokenizer.save_pretrained(folder)
         base.generation_config.save_pretrained(folder)
 
-    objective = TokenLoss(model, dtype)
+    objective = TokenLoss(model, dtype, loss_kernel(kernels, world.device, dtype))
     optimizer = recipe.optimizer.build(model.parameters(), world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     keeper = Keeper(
@@ -181,6 +187,7 @@ def _train(
         base=identity,
         fingerprint=fingerprint,
         precision=PRECISIONS[dtype],
+        kernels=kernels,
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
         **({} if parent is None else {"parent": parent.record()}),

@@ -20,6 +20,7 @@ from qlora_cli.cli.options import (
 from qlora_cli.errors import EXIT_DIFFERENT
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.report_text import (
+    bench_text,
     evaluation_table,
     export_text,
     harness_text,
@@ -81,6 +82,31 @@ def train(
         origins=loaded.origins,
     )
     show(report, as_json, run_text(loaded.recipe.output.dir, report))
+
+
+def bench(
+    recipe: RecipePath,
+    overrides: Overrides,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps to train.")] = 6,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Train a few steps and say what they cost on this machine. Nothing is kept.
+
+    Kernels are compiled for long runs alone, so a short one says nothing of them unless they are
+    asked for. --json prints tokens_per_second (median, least, most), seconds_to_first_step,
+    peak_memory_bytes, processor_seconds_per_1000_tokens, losses, kernels and the environment.
+
+    \b
+    Example:
+      qlora bench recipe.yaml
+      qlora bench recipe.yaml --set training.kernels=compiled --set training.micro_batch_size=8
+    """
+    loaded = load_recipe(recipe, overrides)
+    from qlora_cli.bench import bench
+
+    report = bench(loaded.recipe, steps=steps)
+    show(report, as_json, bench_text(report))
 
 
 def rerun(

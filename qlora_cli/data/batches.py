@@ -37,6 +37,8 @@ class BatchStream:
         epochs: how many passes are made; the last step may be shorter than the others.
             None never ends.
         max_length: pack the examples into rows of so many tokens; None does not pack.
+        padding: put each example into a row of its own, filled up to the longest. Otherwise those
+            of a micro-batch lie end to end, as packed ones do.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class BatchStream:
         pad_token_id: int,
         parts: Sequence[tuple[int, float]] | None = None,
         max_length: int | None = None,
+        padding: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -61,6 +64,7 @@ class BatchStream:
         self._parts = [(len(examples), 1.0)] if parts is None else parts
         assert sum(number for number, _ in self._parts) == len(examples)
         self._max_length = max_length
+        self._is_flat = max_length is not None or not padding
         self._pad_token_id = pad_token_id
         self._rank = rank
         self._world_size = world_size
@@ -95,7 +99,7 @@ class BatchStream:
         rows = self.rows(step)
         order = self._by_length(rows)
         groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
-        collate = _pad if self._max_length is None else _concatenate
+        collate = _concatenate if self._is_flat else _pad
         return [
             replace(
                 collate([self._examples[i] for at in group for i in rows[at]], self._pad_token_id),
@@ -103,6 +107,11 @@ class BatchStream:
             )
             for group in groups
         ]
+
+    def tokens(self, num_steps: int) -> int:
+        """About how many tokens so many steps learn from, over all ranks, padding not counted."""
+        rows = self._pass(0)
+        return round(sum(map(self._length, rows)) / len(rows) * num_steps * self._batch_size)
 
     def summary(self) -> str:
         """One line for the log about the first pass: how full its rows are, or their padding."""
@@ -114,6 +123,8 @@ class BatchStream:
                 f"{number:,} examples in {len(rows):,} rows of {self._max_length:,} tokens, "
                 f"{num_tokens / (len(rows) * self._max_length):.1%} full"
             )
+        if self._is_flat:
+            return "no padding: the examples of a micro-batch lie end to end"
         num_places = 0
         for first in range(0, len(rows), self._batch_size):
             some = rows[first : first + self._batch_size]

@@ -79,7 +79,10 @@ class Prepared:
     def open(cls, folder: Path) -> Prepared | None:
         """What `prepare` wrote to a folder; None if it is not whole."""
         facts = read_facts(folder)
-        return None if facts is None else cls(examples=PreparedSet(folder), **facts)
+        names = {field.name for field in fields(cls)} - {"examples"}
+        if facts is None or set(facts) != names:
+            return None
+        return cls(examples=PreparedSet(folder), **facts)
 
     def summary(self) -> str:
         """One line for the log."""

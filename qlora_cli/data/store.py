@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
+from qlora_cli.foreign import read_object
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ class PreparedSet(Sequence[Example]):
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """What was given to `SetWriter.close`; None if there is no whole prepared set."""
     try:
-        known = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        known = read_object(folder / _FACTS)
         sizes = {name: (folder / name).stat().st_size for name in _COLUMNS}
     except (OSError, ValueError):
         return None
-    facts: dict[str, Any] = known["facts"]
-    return facts if known["bytes"] == sizes else None
+    facts = known.get("facts")
+    return facts if isinstance(facts, dict) and known.get("bytes") == sizes else None

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import DataError
+from qlora_cli.jinja_limits import limited_time
 from qlora_cli.types import Message, ToolCall
 
 if TYPE_CHECKING:
@@ -209,13 +210,14 @@ class Template:
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                tools=tools,
-                tokenize=False,
-                chat_template=self._dated_source,
-                add_generation_prompt=prompting,
-            )
+            with limited_time("the chat template"):
+                text = self._tokenizer.apply_chat_template(
+                    turns,
+                    tools=tools,
+                    tokenize=False,
+                    chat_template=self._dated_source,
+                    add_generation_prompt=prompting,
+                )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
         # A template is a program of somebody else's: it may also add a number to a text.
@@ -226,6 +228,8 @@ class Template:
             LookupError,
             ArithmeticError,
             AttributeError,
+            RecursionError,
+            MemoryError,
         ) as error:
             raise TemplateRefused(f"the chat template refuses the conversation: {error}") from error
         assert isinstance(text, str)

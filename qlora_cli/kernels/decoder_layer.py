@@ -24,7 +24,7 @@ Recompute = Literal["none", "mlp", "all"]
 half, or the whole layer."""
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-"""Transformers' classes that compute what `FusedLayer` does (without a window)."""
+"""Transformers' classes that compute what `FusedLayer` does."""
 _SILU = ("SiLUActivation", "SiLU")
 
 
@@ -47,7 +47,7 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
         """(1, T, D) -> (1, T, D), with transformers' arguments."""
         documents = options.get("documents")
-        if documents is None or not torch.is_grad_enabled() or not self._parts.is_adapted():
+        if documents is None or not torch.is_grad_enabled() or not self._parts.can_do(documents):
             plain: Tensor = self._plain[0](hidden_states, **options)
             return plain
         cos, sin = (part[0] for part in options["position_embeddings"])
@@ -90,11 +90,17 @@ def can_fuse(layer: nn.Module) -> bool:
     return (
         all(_is_plain(linear) for linear in linears)
         and type(mlp.act_fn).__name__ in _SILU
-        and getattr(attention, "sliding_window", None) is None
         and attention.attention_dropout == 0
         and all(id(p) in ours for p in layer.parameters() if p.requires_grad)
         and len({base_of(linear).weight.device for linear in linears}) == 1
     )
+
+
+def _window(attention: Any) -> int | None:
+    """Qwen's layers have their own, Mistral's that of the model."""
+    own = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(own, "sliding_window", None)
+    return window
 
 
 def _is_plain(linear: Any) -> bool:
@@ -129,6 +135,8 @@ class _Parts:
     groups: int
     """Heads of keys and values."""
     scale: float
+    window: int | None
+    """How far back a token sees."""
     ops: Elementwise
 
     @classmethod
@@ -144,6 +152,7 @@ class _Parts:
             heads=base_of(attention.q_proj).out_features // size,
             groups=base_of(attention.k_proj).out_features // size,
             scale=attention.scaling,
+            window=_window(attention),
             ops=ops,
         )
 
@@ -151,10 +160,12 @@ class _Parts:
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
         return self.qkv, self.out, self.gate_up, self.down
 
-    def is_adapted(self) -> bool:
-        """Whether updates take part: PEFT can switch them off, or merge them."""
+    def can_do(self, documents: Sequence[int]) -> bool:
+        """Whether all of each document is in sight, and the updates (PEFT can switch them off, or
+        merge them) take part."""
         adapted = [linear for each in self.projections for linear in each.adapted]
-        return not any(linear.disable_adapters or linear.merged for linear in adapted)
+        is_seen = self.window is None or max(documents) <= self.window
+        return is_seen and not any(each.disable_adapters or each.merged for each in adapted)
 
 
 @dataclass
@@ -304,10 +315,10 @@ class _Layer(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         micro = _Micro(parts, hidden.dtype, trained, _Place(cos, sin, documents))
-        update, attention = micro.attention(hidden)
-        norm = parts.norms[1]
+        norm, states = parts.norms[1], hidden.detach()
+        update, attention = micro.attention(states)
         middle, normed, factor = parts.ops.add_rms_norm(
-            hidden, update, norm.weight, norm.variance_epsilon
+            states, update, norm.weight, norm.variance_epsilon
         )
         update, mlp = micro.mlp(normed)
         ctx.save_for_backward(hidden, cos, sin, *trained)
@@ -318,7 +329,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, cos, sin, *trained = ctx.saved_tensors
+        hidden, cos, sin, *trained = (saved.detach() for saved in ctx.saved_tensors)
         parts, kept, ctx.kept = ctx.parts, ctx.kept, None
         micro = _Micro(parts, hidden.dtype, trained, _Place(cos, sin, ctx.documents))
         if kept is None:

@@ -99,9 +99,23 @@ class Elementwise:
     def compiled(cls) -> Elementwise:
         """Each through torch.compile, for any number of tokens; compiled at its first use."""
         plain = cls()
+        # torch.compile keeps what it made for each function in a folder of the user's, so that a
+        # second run takes a few seconds.
         return cls(
             **{
                 field.name: torch.compile(getattr(plain, field.name), dynamic=True)
                 for field in fields(cls)
             }
         )
+
+    def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Run each once, so that what cannot be compiled fails here and not in a step."""
+        rows, width, heads, size = 6, 32, 2, 16
+        x, y = torch.rand(2, rows, width, device=device, dtype=dtype)
+        weight, angles = torch.rand_like(x[0]), torch.rand(rows, size, device=device)
+        _, factor = self.rms_norm(x, weight, 1e-6)
+        self.add_rms_norm(x, y, weight, 1e-6)
+        self.rms_norm_again(x, factor, weight)
+        self.rms_norm_backward(x, y, factor, weight, x)
+        self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
+        self.swiglu_backward(self.swiglu(x), x)

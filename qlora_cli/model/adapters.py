@@ -44,10 +44,17 @@ class FullFineTune(Part):
         return WholeModel(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-        """Put saved weights in place of the base's. `model` itself is changed."""
-        import torch
-        from safetensors import SafetensorError
+        """Put saved weights in place of the base's. `model` itself is changed.
 
+        Raises:
+            ModelError: they cannot be read, or are of another model.
+        """
+        import torch
+
+        from qlora_cli.foreign import refuse_foreign, refuse_no_safetensors
+
+        refuse_foreign(folder)
+        refuse_no_safetensors(folder, str(folder))
         kind: Any = type(self.attach(model))
         try:
             # Not the files themselves: they may hold in several tensors what the model has in one.
@@ -58,7 +65,8 @@ class FullFineTune(Part):
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        # Settings that do not belong together fail in any way, wherever they are used first.
+        except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
         if missing or found["unexpected_keys"]:
@@ -155,17 +163,17 @@ class LoRA(Part):
         Raises:
             ModelError: it does not fit the model tensor for tensor.
         """
-        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from peft import get_peft_model, set_peft_model_state_dict
 
         from qlora_cli.kernels.lora_layers import layer_classes
-        from qlora_cli.model.edits import grow_vocabulary, match_saved
+        from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
+        from qlora_cli.model.edits import grow_vocabulary, match_saved, refuse_changed_base
 
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        refuse_endless_patterns(config, [name for name, _ in model.named_modules()], folder)
+        config.inference_mode = False  # as saved it would freeze what was trained
         try:
-            saved = load_file(folder / "adapter_model.safetensors")
-            config = LoraConfig.from_pretrained(str(folder))
-            config.inference_mode = False  # as saved it would freeze what was trained
             config._register_custom_module(layer_classes(model))
             shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
             grow_vocabulary(model, shapes)
@@ -175,7 +183,10 @@ class LoRA(Part):
             _trained_in_float32(adapted)
             match_saved(adapted, shapes, own, folder)
             set_peft_model_state_dict(adapted, saved)
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
+        except ModelError:
+            raise
+        # PEFT checks no types: what is wrong fails wherever it is used first.
+        except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         return adapted
 
@@ -187,7 +198,7 @@ class LoRA(Part):
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        from qlora_cli.model.adapter_set import read_adapter
+        from qlora_cli.model.adapter_files import read_adapter
         from qlora_cli.model.edits import match_saved, refuse_changed_base
 
         config, saved = read_adapter(folder)

@@ -29,8 +29,8 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def attend_by_document(model: PreTrainedModel) -> None:
-    """Have a model that uses sdpa attend to each packed example by itself.
+def attend_by_document(model: PreTrainedModel) -> bool:
+    """Have a model that uses sdpa attend to each packed example by itself. Returns whether it does.
 
     With a mask, sdpa computes all T x T scores of a row, those between examples too, and cannot
     use its fastest kernels. Batches that are not packed are computed as before. Eager attention
@@ -39,10 +39,16 @@ def attend_by_document(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if model.config._attn_implementation != "sdpa":
-        return
+        return False
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
+    return True
+
+
+def attend_by_row(model: PreTrainedModel) -> None:
+    """Take `attend_by_document` back."""
+    model.set_attn_implementation("sdpa")
 
 
 def _mask(

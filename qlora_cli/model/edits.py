@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.foreign import refuse_no_safetensors
+from qlora_cli.model.adapter_files import WEIGHTS, read_config, refuse_endless_patterns
 from qlora_cli.model.names import Names, Piece
 from qlora_cli.model.shards import Shards
 
@@ -49,7 +51,8 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # Settings that do not belong together fail in any way, wherever they are used first.
+    except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be read: {error}") from error
     skeleton.tie_weights()
     return skeleton
@@ -111,11 +114,13 @@ class Adapter(Edits):
         from peft import get_peft_model
 
         self._folder = folder
-        self._saved = Shards(folder / "adapter_model.safetensors")
+        refuse_no_safetensors(folder, str(folder), [WEIGHTS])
+        self._saved = Shards(folder / WEIGHTS)
         self._used: set[str] = set()
         self._results: dict[str, Tensor] = {}
-        config = _read_config(folder)
         saved = {name: stored.shape for name, stored in self._saved.tensors.items()}
+        config = _read_config(folder, saved)
+        refuse_endless_patterns(config, [name for name, _ in skeleton.named_modules()], folder)
         self.shapes = grow_vocabulary(skeleton, saved)
         self._parameters = [*skeleton.named_parameters(remove_duplicate=False)]
         self._own: dict[int, list[str]] = {}
@@ -126,7 +131,8 @@ class Adapter(Edits):
             warnings.simplefilter("ignore")
             try:
                 self._adapted: Any = get_peft_model(skeleton, config)
-            except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            # PEFT checks no types: what is wrong fails wherever it is used first.
+            except Exception as error:
                 raise ModelError(f"{folder} does not fit the base model: {error}") from error
             matched = match_saved(self._adapted, saved, set(self._own), folder)
         self._sources = {key: names[0] for key, names in matched.items()}
@@ -387,18 +393,15 @@ def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
         )
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> LoraConfig:
     """The adapter's own settings.
 
     Raises:
         ModelError: they cannot be read, or name something that is no addition to base weights.
     """
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"no readable adapter_config.json in {folder}: {error}") from error
+    config = read_config(folder, saved)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
     refuse_changed_base(config, folder)

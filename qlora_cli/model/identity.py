@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
+from qlora_cli.foreign import read_object
 from qlora_cli.model.shards import Shards
 
 _SAMPLE = 4096
@@ -22,8 +22,10 @@ def identify(folder: Path) -> dict[str, str]:
         {"architecture", "digest"}: the digest is of names, dtypes, shapes and the first bytes of
         all tensors, so it does not depend on how they are shared out among files.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
+    config = read_object(folder / "config.json")
+    architectures = config.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    architecture = str([*named, config.get("model_type", "unknown")][0])
     digest = hashlib.sha256()
     shards = Shards(folder)
     for name, stored in sorted(shards.tensors.items()):

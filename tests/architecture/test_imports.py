@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 FOUNDATION = {
     "types", "errors", "part", "_compat", "cache_folder", "kernels", "progress",
-    "durable", "tensor_file", "interruption",
+    "durable", "tensor_file", "interruption", "foreign", "jinja_limits", "secrets",
+    "optimizer_state",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
 }  # fmt: skip
 PARTS = {
@@ -23,10 +24,10 @@ RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "harness", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
     "plan", "preview",
-    "export", "export_gguf", "rerun",
+    "export", "export_gguf", "rerun", "bench",
 }  # fmt: skip
 TOLD = {
-    "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
+    "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
     "examinee", "model_card",
 }  # fmt: skip
 """What stories share."""
@@ -47,6 +48,7 @@ ALLOWED = {
     "view": FOUNDATION | {"data"},
     "preview_text": {"data", "view"},
     "preview_page": {"data", "view", "preview_text"},
+    "speed": FOUNDATION | PARTS | {"recipe"},
     "guard": FOUNDATION | PARTS | {"recipe"},
     "loop": FOUNDATION | PARTS | {"recipe", "guard"},
     "build": FOUNDATION | PARTS | RECIPE,
@@ -57,6 +59,7 @@ ALLOWED = {
     "examinee": FOUNDATION | PARTS | RECIPE | {"build", "bootstrap", "generate"},
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
     "rerun": FOUNDATION | PARTS | RECIPE | TOLD | {"train"},
+    "bench": FOUNDATION | PARTS | RECIPE | {"train"},
     "harness": FOUNDATION | PARTS | RECIPE | TOLD | {"evaluate"},
     "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"build", "merge_proof", "model_card"},
@@ -68,9 +71,9 @@ ALLOWED = {
     | RECIPE
     | {"adapter_place", "adapter_text", "adapter_tools", "build", "evaluate", "bootstrap"},
     "export_gguf": FOUNDATION | PARTS | {"probes", "modelfile"},
-    "modelfile": {"probes"},
+    "modelfile": FOUNDATION | {"probes"},
     "export_4bit": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
-    "export": FOUNDATION | {"export_gguf", "export_4bit"},
+    "export": FOUNDATION | PARTS | {"export_gguf", "export_4bit"},
     "probes": set(),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
     "cli": FOUNDATION | RECIPE | STORIES | {"cli", "report_text", "adapter_text", "data", ""},

@@ -306,9 +306,13 @@ def test_a_task_on_rows_of_its_own_is_enough(
 
 
 def stopping(write_recipe: Callable[..., Path], run: Path, **training: Any) -> Path:
-    """A run that gets worse from its first steps on."""
+    """A run that gets worse from its first steps on: what is held out contradicts its rows."""
+    held_out = run.parent / "other.jsonl"
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "QXZ" * 5}]
+    held_out.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     return write_recipe(
-        optimizer={"learning_rate": 0.5},
+        data={"evaluation": {"path": str(held_out)}},
+        optimizer={"learning_rate": 3e-2},
         schedule={"type": "constant"},
         training={"max_steps": 30, "eval_every": 2, "patience": 2, "save_every": 3, **training},
         output={"dir": str(run), "keep_checkpoints": 20},
