@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,12 +100,20 @@ def until(heard: Iterator[tuple[float, str]], step: int) -> Iterator[tuple[float
             return
 
 
-def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
-    """SIGKILL, unless it has ended by then."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def kill_within(
+    process: subprocess.Popen[str], heard: Iterator[tuple[float, str]], seconds: float, step: int
+) -> Iterator[tuple[float, str]]:
+    """SIGKILL after so many seconds, unless it ends before; or as soon as it tells of that step,
+    which it comes to earlier on a machine with less to do."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    for moment, line in heard:
+        yield moment, line
+        told = step_of(line)
+        if told is not None and told >= step:
+            process.kill()
+            break
+    timer.cancel()
 
 
 class Clock:
@@ -183,7 +192,8 @@ class Experiment:
             if step is not None:
                 lines += until(heard, step)
             if seconds is not None:
-                kill_after(process, seconds)
+                told = step_of(lines[-1][1]) if lines else None
+                lines += kill_within(process, heard, seconds, 0 if told is None else told + 1)
             lines += heard
         return Attempt(lines, time.monotonic() - started, process.returncode, began)
 
