@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="60 for tiny, 30 for gsm8k; not below the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work, and leave what was made")
+    parser.add_argument("--note", default="nothing else ran.", help="what else the machine did")
     options = parser.parse_args()
     if (options.form == "gsm8k") != (options.data is not None):
         parser.error("gsm8k needs --data, and tiny takes none")
@@ -45,11 +46,11 @@ def main() -> int:
         else:
             form = gsm8k_form(folder, kills, steps, options.data, options.model)
         report = examine(form, folder, options.seed, with_saves=options.form == "gsm8k")
-    target = RESULTS
-    reports = json.loads(target.read_text("utf-8")) if target.exists() else {}
+    report["note"] = options.note
+    reports = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     reports = dict(sorted({**reports, options.form: report}.items(), reverse=True))
-    target.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(as_markdown(reports), encoding="utf-8")
+    RESULTS.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    RESULTS.with_suffix(".md").write_text(as_markdown(reports), encoding="utf-8")
     print("the same" if is_same(report) else f"NOT THE SAME: {report['different']}")
     return 0 if is_same(report) else 1
 

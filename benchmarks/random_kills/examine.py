@@ -33,7 +33,7 @@ def examine(form: Form, folder: Path, seed: int, *, with_saves: bool = False) ->
         "save_every": form.save_every,
         "eval_every": form.eval_every,
         "commit": commit or None,
-        "machine": f"{processor()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
+        "machine": f"{processor()}, threads: {os.environ.get('OMP_NUM_THREADS', os.cpu_count())}",
         "packages": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")},
         "kills": kills,
         "different": experiment.compare(),

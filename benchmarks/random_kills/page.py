@@ -37,7 +37,7 @@ def _form_lines(name: str, report: dict[str, Any]) -> list[str]:
         "",
         f"`{command}`: {len(kills)} kills of a run of {report['max_steps']} steps, saved after "
         f"every {report['save_every']} and evaluated after every {report['eval_every']}. "
-        f"{report['machine']}; commit {report['commit']}.",
+        f"{report['machine']}; {report['note']} Commit {report['commit']}.",
         "",
         f"Compared with the undisturbed run, bit for bit: {compared}. After the kills "
         f"{sum(kill['damaged'] for kill in kills)} checkpoints were damaged; those of "
