@@ -14,7 +14,7 @@ import torch
 
 from qlora_cli.data import Data
 from qlora_cli.data.audit import Finding, find_drift, findings
-from qlora_cli.data.batches import eval_batches, proof_batches
+from qlora_cli.data.batches import BatchStream, eval_batches, proof_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared
@@ -49,6 +49,30 @@ def read_data(
     prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared
+
+
+def stream_batches(
+    recipe: Recipe,
+    learnt: Prepared,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream:
+    """The micro-batches that a rank learns from, for any step."""
+    settings, weights = recipe.training, [source.weight for source in recipe.data.train_sources]
+    return BatchStream(
+        learnt.examples,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        seed=settings.seed,
+        epochs=settings.passes,
+        pad_token_id=tokenizer.pad_token_id,
+        parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
+        max_length=recipe.data.max_length if recipe.data.packing else None,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 @dataclass(frozen=True, slots=True)

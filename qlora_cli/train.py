@@ -19,8 +19,8 @@ from qlora_cli.build import (
     prepare_for_packing,
     read_data,
     read_exam,
+    stream_batches,
 )
-from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.errors import Interrupted
 from qlora_cli.examinee import Respondent, ask
@@ -99,19 +99,7 @@ def _train(
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     if resume is not None:
         refuse_changes(run, recipe, learnt.digest)
-    weights = [source.weight for source in recipe.data.train_sources]
-    batches = BatchStream(
-        learnt.examples,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        seed=settings.seed,
-        epochs=settings.passes,
-        pad_token_id=tokenizer.pad_token_id,
-        parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
-        max_length=recipe.data.max_length if recipe.data.packing else None,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    batches = stream_batches(recipe, learnt, tokenizer, rank=world.rank, world_size=world.size)
     log.info("a pass over them: %s", batches.summary())
     max_steps = settings.max_steps or batches.num_steps
 

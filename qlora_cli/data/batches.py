@@ -95,14 +95,25 @@ class BatchStream:
         rows = self.rows(step)
         order = self._by_length(rows)
         groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
-        collate = _pad if self._max_length is None else _concatenate
-        return [
-            replace(
-                collate([self._examples[i] for at in group for i in rows[at]], self._pad_token_id),
-                examples=tuple(rows[at] for at in group),
-            )
-            for group in groups
-        ]
+        return [self._batch([rows[at] for at in group]) for group in groups]
+
+    def largest(self, num_steps: int) -> list[Batch]:
+        """The micro-batches that need the most memory: of all that come first in a step the one
+        with the most tokens (padding included), and of those that come second, if any do.
+
+        From the second on the gradients of the step are in memory too. No rows are read but these.
+        """
+        found: dict[int, tuple[int, list[tuple[int, ...]]]] = {}
+        for step in range(num_steps):
+            rows = self.rows(step)
+            order = self._by_length(rows)
+            groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
+            for place, group in enumerate(groups[:2]):
+                sizes = [self._length(rows[at]) for at in group] or [0]
+                size = sum(sizes) if self._max_length else len(sizes) * max(sizes)
+                if place not in found or size > found[place][0]:
+                    found[place] = size, [rows[at] for at in group]
+        return [self._batch(rows) for _, rows in found.values()]
 
     def summary(self) -> str:
         """One line for the log about the first pass: how full its rows are, or their padding."""
@@ -120,6 +131,11 @@ class BatchStream:
             for group in _chunks(self._by_length(some), self._micro_batch_size):
                 num_places += len(group) * max(self._length(some[at]) for at in group)
         return f"padding {1 - num_tokens / num_places:.1%}"
+
+    def _batch(self, rows: list[tuple[int, ...]]) -> Batch:
+        collate = _pad if self._max_length is None else _concatenate
+        batch = collate([self._examples[i] for row in rows for i in row], self._pad_token_id)
+        return replace(batch, examples=tuple(rows))
 
     def _length(self, row: tuple[int, ...]) -> int:
         return sum(self._lengths[i] for i in row)
@@ -210,6 +226,17 @@ def eval_batches(
     order = _longest_first(lengths(examples))
     for group in _share(order, batch_size, rank, world_size):
         yield _pad([examples[i] for i in group], pad_token_id)
+
+
+def full_batch(num_rows: int, max_length: int, *, packed: bool) -> Batch:
+    """As large a batch as there can be, everything in it learnt: what stands in for data.
+
+    The last of several rows is a token shorter, as rows hardly ever are of one length; so the batch
+    has a mask.
+    """
+    sizes = [max_length] * (num_rows - 1) + [max_length - (num_rows > 1)]
+    examples = [Example([1] * size, [1] * size) for size in sizes]
+    return (_concatenate if packed else _pad)(examples, 0)
 
 
 def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:

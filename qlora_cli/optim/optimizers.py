@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,9 @@ def decay_groups(
 
 
 class _AdamW(Part):
+    is_paged: ClassVar[bool] = False
+    """On CUDA, states of 100,000 values or more are in memory that the host and the card share."""
+
     learning_rate: float = Field(2e-4, gt=0)
     """Highest learning rate; the schedule scales it."""
     weight_decay: float = Field(0.0, ge=0)
@@ -97,6 +100,7 @@ class PagedAdamW32bit(_AdamW):
     """AdamW whose 32-bit states may move to the host when the GPU is full (QLoRA, section 3)."""
 
     type: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
+    is_paged: ClassVar[bool] = True
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient. Unpaged off CUDA."""
@@ -110,6 +114,7 @@ class PagedAdamW8bit(_AdamW):
     """AdamW whose 8-bit states may be moved to the host when the GPU is full."""
 
     type: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
+    is_paged: ClassVar[bool] = True
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient. Unpaged off CUDA."""

@@ -17,7 +17,7 @@ FOUNDATION = {
 }  # fmt: skip
 PARTS = {
     "model", "data", "optim", "objectives", "tasks",
-    "world", "checkpoint", "trackers", "run_folder",
+    "world", "checkpoint", "trackers", "run_folder", "trace",
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
@@ -25,7 +25,18 @@ STORIES = {
     "plan", "preview",
     "export", "export_gguf",
 }  # fmt: skip
-TOLD = {"loop", "guard", "build", "keeper", "generate", "bootstrap", "examinee", "model_card"}
+TOLD = {
+    "loop",
+    "guard",
+    "build",
+    "keeper",
+    "generate",
+    "bootstrap",
+    "examinee",
+    "model_card",
+    "forecast",
+    "rehearsal",
+}
 """What stories share."""
 
 ALLOWED = {
@@ -37,6 +48,9 @@ ALLOWED = {
     "recipe_file": FOUNDATION | {"recipe"},
     "recipe_schema": FOUNDATION | {"recipe"},
     "report_text": set(),
+    "plan_text": set(),
+    "rehearsal": FOUNDATION | PARTS | {"recipe", "loop"},
+    "forecast": FOUNDATION | PARTS | {"recipe", "rehearsal"},
     "adapter_text": {"report_text"},
     "adapter_place": FOUNDATION | RECIPE | {"run_folder"},
     "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},
@@ -67,7 +81,10 @@ ALLOWED = {
     "export": FOUNDATION | {"export_gguf", "export_4bit"},
     "probes": set(),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
-    "cli": FOUNDATION | RECIPE | STORIES | {"cli", "report_text", "adapter_text", "data", ""},
+    "cli": FOUNDATION
+    | RECIPE
+    | STORIES
+    | {"cli", "report_text", "adapter_text", "plan_text", "data", ""},
     "__main__": {"cli"},
     "": set(),
 }
