@@ -37,6 +37,7 @@ class Forecast:
     """Of the models that were traced; where these have fewer layers, the rest was multiplied."""
     base_weights: int
     trained_weights: int
+    vocabulary_size: int
 
     def peak(self, *stages: str) -> tuple[Segment, Peak]:
         """Where the most is alive, in these stages or in all."""
@@ -50,10 +51,10 @@ def forecast(
     dtype: torch.dtype,
     *,
     device: Device,
-    micro_batches: Sequence[Batch],
+    steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
 ) -> Forecast:
-    """Trace loading, two steps and an evaluation of a recipe.
+    """Trace loading, some steps and an evaluation of a recipe.
 
     A model of many equal layers (or of a few kinds in turn) is traced with few of them. What a
     layer adds to each moment of a step is the same for each, so multiplying is exact; a test holds
@@ -62,7 +63,7 @@ def forecast(
     Args:
         config: of the base model.
         dtype: what is computed in; float32 means no autocast.
-        micro_batches: of a step, the most demanding ones.
+        steps: the micro-batches of the most demanding steps.
         held_out: the most demanding batch of the evaluation.
 
     Raises:
@@ -73,7 +74,7 @@ def forecast(
 
     def trace(size: int) -> Forecast:
         short = _shortened(config, size)
-        return _trace(recipe, short, dtype, device, micro_batches, held_out)
+        return _trace(recipe, short, dtype, device, steps, held_out)
 
     period = _period(_text(config))
     if period is None or _names_layers(recipe):
@@ -92,7 +93,7 @@ def _trace(
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: Device,
-    micro_batches: Sequence[Batch],
+    steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
 ) -> Forecast:
     text = _text(config)
@@ -105,9 +106,7 @@ def _trace(
                 base = load_traced(config, quantization.load_options(dtype), count, **options)
             weights = report_weights(base)
             refuse_unquantized(weights, quantization.max_unquantized)
-            model = rehearse(
-                base, recipe, dtype, count, micro_batches=micro_batches, held_out=held_out
-            )
+            model = rehearse(base, recipe, dtype, count, steps=steps, held_out=held_out)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         raise ModelError(
             f"model.path: the code of {type(config).__name__} cannot be traced without data: "
@@ -121,6 +120,7 @@ def _trace(
         traced_layers=(text.num_hidden_layers,),
         base_weights=weights.num_weights,
         trained_weights=report_trained(model).trained,
+        vocabulary_size=text.vocab_size,
     )
 
 
@@ -180,30 +180,28 @@ def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -
     def grown(less: int, more: int) -> int:
         return more + times * (more - less)
 
-    def ends(found: Forecast) -> dict[tuple[str, str, int | None], tuple[Segment, Peak]]:
-        """By their distance from the beginning, or (negative) from the end."""
+    def ends(found: Forecast) -> dict[Segment, tuple[int | None, Peak]]:
+        """With places as their distance from the beginning, or (negative) from the end."""
         last, near = 2 * found.num_layers, 2 * period
-        return {
-            (
-                s.stage,
-                s.part,
-                s.place if s.place is None or s.place <= near else s.place - last - 1,
-            ): (s, peak)
-            for s, peak in found.peaks.items()
-            if s.place is None or s.place <= near or s.place > last - near
-        }
+        kept = {}
+        for segment, peak in found.peaks.items():
+            place = segment.place
+            if place is not None and place > near:
+                place -= last + 1
+            if place is None or place >= -near:
+                kept[segment._replace(place=place)] = segment.place, peak
+        return kept
 
     peaks, before = {}, ends(small)
-    for key, (segment, peak) in ends(large).items():
+    for key, (place, peak) in ends(large).items():
         less = before[key][1]
         names = {*less.kinds, *peak.kinds}
         # Where two moments are alike, one may be the peak here and the other there: then a kind can
         # shrink by some kilobytes a layer.
         kinds = {n: max(0, grown(less.kinds.get(n, 0), peak.kinds.get(n, 0))) for n in names}
-        place = segment.place
         if place is not None and place > 2 * period:
             place += 2 * (num_layers - large.num_layers)
-        peaks[segment._replace(place=place)] = Peak(sum(kinds.values()), kinds)
+        peaks[key._replace(place=place)] = Peak(sum(kinds.values()), kinds)
     return Forecast(
         peaks=peaks,
         flops={stage: grown(small.flops[stage], more) for stage, more in large.flops.items()},
@@ -211,4 +209,5 @@ def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -
         traced_layers=(small.num_layers, large.num_layers),
         base_weights=grown(small.base_weights, large.base_weights),
         trained_weights=grown(small.trained_weights, large.trained_weights),
+        vocabulary_size=large.vocabulary_size,
     )

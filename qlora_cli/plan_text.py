@@ -25,6 +25,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
         f"tensors {size_text(peak['bytes'])}; with all else that the process takes "
         f"{size_text(process['low'])} to {size_text(process['high'])}",
         _verdict(report),
+        *_changes(report),
         f"adapter on disk {size_text(report['adapter_bytes'])}, a checkpoint "
         f"{size_text(report['checkpoint_bytes'])}",
         *_work(report),
@@ -55,9 +56,10 @@ def _model_line(report: Mapping[str, Any]) -> str:
 
 
 def _rows_line(rows: Mapping[str, Any]) -> str:
-    shapes = ", ".join(f"{height} x {width}" for height, width in rows["micro_batches"])
+    largest = dict.fromkeys((h, w) for step in rows["micro_batches"] for h, w in step)
+    shapes = ", ".join(f"{height} x {width}" for height, width in largest)
     steps = "" if rows["steps"] is None else f"; {rows['steps']:,} steps, {rows['tokens']:,} tokens"
-    return f"largest micro-batches of a step: {shapes} tokens (from {rows['from']}){steps}"
+    return f"largest micro-batches: {shapes} tokens (from {rows['from']}){steps}"
 
 
 def _head(device: Mapping[str, Any]) -> str:
@@ -82,13 +84,35 @@ def _moment(stage: str, entry: Mapping[str, Any]) -> str:
 
 def _verdict(report: Mapping[str, Any]) -> str:
     verdict, margin = report["fits"]["verdict"], report["fits"]["margin"]
+    hint = "" if "changes" in report else " (try --fit)"
     if verdict == "unknown":
         return "fits: not known, as the memory of the device is not; name a card, or 24GiB"
     if verdict == "yes":
         return f"fits: yes, with {size_text(margin)} to spare"
     if verdict == "perhaps":
-        return "fits: perhaps; the tensors do, and what else there is may not (try --fit)"
-    return f"fits: no, {size_text(-margin)} too little (try --fit)"
+        return f"fits: perhaps; the tensors do, and what else there is may not{hint}"
+    return f"fits: no, {size_text(-margin)} too little{hint}"
+
+
+def _changes(report: Mapping[str, Any]) -> list[str]:
+    """What --fit found."""
+    if "changes" not in report:
+        return []
+    changes = report["changes"]
+    if changes is None:
+        return [
+            "nothing that --fit may change makes it fit for sure; this is the least that was tried",
+            "take a smaller model, or more memory",
+        ]
+    if not changes:
+        return ["nothing has to change for it"]
+    return ["with these changes, of which the report is:", f"  {set_line(changes)}"]
+
+
+def set_line(changes: Mapping[str, Any]) -> str:
+    """What to add to a command line."""
+    values = {key: str(v).lower() if isinstance(v, bool) else v for key, v in changes.items()}
+    return " ".join(f"--set {key}={value}" for key, value in values.items())
 
 
 def _work(report: Mapping[str, Any]) -> list[str]:

@@ -55,19 +55,19 @@ def rehearse(
     dtype: torch.dtype,
     count: Count,
     *,
-    micro_batches: Sequence[Batch],
+    steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
 ) -> nn.Module:
-    """Attach the adapter, make two steps and one evaluation. Returns the model.
+    """Attach the adapter, make the steps and an evaluation. Returns the model.
 
-    The first step is of one micro-batch: what it differs in from the others is that the optimizer
-    makes its states.
+    Before the steps there is one of one micro-batch: what it differs in from the others is that the
+    optimizer makes its states.
 
     Args:
         base: as it was loaded.
         dtype: autocast dtype; float32 means no autocast.
         count: counts all of it.
-        micro_batches: of a step.
+        steps: the micro-batches of each.
         held_out: a batch of the evaluation.
     """
     if recipe.data.packing:
@@ -86,7 +86,7 @@ def rehearse(
     world, state = Alone(), TrainState()
     objective.train()
     with _told(count, base, model, optimizer):
-        for stage, batches in ((FIRST, micro_batches[:1]), (STEP, micro_batches)):
+        for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
             with count.stage(stage):
                 train_step(
                     objective,

@@ -105,6 +105,9 @@ def plan(
     gpus: Annotated[
         int, typer.Option("--gpus", metavar="N", min=1, help="Devices that train together (1).")
     ] = 1,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Look for the least harmful changes with which it fits.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -119,11 +122,12 @@ def plan(
     Example:
       qlora plan recipe.yaml --device "RTX 4090"
       qlora plan recipe.yaml --device 24GiB --set data.max_length=4096
+      qlora plan recipe.yaml --device 12GiB --fit
     """
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.plan import plan
 
-    report = plan(loaded.recipe, device=device, gpus=gpus)
+    report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
     show(report, as_json, plan_text(report))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.packing import lengths, pack_in_windows
+from qlora_cli.data.packing import lengths, pack_in_windows, supervised
 from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 
 if TYPE_CHECKING:
@@ -97,23 +97,34 @@ class BatchStream:
         groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
         return [self._batch([rows[at] for at in group]) for group in groups]
 
-    def largest(self, num_steps: int) -> list[Batch]:
-        """The micro-batches that need the most memory: of all that come first in a step the one
-        with the most tokens (padding included), and of those that come second, if any do.
+    def largest(self, num_steps: int) -> list[list[Batch]]:
+        """Steps put together from the micro-batches that need the most memory: of all that come
+        first in a step the largest, and of those that follow. From the second on, the gradients of
+        the step are in memory too.
 
-        From the second on the gradients of the step are in memory too. No rows are read but these.
+        Largest by tokens, padding included, as activations go by them; and by tokens that are
+        learnt, as logits do. Often it is the same, and then it is one step.
         """
-        found: dict[int, tuple[int, list[tuple[int, ...]]]] = {}
+        learnt = supervised(self._examples)
+        found: dict[tuple[str, bool], tuple[int, list[tuple[int, ...]]]] = {}
         for step in range(num_steps):
             rows = self.rows(step)
             order = self._by_length(rows)
             groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
-            for place, group in enumerate(groups[:2]):
-                sizes = [self._length(rows[at]) for at in group] or [0]
-                size = sum(sizes) if self._max_length else len(sizes) * max(sizes)
-                if place not in found or size > found[place][0]:
-                    found[place] = size, [rows[at] for at in group]
-        return [self._batch(rows) for _, rows in found.values()]
+            for place, group in enumerate(groups):
+                chosen = [rows[at] for at in group]
+                sizes = [self._length(row) for row in chosen] or [0]
+                measures = {
+                    "tokens": sum(sizes) if self._max_length else len(sizes) * max(sizes),
+                    "learnt": sum(learnt[i] for row in chosen for i in row),
+                }
+                for name, size in measures.items():
+                    key = name, place > 0
+                    if key not in found or size > found[key][0]:
+                        found[key] = size, chosen
+        steps = [[found[k][1] for k in found if k[0] == name] for name in ("tokens", "learnt")]
+        distinct = steps[:1] if steps[0] == steps[1] else steps
+        return [[self._batch(rows) for rows in step] for step in distinct]
 
     def summary(self) -> str:
         """One line for the log about the first pass: how full its rows are, or their padding."""

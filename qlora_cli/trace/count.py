@@ -30,6 +30,9 @@ LOGITS = "logits and loss"
 BATCH = "batch"
 WORKSPACE = "workspace"
 
+HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES)
+"""What is there between steps."""
+
 LOAD = "load"
 
 KINDS = (
@@ -45,6 +48,8 @@ class Segment(NamedTuple):
     """What is going on: load, first step, ..."""
     part: str
     """forward, backward, update; or between, when gradients are there and nothing is under way."""
+    turn: int
+    """How many forward passes have begun in the stage."""
     place: int | None
     """Where in the model: 0 before the first layer, 2i + 1 in the layer i, 2i + 2 after it. Going
     back, None is behind all layers."""
@@ -84,6 +89,7 @@ class Count(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.by_kind: Counter[str] = Counter()
         self.total = 0
+        self._turn = 0
         self._place = 0
         self._place_back: int | None = None
         self._device = device
@@ -97,6 +103,7 @@ class Count(TorchDispatchMode):
     def stage(self, name: str) -> Iterator[None]:
         """What happens in here belongs to this stage."""
         outer, self._stage = self._stage, name
+        self._turn, self._place, self._place_back = 0, 0, None
         try:
             yield
         finally:
@@ -134,13 +141,13 @@ class Count(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
+        if work := _WORK.get(name):
+            self.flops[self._stage] += work(*args)
         kernel = _opened(name, self._device)
         if kernel is not None:
             with self:
                 return kernel(*args, **kwargs)
         made = func(*args, **kwargs)
-        if work := _WORK.get(name):
-            self.flops[self._stage] += work(*args)
         tensors = [made] if isinstance(made, Tensor) else tree_leaves(made)
         kind = None
         for tensor in tensors:
@@ -151,6 +158,7 @@ class Count(TorchDispatchMode):
         return made
 
     def _begin(self) -> None:
+        self._turn += 1
         self._place, self._place_back = 0, None
 
     def _go(self, place: int) -> None:
@@ -210,14 +218,14 @@ class Count(TorchDispatchMode):
         if self.total > peak.total:
             peak.total, peak.kinds = self.total, dict(self.by_kind)
 
-    def _whereabouts(self) -> tuple[str, int | None]:
+    def _whereabouts(self) -> tuple[str, int, int | None]:
         if self._is_updating:
-            return "update", None
+            return "update", self._turn, None
         if torch._C._current_graph_task_id() != -1:
-            return "backward", self._place_back
+            return "backward", self._turn, self._place_back
         if self._place_back is not None:
-            return "between", None
-        return "forward", self._place
+            return "between", self._turn, None
+        return "forward", self._turn, self._place
 
 
 def _product(one: Tensor, other: Tensor, *_: Any) -> int:

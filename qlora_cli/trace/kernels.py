@@ -73,14 +73,46 @@ def _multiply_4bit(
 
 
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, *rest: Any, **options: Any
-) -> Any:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, ...]:
     """Flash attention on CUDA sums the gradient of the queries in float32."""
     total = torch.empty_like(query, dtype=torch.float32)
-    call = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    made = call(grad, query, key, *rest, **options)
+    made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     del total
     return made
 
 
-_CUDA: dict[str, Kernel] = {"bitsandbytes::gemm_4bit": _multiply_4bit}
+def _quantize_int8(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows in 8 bits, with the scale of each; no column of outliers."""
+    outliers = None
+    if threshold > 0:
+        found = rows.abs() >= threshold
+        del found
+        outliers = torch.empty(0, dtype=torch.int64)
+    scales = rows.new_empty(rows.numel() // rows.shape[-1], dtype=torch.float32)
+    return torch.empty_like(rows, dtype=torch.int8), scales, outliers
+
+
+def _multiply_int8(
+    rows: Tensor,
+    quantized: Tensor,
+    weight: Tensor,
+    row_scales: Tensor,
+    weight_scales: Tensor,
+    outliers: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The product in 32-bit integers, then in float16, then in the dtype of the rows."""
+    shape = (*quantized.shape[:-1], weight.shape[0])
+    integers = rows.new_empty(shape, dtype=torch.int32)
+    half = torch.empty_like(integers, dtype=torch.float16)
+    del integers
+    return half.to(rows.dtype), rows.new_empty(0)
+
+
+_CUDA: dict[str, Kernel] = {
+    "bitsandbytes::gemm_4bit": _multiply_4bit,
+    "bitsandbytes::int8_vectorwise_quant": _quantize_int8,
+    "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

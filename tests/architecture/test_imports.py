@@ -51,6 +51,8 @@ ALLOWED = {
     "plan_text": set(),
     "rehearsal": FOUNDATION | PARTS | {"recipe", "loop"},
     "forecast": FOUNDATION | PARTS | {"recipe", "rehearsal"},
+    "estimate": FOUNDATION | PARTS | {"recipe", "build", "rehearsal", "forecast"},
+    "fit": FOUNDATION | PARTS | {"recipe", "estimate"},
     "adapter_text": {"report_text"},
     "adapter_place": FOUNDATION | RECIPE | {"run_folder"},
     "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},
