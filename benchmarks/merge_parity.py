@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.errors import ModelError
-from qlora_cli.model.edits import Adapter, Names, build_skeleton
+from qlora_cli.model.edits import Adapter, build_skeleton
+from qlora_cli.model.names import Names
 from qlora_cli.model.quantization import Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.model.round_trip import RoundTrip
 from qlora_cli.model.shards import Shards
@@ -64,6 +65,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kind": "mixtral", "target_modules": ["q_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     },
+    "target_parameters (Qwen2-MoE)": {
+        "kind": "qwen2_moe", "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    # PEFT turns it into target_parameters, with the router's among them.
+    "all-linear (Mixtral)": {"kind": "mixtral", "target_modules": "all-linear"},
 }  # fmt: skip
 BASES: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "int8": Int8()}
 
@@ -93,6 +100,8 @@ def make_model(kind: str, *, tied: bool) -> Any:
         LlamaForCausalLM,
         MixtralConfig,
         MixtralForCausalLM,
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
     )
 
     torch.manual_seed(0)
@@ -112,6 +121,9 @@ def make_model(kind: str, *, tied: bool) -> Any:
         return GptOssForCausalLM(GptOssConfig(**sizes, **experts)).to(BFLOAT16)
     if kind == "mixtral":
         return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)).to(BFLOAT16)
+    if kind == "qwen2_moe":
+        experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts)).to(BFLOAT16)
     model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -179,7 +191,7 @@ def examine(
         build_skeleton(base, trust_remote_code=False), config.load_options(BFLOAT16)
     )
     try:
-        edits = Adapter(skeleton, adapter)
+        edits = Adapter(skeleton, names, adapter)
         merge = Merge(shards, names, edits, rounding, tied_keys, as_trained=bool(rounding.names))
         merge.verify(output, merge.write(output))
     except ModelError as error:
@@ -199,6 +211,9 @@ def examine(
     given = plain(input_ids=INPUT, use_cache=False).logits
 
     state = reference(base, adapter, rounded, BFLOAT16).merge_and_unload().state_dict()
+    for whole, pieces in names.pieces.items():
+        for one in pieces:
+            state[one.name] = state[whole][one.expert, one.start : one.start + one.rows]
     pairs = {name: (value, state[name].to(BFLOAT16)) for name, value in found.items()}
     worst = max(
         float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-9))

@@ -63,7 +63,7 @@ def _run(
     return {
         "model": "smollm2-135m", "quantization": quantization, "adapter": adapter, "rows": rows,
         "length": length, "checkpointing": checkpointing, "optimizer": "adamw", "packing": False,
-        "precision": "bf16", **more,
+        "precision": "bf16", "padding": False, **more,
     }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     recipe = recipe_of(run, model)
     dtype = compute_dtype(recipe, find_target("cpu"))
     config, _ = recipe.model.read_config()
-    rows = assume_rows(recipe, "a benchmark")
+    rows = assume_rows(recipe, "a benchmark", is_flat=not run["padding"])
     started = time.perf_counter()
     predicted = forecast(
         recipe, config, dtype, device="cpu", steps=rows.steps, held_out=rows.held_out

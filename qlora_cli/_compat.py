@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,16 @@ def restore_splitting(tokenizer: Any, gguf_file: Path) -> None:
         )
 
 
+def forbid_hub_kernels() -> None:
+    """Let no library find the package `kernels`, with which they fetch code from the hub.
+
+    Where it is installed, importing bitsandbytes 0.50 on a CPU with AVX512-BF16 downloads
+    "kernels-community/quantization-bitsandbytes" and runs what it gets, whatever paths are local.
+    There is no setting against it. Goes when there is one.
+    """
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars, notices and telemetry out of a clean run.
 
@@ -55,6 +66,7 @@ def quiet_libraries() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    forbid_hub_kernels()
     for name in ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|accelerate)\b")

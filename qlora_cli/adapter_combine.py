@@ -13,13 +13,14 @@ from qlora_cli.adapter_place import CONFIG, AdapterPlace
 from qlora_cli.adapter_text import combine_card
 from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
+from qlora_cli.build import recipe_of_run
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
-from qlora_cli.model.adapter_set import WEIGHTS
+from qlora_cli.model.adapter_files import WEIGHTS
 from qlora_cli.model.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.model.factors import Update, read_updates, stacked
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import dump_recipe, load_recipe
+from qlora_cli.recipe_file import dump_recipe
 from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
 from qlora_cli.world import World
 
@@ -147,7 +148,7 @@ def _recipe_of(places: Sequence[AdapterPlace], overrides: Sequence[str]) -> Reci
     runs = [place.run for place in places if place.run is not None]
     if not runs and overrides:
         raise RecipeError("--set: none of the adapters is a run, so there is no recipe to change")
-    return load_recipe(runs[0].recipe, overrides).recipe if runs else None
+    return recipe_of_run(runs[0], overrides) if runs else None
 
 
 def _write(
@@ -188,7 +189,8 @@ def _write(
 
 def _evaluate(output: Path, recipe: Recipe, places: Sequence[AdapterPlace]) -> list[dict[str, Any]]:
     """The outcome beside each parent, all of them on what the recipe asks."""
-    if not recipe.data.evaluation_sources and not recipe.evaluation.tasks:
+    asked = recipe.evaluation
+    if not (recipe.data.evaluation_sources or asked.tasks or asked.forgetting):
         return []
     tasks, world = choose_tasks(recipe, None, is_tuned=True), World()
     paths = [*(place.path for place in places), output]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from qlora_cli.errors import RecipeError
+from qlora_cli.foreign import read_object, refuse_foreign
+from qlora_cli.model.identity import refuse_other_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
+
+log = logging.getLogger("qlora")
 
 CONFIG = "adapter_config.json"
 
@@ -32,6 +37,7 @@ class AdapterPlace:
 
         Raises:
             RecipeError: there is none.
+            ModelError: something in its folder leads out of it.
         """
         run = _run_of(path)
         folder = run.weights(weights) if run is not None and run.root == path else path
@@ -40,6 +46,7 @@ class AdapterPlace:
                 f"{path}: no adapter ({folder / CONFIG} does not exist)",
                 hint="name the folder of a run, or one with an adapter in PEFT's format",
             )
+        refuse_foreign(folder)
         return cls(path, folder, run)
 
     def config(self) -> dict[str, Any]:
@@ -49,12 +56,9 @@ class AdapterPlace:
             RecipeError: they cannot be read.
         """
         try:
-            found = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError(f"it holds a {type(found).__name__}")
+            return read_object(self.folder / CONFIG)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.folder / CONFIG} cannot be read: {error}") from error
-        return found
 
     def base_path(self) -> str:
         """What it calls its base model."""
@@ -67,6 +71,34 @@ class AdapterPlace:
     def recipe(self) -> Recipe | None:
         """Of the run that trained it."""
         return load_recipe(self.run.recipe).recipe if self.run else None
+
+    def check_base(self, recipe: Recipe, here: Mapping[str, str]) -> None:
+        """Refuse it over the base of a recipe, or warn, as far as is known on what it was trained.
+
+        Args:
+            here: what `identify` says of the recipe's base.
+
+        Raises:
+            ModelError: it was trained on other weights.
+        """
+        known = self.base_identity()
+        refuse_other_base(self.path, known, self.base_path(), recipe.model.path, here)
+        if known is None and self.base_path() != recipe.model.path:
+            log.warning(
+                "%s names %s as its base, and here is %s: whether the weights are the same is not "
+                "known",
+                self.path,
+                self.base_path() or "nothing",
+                recipe.model.path,
+            )
+        trained = self.recipe()
+        if trained is not None and trained.quantization != recipe.quantization:
+            log.warning(
+                "%s was trained over a base in quantization.type %s, and here it is %s",
+                self.path,
+                trained.quantization.type,
+                recipe.quantization.type,
+            )
 
 
 def is_adapter(path: Path) -> bool:

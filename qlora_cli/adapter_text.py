@@ -40,7 +40,7 @@ def inspect_text(report: Mapping[str, Any]) -> str:
         f"{report['path']}: {report['type']}, r {report['r']}, alpha {report['alpha']:g}"
         + "".join(f", {extra}" for extra in extras),
         f"base: {report['base'] or 'not named'}",
-        f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}",
+        f"targets: {targets if isinstance(targets, str) else ', '.join(targets or ['not named'])}",
         *([f"trained in full: {', '.join(saved)}"] if saved else []),
         f"{report['weights']:,} weights in {len(report['modules'])} modules, "
         f"{_size(report['bytes'])}; norm of all updates {report['norm']:.4g}",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapter_place import CONFIG, AdapterPlace
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.model.adapter_set import WEIGHTS, read_adapter
+from qlora_cli.model.adapter_files import WEIGHTS, read_adapter, refuse_endless_patterns
 from qlora_cli.model.factors import Update, effective_rank, read_updates
 
 if TYPE_CHECKING:
@@ -142,6 +142,13 @@ def read_lora(place: AdapterPlace) -> tuple[Any, dict[str, Tensor], dict[str, Up
     config, saved = read_adapter(place.folder)
     if config.peft_type != "LORA":
         raise ModelError(f"{place.path}: a {config.peft_type} adapter, and only LoRA's are read")
+    refuse_endless_patterns(config, [name.removesuffix(".weight") for name in saved], place.folder)
+    if config.target_parameters:
+        raise ModelError(
+            f"{place.path}: target_parameters ({', '.join(sorted(config.target_parameters))}): "
+            "updates of experts in one tensor are not read",
+            hint="qlora eval and qlora merge take it",
+        )
     updates = read_updates(config, saved)
     if not updates:
         raise ModelError(f"{place.path}: no pair of factors among its {len(saved)} tensors")
@@ -151,7 +158,10 @@ def read_lora(place: AdapterPlace) -> tuple[Any, dict[str, Tensor], dict[str, Up
 
 
 def _names(modules: Any) -> list[str] | str | None:
-    return modules if modules is None or isinstance(modules, str) else sorted(modules)
+    if isinstance(modules, list | set | tuple):
+        return sorted(map(str, modules))
+    # Settings that were not written by PEFT may hold anything.
+    return None if modules is None else str(modules)
 
 
 def _describe(name: str, update: Update) -> dict[str, Any]:

@@ -14,18 +14,21 @@ import torch
 
 from qlora_cli.data import Data
 from qlora_cli.data.audit import Finding, find_drift, findings
-from qlora_cli.data.batches import BatchStream, eval_batches, proof_batches
+from qlora_cli.data.batches import BatchStream, eval_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared
 from qlora_cli.data.scan import Audit, Rows, Scan, scan
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
-from qlora_cli.model.attention import attend_by_document, prove_packing
+from qlora_cli.model.identity import identify, refuse_other_base
 from qlora_cli.model.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
+from qlora_cli.types import Conversation
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -56,10 +59,15 @@ def stream_batches(
     learnt: Prepared,
     tokenizer: PreTrainedTokenizerFast,
     *,
+    is_flat: bool,
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchStream:
-    """The micro-batches that a rank learns from, for any step."""
+    """The micro-batches that a rank learns from, for any step.
+
+    Args:
+        is_flat: whether examples lie end to end rather than being padded.
+    """
     settings, weights = recipe.training, [source.weight for source in recipe.data.train_sources]
     return BatchStream(
         learnt.examples,
@@ -70,6 +78,7 @@ def stream_batches(
         pad_token_id=tokenizer.pad_token_id,
         parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
         max_length=recipe.data.max_length if recipe.data.packing else None,
+        padding=not is_flat,
         rank=rank,
         world_size=world_size,
     )
@@ -152,34 +161,50 @@ def _audited(
     prompts = [
         pair
         for i, source in enumerate(sources)
-        for pair in _first_prompts(source, rows, scanned.first_rows(i, _COMPARED), data, tokenizer)
+        for pair in _first_prompts(source, rows, _candidates(source, scanned, i), data, tokenizer)
     ]
     cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
     found = findings(rows, audit, find_drift(rows, prompts), cut, training=learnt)
     return Audited(name, prepared, scanned, audit, found)
 
 
+def _candidates(source: Source, scanned: Scan, index: int) -> list[int]:
+    """Rows of a source among which those are that its files begin with."""
+    return scanned.first_rows(index, None if source.shuffle else _COMPARED)
+
+
 def _first_prompts(
     source: Source,
     rows: Rows,
-    indices: list[int],
+    candidates: list[int],
     data: Data,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Iterator[tuple[int, list[int]]]:
     """Rows that are not cut, and what the model is given to generate their last answer."""
     encoder = Encoder(tokenizer)
-    times = Counter(rows.place(row) for row in indices)
-    whole = {
-        rows.place(row): row
-        for row in indices
-        # A row that was split is in several places, and what is cut has this length.
-        if times[rows.place(row)] == 1 and len(rows[row].input_ids) < data.max_length
-    }
-    for conversation in islice(source.conversations(BadRows()), _COMPARED):
+    for row, conversation in islice(_first_located(source, rows, candidates), _COMPARED):
         has_prompt = any(message.train for message in conversation.messages[1:])
-        if has_prompt and not conversation.learn_all and conversation.place in whole:
+        # What is cut has this length.
+        is_whole = len(rows[row].input_ids) < data.max_length
+        if has_prompt and not conversation.learn_all and is_whole:
             prompt = encoder.to_prompt(conversation.messages, conversation.tools)
-            yield whole[conversation.place], prompt.input_ids
+            yield row, prompt.input_ids
+
+
+def _first_located(
+    source: Source, rows: Rows, candidates: list[int]
+) -> Iterator[tuple[int, Conversation]]:
+    """What the files begin with, with the row that it became; without what became several."""
+    # Not in the order of `shuffle`, which takes a whole source to be read before its first row.
+    conversations = source.in_file_order().conversations(BadRows())
+    num_left = len(candidates)
+    while num_left > 0 and (some := {one.place: one for one in islice(conversations, _COMPARED)}):
+        found = [row for row in candidates if rows.place(row) in some]
+        times = Counter(rows.place(row) for row in found)
+        for row in found:
+            if times[rows.place(row)] == 1:
+                yield row, some[rows.place(row)]
+        num_left -= len(found)
 
 
 Exam = list[tuple[Task, Sequence[Any]]]
@@ -200,6 +225,20 @@ def read_exam(recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokeni
     return exam
 
 
+def recipe_of_run(run: RunFolder, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run, with what the user changes of it.
+
+    Raises:
+        ModelError: its model is not the one that the run was trained on.
+    """
+    recipe = load_recipe(run.recipe, overrides).recipe
+    trained_on = load_recipe(run.recipe).recipe.model.path
+    here = identify(recipe.model.locate())
+    known = run.read_record().get("base")
+    refuse_other_base(run.root, known, trained_on, recipe.model.path, here)
+    return recipe
+
+
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The base model as the recipe wants it held, with a line about it in the log."""
     if recipe.model.trust_remote_code:
@@ -213,23 +252,6 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTr
     log.info(weights.summary())
     refuse_unquantized(weights, recipe.quantization.max_unquantized)
     return model
-
-
-def prepare_for_packing(
-    model: PreTrainedModel,
-    learnt: Prepared,
-    tokenizer: PreTrainedTokenizerFast,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Let the model attend to each packed example by itself, and show that it does.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    attend_by_document(model)
-    packed, padded = proof_batches(learnt.examples, pad_token_id=tokenizer.pad_token_id)
-    log.info(prove_packing(model, packed.to(device), padded.to(device), dtype).summary())
 
 
 def measure(

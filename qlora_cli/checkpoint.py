@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from qlora_cli.durable import describe_file, put_in_place, remove_folder, write_file, write_json
 from qlora_cli.errors import TrainingError
+from qlora_cli.foreign import read_object
+from qlora_cli.optimizer_state import check_optimizer
 from qlora_cli.tensor_file import file_of
 from qlora_cli.types import TrainState
 
@@ -27,6 +29,8 @@ _MANIFEST = "manifest.json"
 _WEIGHTS, _TENSORS, _TREE = "trained.safetensors", "state.safetensors", "state.json"
 _FILES = (_WEIGHTS, _TENSORS, _TREE)
 _FORMAT = 1
+_SETTINGS = ("initial_lr", "weight_decay")
+"""Of a group of an optimizer: what a run that goes on may have another value of (`--allow`)."""
 
 
 def save_checkpoint(
@@ -142,7 +146,7 @@ def load_checkpoint(
         saved = load_file(path / _WEIGHTS)
         tree = json.loads((path / _TREE).read_text(encoding="utf-8"))
         values = _unpack(tree, load_file(path / _TENSORS))
-        state = TrainState(**values["state"])
+        state = _state_of(values["state"])
         live = _trained(model)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
             changed = sorted(set(saved) ^ set(live)) or sorted(saved)
@@ -150,23 +154,42 @@ def load_checkpoint(
                 f"{path} was written for other trained weights (such as {changed[0]})",
                 hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume auto",
             )
+        check_optimizer(values["optimizer"], optimizer)
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(saved[name])
-        optimizer.load_state_dict(values["optimizer"])
+        _load_optimizer(optimizer, values["optimizer"])
         scaler.load_state_dict(values["scaler"])
         is_same_world = len(values["random"]) == world_size
         if is_same_world:
             set_random_states(values["random"][rank])
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
-        RecursionError, SafetensorError,
+        ArithmeticError, RecursionError, SafetensorError,
     ) as error:  # fmt: skip
         raise TrainingError(
             f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}",
             hint="--resume STEP goes on from another one",
         ) from error
     return state, is_same_world
+
+
+def _state_of(values: dict[str, Any]) -> TrainState:
+    state = TrainState(**values)
+    numbers = (state.step, state.tokens, 0 if state.best_step is None else state.best_step)
+    if not all(type(one) is int and one >= 0 for one in numbers):
+        raise ValueError(f"{state} is no state of a run")
+    if not isinstance(state.best_value, float | None):
+        raise ValueError(f"{state} is no state of a run")
+    return state
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Its state as it was, its settings as the recipe has them now (they may be changed)."""
+    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, now in zip(optimizer.param_groups, settings, strict=True):
+        group.update(now)
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:
@@ -248,10 +271,12 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
 
     The names are known, so nothing that a manifest says leads out of the folder; nor does a link.
     """
-    if any(file.is_symlink() for file in (path, path / _MANIFEST, *(path / n for n in _FILES))):
+    here = [path / name for name in (_MANIFEST, *_FILES)]
+    # No pipe either, which would be waited for without end.
+    if any(file.is_symlink() for file in (path, *here)) or not all(f.is_file() for f in here):
         return None
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(path / _MANIFEST)
         files = {name: manifest["files"][name] for name in _FILES}
         is_ours = manifest["format"] == _FORMAT and files == manifest["files"]
         return files if is_ours and all("bytes" in one for one in files.values()) else None

@@ -57,10 +57,15 @@ def put_in_place(unfinished: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+def flush_files(folder: Path) -> None:
+    """Wait until what a folder holds is on the disk."""
+    for file in folder.iterdir():
+        _flush(file)
+
+
 def exchange_folder(unfinished: Path, path: Path) -> None:
     """Put a finished folder in the place of another, if there is one."""
-    for file in unfinished.iterdir():
-        _flush(file)
+    flush_files(unfinished)
     leaving = path.with_name(f".{path.name}.removed")
     shutil.rmtree(leaving, ignore_errors=True)
     if path.exists():

@@ -12,6 +12,8 @@ Interrupted              the run ended as it was asked to, and is saved
   Ctrl-C             130
   SIGTERM            143
 
+A run that was repeated (`qlora rerun`) with another result: 7
+
 Success: 0. Anything else (1) is a bug of ours.
 """
 
@@ -21,6 +23,7 @@ EXIT_DEADLINE = 5
 EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 EXIT_INTERRUPTED = 130
+EXIT_DIFFERENT = 7
 
 
 class QloraError(Exception):

@@ -11,7 +11,7 @@ import torch
 from qlora_cli.build import read_data, stream_batches
 from qlora_cli.data.batches import eval_batches, full_batch
 from qlora_cli.data.encode import read_chat_template
-from qlora_cli.forecast import Forecast, forecast
+from qlora_cli.forecast import Forecast, can_lie_end_to_end, forecast
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
 from qlora_cli.trace.count import ADAPTER, HELD, LOAD, LOGITS, STATES, Peak
@@ -39,36 +39,39 @@ class Rows:
     """Where this is known from."""
 
 
-def read_rows(recipe: Recipe, gpus: int = 1) -> Rows:
-    """The largest batches of the data; if that is not at hand, the largest that there can be."""
+def read_rows(recipe: Recipe, *, is_flat: bool, gpus: int = 1) -> Rows:
+    """The largest batches of the data; if that is not at hand, the largest that there can be.
+
+    Args:
+        is_flat: whether examples lie end to end rather than being padded.
+    """
     data = recipe.data
     learnt_from, held_out_from = data.train_sources, data.evaluation_sources
     if not recipe.model.is_at_hand():
-        return assume_rows(recipe, "the model's tokenizer is not at hand")
+        return assume_rows(recipe, "the model's tokenizer is not at hand", is_flat=is_flat)
     if missing := [one.path for one in [*learnt_from, *held_out_from] if not one.is_at_hand()]:
-        return assume_rows(recipe, f"{missing[0]} is not at hand")
+        return assume_rows(recipe, f"{missing[0]} is not at hand", is_flat=is_flat)
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     learnt = read_data("training", data, learnt_from, tokenizer)
-    batches = stream_batches(recipe, learnt, tokenizer, world_size=gpus)
+    batches = stream_batches(recipe, learnt, tokenizer, is_flat=is_flat, world_size=gpus)
     num_steps = recipe.training.max_steps or batches.num_steps
     held_out = None
     if held_out_from:
         examples = read_data("evaluation", data, held_out_from, tokenizer).examples
         pad, size = tokenizer.pad_token_id, recipe.eval_batch_size
         held_out = next(eval_batches(examples, batch_size=size, pad_token_id=pad))
-    some = [i for step in range(min(num_steps, 64)) for row in batches.rows(step) for i in row]
-    tokens = sum(len(learnt.examples[i].input_ids) for i in some) * num_steps // min(num_steps, 64)
+    tokens = batches.tokens(num_steps)
     return Rows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
 
 
-def assume_rows(recipe: Recipe, why: str) -> Rows:
+def assume_rows(recipe: Recipe, why: str, *, is_flat: bool) -> Rows:
     """Rows of `data.max_length` throughout."""
     data, settings = recipe.data, recipe.training
     num_micro_batches = min(2, -(-settings.batch_size // settings.micro_batch_size))
-    full = full_batch(settings.micro_batch_size, data.max_length, packed=data.packing)
+    full = full_batch(settings.micro_batch_size, data.max_length, is_flat=is_flat)
     held_out = None
     if data.evaluation_sources:
-        held_out = full_batch(recipe.eval_batch_size, data.max_length, packed=False)
+        held_out = full_batch(recipe.eval_batch_size, data.max_length, is_flat=False)
     steps = settings.max_steps
     tokens = steps and steps * settings.batch_size * data.max_length
     origin = f"rows of data.max_length throughout ({why})"
@@ -84,7 +87,11 @@ def estimate(
         config: of the base model.
         rows: what is learnt, if that is known already.
     """
-    rows = rows or read_rows(recipe, target.number)
+    if rows is None:
+        flat = recipe.data.packing or can_lie_end_to_end(
+            recipe, config, compute_dtype(recipe, target)
+        )
+        rows = read_rows(recipe, is_flat=flat, gpus=target.number)
     return describe(recipe, foresee(recipe, config, target, rows), target, rows)
 
 
@@ -110,7 +117,7 @@ def compute_dtype(recipe: Recipe, target: Target) -> torch.dtype:
 
 def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dict[str, Any]:
     """The report, in bytes, seconds and counts."""
-    stages = _stages(recipe, found, target)
+    stages = _stages(recipe, found, target, rows)
     name = max(stages, key=lambda stage: stages[stage]["bytes"])
     tensors = stages[name]["bytes"]
     low, high = _process(tensors, target)
@@ -145,7 +152,9 @@ def _is_full(recipe: Recipe) -> bool:
     return recipe.adapter.trains_base
 
 
-def _stages(recipe: Recipe, found: Forecast, target: Target) -> dict[str, dict[str, Any]]:
+def _stages(
+    recipe: Recipe, found: Forecast, target: Target, rows: Rows
+) -> dict[str, dict[str, Any]]:
     """What each stage takes at its peak: bytes, by kind, and where."""
     made = {}
     for stage in (LOAD, FIRST, STEP, EVALUATION):
@@ -159,7 +168,7 @@ def _stages(recipe: Recipe, found: Forecast, target: Target) -> dict[str, dict[s
     stateless = _without_states(peak)
     if stateless.total > made[FIRST]["bytes"]:
         made[FIRST] = _entry(found.peak(STEP)[0].part, stateless)
-    if recipe.data.packing:
+    if rows.steps[0][0].documents:
         made[PROOF] = _entry("forward", _proof(found))
     if target.kind == "cpu":
         made[SAVING] = _entry("update", _saving(found))

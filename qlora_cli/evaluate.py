@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
-from qlora_cli.build import load_base, read_data, read_exam
+from qlora_cli.build import load_base, read_data, read_exam, recipe_of_run
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.examinee import Respondent
@@ -26,7 +26,7 @@ from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import Drift, Forgetting
-from qlora_cli.tasks.task import Outcome, Task
+from qlora_cli.tasks.task import Outcome, Task, Values
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def find_subject(
     if is_run(path):
         run = RunFolder(path)
         trained = run.weights(weights)
-        return Subject(path.resolve().name, load_recipe(run.recipe, overrides).recipe, trained)
+        return Subject(path.resolve().name, recipe_of_run(run, overrides), trained)
     if not path.exists():
         raise RecipeError(f"{path}: no such file or folder")
     own = _recipe_of(path)
@@ -277,15 +277,24 @@ def summarize(tasks: Sequence[Task], models: dict[str, Answers]) -> dict[str, An
     for task in tasks:
         outcomes = [answers[task.label] for answers in models.values()]
         first, *others = ([outcome.place for outcome in one] for one in outcomes)
-        groups = [[columns(one) for one in outcomes]]
-        if any(places != first for places in others):
+        values = [columns(one) for one in outcomes]
+        is_same = all(places == first for places in others)
+        if not is_same:
             log.warning(
                 "%s: the models were not asked about the same rows, so there is no difference to "
                 "give; data.max_length may be too short for one of their tokenizers",
                 task.label,
             )
-            groups = [[one] for one in groups[0]]
+        is_same_text = is_same and all(_have_equal_tokens(values[0], one) for one in values)
+        if is_same and not is_same_text:
+            log.warning(
+                "%s: the models have different tokenizers, and what is counted by the token cannot "
+                "be compared",
+                task.label,
+            )
         for name, measure in task.named_measures():
+            is_paired = is_same_text if measure.is_per_token else is_same
+            groups = [values] if is_paired else [[one] for one in values]
             found = [estimates(measure, group) for group in groups]
             singles = [one for single, _ in found for one in single]
             for model, estimate in zip(models, singles, strict=True):
@@ -299,6 +308,11 @@ def summarize(tasks: Sequence[Task], models: dict[str, Answers]) -> dict[str, An
                 "lower_is_better": measure.lower_is_better,
             }
     return report
+
+
+def _have_equal_tokens(first: Values, second: Values) -> bool:
+    """Whether the same texts came to as many tokens."""
+    return "tokens" not in first or bool((first["tokens"] == second["tokens"]).all())
 
 
 def write_records(path: Path, tasks: Sequence[Task], models: dict[str, Answers]) -> None:

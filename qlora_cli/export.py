@@ -10,6 +10,8 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.errors import RecipeError
 from qlora_cli.export_4bit import export_4bit
 from qlora_cli.export_gguf import export_gguf, require_gguf_tools
+from qlora_cli.foreign import refuse_foreign, refuse_no_safetensors
+from qlora_cli.model.shards import INDEX
 
 
 def export(
@@ -41,6 +43,9 @@ def export(
         raise RecipeError(
             f"{folder} is no model folder", hint="qlora merge RUN --output DIR writes one"
         )
+    refuse_foreign(folder)
+    # By these names: without them llama.cpp's converter would take pickles.
+    refuse_no_safetensors(folder, str(folder), ["model.safetensors", INDEX])
     require_gguf_tools(gguf)
     return {
         "model": str(folder),

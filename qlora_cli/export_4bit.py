@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from qlora_cli.errors import RecipeError
+from qlora_cli.build import recipe_of_run
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.foreign import read_object
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.model.quantization import Nf4
 from qlora_cli.probes import TEXTS, compare, logits_of
-from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, readable_as_the_folder
 
 log = logging.getLogger("qlora")
@@ -55,8 +56,8 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
     unpacked = logits_of(load_model(folder, dtype=torch.float32).eval(), rows)
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         load_model(folder, **Nf4().load_options(torch.bfloat16)).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         for name in ("generation_config.json", "README.md"):
@@ -65,6 +66,10 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
         readable_as_the_folder(unfinished)
         packed = _packed_logits(unfinished, rows)
         unfinished.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"--bnb-4bit: {output} could not be written, and nothing is left of it: {error}"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return {
@@ -77,15 +82,17 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
 
 def _merge_record(folder: Path) -> dict[str, Any]:
     path = folder / "merge.json"
-    record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return record
+    try:
+        return read_object(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
 
 
 def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tensor]:
     """Of base plus adapter, the base as it was quantized, in float32."""
     folder = RunFolder(run)
     trained = folder.weights(weights)
-    recipe = load_recipe(folder.recipe).recipe
+    recipe = recipe_of_run(folder)
     base = recipe.model.load(recipe.quantization.load_options(torch.bfloat16), torch.device("cpu"))
     model = recipe.adapter.load(recipe.quantization.restore(base), trained).eval()
     return logits_of(model, rows)

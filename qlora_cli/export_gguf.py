@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.jinja_limits import limited_time
 from qlora_cli.model.base import as_ids, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.modelfile import modelfile
 from qlora_cli.probes import TEXTS, compare, logits_of, without_begin
@@ -208,7 +209,10 @@ class Reference:
         tokenizer = load_tokenizer(folder)
         texts = list(TEXTS)
         if tokenizer.chat_template:
-            chat = tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
+            with limited_time("the chat template"):
+                chat = tokenizer.apply_chat_template(
+                    _CHAT, tokenize=False, add_generation_prompt=True
+                )
             texts.append(without_begin(tokenizer, str(chat)))
         input_ids = [tokenizer(text)["input_ids"] for text in texts]
         model = load_model(folder, dtype=torch.float32).eval()

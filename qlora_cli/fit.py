@@ -86,8 +86,9 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     """Changes but for the size of the micro-batch, each with those before it."""
     changes: Changes = {}
     yield dict(changes)
-    if not recipe.training.gradient_checkpointing:
-        changes["training.gradient_checkpointing"] = True
+    kinds = [False, "mlp", True]
+    for more in kinds[kinds.index(recipe.training.gradient_checkpointing) + 1 :]:
+        changes["training.gradient_checkpointing"] = more
         yield dict(changes)
     if recipe.model.attention == "eager":
         changes["model.attention"] = "sdpa"

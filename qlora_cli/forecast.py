@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.errors import ModelError
+from qlora_cli.kernels.choice import Kernels
 from qlora_cli.model.report import refuse_unquantized, report_trained, report_weights
 from qlora_cli.recipe import Recipe
-from qlora_cli.rehearsal import rehearse
+from qlora_cli.rehearsal import rehearse, understands_documents
 from qlora_cli.trace.count import LOAD, Count, Peak, Segment
 from qlora_cli.trace.kernels import Device, make_constants
 from qlora_cli.trace.model import load_traced, outline
@@ -97,16 +98,19 @@ def _trace(
     held_out: Batch | None,
 ) -> Forecast:
     text = _text(config)
+    kernels: Kernels = "plain" if recipe.training.kernels == "plain" else "fused"
     count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
     quantization = recipe.quantization
-    options = {"trust_remote_code": recipe.model.trust_remote_code}
+    options = attention_option(recipe)
     try:
         with count:
             with count.stage(LOAD):
                 base = load_traced(config, quantization.load_options(dtype), count, **options)
             weights = report_weights(base)
             refuse_unquantized(weights, quantization.max_unquantized)
-            model = rehearse(base, recipe, dtype, count, steps=steps, held_out=held_out)
+            model = rehearse(
+                base, recipe, dtype, count, steps=steps, held_out=held_out, kernels=kernels
+            )
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         raise ModelError(
             f"model.path: the code of {type(config).__name__} cannot be traced without data: "
@@ -122,6 +126,30 @@ def _trace(
         trained_weights=report_trained(model).trained,
         vocabulary_size=text.vocab_size,
     )
+
+
+def attention_option(recipe: Recipe) -> dict[str, Any]:
+    """What the constructor of the model is told. Flash attention needs a package and a card; sdpa
+    holds what it holds."""
+    attention = recipe.model.attention
+    named = {"auto": {}, "flash_attention_2": {"attn_implementation": "sdpa"}}
+    return {
+        "trust_remote_code": recipe.model.trust_remote_code,
+        **named.get(attention, {"attn_implementation": attention}),
+    }
+
+
+def can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Whether examples need no padding, as far as the code of the model tells.
+
+    `train` proves it with numbers too, which a trace has none of.
+    """
+    period = _period(_text(config)) or _text(config).num_hidden_layers
+    make_constants()
+    with Count() as count:
+        options = attention_option(recipe)
+        base = load_traced(_shortened(config, period), {"dtype": dtype}, count, **options)
+    return understands_documents(base)
 
 
 def _text(config: PretrainedConfig) -> PretrainedConfig:

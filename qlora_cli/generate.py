@@ -118,7 +118,7 @@ def stream(
     Args:
         turn: number of the answer; with the seed it fixes what is drawn.
     """
-    pieces = _Pieces(tokenizer, write)
+    pieces = _Pieces(tokenizer, stop_token_ids, write)
     input_ids = torch.tensor([prompt.input_ids], device=device)
     try:
         with (
@@ -306,8 +306,14 @@ def _read(
 class _Pieces:
     """What generation gives its tokens to: writes the text that they add."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop_token_ids: Sequence[int],
+        write: Callable[[str], None],
+    ) -> None:
         self._tokenizer = tokenizer
+        self._stop_token_ids = stop_token_ids
         self._write = write
         self._written = 0
         self._has_prompt = False
@@ -319,14 +325,18 @@ class _Pieces:
             self._has_prompt = True
             return
         self.ids += tokens.flatten().tolist()
-        text = str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+        text = self._text()
         # The bytes of one character may be in several tokens; what is shown cannot be taken back.
         if not text.endswith("\ufffd"):
             self._flush(text)
 
     def end(self) -> None:
         """No more tokens."""
-        self._flush(str(self._tokenizer.decode(self.ids, skip_special_tokens=True)))
+        self._flush(self._text())
+
+    def _text(self) -> str:
+        # A stop token need not be a special one.
+        return _read(self.ids, self._tokenizer, self._stop_token_ids).text
 
     def _flush(self, text: str) -> None:
         if len(text) > self._written:

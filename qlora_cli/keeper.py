@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -20,33 +22,16 @@ from qlora_cli.checkpoint import (
     refuse_non_finite,
     save_checkpoint,
 )
-from qlora_cli.errors import Interrupted, RecipeError, TrainingError
+from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import dump_recipe, load_recipe
+from qlora_cli.recipe_file import dump_recipe
+from qlora_cli.room import Room
 from qlora_cli.run_folder import RunFolder, environment
 from qlora_cli.types import TrainState
 from qlora_cli.world import World, set_seed
 
 log = logging.getLogger("qlora")
-
-# What may be different when a run is resumed: how long and how often, and what only reports.
-_FREE = (
-    "training.max_steps",
-    "training.epochs",
-    "training.log_every",
-    "training.eval_every",
-    "training.tasks_every",
-    "training.patience",
-    "training.save_every",
-    "training.max_bad_steps",
-    "training.stop_after",
-    "data.audit.",
-    "evaluation.",
-    "output.",
-)
-_BOUND = ("evaluation.best_by",)
-"""But not this: a checkpoint remembers the best value so far."""
 
 
 class Keeper:
@@ -79,9 +64,35 @@ class Keeper:
         self._write_weights = write_weights
         self._best_by = best_by
         self._lower_is_better = lower_is_better
+        self._saved_step = 0
 
-    def resume(self, which: str, max_steps: int, seed: int) -> TrainState:
+    def require_room(
+        self, *, num_trained: int, state_bytes: int, saves: int, has_best: bool
+    ) -> None:
+        """Raises TrainingError if the disk has no room for what will be kept.
+
+        Args:
+            num_trained: trained weights.
+            state_bytes: of the optimizer, for each of them.
+            saves: checkpoints that will be written.
+        """
+        room = Room(
+            # They are float32, whatever is computed in.
+            weights=4 * num_trained,
+            state=state_bytes * num_trained,
+            keep=self._keep_checkpoints,
+            saves=saves,
+            has_best=has_best,
+        )
+        room.require(self._run.room(), self._run.root)
+
+    def resume(
+        self, which: str, max_steps: int, seed: int, changes: Mapping[str, object]
+    ) -> TrainState:
         """Put a checkpoint in place: "auto" is the newest that is whole, or its step, or its path.
+
+        Args:
+            changes: what is not as it was when the run was started; it is recorded.
 
         Raises:
             TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
@@ -93,7 +104,11 @@ class Keeper:
         if not is_same_world:
             log.warning("saved on another number of processes: dropout is drawn anew")
             set_seed(seed + self._world.rank + state.step)
-        log.info("resuming from %s: step %d of %d", path, state.step, max_steps)
+        why = "the newest that is whole" if which == "auto" else "as it was asked"
+        log.info("resuming from %s (%s): step %d of %d", path, why, state.step, max_steps)
+        if self._world.is_main:
+            before = self._run.read_record().get("resumed", [])
+            self._run.update_record(resumed=[*before, {"step": state.step, "changes": changes}])
         return state
 
     def go_back(self, state: TrainState) -> None:
@@ -111,11 +126,36 @@ class Keeper:
         """The recipe as it is run, and facts about the run."""
         if self._world.is_main:
             self._run.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
-            self._run.update_record(seed=recipe.training.seed, **values, **environment())
+            self._run.update_record(
+                recipe=recipe.model_dump(mode="json"),
+                seed=recipe.training.seed,
+                processes=self._world.size,
+                **values,
+                **environment(),
+            )
 
     def checkpoint(self, state: TrainState) -> None:
         """Save all that is needed to go on from here."""
-        states = self._world.gather(random_states())
+        self._save(state, self._world.gather(random_states()))
+        self._world.wait()
+
+    @contextmanager
+    def rescuing(self, state: TrainState) -> Iterator[None]:
+        """If an error in here is about to end the run, save what no checkpoint has yet.
+
+        The other processes may be anywhere by then, so nobody waits for them, and where there are
+        some, dropout will be drawn anew.
+        """
+        try:
+            yield
+        except Exception:
+            # As in the loop: what may be bad takes the place of nothing that is good.
+            is_sound = state.bad_steps == state.high_steps == 0
+            if is_sound and state.step > self._saved_step:
+                self._save(state, [random_states()])
+            raise
+
+    def _save(self, state: TrainState, states: list[dict[str, Any]]) -> None:
         if self._world.is_main:
             save_checkpoint(
                 self._run.checkpoints,
@@ -126,7 +166,7 @@ class Keeper:
                 random_states=states,
                 keep=self._keep_checkpoints,
             )
-        self._world.wait()
+        self._saved_step = state.step
 
     def keep_best(self, metrics: dict[str, float], state: TrainState) -> None:
         """Keep the weights if no earlier ones were so good. The untrained start is none.
@@ -144,13 +184,15 @@ class Keeper:
             return
         if state.best_value is not None and not self._is_better(value, state.best_value):
             return
-        state.best_step, state.best_value = state.step, value
         if self._world.is_main:
-            self._run.update_record(best={"step": state.step, **found, **metrics})
-            self._run.replace("best", self._write_weights)
+            with _written("best weights", self._run.root):
+                self._run.update_record(best={"step": state.step, **found, **metrics})
+                self._run.replace("best", self._write_weights)
+        # Last: a run that ends in here and goes on has to find them better again.
+        state.best_step, state.best_value = state.step, value
 
     def _load(self, path: Path) -> tuple[TrainState, bool]:
-        return load_checkpoint(
+        state, is_same_world = load_checkpoint(
             path,
             model=self._model,
             optimizer=self._optimizer,
@@ -158,6 +200,8 @@ class Keeper:
             rank=self._world.rank,
             world_size=self._world.size,
         )
+        self._saved_step = state.step
+        return state, is_same_world
 
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._lower_is_better else value > than
@@ -170,7 +214,8 @@ class Keeper:
         """
         if self._world.is_main:
             refuse_non_finite(self._model, state.step)
-            self._run.replace("last", self._write_weights)
+            with _written("last weights", self._run.root):
+                self._run.replace("last", self._write_weights)
             self._run.update_record(
                 status="finished",
                 steps=state.step,
@@ -207,33 +252,12 @@ class Keeper:
             )
 
 
-def refuse_changes(run: RunFolder, recipe: Recipe, digest: str) -> None:
-    """Going on with other data or another recipe would be neither the old run nor a new one.
-
-    Args:
-        digest: of the training data as it is now.
-
-    Raises:
-        RecipeError: with what changed, old -> new.
-    """
-    old = _flat(load_recipe(run.recipe).recipe.model_dump(mode="json"))
-    new = _flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and (not key.startswith(_FREE) or key in _BOUND)
-    ]
-    if run.read_record()["data"]["training"]["digest"] != digest:
-        changed.append("the rows of data.train")
-    if changed:
-        raise RecipeError(
-            "--resume: the run was started otherwise\n" + "\n".join(changed),
-            hint="change it back, or start a new run in another output.dir",
-        )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    prefix = f"{path}." if path else ""
-    return {k: v for key, item in value.items() for k, v in _flat(item, prefix + key).items()}
+@contextmanager
+def _written(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"the {what} cannot be written into {folder}: {error}; the checkpoints are untouched",
+            hint="make room (or see who may write there), then go on with --resume auto",
+        ) from error

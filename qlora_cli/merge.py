@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.build import recipe_of_run
+from qlora_cli.durable import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.foreign import PICKLED, read_object
 from qlora_cli.merge_proof import compare_models, refuse_infidelity
 from qlora_cli.model.base import load_tokenizer, refuse_prequantized
-from qlora_cli.model.edits import Names, build_skeleton
+from qlora_cli.model.edits import build_skeleton
+from qlora_cli.model.names import Names
 from qlora_cli.model.round_trip import RoundTrip
 from qlora_cli.model.shards import Shards
 from qlora_cli.model.streaming import Merge
 from qlora_cli.model_card import model_card
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
 from qlora_cli.world import World
 
@@ -32,9 +35,7 @@ log = logging.getLogger("qlora")
 
 Base = Literal["as-trained", "original"]
 
-_WEIGHT_FILES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
-}  # fmt: skip
+_WEIGHT_FILES = {".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"} | PICKLED
 
 
 def merge(
@@ -69,9 +70,9 @@ def merge(
     """
     quiet_libraries()
     run = RunFolder(run_folder)
-    recipe = load_recipe(run.recipe, overrides).recipe if run.record.exists() else None
-    if recipe is None:
+    if not run.record.exists():
         raise RecipeError(f"{run_folder} is no run folder", hint="give the output.dir of a run")
+    recipe = recipe_of_run(run, [*_precision_of(run), *overrides])
     if output.exists():
         raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
     trained = run.weights(weights)
@@ -114,10 +115,21 @@ def merge(
         card = model_card(run, weights, name=output.name, proof=report)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         readable_as_the_folder(unfinished)
-        unfinished.rename(output)
+        flush_files(unfinished)
+        put_in_place(unfinished, output)
+    except OSError as error:
+        raise RecipeError(
+            f"--output: {output} could not be written, and nothing is left of it: {error}"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return report
+
+
+def _precision_of(run: RunFolder) -> list[str]:
+    """What the weights were dequantized to in training: `auto` may be another thing here."""
+    precision = run.read_record().get("precision")
+    return [] if precision is None else [f"training.precision={precision}"]
 
 
 def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> Merge:
@@ -135,7 +147,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
     skeleton = build_skeleton(located, trust_remote_code=trust)
     names = Names(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
-    edits = recipe.adapter.edits(skeleton, trained)
+    edits = recipe.adapter.edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"
     return Merge(shards, names, edits, rounding, tied, as_trained=is_as_trained)
 
@@ -168,7 +180,7 @@ def write_files(
             shutil.copyfile(file, folder / file.name)
     tokenizer.save_pretrained(folder)
     shutil.copyfile(trained / "generation_config.json", folder / "generation_config.json")
-    config = json.loads((located / "config.json").read_text(encoding="utf-8"))
+    config = read_object(located / "config.json")
     for section in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if plan.untied and (section is config or "tie_word_embeddings" in section):
             section["tie_word_embeddings"] = False

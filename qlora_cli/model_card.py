@@ -104,6 +104,8 @@ def _facts(
         parts = " + ".join(f"{weight:g} x {Path(path).name}" for weight, path in parents)
         yield "combined", f"{parts} by {combined['method']}"
         return
+    if parent := record.get("parent"):
+        yield "began from", _chain(parent)
     yield (
         "trained weights",
         f"{record['trained_weights']:,} of {record['total_weights']:,}",
@@ -130,6 +132,13 @@ def _facts(
     yield from _losses(record, run)
     packages = record["packages"]
     yield "versions", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS)
+
+
+def _chain(parent: Mapping[str, Any]) -> str:
+    which = "" if parent["weights"] is None else f"{parent['weights']} weights, "
+    text = f"{parent['name']} ({which}sha256 {parent['digest'][:12]})"
+    before = parent["parent"]
+    return text if before is None else f"{text}, which began from {_chain(before)}"
 
 
 def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from qlora_cli.jinja_limits import limited_time
 from qlora_cli.probes import without_begin
 
 if TYPE_CHECKING:
@@ -74,9 +75,10 @@ def modelfile(
     def render(turns: Turns) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         is_asked = turns[-1][0] == "user"
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=is_asked
-        )
+        with limited_time("the chat template"):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=is_asked
+            )
         return without_begin(tokenizer, str(text))  # Ollama adds the begin token by itself
 
     try:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.field_types import FieldType
 from qlora_cli.part import Part
+from qlora_cli.secrets import find_secret
 from qlora_cli.yaml_tree import Items, KeyPath, Mapping, Node, Place, Problem, Scalar, dotted
 
 PartT = TypeVar("PartT", bound=Part)
@@ -124,6 +125,8 @@ class _Reader:
         if isinstance(node, Scalar):
             if node.is_null and field_type.nullable:
                 return None
+            if secret := find_secret(node.text):
+                return self._refuse(node.place, path, _secret(secret))
             value = None if node.is_null else field_type.read(node.text, plain=node.plain)
         elif isinstance(node, Items) and field_type.item:
             value = self._list(node, field_type, field_type.item, path)
@@ -207,6 +210,13 @@ class _Reader:
         elsewhere = [p for p in paths if p == name or p.endswith(f".{name}")]
         close = [f'"{match}"' for match in get_close_matches(key, here, n=1)]
         return elsewhere[:3] or close
+
+
+def _secret(kind: str) -> str:
+    return (
+        f"holds {kind}, and recipes are kept in the folders of runs; take it out (a token for the "
+        "hub is read from $HF_TOKEN or `hf auth login`, and files from where they were downloaded)"
+    )
 
 
 def _wrong_value(node: Node, field_type: FieldType, default: object) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from qlora_cli.data import Data
+from qlora_cli.data.sources import Source
 from qlora_cli.model.adapters import AdapterConfig, LoRA
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.model.quantization import QuantizationConfig, Unquantized
@@ -59,8 +61,13 @@ class Training(Part):
     """Rows per forward, per device."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; null leaves them alone."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["mlp"] = True
+    """What is computed again in the backward pass instead of being kept: all of a layer (true:
+    least memory, about a third more time), its feed-forward half (`mlp`), or only what is cheap."""
+    kernels: Literal["auto", "compiled", "fused", "plain"] = "auto"
+    """Decoder layers as one function each (`fused`), also with compiled element-wise work
+    (`compiled`), or as transformers has them (`plain`). `auto` compiles where a run is long enough
+    to win that back."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Dtype to compute in; `auto` is bf16 where that is fast. Trained weights are fp32."""
     log_every: int = Field(1, ge=1)
@@ -196,11 +203,6 @@ class Recipe(Part):
                 f"({self.quantization.type}): quantized weights have no gradient; use "
                 "quantization.type none, or adapter.type lora"
             )
-        if self.model.trust_remote_code and self.model.revision is None:
-            problems.append(
-                "model.trust_remote_code (true) needs model.revision: pin the commit of the code "
-                "that you have read"
-            )
         tasks = self.evaluation.tasks
         if not self.data.evaluation_sources and any(task.data is None for task in tasks):
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")
@@ -229,8 +231,27 @@ class Recipe(Part):
                 f"training.patience ({self.training.patience}) goes by the loss on "
                 "data.evaluation, which is missing"
             )
+        problems += self._weights_without_effect()
         _refuse(problems)
         return self
+
+    def _weights_without_effect(self) -> Iterator[str]:
+        """Rows that are measured are each read once, whatever their weight says."""
+        held_out, asked = self.data.evaluation, self.evaluation.tasks
+        several = held_out if isinstance(held_out, list) else []
+        sources: dict[str, Source | None] = {
+            **({} if isinstance(held_out, list) else {"data.evaluation": held_out}),
+            **{f"data.evaluation[{i}]": source for i, source in enumerate(several)},
+            **{f"evaluation.tasks[{i}].data": task.data for i, task in enumerate(asked)},
+            "evaluation.forgetting": self.evaluation.forgetting,
+        }
+        for name, source in sources.items():
+            if source is not None and source.weight != 1:
+                yield (
+                    f"{name}.weight ({source.weight:g}) would change nothing: rows that are "
+                    "measured are each read once; leave it out, or give it to a source in "
+                    "data.train"
+                )
 
     @property
     def measures(self) -> dict[str, Measure]:

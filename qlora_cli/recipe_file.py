@@ -15,6 +15,7 @@ from typing import Any
 from qlora_cli.errors import RecipeError
 from qlora_cli.part_reader import read_part
 from qlora_cli.recipe import Recipe
+from qlora_cli.secrets import masked
 from qlora_cli.yaml_tree import (
     Entry,
     Items,
@@ -182,7 +183,8 @@ class _Layers:
             dict.fromkeys(self.problems),
             key=lambda p: (order[p.place.source], p.place.line, p.place.column),
         )
-        text = "\n".join(map(str, lines))
+        # A value that is wrong is repeated, and a log may be seen by more than its reader.
+        text = masked("\n".join(map(str, lines)))
         return RecipeError(text if len(lines) == 1 else f"{len(lines)} problems\n{text}")
 
     def file(self, path: Path, source: str) -> Mapping | None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qlora_cli.kernels.choice import Kernels
 from qlora_cli.loop import train_step
 from qlora_cli.model.attention import attend_by_document
-from qlora_cli.model.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
+from qlora_cli.speed import prepare_layers
 from qlora_cli.trace.count import GRADIENTS, STATES, Count
 from qlora_cli.trace.model import hold_model
 from qlora_cli.trace.tensor import Blank, TracedTensor
@@ -57,6 +58,7 @@ def rehearse(
     *,
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
+    kernels: Kernels = "fused",
 ) -> nn.Module:
     """Attach the adapter, make the steps and an evaluation. Returns the model.
 
@@ -69,16 +71,16 @@ def rehearse(
         count: counts all of it.
         steps: the micro-batches of each.
         held_out: a batch of the evaluation.
+        kernels: compiled ones cannot be traced; fused ones take no less.
     """
-    if recipe.data.packing:
+    if steps[0][0].documents:
         attend_by_document(base)
     is_traced = any(isinstance(p, TracedTensor) for p in base.parameters())
     with Blank() if is_traced else nullcontext():
         model = recipe.adapter.attach(base)
     gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
     hold_model(model, count)
-    if recipe.training.gradient_checkpointing:
-        start_checkpointing(base)
+    prepare_layers(model, base, recipe.training, kernels, dtype)
     objective = TokenLoss(model, dtype)
     with _quietly():  # that states are not paged here says nothing about where they will be
         optimizer = recipe.optimizer.build(model.parameters(), torch.device("cpu"))
@@ -102,6 +104,20 @@ def rehearse(
             with count.stage(EVALUATION):
                 evaluate_loss(objective, [held_out], world.device)
     return model
+
+
+@torch.no_grad()
+def understands_documents(base: PreTrainedModel) -> bool:
+    """Whether a model takes examples that lie end to end, and keeps them apart by our attention."""
+    if not attend_by_document(base):
+        return False
+    batch = Batch(torch.ones(1, 8, dtype=torch.long), None, torch.ones(1, 8), (4, 4))
+    base.eval()
+    try:
+        base(**batch.inputs(), use_cache=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

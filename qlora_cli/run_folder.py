@@ -17,13 +17,15 @@ import json
 import platform
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qlora_cli.durable import exchange_folder, put_in_place, write_file
 from qlora_cli.errors import RecipeError
+from qlora_cli.foreign import read_object, refuse_links
 
 Weights = Literal["last", "best"]
 
@@ -55,7 +57,9 @@ class RunFolder:
 
         Raises:
             RecipeError: it holds another run, or nothing that could be resumed.
+            ModelError: a link in it leads out: what is written would be written elsewhere.
         """
+        refuse_links(self.root)
         if resume and not self.record.exists():
             raise RecipeError(
                 f"--resume: output.dir ({self.root}) holds no run", hint="start without --resume"
@@ -105,7 +109,9 @@ class RunFolder:
 
         Raises:
             RecipeError: there are none.
+            ModelError: a link in the run's folder leads out of it.
         """
+        refuse_links(self.root)
         # Adapters that were combined are a run with one set of weights, beside its record.
         if (self.root / "adapter_config.json").is_file():
             return self.root
@@ -129,6 +135,13 @@ class RunFolder:
         readable_as_the_folder(unfinished)
         exchange_folder(unfinished, self.root / which)
 
+    def room(self) -> int:
+        """Bytes that the run can have on this disk: what is free, and what it has already."""
+        parts = (self.checkpoints, *(self.root / name for name in get_args(Weights)))
+        files = (file for part in parts for file in part.rglob("*") if file.is_file())
+        held: int = sum(file.stat().st_size for file in files)
+        return shutil.disk_usage(self.root).free + held
+
     def read_record(self) -> dict[str, Any]:
         """What `update_record` wrote.
 
@@ -136,10 +149,9 @@ class RunFolder:
             RecipeError: this is no run folder.
         """
         try:
-            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            return read_object(self.record)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.root} is no run folder: {error}") from error
-        return record
 
     def update_record(self, **values: object) -> None:
         """Add to `run.json`, whole or not at all."""
@@ -198,13 +210,27 @@ def is_run(path: Path) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """Versions and hardware, for the record; and the commit of the user's own files."""
     import torch
 
     return {
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", platform.machine())),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _commit() -> str | None:
+    """Of the git repository that the current folder is in, `-dirty` if files differ from it."""
+    # A repository's own settings may name a program to run.
+    command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

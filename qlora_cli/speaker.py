@@ -15,7 +15,7 @@ from qlora_cli.build import load_base
 from qlora_cli.data.encode import Encoder, read_chat_template
 from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
 from qlora_cli.data.questions import is_verbatim
-from qlora_cli.errors import DataError, ModelError, RecipeError
+from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.model.adapter_set import AdapterSet
 from qlora_cli.model.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.model.identity import identify
@@ -93,7 +93,7 @@ class Speaker:
             raise RecipeError(f"--adapter: there are two adapters called {name}")
         tokenizer, stops = self._tokenizer, set(as_ids(self._base.generation_config.eos_token_id))
         if place is not None:
-            self._refuse_other_base(place)
+            place.check_base(self._recipe, identify(self._recipe.model.locate()))
             self._adapters.add(name, place.folder)
             stops |= {*stop_token_ids(place.folder)}
             if (place.folder / "tokenizer_config.json").is_file():
@@ -152,36 +152,6 @@ class Speaker:
         """The system message that it was trained with, if its recipe names one."""
         found = [f.system for f in self.formats if isinstance(f, PromptCompletion | Template)]
         return found[0] if found else None
-
-    def _refuse_other_base(self, place: AdapterPlace) -> None:
-        known, here = place.base_identity(), identify(self._recipe.model.locate())
-        if known is not None and known["architecture"] != here["architecture"]:
-            raise ModelError(
-                f"{place.path} was trained on a {known['architecture']} ({place.base_path()}), "
-                f"and {self._recipe.model.path} is a {here['architecture']}"
-            )
-        if known is not None and known["digest"] != here["digest"]:
-            raise ModelError(
-                f"{place.path} was trained on {place.base_path()}, and {self._recipe.model.path} "
-                "has other weights",
-                hint="an adapter belongs to the weights that it was trained on",
-            )
-        if known is None and place.base_path() != self._recipe.model.path:
-            log.warning(
-                "%s names %s as its base, and here is %s: whether the weights are the same is not "
-                "known",
-                place.path,
-                place.base_path() or "nothing",
-                self._recipe.model.path,
-            )
-        trained = place.recipe()
-        if trained is not None and trained.quantization != self._recipe.quantization:
-            log.warning(
-                "%s was trained over a base in quantization.type %s, and here it is %s",
-                place.path,
-                trained.quantization.type,
-                self._recipe.quantization.type,
-            )
 
 
 def open_speaker(

@@ -6,6 +6,7 @@ https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,14 @@ DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 """What safetensors calls a dtype, and what torch does."""
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one value of a dtype of `DTYPES`."""
+    digits = re.match(r"[A-Z]+([0-9]+)", dtype)
+    return int(digits[1]) // 8 if digits else 1  # BOOL
+
+
 _NAMES = {torch_name: name for name, torch_name in DTYPES.items()}
 
 

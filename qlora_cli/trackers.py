@@ -7,11 +7,14 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
 from qlora_cli.durable import put_in_place, write_file
+
+log = logging.getLogger("qlora")
 
 Metrics = Mapping[str, float]
 
@@ -84,7 +87,7 @@ class Jsonl:
 
     def __init__(self, path: Path, first_step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _is_done(json.loads(line), first_step)]
+        kept = [line for line in lines if _is_done(line, first_step)]
         unfinished = path.with_suffix(".unfinished")
         write_file(unfinished, [f"{line}\n".encode() for line in kept])
         put_in_place(unfinished, path)
@@ -101,7 +104,11 @@ class Jsonl:
         self._file.close()
 
 
-def _is_done(row: dict[str, float], first_step: int) -> bool:
+def _is_done(line: str, first_step: int) -> bool:
+    try:
+        row: dict[str, float] = json.loads(line)
+    except ValueError:  # the last one, cut short with the process or by a full disk
+        return False
     return row["step"] < first_step or (row["step"] == first_step and "loss" in row)
 
 
@@ -122,18 +129,37 @@ class TensorBoard:
 
 
 class Fanout:
-    """Several trackers as one."""
+    """Several trackers as one. One that fails is warned of once: no run is worth less than its log.
+
+    It is asked again at the next step, so that a disk with room again, or a server that is back,
+    has the rest.
+    """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
+        self._failed: set[Tracker] = set()
 
     def log(self, metrics: Metrics, step: int) -> None:
         for tracker in self._trackers if metrics else ():
-            tracker.log(metrics, step)
+            self._try(tracker, partial(tracker.log, metrics, step))
 
     def close(self) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            self._try(tracker, tracker.close)
+
+    def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
+        try:
+            act()
+        # Whatever a library for logging raises: full disks, closed pipes, servers that are away.
+        except Exception as error:
+            if tracker not in self._failed:
+                self._failed.add(tracker)
+                log.warning(
+                    "%s: metrics cannot be logged (%s: %s); training goes on",
+                    type(tracker).__name__,
+                    type(error).__name__,
+                    error,
+                )
 
 
 def open_trackers(

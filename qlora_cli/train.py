@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,31 @@ from qlora_cli.build import (
     check_data,
     load_base,
     measure,
-    prepare_for_packing,
     read_data,
     read_exam,
     stream_batches,
 )
 from qlora_cli.data.encode import read_chat_template
-from qlora_cli.errors import Interrupted
+from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
+from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
-from qlora_cli.keeper import Keeper, refuse_changes
+from qlora_cli.keeper import Keeper
+from qlora_cli.kernels.choice import choose_kernels
+from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
-from qlora_cli.model.base import learn_to_stop, start_checkpointing
+from qlora_cli.model.base import learn_to_stop
 from qlora_cli.model.identity import identify
 from qlora_cli.model.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
+from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
+from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
 from qlora_cli.types import TrainState
-from qlora_cli.world import World, set_seed
+from qlora_cli.world import PRECISIONS, World, set_seed
 
 log = logging.getLogger("qlora")
 
@@ -45,6 +49,7 @@ def train(
     recipe: Recipe,
     *,
     resume: str | None = None,
+    allow: Sequence[str] = (),
     use_cache: bool = True,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +58,7 @@ def train(
     Args:
         resume: go on from a checkpoint in `output.dir`: "auto" is the newest that is whole, or its
             step, or its path.
+        allow: keys of the recipe that may have another value than when the run was started.
         use_cache: keep the prepared data, and take what was kept before.
         origins: where each value of the recipe comes from, for the record.
 
@@ -62,6 +68,9 @@ def train(
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
+    if allow and resume is None:
+        raise RecipeError("--allow is for a run that goes on", hint="give --resume too")
+    refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
     run = RunFolder(Path(recipe.output.dir))
@@ -71,7 +80,7 @@ def train(
         run.locked() if world.is_main else nullcontext(),
     ):
         world.wait()  # a rank that is late must not find the run of its own main process
-        return _train(recipe, run, world, stop, resume, use_cache=use_cache, origins=origins)
+        return _train(recipe, run, world, stop, resume, allow, use_cache=use_cache, origins=origins)
 
 
 def _train(
@@ -80,6 +89,7 @@ def _train(
     world: World,
     stop: Interruption,
     resume: str | None,
+    allow: Sequence[str],
     *,
     use_cache: bool,
     origins: Mapping[str, str] | None,
@@ -97,32 +107,43 @@ def _train(
     # Before a large model is loaded: rows that cannot be asked about are found here too.
     exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
-    if resume is not None:
-        refuse_changes(run, recipe, learnt.digest)
-    batches = stream_batches(recipe, learnt, tokenizer, rank=world.rank, world_size=world.size)
-    log.info("a pass over them: %s", batches.summary())
-    max_steps = settings.max_steps or batches.num_steps
-
+    identity = identify(recipe.model.locate())
+    fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
+    # What goes on has its weights in the checkpoint, wherever they once came from.
+    parent = find_parent(recipe, identity) if resume is None else None
+    changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
     dtype = world.compute_dtype(settings.precision)
     base = load_base(recipe, dtype, world.device)
     learn_to_stop(base, learnt.stop_token_ids)
-    if recipe.data.packing:
-        prepare_for_packing(base, learnt, tokenizer, dtype, world.device)
+    is_flat = lay_end_to_end(
+        base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing
+    )
+    batches = stream_batches(
+        recipe, learnt, tokenizer, is_flat=is_flat, rank=world.rank, world_size=world.size
+    )
+    log.info("a pass over them: %s", batches.summary())
+    max_steps = settings.max_steps or batches.num_steps
+
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
+    if parent is not None:
+        parent.put_into(model)
     set_seed(settings.seed + world.rank)  # but not the same dropout
     warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
     trained = report_trained(model)
     log.info(trained.summary())
-    if settings.gradient_checkpointing:
-        start_checkpointing(base)
+    # A run that goes on keeps its kernels: others round otherwise.
+    kernels = (run.read_record() if resume else {}).get("kernels") or choose_kernels(
+        settings.kernels, world.device.type, work=trained.total * batches.tokens(max_steps)
+    )
+    kernels = prepare_layers(model, base, settings, kernels, dtype)
 
     def write_weights(folder: Path) -> None:
         recipe.adapter.save(model, folder)
         tokenizer.save_pretrained(folder)
         base.generation_config.save_pretrained(folder)
 
-    objective = TokenLoss(model, dtype)
+    objective = TokenLoss(model, dtype, loss_kernel(kernels, world.device, dtype))
     optimizer = recipe.optimizer.build(model.parameters(), world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     keeper = Keeper(
@@ -136,9 +157,15 @@ def _train(
         best_by=recipe.evaluation.best_by,
         lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
     )
+    keeper.require_room(
+        num_trained=trained.trained,
+        state_bytes=recipe.optimizer.state_bytes,
+        saves=count_saves(max_steps, settings.save_every),
+        has_best=held_out is not None,
+    )
     state = TrainState()
     if resume is not None:
-        state = keeper.resume(resume, max_steps, settings.seed)
+        state = keeper.resume(resume, max_steps, settings.seed, changes)
     keeper.record(
         recipe,
         status="training",
@@ -146,9 +173,13 @@ def _train(
         max_steps=max_steps,
         trained_weights=trained.trained,
         total_weights=trained.total,
-        base=identify(recipe.model.locate()),
+        base=identity,
+        fingerprint=fingerprint,
+        precision=PRECISIONS[dtype],
+        kernels=kernels,
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
+        **({} if parent is None else {"parent": parent.record()}),
         tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
     )
 
@@ -174,14 +205,15 @@ def _train(
         return metrics
 
     def evaluate_and_keep_best() -> dict[str, float]:
-        try:
-            # Several processes cannot leave it in different places.
-            with stop.at_once() if world.size == 1 else nullcontext():
-                metrics = evaluate()
-        except Interrupted:
-            return {}  # a run that is resumed evaluates here again
-        keeper.keep_best(metrics, state)
-        return metrics
+        with keeper.rescuing(state):
+            try:
+                # Several processes cannot leave it in different places.
+                with stop.at_once() if world.size == 1 else nullcontext():
+                    metrics = evaluate()
+            except Interrupted:
+                return {}  # a run that is resumed evaluates here again
+            keeper.keep_best(metrics, state)
+            return metrics
 
     started = time.monotonic()
     names = recipe.output.trackers if world.is_main else None

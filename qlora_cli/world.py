@@ -15,6 +15,9 @@ from qlora_cli.errors import RecipeError
 
 T = TypeVar("T")
 
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""What a step computes in, and how `training.precision` calls it."""
+
 
 class World:
     """Device, rank and sums over ranks. One process is a world of size 1."""
@@ -90,7 +93,7 @@ class World:
                 f"training.precision: bf16 was asked for, and this {self.device.type} has none",
                 hint="--set training.precision=auto takes the best that the device has",
             )
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        return next(dtype for dtype, name in PRECISIONS.items() if name == precision)
 
     def _best_dtype(self) -> torch.dtype:
         if self.device.type == "cpu":

@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import load_base, read_data
 from qlora_cli.data.batches import BatchStream
+from qlora_cli.kernels.choice import has_compiler
+from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
+from qlora_cli.kernels.decoder_layer import fuse_layers
+from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.loop import train_step
+from qlora_cli.model.attention import attend_by_document
 from qlora_cli.model.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
@@ -209,20 +214,27 @@ def eight_bit_product(bench: Bench) -> str:
 # Gradients and optimizers.
 
 
-def gradients(bench: Bench, kind: str, *, checkpointing: bool) -> dict[str, Tensor]:
-    """Gradients of the adapter for one batch."""
+def gradients(
+    bench: Bench, kind: str, *, checkpointing: bool, fused: bool = False
+) -> dict[str, Tensor]:
+    """Gradients of the adapter for one batch, its examples end to end."""
     recipe = bench.recipe(
         "gradients", quantization={"type": kind}, adapter={"dropout": 0.0}, training={"seed": 1}
     )
     world = World()
     dtype = world.compute_dtype("auto")
     base = load_base(recipe, dtype, bench.device)
+    assert attend_by_document(base)
     torch.manual_seed(1)
-    model = recipe.adapter.attach(base)
+    model = recipe.adapter.attach(base).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other half
             nn.init.normal_(parameter, std=0.02)
-    if checkpointing:
+    if fused:
+        number = fuse_layers(model, "all" if checkpointing else "none", Elementwise())
+        layers = base.config.num_hidden_layers
+        assert number == layers, f"{number} of {layers} layers are one function"
+    elif checkpointing:
         start_checkpointing(base)
     batch = stream(recipe).micro_batches(0)[0]
     TokenLoss(model, dtype)(batch.to(bench.device)).backward()
@@ -241,6 +253,7 @@ def stream(recipe: Recipe) -> BatchStream:
         seed=0,
         epochs=1,
         pad_token_id=tokenizer.pad_token_id,
+        padding=False,
     )
 
 
@@ -254,6 +267,30 @@ def gradients_agree(bench: Bench, kind: str) -> str:
         assert bool(gradient.any()), f"{name}: the gradient is zero"
     error = max(relative_error(checkpointed[name], plain[name]) for name in plain)
     return at_most(error, 1e-3, f"{len(plain)} tensors; relative difference")
+
+
+def fused_layers_agree(bench: Bench, kind: str) -> str:
+    """Layers as one function give the gradients of the layers, recomputed or not."""
+    plain = gradients(bench, kind, checkpointing=False)
+    found = [gradients(bench, kind, checkpointing=again, fused=True) for again in (False, True)]
+    error = max(relative_error(each[name], plain[name]) for each in found for name in plain)
+    return at_most(error, 5e-2, f"{len(plain)} tensors; relative difference")
+
+
+def compiled_kernels_agree(bench: Bench) -> str:
+    """Compiled element-wise work, and the cross-entropy, against the same without a compiler."""
+    if not has_compiler(bench.device.type):
+        raise NotHere
+    torch.manual_seed(0)
+    compiled, plain = Elementwise.compiled(), Elementwise()
+    gate_up = torch.randn(300, 512, device=bench.device, dtype=torch.bfloat16)
+    logits = torch.randn(64, 5000, device=bench.device, dtype=torch.bfloat16)
+    targets = torch.arange(64, device=bench.device)
+    pairs = [
+        (compiled.swiglu(gate_up), plain.swiglu(gate_up)),
+        (compiled_cross_entropy()(logits, targets)[1], cross_entropy(logits, targets)[1]),
+    ]
+    return at_most(max(relative_error(*pair) for pair in pairs), 2e-2, "relative difference")
 
 
 def paged_optimizer(bench: Bench, bits: int) -> str:
@@ -403,6 +440,9 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "int8: product and gradient", eight_bit_product
     for kind in ("nf4", "int8", "none"):
         yield f"{kind}: gradients, checkpointed or not", lambda b, k=kind: gradients_agree(b, k)
+    for kind in ("nf4", "none"):
+        yield f"{kind}: layers as one function", lambda b, k=kind: fused_layers_agree(b, k)
+    yield "compiled kernels", compiled_kernels_agree
     for bits in (32, 8):
         yield f"paged AdamW, {bits} bit", lambda b, n=bits: paged_optimizer(b, n)
     for kind, precision in (

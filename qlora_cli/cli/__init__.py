@@ -14,6 +14,7 @@ from qlora_cli import __version__
 from qlora_cli.cli import adapters, recipes, runs, talk
 from qlora_cli.cli.options import Quiet
 from qlora_cli.errors import Interrupted, QloraError
+from qlora_cli.secrets import MaskedFormatter, masked
 
 log = logging.getLogger("qlora")
 
@@ -63,12 +64,15 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
       4    training stopped before its end, or its result cannot be trusted
       5    stopped by training.stop_after, and saved: --resume goes on
       6    out of memory in training; what was learnt is saved
+      7    a run that was repeated (rerun) has another result
       130  interrupted (Ctrl-C); a run is saved first
       143  the same by SIGTERM
     """
 
 
 app.command()(runs.train)
+app.command()(runs.rerun)
+app.command()(runs.bench)
 app.command("eval")(runs.evaluate)
 app.command()(runs.merge)
 app.command("export")(runs.export_model)
@@ -98,14 +102,15 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     handler = logging.StreamHandler()
+    handler.setFormatter(MaskedFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         app(args=args, prog_name="qlora")
     except QloraError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {masked(str(error))}", err=True)
         if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
+            typer.echo(f"hint: {masked(error.hint)}", err=True)
         sys.exit(error.exit_code)
     except Interrupted as error:
         sys.exit(error.exit_code)

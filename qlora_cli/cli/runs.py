@@ -17,12 +17,15 @@ from qlora_cli.cli.options import (
     WeightsOption,
     show,
 )
+from qlora_cli.errors import EXIT_DIFFERENT
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.report_text import (
+    bench_text,
     evaluation_table,
     export_text,
     harness_text,
     merge_text,
+    rerun_text,
     run_text,
 )
 
@@ -34,6 +37,17 @@ def _names(text: str) -> list[str]:
 def train(
     recipe: RecipePath,
     overrides: Overrides,
+    allow: Annotated[
+        list[str],
+        typer.Option(
+            "--allow",
+            metavar="KEY",
+            default_factory=list,
+            show_default=False,
+            help="With --resume, let this key have another value than when the run was started "
+            "(can be given more than once); docs/runs.md has those that can be allowed.",
+        ),
+    ],
     resume: Annotated[
         str | None,
         typer.Option(
@@ -54,12 +68,76 @@ def train(
     Example:
       qlora train recipe.yaml --set training.max_steps=100 --set output.dir=runs/short
       qlora train runs/short/recipe.yaml --resume auto
+      qlora train recipe.yaml --resume auto --set optimizer.learning_rate=1e-5 \
+        --allow optimizer.learning_rate
     """
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train import train
 
-    report = train(loaded.recipe, resume=resume, use_cache=not no_cache, origins=loaded.origins)
+    report = train(
+        loaded.recipe,
+        resume=resume,
+        allow=allow,
+        use_cache=not no_cache,
+        origins=loaded.origins,
+    )
     show(report, as_json, run_text(loaded.recipe.output.dir, report))
+
+
+def bench(
+    recipe: RecipePath,
+    overrides: Overrides,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps to train.")] = 6,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Train a few steps and say what they cost on this machine. Nothing is kept.
+
+    Kernels are compiled for long runs alone, so a short one says nothing of them unless they are
+    asked for. --json prints tokens_per_second (median, least, most), seconds_to_first_step,
+    peak_memory_bytes, processor_seconds_per_1000_tokens, losses, kernels and the environment.
+
+    \b
+    Example:
+      qlora bench recipe.yaml
+      qlora bench recipe.yaml --set training.kernels=compiled --set training.micro_batch_size=8
+    """
+    loaded = load_recipe(recipe, overrides)
+    from qlora_cli.bench import bench
+
+    report = bench(loaded.recipe, steps=steps)
+    show(report, as_json, bench_text(report))
+
+
+def rerun(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Folder of the new run; left out, it is RUN-again."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Repeat a run from its record, and say whether the result is the same.
+
+    What is not as it was (versions, hardware, base model, rows, the git commit of the current
+    folder) is listed first. Then weights and metrics are compared bit for bit: exit code 0 if all
+    are equal, 7 if not. --json prints run, again, is_same, different (name: old, new), weights
+    (is_same, largest_difference) and metrics (is_same, rows, first).
+
+    \b
+    Example:
+      qlora rerun runs/mine
+      qlora rerun runs/mine --output runs/once-more --json
+    """
+    from qlora_cli.rerun import rerun
+
+    report = rerun(run, output)
+    show(report, as_json, rerun_text(report))
+    if not report["is_same"]:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 def evaluate(

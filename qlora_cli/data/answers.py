@@ -145,19 +145,16 @@ class _Finder:
         if message.tool_calls:
             return self._find_end_of_calls(i, turn, start)
         content = (_apart(message) if self._has_thought(i) else message).content.strip()
-        direct = _skip_space(turn, start)
-        if turn.startswith(content, direct) and self._stops_at(turn, direct + len(content)):
-            at = direct
-        else:
-            # The template writes something else first (Qwen3: a block of reasoning), or it ends
-            # turns without a token of their own.
-            places = list(_occurrences(content, turn, start))
-            if not places:
-                raise DataError(
-                    f"{self._what(i)}: the chat template changes its content or leaves it out"
-                )
-            stopped = (at for at in places if self._stops_at(turn, at + len(content)))
-            at = next(stopped, places[0])
+        places = list(_occurrences(content, turn, start))
+        if not places:
+            raise DataError(
+                f"{self._what(i)}: the chat template changes its content or leaves it out"
+            )
+        # The turn is the last, and the content the end of it. What the template may write before
+        # (Qwen3: a block of reasoning) may hold the same words, with an added token after them; and
+        # a template may end turns without a token of their own.
+        stopped = [at for at in places if self._stops_at(turn, at + len(content))]
+        at, direct = (stopped or places)[-1], _skip_space(turn, start)
         if at != direct and self._render(self._messages[:i]) == turn[:start]:
             raise DataError(
                 f"{self._what(i)}: the chat template has no generation prompt, so the model would "
@@ -216,7 +213,8 @@ class _Finder:
         return self._additions.thought and i == len(self._messages) - 1
 
     def _stops_at(self, text: str, end: int) -> bool:
-        return self._template.added_at(text, _skip_space(text, end)) is not None
+        token = self._template.added_at(text, _skip_space(text, end))
+        return token is not None and not self._template.is_closing_tag(token, text[:end])
 
     def _render(
         self, messages: list[Message], *, prompting: bool = False, tools: bool = True

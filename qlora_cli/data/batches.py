@@ -15,6 +15,9 @@ from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PROOF_TOKENS = 64
+"""Of each example that packing is proved on."""
+
 
 class BatchStream:
     """The micro-batches of one rank, for any step.
@@ -37,6 +40,8 @@ class BatchStream:
         epochs: how many passes are made; the last step may be shorter than the others.
             None never ends.
         max_length: pack the examples into rows of so many tokens; None does not pack.
+        padding: put each example into a row of its own, filled up to the longest. Otherwise those
+            of a micro-batch lie end to end, as packed ones do.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class BatchStream:
         pad_token_id: int,
         parts: Sequence[tuple[int, float]] | None = None,
         max_length: int | None = None,
+        padding: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -61,6 +67,7 @@ class BatchStream:
         self._parts = [(len(examples), 1.0)] if parts is None else parts
         assert sum(number for number, _ in self._parts) == len(examples)
         self._max_length = max_length
+        self._is_flat = max_length is not None or not padding
         self._pad_token_id = pad_token_id
         self._rank = rank
         self._world_size = world_size
@@ -115,7 +122,7 @@ class BatchStream:
                 chosen = [rows[at] for at in group]
                 sizes = [self._length(row) for row in chosen] or [0]
                 measures = {
-                    "tokens": sum(sizes) if self._max_length else len(sizes) * max(sizes),
+                    "tokens": sum(sizes) if self._is_flat else len(sizes) * max(sizes),
                     "learnt": sum(learnt[i] for row in chosen for i in row),
                 }
                 for name, size in measures.items():
@@ -125,6 +132,11 @@ class BatchStream:
         steps = [[found[k][1] for k in found if k[0] == name] for name in ("tokens", "learnt")]
         distinct = steps[:1] if steps[0] == steps[1] else steps
         return [[self._batch(rows) for rows in step] for step in distinct]
+
+    def tokens(self, num_steps: int) -> int:
+        """About how many tokens so many steps learn from, over all ranks, padding not counted."""
+        rows = self._pass(0)
+        return round(sum(map(self._length, rows)) / len(rows) * num_steps * self._batch_size)
 
     def summary(self) -> str:
         """One line for the log about the first pass: how full its rows are, or their padding."""
@@ -136,6 +148,8 @@ class BatchStream:
                 f"{number:,} examples in {len(rows):,} rows of {self._max_length:,} tokens, "
                 f"{num_tokens / (len(rows) * self._max_length):.1%} full"
             )
+        if self._is_flat:
+            return "no padding: the examples of a micro-batch lie end to end"
         num_places = 0
         for first in range(0, len(rows), self._batch_size):
             some = rows[first : first + self._batch_size]
@@ -144,7 +158,7 @@ class BatchStream:
         return f"padding {1 - num_tokens / num_places:.1%}"
 
     def _batch(self, rows: list[tuple[int, ...]]) -> Batch:
-        collate = _pad if self._max_length is None else _concatenate
+        collate = _concatenate if self._is_flat else _pad
         batch = collate([self._examples[i] for row in rows for i in row], self._pad_token_id)
         return replace(batch, examples=tuple(rows))
 
@@ -239,25 +253,28 @@ def eval_batches(
         yield _pad([examples[i] for i in group], pad_token_id)
 
 
-def full_batch(num_rows: int, max_length: int, *, packed: bool) -> Batch:
+def full_batch(num_rows: int, max_length: int, *, is_flat: bool) -> Batch:
     """As large a batch as there can be, everything in it learnt: what stands in for data.
 
     The last of several rows is a token shorter, as rows hardly ever are of one length; so the batch
-    has a mask.
+    has a mask, unless they lie end to end.
     """
     sizes = [max_length] * (num_rows - 1) + [max_length - (num_rows > 1)]
     examples = [Example([1] * size, [1] * size) for size in sizes]
-    return (_concatenate if packed else _pad)(examples, 0)
+    return (_concatenate if is_flat else _pad)(examples, 0)
 
 
 def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:
-    """The beginnings of three examples, packed and padded: to see whether a model tells them apart.
+    """Tokens of three examples, packed and padded: to see whether a model tells them apart.
 
+    Of one length, a short example many times over, so that none is padded: with LLM.int8() the
+    tokens of a batch decide together how it is computed, and these are the same tokens in both.
     The labels say nothing.
     """
-    some = [examples[i % len(examples)].input_ids[:64] for i in range(3)]
-    beginnings = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in some]
-    return _concatenate(beginnings, pad_token_id), _pad(beginnings, pad_token_id)
+    some = [examples[i % len(examples)].input_ids for i in range(3)]
+    pieces = [(ids * _PROOF_TOKENS)[:_PROOF_TOKENS] for ids in some]
+    made = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in pieces]
+    return _concatenate(made, pad_token_id), _pad(made, pad_token_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.cache_folder import cache_folder
-from qlora_cli.data.prepare import Prepared, digest_of, prepare
+from qlora_cli.data.prepare import Prepared, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.data.store import read_facts
 from qlora_cli.errors import DataError
@@ -64,10 +64,10 @@ def load_or_prepare(
             raise
         weakref.finalize(prepared.examples, shutil.rmtree, folder, ignore_errors=True)
         return prepared, False
-    digest = digest_of(sources)
-    folder = _folder() / key_of(sources, tokenizer, data, digest)
+    digests = digests_of(sources)
+    folder = _folder() / key_of(sources, tokenizer, data, joined_digest(digests))
     try:
-        return _find_or_make(folder, sources, tokenizer, data, digest)
+        return _find_or_make(folder, sources, tokenizer, data, digests)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: prepared data cannot be kept here: {error}",
@@ -138,7 +138,7 @@ def _find_or_make(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerFast,
     data: Data,
-    digest: str,
+    digests: Sequence[str],
 ) -> tuple[Prepared, bool]:
     import filelock
 
@@ -153,7 +153,7 @@ def _find_or_make(
         shutil.rmtree(folder, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
         try:
-            prepare(sources, tokenizer, data, unfinished, digest=digest)
+            prepare(sources, tokenizer, data, unfinished, digests=digests)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

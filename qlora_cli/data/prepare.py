@@ -72,12 +72,17 @@ class Prepared:
     """Tokens of the longest example."""
     digest: str
     """sha256 of the sources."""
+    rows_digest: str
+    """sha256 of the examples: equal for all that is learnt in the same way."""
 
     @classmethod
     def open(cls, folder: Path) -> Prepared | None:
         """What `prepare` wrote to a folder; None if it is not whole."""
         facts = read_facts(folder)
-        return None if facts is None else cls(examples=PreparedSet(folder), **facts)
+        names = {field.name for field in fields(cls)} - {"examples"}
+        if facts is None or set(facts) != names:
+            return None
+        return cls(examples=PreparedSet(folder), **facts)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -104,18 +109,19 @@ def prepare(
     data: Data,
     folder: Path,
     *,
-    digest: str | None = None,
+    digests: Sequence[str] | None = None,
 ) -> Prepared:
     """Read, format, tokenize and check all rows of some sources, and write them to a folder.
 
     Args:
-        digest: of the sources, if it is known already.
+        digests: of each source, if they are known already.
 
     Raises:
-        DataError: no rows, bad rows (all are counted), too many lost answers, or turns that do not
-            end in a token to stop at.
+        DataError: no rows, bad rows (all are counted), too many lost answers, turns that do not
+            end in a token to stop at, or files that are changed meanwhile.
     """
     tallies = []
+    digests = digests_of(sources) if digests is None else digests
     with (
         SetWriter(folder) as writer,
         Workers(
@@ -133,6 +139,10 @@ def prepare(
                     writer.add(example, index, place)
             tally.check()
             tallies.append(tally)
+        # Rows of a file that is being written are neither the old nor the new ones, and would be
+        # found again as those of the digest.
+        for source, digest in zip(sources, digests, strict=True):
+            source.refuse_changed(digest)
         stop_token_ids = sorted({i for t in tallies for i in t.turn_ends if isinstance(i, int)})
         counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
         writer.close(
@@ -145,7 +155,8 @@ def prepare(
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
                 **{name: counts[name] for name in _COUNTS},
                 "longest": max(tally.longest for tally in tallies),
-                "digest": digest or digest_of(sources),
+                "digest": joined_digest(digests),
+                "rows_digest": writer.digest,
             }
         )
     prepared = Prepared.open(folder)
@@ -153,9 +164,13 @@ def prepare(
     return prepared
 
 
-def digest_of(sources: Sequence[Source]) -> str:
-    """sha256 of the data, wherever it lies."""
-    digests = [source.digest() for source in sources]
+def digests_of(sources: Sequence[Source]) -> list[str]:
+    """sha256 of the data of each source, wherever it lies."""
+    return [source.digest() for source in sources]
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """One digest for those of several sources."""
     return digests[0] if len(digests) == 1 else _sha256(" ".join(digests))
 
 

@@ -13,6 +13,7 @@ So a set that is larger than memory is trained on like a small one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
+from qlora_cli.foreign import read_object
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class SetWriter:
         self._folder = folder
         self._num_tokens = 0
         self._num_place_bytes = 0
+        self._digest = hashlib.sha256()
         with ExitStack() as stack:
             self._files: dict[str, BinaryIO] = {
                 name: stack.enter_context((folder / name).open("wb")) for name in _COLUMNS
@@ -63,12 +66,20 @@ class SetWriter:
         self._num_tokens += len(example.input_ids)
         self._num_place_bytes += len(line)
         learnt = bytes(map(IGNORE_INDEX.__ne__, example.labels))
-        self._write("input_ids.bin", array("i", example.input_ids))
+        input_ids = array("i", example.input_ids)
+        self._digest.update(array("q", [source, len(input_ids)]).tobytes() + input_ids.tobytes())
+        self._digest.update(learnt)
+        self._write("input_ids.bin", input_ids)
         self._write("learnt.bin", learnt)
         self._write("ends.bin", array("q", [self._num_tokens]))
         self._write("sources.bin", array("i", [source]))
         self._write("places.txt", line)
         self._write("place_ends.bin", array("q", [self._num_place_bytes]))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the examples so far: tokens, what of them is learnt, and sources, in order."""
+        return self._digest.hexdigest()
 
     def close(self, facts: dict[str, Any]) -> None:
         """Finish the set, with what is known about the whole of it."""
@@ -165,9 +176,9 @@ class PreparedSet(Sequence[Example]):
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """What was given to `SetWriter.close`; None if there is no whole prepared set."""
     try:
-        known = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        known = read_object(folder / _FACTS)
         sizes = {name: (folder / name).stat().st_size for name in _COLUMNS}
     except (OSError, ValueError):
         return None
-    facts: dict[str, Any] = known["facts"]
-    return facts if known["bytes"] == sizes else None
+    facts = known.get("facts")
+    return facts if isinstance(facts, dict) and known.get("bytes") == sizes else None

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import DataError
+from qlora_cli.jinja_limits import limited_time
 from qlora_cli.types import Message, ToolCall
 
 if TYPE_CHECKING:
@@ -84,14 +85,41 @@ class Template:
         *_, last = [None, *self._added.finditer(text, start, end)]
         if last is None or last.end() < end:
             return None
-        opening = last[0].replace("</", "<", 1)
-        is_tag = last[0].startswith("</") and opening in text[start:end]
-        return None if is_tag and last[0] != self._tokenizer.eos_token else last.start()
+        return None if self.is_closing_tag(last[0], text[start:end]) else last.start()
+
+    def is_closing_tag(self, token: str, before: str) -> bool:
+        """Whether a token closes something that was opened before (`</think>`) and no turn."""
+        opening = token.replace("</", "<", 1)
+        return token.startswith("</") and opening in before and token != self._tokenizer.eos_token
 
     def added_over(self, text: str, at: int) -> int:
         """The place itself; or where the added token begins whose middle it is."""
         spans = (found.span() for found in self._added.finditer(text))
         return next((start for start, end in spans if start < at < end), at)
+
+    def turn_tokens(self) -> set[str]:
+        """The added tokens that open and close turns.
+
+        Tags that stand in pairs (`<think>`, `<tool_call>`) are not among them: an answer may be
+        given with its reasoning or its calls written out.
+
+        Raises:
+            DataError: the template is broken.
+        """
+        question, answer = Message("user", _PROBE, False), Message("assistant", _PROBE, False)
+        found: set[str] = set()
+        for turns, prompting in (([question], True), ([question, answer], False)):
+            with suppress(TemplateRefused):
+                text = self.render(turns, prompting=prompting)
+                # In the source are those of tools and of other roles.
+                found.update(self._added.findall(f"{text}\n{self._source}"))
+        return {token for token in found if not self._is_paired_tag(token)}
+
+    def _is_paired_tag(self, token: str) -> bool:
+        tag = re.fullmatch(r"</?([\w-]+)>", token)
+        return tag is not None and all(
+            self._added.fullmatch(each) for each in (f"<{tag[1]}>", f"</{tag[1]}>")
+        )
 
     def looks_at(self, values: Sequence[str]) -> bool:
         """Whether one of the values holds a text that the template may test for: `</think>`."""
@@ -182,13 +210,14 @@ class Template:
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                tools=tools,
-                tokenize=False,
-                chat_template=self._dated_source,
-                add_generation_prompt=prompting,
-            )
+            with limited_time("the chat template"):
+                text = self._tokenizer.apply_chat_template(
+                    turns,
+                    tools=tools,
+                    tokenize=False,
+                    chat_template=self._dated_source,
+                    add_generation_prompt=prompting,
+                )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
         # A template is a program of somebody else's: it may also add a number to a text.
@@ -199,6 +228,8 @@ class Template:
             LookupError,
             ArithmeticError,
             AttributeError,
+            RecursionError,
+            MemoryError,
         ) as error:
             raise TemplateRefused(f"the chat template refuses the conversation: {error}") from error
         assert isinstance(text, str)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.data.template import Template
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 
@@ -33,14 +34,6 @@ class TypedTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._ids = {
-            token.content: token_id
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content.strip()
-        }
-        self._typed = {text: _stand_in(_TYPED + i, text) for i, text in enumerate(self._ids)}
-        self._control = {text: _stand_in(_CONTROL + i, text) for i, text in enumerate(self._ids)}
-        self._special = _any_of(self._ids)
 
     def mask(self, conversation: Conversation) -> Conversation | None:
         """The conversation with stand-ins for what was typed; None if nothing was.
@@ -48,8 +41,10 @@ class TypedTokens:
         Raises:
             DataError: it has characters of private use of its own.
         """
+        if conversation.messages[0].role == "text":
+            return None
         said = "\n".join(_texts(conversation))
-        if self._special.search(said) is None or conversation.messages[0].role == "text":
+        if self._special.search(said) is None:
             return None
         if private := _PRIVATE.search(said):
             raise DataError(
@@ -76,6 +71,31 @@ class TypedTokens:
 
     def _hide(self, text: str) -> str:
         return self._special.sub(lambda found: self._typed[found[0]], text)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        """The special tokens, and what else opens and closes turns.
+
+        Not all of that is called special: in the tokenizers of DeepSeek `<｜User｜>` is not.
+        """
+        turns = Template(self._tokenizer).turn_tokens()
+        return {
+            token.content: token_id
+            for token_id, token in self._tokenizer.added_tokens_decoder.items()
+            if token.content.strip() and (token.special or token.content in turns)
+        }
+
+    @cached_property
+    def _typed(self) -> dict[str, str]:
+        return {text: _stand_in(_TYPED + i, text) for i, text in enumerate(self._ids)}
+
+    @cached_property
+    def _control(self) -> dict[str, str]:
+        return {text: _stand_in(_CONTROL + i, text) for i, text in enumerate(self._ids)}
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return _any_of(self._ids)
 
     @cached_property
     def _twin(self) -> Tokenizer:

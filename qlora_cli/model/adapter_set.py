@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
 from qlora_cli.model.edits import match_saved, refuse_changed_base
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import Tensor
+    from peft import PeftModel
     from transformers import PreTrainedModel
-
-WEIGHTS = "adapter_model.safetensors"
-"""The file of an adapter folder that holds its tensors; pickled ones are never read."""
 
 
 class AdapterSet:
@@ -40,8 +37,12 @@ class AdapterSet:
         """
         from peft import get_peft_model, set_peft_model_state_dict
 
+        from qlora_cli.kernels.lora_layers import layer_classes
+
         config, saved = read_adapter(folder)
+        config._register_custom_module(layer_classes(self._base))
         refuse_changed_base(config, folder)
+        refuse_endless_patterns(config, [name for name, _ in self._base.named_modules()], folder)
         # Whether the base is the right one is told from its weights and not from its path.
         config.base_model_name_or_path = None
         # What the user calls it may be no name for a module.
@@ -59,7 +60,10 @@ class AdapterSet:
             shapes = {path: tuple(tensor.shape) for path, tensor in saved.items()}
             match_saved(self._model, shapes, self._own, folder, key)
             set_peft_model_state_dict(self._model, saved, adapter_name=key)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except ModelError:
+            raise
+        # PEFT checks no types: what is wrong fails wherever it is used first.
+        except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         self._model.eval().requires_grad_(False)
         self._keys[name] = key
@@ -75,21 +79,3 @@ class AdapterSet:
             self._model.set_adapter(self._keys[name], inference_mode=True)
         with nullcontext() if name is not None else self._model.disable_adapter():
             yield self._model
-
-
-def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """The settings and tensors of an adapter in PEFT's format.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    from peft import PeftConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        saved = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: no readable adapter: {error}") from error
-    return config, saved

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,10 +15,11 @@ from qlora_cli.errors import ModelError
 from qlora_cli.part import Part
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
     from qlora_cli.model.edits import Edits
+    from qlora_cli.model.names import Names
 
 
 class FullFineTune(Part):
@@ -35,22 +37,41 @@ class FullFineTune(Part):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
-    def edits(self, skeleton: PreTrainedModel, folder: Path) -> Edits:
-        """What a saved training changed in the base (`skeleton`: the base on the meta device)."""
+    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+        """What a saved training changed in the base (`skeleton`: on the meta device)."""
         from qlora_cli.model.edits import WholeModel
 
         return WholeModel(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-        """Put saved weights in place of the base's. `model` itself is changed."""
-        from safetensors.torch import load_file
+        """Put saved weights in place of the base's. `model` itself is changed.
 
-        model = self.attach(model)
-        saved = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-        missing = set(model.state_dict()) - set(saved) - set(model.all_tied_weights_keys)
-        problem = model.load_state_dict(saved, strict=False)
-        if missing or problem.unexpected_keys:
-            raise ModelError(_key_mismatch(folder, missing, problem.unexpected_keys))
+        Raises:
+            ModelError: they cannot be read, or are of another model.
+        """
+        import torch
+
+        from qlora_cli.foreign import refuse_foreign, refuse_no_safetensors
+
+        refuse_foreign(folder)
+        refuse_no_safetensors(folder, str(folder))
+        kind: Any = type(self.attach(model))
+        try:
+            # Not the files themselves: they may hold in several tensors what the model has in one.
+            saved, found = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        # Settings that do not belong together fail in any way, wherever they are used first.
+        except Exception as error:
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
+        missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
+        if missing or found["unexpected_keys"]:
+            raise ModelError(_key_mismatch(folder, missing, found["unexpected_keys"]))
+        model.load_state_dict(saved.state_dict())
         return model
 
 
@@ -79,6 +100,9 @@ class LoRA(Part):
     """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, https://arxiv.org/abs/2402.09353)."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a run (its last weights) or of an adapter whose weights a new run begins with; its
+    rank, alpha and targets must be the same."""
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Put the update beside each target; it is zero at first, so the model is unchanged.
@@ -89,6 +113,8 @@ class LoRA(Part):
             ModelError: a target (or pattern) matches no module.
         """
         from peft import LoraConfig, get_peft_model
+
+        from qlora_cli.kernels.lora_layers import layer_classes
 
         self._check_names(model)
         self._refuse_tied(model)
@@ -106,6 +132,7 @@ class LoRA(Part):
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
+        config._register_custom_module(layer_classes(model))
         try:
             adapted = get_peft_model(model, config)
         except (ValueError, TypeError) as error:
@@ -119,11 +146,11 @@ class LoRA(Part):
         # PEFT's form for a model card, with its questions unanswered.
         (folder / "README.md").unlink()
 
-    def edits(self, skeleton: PreTrainedModel, folder: Path) -> Edits:
-        """What a saved adapter changes in the base (`skeleton`: the base on the meta device)."""
+    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+        """What a saved adapter changes in the base (`skeleton`: on the meta device)."""
         from qlora_cli.model.edits import Adapter
 
-        return Adapter(skeleton, folder)
+        return Adapter(skeleton, names, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         """Put a saved adapter on the base model it belongs to; still trainable.
@@ -131,16 +158,18 @@ class LoRA(Part):
         Raises:
             ModelError: it does not fit the model tensor for tensor.
         """
-        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from peft import get_peft_model, set_peft_model_state_dict
 
-        from qlora_cli.model.edits import grow_vocabulary, match_saved
+        from qlora_cli.kernels.lora_layers import layer_classes
+        from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
+        from qlora_cli.model.edits import grow_vocabulary, match_saved, refuse_changed_base
 
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        refuse_endless_patterns(config, [name for name, _ in model.named_modules()], folder)
+        config.inference_mode = False  # as saved it would freeze what was trained
         try:
-            saved = load_file(folder / "adapter_model.safetensors")
-            config = LoraConfig.from_pretrained(str(folder))
-            config.inference_mode = False  # as saved it would freeze what was trained
+            config._register_custom_module(layer_classes(model))
             shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
             grow_vocabulary(model, shapes)
             own = {id(parameter) for parameter in model.parameters()}
@@ -149,9 +178,33 @@ class LoRA(Part):
             _trained_in_float32(adapted)
             match_saved(adapted, shapes, own, folder)
             set_peft_model_state_dict(adapted, saved)
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
+        except ModelError:
+            raise
+        # PEFT checks no types: what is wrong fails wherever it is used first.
+        except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         return adapted
+
+    def begin_from(self, model: PeftModel, folder: Path) -> None:
+        """Put the weights of a saved adapter in place of those that `attach` began with.
+
+        Raises:
+            ModelError: it was trained with other settings, or does not fit tensor for tensor.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        from qlora_cli.model.adapter_files import read_adapter
+        from qlora_cli.model.edits import match_saved, refuse_changed_base
+
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        live = get_peft_model_state_dict(model, save_embedding_layers=False)
+        _refuse_other_settings(config, model.peft_config["default"], saved, live, folder)
+        own = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+        match_saved(model, {name: tuple(t.shape) for name, t in saved.items()}, own, folder)
+        if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
+            raise ModelError(f"{folder}: {len(bad)} tensors are not finite (such as {bad[0]})")
+        set_peft_model_state_dict(model, saved)
 
     def _refuse_tied(self, model: PreTrainedModel) -> None:
         """An update beside a matrix that two modules share would be merged into both of them."""
@@ -218,6 +271,51 @@ def _require_each(
                 f"{key}: {name!r} matches no module of the model, which has {', '.join(leaves)}",
                 hint=f"did you mean {' or '.join(near)}?" if near else None,
             )
+
+
+_AGREED = {
+    "peft_type": "type",
+    "r": "r",
+    "lora_alpha": "alpha",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "modules_to_save": "modules_to_save",
+}
+"""What of PEFT's config has to be the same for weights to mean the same, by our names."""
+
+
+def _refuse_other_settings(
+    config: PeftConfig, live: PeftConfig, saved: Iterable[str], wanted: Iterable[str], folder: Path
+) -> None:
+    """
+    Args:
+        saved: names of the tensors of the adapter in `folder`, whose config is `config`.
+        wanted: names of the tensors that it is to be put into.
+    """
+    pairs = {
+        ours: [getattr(one, name, None) for one in (config, live)] for name, ours in _AGREED.items()
+    }
+    # By what they matched: a list, a pattern and `all-linear` may come to the same.
+    pairs["target_modules"] = [_targets(names) for names in (saved, wanted)]
+    lines = [
+        f"adapter.{key}: {old} -> {new}"
+        for key, (old, new) in pairs.items()
+        if (old or None) != (new or None)
+    ]
+    if lines:
+        raise ModelError(
+            "\n".join([f"adapter.init_from: {folder} was trained with other settings", *lines]),
+            hint="its weights mean something with its own settings alone; give the recipe the same",
+        )
+
+
+def _targets(names: Iterable[str]) -> str:
+    """The kinds of modules that have an update, and how many of each."""
+    updated = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    kinds = Counter(name.rpartition(".")[2] for name in updated)
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
 
 
 def _trained_in_float32(model: PeftModel) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ NAME = "qlora_documents"
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
 """Rounding in the dtype that is computed in: of a loss, and of logits in units of their spread."""
 
+_GRADIENT_TOKENS = 16
+"""Of each example of the proof, as far as gradients are followed."""
+
 # Arguments of an attention function: those that are passed on, and those that change nothing here
 # or say in another form what is known already.
 _KNOWN = ("dropout", "scaling", "is_causal")
@@ -29,8 +33,8 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def attend_by_document(model: PreTrainedModel) -> None:
-    """Have a model that uses sdpa attend to each packed example by itself.
+def attend_by_document(model: PreTrainedModel) -> bool:
+    """Have a model that uses sdpa attend to each packed example by itself. Returns whether it does.
 
     With a mask, sdpa computes all T x T scores of a row, those between examples too, and cannot
     use its fastest kernels. Batches that are not packed are computed as before. Eager attention
@@ -39,10 +43,16 @@ def attend_by_document(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if model.config._attn_implementation != "sdpa":
-        return
+        return False
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
+    return True
+
+
+def attend_by_row(model: PreTrainedModel) -> None:
+    """Take `attend_by_document` back."""
+    model.set_attn_implementation("sdpa")
 
 
 def _mask(
@@ -136,15 +146,37 @@ class PackingProof:
     leak: float
     """Change of the other examples' logits when one is changed, in units of their spread; of the
     token where it is largest."""
+    leak_tolerance: float
+    reach: float
+    """How strongly the other examples' logits depend on the embeddings of the first, as a share of
+    how they depend on their own (gradients; largest of a token). Not rounded: it has to be 0."""
     difference: float
     """Largest difference of an example's loss (mean over its tokens), packed and unpacked."""
     tolerance: float
-    """What either may be."""
+    """What that may be."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether each example is alone. A figure that is no number is not within its tolerance."""
+        return (
+            self.leak <= self.leak_tolerance
+            and self.reach == 0
+            and self.difference <= self.tolerance
+        )
 
     def summary(self) -> str:
         """One line for the log."""
+        return f"packing proved on this model: {self._figures()}"
+
+    def refusal(self) -> str:
+        """What is wrong, after the model's name."""
+        return f"lets packed examples see each other: {self._figures()}"
+
+    def _figures(self) -> str:
         return (
-            f"packing proved on this model: leak {self.leak:.1e}, loss packed and unpacked within "
+            f"changing one of them changes the logits of another by {self.leak:.1e} of their "
+            f"spread (tolerance {self.leak_tolerance:.1e}), gradients reach {self.reach:.1e} over "
+            f"the seam (none may), and a loss packed and unpacked differs by "
             f"{self.difference:.1e} (tolerance {self.tolerance:.1e})"
         )
 
@@ -154,8 +186,10 @@ def prove_packing(
 ) -> PackingProof:
     """Show on the loaded model that packed examples do not see each other.
 
-    The tolerance is rounding, or twice what changing one row does to the others of a padded batch
-    where that is more: with LLM.int8() the outliers of one row decide how all are quantized.
+    Tolerances are rounding, or twice what changing one row does to the others of a padded batch
+    where that is more: with LLM.int8() the outliers of one row decide how all are quantized. That
+    can be as much as the spread of the logits, so a leak could hide in it. Gradients tell the two
+    apart: they pass where an example sees another, and not through the choice of the outliers.
 
     Args:
         packed: a few examples in one row.
@@ -175,45 +209,79 @@ def prove_packing(
         ids[0, : documents[0]] = (ids[0, : documents[0]] + 1) % vocabulary_size
         return replace(batch, input_ids=ids)
 
-    def logits(batch: Batch) -> list[Tensor]:
-        """(T, V) of each example."""
-        found = model(**batch.inputs(), use_cache=False).logits.float()
-        if batch.documents:
-            return list(found[0].split(documents))
-        return [row[:length] for row, length in zip(found, documents, strict=True)]
-
     was_training = model.training
     model.eval()
     autocast = torch.autocast(packed.input_ids.device.type, dtype, enabled=dtype != torch.float32)
     try:
         with torch.no_grad(), autocast:
-            together, together_edited = logits(packed), logits(edited(packed))
-            apart, apart_edited = logits(padded), logits(edited(padded))
+            together, apart, together_edited, apart_edited = (
+                _logits(model, batch, documents)
+                for batch in (packed, padded, edited(packed), edited(padded))
+            )
+        with autocast:
+            reach = _reach(model, _beginnings(packed))
     except (TypeError, ValueError) as error:
         raise _refusal(model, f"cannot be given packed examples: {error}") from error
     finally:
         model.train(was_training)
     targets = packed.input_ids[0].split(documents)
-    losses = [
-        torch.stack([_mean_loss(*pair) for pair in zip(each, targets, strict=True)])
-        for each in (together, apart)
-    ]
-    noise = _largest_shift(apart[1:], apart_edited[1:])
+    losses = _losses(apart, targets)
+    packed_too = zip(_losses(together, targets), losses, strict=True)
+    beside_another = zip(_losses(apart_edited, targets)[1:], losses[1:], strict=True)
+    # Token by token: by chance a mean may hardly move.
+    loss_noise = max(float((new - old).abs().mean()) for new, old in beside_another)
+    rounding = TOLERANCES[str(dtype).removeprefix("torch.")]
     proof = PackingProof(
         leak=_largest_shift(together[1:], together_edited[1:]),
-        difference=float((losses[0] - losses[1]).abs().max()),
-        tolerance=max(TOLERANCES[str(dtype).removeprefix("torch.")], 2 * noise),
+        leak_tolerance=max(rounding, 2 * _largest_shift(apart[1:], apart_edited[1:])),
+        reach=reach,
+        difference=float(torch.stack([(new - old).mean() for new, old in packed_too]).abs().max()),
+        tolerance=max(rounding, 2 * loss_noise),
     )
-    # In this form a figure that is no number is refused too.
-    if not (proof.leak <= proof.tolerance and proof.difference <= proof.tolerance):
-        raise _refusal(
-            model,
-            f"lets packed examples see each other: changing one of them changed the logits of "
-            f"another by {proof.leak:.2g} of their spread, and the loss of an example differs by "
-            f"{proof.difference:.2g} from that when it is not packed (tolerance "
-            f"{proof.tolerance:.2g})",
-        )
+    if not proof.holds:
+        raise _refusal(model, proof.refusal())
     return proof
+
+
+def _logits(model: PreTrainedModel, batch: Batch, lengths: tuple[int, ...]) -> list[Tensor]:
+    """(T, V) of each example."""
+    found = model(**batch.inputs(), use_cache=False).logits.float()
+    if batch.documents:
+        return list(found[0].split(lengths))
+    return [row[:length] for row, length in zip(found, lengths, strict=True)]
+
+
+def _beginnings(packed: Batch) -> Batch:
+    """The same with less of each example: gradients take memory, which training may not need."""
+    import torch
+
+    pieces = [ids[:_GRADIENT_TOKENS] for ids in packed.input_ids[0].split(packed.documents)]
+    ids = torch.cat(pieces)[None]
+    return replace(packed, input_ids=ids, labels=ids, documents=tuple(map(len, pieces)))
+
+
+def _reach(model: PreTrainedModel, packed: Batch) -> float:
+    """Largest gradient of the other examples' logits at a token of the first, to one of theirs."""
+    import torch
+
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
+        seen.append(embedded.detach().requires_grad_())
+        return seen[-1].clone()  # which a model may change in place, unlike a leaf
+
+    first = packed.documents[0]
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            _, *others = _logits(model, packed, packed.documents)
+            # The norm of each token's logits: no term of it can cancel another, and its gradient is
+            # of about one size for all models, which matters in float16.
+            [gradient] = torch.autograd.grad(torch.cat(others).norm(dim=-1).sum(), seen)
+    finally:
+        hook.remove()
+    sizes = gradient[0].float().norm(dim=-1)  # (T,)
+    return float(sizes[:first].max() / sizes[first:].max())
 
 
 def _largest_shift(before: list[Tensor], after: list[Tensor]) -> float:
@@ -225,10 +293,14 @@ def _largest_shift(before: list[Tensor], after: list[Tensor]) -> float:
     return float(((new - old).norm(dim=-1) / spread).max())
 
 
-def _mean_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+def _losses(logits: list[Tensor], input_ids: Sequence[Tensor]) -> list[Tensor]:
+    """(T - 1,) of each example: the loss of each token."""
     import torch.nn.functional as F
 
-    return F.cross_entropy(logits[:-1], input_ids[1:])
+    return [
+        F.cross_entropy(found[:-1], ids[1:], reduction="none")
+        for found, ids in zip(logits, input_ids, strict=True)
+    ]
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ModelError:

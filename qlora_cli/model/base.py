@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import logging
+import re
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
 from qlora_cli.cache_folder import cache_folder
 from qlora_cli.errors import ModelError
+from qlora_cli.foreign import (
+    read_object,
+    refuse_code_elsewhere,
+    refuse_foreign,
+    refuse_no_safetensors,
+)
+from qlora_cli.jinja_limits import refuse_endless
 from qlora_cli.model.known import find_known
 from qlora_cli.part import Part
 
@@ -53,9 +59,22 @@ class BaseModelConfig(Part):
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model; needs a pinned `revision`."""
+    """Run Python code that comes with the model. From the hub it needs `revision`, a full commit: a
+    tag or branch can be moved to other code."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention back end; `auto` takes sdpa where the model has it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        is_pinned = self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision)
+        is_here = Path(self.path).expanduser().is_dir()
+        if self.trust_remote_code and not is_pinned and not is_here:
+            raise ValueError(
+                "model.trust_remote_code (true) needs model.revision, a full commit (40 "
+                f"hexadecimal digits; found {self.revision}): pin the code that you have read, or "
+                "name a folder that it was downloaded to"
+            )
+        return self
 
     def locate(self) -> Path:
         """A local folder with the model: itself, unpacked from GGUF, or fetched from the hub.
@@ -66,13 +85,17 @@ class BaseModelConfig(Part):
         path = Path(self.path).expanduser()
         if path.suffix == ".gguf":
             return _unpack_gguf(path)
-        folder = path if path.is_dir() else self._fetch()
-        if not any(folder.glob("*.safetensors")):
+        if path.is_file():
             raise ModelError(
-                f"model.path: {self.path} has no safetensors weights (found: {_listing(folder)}); "
-                "pickled weights are never loaded",
-                hint="convert the weights to safetensors, or name another model or revision",
+                f"model.path: {self.path} is a file, and no GGUF file",
+                hint="name the folder that holds config.json and safetensors weights; other files "
+                "with weights in them (.bin, .pt, .ckpt) are pickles, which are never loaded",
             )
+        folder = path if path.is_dir() else self._fetch()
+        refuse_foreign(folder)
+        refuse_no_safetensors(folder, f"model.path: {self.path}")
+        if self.trust_remote_code:
+            refuse_code_elsewhere(folder)
         return folder
 
     def load(self, load_options: dict[str, Any], device: torch.device) -> PreTrainedModel:
@@ -110,6 +133,7 @@ class BaseModelConfig(Part):
         refuse_prequantized(folder)
         tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
         if chat_template is not None:
+            refuse_endless(chat_template, "data.chat_template")
             tokenizer.chat_template = chat_template
         return tokenizer
 
@@ -194,10 +218,6 @@ class BaseModelConfig(Part):
             ) from error
 
 
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-
-
 _UNPACKED = 3
 """Raised when GGUF files are unpacked otherwise than before."""
 
@@ -248,7 +268,8 @@ def _write_unpacked(path: Path, folder: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
-    except (ValueError, KeyError, NotImplementedError, OSError, struct.error) as error:
+    # A damaged file fails in any way, far down in the libraries that read it.
+    except Exception as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
     finally:
         for made in (unfinished, alone):
@@ -259,22 +280,33 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """The tokenizer of a model or adapter folder.
 
     Raises:
-        ModelError: it cannot be loaded, or is not a fast one (masks need offsets into the text).
+        ModelError: it cannot be loaded, leads out of its folder, or is not a fast one (masks need
+            offsets into the text).
     """
     from transformers import AutoTokenizer
 
+    refuse_foreign(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    # A damaged file fails in any way; the tokenizers library raises Exception itself.
+    except Exception as error:
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} in {folder} gives no offsets into the text")
     if tokenizer.pad_token_id is None:
         # Padding is masked by position and never by id, so sharing the id does no harm.
         tokenizer.pad_token = tokenizer.eos_token
+    for template in _templates_of(tokenizer):
+        refuse_endless(template, f"the chat template in {folder}")
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _templates_of(tokenizer: Any) -> list[str]:
+    """A tokenizer has no chat template, one, or several by name."""
+    found = tokenizer.chat_template or {}
+    return list(found.values()) if isinstance(found, dict) else [found]
 
 
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:
@@ -283,9 +315,10 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     Raises:
         ModelError: the weights or the architecture cannot be loaded.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    refuse_foreign(folder)
+    refuse_no_safetensors(folder, f"model.path: {folder}")
     refuse_prequantized(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -295,7 +328,8 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    # Settings that do not belong together fail in any way, wherever they are used first.
+    except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
     model, found = loaded
     # transformers gives a missing weight random values, with a warning at most.
@@ -315,13 +349,12 @@ def refuse_prequantized(folder: Path) -> None:
         ModelError: there is no readable config.json, or it has a `quantization_config`.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}")
+        config = read_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path: no readable config.json in {folder}: {error}") from error
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else "unknown"
         raise ModelError(
             f"model.path: {folder} is already quantized ({method}), so an adapter trained on it "
             "could not be merged",
@@ -348,11 +381,21 @@ def start_checkpointing(model: PreTrainedModel) -> None:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """Where generation ends, as a folder of weights says; nothing if it does not say."""
+    """Where generation ends, as a folder of weights says; nothing if it does not say.
+
+    Raises:
+        ModelError: its generation_config.json cannot be read.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return []
-    return as_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    try:
+        found = as_ids(read_object(path).get("eos_token_id"))
+        if not all(type(one) is int for one in found):
+            raise ValueError(f"eos_token_id ({found}) holds no token ids")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    return found
 
 
 def as_ids(token_ids: int | list[int] | None) -> list[int]:

@@ -6,11 +6,14 @@ import contextlib
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.foreign import refuse_no_safetensors
+from qlora_cli.model.adapter_files import WEIGHTS, read_config, refuse_endless_patterns
+from qlora_cli.model.names import Names, Piece
 from qlora_cli.model.shards import Shards
 
 if TYPE_CHECKING:
@@ -31,40 +34,6 @@ _MAX_NAMED = 5
 _ADDITIVE = (True, False, "gaussian", "eva", "orthogonal")
 
 
-class Names:
-    """How a model names its weights, and how the files do: not always alike."""
-
-    def __init__(self, skeleton: PreTrainedModel, stored: Iterable[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-
-        state = skeleton.state_dict()
-        mapping = get_model_conversion_mapping(skeleton)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        prefix = skeleton.base_model_prefix
-        self.live: dict[str, str] = {}
-        """Stored name -> name in the model."""
-        self.stored: dict[str, str] = {}
-        """Name in the model -> stored name."""
-        self.composed: set[str] = set()
-        """Weights of the model that are put together from several stored ones."""
-        for name in stored:
-            live, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if live not in state and name in state:
-                live, pattern = rename_source_key(name, [], [], prefix, state)
-            self.live[name] = live
-            self.stored[live] = name
-            if pattern is not None:
-                self.composed.add(live)
-        for target, source in skeleton.all_tied_weights_keys.items():
-            self.stored.setdefault(target, self.stored.get(source, source))
-
-
 def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder on the meta device: modules and names without weights.
 
@@ -82,7 +51,8 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # Settings that do not belong together fail in any way, wherever they are used first.
+    except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be read: {error}") from error
     skeleton.tie_weights()
     return skeleton
@@ -92,7 +62,7 @@ class Edits(ABC):
     """The weights that training changed."""
 
     names: set[str]
-    """Weights (as the model names them) that `apply` may change."""
+    """Weights (as `Names.live` has them) that `apply` may change."""
     shapes: dict[str, tuple[int, ...]]
     """Weights that have another shape than in the base: the vocabulary has grown."""
 
@@ -132,10 +102,11 @@ class Adapter(Edits):
     The config beside the adapter decides, not the recipe: it says how the adapter was trained.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, folder: Path) -> None:
+    def __init__(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> None:
         """
         Args:
             skeleton: the model on the meta device. It is changed.
+            names: of the base's files.
 
         Raises:
             ModelError: the adapter does not fit the model, or is of a kind that cannot be merged.
@@ -143,11 +114,13 @@ class Adapter(Edits):
         from peft import get_peft_model
 
         self._folder = folder
-        self._saved = Shards(folder / "adapter_model.safetensors")
+        refuse_no_safetensors(folder, str(folder), [WEIGHTS])
+        self._saved = Shards(folder / WEIGHTS)
         self._used: set[str] = set()
         self._results: dict[str, Tensor] = {}
-        config = _read_config(folder)
         saved = {name: stored.shape for name, stored in self._saved.tensors.items()}
+        config = _read_config(folder, saved)
+        refuse_endless_patterns(config, [name for name, _ in skeleton.named_modules()], folder)
         self.shapes = grow_vocabulary(skeleton, saved)
         self._parameters = [*skeleton.named_parameters(remove_duplicate=False)]
         self._own: dict[int, list[str]] = {}
@@ -158,7 +131,8 @@ class Adapter(Edits):
             warnings.simplefilter("ignore")
             try:
                 self._adapted: Any = get_peft_model(skeleton, config)
-            except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            # PEFT checks no types: what is wrong fails wherever it is used first.
+            except Exception as error:
                 raise ModelError(f"{folder} does not fit the base model: {error}") from error
             matched = match_saved(self._adapted, saved, set(self._own), folder)
         self._sources = {key: names[0] for key, names in matched.items()}
@@ -166,12 +140,17 @@ class Adapter(Edits):
             self._own[key][0]: saved for key, saved in self._sources.items() if key in self._own
         }
         self._units = dict(self._find_units())
+        self._pieces = dict(self._find_pieces(names))
+        in_pieces = {piece.whole for piece, _ in self._pieces.values()}
         self._unit_of = {
-            weight: name for name, unit in self._units.items() for weight in _changed(name, unit)
+            weight: name
+            for name, unit in self._units.items()
+            for weight in _changed(name, unit)
+            if weight not in in_pieces
         }
         tied = {name: names[0] for names in self._own.values() for name in names}
         replaced = {name for name, source in tied.items() if source in self._replaced}
-        self.names = set(self._unit_of) | replaced
+        self.names = set(self._unit_of) | set(self._pieces) | replaced
         self._tied = tied
         self._forget_copies(matched)
 
@@ -180,6 +159,8 @@ class Adapter(Edits):
             saved = self._replaced.get(self._tied[wanted])
             return read(wanted) if saved is None else self._read(saved)
 
+        if name in self._pieces:
+            return read(name) + self._update_of(*self._pieces[name])
         if name not in self._unit_of:
             return base(name)
         if name not in self._results:
@@ -214,6 +195,35 @@ class Adapter(Edits):
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
                 found.append(name)
                 yield name, module
+
+    def _find_pieces(self, names: Names) -> Iterator[tuple[str, tuple[Piece, Any]]]:
+        """What the files hold of tensors that the model has in one, each with PEFT's module."""
+        for name, unit in self._units.items():
+            wrappers = {f"{name}.{one.parameter_name}": one for one in _wrappers(unit)}
+            # What has rows and columns the other way round is no stack of the stored matrices; and
+            # PEFT merges a unit as a whole, or else it is done here: not half of each.
+            if all(
+                whole in names.pieces
+                and not getattr(wrapper.get_base_layer(), "is_transposed", False)
+                for whole, wrapper in wrappers.items()
+            ):
+                for whole, wrapper in wrappers.items():
+                    yield from ((p.name, (p, wrapper)) for p in names.pieces[whole])
+
+    def _update_of(self, piece: Piece, wrapper: Any) -> Tensor:
+        """B A of one expert, or of some rows of it, (O, I): the others need no memory.
+
+        PEFT has the rows of A expert by expert, and the columns of B rank by rank.
+        """
+        a, b = (
+            self._read(self._sources[id(factors["default"].weight)])
+            for factors in (wrapper.lora_A, wrapper.lora_B)
+        )
+        rank = wrapper.r["default"]
+        mine = slice(piece.expert * rank, (piece.expert + 1) * rank)
+        rows = b[piece.start : piece.start + piece.rows, piece.expert :: wrapper.num_experts]
+        update: Tensor = rows @ a[mine] * wrapper.scaling["default"]
+        return update
 
     def _merge_unit(self, name: str, base: Read) -> None:
         """Let PEFT merge one module, with real weights for as long as that takes."""
@@ -327,15 +337,22 @@ def _merge(unit: Any) -> Any:
     return unit.get_base_layer()
 
 
+def _wrappers(unit: Any) -> Iterator[Any]:
+    """PEFT's modules for parameters of a unit: one inside the other, if there are several."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    while isinstance(unit, ParamWrapper):
+        yield unit
+        unit = unit.base_layer
+
+
 def _changed(name: str, unit: Any) -> list[str]:
     """The weights of the base that a module of PEFT changes."""
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
-    if isinstance(unit, ParamWrapper):
-        inner = _changed(name, unit.base_layer) if isinstance(unit.base_layer, ParamWrapper) else []
-        return [f"{name}.{unit.parameter_name}", *inner]
+    if parameters := [one.parameter_name for one in _wrappers(unit)]:
+        return [f"{name}.{parameter}" for parameter in parameters]
     if isinstance(unit, ModulesToSaveWrapper):
         return [f"{name}.{key}" for key, _ in unit.modules_to_save["default"].named_parameters()]
     if isinstance(unit, LoraLayer) and any(unit.lora_bias.values()):
@@ -376,18 +393,15 @@ def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
         )
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> LoraConfig:
     """The adapter's own settings.
 
     Raises:
         ModelError: they cannot be read, or name something that is no addition to base weights.
     """
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"no readable adapter_config.json in {folder}: {error}") from error
+    config = read_config(folder, saved)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
     refuse_changed_base(config, folder)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_cli.errors import ModelError
+
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
@@ -86,16 +88,27 @@ def effective_rank(singular_values: Tensor) -> float:
 
 def read_updates(config: LoraConfig, saved: dict[str, Tensor]) -> dict[str, Update]:
     """Module path -> its update. Tensors that are no factors (modules trained in full) are left
-    out."""
+    out.
+
+    Raises:
+        ModelError: a factor is alone, or the two do not belong together.
+    """
     updates = {}
     for key, tensor in saved.items():
         for first, second in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
             if key.endswith(first):
                 name = key.removesuffix(first).removeprefix("base_model.model.")
-                other = saved[key.removesuffix(first) + second]
+                other = saved.get(key.removesuffix(first) + second)
+                if other is None or not _are_factors(tensor, other):
+                    raise ModelError(f"{key} has no factor beside it of the same rank")
                 scale = scale_of(config, name, tensor.shape[0])
                 updates[name] = Update.of(tensor.flatten(1), other.flatten(1), scale)
     return updates
+
+
+def _are_factors(a: Tensor, b: Tensor) -> bool:
+    is_filled = min(a.dim(), b.dim()) >= 2 and a.numel() > 0 and b.numel() > 0
+    return is_filled and b.flatten(1).shape[1] == a.shape[0]
 
 
 def scale_of(config: LoraConfig, module: str, rank: int) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
+from qlora_cli.errors import ModelError
+from qlora_cli.foreign import read_object
 from qlora_cli.model.shards import Shards
 
 _SAMPLE = 4096
@@ -20,11 +22,49 @@ def identify(folder: Path) -> dict[str, str]:
         {"architecture", "digest"}: the digest is of names, dtypes, shapes and the first bytes of
         all tensors, so it does not depend on how they are shared out among files.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
+    config = read_object(folder / "config.json")
+    architectures = config.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    architecture = str([*named, config.get("model_type", "unknown")][0])
     digest = hashlib.sha256()
     shards = Shards(folder)
     for name, stored in sorted(shards.tensors.items()):
         digest.update(f"{name} {stored.dtype} {list(stored.shape)} ".encode())
         digest.update(shards.beginning(name, _SAMPLE))
     return {"architecture": architecture, "digest": digest.hexdigest()}
+
+
+def refuse_other_base(
+    path: Path | str,
+    base: Mapping[str, str] | None,
+    trained_on: str,
+    model_path: str,
+    here: Mapping[str, str],
+) -> None:
+    """Weights of equal shapes fit each other, whatever they are.
+
+    Args:
+        path: of what was trained, as the user named it.
+        base: what `identify` said of the base when it was trained; None if nobody knows.
+        trained_on: what that base was called.
+        model_path: what the base that is there now is called.
+        here: what `identify` says of that.
+
+    Raises:
+        ModelError: it is known to be another one.
+    """
+    if base is None:
+        return
+    if base["architecture"] != here["architecture"]:
+        raise ModelError(
+            f"{path} was trained on a {base['architecture']} ({trained_on}), and {model_path} is a "
+            f"{here['architecture']}"
+        )
+    if base["digest"] != here["digest"]:
+        other = "which has changed since" if trained_on == model_path else "which has other weights"
+        raise ModelError(
+            f"{path} was trained on {trained_on}, and here is {model_path}, {other} "
+            f"({base['digest'][:12]} -> {here['digest'][:12]})",
+            hint="what was trained belongs to the weights that it was trained on; "
+            "--set model.path=... names them, wherever they lie now",
+        )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.tensor_file import DTYPES, header_of
+from qlora_cli.foreign import object_of, read_object, refuse_foreign
+from qlora_cli.tensor_file import DTYPES, header_of, item_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 _CHUNK = 2**24
 """Bytes of a tensor that is only copied."""
+_MAX_HEADER = 100_000_000
+"""Bytes; as in the safetensors library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,27 +117,62 @@ class Shards:
 
     def _header(self, path: Path) -> Iterator[tuple[str, Stored]]:
         try:
+            # A pipe would be waited for without end.
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no ordinary file")
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
-                if length > path.stat().st_size:
-                    raise ValueError("its header is longer than the file")
-                header: dict[str, Any] = json.loads(file.read(length))
+                size = path.stat().st_size - 8 - length
+                if size < 0 or length > _MAX_HEADER:
+                    raise ValueError("its header is longer than the file, or than any header")
+                header = object_of(file.read(length))
+            self.metadata[path] = _metadata(header.pop("__metadata__", {}))
+            found = [(name, _stored(path, name, entry, size)) for name, entry in header.items()]
         except (OSError, ValueError, struct.error) as error:
             raise ModelError(f"{path} is no safetensors file: {error}") from error
-        self.metadata[path] = header.pop("__metadata__", {})
-        for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            place = 8 + length + start
-            yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), place, end - start)
+        for name, stored in sorted(found, key=lambda pair: pair[1].start):
+            yield name, replace(stored, start=8 + length + stored.start)
+
+
+def _metadata(found: object) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError("its __metadata__ is no mapping of texts")
+    return found
+
+
+def _stored(path: Path, name: str, entry: Any, size: int) -> Stored:
+    """What a header says of a tensor, with a `start` that counts from the end of the header.
+
+    Args:
+        size: bytes after the header.
+
+    Raises:
+        ValueError: it cannot be true of this file.
+    """
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no dtype, shape and data_offsets") from error
+    numbers = (*shape, start, end)
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{name} has no dtype, shape and data_offsets")
+    is_known = dtype in DTYPES
+    if not start <= end <= size or (
+        is_known and end - start != math.prod(shape) * item_bytes(dtype)
+    ):
+        raise ValueError(f"{name} ({dtype} {list(shape)}) is not where its header says")
+    return Stored(path, dtype, shape, start, end - start)
 
 
 def _files(folder: Path) -> list[Path]:
+    refuse_foreign(folder)
     index = folder / INDEX
     if index.is_file():
         try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return [folder / name for name in sorted(set(places.values()))]
-        except (ValueError, KeyError, AttributeError) as error:
+            return [
+                folder / name for name in sorted(set(read_object(index)["weight_map"].values()))
+            ]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ModelError(f"{index} cannot be read: {error}") from error
     alone = folder / "model.safetensors"
     found = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))

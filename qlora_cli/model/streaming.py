@@ -19,7 +19,8 @@ from qlora_cli.tensor_file import bytes_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlora_cli.model.edits import Edits, Names
+    from qlora_cli.model.edits import Edits
+    from qlora_cli.model.names import Names
     from qlora_cli.model.round_trip import RoundTrip
 
 log = logging.getLogger("qlora")
@@ -93,10 +94,10 @@ class Merge:
         self.is_as_trained = as_trained
         self._rounded = rounding.names if as_trained else set()
         self.account = Account()
-        if split := sorted((edits.names | self._rounded) & names.composed):
+        if unknown := sorted((edits.names | self._rounded) - set(names.stored)):
             raise ModelError(
-                f"{', '.join(split[:_MAX_NAMED])}: the files hold this in several tensors, whose "
-                "updates cannot be told apart; such a merge is not supported"
+                f"{', '.join(unknown[:_MAX_NAMED])}: the files hold this in another form than the "
+                "model, and it is not known which part is which; such a merge is not supported"
             )
         self.untied = {
             target

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.types import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Float32 logits of one chunk. Larger saves nothing once the product fills the machine.
-_CHUNK_BYTES = 128 * 2**20
+# Float32 logits of one chunk. Larger saves nothing once the product fills the machine; on a CPU
+# a chunk that is no larger than its caches is read from there, and the C library keeps its memory.
+_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
 
 
 class TokenLoss(nn.Module):
@@ -28,10 +30,14 @@ class TokenLoss(nn.Module):
     Args:
         model: a causal language model, with or without PEFT around it.
         dtype: autocast dtype; float32 means no autocast.
+        cross_entropy: of a chunk of logits, with its gradient.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, cross_entropy: CrossEntropy = cross_entropy
+    ) -> None:
         super().__init__()
+        self._cross_entropy = cross_entropy
         self.model = model
         self.dtype = dtype
         causal: Any = _without_adapter(model)
@@ -50,7 +56,7 @@ class TokenLoss(nn.Module):
             states = self._states(batch, positions)
             if self.is_split:
                 _, head = self._halves
-                return head_loss(states, targets, head)
+                return head_loss(states, targets, head, self._cross_entropy)
             return _chunked_cross_entropy(states, targets)
 
     def of_rows(self, batch: Batch) -> Tensor:
@@ -74,12 +80,14 @@ class TokenLoss(nn.Module):
             states = self._states(batch, places)
             head: Any = self._halves[1] if self.is_split else nn.Identity()
             width = head.out_features if self.is_split else states.shape[-1]
-            losses = [
-                F.cross_entropy(head(states[index[at]]).float(), targets[at], reduction="none")
-                for at in _chunks(len(targets), width)
-            ]
-        sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
-        return sums.index_add_(0, owners, torch.cat(losses).double())
+            sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
+            # With no label at all (a rank without rows) there is no chunk.
+            for at in _chunks(len(targets), width, device):
+                losses = F.cross_entropy(
+                    head(states[index[at]]).float(), targets[at], reduction="none"
+                )
+                sums.index_add_(0, owners[at], losses.double())
+        return sums
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -140,7 +148,12 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, shifted.flatten()[positions]
 
 
-def head_loss(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
+def head_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Linear,
+    cross_entropy: CrossEntropy = cross_entropy,
+) -> Tensor:
     """Cross-entropy sum of `head(hidden)` against `targets`, its gradient found in the same pass.
 
     Args:
@@ -150,7 +163,9 @@ def head_loss(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
     """
     weights = [p for p in head.parameters() if p.requires_grad]
     # torch leaves `apply` without types.
-    loss: Tensor = _HeadLoss.apply(hidden, targets, head, *weights)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, targets, head, cross_entropy, *weights
+    )
     return loss
 
 
@@ -159,20 +174,25 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, *weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: nn.Linear,
+        cross_entropy: CrossEntropy,
+        *weights: Tensor,
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wanted else None
         weight_grads = [torch.zeros_like(weight) for weight in weights]
-        for rows in _chunks(len(targets), head.out_features):
+        for rows in _chunks(len(targets), head.out_features, hidden.device):
             with torch.set_grad_enabled(wanted):
                 states = hidden[rows].detach().requires_grad_(wanted)
                 logits = head(states)  # (n, V)
-                chunk = F.cross_entropy(logits.float(), targets[rows], reduction="sum")
-            loss += chunk.detach()
+            chunk, grad_logits = cross_entropy(logits.detach(), targets[rows])
+            loss += chunk
             if hidden_grad is not None:
-                grads = torch.autograd.grad(chunk, [states, *weights])
+                grads = torch.autograd.grad(logits, [states, *weights], grad_logits)
                 hidden_grad[rows] = grads[0]
                 for total, grad in zip(weight_grads, grads[1:], strict=True):
                     total += grad
@@ -188,7 +208,7 @@ class _HeadLoss(torch.autograd.Function):
         scaled = [
             (grad.float() * grad_loss).to(grad.dtype) for grad in (hidden_grad, *weight_grads)
         ]
-        return scaled[0], None, None, *scaled[1:]
+        return scaled[0], None, None, None, *scaled[1:]
 
 
 def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -198,14 +218,15 @@ def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(rows.float(), row_targets, reduction="sum")
 
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for rows in _chunks(*logits.shape):
+    for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
         chunk: Tensor = checkpoint(of_rows, logits[rows], targets[rows], use_reentrant=False)
         loss = loss + chunk
     return loss
 
 
-def _chunks(num_rows: int, vocabulary_size: int) -> Iterable[slice]:
-    step = max(1, _CHUNK_BYTES // (4 * vocabulary_size))
+def _chunks(num_rows: int, vocabulary_size: int, device: torch.device) -> Iterable[slice]:
+    size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
+    step = max(1, size // (4 * vocabulary_size))
     return (slice(start, start + step) for start in range(0, num_rows, step))
 
 

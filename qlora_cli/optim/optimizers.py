@@ -37,7 +37,8 @@ def decay_groups(
 class _AdamW(Part):
     is_paged: ClassVar[bool] = False
     """On CUDA, states of 100,000 values or more are in memory that the host and the card share."""
-
+    state_bytes: ClassVar[int] = 8
+    """Of a checkpoint, for each trained weight: two running means in 32 bit."""
     learning_rate: float = Field(2e-4, gt=0)
     """Highest learning rate; the schedule scales it."""
     weight_decay: float = Field(0.0, ge=0)
@@ -86,10 +87,16 @@ class AdamW(_AdamW):
         return self._torch(parameters)
 
 
+_IN_8_BIT = 3
+"""Two running means of one byte each, and a third for their scales, their maps and the small
+tensors that stay in 32 bit."""
+
+
 class AdamW8bit(_AdamW):
     """AdamW with block-wise 8-bit states (https://arxiv.org/abs/2110.02861)."""
 
     type: Literal["adamw_8bit"] = "adamw_8bit"
+    state_bytes: ClassVar[int] = _IN_8_BIT
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient."""
@@ -114,7 +121,7 @@ class PagedAdamW8bit(_AdamW):
     """AdamW whose 8-bit states may be moved to the host when the GPU is full."""
 
     type: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
-    is_paged: ClassVar[bool] = True
+    state_bytes: ClassVar[int] = _IN_8_BIT
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient. Unpaged off CUDA."""

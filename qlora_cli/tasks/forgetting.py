@@ -38,7 +38,11 @@ class Forgetting(TokenTask):
     text: GeneralText
 
     def measures(self) -> Sequence[Measure]:
-        return [Measure("perplexity", perplexity, lower_is_better=True, is_share=False)]
+        return [
+            Measure(
+                "perplexity", perplexity, lower_is_better=True, is_share=False, is_per_token=True
+            )
+        ]
 
     def questions(
         self,

@@ -21,17 +21,23 @@ class JsonMatch(WrittenTask):
             DataError: the reference itself is not JSON.
         """
         try:
-            expected = json.loads(reference)
+            expected = _canonical(reference)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"evaluation.tasks: json_match needs JSON references; found {reference[:80]!r}",
                 hint="use the task exact_match for plain text",
             ) from error
         try:
-            # Python's True == 1, which in JSON are two different values.
-            return float(
-                json.dumps(json.loads(answer), sort_keys=True)
-                == json.dumps(expected, sort_keys=True)
-            )
+            return float(_canonical(answer) == expected)
         except (json.JSONDecodeError, RecursionError):
             return 0.0
+
+
+def _canonical(text: str) -> str:
+    """A JSON value written in one way: 5.0 is 5. (Python's True == 1, which in JSON are two.)"""
+    return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    return int(number) if number.is_integer() else number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from qlora_cli.data import Data
@@ -39,8 +39,12 @@ class Loss(TokenTask):
 
     def measures(self) -> Sequence[Measure]:
         return [
-            Measure("loss", mean_per_token, lower_is_better=True, is_share=False),
-            Measure("perplexity", perplexity, lower_is_better=True, is_share=False),
+            Measure(
+                "loss", mean_per_token, lower_is_better=True, is_share=False, is_per_token=True
+            ),
+            Measure(
+                "perplexity", perplexity, lower_is_better=True, is_share=False, is_per_token=True
+            ),
         ]
 
     def questions(
@@ -54,6 +58,11 @@ class Loss(TokenTask):
         """All examples, each with the place of its row."""
         prepared, _ = load_or_prepare(sources, tokenizer, settings)
         return [(prepared.examples.place(i), one) for i, one in enumerate(prepared.examples)]
+
+
+def token_measure(name: str, aggregate: Callable[[Values], NDArray[float64]]) -> Measure:
+    """A figure by the token, the less the better."""
+    return Measure(name, aggregate, lower_is_better=True, is_share=False, is_per_token=True)
 
 
 def mean_per_token(values: Values) -> NDArray[float64]:

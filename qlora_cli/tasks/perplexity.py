@@ -59,7 +59,9 @@ class Perplexity(Task):
 
     def measures(self) -> Sequence[Measure]:
         return [
-            Measure("perplexity", perplexity, lower_is_better=True, is_share=False),
+            Measure(
+                "perplexity", perplexity, lower_is_better=True, is_share=False, is_per_token=True
+            ),
             Measure("bits_per_byte", bits_per_byte, lower_is_better=True, is_share=False),
         ]
 

@@ -67,6 +67,8 @@ class Measure:
     """None: neither is."""
     is_share: bool = True
     """Shown as a percentage."""
+    is_per_token: bool = False
+    """Over `tokens` of the model's own: another thing for each tokenizer."""
 
 
 def mean_of(name: str, *, lower_is_better: bool = False, is_share: bool = True) -> Measure:

@@ -103,6 +103,32 @@ def test_any_two_models_are_compared_on_the_same_examples(
     assert same["differences"]["loss"] == {"value": 0, "low": 0, "high": 0}
 
 
+def test_what_is_counted_by_the_token_is_compared_on_the_same_tokens_alone(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from tests.conftest import make_tokenizer, save_tiny_model
+
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "the cat and the hat"}\n{"text": "the end"}\n', encoding="utf-8")
+    task = {"type": "perplexity", "data": {"path": str(text)}, "window": 64, "stride": 32}
+    recipe = write_recipe(evaluation={"tasks": [task]})
+    for name in ("bytes", "words"):
+        tokenizer = make_tokenizer()
+        if name == "words":
+            tokenizer.add_tokens(["the", "and"])
+        save_tiny_model(tmp_path / name, vocab_size=264)
+        tokenizer.save_pretrained(tmp_path / name)
+    compared = [tmp_path / "bytes", "--compare", tmp_path / "words", "--recipe", recipe]
+    found = output_of(capsys, "eval", *compared, "--tasks", "perplexity")
+    assert set(found["measures"]) == {"perplexity", "perplexity.bits_per_byte"}
+    assert list(found["differences"]) == ["perplexity.bits_per_byte"]
+    assert all(set(measures) == set(found["measures"]) for measures in found["models"].values())
+    assert "different tokenizers" in caplog.text
+
+
 def test_tasks_are_chosen_by_name_or_type(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,9 +306,13 @@ def test_a_task_on_rows_of_its_own_is_enough(
 
 
 def stopping(write_recipe: Callable[..., Path], run: Path, **training: Any) -> Path:
-    """A run that gets worse from its first steps on."""
+    """A run that gets worse from its first steps on: what is held out contradicts its rows."""
+    held_out = run.parent / "other.jsonl"
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "QXZ" * 5}]
+    held_out.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     return write_recipe(
-        optimizer={"learning_rate": 0.5},
+        data={"evaluation": {"path": str(held_out)}},
+        optimizer={"learning_rate": 3e-2},
         schedule={"type": "constant"},
         training={"max_steps": 30, "eval_every": 2, "patience": 2, "save_every": 3, **training},
         output={"dir": str(run), "keep_checkpoints": 20},

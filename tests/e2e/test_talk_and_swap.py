@@ -170,6 +170,25 @@ def test_adapters_are_listed_inspected_compared_and_combined(
     assert proof["kl"] < 0.02
 
 
+def test_forgetting_alone_is_enough_to_measure_what_was_combined(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    from qlora_cli.adapter_combine import combine
+
+    text = tmp_path / "general.txt"
+    text.write_text("some lines of general text\n" * 20, encoding="utf-8")
+    settings = [
+        "data.evaluation=null",
+        "evaluation.tasks=[]",
+        f"evaluation.forgetting={{path: {text}, window: 64}}",
+    ]
+    report = combine(runs, tmp_path / "made", settings, method="linear")
+    assert [list(one["measures"]) for one in report["evaluations"]] == [
+        ["forgetting.perplexity"],
+        ["forgetting.perplexity"],
+    ]
+
+
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

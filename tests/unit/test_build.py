@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
+import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_cli.build import read_data
+from qlora_cli.build import audit_data, read_data
+from qlora_cli.data.sources import BadRows
+from qlora_cli.errors import DataError
 
 
 def test_the_log_says_which_data_was_prepared_before(
@@ -32,3 +38,35 @@ def test_the_log_says_which_data_was_prepared_before(
     again = tiny_recipe(optimizer={"learning_rate": 1e-3}, output={"dir": str(tmp_path / "other")})
     assert lines(again) == ["training data (as prepared before)"]
     assert lines(again, use_cache=False) == ["training data"]
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_prompts_of_shuffled_rows_are_compared_without_drawing_them_again(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, limit: int | None
+) -> None:
+    draw = random.Random(0)
+    path = tmp_path / "many.jsonl.gz"
+    rows = [
+        {"question": f"{i} {draw.random()}", "answer": f"{draw.random()}" * (1 + 8 * (i % 7 == 0))}
+        for i in range(3000)
+    ]
+    path.write_bytes(gzip.compress("".join(f"{json.dumps(row)}\n" for row in rows).encode()))
+    form = {
+        "type": "prompt_completion", "prompt_field": "question", "completion_field": "answer",
+    }  # fmt: skip
+    source = {"path": str(path), "format": form, "shuffle": True, "limit": limit}
+    recipe = tiny_recipe(data={"train": source, "evaluation": None, "max_lost": 1})
+    tokenizer = recipe.model.load_tokenizer()
+    learnt = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
+    if limit is None:
+        # What is read to its end is an error now.
+        path.write_bytes(path.read_bytes()[:-2000])
+    [side] = audit_data(recipe.data, learnt, None, tokenizer)
+    [drift] = [
+        one for one in side.findings if one.what == "rows whose prompt differs in generation"
+    ]
+    # Of 256 rows, or 40, each seventh is cut.
+    assert drift.count == 0
+    assert drift.total == pytest.approx(6 / 7 * (limit or 256), abs=6)
+    with pytest.raises(DataError, match="cut short") if limit is None else nullcontext():
+        assert len(list(recipe.data.train_sources[0].read(BadRows()))) == limit

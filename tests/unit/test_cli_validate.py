@@ -126,8 +126,9 @@ COMMANDS = leaves(get_command(app))
 
 def test_commands() -> None:
     assert list(COMMANDS) == [
-        "train", "eval", "merge", "export", "chat", "generate", "validate", "preview", "cache",
-        "schema", "adapters list", "adapters inspect", "adapters diff", "adapters combine",
+        "train", "rerun", "bench", "eval", "merge", "export", "chat", "generate", "validate",
+        "preview", "cache", "schema",
+        "adapters list", "adapters inspect", "adapters diff", "adapters combine",
     ]  # fmt: skip
 
 
@@ -141,7 +142,9 @@ def test_options_are_a_promise() -> None:
         for name, command in COMMANDS.items()
     }
     assert found == {
-        "train": {"recipe", "--set", "--resume", "--no-cache", "--json", *talk},
+        "train": {"recipe", "--set", "--resume", "--allow", "--no-cache", "--json", *talk},
+        "rerun": {"run", "--output", "--json", *talk},
+        "bench": {"recipe", "--set", "--steps", "--json", *talk},
         "eval": {
             "target",
             "--set",

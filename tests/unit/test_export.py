@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,19 @@ def test_packing_a_merge_on_the_grid_is_advised_against(
     (folder / "merge.json").write_text('{"base": "as-trained"}')
     export(folder, bnb_4bit=tmp_path / "packed")
     assert "--base original" in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_no_packed_folder(folder: Path, tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limit[1]))
+        with pytest.raises(RecipeError, match="could not be written, and nothing is left of it"):
+            export(folder, bnb_4bit=tmp_path / "packed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("*packed*"))
 
 
 def test_a_packed_folder_is_not_written_over(folder: Path, tmp_path: Path) -> None:

@@ -100,9 +100,21 @@ def test_top_p_without_a_temperature_is_refused() -> None:
 def test_a_character_of_several_tokens_is_written_when_it_is_whole() -> None:
     tokenizer = make_tokenizer()
     written: list[str] = []
-    pieces = _Pieces(tokenizer, written.append)
+    pieces = _Pieces(tokenizer, [], written.append)
     pieces.put(torch.tensor([[1, 2, 3]]))
     for token in tokenizer("aé✓")["input_ids"]:
         pieces.put(torch.tensor([token]))
     pieces.end()
     assert written == ["a", "é", "✓"]
+
+
+def test_a_stop_token_that_is_no_special_one_is_not_written() -> None:
+    tokenizer = make_tokenizer()
+    written: list[str] = []
+    answer = tokenizer("yes\n")["input_ids"]
+    pieces = _Pieces(tokenizer, [answer[-1]], written.append)
+    pieces.put(torch.tensor([[1, 2, 3]]))
+    for token in answer:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert "".join(written) == "yes"

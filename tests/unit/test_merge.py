@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
 from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.evaluate import evaluate
 from qlora_cli.merge import merge
 from qlora_cli.model.shards import Shards
 from qlora_cli.train import train
@@ -103,6 +107,26 @@ def test_in_float32_a_merge_changes_no_logit(
     assert report["logit_error"] < 1e-5
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_experts_that_the_files_hold_apart_are_merged_one_by_one(
+    tiny_recipe: Callable[..., Any], tiny_model: Path, tmp_path: Path, adapter: str
+) -> None:
+    """All linear layers of a Mixtral are trained by default, and its experts among them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    settings = json.loads((base / "config.json").read_text("utf-8"))
+    config = MixtralConfig(**{**settings, "model_type": "mixtral"}, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(base)
+    train(tiny_recipe(model={"path": str(base)}, adapter={"type": adapter}))
+    report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
+    assert report["logit_error"] < 1e-5
+    before, after = Shards(base), Shards(tmp_path / "merged")
+    assert list(after.tensors) == list(before.tensors)
+    experts = [name for name in before.tensors if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(before.digest(name) != after.digest(name) for name in experts)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -122,6 +146,71 @@ def test_an_adapter_that_cannot_be_right_leaves_no_folder(
     with pytest.raises(ModelError, match=message):
         merge(folder, tmp_path / "merged", weights="last", with_logits=False)
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_folder_has_its_name_when_its_files_are_on_the_disk(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, flushed, flush = run(), set(), os.fsync
+
+    def note(place: int) -> None:
+        if not (tmp_path / "merged").exists():
+            flushed.add(os.fstat(place).st_ino)
+        flush(place)
+
+    monkeypatch.setattr(os, "fsync", note)
+    merge(folder, tmp_path / "merged", weights="last", with_logits=False)
+    assert {path.stat().st_ino for path in (tmp_path / "merged").iterdir()} <= flushed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_precision_is_that_of_the_training_wherever_it_is_merged(
+    run: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    """`auto` takes one on the machine that trains, and maybe another on the one that merges."""
+    folder = run(quantization={"type": "nf4"}, training={"precision": precision})
+    merge(folder, tmp_path / "named", weights="last", with_logits=False)
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text("utf-8")
+    assert f"precision: {precision}" in text
+    recipe.write_text(text.replace(f"precision: {precision}", "precision: auto"), "utf-8")
+    merge(folder, tmp_path / "auto", weights="last", with_logits=False)
+    named, auto = Shards(tmp_path / "named"), Shards(tmp_path / "auto")
+    assert all(named.digest(name) == auto.digest(name) for name in named.tensors)
+
+
+def test_a_disk_that_is_full_after_all_leaves_no_folder(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = run()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+        with pytest.raises(RecipeError, match="could not be written, and nothing is left of it"):
+            merge(folder, tmp_path / "merged", weights="last", with_logits=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_base_of_equal_shapes_is_another_base(run: Callable[..., Path], tmp_path: Path) -> None:
+    """Every tensor would fit, and every proof would hold: of a model that nobody trained."""
+    folder = run()
+    other = save_tiny_model(tmp_path / "other", dtype="bfloat16", hidden_size=64)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"trained on .*base, and here is .*other, which"):
+        merge(folder, tmp_path / "merged", [f"model.path={other}"], weights="last")
+    with pytest.raises(ModelError, match="which has other weights"):
+        evaluate(folder, [f"model.path={other}"])
+    assert not list(tmp_path.glob("*merged*"))
+    # The same weights in another place are the same base.
+    shutil.copytree(tmp_path / "base", tmp_path / "moved")
+    moved = [f"model.path={tmp_path / 'moved'}"]
+    merge(folder, tmp_path / "merged", moved, weights="last", with_logits=False)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(

@@ -48,7 +48,8 @@ from qlora_cli.recipe_file import OTHER_NAMES, LoadedRecipe
         ),
         (
             "training: {gradient_checkpointing: 'yes'}\n",
-            '...: found "yes"; it takes true or false; the quotes make it text, so remove them',
+            '...: found "yes"; it takes mlp, or true or false; the quotes make it text, so remove '
+            "them",
         ),
         ("training: {seed: }\n", "...training.seed: found nothing; it takes a whole number ..."),
         ("training: {seed: ~}\n", "...training.seed: found nothing (~); it takes a whole ..."),
@@ -257,6 +258,22 @@ SOURCES = "model: {path: base}\noutput: {dir: run}\ndata:\n"
         (
             "  train: {path: a}\n  evaluation: {path: b}\n  evaluation_share: 0.1\n",
             ["recipe.yaml:6:3  data: evaluation_share (0.1) and evaluation are both given; ..."],
+        ),
+        (
+            "  train: {path: a, weight: 2}\n  evaluation: {path: b, weight: 0.5}\n",
+            ["recipe.yaml:5:25  data.evaluation.weight (0.5) would change nothing: rows that ..."],
+        ),
+        (
+            "  train: {path: a}\n  evaluation:\n    - {path: b, weight: 1}\n"
+            "    - path: c\n      weight: 3\n"
+            "evaluation:\n"
+            "  forgetting: {path: d, weight: 2}\n"
+            "  tasks:\n    - {type: perplexity, data: {path: e, weight: 4}}\n",
+            [
+                "recipe.yaml:8:7  data.evaluation[1].weight (3) would change nothing: ...",
+                "recipe.yaml:10:25  evaluation.forgetting.weight (2) would change nothing: ...",
+                "recipe.yaml:12:42  evaluation.tasks[0].data.weight (4) would change nothing: ...",
+            ],
         ),
         (
             "  train:\n    - {path: a, columns: [x, x]}\n    - path: b\n"

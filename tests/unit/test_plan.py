@@ -65,8 +65,8 @@ def test_what_is_traced_is_what_real_tensors_take(
 ) -> None:
     recipe = tiny_recipe(**RECIPES[name])
     config, _ = recipe.model.read_config()
-    full = full_batch(2, 96, packed=recipe.data.packing)
-    batches = {"steps": [[full, full]], "held_out": full_batch(2, 80, packed=False)}
+    full = full_batch(2, 96, is_flat=recipe.data.packing)
+    batches = {"steps": [[full, full]], "held_out": full_batch(2, 80, is_flat=False)}
     real = counted(recipe, dtype, **batches)
     traced = forecast(recipe, config, dtype, device="cpu", **batches)
     for stage in (FIRST, STEP, EVALUATION):
@@ -150,7 +150,7 @@ def test_few_layers_say_what_many_take(
     recipe = tiny_recipe(
         quantization={"type": "nf4"}, training={"gradient_checkpointing": checkpointing}
     )
-    full = full_batch(2, 40, packed=False)
+    full = full_batch(2, 40, is_flat=False)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
 
     def traced() -> Forecast:
@@ -173,7 +173,7 @@ def test_few_layers_say_what_many_take(
 
 def test_a_pattern_of_ranks_is_traced_whole(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe(adapter={"rank_pattern": {"layers.3.self_attn.q_proj": 32}})
-    full = full_batch(1, 16, packed=False)
+    full = full_batch(1, 16, is_flat=False)
     found = forecast(
         recipe,
         LlamaConfig(num_hidden_layers=9, **LAYERS),
@@ -271,8 +271,8 @@ def test_the_first_batches_of_a_plan_are_the_largest_of_the_data(
     report = plan(tiny_recipe(), device="cpu")
     assert report["rows"]["from"] == "the data"
     (rows, longest), (_, second) = report["rows"]["micro_batches"][0]
-    assert rows == 2
-    assert 20 < second <= longest < 96
+    assert rows == 1  # two examples, end to end
+    assert 2 * 20 < second <= longest < 2 * 96
     assert report["rows"]["steps"] == 4
     assert report["rows"]["tokens"] > 4 * 4 * 20
 
@@ -309,12 +309,14 @@ def test_the_least_harmful_change_that_suffices_is_found(
         return found
 
     assert changes("80GiB") == {}
-    assert changes("8GiB") == {"training.micro_batch_size": 2}
-    assert changes("3GiB") == {
-        "training.micro_batch_size": 1,
-        "training.gradient_checkpointing": True,
-        "quantization.type": "nf4",
-    }
+    less = changes("8GiB")
+    assert less is not None
+    assert set(less) == {"training.micro_batch_size"}
+    much_less = changes("3GiB")
+    assert much_less is not None
+    assert much_less["training.gradient_checkpointing"] is True
+    assert much_less["quantization.type"] == "nf4"
+    assert not {"optimizer.type", "data.max_length"} & set(much_less)
     assert changes("1GiB") is None
 
 

@@ -19,11 +19,13 @@ model: {path: base, revision: main}
 data:
   train: {path: rows.jsonl}
   evaluation: {path: held_out.jsonl}
+training: {save_every: 5, spike: {}}
 evaluation: {forgetting: {path: text.txt}}
 output: {dir: run}
 """
 
 NEEDED = {
+    "model.trust_remote_code": (f"model.revision={40 * 'a'}",),
     "data.evaluation_share": ("data.evaluation=null",),
     "training.patience": ("training.eval_every=5",),
     "evaluation.best_by": (

@@ -36,7 +36,10 @@ def test_there_are_scripts() -> None:
     assert len(COMMANDS) >= 3
 
 
-@pytest.mark.parametrize("script", [*SHELL, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+OTHERS = [ROOT / ".ci" / "run", ROOT / "benchmarks" / "race" / "environments.sh"]
+
+
+@pytest.mark.parametrize("script", [*SHELL, *OTHERS], ids=lambda path: path.name)
 def test_bash_can_read_it(script: Path) -> None:
     assert run("bash", "-n", script).returncode == 0
 
@@ -64,6 +67,17 @@ def test_unknown_options_are_refused() -> None:
     assert "there is no --modle" in unknown.stderr
     assert run(ROOT / "scripts" / "quickstart.sh", "--model").returncode == 2
     assert run(ROOT / "scripts" / "train_eval_merge.sh").returncode == 2
+
+
+def test_environments_of_the_race_are_made_outside_of_the_repository(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "race" / "environments.sh"
+    inside = run(script, ROOT / "envs")
+    assert (inside.returncode, "inside of the repository" in inside.stderr) == (2, True)
+    unknown = run(script, tmp_path / "envs", "nobody")
+    assert (unknown.returncode, "no such trainer: nobody" in unknown.stderr) == (2, True)
+    assert run(script).returncode == 2
+    assert not list(tmp_path.iterdir())
+    assert not (ROOT / "envs").exists()
 
 
 def test_a_wrong_demo_model_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from qlora_cli.errors import DataError
+from qlora_cli.errors import DataError, ModelError
+from qlora_cli.jinja_limits import OutOfTimeError, limited_time, refuse_endless
 from qlora_cli.part import Part
 from qlora_cli.types import Conversation, Message, Row
 
@@ -61,7 +62,11 @@ def check_template(text: str) -> None:
     from jinja2 import TemplateSyntaxError
 
     try:
+        # Before it is compiled, which computes what is constant.
+        refuse_endless(text, "the template")
         _compiled(text)
+    except (ModelError, RecursionError) as error:
+        raise ValueError(str(error)) from error
     except TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno} of the template: {error.message}") from error
 
@@ -109,8 +114,11 @@ def rendered(role: str, template: str, row: Row) -> str:
     columns = ", ".join(map(repr, sorted(compiled.columns)))
     field = f"field {columns} (in {role})" if columns else f"the template of {role}"
     try:
-        text = compiled.template.render(row)
+        with limited_time(field):
+            text = compiled.template.render(row)
         text.encode("utf-8")
+    except OutOfTimeError:
+        raise
     except UnicodeEncodeError as error:
         character = error.object[error.start]
         raise DataError(f"{field}: half of a surrogate pair ({character!r}) is no text") from error

@@ -71,7 +71,8 @@ def find_files(path: str) -> list[Path]:
     """
     root = Path(path)
     if is_pattern(path):
-        matching = sorted(map(Path, glob.glob(path, recursive=True)))
+        # A file may be found in several ways (by `**/**`), and is read once.
+        matching = sorted(set(map(Path, glob.glob(path, recursive=True))))
         if not matching:
             raise DataError(f"{path}: nothing matches; {_contents(_fixed_part(path))}")
         found = [file for file in matching if file.is_file()]

@@ -6,11 +6,12 @@ import hashlib
 import heapq
 import json
 import logging
-import pickle
 import tempfile
+import uuid
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_cli.errors import DataError
 from qlora_cli.types import Row
@@ -102,14 +103,43 @@ def shuffled(rows: Iterable[LocatedRow], seed: int, limit: int | None) -> Iterat
         return
     # All rows may be more than memory holds: they wait on the disk, and a few bytes of each here.
     ranks, offsets = array("d"), array("Q")
+    codec = _Codec()
     with tempfile.TemporaryFile() as file:
         for located in rows:
             ranks.append(_rank(located, seed))
             offsets.append(file.tell())
-            pickle.dump(located, file)
+            file.write(codec.to_line(located))
         for i in sorted(range(len(ranks)), key=ranks.__getitem__):
             file.seek(offsets[i])
-            yield pickle.load(file)
+            yield codec.from_line(file.readline())
+
+
+class _Codec:
+    """Rows as lines of JSON, and back.
+
+    What JSON has no form for (the dates and bytes of parquet files) waits in memory, and the line
+    says where. A tuple becomes a list.
+    """
+
+    def __init__(self) -> None:
+        self._aside: list[object] = []
+        # A key that no row has, so that nothing in a row is taken for such a reference.
+        self._key = uuid.uuid4().hex
+
+    def to_line(self, located: LocatedRow) -> bytes:
+        text = json.dumps([located.place, located.row], default=self._set_aside)
+        return f"{text}\n".encode()
+
+    def from_line(self, line: bytes) -> LocatedRow:
+        place, row = json.loads(line, object_hook=self._fetch if self._aside else None)
+        return LocatedRow(row, place)
+
+    def _set_aside(self, value: object) -> dict[str, int]:
+        self._aside.append(value)
+        return {self._key: len(self._aside) - 1}
+
+    def _fetch(self, found: dict[str, Any]) -> object:
+        return self._aside[found[self._key]] if self._key in found else found
 
 
 def _rank(located: LocatedRow, seed: int) -> float:

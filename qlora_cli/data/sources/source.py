@@ -56,7 +56,8 @@ class Source(Part):
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
     weight: float = Field(1.0, gt=0)
-    """How often a pass over the data sees each row: twice with 2, every other row with 0.5."""
+    """How often a pass over the data sees each row: twice with 2, every other row with 0.5. Of
+    rows to learn from alone; those that are measured are each read once."""
     learn_roles: list[Literal["system", "user", "assistant", "tool"]] = Field(
         ["assistant"], min_length=1
     )
@@ -154,6 +155,25 @@ class Source(Part):
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         return digest.hexdigest()
+
+    def in_file_order(self) -> Self:
+        """The same source, whose rows are not drawn: the first of them are read at once.
+
+        Without its limit, as that would take other rows.
+        """
+        return self.model_copy(update={"shuffle": False, "limit": None}) if self.shuffle else self
+
+    def refuse_changed(self, digest: str) -> None:
+        """Raises DataError if local files are no longer those of a digest.
+
+        Hub data sets are not read again: over the network that would be another download.
+        """
+        if self._is_local() and self.digest() != digest:
+            raise DataError(
+                f"{self.path}: changed while its rows were read, so some may be of before and some "
+                "of after",
+                hint="start again when nothing writes to it",
+            )
 
     def _where(self) -> str:
         return ""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.data.batches import BatchStream, eval_batches, prompt_batches
+from qlora_cli.data.batches import BatchStream, eval_batches, prompt_batches, proof_batches
 from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 
 PAD = 0
@@ -153,3 +153,13 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert batches[1].input_ids.tolist() == [[5, 5, 5], [PAD, 5, 5]]
     assert batches[1].attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert list(prompt_batches([], batch_size=2, pad_token_id=PAD)) == []
+
+
+def test_packing_is_proved_on_the_same_tokens_packed_and_not() -> None:
+    some = [Example(list(range(n)), [0] * n) for n in (3, 100)]
+    packed, padded = proof_batches(some, pad_token_id=0)
+    assert packed.documents == (64, 64, 64)
+    assert padded.attention_mask is not None
+    assert padded.attention_mask.min() == 1
+    assert packed.input_ids.tolist() == [padded.input_ids.flatten().tolist()]
+    assert padded.input_ids[:2].tolist() == [[0, 1, 2] * 21 + [0], list(range(64))]

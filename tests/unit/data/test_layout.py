@@ -234,6 +234,34 @@ def test_what_ends_a_turn_is_written_after_the_last_one_too(make_tokenizer: Toke
     ]
 
 
+WITH_BLOCK = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if m.role == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WITH_LAST_BLOCK = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["<think>", "think", "/think", "</think>", "k>"])
+def test_an_answer_may_say_what_the_template_writes_before_it(
+    make_tokenizer: TokenizerMaker, content: str
+) -> None:
+    """An empty block of reasoning before each answer (GLM), or before the last (Qwen 3)."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    row = Conversation(chat("a", content, "b", content))
+    tokenizer.chat_template = WITH_BLOCK
+    layout = by_rendering_parts(Template(tokenizer), row)
+    assert learnt(layout) == [f"<think></think>{content}"] * 2
+    tokenizer.chat_template = WITH_LAST_BLOCK
+    layout = by_rendering_parts(Template(tokenizer), row)
+    assert learnt(layout) == [content, f"<think></think>{content}"]
+
+
 @pytest.mark.parametrize("inline", [True, False])
 def test_reasoning_that_a_template_never_shows_follows_its_prompt(
     make_tokenizer: TokenizerMaker, inline: bool

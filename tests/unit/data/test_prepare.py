@@ -21,6 +21,7 @@ from qlora_cli.data import Data, cache
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoded, Encoder, Truncate
 from qlora_cli.data.prepare import Prepared, TooManyLost, prepare
+from qlora_cli.data.sources import BadRows, LocatedRow, Portion
 from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.workers import Workers
 from qlora_cli.errors import DataError
@@ -86,6 +87,24 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_facts(tmp_path) == {"note": "x"}
     (tmp_path / "learnt.bin").write_bytes(b"\0")
     assert read_facts(tmp_path) is None
+
+
+def test_the_sum_of_a_set_tells_apart_all_that_is_learnt_otherwise(tmp_path: Path) -> None:
+    learnt, shown = Example([5, 6], [IGNORE_INDEX, 6]), Example([5, 6], [IGNORE_INDEX] * 2)
+    sets = [
+        [(learnt, 0), (shown, 0)], [(shown, 0), (learnt, 0)], [(learnt, 0), (learnt, 0)],
+        [(learnt, 0), (shown, 1)], [(learnt, 0)],
+        [(Example([5, 6, 5, 6], [IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX]), 0)],
+    ]  # fmt: skip
+    sums = []
+    for place in ("a", "b"):
+        for examples in sets:
+            with SetWriter(tmp_path) as writer:
+                for example, source in examples:
+                    writer.add(example, source, place)
+                sums.append(writer.digest)
+    assert sums[: len(sets)] == sums[len(sets) :], "where it lies is nothing that is learnt"
+    assert len(set(sums)) == len(sets)
 
 
 def cut(
@@ -434,6 +453,33 @@ def test_a_failure_leaves_nothing_behind(
     with pytest.raises(DataError, match="bad row"):
         is_found(data, tokenizer)
     assert [path.suffix for path in kept.iterdir()] == [".lock"]
+
+
+class Rewritten(Portion):
+    """A file that another program writes to when its first row has been read."""
+
+    def read(self, bad: BadRows) -> Iterator[LocatedRow]:
+        for located in super().read(bad):
+            path = Path(self.path)
+            path.write_bytes(path.read_bytes().replace(b"Paris", b"Texas"))
+            yield located
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path, use_cache: bool
+) -> None:
+    other, path = write(("e", "f"), name="other.jsonl"), write(("a", "b"), ("c", "Paris"))
+    data = chat_data(path)
+    [source], [before] = data.train_sources, chat_data(other).train_sources
+    sources = [before, Rewritten(**dict(source))]
+    with pytest.raises(DataError, match=r"rows.jsonl: changed while its rows were read") as caught:
+        load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
+    assert caught.value.hint
+    assert cache.list_sets() == []
+    # What is there now is another set, and nothing changes it.
+    prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
+    assert (prepared.num_rows, is_old) == (3, False)
 
 
 def test_without_a_cache_nothing_is_kept(

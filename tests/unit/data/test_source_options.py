@@ -7,8 +7,11 @@ import gzip
 import json
 import lzma
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+import qlora_cli
 from qlora_cli.data import Data
 from qlora_cli.data.formats import Messages, Template, Text
-from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources import BadRows, LocatedRow, Source
+from qlora_cli.data.sources.rows import shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Row
 
@@ -171,6 +176,33 @@ def test_shuffled_rows_are_the_same_rows_in_an_order_of_their_own(
     assert texts(other) != drawn
     write(tmp_path / "a.jsonl", reversed(ROWS))
     assert texts(Source(path=path, shuffle=True, limit=limit)) == drawn
+
+
+def test_shuffled_rows_keep_what_json_has_no_form_for(tmp_path: Path) -> None:
+    values: list[Any] = [
+        datetime(2024, 7, 26, 12, 30, tzinfo=UTC), Decimal("1.10"), b"\xff\0", 2**70, -0.0, 1e-310,
+        "\ud800 \u2028 \x85", None, True, {"\0": {"deep": b"x"}}, ["a", ["b"]],
+    ]  # fmt: skip
+    rows = [LocatedRow({"i": i, "value": one}, f"t\udcff:{i}") for i, one in enumerate(values)]
+    found = list(shuffled(rows, seed=1, limit=None))
+    assert sorted(found, key=lambda one: one.row["i"]) == rows
+    assert [type(one.row["value"]) for one in found] == [
+        type(values[one.row["i"]]) for one in found
+    ]
+    column = pyarrow.array(values[:1] * 3)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"at": column, "i": [0, 1, 2]}), path)
+    [*read] = Source(path=str(path), shuffle=True).read(BadRows())
+    assert sorted(one.row["i"] for one in read) == [0, 1, 2]
+    assert {one.row["at"] for one in read} == {values[0]}
+
+
+def test_no_file_is_pickled() -> None:
+    """The README says so."""
+    files = sorted(Path(qlora_cli.__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    importing = re.compile(r"^\s*(import|from) (pickle|marshal|shelve|dill|cloudpickle)\b", re.M)
+    assert [path.name for path in files if importing.search(path.read_text("utf-8"))] == []
 
 
 def test_a_limit_takes_the_first_of_the_shuffled_rows(tmp_path: Path) -> None:

@@ -370,6 +370,14 @@ def test_a_field_that_no_row_has_may_be_in_a_header_that_is_missing(
     assert "on_bad_row" not in str(caught.value.hint)
 
 
+def test_a_file_that_a_pattern_finds_in_several_ways_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt"):
+        (tmp_path / name).write_text(f"{name}\n", encoding="utf-8")
+    rows = source(f"{tmp_path}/**/**/*.txt").read(BadRows())
+    assert [row.row["text"] for row in rows] == ["1.txt", "a/2.txt", "a/b/3.txt"]
+
+
 def test_what_lies_where_a_pattern_looked_is_named(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for i in range(6):

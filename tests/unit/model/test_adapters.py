@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qlora_cli.errors import ModelError
 from qlora_cli.model.adapters import AdapterConfig, FullFineTune, LoRA
 from qlora_cli.model.edits import build_skeleton
+from qlora_cli.model.names import Names
+from qlora_cli.model.shards import Shards
 
 INPUT = torch.arange(1, 13)[None]
 
@@ -91,7 +93,9 @@ def test_edits_keep_the_function(tiny_model: Path, adapter: LoRA, tmp_path: Path
     adapter.save(model, tmp_path)
     plain = load(tiny_model)
     weights = dict(plain.named_parameters())
-    edits = adapter.edits(build_skeleton(tiny_model, trust_remote_code=False), tmp_path)
+    skeleton = build_skeleton(tiny_model, trust_remote_code=False)
+    names = Names(skeleton, Shards(tiny_model).tensors)
+    edits = adapter.edits(skeleton, names, tmp_path)
     changed = {name: edits.apply(name, lambda name: weights[name].clone()) for name in edits.names}
     assert not edits.unused()
     for name, value in changed.items():

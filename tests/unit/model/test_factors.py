@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from qlora_cli.adapter_tools import inspect
+from qlora_cli.errors import ModelError
 from qlora_cli.model.adapter_set import read_adapter
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.model.factors import Update, effective_rank, read_updates, stacked
@@ -91,3 +94,17 @@ def test_updates_are_what_peft_adds_to_the_weights(
         if name.endswith("embed_tokens"):
             product = product.T
         torch.testing.assert_close(product, delta, rtol=1e-5, atol=1e-6)
+
+
+# PEFT warns of patterns that it makes itself.
+@pytest.mark.filterwarnings("ignore:.*_pattern keys")
+def test_factors_of_experts_are_not_taken_for_those_of_one_matrix(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """The rows of their A are those of all experts together, so the scale would be another."""
+    settings = json.loads((tiny_model / "config.json").read_text("utf-8"))
+    config = MixtralConfig(**{**settings, "model_type": "mixtral"}, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    folder = draw_adapter(tmp_path / "base", tmp_path / "adapter", seed=0)
+    with pytest.raises(ModelError, match=r"target_parameters .*gate_up_proj.* are not read"):
+        inspect(folder)

@@ -5,10 +5,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from qlora_cli.data.batches import eval_batches
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.objectives import supervised
-from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
-from qlora_cli.types import IGNORE_INDEX, Batch
+from qlora_cli.objectives.supervised import (
+    TokenLoss,
+    evaluate_loss,
+    head_loss,
+    supervised_positions,
+)
+from qlora_cli.types import IGNORE_INDEX, Batch, Example
 
 
 def make_batch() -> Batch:
@@ -40,7 +46,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_equals_the_plain_loss_and_its_gradients(
     tiny_model: Path, adapter: LoRA, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervised, "_CHUNK_BYTES", chunk_rows * 4 * 260)
+    monkeypatch.setitem(supervised._CHUNK_BYTES, "cpu", chunk_rows * 4 * 260)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = adapter.attach(model.requires_grad_(False))
     for name, parameter in model.named_parameters():
@@ -104,6 +110,33 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradients(tiny_model: Path
     loss.backward()
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_held_out_rows_are_measured_by_ranks_with_and_without_rows(
+    tiny_model: Path, world_size: int, is_split: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    objective = TokenLoss(model, torch.float32)
+    objective.is_split = is_split
+    batch = make_batch()
+    rows = [
+        Example(ids[:n], labels[:n])
+        for ids, labels, n in zip(
+            batch.input_ids.tolist(), batch.labels.tolist(), (12, 9, 12), strict=True
+        )
+    ]
+    totals = sum(
+        evaluate_loss(
+            objective,
+            eval_batches(rows, batch_size=3, pad_token_id=0, rank=rank, world_size=world_size),
+            torch.device("cpu"),
+        )
+        for rank in range(world_size)
+    )
+    expected = [plain_loss(model, batch).item(), batch.num_supervised]
+    assert totals.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_positions_come_one_before_their_targets() -> None:

@@ -99,3 +99,6 @@ def test_json_match() -> None:
     assert JsonMatch().score('{"a": 1, "b": 2}', '{"b":2,"a":1}') == 1
     assert JsonMatch().score("[1]", "[true]") == 0
     assert JsonMatch().score("[1]", "[1") == 0
+    assert JsonMatch().score("[5, 0.5]", "[5.0, 5e-1]") == 1
+    assert JsonMatch().score("[5]", "[5.1]") == 0
+    assert JsonMatch().score("[5]", "[1e999]") == 0

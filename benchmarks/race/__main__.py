@@ -1,0 +1,176 @@
+"""Ours against other trainers: the same base, rows, adapter and precision; one process at a time.
+
+    python -m benchmarks.race --data FOLDER_WITH_GSM8K
+
+Each contestant is a process that trains on the same tokens in the same order. The runs take turns
+(A B A B); the first step of each does not count. Everything is read from outside of the process:
+time, processor time and peak memory at each of its steps. Losses are compared with those of a plain
+loop in float32. Writes race.json, and race.md made from it. With --growth it makes short runs in
+many sizes instead, and writes race_growth.json and race_growth.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quantization_curves import processor
+from benchmarks.race import growth
+from benchmarks.race.contestants import Contestant, Sizes, named
+from benchmarks.race.figures import Figures, fastest, loss_difference
+from benchmarks.race.options import ROOT, interpreters, parse, told
+from benchmarks.race.page import as_markdown
+from benchmarks.race.rows import Rows, gsm8k, write
+from benchmarks.race.stage import Stage, say, versions
+
+
+def main() -> None:
+    options = parse(sys.argv[1:], __doc__.splitlines()[0])
+    sizes = Sizes(
+        rows_per_step=options.rows_per_step,
+        micro_batch=options.micro_batch,
+        r=options.rank,
+        alpha=2 * options.rank,
+    )
+    with tempfile.TemporaryDirectory(prefix="race-") as folder:
+        stage = Stage(
+            work=Path(folder),
+            kept=options.cache,
+            model=unpacked(options.model),
+            pythons=interpreters(options),
+            threads=options.threads[0],
+            warmup=options.warmup,
+            limit=options.limit,
+        )
+        report = head(stage, sizes, options)
+        part, take = ("growth", grow) if options.growth else ("races", race)
+        report[part] = [
+            found
+            for number in options.threads
+            for found in take(stage.with_threads(number), sizes, options)
+        ]
+    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
+    print(as_markdown(report))
+
+
+def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The race at one number of threads."""
+    say(f"== {stage.threads} threads")
+    rows = race_rows(stage, sizes, options.data, options.steps)
+    rates = [stage.rates(rows, sizes)]
+    several, heats = chosen(stage, sizes, options)
+    reference = stage.reference(rows, sizes)
+    results = stage.in_turn(several, rows, sizes, repetitions=options.repetitions)
+    rates.append(stage.rates(rows, sizes))
+    floor = stage.floor(rates, rows, sizes)
+    for figures in results.values():
+        if "failed" not in figures:
+            judge(figures, reference, floor)
+    report = {
+        "threads": stage.threads,
+        "about": {one.name: one.about for one in several},
+        "results": results,
+        "heats": heats,
+        "reference_losses": reference["losses"],
+        "rows": {
+            "steps": len(rows.lengths),
+            "tokens": rows.num_tokens,
+            "supervised": sum(map(sum, rows.supervised)),
+            "shortest": min(map(min, rows.lengths)),
+            "longest": max(map(max, rows.lengths)),
+        },
+        "floor": floor,
+    }
+    return [report]
+
+
+def judge(figures: Figures, reference: Figures, floor: Mapping[str, Any]) -> None:
+    """Add how near the losses are to float32, and the speed to the floor."""
+    figures["loss_difference"] = loss_difference(figures, reference)
+    figures["share_of_floor"] = figures["tokens_per_second"] / floor["tokens_per_second"]
+
+
+def chosen(
+    stage: Stage, sizes: Sizes, options: argparse.Namespace
+) -> tuple[list[Contestant], dict[str, Figures]]:
+    """The contestants; for `trl-best`, heats are run first among the tuned settings of TRL."""
+    if "trl-best" not in options.contestants:
+        return named(options.contestants, options.ours), {}
+    rows = race_rows(stage, sizes, options.data, options.heat_steps, "heats")
+    heat = replace(stage, limit=options.heat_limit, work=stage.work / "heat")
+    say("-- heats")
+    heats = {one.name: heat.run(one, rows, sizes) for one in named(options.heats, [])}
+    best = fastest(heats)
+    names = [best if name == "trl-best" else name for name in options.contestants]
+    return named([name for name in names if name is not None], options.ours), heats
+
+
+def race_rows(stage: Stage, sizes: Sizes, data: Path, steps: int, name: str = "rows") -> Rows:
+    """The first rows of GSM8K, for so many steps."""
+    folder = stage.work / name
+    folder.mkdir(parents=True)
+    return write(
+        gsm8k(data, steps * sizes.rows_per_step),
+        folder,
+        stage.model,
+        rows_per_step=sizes.rows_per_step,
+        max_length=sizes.max_length,
+        seed=sizes.seed,
+    )
+
+
+def grow(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The sweeps at one number of threads."""
+    return growth.run(
+        stage,
+        named(options.growth_contestants, options.ours),
+        options.data,
+        sizes,
+        lengths=options.lengths,
+        micro_batches=options.micro_batches,
+        ranks=options.ranks,
+        tokens_per_step=options.tokens_per_step,
+    )
+
+
+def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
+    """What was raced, where, with what."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    config = json.loads((stage.model / "config.json").read_text(encoding="utf-8"))
+    return {
+        "command": "python -m benchmarks.race --data FOLDER_WITH_GSM8K " + told(sys.argv[1:]),
+        "commit": subprocess.check_output(git, text=True).strip(),
+        "processor": processor(),
+        "processors": os.cpu_count(),
+        "system": platform.system(),
+        "model": f"{config['architectures'][0]}, {config['num_hidden_layers']} layers, "
+        f"width {config['hidden_size']}",
+        "note": options.note,
+        "sizes": asdict(sizes),
+        "warmup": options.warmup,
+        "repetitions": options.repetitions,
+        "versions": {
+            kind: versions(python) for kind, python in stage.pythons.items() if kind != "plain"
+        },
+    }
+
+
+def unpacked(model: Path) -> Path:
+    """The base as a folder in bfloat16, which every contestant loads."""
+    from qlora_cli.model.base import BaseModelConfig
+
+    return BaseModelConfig(path=str(model)).locate().resolve()
+
+
+if __name__ == "__main__":
+    main()

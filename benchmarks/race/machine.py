@@ -1,0 +1,49 @@
+"""What the machine is, and what else it is doing."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import psutil
+
+MOST_BY_OTHERS = 0.05
+"""Share of the processors' time that others may have in a run that counts."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Seconds of processor time that the whole machine has spent, by everybody, and stolen."""
+
+    used: float
+    stolen: float
+
+    @classmethod
+    def now(cls) -> Busy:
+        times = psutil.cpu_times()
+        # Guests' time is in the users' already.
+        left_out = ("guest", "guest_nice", "idle", "iowait", "steal")
+        used = sum(value for name, value in times._asdict().items() if name not in left_out)
+        return cls(used, times.steal)
+
+
+def others_share(
+    before: Busy, after: Busy, *, own_seconds: float, seconds: float, num_processors: int
+) -> float:
+    """Share of the processors' time that went to others than our process, stolen time included."""
+    others = after.used - before.used - own_seconds + after.stolen - before.stolen
+    return max(0.0, others) / (seconds * num_processors)
+
+
+def share_before(seconds: float = 1.0) -> float:
+    """Share of the processors' time that is used while we wait."""
+    before, started = Busy.now(), time.perf_counter()
+    time.sleep(seconds)
+    return others_share(
+        before,
+        Busy.now(),
+        own_seconds=0.0,
+        seconds=time.perf_counter() - started,
+        num_processors=os.cpu_count() or 1,
+    )

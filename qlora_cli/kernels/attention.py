@@ -1,0 +1,103 @@
+"""Causal attention over documents that lie end to end, with a backward pass of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attention gave, and what its backward pass needs beside its inputs."""
+
+    output: Tensor
+    """(T, H, E)"""
+    normalizers: list[Tensor]
+    """Of each document, where the kernel tells: (K, H / K, t)."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[int], scale: float) -> Attended:
+    """Each document attends to itself alone.
+
+    Args:
+        q: (T, H, E); k and v: (T, K, E), where H is a multiple of K.
+        documents: lengths that add up to T.
+    """
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    normalizers, first = [], 0
+    for length in documents:
+        at = slice(first, first + length)
+        parts = _by_group(q[at], k[at], v[at])
+        if q.device.type == "cpu":
+            part, normalizer = _cpu_forward(*parts, 0.0, True, scale=scale)
+            normalizers.append(normalizer)
+        else:
+            part = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale)
+        output[at] = part.permute(2, 0, 1, 3).flatten(1, 2)
+        first += length
+    return Attended(output, normalizers)
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Attended,
+    documents: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (T, H, E), k and v (T, K, E), from that of the output (T, H, E).
+
+    On a CPU by torch's own kernel. Elsewhere a document is attended to once more, by whatever
+    kernel torch chooses for the device, and torch differentiates that.
+    """
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    groups = k.shape[1]
+    first = 0
+    for index, length in enumerate(documents):
+        at = slice(first, first + length)
+        parts = _by_group(q[at], k[at], v[at])
+        upstream = _grouped(grad[at], groups)
+        if q.device.type == "cpu":
+            output = _grouped(attended.output[at], groups)
+            found = _cpu_backward(
+                upstream, *parts, output, attended.normalizers[index], 0.0, True, scale=scale
+            )
+        else:
+            found = _differentiate(upstream, parts, scale)
+        grads[0][at] = found[0].permute(2, 0, 1, 3).flatten(1, 2)
+        for total, part in zip(grads[1:], found[1:], strict=True):
+            total[at] = part.sum(1).transpose(0, 1)  # a head of keys served several of queries
+        first += length
+    return grads[0], grads[1], grads[2]
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(t, H, E) -> (K, H / K, t, E): the heads of queries that share one of keys, together."""
+    heads: Tensor = x.unflatten(1, (groups, -1))
+    return heads.permute(1, 2, 0, 3)
+
+
+def _by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(K, H / K, t, E) of each; keys and values are repeated without a copy."""
+    groups = k.shape[1]
+    q = _grouped(q, groups)
+    k, v = (x.transpose(0, 1)[:, None].expand_as(q) for x in (k, v))
+    return q, k, v
+
+
+def _differentiate(
+    upstream: Tensor, parts: tuple[Tensor, Tensor, Tensor], scale: float
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        q, k, v = (part.detach().requires_grad_() for part in parts)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return torch.autograd.grad(output, (q, k, v), upstream)

@@ -1,0 +1,49 @@
+"""Cross-entropy of a chunk of logits together with its gradient: one visit to the widest tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy, and its gradient by the logits.
+
+    Args:
+        logits: (N, V), in any float dtype; float32 inside.
+        targets: (N,)
+
+    Returns:
+        A float32 scalar, and softmax(logits) - onehot(targets), (N, V) in the dtype of the logits.
+    """
+    work = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    at = targets[:, None]
+    wanted = work.gather(1, at)
+    largest = work.amax(1, keepdim=True)
+    # One buffer for all of it: a new one for each operation costs as much as the operation.
+    total = work.sub_(largest).exp_().sum(1, keepdim=True)
+    loss = (total.log() - (wanted - largest)).sum()
+    work.div_(total).scatter_add_(1, at, work.new_full(at.shape, -1.0))
+    return loss, work.to(logits.dtype)
+
+
+def _to_be_compiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without writing in place, which is what a compiler can fuse."""
+    work = logits.float()
+    largest = work.amax(1, keepdim=True)
+    exponentials = (work - largest).exp()
+    total = exponentials.sum(1, keepdim=True)
+    loss = (total.log() - (work.gather(1, targets[:, None]) - largest)).sum()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    grad = exponentials / total - (columns[None] == targets[:, None]).float()
+    return loss, grad.to(logits.dtype)
+
+
+def compiled_cross_entropy() -> CrossEntropy:
+    """`cross_entropy` through torch.compile, for any number of tokens."""
+    compiled: CrossEntropy = torch.compile(_to_be_compiled, dynamic=True)
+    return compiled

@@ -1,0 +1,121 @@
+"""The element-wise work of a decoder layer, forward and backward, in float32 inside.
+
+Written to be fused: `compiled()` gives the same functions through torch.compile, which makes one
+pass over memory of what are five to ten here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square normalization (Zhang and Sennrich 2019, equation 4), as Llama rounds it.
+
+    Args:
+        hidden: (T, D)
+        weight: (D,)
+
+    Returns:
+        The normed states (T, D) in the dtype of `hidden`, and the float32 factors (T, 1).
+    """
+    x = hidden.float()
+    factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x * factor).to(hidden.dtype), factor
+
+
+def add_rms_norm(
+    hidden: Tensor, update: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hidden + update`, and what `rms_norm` gives for it."""
+    total = hidden + update
+    return total, *rms_norm(total, weight, eps)
+
+
+def rms_norm_again(hidden: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """The normed states (T, D), from the factors that `rms_norm` gave."""
+    return weight * (hidden.float() * factor).to(hidden.dtype)
+
+
+def rms_norm_backward(
+    grad: Tensor, hidden: Tensor, factor: Tensor, weight: Tensor, past: Tensor
+) -> Tensor:
+    """Gradient of `hidden` (T, D), from that of the normed states and that which went past them."""
+    normed = hidden.float() * factor
+    grads = grad.float() * weight.float()
+    shared = (grads * normed).mean(-1, keepdim=True)
+    return ((grads - normed * shared) * factor + past.float()).to(hidden.dtype)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, equation 34), the halves of a head paired as in Llama.
+
+    With `-sin` it is its own backward pass.
+
+    Args:
+        states: (T, H, E)
+        cos: (T, E), of which both halves are equal; sin likewise.
+    """
+    half = states.shape[-1] // 2
+    c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
+    x, y = states[..., :half].float(), states[..., half:].float()
+    return torch.cat([x * c - y * s, y * c + x * s], -1).to(states.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, equation 6): (T, 2 I) -> (T, I)."""
+    gate, up = (half.float() for half in gate_up.chunk(2, -1))
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `gate_up` (T, 2 I), and once more what `swiglu` gave (T, I)."""
+    gate, up = (half.float() for half in gate_up.chunk(2, -1))
+    grads = grad.float()
+    open_ = torch.sigmoid(gate)
+    activated = gate * open_
+    gate_grad = grads * up * (open_ + activated * (1 - open_))
+    grad_gate_up = torch.cat([gate_grad, grads * activated], -1).to(gate_up.dtype)
+    return grad_gate_up, (activated * up).to(gate_up.dtype)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """The functions above, plain or compiled."""
+
+    rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_rms_norm
+    rms_norm_again: Callable[..., Tensor] = rms_norm_again
+    rms_norm_backward: Callable[..., Tensor] = rms_norm_backward
+    rotate: Callable[..., Tensor] = rotate
+    swiglu: Callable[..., Tensor] = swiglu
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor]] = swiglu_backward
+
+    @classmethod
+    def compiled(cls) -> Elementwise:
+        """Each through torch.compile, for any number of tokens; compiled at its first use."""
+        plain = cls()
+        # torch.compile keeps what it made for each function in a folder of the user's, so that a
+        # second run takes a few seconds.
+        return cls(
+            **{
+                field.name: torch.compile(getattr(plain, field.name), dynamic=True)
+                for field in fields(cls)
+            }
+        )
+
+    def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Run each once, so that what cannot be compiled fails here and not in a step."""
+        rows, width, heads, size = 6, 32, 2, 16
+        x, y = torch.rand(2, rows, width, device=device, dtype=dtype)
+        weight, angles = torch.rand_like(x[0]), torch.rand(rows, size, device=device)
+        _, factor = self.rms_norm(x, weight, 1e-6)
+        self.add_rms_norm(x, y, weight, 1e-6)
+        self.rms_norm_again(x, factor, weight)
+        self.rms_norm_backward(x, y, factor, weight, x)
+        self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
+        self.swiglu_backward(self.swiglu(x), x)

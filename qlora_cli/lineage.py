@@ -1,0 +1,62 @@
+"""Where a run begins that does not begin at zero: with the weights of an earlier adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.adapter_place import AdapterPlace
+from qlora_cli.durable import describe_file
+from qlora_cli.model.adapter_files import WEIGHTS
+from qlora_cli.model.adapters import LoRA
+from qlora_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The adapter that `adapter.init_from` names."""
+
+    adapter: LoRA
+    """As the new run has it."""
+    place: AdapterPlace
+
+    def put_into(self, model: PeftModel) -> None:
+        """Let training begin with its weights.
+
+        Raises:
+            ModelError: it was trained with other settings, or does not fit tensor for tensor.
+        """
+        self.adapter.begin_from(model, self.place.folder)
+
+    def record(self) -> dict[str, Any]:
+        """Its name, the sum of its weights, and what it began from itself, for the new run."""
+        run = self.place.run
+        return {
+            "name": (self.place.folder if run is None else run.root).resolve().name,
+            "weights": None if run is None else self.place.folder.name,
+            "digest": describe_file(self.place.folder / WEIGHTS)["sha256"],
+            "parent": None if run is None else run.read_record().get("parent"),
+        }
+
+
+def find_parent(recipe: Recipe, base: Mapping[str, str]) -> Parent | None:
+    """What a new run begins from; None if it begins with an update of zero.
+
+    Args:
+        base: what `identify` says of the recipe's base model.
+
+    Raises:
+        RecipeError: there is no adapter where `adapter.init_from` says.
+        ModelError: it was trained on another base.
+    """
+    adapter = recipe.adapter
+    if not isinstance(adapter, LoRA) or adapter.init_from is None:
+        return None
+    place = AdapterPlace.find(Path(adapter.init_from).expanduser())
+    place.check_base(recipe, base)
+    return Parent(adapter, place)

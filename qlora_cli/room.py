@@ -1,0 +1,60 @@
+"""Whether the disk has room for what a run will keep: asked before it trains for hours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_cli.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a run writes, in bytes. Tokenizers, cards and logs are small beside it."""
+
+    weights: int
+    """Of the trained weights, as `last` and `best` hold them."""
+    state: int
+    """Of the optimizer."""
+    keep: int
+    """Checkpoints that are kept (`output.keep_checkpoints`)."""
+    saves: int
+    """Checkpoints that are written in all."""
+    has_best: bool
+    """Whether the best weights are kept beside the last."""
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint."""
+        return self.weights + self.state
+
+    def most(self, keep: int) -> int:
+        """Bytes at the fullest moment. A new checkpoint is whole before an old one goes."""
+        return self.checkpoint * min(keep + 1, self.saves) + self.weights * (1 + self.has_best)
+
+    def require(self, free: int, folder: Path) -> None:
+        """Raises TrainingError if it is more than the `free` bytes, those that the run has already
+        included, on the disk of `folder`."""
+        if self.most(self.keep) <= free:
+            return
+        copies = "last and best" if self.has_best else "last"
+        hint = "make room, or write to another disk (--set output.dir=...)"
+        if self.most(1) <= free:
+            hint += f"; --set output.keep_checkpoints=1 would do with {_size(self.most(1))}"
+        raise TrainingError(
+            f"output.dir: {folder} has room for {_size(free)}, and the run needs "
+            f"{_size(self.most(self.keep))}: {min(self.keep + 1, self.saves):,} checkpoints of "
+            f"{_size(self.checkpoint)} at once (output.keep_checkpoints is {self.keep:,}, and one "
+            f"more while it is written), and {copies} weights of {_size(self.weights)} each",
+            hint=hint,
+        )
+
+
+def count_saves(max_steps: int, save_every: int | None) -> int:
+    """Checkpoints that a run writes: one after every so many steps, and one after the last."""
+    return 1 if save_every is None else math.ceil(max_steps / save_every)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"

@@ -1,0 +1,119 @@
+"""What makes a step fast and lean: no padding, layers as one function, what is computed again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_cli.data.batches import proof_batches
+from qlora_cli.data.prepare import Prepared
+from qlora_cli.errors import ModelError
+from qlora_cli.kernels.choice import Kernels
+from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
+from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
+from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.model.attention import attend_by_document, attend_by_row, prove_packing
+from qlora_cli.model.base import start_checkpointing
+from qlora_cli.recipe import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
+
+_RECOMPUTE: dict[bool | str, Recompute] = {True: "all", "mlp": "mlp", False: "none"}
+
+
+def lay_end_to_end(
+    model: PreTrainedModel,
+    learnt: Prepared,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    packing: bool,
+) -> bool:
+    """Let the model attend to each example of a row by itself, and show that it does.
+
+    Returns:
+        Whether it does, so that examples need no padding.
+
+    Raises:
+        ModelError: it does not, and the recipe packs.
+    """
+    is_ours = attend_by_document(model)
+    if not (is_ours or packing):  # eager attention would compute what is between examples too
+        return False
+    packed, padded = proof_batches(learnt.examples, pad_token_id=tokenizer.pad_token_id)
+    try:
+        proof = prove_packing(model, packed.to(device), padded.to(device), dtype)
+    except ModelError as error:
+        if packing:
+            raise
+        log.info("with padding: %s", str(error).removeprefix("data.packing: "))
+        attend_by_row(model)
+        return False
+    log.info(proof.summary())
+    return True
+
+
+def prepare_layers(
+    model: nn.Module,
+    base: PreTrainedModel,
+    settings: Training,
+    kernels: Kernels,
+    dtype: torch.dtype,
+) -> Kernels:
+    """Put faster layers in place, and decide what is computed again in the backward pass.
+
+    Args:
+        model: the base with its adapter.
+
+    Returns:
+        The kernels that it has then.
+    """
+    fused = 0
+    if kernels != "plain" and base.get_input_embeddings().weight.dtype == dtype:
+        ops = Elementwise()
+        if kernels == "compiled":
+            ops = compile_elementwise(base.device, dtype)
+        fused = fuse_layers(model, _RECOMPUTE[settings.gradient_checkpointing], ops)
+    if fused == 0:
+        if settings.gradient_checkpointing:
+            start_checkpointing(base)
+        return "plain"
+    log.info("kernels: %d layers as one function each, %s", fused, kernels)
+    return kernels
+
+
+def compile_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise:
+    """Compiled element-wise work; plain, with a warning, if it cannot be compiled here."""
+    ops = Elementwise.compiled()
+    return ops if _can_compile(lambda: ops.try_out(device, dtype)) else Elementwise()
+
+
+def loss_kernel(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> CrossEntropy:
+    """Cross-entropy with its gradient, for the kernels that a run has."""
+    if kernels != "compiled":
+        return cross_entropy
+    compiled = compiled_cross_entropy()
+    logits = torch.rand(3, 17, device=device, dtype=dtype)
+    targets = torch.tensor([0, 5, 16], device=device)
+    return compiled if _can_compile(lambda: compiled(logits, targets)) else cross_entropy
+
+
+def _can_compile(run: Callable[[], object]) -> bool:
+    started = time.monotonic()
+    try:
+        run()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).split("\n")[0]
+        log.warning("kernels are not compiled, which costs some speed: %s", reason)
+        return False
+    log.info("kernels compiled in %.1f s (kept for the next run)", time.monotonic() - started)
+    return True

@@ -1,0 +1,156 @@
+"""A run that is stopped after any step and goes on is, bit for bit, the run that never stopped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from qlora_cli.model.quantization import QuantizationConfig
+from qlora_cli.optim.optimizers import OptimizerConfig
+from qlora_cli.recipe import Recipe
+from qlora_cli.run_folder import RunFolder
+from qlora_cli.train import train
+
+
+def variants(union: Any) -> list[str]:
+    """The types that a section of the recipe comes in: a new one is tested by itself."""
+    return [part.model_fields["type"].default for part in get_args(get_args(union)[0])]
+
+
+OPTIMIZERS = variants(OptimizerConfig)
+QUANTIZATIONS = variants(QuantizationConfig)
+CLOCKS = {"tokens_per_second", "peak_memory_bytes"}
+
+# Half of its factors have more than 4096 weights: below that bitsandbytes keeps 32-bit states.
+WIDE = {"type": "lora", "r": 80, "alpha": 8, "dropout": 0.1}
+
+
+def manifests(run: Path) -> dict[int, str]:
+    """The sums of all that the checkpoint of each step holds: weights, optimizer, random states."""
+    return {
+        int(path.parent.name[5:]): path.read_text(encoding="utf-8")
+        for path in (run / "checkpoints").glob("step-*/manifest.json")
+    }
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """All metrics but those of a clock."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in CLOCKS}
+        for line in lines
+    ]
+
+
+def check_resumes(recipe: Recipe, stops: list[int], *, use_cache: bool = True) -> None:
+    """Run it in one go, then go on from each of `stops` as after a kill there."""
+    run = Path(recipe.output.dir)
+    record = train(recipe)
+    assert record["steps"] > max(stops)
+    expected, metrics = manifests(run), logged(run)
+    weights = [file.read_bytes() for file in sorted((run / "last").glob("*.safetensors"))]
+    assert len(expected) == record["steps"], "each step was saved"
+    assert weights
+    for stop in sorted(stops, reverse=True):
+        shutil.rmtree(run / "last")
+        train(recipe, resume=str(stop), use_cache=use_cache)
+        assert manifests(run) == expected, f"after going on from step {stop}"
+        assert logged(run) == metrics, f"after going on from step {stop}"
+        again = [file.read_bytes() for file in sorted((run / "last").glob("*.safetensors"))]
+        assert again == weights, f"after going on from step {stop}"
+
+
+@pytest.fixture
+def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe with dropout and accumulation that saves each step."""
+
+    def recipe(**sections: Any) -> Recipe:
+        training = {
+            "max_steps": 5, "save_every": 1, "eval_every": 2, **sections.pop("training", {})
+        }  # fmt: skip
+        adapter = sections.pop("adapter", {"dropout": 0.1})
+        output = {"dir": str(tmp_path / "run"), "keep_checkpoints": 1000}
+        return tiny_recipe(training=training, adapter=adapter, output=output, **sections)
+
+    return recipe
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_with_each_optimizer_in_4_bit_and_unquantized(
+    make: Callable[..., Recipe], optimizer: str, quantization: str
+) -> None:
+    recipe = make(
+        adapter=WIDE,
+        optimizer={"type": optimizer, "learning_rate": 1e-2, "weight_decay": 0.1},
+        quantization={"type": quantization},
+        schedule={"type": "cosine", "warmup_steps": 2},
+    )
+    check_resumes(recipe, [1, 3])
+
+
+@pytest.mark.parametrize("quantization", sorted({*QUANTIZATIONS} - {"nf4", "none"}))
+def test_with_each_other_quantization(make: Callable[..., Recipe], quantization: str) -> None:
+    check_resumes(make(quantization={"type": quantization}), [2])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_16_bit(make: Callable[..., Recipe], precision: str) -> None:
+    check_resumes(make(training={"precision": precision}), [2])
+
+
+def test_with_all_weights_trained(make: Callable[..., Recipe]) -> None:
+    check_resumes(make(adapter={"type": "full"}, optimizer={"learning_rate": 1e-3}), [2])
+
+
+def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:
+    check_resumes(make(training={"gradient_checkpointing": True}), [2])
+
+
+def test_in_the_middle_of_a_pass_at_its_end_and_over_several(make: Callable[..., Recipe]) -> None:
+    # 16 rows in steps of 6 (micro-batches of 2): a pass ends inside of a step, and the third pass
+    # in a step that is cut short.
+    settings = {"max_steps": None, "epochs": 2.8, "batch_size": 6, "micro_batch_size": 2}
+    check_resumes(make(training=settings), [1, 2, 3, 5, 7])
+
+
+def test_at_the_border_of_a_pass(make: Callable[..., Recipe]) -> None:
+    settings = {"max_steps": None, "epochs": 3, "batch_size": 8, "micro_batch_size": 4}
+    check_resumes(make(training=settings), [2, 4, 5])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_from_several_weighted_sources_prepared_anew(
+    make: Callable[..., Recipe], tmp_path: Path, tiny_rows: list[dict[str, Any]], packing: bool
+) -> None:
+    """One of them compressed and in a drawn order, read from the disk as a large set is."""
+    plain, packed = tmp_path / "plain.jsonl", tmp_path / "packed.jsonl.gz"
+    lines = [json.dumps(row) + "\n" for row in tiny_rows]
+    plain.write_text("".join(lines[:7]), encoding="utf-8")
+    with gzip.open(packed, "wt", encoding="utf-8") as file:
+        file.writelines(lines[7:])
+    sources = [
+        {"path": str(plain), "weight": 2.5},
+        {"path": str(packed), "weight": 0.7, "shuffle": True, "limit": 8},
+    ]
+    recipe = make(
+        data={"train": sources, "packing": packing, "max_length": 128},
+        training={"max_steps": 7, "batch_size": 4, "micro_batch_size": 1},
+    )
+    check_resumes(recipe, [1, 2, 3, 4, 5, 6], use_cache=False)
+
+
+def test_the_stop_leaves_no_trace_in_the_record(make: Callable[..., Recipe]) -> None:
+    recipe = make()
+    check_resumes(recipe, [3])
+    record = RunFolder(Path(recipe.output.dir)).read_record()
+    assert record["status"] == "finished"
+    assert record["best"]["value"] == min(
+        row["eval_loss"] for row in logged(Path(recipe.output.dir))[1:] if "eval_loss" in row
+    )

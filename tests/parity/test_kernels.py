@@ -1,0 +1,260 @@
+"""Each kernel against its plain twin: the loss, and the gradient of every trained weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
+from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute, fuse_layers
+from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.kernels.lora_layers import layer_classes
+from qlora_cli.model.attention import attend_by_document
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.types import Batch
+
+DOCUMENTS = (7, 1, 40, 13)
+LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 90}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
+    """A random model of a kind, through its files, because that is where quantization happens."""
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+    configs = {
+        "llama": LlamaConfig(**LAYERS, **HEADS),
+        "llama-bias-tied": LlamaConfig(
+            **LAYERS, **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+        ),
+        "llama-every-head": LlamaConfig(**LAYERS, num_attention_heads=4, num_key_value_heads=4),
+        "mistral": MistralConfig(**LAYERS, **HEADS, sliding_window=None),
+        "mistral-window": MistralConfig(**LAYERS, **HEADS, sliding_window=9),
+        "qwen2": Qwen2Config(**LAYERS, **HEADS),
+    }
+    if not folder.exists():
+        torch.manual_seed(0)
+        config = configs[kind]
+        config.initializer_range = 0.2
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero otherwise, and then it would not matter
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    keep_4bit_weights_trainable(model)
+    attend_by_document(model)
+    return model
+
+
+def adapted(model: Any, *, ours: bool, **changes: Any) -> Any:
+    """With an update that is not zero."""
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
+    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    if ours:
+        config._register_custom_module(layer_classes(model))
+    model = get_peft_model(model, config).train()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            torch.nn.init.normal_(parameter, std=0.05 if "lora_B" in name else 0.3)
+    return model
+
+
+def batch() -> Batch:
+    torch.manual_seed(2)
+    ids = torch.randint(0, 90, (1, sum(DOCUMENTS)))
+    labels = ids.clone()
+    labels[0, [0, 7, 8, 48]] = -100
+    return Batch(ids, None, labels, DOCUMENTS)
+
+
+def learnt(
+    model: Any, dtype: torch.dtype, loss_kernel: CrossEntropy = cross_entropy
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and the gradients by name."""
+    loss = TokenLoss(model, dtype, loss_kernel)(batch())
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of the gradient that is furthest from what it should be, relative to its norm."""
+    assert found.keys() == expected.keys()
+    assert len(found) > 0
+    return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
+
+
+def fused(model: Any, recompute: Recompute = "none") -> Any:
+    assert fuse_layers(model, recompute, Elementwise()) == 2
+    assert sum(isinstance(module, FusedLayer) for module in model.modules()) == 2
+    return model
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-bias-tied", "llama-every-head", "mistral", "mistral-window", "qwen2"]
+)
+def test_a_fused_layer_learns_what_the_layer_does(
+    tmp_path: Path, kind: str, quantization: str, recompute: Recompute
+) -> None:
+    def model(*, ours: bool) -> Any:
+        return adapted(base(kind, tmp_path / "base", torch.float32, quantization), ours=ours)
+
+    expected, gradients = learnt(model(ours=False), torch.float32)
+    found, ours = learnt(fused(model(ours=True), recompute), torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert distance(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"up_proj": 3}},
+        {"use_rslora": True},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+    ],
+    ids=["attention", "down", "patterns", "rslora", "one-layer"],
+)
+def test_layers_are_fused_whatever_has_an_update(tmp_path: Path, changes: dict[str, Any]) -> None:
+    def model(*, ours: bool) -> Any:
+        return adapted(base("llama", tmp_path / "base", torch.float32, "nf4"), ours=ours, **changes)
+
+    expected, gradients = learnt(model(ours=False), torch.float32)
+    found, ours = learnt(fused(model(ours=True), "mlp"), torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert distance(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"modules_to_save": ["input_layernorm"]}],
+    ids=["dropout", "dora", "norms"],
+)
+def test_what_a_fused_layer_cannot_do_is_left_alone(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True, **changes)
+    assert fuse_layers(model, "none", Elementwise()) == 0
+
+
+def test_a_fused_model_evaluates_generates_and_switches_off_as_before(tmp_path: Path) -> None:
+    plain = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True).eval()
+    ours = fused(adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True)).eval()
+    ids = torch.randint(0, 90, (2, 9))
+    assert torch.equal(plain(ids).logits, ours(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(
+        plain.generate(input_ids=ids, **options), ours.generate(input_ids=ids, **options)
+    )
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    ours.train()
+    inputs = batch().inputs()
+    with_update = ours(**inputs).logits.detach()
+    with ours.disable_adapter():
+        without = ours(**inputs).logits.detach()
+    assert not torch.allclose(with_update, without)
+    expected = base("llama", tmp_path / "base", torch.float32, "none")(**inputs).logits
+    torch.testing.assert_close(without, expected)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_update_before_the_base_product_is_pefts_update(
+    tmp_path: Path, quantization: str, dropout: float
+) -> None:
+    def model(*, ours: bool) -> Any:
+        held = base("llama-bias-tied", tmp_path / "base", torch.float32, quantization)
+        return adapted(held, ours=ours, lora_dropout=dropout)
+
+    torch.manual_seed(3)
+    expected, gradients = learnt(model(ours=False), torch.float32)
+    torch.manual_seed(3)
+    found, ours = learnt(model(ours=True), torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert distance(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_in_bfloat16_a_small_update_is_kept_where_pefts_order_loses_it(
+    tmp_path: Path, quantization: str
+) -> None:
+    """A thousandth of what the layer gives: less than half a unit in the last place of most."""
+
+    def change(dtype: torch.dtype, *, ours: bool) -> Tensor:
+        """What the update makes of the output."""
+        model = adapted(base("llama", tmp_path / "base", dtype, quantization), ours=ours)
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        torch.manual_seed(4)
+        x = torch.randn(500, 32).to(torch.bfloat16).to(dtype)
+        weight = layer.lora_B["default"].weight
+        outputs = []
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            for scale in (1e-3, 0.0):
+                weight.mul_(scale)
+                outputs.append(layer(x).float())
+        return outputs[0] - outputs[1]
+
+    exact = change(torch.float32, ours=True)
+
+    def kept(found: Tensor) -> float:
+        """How much of the exact change is there: its projection."""
+        return float((found * exact).sum() / exact.square().sum())
+
+    assert kept(change(torch.bfloat16, ours=True)) == pytest.approx(1, abs=0.1)
+    assert kept(change(torch.bfloat16, ours=False)) < 0.5
+
+
+# torch.compile imports parts of torch that warn of their own age.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_element_wise_work_is_the_plain_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    def model() -> Any:
+        return adapted(base("llama", tmp_path / "base", dtype, "nf4"), ours=True)
+
+    plain, compiled = model(), model()
+    assert fuse_layers(plain, "mlp", Elementwise()) == 2
+    ops = Elementwise.compiled()
+    ops.try_out(torch.device("cpu"), dtype)
+    assert fuse_layers(compiled, "mlp", ops) == 2
+    expected, gradients = learnt(plain, dtype)
+    found, ours = learnt(compiled, dtype, compiled_cross_entropy())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # rounding between operations
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
+    assert distance(ours, gradients) < 5 * tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    logits = (8 * torch.randn(40, 300)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 300, (40,))
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, logits)
+    before = logits.detach().clone()
+    found, ours = cross_entropy(logits.detach(), targets)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ours, gradient, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-7
+    )
+    assert torch.equal(logits.detach(), before)

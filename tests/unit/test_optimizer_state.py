@@ -1,0 +1,98 @@
+"""A saved state is taken where it fits the parameters, number for number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_cli.optim.optimizers import AdamW, AdamW8bit
+from qlora_cli.optimizer_state import check_optimizer
+
+OPTIMIZERS = [AdamW(), AdamW8bit()]
+
+
+def stepped(config: Any) -> torch.optim.Optimizer:
+    """After a step, on a large matrix (8 bit, where that is asked for), a small one and a bias."""
+    shapes = ((100, 100), (10, 10), (5,))
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer: torch.optim.Optimizer = config.build(parameters, torch.device("cpu"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+def test_its_own_state_is_taken(config: Any) -> None:
+    optimizer = stepped(config)
+    check_optimizer(optimizer.state_dict(), optimizer)
+
+
+def inner(state: dict[str, Any]) -> dict[str, Any]:
+    return state.get("__bnb_optimizer_quant_state__", state)
+
+
+def shorten(state: dict[str, Any]) -> None:
+    name = next(n for n in inner(state) if n in ("exp_avg", "state1"))
+    inner(state)[name] = inner(state)[name][:50]
+
+
+def as_double(state: dict[str, Any]) -> None:
+    name = next(n for n in inner(state) if n in ("exp_avg_sq", "state2"))
+    inner(state)[name] = inner(state)[name].double()
+
+
+def leave_out(state: dict[str, Any]) -> None:
+    del inner(state)[next(n for n in inner(state) if n in ("exp_avg", "state1"))]
+
+
+def add(state: dict[str, Any]) -> None:
+    state["more"] = torch.ones(1)
+
+
+def spoil_step(state: dict[str, Any]) -> None:
+    state["step"] = None
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+@pytest.mark.parametrize("spoil", [shorten, as_double, leave_out, add, spoil_step])
+def test_a_state_that_does_not_fit_is_refused(
+    config: Any, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    optimizer = stepped(config)
+    saved = copy.deepcopy(optimizer.state_dict())
+    spoil(saved["state"][0])
+    with pytest.raises((ValueError, AttributeError)):
+        check_optimizer(saved, optimizer)
+
+
+@pytest.mark.parametrize("name", ["qmap1", "absmax2"])
+def test_the_maps_of_8_bit_states_have_their_sizes(name: str) -> None:
+    optimizer = stepped(AdamW8bit())
+    saved = copy.deepcopy(optimizer.state_dict())
+    inner(saved["state"][0])[name] = torch.ones(3)
+    with pytest.raises(ValueError, match=name):
+        check_optimizer(saved, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("betas", (0.9,)), ("betas", None), ("lr", "x"), ("params", [0])]
+)
+def test_other_settings_are_refused(key: str, value: Any) -> None:
+    optimizer = stepped(AdamW())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match="settings of the optimizer"):
+        check_optimizer(saved, optimizer)
+
+
+def test_a_parameter_that_is_not_there_is_refused() -> None:
+    optimizer = stepped(AdamW())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][7] = saved["state"][0]
+    with pytest.raises(ValueError, match="no parameter 7"):
+        check_optimizer(saved, optimizer)
