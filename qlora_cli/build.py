@@ -28,7 +28,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
-from qlora_cli.types import Conversation
+from qlora_cli.types import Batch, Conversation
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -82,6 +82,16 @@ def stream_batches(
         rank=rank,
         world_size=world_size,
     )
+
+
+def largest_eval_batch(
+    held_out: Prepared | None, batch_size: int, tokenizer: PreTrainedTokenizerFast
+) -> Batch | None:
+    """The batch of an evaluation that needs the most memory: the first, if there is any."""
+    if held_out is None:
+        return None
+    pad_token_id = tokenizer.pad_token_id
+    return next(eval_batches(held_out.examples, batch_size=batch_size, pad_token_id=pad_token_id))
 
 
 @dataclass(frozen=True, slots=True)

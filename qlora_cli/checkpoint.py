@@ -61,8 +61,7 @@ def save_checkpoint(
     unfinished = folder / f".{path.name}.unfinished"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):
-            shutil.rmtree(left)
+        _clear_unfinished(folder)
         unfinished.mkdir()
         _write(unfinished, model, optimizer, scaler, state, random_states)
         if path.exists():
@@ -110,6 +109,27 @@ def _write(
     }
     # Last: a folder without a manifest that agrees with it is no checkpoint.
     write_json(folder / _MANIFEST, {"format": _FORMAT, "files": files})
+
+
+def drop_old_checkpoints(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` up to a step, and what saves that were cut short left.
+
+    Raises:
+        TrainingError: the disk does not let them go.
+    """
+    try:
+        _clear_unfinished(folder)
+        _drop_old(folder, folder / f"step-{step:08d}", keep)
+    except OSError as error:
+        raise TrainingError(
+            f"older checkpoints in {folder} cannot be removed: {error}",
+            hint="see who may write there, then go on with --resume auto",
+        ) from error
+
+
+def _clear_unfinished(folder: Path) -> None:
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left)
 
 
 def _drop_old(folder: Path, newest: Path, keep: int) -> None:

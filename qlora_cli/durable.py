@@ -40,6 +40,22 @@ def write_json(path: Path, value: object) -> dict[str, Any]:
     return write_file(path, [json.dumps(value).encode()])
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Give a file this content, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or broken.
+    """
+    unfinished = unfinished_of(path)
+    write_file(unfinished, [text.encode()])
+    put_in_place(unfinished, path)
+
+
+def unfinished_of(path: Path) -> Path:
+    """Where `replace_file` writes: what it leaves if it is cut short."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """What `write_file` returned, of a file as it is on the disk."""
     digest = hashlib.sha256()

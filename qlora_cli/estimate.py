@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.build import read_data, stream_batches
-from qlora_cli.data.batches import eval_batches, full_batch
+from qlora_cli.build import largest_eval_batch, read_data, stream_batches
+from qlora_cli.data.batches import full_batch
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.forecast import Forecast, can_lie_end_to_end, forecast
 from qlora_cli.recipe import Recipe
@@ -55,11 +55,8 @@ def read_rows(recipe: Recipe, *, is_flat: bool, gpus: int = 1) -> Rows:
     learnt = read_data("training", data, learnt_from, tokenizer)
     batches = stream_batches(recipe, learnt, tokenizer, is_flat=is_flat, world_size=gpus)
     num_steps = recipe.training.max_steps or batches.num_steps
-    held_out = None
-    if held_out_from:
-        examples = read_data("evaluation", data, held_out_from, tokenizer).examples
-        pad, size = tokenizer.pad_token_id, recipe.eval_batch_size
-        held_out = next(eval_batches(examples, batch_size=size, pad_token_id=pad))
+    prepared = read_data("evaluation", data, held_out_from, tokenizer) if held_out_from else None
+    held_out = largest_eval_batch(prepared, recipe.eval_batch_size, tokenizer)
     tokens = batches.tokens(num_steps)
     return Rows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
 

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from qlora_cli.checkpoint import (
+    drop_old_checkpoints,
     find_checkpoint,
     load_checkpoint,
     newest_checkpoint,
@@ -22,6 +23,7 @@ from qlora_cli.checkpoint import (
     refuse_non_finite,
     save_checkpoint,
 )
+from qlora_cli.durable import replace_file
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
@@ -125,7 +127,7 @@ class Keeper:
     def record(self, recipe: Recipe, **values: object) -> None:
         """The recipe as it is run, and facts about the run."""
         if self._world.is_main:
-            self._run.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+            # First: a folder without a record is no run, and may hold nothing else.
             self._run.update_record(
                 recipe=recipe.model_dump(mode="json"),
                 seed=recipe.training.seed,
@@ -133,6 +135,13 @@ class Keeper:
                 **values,
                 **environment(),
             )
+            # Whole or not at all: it may be the only recipe that the user has.
+            replace_file(self._run.recipe, dump_recipe(recipe))
+
+    def note(self, **values: object) -> None:
+        """More facts about the run."""
+        if self._world.is_main:
+            self._run.update_record(**values)
 
     def checkpoint(self, state: TrainState) -> None:
         """Save all that is needed to go on from here."""
@@ -225,6 +234,8 @@ class Keeper:
             )
             self._run.write_readme()
             write_cards(self._run)
+            # The last save may have been cut short after its checkpoint was there.
+            drop_old_checkpoints(self._run.checkpoints, state.step, self._keep_checkpoints)
             self._warn_if_nothing_was_learnt()
         self._world.wait()
         self._world.close()

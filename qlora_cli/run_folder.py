@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qlora_cli.durable import exchange_folder, put_in_place, write_file
+from qlora_cli.durable import exchange_folder, replace_file, unfinished_of
 from qlora_cli.errors import RecipeError
 from qlora_cli.foreign import read_object, refuse_links
 
@@ -71,7 +71,9 @@ class RunFolder:
             raise RecipeError(f"output.dir: {self.root} already holds a run", hint=hint)
         if self.root.exists() and not self.root.is_dir():
             raise RecipeError(f"output.dir: {self.root} is a file, and a folder is needed")
-        held = [path for path in self.root.glob("*") if path.name != ".lock"]
+        # All that a start leaves which was killed before it had written a record.
+        ours = {self.root / ".lock", unfinished_of(self.record)}
+        held = [path for path in self.root.glob("*") if path not in ours]
         if not resume and self.root.is_dir() and held:
             raise RecipeError(
                 f"output.dir: {self.root} holds files that are of no run, and a run would write "
@@ -156,10 +158,7 @@ class RunFolder:
     def update_record(self, **values: object) -> None:
         """Add to `run.json`, whole or not at all."""
         known = self.read_record() if self.record.exists() else {}
-        unfinished = self.record.with_suffix(".unfinished")
-        text = json.dumps({**known, **values}, indent=2) + "\n"
-        write_file(unfinished, [text.encode()])
-        put_in_place(unfinished, self.record)
+        replace_file(self.record, json.dumps({**known, **values}, indent=2) + "\n")
 
     def write_readme(self) -> None:
         """A page for whoever finds the folder."""

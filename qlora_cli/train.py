@@ -14,6 +14,7 @@ import torch
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import (
     check_data,
+    largest_eval_batch,
     load_base,
     measure,
     read_data,
@@ -39,6 +40,7 @@ from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
+from qlora_cli.trial import try_first
 from qlora_cli.types import TrainState
 from qlora_cli.world import PRECISIONS, World, set_seed
 
@@ -194,6 +196,18 @@ def _train(
         go_back=keeper.go_back,
     )
 
+    memory = try_first(
+        recipe,
+        objective,
+        optimizer,
+        batches,
+        largest_eval_batch(held_out, recipe.eval_batch_size, tokenizer),
+        world,
+        max_steps=max_steps,
+        num_weights=trained.total,
+        kernels=kernels,
+    )
+
     def evaluate() -> dict[str, float]:
         metrics = {}
         if held_out is not None:
@@ -223,6 +237,9 @@ def _train(
             open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
         ) as tracker,
     ):
+        if memory:
+            keeper.note(**memory)
+            tracker.log(memory, state.step)
         fit(
             world.share(objective),
             optimizer,

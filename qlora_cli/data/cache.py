@@ -151,7 +151,10 @@ def _find_or_make(
             folder.touch()
             return prepared, True
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        # Its name is known, so that what a kill left behind is found, and removed, here.
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         try:
             prepare(sources, tokenizer, data, unfinished, digests=digests)
             unfinished.rename(folder)

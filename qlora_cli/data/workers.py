@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -141,6 +142,16 @@ def _start(tokenizer: PreTrainedTokenizerFast, max_length: int, truncate: Trunca
     # There is a process for each core already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _job = _Job(tokenizer, max_length, truncate)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """A worker waits for work in a pipe that it could write to itself, so it would wait for ever
+    after a parent that was killed, with the memory that it has."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(chunk: list[Conversation]) -> Results:

@@ -137,6 +137,11 @@ class LoRA(Part):
             adapted = get_peft_model(model, config)
         except (ValueError, TypeError) as error:
             raise ModelError(f"adapter: PEFT refuses it: {error}") from error
+        # PEFT keeps names in sets, whose order is another in each process: equal runs would not
+        # write equal files.
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(config, key), set):
+                setattr(config, key, sorted(names))
         return _trained_in_float32(adapted)
 
     def save(self, model: PeftModel, folder: Path) -> None:

@@ -220,7 +220,7 @@ def prove_packing(
             )
         with autocast:
             reach = _reach(model, _beginnings(packed))
-    except (TypeError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise _refusal(model, f"cannot be given packed examples: {error}") from error
     finally:
         model.train(was_training)

@@ -8,7 +8,6 @@ import io
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -249,9 +248,13 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    # Their names are known, so that what a kill left behind is found, and removed, here.
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     # transformers would believe a config or tokenizer in the same folder rather than the file.
-    alone = Path(tempfile.mkdtemp(prefix=".alone-", dir=folder.parent))
+    alone = folder.with_name(f".{folder.name}.alone")
+    for made in (unfinished, alone):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
     try:
         (alone / path.name).symlink_to(path.resolve())
         # Its progress bar heeds no setting, and is no error to be read on standard error.

@@ -28,7 +28,7 @@ STORIES = {
 }  # fmt: skip
 TOLD = {
     "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
-    "examinee", "model_card", "forecast", "rehearsal", "estimate", "fit",
+    "examinee", "model_card", "forecast", "rehearsal", "estimate", "fit", "trial",
 }  # fmt: skip
 """What stories share."""
 
@@ -46,6 +46,7 @@ ALLOWED = {
     "forecast": FOUNDATION | PARTS | {"recipe", "rehearsal"},
     "estimate": FOUNDATION | PARTS | {"recipe", "build", "rehearsal", "forecast"},
     "fit": FOUNDATION | PARTS | {"recipe", "estimate"},
+    "trial": FOUNDATION | PARTS | {"recipe", "estimate", "plan_text"},
     "adapter_text": {"report_text"},
     "adapter_place": FOUNDATION | RECIPE | {"run_folder", "model"},
     "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},

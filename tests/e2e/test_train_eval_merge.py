@@ -332,7 +332,10 @@ def test_what_was_cut_short_in_its_last_evaluation_evaluates_again(
     (run / "last").rename(tmp_path / "lost-last")
     del record["best"]
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    # And in that checkpoint's save, which had an older one still to remove.
+    (run / "checkpoints" / ".step-00000001.removed").mkdir()
     qlora("train", recipe, "--resume", "auto")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
     assert metrics(run)[-1] == expected[-1]
     assert (run / "best").is_dir()
     assert (run / "last").is_dir()
@@ -607,6 +610,36 @@ def test_a_run_is_not_written_among_the_files_of_somebody(
     assert caught.value.code == 2
     assert "holds files that are of no run" in capsys.readouterr().err
     assert recipe.read_bytes() == before
+
+
+def test_a_kill_while_the_record_is_written_is_in_nobodys_way(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = write_recipe(training={"max_steps": 2, "save_every": 1}), tmp_path / "run"
+    replace = os.replace
+
+    def kill_at(name: str) -> None:
+        def replace_or_end(unfinished: Path, path: Path) -> None:
+            if path == run / name:
+                raise KeyboardInterrupt  # nothing of ours catches it
+            replace(unfinished, path)
+
+        monkeypatch.setattr(os, "replace", replace_or_end)
+
+    kill_at("run.json")
+    assert exit_code("train", recipe) == 130
+    assert {path.name for path in run.iterdir()} - {".lock"} == {".run.json.unfinished"}
+    monkeypatch.setattr(os, "replace", replace)
+    qlora("train", recipe)
+
+    written = (run / "recipe.yaml").read_bytes()
+    kill_at("recipe.yaml")
+    longer = ["--resume", "auto", "--set", "training.max_steps=3"]
+    assert exit_code("train", run / "recipe.yaml", *longer) == 130
+    assert (run / "recipe.yaml").read_bytes() == written
+    monkeypatch.setattr(os, "replace", replace)
+    qlora("train", run / "recipe.yaml", *longer)
+    assert not list(run.glob("*.unfinished")) + list(run.glob(".*.unfinished"))
 
 
 def send(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, step: int, key: str) -> None:

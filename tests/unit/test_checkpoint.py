@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_cli.checkpoint import (
+    drop_old_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     random_states,
@@ -142,6 +143,18 @@ def test_a_save_that_was_cut_short_leaves_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError):
         newest_checkpoint(tmp_path)
     assert newest_checkpoint(run.save(tmp_path).parent) == path
+
+
+def test_a_run_that_has_ended_clears_away_what_its_last_save_had_still_to_do(
+    tmp_path: Path,
+) -> None:
+    run = Run(AdamW())
+    for _ in range(4):
+        run.steps(1)
+        run.save(tmp_path, keep=4)
+    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.removed")
+    drop_old_checkpoints(tmp_path, 4, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "step-00000004"}
 
 
 def test_a_run_that_was_taken_back_leaves_no_checkpoint_of_its_old_way(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -358,6 +360,56 @@ def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -
     assert time.monotonic() - started < 60
 
 
+PREPARING = """
+import multiprocessing, sys, time
+from qlora_cli.data.workers import Workers
+from qlora_cli.model.base import load_tokenizer
+from qlora_cli.types import Conversation, Message
+
+def rows():
+    turns = [Message("user", "a", train=False), Message("assistant", "b", train=True)]
+    for number in range(3000):
+        yield Conversation(turns, place=str(number))
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    tokenizer = load_tokenizer(sys.argv[1])
+    with Workers(tokenizer, max_length=64, truncate="cut_end", number=2) as workers:
+        list(workers.encode(rows()))
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    program = tmp_path / "preparing.py"
+    program.write_text(PREPARING, encoding="utf-8")
+    command = [sys.executable, str(program), str(tmp_path / "tokenizer")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    give_up = time.monotonic() + 30
+    while alive := [pid for pid in workers if is_alive(pid)]:
+        if time.monotonic() > give_up:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("workers wait for a process that is no more")
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_preparation_is_quick_and_its_cost_grows_with_the_turns_alone(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -444,6 +496,17 @@ def test_a_damaged_set_is_prepared_anew(
     assert not is_found(data, tokenizer)
     assert is_found(data, tokenizer)
     assert [path.suffix for path in sorted(kept.iterdir())] == ["", ".lock"]
+
+
+def test_what_a_kill_left_of_a_set_is_removed(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+) -> None:
+    data = chat_data(write(("a", "b")))
+    assert not is_found(data, tokenizer)
+    [folder] = (entry.folder for entry in cache.list_sets())
+    folder.rename(kept / f".{folder.name}.unfinished")
+    assert not is_found(data, tokenizer)
+    assert sorted(kept.iterdir()) == [folder, folder.with_suffix(".lock")]
 
 
 def test_a_failure_leaves_nothing_behind(

@@ -103,6 +103,17 @@ def test_edits_keep_the_function(tiny_model: Path, adapter: LoRA, tmp_path: Path
     torch.testing.assert_close(logits(plain), logits(model.eval()), rtol=0, atol=2e-5)
 
 
+def test_names_are_saved_in_an_order_that_each_process_comes_to(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = LoRA(exclude_modules=["lm_head", "up_proj", "embed_tokens"])
+    adapter.save(adapter.attach(load(tiny_model)), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert len(config["target_modules"]) == 14
+    for key in ("target_modules", "exclude_modules"):
+        assert config[key] == sorted(config[key])
+
+
 def test_plain_peft_loads_a_saved_adapter(tiny_model: Path, tmp_path: Path) -> None:
     adapter = LoRA(r=4, use_rslora=True)
     model = adapter.attach(load(tiny_model))

@@ -1,0 +1,52 @@
+"""What a save costs."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+
+from benchmarks.random_kills.experiment import KEEP, Clock, Experiment
+
+
+def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> dict[str, Any]:
+    """What a checkpoint of the undisturbed run takes: by itself, and within the run."""
+    import torch
+
+    from qlora_cli.build import load_base
+    from qlora_cli.checkpoint import load_checkpoint, random_states, save_checkpoint
+    from qlora_cli.recipe_file import load_recipe
+    from qlora_cli.world import World
+
+    os.environ["QLORA_CACHE"] = str(experiment.cache)
+    recipe, world = load_recipe(experiment.whole / "recipe.yaml", []).recipe, World()
+    model = recipe.adapter.attach(
+        load_base(recipe, world.compute_dtype(recipe.training.precision), world.device)
+    )
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": recipe.optimizer.build(model.parameters(), world.device),
+        "scaler": torch.amp.GradScaler(world.device.type, enabled=False),
+    }
+    newest = experiment.whole / "checkpoints" / f"step-{max(experiment.manifests):08d}"
+    state, _ = load_checkpoint(newest, **parts)
+    seconds, cpu_seconds = [], []
+    for _ in range(repeats):
+        state.step += 1
+        started, used = time.perf_counter(), time.process_time()
+        place = experiment.cache.parent / "saves"
+        save_checkpoint(place, state=state, random_states=[random_states()], keep=KEEP, **parts)
+        seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - used)
+    form = experiment.form
+    plain = [s for s in range(1, form.max_steps) if s % form.save_every and s % form.eval_every]
+    saved = [s for s in range(1, form.max_steps) if not s % form.save_every and s % form.eval_every]
+    return {
+        "bytes": sum(file.stat().st_size for file in newest.iterdir()),
+        "seconds": [round(pick(seconds), 3) for pick in (min, statistics.median, max)],
+        "cpu_seconds": round(statistics.median(cpu_seconds), 3),
+        "share_at_one_a_minute": round(statistics.median(seconds) / 60, 5),
+        "step_seconds": round(statistics.median(map(clock.turn, plain)), 3),
+        "step_and_save_seconds": round(statistics.median(map(clock.turn, saved)), 3),
+    }
