@@ -14,7 +14,7 @@ import torch
 
 from qlora_cli.data import Data
 from qlora_cli.data.audit import Finding, find_drift, findings
-from qlora_cli.data.batches import eval_batches
+from qlora_cli.data.batches import BatchStream, eval_batches
 from qlora_cli.data.cache import load_or_prepare
 from qlora_cli.data.encode import Encoder
 from qlora_cli.data.prepare import Prepared
@@ -28,7 +28,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
-from qlora_cli.types import Conversation
+from qlora_cli.types import Batch, Conversation
 from qlora_cli.world import World
 
 if TYPE_CHECKING:
@@ -52,6 +52,46 @@ def read_data(
     prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared
+
+
+def stream_batches(
+    recipe: Recipe,
+    learnt: Prepared,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    is_flat: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream:
+    """The micro-batches that a rank learns from, for any step.
+
+    Args:
+        is_flat: whether examples lie end to end rather than being padded.
+    """
+    settings, weights = recipe.training, [source.weight for source in recipe.data.train_sources]
+    return BatchStream(
+        learnt.examples,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        seed=settings.seed,
+        epochs=settings.passes,
+        pad_token_id=tokenizer.pad_token_id,
+        parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
+        max_length=recipe.data.max_length if recipe.data.packing else None,
+        padding=not is_flat,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def largest_eval_batch(
+    held_out: Prepared | None, batch_size: int, tokenizer: PreTrainedTokenizerFast
+) -> Batch | None:
+    """The batch of an evaluation that needs the most memory: the first, if there is any."""
+    if held_out is None:
+        return None
+    pad_token_id = tokenizer.pad_token_id
+    return next(eval_batches(held_out.examples, batch_size=batch_size, pad_token_id=pad_token_id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,11 @@ class Keeper:
             # Whole or not at all: it may be the only recipe that the user has.
             replace_file(self._run.recipe, dump_recipe(recipe))
 
+    def note(self, **values: object) -> None:
+        """More facts about the run."""
+        if self._world.is_main:
+            self._run.update_record(**values)
+
     def checkpoint(self, state: TrainState) -> None:
         """Save all that is needed to go on from here."""
         self._save(state, self._world.gather(random_states()))

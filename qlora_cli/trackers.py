@@ -47,7 +47,10 @@ class Console:
         if "loss" in metrics:
             self._write(self._progress(metrics, step), stays=not self._is_live)
         else:
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            shown = "  ".join(
+                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}"
+                for name, value in metrics.items()
+            )
             self._write(f"step {step}  {shown}", stays=True)
 
     def close(self) -> None:

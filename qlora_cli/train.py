@@ -14,12 +14,13 @@ import torch
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import (
     check_data,
+    largest_eval_batch,
     load_base,
     measure,
     read_data,
     read_exam,
+    stream_batches,
 )
-from qlora_cli.data.batches import BatchStream
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
@@ -39,6 +40,7 @@ from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
+from qlora_cli.trial import try_first
 from qlora_cli.types import TrainState
 from qlora_cli.world import PRECISIONS, World, set_seed
 
@@ -118,19 +120,8 @@ def _train(
     is_flat = lay_end_to_end(
         base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing
     )
-    weights = [source.weight for source in recipe.data.train_sources]
-    batches = BatchStream(
-        learnt.examples,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        seed=settings.seed,
-        epochs=settings.passes,
-        pad_token_id=tokenizer.pad_token_id,
-        parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
-        max_length=recipe.data.max_length if recipe.data.packing else None,
-        padding=not is_flat,
-        rank=world.rank,
-        world_size=world.size,
+    batches = stream_batches(
+        recipe, learnt, tokenizer, is_flat=is_flat, rank=world.rank, world_size=world.size
     )
     log.info("a pass over them: %s", batches.summary())
     max_steps = settings.max_steps or batches.num_steps
@@ -205,6 +196,18 @@ def _train(
         go_back=keeper.go_back,
     )
 
+    memory = try_first(
+        recipe,
+        objective,
+        optimizer,
+        batches,
+        largest_eval_batch(held_out, recipe.eval_batch_size, tokenizer),
+        world,
+        max_steps=max_steps,
+        num_weights=trained.total,
+        kernels=kernels,
+    )
+
     def evaluate() -> dict[str, float]:
         metrics = {}
         if held_out is not None:
@@ -234,6 +237,9 @@ def _train(
             open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
         ) as tracker,
     ):
+        if memory:
+            keeper.note(**memory)
+            tracker.log(memory, state.step)
         fit(
             world.share(objective),
             optimizer,

@@ -47,6 +47,7 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
     Example:
       qlora validate recipe.yaml                  # every value, and where it comes from
       qlora preview recipe.yaml                   # what the model will see
+      qlora plan recipe.yaml --device 24GiB       # what it will take, and whether it fits
       qlora train recipe.yaml                     # the run is written to output.dir
       qlora eval runs/mine                        # base and tuned model on held-out rows
       qlora merge runs/mine --output models/mine  # a plain model folder
@@ -79,6 +80,7 @@ app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(recipes.validate)
 app.command()(recipes.preview)
+app.command()(recipes.plan)
 app.command("cache")(recipes.show_cache)
 app.command()(recipes.schema)
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
+from qlora_cli.plan_text import plan_text
 from qlora_cli.recipe_file import dump_with_origins, load_recipe
 from qlora_cli.report_text import cache_text
 
@@ -88,6 +89,46 @@ def preview(
     if html is None and not as_json:
         typer.echo(found.text(rows or 3, colour=_is_coloured()))
     found.check()
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="cpu, cuda, an amount of memory (24GiB) or a card (RTX 4090, H100 ...).",
+        ),
+    ] = "cuda",
+    gpus: Annotated[
+        int, typer.Option("--gpus", metavar="N", min=1, help="Devices that train together (1).")
+    ] = 1,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Look for the least harmful changes with which it fits.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Say what a recipe will take: memory, by what it is for, time, and whether it fits.
+
+    The real steps are traced on tensors without data, so no weights and no GPU are needed; of the
+    model only its config.json, which is known here for well-known models. Two figures are kept
+    apart: the tensors, which are traced, and all that the process takes, which is a range. --json
+    prints the same in bytes and seconds.
+
+    \b
+    Example:
+      qlora plan recipe.yaml --device "RTX 4090"
+      qlora plan recipe.yaml --device 24GiB --set data.max_length=4096
+      qlora plan recipe.yaml --device 12GiB --fit
+    """
+    loaded = load_recipe(recipe, overrides)
+    from qlora_cli.plan import plan
+
+    report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
+    show(report, as_json, plan_text(report))
 
 
 def show_cache(

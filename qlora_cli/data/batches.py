@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.packing import lengths, pack_in_windows
+from qlora_cli.data.packing import lengths, pack_in_windows, supervised
 from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 
 if TYPE_CHECKING:
@@ -102,14 +102,36 @@ class BatchStream:
         rows = self.rows(step)
         order = self._by_length(rows)
         groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
-        collate = _concatenate if self._is_flat else _pad
-        return [
-            replace(
-                collate([self._examples[i] for at in group for i in rows[at]], self._pad_token_id),
-                examples=tuple(rows[at] for at in group),
-            )
-            for group in groups
-        ]
+        return [self._batch([rows[at] for at in group]) for group in groups]
+
+    def largest(self, num_steps: int) -> list[list[Batch]]:
+        """Steps put together from the micro-batches that need the most memory: of all that come
+        first in a step the largest, and of those that follow. From the second on, the gradients of
+        the step are in memory too.
+
+        Largest by tokens, padding included, as activations go by them; and by tokens that are
+        learnt, as logits do. Often it is the same, and then it is one step.
+        """
+        learnt = supervised(self._examples)
+        found: dict[tuple[str, bool], tuple[int, list[tuple[int, ...]]]] = {}
+        for step in range(num_steps):
+            rows = self.rows(step)
+            order = self._by_length(rows)
+            groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
+            for place, group in enumerate(groups):
+                chosen = [rows[at] for at in group]
+                sizes = [self._length(row) for row in chosen] or [0]
+                measures = {
+                    "tokens": sum(sizes) if self._is_flat else len(sizes) * max(sizes),
+                    "learnt": sum(learnt[i] for row in chosen for i in row),
+                }
+                for name, size in measures.items():
+                    key = name, place > 0
+                    if key not in found or size > found[key][0]:
+                        found[key] = size, chosen
+        steps = [[found[k][1] for k in found if k[0] == name] for name in ("tokens", "learnt")]
+        distinct = steps[:1] if steps[0] == steps[1] else steps
+        return [[self._batch(rows) for rows in step] for step in distinct]
 
     def tokens(self, num_steps: int) -> int:
         """About how many tokens so many steps learn from, over all ranks, padding not counted."""
@@ -134,6 +156,11 @@ class BatchStream:
             for group in _chunks(self._by_length(some), self._micro_batch_size):
                 num_places += len(group) * max(self._length(some[at]) for at in group)
         return f"padding {1 - num_tokens / num_places:.1%}"
+
+    def _batch(self, rows: list[tuple[int, ...]]) -> Batch:
+        collate = _concatenate if self._is_flat else _pad
+        batch = collate([self._examples[i] for row in rows for i in row], self._pad_token_id)
+        return replace(batch, examples=tuple(rows))
 
     def _length(self, row: tuple[int, ...]) -> int:
         return sum(self._lengths[i] for i in row)
@@ -224,6 +251,17 @@ def eval_batches(
     order = _longest_first(lengths(examples))
     for group in _share(order, batch_size, rank, world_size):
         yield _pad([examples[i] for i in group], pad_token_id)
+
+
+def full_batch(num_rows: int, max_length: int, *, is_flat: bool) -> Batch:
+    """As large a batch as there can be, everything in it learnt: what stands in for data.
+
+    The last of several rows is a token shorter, as rows hardly ever are of one length; so the batch
+    has a mask, unless they lie end to end.
+    """
+    sizes = [max_length] * (num_rows - 1) + [max_length - (num_rows > 1)]
+    examples = [Example([1] * size, [1] * size) for size in sizes]
+    return (_concatenate if is_flat else _pad)(examples, 0)
 
 
 def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:

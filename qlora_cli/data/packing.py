@@ -21,6 +21,14 @@ def lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example.input_ids) for example in examples]
 
 
+def supervised(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example that are learnt."""
+    if isinstance(examples, PreparedSet):
+        counts: list[int] = examples.num_supervised.tolist()
+        return counts
+    return [example.num_supervised for example in examples]
+
+
 def pack_in_windows(
     order: Sequence[int], sizes: Sequence[int], max_length: int
 ) -> list[tuple[int, ...]]:

@@ -126,6 +126,16 @@ class PreparedSet(Sequence[Example]):
         lengths: NDArray[np.int64] = np.diff(self._ends, prepend=0)
         return lengths
 
+    @cached_property
+    def num_supervised(self) -> NDArray[np.int64]:
+        """Tokens of each example that are learnt. The first has no predecessor."""
+        import numpy as np
+
+        starts = self._ends - self.lengths
+        whole: NDArray[np.int64] = np.add.reduceat(self._learnt, starts, dtype=np.int64)
+        counts: NDArray[np.int64] = whole - self._learnt[starts]
+        return counts
+
     def num_by_source(self, num_sources: int) -> list[int]:
         """Examples of each of the sources, which follow one another."""
         import numpy as np

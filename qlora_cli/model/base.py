@@ -24,11 +24,12 @@ from qlora_cli.foreign import (
     refuse_no_safetensors,
 )
 from qlora_cli.jinja_limits import refuse_endless
+from qlora_cli.model.known import find_known
 from qlora_cli.part import Part
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora")
 
@@ -135,6 +136,59 @@ class BaseModelConfig(Part):
             tokenizer.chat_template = chat_template
         return tokenizer
 
+    def is_at_hand(self) -> bool:
+        """Whether the model is a folder or file here."""
+        return Path(self.path).expanduser().exists()
+
+    def read_config(self) -> tuple[PretrainedConfig, str]:
+        """What is known of the model without its weights, and where from.
+
+        Raises:
+            ModelError: there is no config.json to be had, or it cannot be used.
+        """
+        from transformers import AutoConfig
+
+        path = Path(self.path).expanduser()
+        try:
+            if path.suffix == ".gguf" and path.is_file():
+                if (unpacked := _unpacked_folder(path)).is_dir():
+                    return AutoConfig.from_pretrained(unpacked, local_files_only=True), path.name
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+                return config, path.name
+            if path.is_dir():
+                refuse_prequantized(path)
+                config = AutoConfig.from_pretrained(
+                    path, local_files_only=True, trust_remote_code=self.trust_remote_code
+                )
+                return config, f"{path}/config.json"
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"model.path: {path} cannot be read: {error}") from error
+        return self._read_config_by_name()
+
+    def _read_config_by_name(self) -> tuple[PretrainedConfig, str]:
+        """From the hub; from our own table where the hub cannot be asked."""
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from transformers import AutoConfig
+
+        try:
+            file = huggingface_hub.hf_hub_download(self.path, "config.json", revision=self.revision)
+            refuse_prequantized(Path(file).parent)
+            config = AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+            known = find_known(self.path)
+            if known is None:
+                reason = str(error).strip().splitlines()[0]
+                raise ModelError(
+                    f"model.path: no config.json of {self.path} is to be had: {reason}",
+                    hint="give a folder with a config.json, or the name of a well-known model",
+                ) from error
+            name, dimensions = known
+            return AutoConfig.for_model(**dimensions), f"the dimensions of {name} known to qlora"
+        return config, f"{self.path} on the hub"
+
     def _fetch(self) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import (
@@ -173,9 +227,7 @@ def _unpack_gguf(path: Path) -> Path:
 
     if not path.is_file():
         raise ModelError(f"model.path: no such file: {path}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{digest[:32]}-{_UNPACKED}"
+    folder = _unpacked_folder(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Processes that train together, or two runs at once: the first unpacks, the others wait.
     with filelock.FileLock(folder.with_suffix(".lock")):
@@ -183,6 +235,13 @@ def _unpack_gguf(path: Path) -> Path:
             log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
             _write_unpacked(path, folder)
     return folder
+
+
+def _unpacked_folder(path: Path) -> Path:
+    """Where the content of a GGUF file lies, or will lie, unpacked."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "gguf" / f"{digest[:32]}-{_UNPACKED}"
 
 
 def _write_unpacked(path: Path, folder: Path) -> None:

@@ -35,6 +35,8 @@ def decay_groups(
 
 
 class _AdamW(Part):
+    is_paged: ClassVar[bool] = False
+    """On CUDA, states of 100,000 values or more are in memory that the host and the card share."""
     state_bytes: ClassVar[int] = 8
     """Of a checkpoint, for each trained weight: two running means in 32 bit."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -105,6 +107,7 @@ class PagedAdamW32bit(_AdamW):
     """AdamW whose 32-bit states may move to the host when the GPU is full (QLoRA, section 3)."""
 
     type: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
+    is_paged: ClassVar[bool] = True
 
     def build(self, parameters: Iterable[Parameter], device: torch.device) -> torch.optim.Optimizer:
         """An optimizer over those of `parameters` that require a gradient. Unpaged off CUDA."""

@@ -18,7 +18,7 @@ FOUNDATION = {
 }  # fmt: skip
 PARTS = {
     "model", "data", "optim", "objectives", "tasks",
-    "world", "checkpoint", "trackers", "run_folder", "room",
+    "world", "checkpoint", "trackers", "run_folder", "room", "trace",
 }  # fmt: skip
 RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
@@ -28,7 +28,7 @@ STORIES = {
 }  # fmt: skip
 TOLD = {
     "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
-    "examinee", "model_card",
+    "examinee", "model_card", "forecast", "rehearsal", "estimate", "fit", "trial",
 }  # fmt: skip
 """What stories share."""
 
@@ -41,6 +41,12 @@ ALLOWED = {
     "recipe_file": FOUNDATION | {"recipe"},
     "recipe_schema": FOUNDATION | {"recipe"},
     "report_text": set(),
+    "plan_text": set(),
+    "rehearsal": FOUNDATION | PARTS | {"recipe", "loop", "speed"},
+    "forecast": FOUNDATION | PARTS | {"recipe", "rehearsal"},
+    "estimate": FOUNDATION | PARTS | {"recipe", "build", "rehearsal", "forecast"},
+    "fit": FOUNDATION | PARTS | {"recipe", "estimate"},
+    "trial": FOUNDATION | PARTS | {"recipe", "estimate", "plan_text"},
     "adapter_text": {"report_text"},
     "adapter_place": FOUNDATION | RECIPE | {"run_folder", "model"},
     "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},
@@ -76,7 +82,10 @@ ALLOWED = {
     "export": FOUNDATION | PARTS | {"export_gguf", "export_4bit"},
     "probes": set(),
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
-    "cli": FOUNDATION | RECIPE | STORIES | {"cli", "report_text", "adapter_text", "data", ""},
+    "cli": FOUNDATION
+    | RECIPE
+    | STORIES
+    | {"cli", "report_text", "adapter_text", "plan_text", "data", ""},
     "__main__": {"cli"},
     "": set(),
 }

@@ -129,6 +129,10 @@ class Source(Part):
         """
         return self._taken(bad, seed=0)
 
+    def is_at_hand(self) -> bool:
+        """Whether the rows can be read without a network."""
+        return Path(self.path).expanduser().exists() or is_pattern(self.path)
+
     def digest(self) -> str:
         """sha256 of the files' names and bytes in order, or of all rows of a hub data set.
 

@@ -1,0 +1,263 @@
+"""What a recipe takes on a device: its largest batches, traced, and what follows from it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_cli.build import largest_eval_batch, read_data, stream_batches
+from qlora_cli.data.batches import full_batch
+from qlora_cli.data.encode import read_chat_template
+from qlora_cli.forecast import Forecast, can_lie_end_to_end, forecast
+from qlora_cli.recipe import Recipe
+from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
+from qlora_cli.trace.count import ADAPTER, HELD, LOAD, LOGITS, STATES, Peak
+from qlora_cli.trace.devices import Target
+from qlora_cli.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MIB = 2**20
+PROOF, SAVING = "packing proof", "saving"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is learnt, as far as memory and time go by it."""
+
+    steps: list[list[Batch]]
+    """The micro-batches of those that need the most memory."""
+    held_out: Batch | None
+    num_steps: int | None
+    tokens: int | None
+    """Of all steps, padding not counted."""
+    origin: str
+    """Where this is known from."""
+
+
+def read_rows(recipe: Recipe, *, is_flat: bool, gpus: int = 1) -> Rows:
+    """The largest batches of the data; if that is not at hand, the largest that there can be.
+
+    Args:
+        is_flat: whether examples lie end to end rather than being padded.
+    """
+    data = recipe.data
+    learnt_from, held_out_from = data.train_sources, data.evaluation_sources
+    if not recipe.model.is_at_hand():
+        return assume_rows(recipe, "the model's tokenizer is not at hand", is_flat=is_flat)
+    if missing := [one.path for one in [*learnt_from, *held_out_from] if not one.is_at_hand()]:
+        return assume_rows(recipe, f"{missing[0]} is not at hand", is_flat=is_flat)
+    tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
+    learnt = read_data("training", data, learnt_from, tokenizer)
+    batches = stream_batches(recipe, learnt, tokenizer, is_flat=is_flat, world_size=gpus)
+    num_steps = recipe.training.max_steps or batches.num_steps
+    prepared = read_data("evaluation", data, held_out_from, tokenizer) if held_out_from else None
+    held_out = largest_eval_batch(prepared, recipe.eval_batch_size, tokenizer)
+    tokens = batches.tokens(num_steps)
+    return Rows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
+
+
+def assume_rows(recipe: Recipe, why: str, *, is_flat: bool) -> Rows:
+    """Rows of `data.max_length` throughout."""
+    data, settings = recipe.data, recipe.training
+    num_micro_batches = min(2, -(-settings.batch_size // settings.micro_batch_size))
+    full = full_batch(settings.micro_batch_size, data.max_length, is_flat=is_flat)
+    held_out = None
+    if data.evaluation_sources:
+        held_out = full_batch(recipe.eval_batch_size, data.max_length, is_flat=False)
+    steps = settings.max_steps
+    tokens = steps and steps * settings.batch_size * data.max_length
+    origin = f"rows of data.max_length throughout ({why})"
+    return Rows([[full] * num_micro_batches], held_out, steps, tokens, origin)
+
+
+def estimate(
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows | None = None
+) -> dict[str, Any]:
+    """The report about a recipe on a device.
+
+    Args:
+        config: of the base model.
+        rows: what is learnt, if that is known already.
+    """
+    if rows is None:
+        flat = recipe.data.packing or can_lie_end_to_end(
+            recipe, config, compute_dtype(recipe, target)
+        )
+        rows = read_rows(recipe, is_flat=flat, gpus=target.number)
+    return describe(recipe, foresee(recipe, config, target, rows), target, rows)
+
+
+def foresee(recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows) -> Forecast:
+    """Trace the recipe as it would run on a device."""
+    return forecast(
+        recipe,
+        config,
+        compute_dtype(recipe, target),
+        device=target.kind,
+        steps=rows.steps,
+        held_out=rows.held_out,
+    )
+
+
+def compute_dtype(recipe: Recipe, target: Target) -> torch.dtype:
+    """What `training.precision` means on a device."""
+    precision = recipe.training.precision
+    if precision == "auto" and target.kind == "cuda":
+        precision = "bf16" if target.has_bfloat16 else "fp16"
+    return Alone().compute_dtype(precision)
+
+
+def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dict[str, Any]:
+    """The report, in bytes, seconds and counts."""
+    stages = _stages(recipe, found, target, rows)
+    name = max(stages, key=lambda stage: stages[stage]["bytes"])
+    tensors = stages[name]["bytes"]
+    low, high = _process(tensors, target)
+    trained = found.trained_weights
+    states = found.peak(EVALUATION, STEP)[1].kinds.get(STATES, 0)
+    return {
+        "model": {
+            "weights": found.base_weights,
+            "trained": trained,
+            "trained_share": trained / (found.base_weights + trained * (not _is_full(recipe))),
+        },
+        "device": {"name": target.name, "number": target.number, "bytes": target.memory_bytes},
+        "rows": {
+            "from": rows.origin,
+            "micro_batches": [[list(one.input_ids.shape) for one in s] for s in rows.steps],
+            "steps": rows.num_steps,
+            "tokens": rows.tokens,
+        },
+        "peak": {"stage": name, **stages[name]},
+        "stages": stages,
+        "process": {"low": low, "high": high},
+        "fits": _verdict(low, high, target),
+        "adapter_bytes": 4 * trained,
+        "checkpoint_bytes": 4 * trained + states,
+        **_work(found, rows, target),
+        "traced_layers": list(found.traced_layers),
+        "layers": found.num_layers,
+    }
+
+
+def _is_full(recipe: Recipe) -> bool:
+    return recipe.adapter.trains_base
+
+
+def _stages(
+    recipe: Recipe, found: Forecast, target: Target, rows: Rows
+) -> dict[str, dict[str, Any]]:
+    """What each stage takes at its peak: bytes, by kind, and where."""
+    made = {}
+    for stage in (LOAD, FIRST, STEP, EVALUATION):
+        if not any(segment.stage == stage for segment in found.peaks):
+            continue
+        segment, peak = found.peak(stage)
+        made[stage] = _entry(segment.part, peak)
+    # The traced first step is of one micro-batch. Until the optimizer has made its states, it holds
+    # what later steps hold, but for these.
+    _, peak = found.peak(STEP)
+    stateless = _without_states(peak)
+    if stateless.total > made[FIRST]["bytes"]:
+        made[FIRST] = _entry(found.peak(STEP)[0].part, stateless)
+    if rows.steps[0][0].documents:
+        made[PROOF] = _entry("forward", _proof(found))
+    if target.kind == "cpu":
+        made[SAVING] = _entry("update", _saving(found))
+    if recipe.optimizer.is_paged and target.kind == "cuda":
+        for entry in made.values():
+            _set_apart_paged(entry)
+    return made
+
+
+def _entry(part: str, peak: Peak) -> dict[str, Any]:
+    kinds = sorted(peak.kinds.items(), key=lambda item: -item[1])
+    return {"bytes": peak.total, "during": part, "kinds": {k: v for k, v in kinds if v}}
+
+
+def _proof(found: Forecast) -> Peak:
+    """The proof that packed examples do not see each other, before training; by formula.
+
+    Four times the logits of three examples of 64 tokens, and what comparing them takes.
+    """
+    _, peak = found.peak(STEP)
+    kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD if kind not in (ADAPTER, STATES)}
+    kinds[LOGITS] = 4 * (4 * 192 + 4 * 128) * found.vocabulary_size
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _saving(found: Forecast) -> Peak:
+    """A checkpoint: what is held between steps, and on the host a copy of the optimizer's states.
+
+    By formula, as writing files is not traced.
+    """
+    _, peak = found.peak(STEP)
+    kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD}
+    kinds["copy of optimizer states"] = kinds[STATES]
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _without_states(peak: Peak) -> Peak:
+    kinds = {kind: size for kind, size in peak.kinds.items() if kind != STATES}
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _set_apart_paged(entry: dict[str, Any]) -> None:
+    """Paged states can be on the host while something else needs the card."""
+    entry["paged_bytes"] = entry["kinds"].pop(STATES, 0)
+    entry["bytes"] -= entry["paged_bytes"]
+
+
+def _process(tensors: int, target: Target) -> tuple[int, int]:
+    """What the process takes beside its tensors, as a range.
+
+    CUDA: a context (141 MiB were measured on a T4; newer cards take more), workspaces of cuBLAS,
+    and what the allocator cannot use (6 % and up on a T4, by fitcheck-llm 0.2). CPU: Python and
+    the libraries, and what malloc keeps.
+    """
+    if target.kind == "cuda":
+        return round(1.02 * tensors) + 200 * MIB, round(1.12 * tensors) + 800 * MIB
+    return tensors + 500 * MIB, round(1.05 * tensors) + 1000 * MIB
+
+
+def _verdict(low: int, high: int, target: Target) -> dict[str, Any]:
+    memory = target.memory_bytes
+    if memory is None:
+        return {"verdict": "unknown", "margin": None}
+    verdict = "yes" if high <= memory else "perhaps" if low <= memory else "no"
+    return {"verdict": verdict, "margin": memory - high}
+
+
+_USED = {"cuda": (0.15, 0.45), "cpu": (0.25, 0.8)}
+"""Share of the rate of large products that training reaches, from small models to large ones."""
+
+
+def _work(found: Forecast, rows: Rows, target: Target) -> dict[str, Any]:
+    """Floating-point operations of the run, and how long they take, as a range."""
+    num_traced = sum(batch.input_ids.numel() for step in rows.steps for batch in step)
+    per_token = found.flops[STEP] / num_traced
+    if rows.tokens is None:
+        return {"flops_per_token": per_token, "flops": None, "seconds_of_training": None}
+    flops = per_token * rows.tokens
+    rate = measure_rate() if target.kind == "cpu" else target.teraflops and target.teraflops * 1e12
+    if not rate:
+        return {"flops_per_token": per_token, "flops": flops, "seconds_of_training": None}
+    slow, fast = (flops / (rate * target.number * used) for used in _USED[target.kind])
+    return {"flops_per_token": per_token, "flops": flops, "seconds_of_training": [fast, slow]}
+
+
+def measure_rate() -> float:
+    """Operations a second of a product of some size, on this machine, in what it computes in."""
+    dtype = Alone().compute_dtype("auto")
+    one = torch.ones(512, 1024, dtype=dtype)
+    other = torch.ones(1024, 1024, dtype=dtype)
+    one @ other
+    started = time.perf_counter()
+    for _ in range(8):
+        one @ other
+    return 8 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)

@@ -1,0 +1,134 @@
+"""The least harmful changes with which a recipe fits a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.errors import RecipeError
+from qlora_cli.estimate import estimate
+from qlora_cli.recipe import Recipe
+from qlora_cli.trace.devices import Target
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Changes = dict[str, Any]
+"""Dotted key -> value."""
+
+_SHORTEST = 128
+
+
+def fit_to(
+    recipe: Recipe, config: PretrainedConfig, target: Target
+) -> tuple[Changes | None, dict[str, Any]]:
+    """Look for changes, one kind after the other, the least harmful first.
+
+    1. `micro_batch_size`, and 2. `gradient_checkpointing`: the result stays the same.
+    3. `attention`: the same but for rounding.
+    4. `quantization`: the base is held in 8, then in 4 bits; the adapter makes up for it.
+    5. the optimizer: its states in 8 bits, and (on CUDA) on the host when the card is full.
+    6. `max_length`: rows are cut. What is learnt changes.
+
+    Of each kind the smallest change is taken that suffices together with those before it.
+
+    Returns:
+        The changes (none if it fits as it is; None if nothing suffices), and the report with them.
+
+    Raises:
+        RecipeError: it is not known how much memory the device has.
+    """
+    if target.memory_bytes is None:
+        raise RecipeError(
+            "--fit: it is not known how much memory the device has",
+            hint='name it: --device 24GiB, or --device "RTX 4090"',
+        )
+
+    def tried(changes: Changes) -> dict[str, Any]:
+        return estimate(with_changes(recipe, changes), config, target)
+
+    report = tried({})
+    if _fits(report):
+        return {}, report
+    for changes in _levels(recipe, target):
+        sizes = _micro_batch_sizes(recipe)
+        smallest = {**changes, "training.micro_batch_size": 1}
+        report = tried(smallest)
+        if not _fits(report):
+            continue
+        # The largest micro-batch that still fits is the fastest.
+        for size in sizes:
+            larger = {**changes, "training.micro_batch_size": size}
+            if size > 1 and _fits(found := tried(larger)):
+                return _different(recipe, larger), found
+        return _different(recipe, smallest), report
+    return None, report
+
+
+def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other values. A section that becomes another `type` has its defaults."""
+    document = recipe.model_dump(mode="json")
+    for key, value in changes.items():
+        *path, name = key.split(".")
+        section = document
+        for part in path:
+            section = section[part]
+        if name == "type" and section["type"] != value:
+            same = {"learning_rate", "weight_decay", "beta1", "beta2", "eps"}
+            kept = {k: v for k, v in section.items() if k in same}
+            section.clear()
+            section.update(kept)
+        section[name] = value
+    return Recipe.model_validate(document)
+
+
+def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
+    """Changes but for the size of the micro-batch, each with those before it."""
+    changes: Changes = {}
+    yield dict(changes)
+    kinds = [False, "mlp", True]
+    for more in kinds[kinds.index(recipe.training.gradient_checkpointing) + 1 :]:
+        changes["training.gradient_checkpointing"] = more
+        yield dict(changes)
+    if recipe.model.attention == "eager":
+        changes["model.attention"] = "sdpa"
+        yield dict(changes)
+    if not recipe.adapter.trains_base and not recipe.quantization.is_quantized:
+        changes["quantization.type"] = "int8"
+        yield dict(changes)
+    if not recipe.adapter.trains_base and recipe.quantization.type not in ("nf4", "fp4"):
+        changes["quantization.type"] = "nf4"
+        yield dict(changes)
+    optimizer = "paged_adamw_8bit" if target.kind == "cuda" else "adamw_8bit"
+    if recipe.optimizer.type != optimizer:
+        changes["optimizer.type"] = optimizer
+        yield dict(changes)
+    length = recipe.data.max_length // 2
+    while length >= _SHORTEST:
+        changes["data.max_length"] = length
+        yield dict(changes)
+        length //= 2
+
+
+def _micro_batch_sizes(recipe: Recipe) -> list[int]:
+    """Those of which the batch is a multiple, from the present one down."""
+    settings = recipe.training
+    sizes = range(settings.micro_batch_size, 0, -1)
+    return [size for size in sizes if settings.batch_size % size == 0]
+
+
+def _fits(report: dict[str, Any]) -> bool:
+    return bool(report["fits"]["verdict"] == "yes")
+
+
+def _different(recipe: Recipe, changes: Changes) -> Changes:
+    """Without the changes that change nothing."""
+    document = recipe.model_dump(mode="json")
+
+    def now(key: str) -> Any:
+        value = document
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+    return {key: value for key, value in changes.items() if now(key) != value}

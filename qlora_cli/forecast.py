@@ -1,0 +1,241 @@
+"""What the steps of a recipe take, traced on tensors without data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_cli.errors import ModelError
+from qlora_cli.kernels.choice import Kernels
+from qlora_cli.model.report import refuse_unquantized, report_trained, report_weights
+from qlora_cli.recipe import Recipe
+from qlora_cli.rehearsal import rehearse, understands_documents
+from qlora_cli.trace.count import LOAD, Count, Peak, Segment
+from qlora_cli.trace.kernels import Device, make_constants
+from qlora_cli.trace.model import load_traced, outline
+from qlora_cli.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GRANULARITY: dict[Device, int] = {"cpu": 1, "cuda": 512}
+"""CUDA's caching allocator hands out multiples of 512 bytes."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was traced."""
+
+    peaks: dict[Segment, Peak]
+    flops: dict[str, int]
+    """Floating-point operations of each stage."""
+    num_layers: int
+    traced_layers: tuple[int, ...]
+    """Of the models that were traced; where these have fewer layers, the rest was multiplied."""
+    base_weights: int
+    trained_weights: int
+    vocabulary_size: int
+
+    def peak(self, *stages: str) -> tuple[Segment, Peak]:
+        """Where the most is alive, in these stages or in all."""
+        found = [item for item in self.peaks.items() if not stages or item[0].stage in stages]
+        return max(found, key=lambda item: item[1].total)
+
+
+def forecast(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    device: Device,
+    steps: Sequence[Sequence[Batch]],
+    held_out: Batch | None,
+) -> Forecast:
+    """Trace loading, some steps and an evaluation of a recipe.
+
+    A model of many equal layers (or of a few kinds in turn) is traced with few of them. What a
+    layer adds to each moment of a step is the same for each, so multiplying is exact; a test holds
+    it against the whole.
+
+    Args:
+        config: of the base model.
+        dtype: what is computed in; float32 means no autocast.
+        steps: the micro-batches of the most demanding steps.
+        held_out: the most demanding batch of the evaluation.
+
+    Raises:
+        ModelError: the recipe does not suit the model, or the model's code cannot be traced.
+    """
+    num_layers = _text(config).num_hidden_layers
+    make_constants()
+
+    def trace(size: int) -> Forecast:
+        short = _shortened(config, size)
+        return _trace(recipe, short, dtype, device, steps, held_out)
+
+    period = _period(_text(config))
+    if period is None or _names_layers(recipe):
+        return trace(num_layers)
+    small = num_layers % period + 2 * period
+    if small + period >= num_layers:
+        return trace(num_layers)
+    found = _stretched(trace(small), trace(small + period), num_layers, period)
+    # Of a layer that differs from the others the model's size would tell.
+    whole = sum(p.numel() for p in outline(config, dtype).parameters())
+    return found if found.base_weights == whole else trace(num_layers)
+
+
+def _trace(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: Device,
+    steps: Sequence[Sequence[Batch]],
+    held_out: Batch | None,
+) -> Forecast:
+    text = _text(config)
+    kernels: Kernels = "plain" if recipe.training.kernels == "plain" else "fused"
+    count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
+    quantization = recipe.quantization
+    options = attention_option(recipe)
+    try:
+        with count:
+            with count.stage(LOAD):
+                base = load_traced(config, quantization.load_options(dtype), count, **options)
+            weights = report_weights(base)
+            refuse_unquantized(weights, quantization.max_unquantized)
+            model = rehearse(
+                base, recipe, dtype, count, steps=steps, held_out=held_out, kernels=kernels
+            )
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(
+            f"model.path: the code of {type(config).__name__} cannot be traced without data: "
+            f"{str(error).strip().splitlines()[0]}",
+            hint="qlora train measures it instead: it tries the longest batch first",
+        ) from error
+    return Forecast(
+        peaks=count.peaks,
+        flops=dict(count.flops),
+        num_layers=text.num_hidden_layers,
+        traced_layers=(text.num_hidden_layers,),
+        base_weights=weights.num_weights,
+        trained_weights=report_trained(model).trained,
+        vocabulary_size=text.vocab_size,
+    )
+
+
+def attention_option(recipe: Recipe) -> dict[str, Any]:
+    """What the constructor of the model is told. Flash attention needs a package and a card; sdpa
+    holds what it holds."""
+    attention = recipe.model.attention
+    named = {"auto": {}, "flash_attention_2": {"attn_implementation": "sdpa"}}
+    return {
+        "trust_remote_code": recipe.model.trust_remote_code,
+        **named.get(attention, {"attn_implementation": attention}),
+    }
+
+
+def can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Whether examples need no padding, as far as the code of the model tells.
+
+    `train` proves it with numbers too, which a trace has none of.
+    """
+    period = _period(_text(config)) or _text(config).num_hidden_layers
+    make_constants()
+    with Count() as count:
+        options = attention_option(recipe)
+        base = load_traced(_shortened(config, period), {"dtype": dtype}, count, **options)
+    return understands_documents(base)
+
+
+def _text(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes the language model."""
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+def _per_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
+    """What a config says of each layer by itself."""
+    return {
+        name: value
+        for name, value in vars(text).items()
+        if isinstance(value, list) and len(value) == text.num_hidden_layers
+    }
+
+
+def _period(text: PretrainedConfig) -> int | None:
+    """After how many layers their kinds begin again; None if they do not."""
+    lists = _per_layer(text).values()
+    for period in range(1, text.num_hidden_layers // 4 + 1):
+        if all(a == b for kinds in lists for a, b in zip(kinds, kinds[period:], strict=False)):
+            return period
+    return None
+
+
+def _names_layers(recipe: Recipe) -> bool:
+    """Whether the adapter may be another one in some layer: by a pattern, or a number in a name."""
+    values = recipe.adapter.model_dump(
+        include={"target_modules", "exclude_modules", "modules_to_save"}
+    )
+    patterns = recipe.adapter.model_dump(include={"rank_pattern", "alpha_pattern"})
+    names = str([value for value in values.values() if value != "all-linear"])
+    return any(patterns.values()) or any(character.isdigit() for character in names)
+
+
+def _shortened(config: PretrainedConfig, size: int) -> PretrainedConfig:
+    """The config of a model of fewer layers: the first ones."""
+    short = copy.deepcopy(config)
+    text = _text(short)
+    lists = _per_layer(text)
+    for name, value in lists.items():
+        setattr(text, name, value[:size])
+    text.num_hidden_layers = size
+    return short
+
+
+def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -> Forecast:
+    """What a model of many layers takes, from two that differ by a period of layers.
+
+    The most that is alive while a layer is at work grows by the same amount with each layer that
+    the model has, and from layer to layer. So the first and the last ones say it all.
+    """
+    times = (num_layers - large.num_layers) // period
+
+    def grown(less: int, more: int) -> int:
+        return more + times * (more - less)
+
+    def ends(found: Forecast) -> dict[Segment, tuple[int | None, Peak]]:
+        """With places as their distance from the beginning, or (negative) from the end."""
+        last, near = 2 * found.num_layers, 2 * period
+        kept = {}
+        for segment, peak in found.peaks.items():
+            place = segment.place
+            if place is not None and place > near:
+                place -= last + 1
+            if place is None or place >= -near:
+                kept[segment._replace(place=place)] = segment.place, peak
+        return kept
+
+    peaks, before = {}, ends(small)
+    for key, (place, peak) in ends(large).items():
+        less = before[key][1]
+        names = {*less.kinds, *peak.kinds}
+        # Where two moments are alike, one may be the peak here and the other there: then a kind can
+        # shrink by some kilobytes a layer.
+        kinds = {n: max(0, grown(less.kinds.get(n, 0), peak.kinds.get(n, 0))) for n in names}
+        if place is not None and place > 2 * period:
+            place += 2 * (num_layers - large.num_layers)
+        peaks[key._replace(place=place)] = Peak(sum(kinds.values()), kinds)
+    return Forecast(
+        peaks=peaks,
+        flops={stage: grown(small.flops[stage], more) for stage, more in large.flops.items()},
+        num_layers=num_layers,
+        traced_layers=(small.num_layers, large.num_layers),
+        base_weights=grown(small.base_weights, large.base_weights),
+        trained_weights=grown(small.trained_weights, large.trained_weights),
+        vocabulary_size=large.vocabulary_size,
+    )

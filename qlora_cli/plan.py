@@ -1,0 +1,40 @@
+"""Know before you run: what a recipe takes on a device, traced step by step without any weights."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.estimate import estimate
+from qlora_cli.fit import fit_to
+from qlora_cli.recipe import Recipe
+from qlora_cli.trace.devices import find_target
+
+
+def plan(
+    recipe: Recipe, *, device: str = "cuda", gpus: int = 1, fit: bool = False
+) -> dict[str, Any]:
+    """What a recipe takes. No weights are read and nothing is trained.
+
+    Args:
+        device: cpu, cuda, an amount of memory or the name of a card.
+        gpus: how many of them train together, each with the whole model.
+        fit: if it does not fit, look for the least harmful changes with which it does; the report
+            is of the changed recipe then, and has them under "changes".
+
+    Raises:
+        QloraError: in one of its kinds, with its exit code.
+    """
+    quiet_libraries()
+    started = time.monotonic()
+    target = find_target(device, gpus)
+    config, source = recipe.model.read_config()
+    if fit:
+        changes, report = fit_to(recipe, config, target)
+        report["changes"] = changes
+    else:
+        report = estimate(recipe, config, target)
+    report["model"] = {"path": recipe.model.path, "dimensions": source, **report["model"]}
+    report["seconds"] = round(time.monotonic() - started, 1)
+    return report

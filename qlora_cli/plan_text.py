@@ -1,0 +1,136 @@
+"""A plan as text for people. For programs there is `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_GIB, _MIB = 2**30, 2**20
+
+
+def plan_text(report: Mapping[str, Any]) -> str:
+    """What a recipe takes, and whether it fits (`report` as `plan` returns it)."""
+    peak, process, device = report["peak"], report["process"], report["device"]
+    lines = [_model_line(report), _rows_line(report["rows"]), "", _head(device), *_stages(report)]
+    lines += ["", f"at the peak ({_moment(peak['stage'], peak)}):"]
+    width = max(len(kind) for kind in peak["kinds"])
+    for kind, size in peak["kinds"].items():
+        lines.append(f"  {kind:<{width}}  {size_text(size):>11}  {size / peak['bytes']:>6.1%}")
+    if paged := peak.get("paged_bytes"):
+        lines.append(
+            f"  {'paged states':<{width}}  {size_text(paged):>11}  on the card or the host"
+        )
+    lines += [
+        "",
+        f"tensors {size_text(peak['bytes'])}; with all else that the process takes "
+        f"{size_text(process['low'])} to {size_text(process['high'])}",
+        _verdict(report),
+        *_changes(report),
+        f"adapter on disk {size_text(report['adapter_bytes'])}, a checkpoint "
+        f"{size_text(report['checkpoint_bytes'])}",
+        *_work(report),
+        _method(report),
+    ]
+    return "\n".join(lines)
+
+
+def size_text(size: float) -> str:
+    """Bytes as GiB, or as MiB where that is less."""
+    return f"{size / _GIB:,.2f} GiB" if abs(size) >= _GIB else f"{size / _MIB:,.1f} MiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the largest unit that leaves a number of some size."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _model_line(report: Mapping[str, Any]) -> str:
+    model = report["model"]
+    return (
+        f"{model['path']}: {model['weights']:,} weights ({model['dimensions']}); trained "
+        f"{model['trained']:,} ({model['trained_share']:.2%})"
+    )
+
+
+def _rows_line(rows: Mapping[str, Any]) -> str:
+    largest = dict.fromkeys((h, w) for step in rows["micro_batches"] for h, w in step)
+    shapes = ", ".join(f"{height} x {width}" for height, width in largest)
+    steps = "" if rows["steps"] is None else f"; {rows['steps']:,} steps, {rows['tokens']:,} tokens"
+    return f"largest micro-batches: {shapes} tokens (from {rows['from']}){steps}"
+
+
+def _head(device: Mapping[str, Any]) -> str:
+    memory = "" if device["bytes"] is None else f", {size_text(device['bytes'])}"
+    number = "" if device["number"] == 1 else f"{device['number']} x "
+    return f"peak of each stage on {number}{device['name']}{memory}:"
+
+
+def _stages(report: Mapping[str, Any]) -> list[str]:
+    width = max(len(stage) for stage in report["stages"])
+    return [
+        f"  {stage:<{width}}  {size_text(entry['bytes']):>11}  {_moment('', entry)}".rstrip()
+        for stage, entry in report["stages"].items()
+    ]
+
+
+def _moment(stage: str, entry: Mapping[str, Any]) -> str:
+    """When it is; that of loading and evaluating goes without saying."""
+    words = {"between": "between backward and update", "backward": "backward", "update": "update"}
+    return ", ".join(filter(None, (stage, words.get(entry["during"], ""))))
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    verdict, margin = report["fits"]["verdict"], report["fits"]["margin"]
+    hint = "" if "changes" in report else " (try --fit)"
+    if verdict == "unknown":
+        return "fits: not known, as the memory of the device is not; name a card, or 24GiB"
+    if verdict == "yes":
+        return f"fits: yes, with {size_text(margin)} to spare"
+    if verdict == "perhaps":
+        return f"fits: perhaps; the tensors do, and what else there is may not{hint}"
+    return f"fits: no, {size_text(-margin)} too little{hint}"
+
+
+def _changes(report: Mapping[str, Any]) -> list[str]:
+    """What --fit found."""
+    if "changes" not in report:
+        return []
+    changes = report["changes"]
+    if changes is None:
+        return [
+            "nothing that --fit may change makes it fit for sure; this is the least that was tried",
+            "take a smaller model, or more memory",
+        ]
+    if not changes:
+        return ["nothing has to change for it"]
+    return ["with these changes, of which the report is:", f"  {set_line(changes)}"]
+
+
+def set_line(changes: Mapping[str, Any]) -> str:
+    """What to add to a command line."""
+    values = {key: str(v).lower() if isinstance(v, bool) else v for key, v in changes.items()}
+    return " ".join(f"--set {key}={value}" for key, value in values.items())
+
+
+def _work(report: Mapping[str, Any]) -> list[str]:
+    if report["flops"] is None:
+        return [f"{report['flops_per_token']:.3g} floating-point operations a token"]
+    line = f"{report['flops']:.3g} floating-point operations"
+    if seconds := report["seconds_of_training"]:
+        fast, slow = map(duration_text, seconds)
+        line += f"; training takes about {fast} to {slow}"
+    return [line]
+
+
+def _method(report: Mapping[str, Any]) -> str:
+    traced, layers = report["traced_layers"], report["layers"]
+    if traced == [layers]:
+        return f"traced whole, {layers} layers, in {report['seconds']} s"
+    some = " and ".join(map(str, traced))
+    return (
+        f"traced with {some} of {layers} layers, the rest multiplied (they are alike), "
+        f"in {report['seconds']} s"
+    )

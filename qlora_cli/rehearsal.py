@@ -1,0 +1,162 @@
+"""The steps of a run for the sake of what they take: with real tensors or with traced ones."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qlora_cli.kernels.choice import Kernels
+from qlora_cli.loop import train_step
+from qlora_cli.model.attention import attend_by_document
+from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.recipe import Recipe
+from qlora_cli.speed import prepare_layers
+from qlora_cli.trace.count import GRADIENTS, STATES, Count
+from qlora_cli.trace.model import hold_model
+from qlora_cli.trace.tensor import Blank, TracedTensor
+from qlora_cli.types import Batch, TrainState
+from qlora_cli.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("qlora")
+
+FIRST, STEP, EVALUATION = "first step", "step", "evaluation"
+
+
+class Alone(World):
+    """One process on the CPU, without a group or a look at what devices there are."""
+
+    def __init__(self) -> None:
+        self.device, self.rank, self.size = torch.device("cpu"), 0, 1
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The same micro-batches in every step."""
+
+    batches: Sequence[Batch]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Whatever the step."""
+        return list(self.batches)
+
+
+def rehearse(
+    base: PreTrainedModel,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    count: Count,
+    *,
+    steps: Sequence[Sequence[Batch]],
+    held_out: Batch | None,
+    kernels: Kernels = "fused",
+) -> nn.Module:
+    """Attach the adapter, make the steps and an evaluation. Returns the model.
+
+    Before the steps there is one of one micro-batch: what it differs in from the others is that the
+    optimizer makes its states.
+
+    Args:
+        base: as it was loaded.
+        dtype: autocast dtype; float32 means no autocast.
+        count: counts all of it.
+        steps: the micro-batches of each.
+        held_out: a batch of the evaluation.
+        kernels: compiled ones cannot be traced; fused ones take no less.
+    """
+    if steps[0][0].documents:
+        attend_by_document(base)
+    is_traced = any(isinstance(p, TracedTensor) for p in base.parameters())
+    with Blank() if is_traced else nullcontext():
+        model = recipe.adapter.attach(base)
+    gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
+    hold_model(model, count)
+    prepare_layers(model, base, recipe.training, kernels, dtype)
+    objective = TokenLoss(model, dtype)
+    with _quietly():  # that states are not paged here says nothing about where they will be
+        optimizer = recipe.optimizer.build(model.parameters(), torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    world, state = Alone(), TrainState()
+    objective.train()
+    with _told(count, base, model, optimizer):
+        for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
+            with count.stage(stage):
+                train_step(
+                    objective,
+                    optimizer,
+                    1.0,
+                    Repeated(batches),
+                    recipe.training,
+                    world,
+                    scaler,
+                    state,
+                )
+        if held_out is not None:
+            with count.stage(EVALUATION):
+                evaluate_loss(objective, [held_out], world.device)
+    return model
+
+
+@torch.no_grad()
+def understands_documents(base: PreTrainedModel) -> bool:
+    """Whether a model takes examples that lie end to end, and keeps them apart by our attention."""
+    if not attend_by_document(base):
+        return False
+    batch = Batch(torch.ones(1, 8, dtype=torch.long), None, torch.ones(1, 8), (4, 4))
+    base.eval()
+    try:
+        base(**batch.inputs(), use_cache=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
+
+
+@contextmanager
+def _told(
+    count: Count, base: PreTrainedModel, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[None]:
+    """Tell the count what gradients and states are, and what is at work."""
+
+    def after(*_: Any) -> None:
+        count.updating(False)
+        for values in optimizer.state.values():
+            count.hold((v for v in values.values() if isinstance(v, torch.Tensor)), STATES)
+
+    hooks = count.follow(base.get_decoder() or base, _layers(base))
+    hooks += [
+        parameter.register_post_accumulate_grad_hook(lambda p: count.hold([p.grad], GRADIENTS))
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    hooks.append(optimizer.register_step_pre_hook(lambda *_: count.updating(True)))
+    hooks.append(optimizer.register_step_post_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(base: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the decoder; none if it has no such list."""
+    number = base.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    return list(lists[0]) if lists else []

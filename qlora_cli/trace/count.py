@@ -1,0 +1,253 @@
+"""The bytes of all tensors that are alive, real or traced, by what they are for."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora_cli.trace.kernels import Device, opened
+from qlora_cli.trace.tensor import TracedTensor
+
+QUANTIZED = "quantized weights"
+CONSTANTS = "quantization constants"
+UNQUANTIZED = "unquantized weights"
+ADAPTER = "trained weights"
+GRADIENTS = "gradients"
+STATES = "optimizer states"
+SAVED = "saved activations"
+RECOMPUTED = "recomputed activations"
+LOGITS = "logits and loss"
+BATCH = "batch"
+WORKSPACE = "workspace"
+
+HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES)
+"""What is there between steps."""
+
+LOAD = "load"
+
+KINDS = (
+    QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, GRADIENTS, SAVED, RECOMPUTED, LOGITS,
+    BATCH, WORKSPACE,
+)  # fmt: skip
+
+
+class Segment(NamedTuple):
+    """A stretch of a trace that does one thing."""
+
+    stage: str
+    """What is going on: load, first step, ..."""
+    part: str
+    """forward, backward, update; or between, when gradients are there and nothing is under way."""
+    turn: int
+    """How many forward passes have begun in the stage."""
+    place: int | None
+    """Where in the model: 0 before the first layer, 2i + 1 in the layer i, 2i + 2 after it. Going
+    back, None is behind all layers."""
+
+
+@dataclass(slots=True)
+class Peak:
+    """Where the most was alive."""
+
+    total: int = 0
+    """Bytes."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """The same by kind."""
+
+
+class _Held(NamedTuple):
+    size: int
+    kind: str
+    reference: weakref.ref[Any]
+
+
+class Count(TorchDispatchMode):
+    """Counts while it is entered. A storage is counted from the operation that made it, or from
+    `hold`, until nothing refers to it any more.
+
+    Args:
+        device: whose kernels are traced; what they allocate inside counts too.
+        granularity: sizes are rounded up to a multiple of this, as an allocator does (in bytes).
+        vocabulary_size: what has so many columns is logits.
+    """
+
+    def __init__(
+        self, device: Device = "cpu", granularity: int = 1, vocabulary_size: int = 0
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peaks: dict[Segment, Peak] = {}
+        self.flops: Counter[str] = Counter()
+        self.by_kind: Counter[str] = Counter()
+        self.total = 0
+        self._turn = 0
+        self._place = 0
+        self._place_back: int | None = None
+        self._device = device
+        self._granularity = granularity
+        self._vocabulary_size = vocabulary_size
+        self._held: dict[int, _Held] = {}
+        self._stage = ""
+        self._is_updating = False
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What happens in here belongs to this stage."""
+        outer, self._stage = self._stage, name
+        self._turn, self._place, self._place_back = 0, 0, None
+        try:
+            yield
+        finally:
+            self._stage = outer
+
+    def follow(self, model: nn.Module, layers: Sequence[nn.Module]) -> list[Any]:
+        """Know from now on which layer is at work. Returns handles to be removed.
+
+        Args:
+            model: what is called once in a forward pass.
+            layers: of the model, in the order in which they are called.
+        """
+        handles = [model.register_forward_pre_hook(lambda *_: self._begin())]
+        for i, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(lambda *_, i=i: self._go(2 * i + 1)))
+            handles.append(layer.register_forward_hook(lambda _, __, out, i=i: self._leave(i, out)))
+        return handles
+
+    def hold(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+        """Count tensors that are there already, or that turn out to be of this kind."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._add(tensor, kind, is_known=True)
+        self._note()
+
+    def updating(self, value: bool) -> None:
+        """Whether the optimizer is at work."""
+        self._is_updating = value
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        if work := _WORK.get(name):
+            self.flops[self._stage] += work(*args)
+        kernel = _opened(name, self._device)
+        if kernel is not None:
+            with self:
+                return kernel(*args, **kwargs)
+        made = func(*args, **kwargs)
+        tensors = [made] if isinstance(made, Tensor) else tree_leaves(made)
+        kind = None
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                kind = kind or self._kind(name)
+                self._add(tensor, kind)
+        self._note()
+        return made
+
+    def _begin(self) -> None:
+        self._turn += 1
+        self._place, self._place_back = 0, None
+
+    def _go(self, place: int) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not when a layer is computed once more
+            self._place = place
+
+    def _leave(self, layer: int, made: Any) -> None:
+        self._go(2 * layer + 2)
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: self._go_back(2 * layer + 1))
+
+    def _go_back(self, place: int) -> None:
+        self._place_back = place
+
+    def _kind(self, name: str) -> str:
+        if self._is_updating:
+            return STATES if "zeros" in name else WORKSPACE
+        if torch._C._current_graph_task_id() == -1:
+            return SAVED if torch.is_grad_enabled() else WORKSPACE
+        return RECOMPUTED if torch.is_grad_enabled() else WORKSPACE
+
+    def _add(self, tensor: Tensor, kind: str, *, is_known: bool = False) -> None:
+        held = tensor.meta if isinstance(tensor, TracedTensor) else tensor
+        if held is tensor and tensor.device.type == "meta":
+            return  # a skeleton, not something that stands for a real tensor
+        storage = held.untyped_storage()
+        key = storage._cdata
+        known = self._held.get(key)
+        if known is None:
+            size = -(-storage.nbytes() // self._granularity) * self._granularity
+            if (
+                not is_known
+                and self._vocabulary_size
+                and tensor.shape[-1:] == (self._vocabulary_size,)
+            ):
+                kind = LOGITS
+            reference = weakref.ref(storage, partial(self._drop, key))
+            self._held[key] = _Held(size, kind, reference)
+            self.total += size
+            self.by_kind[kind] += size
+        elif is_known and known.kind != kind:
+            self.by_kind[known.kind] -= known.size
+            self.by_kind[kind] += known.size
+            self._held[key] = known._replace(kind=kind)
+
+    def _drop(self, key: int, _: object) -> None:
+        held = self._held.pop(key)
+        self.total -= held.size
+        self.by_kind[held.kind] -= held.size
+
+    def _note(self) -> None:
+        segment = Segment(self._stage, *self._whereabouts())
+        peak = self.peaks.get(segment)
+        if peak is None:
+            peak = self.peaks[segment] = Peak()
+        if self.total > peak.total:
+            peak.total, peak.kinds = self.total, dict(self.by_kind)
+
+    def _whereabouts(self) -> tuple[str, int, int | None]:
+        if self._is_updating:
+            return "update", self._turn, None
+        if torch._C._current_graph_task_id() != -1:
+            return "backward", self._turn, self._place_back
+        if self._place_back is not None:
+            return "between", self._turn, None
+        return "forward", self._turn, self._place
+
+
+def _product(one: Tensor, other: Tensor, *_: Any) -> int:
+    """Multiplications and additions of (..., n, k) by (..., k, m)."""
+    return 2 * one.numel() * other.shape[-1]
+
+
+def _attention(query: Tensor, key: Tensor, *_: Any) -> int:
+    """Two products with all pairs of tokens; a causal kernel may leave half of them out."""
+    return 4 * query.numel() * key.shape[-2]
+
+
+_WORK: dict[str, Callable[..., int]] = {
+    "aten::mm": _product,
+    "aten::bmm": _product,
+    "aten::addmm": lambda _, one, other, *__: _product(one, other),
+    "aten::baddbmm": lambda _, one, other, *__: _product(one, other),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, query, key, *__: (
+        5 * _attention(query, key) // 2
+    ),
+}
+"""Floating-point operations of what takes the time."""
+
+_opened = cache(opened)

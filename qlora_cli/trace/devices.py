@@ -1,0 +1,114 @@
+"""What a plan is made for: a card or a machine, by its name or its memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from qlora_cli.errors import RecipeError
+from qlora_cli.trace.kernels import Device
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device with some memory."""
+
+    name: str
+    kind: Device
+    memory_bytes: int | None
+    """What there is; None if nothing is known."""
+    teraflops: float | None = None
+    """Dense products in 16 bit, 10^12 operations a second, as its maker says."""
+    bandwidth: float | None = None
+    """Of its memory, 10^9 bytes a second."""
+    has_bfloat16: bool = True
+    number: int = 1
+    """Devices that train together."""
+
+
+def _card(
+    name: str, memory: float, teraflops: float, bandwidth: float, *, has_bfloat16: bool = True
+) -> Target:
+    return Target(name, "cuda", int(memory * GIB), teraflops, bandwidth, has_bfloat16)
+
+
+CARDS = (
+    # Memory is what the driver reports, a little less than what is printed on the box.
+    _card("T4", 14.6, 65, 320, has_bfloat16=False),
+    _card("V100 16GB", 15.8, 125, 900, has_bfloat16=False),
+    _card("V100 32GB", 31.7, 125, 900, has_bfloat16=False),
+    _card("RTX 2080 Ti", 10.7, 54, 616, has_bfloat16=False),
+    _card("RTX 3060", 11.6, 51, 360),
+    _card("RTX 3090", 23.6, 71, 936),
+    _card("RTX 4060 Ti 16GB", 15.6, 88, 288),
+    _card("RTX 4070 Ti", 11.7, 80, 504),
+    _card("RTX 4080", 15.6, 97, 717),
+    _card("RTX 4090", 23.5, 165, 1008),
+    _card("RTX 5090", 31.4, 210, 1792),
+    _card("A10", 22.1, 125, 600),
+    _card("A10G", 22.1, 70, 600),
+    _card("L4", 22.0, 121, 300),
+    _card("RTX A6000", 47.5, 155, 768),
+    _card("RTX 6000 Ada", 47.5, 364, 960),
+    _card("A40", 44.4, 150, 696),
+    _card("L40S", 44.4, 362, 864),
+    _card("A100 40GB", 39.4, 312, 1555),
+    _card("A100", 79.2, 312, 2039),
+    _card("H100", 79.1, 989, 3350),
+    _card("H200", 139.7, 989, 4800),
+    _card("B200", 178.0, 2250, 8000),
+)
+"""Cards that are often trained on: makers' data sheets."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(gib|gb|g)", re.IGNORECASE)
+
+
+def find_target(name: str, number: int = 1) -> Target:
+    """What `--device` names.
+
+    Raises:
+        RecipeError: nothing of that name is known.
+    """
+    wanted = _plain(name)
+    if wanted == "cpu":
+        return replace(this_machine(), number=number)
+    if wanted == "cuda":
+        return replace(this_card() or Target("CUDA", "cuda", None), number=number)
+    if size := _SIZE.fullmatch(name.strip()):
+        unit = GIB if size[2].lower() in ("gib", "g") else 10**9
+        return Target(name, "cuda", int(float(size[1]) * unit), number=number)
+    for card in CARDS:
+        if _plain(card.name) in (wanted, wanted.removeprefix("nvidia").removeprefix("geforce")):
+            return replace(card, number=number)
+    raise RecipeError(
+        f"--device: {name} is not known",
+        hint="it takes cpu, cuda, an amount of memory such as 24GiB, or one of "
+        + ", ".join(card.name for card in CARDS),
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("80gb")
+
+
+def this_machine() -> Target:
+    """The CPU here, and the memory that is free."""
+    import psutil
+
+    return Target("CPU", "cpu", psutil.virtual_memory().available)
+
+
+def this_card() -> Target | None:
+    """The first CUDA device here, and the memory that it has."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    known = next((c for c in CARDS if _plain(c.name) in _plain(found.name)), None)
+    name, memory = found.name, found.total_memory
+    if known is not None:
+        return replace(known, name=name, memory_bytes=memory)
+    return Target(name, "cuda", memory, has_bfloat16=torch.cuda.is_bf16_supported())

@@ -1,0 +1,118 @@
+"""What the kernels of libraries allocate while they work, where an operation's result hides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Device = Literal["cpu", "cuda"]
+Kernel = Callable[..., Any]
+
+# On a CPU these are C functions that write to their result; all other operations of bitsandbytes
+# are made of torch's there, and are taken apart.
+_CLOSED = {
+    "bitsandbytes::dequantize_4bit",
+    "bitsandbytes::dequantize_blockwise",
+    "bitsandbytes::gemv_4bit",
+    "bitsandbytes::quantize_blockwise",
+}
+
+
+def make_constants() -> None:
+    """Have bitsandbytes make the small tables that it keeps for as long as the process lives.
+
+    Made within a trace, they would count in the first one alone.
+    """
+    from bitsandbytes import functional
+
+    some = torch.ones(64, 64)
+    for quant_type in ("nf4", "fp4"):
+        packed, state = functional.quantize_4bit(
+            some, quant_type=quant_type, compress_statistics=True
+        )
+        functional.dequantize_4bit(packed, state)
+
+
+def opened(name: str, device: Device) -> Kernel | None:
+    """How an operation is done by others on a device; None if it is one step there."""
+    if device == "cuda":
+        return _CUDA.get(name)
+    if name in _CLOSED or not name.startswith("bitsandbytes::"):
+        return None
+    kernel: Any = torch.library.get_kernel(name, "CPU")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    return lambda *args, **kwargs: kernel.call_boxed(keys, *args, **kwargs)
+
+
+def _multiply_4bit(
+    rows: Tensor,
+    packed: Tensor,
+    shape: list[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """The product with a 4-bit weight that is dequantized first.
+
+    bitsandbytes does so for many rows (always above 1,536); for fewer it has a kernel that never
+    holds the weight, by tables of its own for each generation of cards. This is the most it takes.
+    """
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None and absmax_offset is not None:
+        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
+        absmax = absmax + absmax_offset
+    weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, rows.dtype)
+    return torch.nn.functional.linear(rows, weight, bias)
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """Flash attention on CUDA sums the gradient of the queries in float32."""
+    total = torch.empty_like(query, dtype=torch.float32)
+    made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    del total
+    return made
+
+
+def _quantize_int8(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows in 8 bits, with the scale of each; no column of outliers."""
+    outliers = None
+    if threshold > 0:
+        found = rows.abs() >= threshold
+        del found
+        outliers = torch.empty(0, dtype=torch.int64)
+    scales = rows.new_empty(rows.numel() // rows.shape[-1], dtype=torch.float32)
+    return torch.empty_like(rows, dtype=torch.int8), scales, outliers
+
+
+def _multiply_int8(
+    rows: Tensor,
+    quantized: Tensor,
+    weight: Tensor,
+    row_scales: Tensor,
+    weight_scales: Tensor,
+    outliers: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The product in 32-bit integers, then in float16, then in the dtype of the rows."""
+    shape = (*quantized.shape[:-1], weight.shape[0])
+    integers = rows.new_empty(shape, dtype=torch.int32)
+    half = torch.empty_like(integers, dtype=torch.float16)
+    del integers
+    return half.to(rows.dtype), rows.new_empty(0)
+
+
+_CUDA: dict[str, Kernel] = {
+    "bitsandbytes::gemm_4bit": _multiply_4bit,
+    "bitsandbytes::int8_vectorwise_quant": _quantize_int8,
+    "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

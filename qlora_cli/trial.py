@@ -1,0 +1,187 @@
+"""The largest batches before the first step: memory runs out in the first minute or never."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from qlora_cli.checkpoint import random_states, set_random_states
+from qlora_cli.data.batches import BatchStream
+from qlora_cli.errors import ModelError, OutOfMemory
+from qlora_cli.estimate import Rows, estimate
+from qlora_cli.kernels.choice import Kernels
+from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.plan_text import size_text
+from qlora_cli.recipe import Recipe
+from qlora_cli.trace.count import Count
+from qlora_cli.trace.devices import Target, this_card, this_machine
+from qlora_cli.trace.model import hold_model
+from qlora_cli.types import Batch
+from qlora_cli.world import World, is_out_of_memory
+
+log = logging.getLogger("qlora")
+
+_SHARE = 0.05
+"""Of a run that the trial may take."""
+_WORTH_PLANNING = 50_000_000
+"""Weights of a model that a plan is made of; a smaller one fits anywhere."""
+
+
+def try_first(
+    recipe: Recipe,
+    objective: TokenLoss,
+    optimizer: torch.optim.Optimizer,
+    batches: BatchStream,
+    held_out: Batch | None,
+    world: World,
+    *,
+    max_steps: int,
+    num_weights: int,
+    kernels: Kernels,
+) -> dict[str, int]:
+    """Say what the plan of a run is, and try its largest batches, if the run is long enough.
+
+    Args:
+        held_out: the largest batch of the evaluation.
+        num_weights: of the model.
+        kernels: that the model has.
+
+    Returns:
+        {"planned_memory_bytes", "tried_memory_bytes"}, as far as they are known: bytes of tensors.
+
+    Raises:
+        OutOfMemory: with what to change.
+    """
+    steps, settings = batches.largest(max_steps), recipe.training
+    num_micro_steps = max_steps * -(-settings.batch_size // settings.micro_batch_size)
+    if sum(map(len, steps)) > _SHARE * num_micro_steps:
+        return {}
+    rows = Rows(steps, held_out, max_steps, batches.tokens(max_steps), "the data")
+    planned = foretell(recipe, rows, num_weights, world)
+    is_counted = world.device.type == "cpu" and kernels != "compiled"
+    tried = try_largest(objective, optimizer, rows, world, is_counted=is_counted)
+    found = {"planned_memory_bytes": planned, "tried_memory_bytes": tried}
+    return {name: size for name, size in found.items() if size is not None}
+
+
+def foretell(recipe: Recipe, rows: Rows, num_weights: int, world: World) -> int | None:
+    """Log what the plan of a run says, and return the bytes of tensors at its peak.
+
+    None where the model is too small to care, or its code cannot be traced.
+    """
+    if num_weights < _WORTH_PLANNING or not world.is_main:
+        return None
+    started = time.monotonic()
+    try:
+        config, _ = recipe.model.read_config()
+        report = estimate(recipe, config, _target(world), rows)
+    except ModelError as error:
+        log.info("no plan: %s", error)
+        return None
+    peak = report["peak"]
+    log.info(
+        "plan: tensors take %s at the peak (%s), the process %s to %s; traced in %.1f s",
+        size_text(peak["bytes"]),
+        peak["stage"],
+        size_text(report["process"]["low"]),
+        size_text(report["process"]["high"]),
+        time.monotonic() - started,
+    )
+    planned: int = peak["bytes"]
+    return planned
+
+
+def try_largest(
+    objective: TokenLoss,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    world: World,
+    *,
+    is_counted: bool,
+) -> int | None:
+    """Forward, backward and update on the largest batches, and leave everything as it was.
+
+    Args:
+        is_counted: count the tensors where no allocator does. Compiled code cannot be: what is met
+            for the first time while its operations are watched is never compiled afterwards.
+
+    Returns:
+        Bytes of tensors at the peak, as the allocator of the GPU says or as they are counted.
+
+    Raises:
+        OutOfMemory: with what to change.
+    """
+    count = Count()
+    shapes = ", ".join("x".join(map(str, b.input_ids.shape)) for step in rows.steps for b in step)
+    try:
+        with _unchanged(objective, optimizer), count if is_counted else nullcontext():
+            hold_model(objective.model, count)
+            _take(objective, optimizer, rows, world)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory with the largest batches of the run ({shapes} tokens), which were "
+            "tried before its first step; nothing was learnt yet",
+            hint="qlora plan RECIPE --fit looks for the least harmful changes with which it fits",
+        ) from error
+    taken = None
+    if is_counted:
+        taken = max(peak.total for peak in count.peaks.values())
+    elif world.device.type != "cpu":
+        taken = world.peak_memory_bytes()
+    told = "fit" if taken is None else f"take {size_text(taken)} of tensors"
+    log.info("the largest batches (%s tokens) %s", shapes, told)
+    return taken
+
+
+def _take(objective: TokenLoss, optimizer: torch.optim.Optimizer, rows: Rows, world: World) -> None:
+    # States that are there (of a run that goes on) are in memory as they are. Paged ones would be
+    # kept by bitsandbytes when they are dropped here.
+    makes_states = not optimizer.state and not getattr(optimizer, "is_paged", False)
+    # The first makes the states, which are there in all later steps.
+    for step in ([rows.steps[0][:1]] if makes_states else []) + rows.steps:
+        for batch in step:
+            (objective(batch.to(world.device)) / max(1, batch.num_supervised)).backward()
+        if makes_states:
+            _update(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    if rows.held_out is not None:
+        evaluate_loss(objective, [rows.held_out], world.device)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its states: without gradient and rate no weight changes."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+    optimizer.step()
+
+
+@contextmanager
+def _unchanged(objective: TokenLoss, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Weights, states, rates and random generators are as before afterwards."""
+    generators, was_training = random_states(), objective.training
+    rates = [group["lr"] for group in optimizer.param_groups]
+    is_new = not optimizer.state
+    objective.train()
+    try:
+        yield
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        if is_new:
+            optimizer.state.clear()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        objective.train(was_training)
+        set_random_states(generators)
+
+
+def _target(world: World) -> Target:
+    return this_machine() if world.device.type == "cpu" else this_card() or this_machine()

@@ -1,0 +1,341 @@
+"""What a plan says is what a run takes: traced without data, and counted on real tensors."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from qlora_cli.data.batches import full_batch
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.forecast import Forecast, forecast
+from qlora_cli.model.known import KNOWN, find_known
+from qlora_cli.plan import plan
+from qlora_cli.recipe import Recipe
+from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
+from qlora_cli.trace.count import Count
+from qlora_cli.trace.devices import find_target
+from qlora_cli.trace.kernels import make_constants
+from qlora_cli.trace.model import hold_model, outline
+from qlora_cli.train import train
+from tests.conftest import exit_code, output_of
+
+CPU = torch.device("cpu")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "nf4": {"quantization": {"type": "nf4"}},
+    "nf4 checkpointed, 8-bit states": {
+        "quantization": {"type": "nf4", "double_quant": False},
+        "training": {"gradient_checkpointing": True, "micro_batch_size": 2},
+        "optimizer": {"type": "adamw_8bit"},
+    },
+    "int8": {"quantization": {"type": "int8"}},
+    "packed": {"quantization": {"type": "nf4"}, "data": {"packing": True}},
+    "dora": {"adapter": {"use_dora": True, "dropout": 0.1}},
+    "full": {"adapter": {"type": "full"}, "training": {"gradient_checkpointing": True}},
+}
+
+
+def counted(recipe: Recipe, dtype: torch.dtype, **batches: Any) -> Count:
+    """What the same steps take with real tensors."""
+    make_constants()
+    gc.collect()
+    base = recipe.model.load(recipe.quantization.load_options(dtype), CPU)
+    count = Count(vocabulary_size=base.config.vocab_size)
+    hold_model(base, count)
+    with count:
+        rehearse(base, recipe, dtype, count, **batches)
+    return count
+
+
+def most(peaks: Any, stage: str) -> Any:
+    return max((p for s, p in peaks.items() if s.stage == stage), key=lambda p: p.total)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_traced_is_what_real_tensors_take(
+    tiny_recipe: Callable[..., Recipe], name: str, dtype: torch.dtype
+) -> None:
+    recipe = tiny_recipe(**RECIPES[name])
+    config, _ = recipe.model.read_config()
+    full = full_batch(2, 96, is_flat=recipe.data.packing)
+    batches = {"steps": [[full, full]], "held_out": full_batch(2, 80, is_flat=False)}
+    real = counted(recipe, dtype, **batches)
+    traced = forecast(recipe, config, dtype, device="cpu", **batches)
+    for stage in (FIRST, STEP, EVALUATION):
+        found, truth = traced.peak(stage)[1], most(real.peaks, stage)
+        assert found.total == pytest.approx(truth.total, rel=1e-3), stage
+    assert traced.flops[STEP] == real.flops[STEP] > 0
+
+
+@pytest.mark.parametrize("name", ["nf4", "packed", "int8"])
+def test_a_run_takes_what_its_plan_says(
+    tiny_recipe: Callable[..., Recipe], name: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]}
+        for n in (60, 50, 40, 30, 20, 10)
+    ] + [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 40}]}
+    ]
+    path = tmp_path / "uneven.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = {"path": str(path)}
+    changes = RECIPES[name]
+    recipe = tiny_recipe(
+        **{**changes, "data": {**changes.get("data", {}), "train": source, "evaluation": source}}
+    )
+    make_constants()
+    report = plan(recipe, device="cpu")
+    with Count() as count:
+        train(recipe)
+    real = max(peak.total for peak in count.peaks.values())
+    # Of the base, what no operation looks at is not counted here: the embeddings.
+    unseen = 260 * 32 * 4
+    planned = report["peak"]["bytes"]
+    if report["peak"]["stage"] == "packing proof":  # by formula: for examples of 64 tokens
+        assert real + unseen < planned < 1.2 * real
+    else:
+        assert planned == pytest.approx(real + unseen, rel=1e-2)
+
+
+def test_the_kinds_add_up_to_what_is_alive(tiny_recipe: Callable[..., Recipe]) -> None:
+    missing = {"train": {"path": "nowhere.jsonl"}, "evaluation": None}
+    report = plan(tiny_recipe(quantization={"type": "nf4"}, data=missing), device="cpu")
+    for entry in report["stages"].values():
+        assert sum(entry["kinds"].values()) == entry["bytes"]
+    kinds = report["stages"]["step"]["kinds"]
+    trained = 4 * report["model"]["trained"]
+    assert kinds["trained weights"] == kinds["gradients"] == trained == report["adapter_bytes"]
+    assert 2 * trained <= kinds["optimizer states"] <= 2.1 * trained
+    # Half a byte for each of the weights in the two layers.
+    assert kinds["quantized weights"] == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) // 2
+    assert kinds["logits and loss"] > 0
+
+
+LAYERS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(num_hidden_layers=6, **LAYERS),
+        # Every other layer is a local one; of nine, one is over.
+        Gemma2Config(num_hidden_layers=9, sliding_window=16, **LAYERS),
+        Qwen3Config(num_hidden_layers=5, **LAYERS),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_few_layers_say_what_many_take(
+    tiny_recipe: Callable[..., Recipe],
+    config: PretrainedConfig,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = tiny_recipe(
+        quantization={"type": "nf4"}, training={"gradient_checkpointing": checkpointing}
+    )
+    full = full_batch(2, 40, is_flat=False)
+    batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
+
+    def traced() -> Forecast:
+        return forecast(recipe, config, torch.bfloat16, device="cpu", **batches)
+
+    few = traced()
+    monkeypatch.setattr("qlora_cli.forecast._period", lambda _: None)
+    whole = traced()
+    assert sum(few.traced_layers) < sum(whole.traced_layers) * 2
+    assert len(few.traced_layers) == 2
+    assert few.traced_layers[1] < config.num_hidden_layers == whole.traced_layers[0]
+    for stage in ("load", FIRST, STEP, EVALUATION):
+        assert few.peak(stage)[0] == whole.peak(stage)[0]
+        # A scalar that waits to be collected may be there or not.
+        found, truth = few.peak(stage)[1].total, whole.peak(stage)[1].total
+        assert found == pytest.approx(truth, rel=1e-4)
+    assert few.flops == whole.flops
+    assert few.trained_weights == whole.trained_weights
+
+
+def test_a_pattern_of_ranks_is_traced_whole(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(adapter={"rank_pattern": {"layers.3.self_attn.q_proj": 32}})
+    full = full_batch(1, 16, is_flat=False)
+    found = forecast(
+        recipe,
+        LlamaConfig(num_hidden_layers=9, **LAYERS),
+        torch.float32,
+        device="cpu",
+        steps=[[full]],
+        held_out=None,
+    )
+    assert found.traced_layers == (9,)
+
+
+# As their makers state them (safetensors' index, or the model card).
+WEIGHTS = {
+    "huggyllama/llama-65b": 65_285_660_672,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-2407": 12_247_782_400,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-3-1b": 999_885_952,
+    "microsoft/phi-2": 2_779_683_840,
+    "microsoft/phi-4": 14_659_507_200,
+    "openai/gpt-oss-20b": 20_914_757_184,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_dimensions_known_here_are_those_of_the_model(name: str) -> None:
+    model = outline(AutoConfig.for_model(**KNOWN[name]), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == WEIGHTS[name]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("unsloth/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B"),
+        ("meta-llama/Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-hf"),
+        ("google/gemma-2-9b-it", "google/gemma-2-9b"),
+        ("somebody/Llama-3.1-8B-Poetry", None),
+    ],
+)
+def test_a_model_is_found_by_its_name(path: str, name: str | None) -> None:
+    found = find_known(path)
+    assert (found and found[0]) == name
+
+
+def test_a_model_of_which_nothing_is_known_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ModelError, match=r"no config.json of nobody/nothing"):
+        plan(tiny_recipe(model={"path": "nobody/nothing"}), device="cpu")
+
+
+def test_a_large_model_is_planned_from_its_name_alone(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(
+        model={"path": "meta-llama/Llama-2-7b-hf"},
+        quantization={"type": "nf4"},
+        adapter={"type": "lora", "r": 64},
+        data={"train": {"path": "nowhere.jsonl"}, "evaluation": None, "max_length": 512},
+        training={"gradient_checkpointing": True, "micro_batch_size": 1, "precision": "bf16"},
+    )
+    report = plan(recipe, device="RTX 4090")
+    assert report["model"]["weights"] == WEIGHTS["meta-llama/Llama-2-7b-hf"]
+    assert report["model"]["trained"] == 159_907_840
+    assert "not at hand" in report["rows"]["from"]
+    assert report["rows"]["micro_batches"] == [[[1, 512], [1, 512]]]
+    # 3.238e9 = 224 matrices of 6,476,005,376 weights in four bits.
+    assert report["peak"]["kinds"]["quantized weights"] == 6_476_005_376 // 2
+    assert 6.0 < report["peak"]["bytes"] / 2**30 < 7.0
+    assert report["fits"]["verdict"] == "yes"
+    assert report["traced_layers"] == [2, 3]
+    assert plan(recipe, device="6GiB")["fits"]["verdict"] == "no"
+
+
+def test_paged_states_are_set_apart_on_cuda(tiny_recipe: Callable[..., Recipe]) -> None:
+    paged = plan(tiny_recipe(optimizer={"type": "paged_adamw_32bit"}), device="24GiB")
+    plain = plan(tiny_recipe(optimizer={"type": "adamw"}), device="24GiB")
+    assert "optimizer states" not in paged["peak"]["kinds"]
+    states = plain["stages"]["step"]["kinds"]["optimizer states"]
+    assert paged["stages"]["step"]["paged_bytes"] == states
+    assert plain["stages"]["step"]["bytes"] - paged["stages"]["step"]["bytes"] == states
+
+
+def test_the_first_batches_of_a_plan_are_the_largest_of_the_data(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    report = plan(tiny_recipe(), device="cpu")
+    assert report["rows"]["from"] == "the data"
+    (rows, longest), (_, second) = report["rows"]["micro_batches"][0]
+    assert rows == 1  # two examples, end to end
+    assert 2 * 20 < second <= longest < 2 * 96
+    assert report["rows"]["steps"] == 4
+    assert report["rows"]["tokens"] > 4 * 4 * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes"),
+    [("24GiB", 24), ("80 GB", 74.5), ("nvidia rtx 4090", 23.5), ("h100", 79.1)],
+)
+def test_a_device_is_a_card_or_an_amount_of_memory(name: str, gibibytes: float) -> None:
+    memory = find_target(name).memory_bytes
+    assert memory is not None
+    assert memory / 2**30 == pytest.approx(gibibytes, abs=0.1)
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(RecipeError, match="--device: abacus is not known"):
+        find_target("abacus")
+
+
+def test_the_least_harmful_change_that_suffices_is_found(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = tiny_recipe(
+        model={"path": "meta-llama/Llama-3.2-1B"},
+        data={"train": {"path": "nowhere.jsonl"}, "evaluation": None, "max_length": 512},
+        training={"batch_size": 8, "micro_batch_size": 8, "precision": "bf16"},
+    )
+
+    def changes(device: str) -> dict[str, Any] | None:
+        report = plan(recipe, device=device, fit=True)
+        is_enough = report["changes"] is not None
+        assert (report["fits"]["verdict"] == "yes") is is_enough
+        found: dict[str, Any] | None = report["changes"]
+        return found
+
+    assert changes("80GiB") == {}
+    less = changes("8GiB")
+    assert less is not None
+    assert set(less) == {"training.micro_batch_size"}
+    much_less = changes("3GiB")
+    assert much_less is not None
+    assert much_less["training.gradient_checkpointing"] is True
+    assert much_less["quantization.type"] == "nf4"
+    assert not {"optimizer.type", "data.max_length"} & set(much_less)
+    assert changes("1GiB") is None
+
+
+def test_to_fit_a_device_its_memory_has_to_be_known(tiny_recipe: Callable[..., Recipe]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the memory of the card here is known")
+    with pytest.raises(RecipeError, match="not known how much memory"):
+        plan(tiny_recipe(), device="cuda", fit=True)
+
+
+def test_the_command_prints_a_plan(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(quantization={"type": "nf4"})
+    report = output_of(capsys, "plan", path, "--device", "T4")
+    assert report["device"]["name"] == "T4"
+    assert report["peak"]["bytes"] == max(stage["bytes"] for stage in report["stages"].values())
+    assert exit_code("plan", path, "--device", "T4") == 0
+    text = capsys.readouterr().out
+    assert "at the peak" in text
+    assert "fits: yes" in text
+    assert json.dumps(report["model"]["path"])[1:-1] in text

@@ -1,0 +1,99 @@
+"""The largest batches come first, and leave a run as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_cli import trial
+from qlora_cli.data.batches import full_batch
+from qlora_cli.errors import OutOfMemory
+from qlora_cli.estimate import Rows
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.plan import plan
+from qlora_cli.recipe import Recipe
+from qlora_cli.rehearsal import Alone
+from qlora_cli.train import train
+from qlora_cli.trial import try_largest
+
+LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
+
+
+@pytest.fixture
+def run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Path]:
+    def run(name: str, **sections: Any) -> Path:
+        folder = tmp_path / name
+        train(tiny_recipe(**{**LONG, **sections}, output={"dir": str(folder)}))
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_run_learns_the_same_with_its_largest_batches_tried_first(
+    run: Callable[..., Path], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"optimizer": {"type": optimizer}, "adapter": {"dropout": 0.2}}
+    tried = run("tried", **sections)
+    monkeypatch.setattr(trial, "_SHARE", 0.0)
+    plain = run("plain", **sections)
+    weights = [load_file(one / "last" / "adapter_model.safetensors") for one in (tried, plain)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    records = [json.loads((one / "run.json").read_text()) for one in (tried, plain)]
+    assert records[0]["tried_memory_bytes"] > 0
+    assert "tried_memory_bytes" not in records[1]
+
+
+def test_what_was_tried_takes_what_was_planned(
+    run: Callable[..., Path], tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_WORTH_PLANNING", 0)
+    record = json.loads((run("planned") / "run.json").read_text())
+    planned, tried = record["planned_memory_bytes"], record["tried_memory_bytes"]
+    report = plan(tiny_recipe(**LONG), device="cpu")
+    assert planned == report["peak"]["bytes"]
+    stages = report["stages"]
+    steps = max(stages[name]["bytes"] for name in ("step", "evaluation"))
+    assert tried == pytest.approx(steps, rel=2e-2)
+    lines = (run("again") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["planned_memory_bytes"] == planned
+
+
+def test_memory_that_ends_in_the_trial_ends_the_run_with_advice(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = tiny_recipe()
+    model = recipe.adapter.attach(
+        recipe.model.load(recipe.quantization.load_options(torch.float32), torch.device("cpu"))
+    )
+    optimizer = recipe.optimizer.build(model.parameters(), torch.device("cpu"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def end(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+
+    rows = Rows([[full_batch(1, 16, is_flat=False)]], None, 1, 1, "here")
+    objective = TokenLoss(model, torch.float32)
+    model.get_input_embeddings().register_forward_hook(end)
+    with pytest.raises(OutOfMemory, match="1x16 tokens") as caught:
+        try_largest(objective, optimizer, rows, Alone(), is_counted=True)
+    assert "--fit" in (caught.value.hint or "")
+    assert not optimizer.state
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_short_run_is_not_held_up(
+    tiny_recipe: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="qlora"):
+        record = train(tiny_recipe())
+    assert "tried_memory_bytes" not in record
+    assert "largest batches" not in caplog.text
