@@ -6,10 +6,52 @@ import time
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.estimate import estimate
+from qlora_cli.estimate import assume_rows, estimate
 from qlora_cli.fit import fit_to
 from qlora_cli.recipe import Recipe
 from qlora_cli.trace.devices import find_target
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"adapter": {"type": "full"}, "quantization": {"type": "none"}},
+    "LoRA": {"quantization": {"type": "none"}},
+    "8-bit LoRA": {"quantization": {"type": "int8"}},
+    "QLoRA": {"quantization": {"type": "nf4"}},
+}
+LENGTHS = (512, 1024, 2048, 4096)
+
+
+def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
+    """What the methods take for one model, with rows of several lengths throughout.
+
+    Returns:
+        {"methods": {method: {length: {"tensors", "low", "high", "verdict"}}}}, sizes in bytes.
+
+    Raises:
+        QloraError: in one of its kinds, with its exit code.
+    """
+    quiet_libraries()
+    target = find_target(device)
+    config, source = recipe.model.read_config()
+    document = recipe.model_dump(mode="json")
+    if recipe.adapter.trains_base:
+        document["adapter"] = {"type": "lora"}
+    methods: dict[str, dict[int, dict[str, Any]]] = {}
+    for method, sections in METHODS.items():
+        for length in LENGTHS:
+            data = {**document["data"], "max_length": length}
+            one = Recipe.model_validate({**document, **sections, "data": data})
+            rows = assume_rows(one, "a table", is_flat=True)
+            report = estimate(one, config, target, rows)
+            methods.setdefault(method, {})[length] = {
+                "tensors": report["peak"]["bytes"],
+                **report["process"],
+                "verdict": report["fits"]["verdict"],
+            }
+    return {
+        "model": {"path": recipe.model.path, "dimensions": source},
+        "device": {"name": target.name, "bytes": target.memory_bytes},
+        "methods": methods,
+    }
 
 
 def plan(

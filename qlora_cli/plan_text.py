@@ -34,6 +34,21 @@ def plan_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table_text(report: Mapping[str, Any]) -> str:
+    """A row for each method, a column for each length (`report` as `plan_table` returns it)."""
+    marks = {"yes": "", "perhaps": " ?", "no": " -", "unknown": ""}
+    lengths = list(next(iter(report["methods"].values())))
+    rows = [["tokens per row", *(f"{length:,}" for length in lengths)]]
+    for method, cells in report["methods"].items():
+        sizes = (size_text(cell["tensors"]) + marks[cell["verdict"]] for cell in cells.values())
+        rows.append([method, *sizes])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    device = report["device"]
+    head = f"{report['model']['path']}: tensors at the peak; on {device['name']}, ? may fit, - not"
+    return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
 def size_text(size: float) -> str:
     """Bytes as GiB, or as MiB where that is less."""
     return f"{size / _GIB:,.2f} GiB" if abs(size) >= _GIB else f"{size / _MIB:,.1f} MiB"

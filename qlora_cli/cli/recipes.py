@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
-from qlora_cli.plan_text import plan_text
+from qlora_cli.plan_text import plan_text, table_text
 from qlora_cli.recipe_file import dump_with_origins, load_recipe
 from qlora_cli.report_text import cache_text
 
@@ -108,6 +108,9 @@ def plan(
     fit: Annotated[
         bool, typer.Option("--fit", help="Look for the least harmful changes with which it fits.")
     ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Compare full, LoRA, 8-bit and QLoRA, at four lengths.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -123,12 +126,17 @@ def plan(
       qlora plan recipe.yaml --device "RTX 4090"
       qlora plan recipe.yaml --device 24GiB --set data.max_length=4096
       qlora plan recipe.yaml --device 12GiB --fit
+      qlora plan recipe.yaml --device H100 --table
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.plan import plan
+    from qlora_cli.plan import plan, plan_table
 
-    report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
-    show(report, as_json, plan_text(report))
+    if table:
+        report = plan_table(loaded.recipe, device=device)
+        show(report, as_json, table_text(report))
+    else:
+        report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
+        show(report, as_json, plan_text(report))
 
 
 def show_cache(

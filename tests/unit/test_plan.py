@@ -339,3 +339,15 @@ def test_the_command_prints_a_plan(
     assert "at the peak" in text
     assert "fits: yes" in text
     assert json.dumps(report["model"]["path"])[1:-1] in text
+
+
+def test_a_table_compares_methods(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = output_of(capsys, "plan", write_recipe(), "--device", "24GiB", "--table")
+    assert list(report["methods"]) == ["full", "LoRA", "8-bit LoRA", "QLoRA"]
+    for cells in report["methods"].values():
+        sizes = [cell["tensors"] for cell in cells.values()]
+        assert len(sizes) == 4
+        assert sizes == sorted(sizes)
+    assert report["methods"]["full"]["512"]["tensors"] > report["methods"]["LoRA"]["512"]["tensors"]
