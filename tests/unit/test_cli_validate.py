@@ -127,7 +127,7 @@ COMMANDS = leaves(get_command(app))
 def test_commands() -> None:
     assert list(COMMANDS) == [
         "train", "rerun", "bench", "eval", "merge", "export", "chat", "generate", "validate",
-        "preview", "cache", "schema",
+        "preview", "plan", "cache", "schema",
         "adapters list", "adapters inspect", "adapters diff", "adapters combine",
     ]  # fmt: skip
 
@@ -145,6 +145,7 @@ def test_options_are_a_promise() -> None:
         "train": {"recipe", "--set", "--resume", "--allow", "--no-cache", "--json", *talk},
         "rerun": {"run", "--output", "--json", *talk},
         "bench": {"recipe", "--set", "--steps", "--json", *talk},
+        "plan": {"recipe", "--set", "--device", "--gpus", "--fit", "--table", "--json", *talk},
         "eval": {
             "target",
             "--set",
