@@ -362,6 +362,7 @@ def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -
 
 PREPARING = """
 import multiprocessing, sys, time
+from pathlib import Path
 from qlora_cli.data.workers import Workers
 from qlora_cli.model.base import load_tokenizer
 from qlora_cli.types import Conversation, Message
@@ -374,7 +375,7 @@ def rows():
     time.sleep(600)
 
 if __name__ == "__main__":
-    tokenizer = load_tokenizer(sys.argv[1])
+    tokenizer = load_tokenizer(Path(sys.argv[1]))
     with Workers(tokenizer, max_length=64, truncate="cut_end", number=2) as workers:
         list(workers.encode(rows()))
 """
