@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_cli.kernels.elementwise import Elementwise
+
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_BLOCK = 128
+"""Queries whose scores are in memory at once: they stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +57,86 @@ def attend_backward(
     attended: Attended,
     documents: Sequence[int],
     scale: float,
+    ops: Elementwise,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, E), k and v (T, K, E), from that of the output (T, H, E).
 
-    On a CPU by torch's own kernel. Elsewhere a document is attended to once more, by whatever
-    kernel torch chooses for the device, and torch differentiates that.
+    On a CPU by plain products and compiled element-wise work between them, or by torch's own kernel
+    where nothing is compiled. Elsewhere a document is attended to once more, by whatever kernel
+    torch chooses for the device, and torch differentiates that.
     """
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     groups = k.shape[1]
     first = 0
     for index, length in enumerate(documents):
         at = slice(first, first + length)
-        parts = _by_group(q[at], k[at], v[at])
         upstream = _grouped(grad[at], groups)
-        if q.device.type == "cpu":
-            output = _grouped(attended.output[at], groups)
-            found = _cpu_backward(
-                upstream, *parts, output, attended.normalizers[index], 0.0, True, scale=scale
-            )
+        if q.device.type != "cpu":
+            found = _differentiate(upstream, _by_group(q[at], k[at], v[at]), scale)
         else:
-            found = _differentiate(upstream, parts, scale)
+            output = _grouped(attended.output[at], groups)
+            kept = upstream, output, attended.normalizers[index], scale
+            if ops.is_compiled:
+                found = _by_blocks(_grouped(q[at], groups), k[at], v[at], *kept, ops)
+            else:
+                found = _by_kernel(_by_group(q[at], k[at], v[at]), *kept)
         grads[0][at] = found[0].permute(2, 0, 1, 3).flatten(1, 2)
         for total, part in zip(grads[1:], found[1:], strict=True):
             total[at] = part.sum(1).transpose(0, 1)  # a head of keys served several of queries
         first += length
     return grads[0], grads[1], grads[2]
+
+
+def _by_kernel(
+    parts: tuple[Tensor, Tensor, Tensor],
+    upstream: Tensor,
+    output: Tensor,
+    normalizer: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _cpu_backward(
+        upstream, *parts, output, normalizer, 0.0, True, scale=scale
+    )
+    return found
+
+
+def _by_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    upstream: Tensor,
+    output: Tensor,
+    normalizer: Tensor,
+    scale: float,
+    ops: Elementwise,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for queries in blocks, each with the keys it sees and no others (Dao et al. 2022,
+    algorithm 4, without its inner loop): (K, G, t, E), and (K, 1, t, E) for keys and values.
+
+    Scores are computed in float32, as in torch's kernel: rounded, they would shift every weight.
+    """
+    groups, _, length, size = q.shape
+    k, v = k.transpose(0, 1), v.transpose(0, 1)  # (K, t, E)
+    shared = ops.dot(upstream, output)
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.zeros(2, *k.shape)  # float32, for the sum over blocks
+    number = -(-length // _BLOCK)
+    for rows in torch.arange(length).tensor_split(number):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        queries = q[:, :, first:last].reshape(groups, -1, size)
+        above = upstream[:, :, first:last].reshape(groups, -1, size)
+        shape = groups, -1, len(rows), last
+        weights, of_scores = ops.scores_backward(
+            (queries.float() @ k[:, :last].mT.float()).view(shape),
+            (above @ v[:, :last].mT).view(shape),
+            *(normalizer[..., first:last], shared[..., first:last]),
+            *(rows, scale),
+        )
+        weights, of_scores = weights.flatten(1, 2), of_scores.flatten(1, 2)
+        grad_q[:, :, first:last] = (of_scores @ k[:, :last]).view(groups, -1, len(rows), size)
+        grad_k[:, :last] += of_scores.mT @ queries
+        grad_v[:, :last] += weights.mT @ above
+    return grad_q, grad_k[:, None], grad_v[:, None]
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -246,6 +246,7 @@ class _Micro:
             kept.attended,
             place.documents,
             parts.scale,
+            self.ops,
         )
         grad_qk = self.ops.rotate(torch.cat([grad_q, grad_k], 1), place.cos, -place.sin)
         grad_qkv = torch.cat([grad_qk, grad_v], 1).flatten(1)

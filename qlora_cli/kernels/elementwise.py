@@ -83,9 +83,34 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return grad_gate_up, (activated * up).to(gate_up.dtype)
 
 
+def scores_backward(
+    scores: Tensor, grad: Tensor, normalizer: Tensor, shared: Tensor, rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax of `scores` once more, and their gradient, in the dtype of `grad`.
+
+    Args:
+        scores: (K, G, t, m) in float32, before they are scaled.
+        grad: (K, G, t, m) of the softmax.
+        normalizer: (K, G, t), the logarithm of the sums of exponentials.
+        shared: (K, G, t), what all scores of a row have in common in their gradient.
+        rows: (t,), the place of each query among the m keys.
+    """
+    is_seen = torch.arange(scores.shape[-1], device=scores.device) <= rows[:, None]
+    weights = torch.where(is_seen, torch.exp(scores * scale - normalizer[..., None]), 0.0)
+    of_scores = weights * (grad.float() - shared[..., None]) * scale
+    return weights.to(grad.dtype), of_scores.to(grad.dtype)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Products along the last dimension, summed in float32."""
+    return (x.float() * y.float()).sum(-1)
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """The functions above, plain or compiled."""
+
+    is_compiled: bool = False
 
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_rms_norm
@@ -94,6 +119,8 @@ class Elementwise:
     rotate: Callable[..., Tensor] = rotate
     swiglu: Callable[..., Tensor] = swiglu
     swiglu_backward: Callable[..., tuple[Tensor, Tensor]] = swiglu_backward
+    scores_backward: Callable[..., tuple[Tensor, Tensor]] = scores_backward
+    dot: Callable[..., Tensor] = dot
 
     @classmethod
     def compiled(cls) -> Elementwise:
@@ -102,15 +129,21 @@ class Elementwise:
         # torch.compile keeps what it made for each function in a folder of the user's, so that a
         # second run takes a few seconds.
         return cls(
+            is_compiled=True,
             **{
                 field.name: torch.compile(getattr(plain, field.name), dynamic=True)
                 for field in fields(cls)
-            }
+                if field.name != "is_compiled"
+            },
         )
 
     def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Run each once, so that what cannot be compiled fails here and not in a step."""
-        rows, width, heads, size = 6, 32, 2, 16
+        """Run each once, so that what cannot be compiled fails here and not in a step.
+
+        The sizes are those of a small step: whether a kernel uses several threads is decided by
+        what it is compiled for.
+        """
+        rows, width, heads, size = 512, 1024, 16, 64
         x, y = torch.rand(2, rows, width, device=device, dtype=dtype)
         weight, angles = torch.rand_like(x[0]), torch.rand(rows, size, device=device)
         _, factor = self.rms_norm(x, weight, 1e-6)
@@ -119,3 +152,8 @@ class Elementwise:
         self.rms_norm_backward(x, y, factor, weight, x)
         self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
         self.swiglu_backward(self.swiglu(x), x)
+        scores = torch.rand(1, heads, rows // 4, rows // 2, device=device)
+        row = self.dot(scores, scores)
+        self.scores_backward(
+            scores, scores.to(dtype), row, row, torch.arange(rows // 4, device=device), 1.0
+        )

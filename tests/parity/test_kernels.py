@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli.kernels.attention import attend, attend_backward
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
@@ -258,3 +260,28 @@ def test_cross_entropy_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
         ours, gradient, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-7
     )
     assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])  # which is to say: by torch's kernel, or ours
+def test_the_backward_pass_of_attention_is_that_of_each_document_alone(is_compiled: bool) -> None:
+    torch.manual_seed(6)
+    documents, heads, groups, size, scale = [1, 300, 128, 129], 6, 2, 16, 0.25
+    tokens = sum(documents)
+    q, grad = torch.randn(2, tokens, heads, size)
+    k, v = torch.randn(2, tokens, groups, size)
+    # The same products by blocks, with nothing compiled between them.
+    ops = replace(Elementwise(), is_compiled=is_compiled)
+    attended = attend(q, k, v, documents, scale)
+    found = attend_backward(grad, q, k, v, attended, documents, scale, ops)
+
+    parts = [x.double().requires_grad_() for x in (q, k, v)]
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in of_one), is_causal=True, scale=scale, enable_gqa=True
+        ).transpose(0, 1)
+        for of_one in zip(*(x.split(documents) for x in parts), strict=True)
+    ]
+    expected = torch.autograd.grad(torch.cat(outputs), parts, grad.double())
+    torch.testing.assert_close(attended.output.double(), torch.cat(outputs), rtol=0, atol=1e-5)
+    for ours, reference in zip(found, expected, strict=True):
+        assert (ours - reference).norm() / reference.norm() < 1e-5
