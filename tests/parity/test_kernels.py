@@ -262,7 +262,7 @@ def test_cross_entropy_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
     assert torch.equal(logits.detach(), before)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])  # which is to say: by torch's kernel, or ours
+@pytest.mark.parametrize("is_compiled", [False, True])  # False: by torch's own kernel
 def test_the_backward_pass_of_attention_is_that_of_each_document_alone(is_compiled: bool) -> None:
     torch.manual_seed(6)
     documents, heads, groups, size, scale = [1, 300, 128, 129], 6, 2, 16, 0.25
