@@ -59,6 +59,13 @@ def compare(
         str | None,
         typer.Option("--objective", metavar="MEASURE", help="What --search goes by: loss, a task."),
     ] = None,
+    generation: Annotated[
+        bool,
+        typer.Option(
+            "--generation/--no-generation",
+            help="Merge each, and measure how quickly base, adapted and merged model answer.",
+        ),
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -84,7 +91,7 @@ def compare(
     from qlora_cli.compare.text import comparison_text
 
     names = [name.strip() for name in methods.split(",")] if methods else []
-    asked = Asked(recipes, names, vary, learning_rates, overrides)
+    asked = Asked(recipes, names, vary, learning_rates, overrides, generation)
     how = Search(search, objective) if search and objective else None
     report = compare(asked, out, how)
     show(report, as_json, comparison_text(report))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class Asked:
         vary: `key=value,value`, or `method:key=value,value`.
         learning_rates: `method=number`.
         overrides: `key=value`, for every cell whose sections have the key.
+        speaks: measure how quickly each answers, which takes a merge.
     """
 
     recipes: Sequence[Path]
@@ -71,6 +72,7 @@ class Asked:
     vary: Sequence[str] = ()
     learning_rates: Sequence[str] = ()
     overrides: Sequence[str] = ()
+    speaks: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Cell:
     """None where there can be none: `error` says why."""
     origins: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
+    speaks: bool = True
+    """Whether its speed in generation is measured."""
 
     @property
     def slug(self) -> str:
@@ -167,7 +171,7 @@ class Grid:
         stems = [recipe.stem] if len(self._asked.recipes) > 1 else []
         values = [f"{self._labels[key]}={value}" for key, value in settings.items()]
         name = " ".join([*stems, *([method] if method else []), *values]) or recipe.stem
-        cell = Cell(name, recipe.stem, method, settings)
+        cell = Cell(name, recipe.stem, method, settings, speaks=self._asked.speaks)
         overrides = [] if method is None else method_keys(method)
         try:
             base = load_recipe(recipe, overrides).recipe
@@ -178,8 +182,8 @@ class Grid:
             place = json.dumps(str(self._folder / "runs" / cell.slug))
             loaded = load_recipe(recipe, [*overrides, f"output.dir={place}"])
         except RecipeError as error:
-            return Cell(name, recipe.stem, method, settings, error=str(error))
-        return Cell(name, recipe.stem, method, settings, loaded.recipe, loaded.origins)
+            return replace(cell, error=str(error))
+        return replace(cell, recipe=loaded.recipe, origins=loaded.origins)
 
 
 def method_names() -> list[str]:

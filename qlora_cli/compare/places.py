@@ -41,6 +41,7 @@ class Place:
         self.run = RunFolder(root / "runs" / cell.slug)
         self._measured = root / "measured"
         self._slug = cell.slug
+        self._speaks = cell.speaks
         self._base = root / "bases" / f"{_base_name(cell.recipe)}.json" if cell.recipe else None
 
     @property
@@ -100,7 +101,10 @@ class Place:
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to do."""
-        return self.figures() is not None and self.answers() is not None
+        figures = self.figures()
+        if figures is None or self.answers() is None:
+            return False
+        return not self._speaks or figures["generation"] is not None
 
     def refuse_other(self, recipe: Recipe) -> None:
         """Raises RecipeError if the cell was run with another recipe."""

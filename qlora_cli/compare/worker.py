@@ -74,8 +74,8 @@ def run_cell(cell: Cell, place: Place) -> None:
     _train(cell.recipe, dict(cell.origins), place)
     if place.answers() is None:
         _examine(cell.recipe, place)
-    if place.figures() is None:
-        place.keep_figures(_measure(cell.recipe, place.run))
+    if not place.is_done:
+        place.keep_figures(_measure(cell.recipe, place.run, speaks=cell.speaks))
 
 
 def _train(recipe: Recipe, origins: dict[str, str], place: Place) -> None:
@@ -101,11 +101,11 @@ def _examine(recipe: Recipe, place: Place) -> None:
         place.keep_answers(answers, of_base=name == "base" and not alone)
 
 
-def _measure(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+def _measure(recipe: Recipe, run: RunFolder, *, speaks: bool) -> dict[str, Any]:
     weights = run.weights("last")
     return {
         "plan": _plan(recipe),
-        "generation": _speak(recipe, run),
+        "generation": _speak(recipe, run) if speaks else None,
         "weights_bytes": sum(file.stat().st_size for file in weights.glob("*.safetensors")),
         "run_bytes": sum(f.stat().st_size for f in run.root.rglob("*") if f.is_file()),
     }
