@@ -19,6 +19,8 @@ from qlora_cli.plan_text import size_text
 
 Row = Mapping[str, Any]
 
+_MIB = 2**20
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
   color: #222; background: #fff; }
@@ -99,7 +101,7 @@ def _plots(report: Row) -> Iterator[tuple[str, str]]:
     if stacks := [*_stacks(cells)]:
         title = "Memory at the peak: tensors by kind as planned"
         text = f"{title}; the line across is what the process took as measured"
-        yield stack_plot(title, stacks, mark="measured", form=size_text), text
+        yield stack_plot(title, stacks, mark="measured", form=_mib_text), text
     for name, measure in report["measures"].items():
         intervals = [Interval(cell["name"], **e) for cell, e in _estimates(cells, name)]
         if intervals:
@@ -109,9 +111,17 @@ def _plots(report: Row) -> Iterator[tuple[str, str]]:
 
 
 def _stacks(cells: Sequence[Row]) -> Iterator[Stack]:
+    """In MiB, so that the ticks are round."""
     for cell in cells:
-        if kinds := cell["memory"]["planned_kinds"]:
-            yield Stack(cell["name"], kinds, cell["memory"]["measured_bytes"])
+        memory = cell["memory"]
+        if kinds := memory["planned_kinds"]:
+            parts = {kind: size / _MIB for kind, size in kinds.items()}
+            measured = memory["measured_bytes"]
+            yield Stack(cell["name"], parts, measured and measured / _MIB)
+
+
+def _mib_text(size: float) -> str:
+    return size_text(size * _MIB)
 
 
 def _estimates(cells: Sequence[Row], name: str) -> Iterator[tuple[Row, Row]]:
@@ -135,13 +145,16 @@ def _varied(report: Row, name: str, measure: Row) -> Iterator[tuple[str, str]]:
             continue
         lines: dict[str, list[tuple[float, float]]] = {}
         for x, (cell, estimate) in zip(values, found, strict=True):
-            lines.setdefault(_rest(cell, key), []).append((x, estimate["value"]))
+            several = len({one["recipe"] for one in report["cells"]}) > 1
+            lines.setdefault(_rest(cell, key, several=several), []).append((x, estimate["value"]))
         drawn = [Line(rest, sorted(points)) for rest, points in lines.items()]
         text = f"{name} by {key}"
         yield line_plot(text, drawn, x=key, y=name, form="{:g}".format), text
 
 
-def _rest(cell: Row, key: str) -> str:
-    """What a cell is, but for one key."""
+def _rest(cell: Row, key: str, *, several: bool) -> str:
+    """What a cell is, but for one key; with its recipe, where there are several."""
+    method = cell["method"] or cell["recipe"]
     others = [f"{k}={v}" for k, v in cell["settings"].items() if k != key]
-    return " ".join([cell["recipe"], *filter(None, [cell["method"]]), *others])
+    is_named = several and cell["method"]
+    return " ".join([*([cell["recipe"]] if is_named else []), method, *others])
