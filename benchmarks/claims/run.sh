@@ -16,9 +16,11 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     usage
     [[ $# -ge 1 ]] && exit 0 || exit 2
 fi
-data=$1
-out=${2:-runs/claims}
-here=$(dirname "${BASH_SOURCE[0]}")
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+mkdir -p "${2:-runs/claims}"
+out=$(cd "${2:-runs/claims}" && pwd)
+model=$root/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
+cd "$1" # the recipes name data from here
 
 methods=full,lora,nf4,fp4,int8,bottleneck,ia3,bitfit
 grid=(
@@ -28,23 +30,18 @@ grid=(
     --vary fp4:quantization.double_quant=true,false
 )
 rates=(--learning-rate full=5e-5 --learning-rate ia3=5e-3 --learning-rate bitfit=2e-3)
-forgetting=(--set "evaluation.forgetting.path=$data/wikitext2/valid.txt")
-sst2=(--set "data.train.path=$data/sst2/train.tsv" --set "data.evaluation.path=$data/sst2/dev.tsv")
-gsm8k=(--set "data.train.path=$data/gsm8k/train.jsonl" --set "data.evaluation.path=$data/gsm8k/test.jsonl")
-
 compare() {
     # 8: some cells failed, which the page says.
-    qlora compare "$@" "${forgetting[@]}" -q >/dev/null || [[ $? == 8 ]]
+    qlora compare "$root/benchmarks/claims/$1.yaml" --out "$out/$2" --set "model.path=$model" \
+        "${@:3}" -q >/dev/null || [[ $? == 8 ]]
 }
 
-compare "$here/sst2.yaml" --out "$out/sst2" "${sst2[@]}" \
-    --methods "$methods" "${grid[@]}" "${rates[@]}"
+compare sst2 sst2 --methods "$methods" "${grid[@]}" "${rates[@]}"
 # How quickly a model answers is no matter of the task.
-compare "$here/gsm8k.yaml" --out "$out/gsm8k" "${gsm8k[@]}" --no-generation \
-    --methods "$methods" "${grid[@]}" "${rates[@]}"
+compare gsm8k gsm8k --no-generation --methods "$methods" "${grid[@]}" "${rates[@]}"
 # Other seeds, where sentences about small differences are held against the figures.
-compare "$here/sst2.yaml" --out "$out/seeds" "${sst2[@]}" --no-generation \
-    --methods full,lora --learning-rate full=5e-5 \
+compare sst2 seeds --no-generation --methods full,lora --learning-rate full=5e-5 \
     --vary lora:adapter.r=4,16,64 --vary lora:adapter.target_modules=all-linear --vary training.seed=1,2
 
+cd "$root"
 python -m benchmarks.claims.page "$out"
