@@ -13,6 +13,7 @@ Interrupted              the run ended as it was asked to, and is saved
   SIGTERM            143
 
 A run that was repeated (`qlora rerun`) with another result: 7
+A comparison (`qlora compare`) with cells that failed: 8
 
 Success: 0. Anything else (1) is a bug of ours.
 """
@@ -24,6 +25,7 @@ EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 EXIT_INTERRUPTED = 130
 EXIT_DIFFERENT = 7
+EXIT_FAILED_CELLS = 8
 
 
 class QloraError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -73,13 +73,22 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
             cells.append(_with_interval(difference, digits, sign="+") if difference else "")
             cells.append(_verdict(difference, measure["lower_is_better"]) if difference else "")
         rows.append([name, f"{measure['n']:,}", *cells])
+    interval = f"with {report['confidence']:.0%} intervals (bootstrap over the examples)"
+    return "\n".join([f"{report['target']}: {interval}", *aligned(rows)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as what is in them."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
+    return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    interval = f"with {report['confidence']:.0%} intervals (bootstrap over the examples)"
-    return "\n".join([f"{report['target']}: {interval}", *table])
+
+
+def estimate_text(estimate: Mapping[str, Any], *, is_share: bool, sign: str = "") -> str:
+    """A figure with its interval."""
+    return _with_interval(estimate, _percent if is_share else _number, sign)
 
 
 def harness_text(report: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli import __version__
-from qlora_cli.cli import adapters, recipes, runs, talk
+from qlora_cli.cli import adapters, compare, recipes, runs, talk
 from qlora_cli.cli.options import Quiet
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.secrets import MaskedFormatter, masked
@@ -65,6 +65,7 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
       5    stopped by training.stop_after, and saved: --resume goes on
       6    out of memory in training; what was learnt is saved
       7    a run that was repeated (rerun) has another result
+      8    a comparison has cells that failed; the others are done
       130  interrupted (Ctrl-C); a run is saved first
       143  the same by SIGTERM
     """
@@ -73,6 +74,7 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
 app.command()(runs.train)
 app.command()(runs.rerun)
 app.command()(runs.bench)
+app.command()(compare.compare)
 app.command("eval")(runs.evaluate)
 app.command()(runs.merge)
 app.command("export")(runs.export_model)

@@ -24,7 +24,7 @@ RECIPE = {"recipe", "recipe_file", "recipe_schema"}
 STORIES = {
     "train", "evaluate", "harness", "merge", "generate", "chat", "adapter_tools", "adapter_combine",
     "plan", "preview",
-    "export", "export_gguf", "rerun", "bench",
+    "export", "export_gguf", "rerun", "bench", "compare",
 }  # fmt: skip
 TOLD = {
     "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
@@ -66,6 +66,11 @@ ALLOWED = {
     **dict.fromkeys(STORIES, FOUNDATION | PARTS | RECIPE | TOLD),
     "rerun": FOUNDATION | PARTS | RECIPE | TOLD | {"train"},
     "bench": FOUNDATION | PARTS | RECIPE | {"train"},
+    "compare": FOUNDATION
+    | PARTS
+    | RECIPE
+    | TOLD
+    | {"compare", "train", "evaluate", "merge", "plan", "probes", "report_text", "plan_text"},
     "harness": FOUNDATION | PARTS | RECIPE | TOLD | {"evaluate"},
     "merge_proof": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "merge": FOUNDATION | PARTS | RECIPE | {"build", "merge_proof", "model_card"},

@@ -335,6 +335,7 @@ COMMANDS: list[list[str]] = [
     ["train", "recipe.yaml"],
     ["rerun", "run"],
     ["bench", "recipe.yaml", "--steps", "2"],
+    ["compare", "recipe.yaml", "--vary", "training.max_steps=2", "--out", "compared"],
     ["plan", "recipe.yaml", "--device", "cpu"],
     ["train", "recipe.yaml", "--resume", "auto", "--set", "training.max_steps=3"],
     ["eval", "run", "--records", "records.jsonl"],

@@ -126,8 +126,8 @@ COMMANDS = leaves(get_command(app))
 
 def test_commands() -> None:
     assert list(COMMANDS) == [
-        "train", "rerun", "bench", "eval", "merge", "export", "chat", "generate", "validate",
-        "preview", "plan", "cache", "schema",
+        "train", "rerun", "bench", "compare", "eval", "merge", "export", "chat", "generate",
+        "validate", "preview", "plan", "cache", "schema",
         "adapters list", "adapters inspect", "adapters diff", "adapters combine",
     ]  # fmt: skip
 
@@ -145,6 +145,20 @@ def test_options_are_a_promise() -> None:
         "train": {"recipe", "--set", "--resume", "--allow", "--no-cache", "--json", *talk},
         "rerun": {"run", "--output", "--json", *talk},
         "bench": {"recipe", "--set", "--steps", "--json", *talk},
+        "compare": {
+            "recipes",
+            "--out",
+            "--set",
+            "--methods",
+            "--vary",
+            "--learning-rate",
+            "--search",
+            "--objective",
+            "--generation",
+            "--no-generation",
+            "--json",
+            *talk,
+        },
         "plan": {"recipe", "--set", "--device", "--gpus", "--fit", "--table", "--json", *talk},
         "eval": {
             "target",

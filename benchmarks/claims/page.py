@@ -1,0 +1,305 @@
+"""docs/comparison.md and its picture, from the comparisons that run.sh made.
+
+python -m benchmarks.claims.page runs/claims
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from qlora_cli.compare.plots import Interval, interval_plot
+from qlora_cli.compare.text import failures, results_title, tables
+from qlora_cli.evaluate import choose_tasks, summarize
+from qlora_cli.recipe_file import load_recipe
+from qlora_cli.tasks.task import Outcome
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "comparison.md"
+PICTURE = PAGE.with_suffix(".svg")
+
+ACCURACY, LOSS = "classification", "loss"
+ATTENTION = "[q_proj,k_proj,v_proj,o_proj]"
+ADAPTERS = ("lora", "bottleneck", "ia3", "bitfit")
+
+HEAD = """\
+<!-- Written by benchmarks/claims/run.sh; run that instead of editing. -->
+# Methods beside each other
+
+SmolLM2-135M-Instruct, each method on the same rows, seed and budget: {sst2} rows of SST-2, and
+{gsm8k} of GSM8K. One small model, little data and short runs: what is found here need not hold for
+others, and can be looked up for them by the same command. All figures are of `qlora compare`, whose
+columns are explained in [compare.md](compare.md).
+
+```bash
+benchmarks/claims/run.sh FOLDER_WITH_DATA
+```
+
+![Accuracy of each method on SST-2, with 95% intervals](comparison.svg)
+"""
+STYLE = (
+    "<style>svg { background: #fff; color: #222; } text { font: 12px sans-serif; fill: "
+    "currentColor; } .grid { stroke: currentColor; stroke-opacity: .15; } "
+    "@media (prefers-color-scheme: dark) { svg { background: #181818; color: #ddd; } }</style>"
+)
+
+Report = Mapping[str, Any]
+Cell = Mapping[str, Any]
+Estimate = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What run.sh made."""
+
+    root: Path
+    sst2: Report
+    gsm8k: Report
+    seeds: Report
+
+    @classmethod
+    def read(cls, root: Path) -> Comparisons:
+        """Those in a folder."""
+        names = ("sst2", "gsm8k", "seeds")
+        found = [json.loads((root / n / "comparison.json").read_text("utf-8")) for n in names]
+        return cls(root, *found)
+
+    def difference(self, name: str, first: Cell, other: Cell, measure: str) -> Estimate:
+        """`other` minus `first` in one measure, paired.
+
+        Args:
+            name: of the comparison.
+        """
+        recipe = load_recipe(Path(first["run"]) / "recipe.yaml").recipe
+        tasks = choose_tasks(recipe, None, is_tuned=True)
+        answers = {key: self._answers(name, one) for key, one in (("a", first), ("b", other))}
+        found: Estimate = summarize(tasks, answers)["differences"][measure]
+        return found
+
+    def _answers(self, name: str, cell: Cell) -> dict[str, list[Outcome]]:
+        path = self.root / name / "measured" / f"{Path(cell['run']).name}.answers.json"
+        return {
+            task: [Outcome(place, "", "", "", values) for place, values in rows]
+            for task, rows in json.loads(path.read_text("utf-8")).items()
+        }
+
+
+def cell_of(report: Report, method: str, **settings: str) -> Cell | None:
+    """The finished cell with these settings (their last names), and any others."""
+    for cell in report["cells"]:
+        known = {key.rpartition(".")[2]: value for key, value in cell["settings"].items()}
+        is_like = cell["method"] == method and settings.items() <= known.items()
+        if is_like and cell["status"] == "finished":
+            found: Cell = cell
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A sentence that is said of methods, and what was found of it."""
+
+    sentence: str
+    found: str
+    holds: bool | None
+    """None: the figures do not tell."""
+
+    def __str__(self) -> str:
+        said = {True: "holds here", False: "does not hold here", None: "not clear"}[self.holds]
+        return f"| {self.sentence} | **{said}** | {self.found} |"
+
+
+def verdicts(all_: Comparisons) -> Iterator[Verdict]:
+    """Each sentence with its figures, as far as its cells are there."""
+    full = cell_of(all_.sst2, "full")
+    lora = cell_of(all_.sst2, "lora", r="16", target_modules="all-linear")
+    nf4 = cell_of(all_.sst2, "nf4", double_quant="true")
+    if full and lora:
+        yield within_one_percent(lora["differences"][ACCURACY])
+    yield share_of_parameters(all_.sst2)
+    if full and nf4:
+        yield less_memory(full, nf4)
+    for method in ("bottleneck", "lora"):
+        if cell := cell_of(all_.sst2, method):
+            yield latency_added(method, cell)
+    if lora:
+        yield latency_merged(lora)
+    if rank := higher_rank(all_):
+        yield rank
+    yield from feed_forward(all_)
+
+
+def within_one_percent(difference: Estimate) -> Verdict:
+    """From the paired difference of an accuracy."""
+    low, high = difference["low"], difference["high"]
+    is_outside = high < -0.01 or low > 0.01
+    is_inside = low > -0.01 and high < 0.01
+    return Verdict(
+        "LoRA is within 1 % of full fine-tuning",
+        f"accuracy on SST-2, LoRA r=16 minus full: {_points(difference)}",
+        is_inside if is_inside or is_outside else None,
+    )
+
+
+def share_of_parameters(report: Report) -> Verdict:
+    """Of all adapters that were trained."""
+    done = [c for c in report["cells"] if c["method"] in ADAPTERS and c["status"] == "finished"]
+    shares = [cell["trained_share"] for cell in done]
+    inside = sum(0.002 <= share <= 0.05 for share in shares)
+    return Verdict(
+        "Adapters train 0.2 to 5 % of the parameters",
+        f"{min(shares):.2%} to {max(shares):.2%}; {inside} of {len(shares)} within",
+        inside == len(shares),
+    )
+
+
+def less_memory(full: Cell, quantized: Cell) -> Verdict:
+    """Planned tensors, and processes as they were measured."""
+    less = [
+        1 - quantized["memory"][key] / full["memory"][key]
+        for key in ("planned_tensor_bytes", "measured_bytes")
+    ]
+    return Verdict(
+        "QLoRA takes 70 % less memory than full fine-tuning",
+        f"{less[0]:.0%} less of tensors as planned, {less[1]:.0%} less of the process as measured",
+        None if min(less) < 0.7 <= max(less) else min(less) >= 0.7,
+    )
+
+
+def latency_added(method: str, cell: Cell) -> Verdict:
+    """A token's time, unmerged against the base's."""
+    base, tuned = (cell["generation"][m]["tokens_per_second"] for m in ("base", "tuned"))
+    added = base / tuned - 1
+    return Verdict(
+        f"An adapter ({method}, unmerged) adds 10 to 20 % latency",
+        f"{cell['name']}: {added:+.0%} a token ({base:.1f} to {tuned:.1f} tokens/s)",
+        0.1 <= added <= 0.2,
+    )
+
+
+def latency_merged(cell: Cell) -> Verdict:
+    """A token's time, merged against the base's."""
+    base, merged = (cell["generation"][m]["tokens_per_second"] for m in ("base", "merged"))
+    added = base / merged - 1
+    return Verdict(
+        "Merged LoRA adds no latency",
+        f"{cell['name']}: {added:+.0%} a token ({base:.1f} to {merged:.1f} tokens/s)",
+        abs(added) < 0.05,
+    )
+
+
+def higher_rank(all_: Comparisons) -> Verdict | None:
+    """Accuracy by rank, as the mean over seeds."""
+    by_rank = {}
+    for rank in ("4", "16", "64"):
+        cells = [
+            cell_of(all_.sst2, "lora", r=rank, target_modules="all-linear"),
+            *(cell_of(all_.seeds, "lora", r=rank, seed=seed) for seed in ("1", "2")),
+        ]
+        values = [cell["results"][ACCURACY]["value"] for cell in cells if cell]
+        if values:
+            by_rank[rank] = values
+    if len(by_rank) < 2:
+        return None
+    means = {rank: mean(values) for rank, values in by_rank.items()}
+    told = ", ".join(
+        f"r={rank} {means[rank]:.1%} ({min(v):.1%} to {max(v):.1%}, {len(v)} seeds)"
+        for rank, v in by_rank.items()
+    )
+    first, *_, last = by_rank.values()
+    # Beyond what the seed alone does, either way; else the seeds hide it.
+    holds = False if min(last) > max(first) else True if max(last) < min(first) else None
+    return Verdict("A higher rank is not always better", f"accuracy on SST-2: {told}", holds)
+
+
+def feed_forward(all_: Comparisons) -> Iterator[Verdict]:
+    """All linear layers against attention alone, at each rank, on arithmetic."""
+    for rank in ("4", "16", "64"):
+        attention = cell_of(all_.gsm8k, "lora", r=rank, target_modules=ATTENTION)
+        linear = cell_of(all_.gsm8k, "lora", r=rank, target_modules="all-linear")
+        if attention and linear:
+            found = all_.difference("gsm8k", attention, linear, LOSS)
+            low, high = found["low"], found["high"]
+            yield Verdict(
+                f"Feed-forward layers help reasoning (r={rank})",
+                f"loss on GSM8K, all layers minus attention: {found['value']:+.4f} "
+                f"[{low:+.4f}, {high:+.4f}]",
+                None if low <= 0 <= high else high < 0,
+            )
+
+
+def _points(difference: Estimate) -> str:
+    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
+def as_markdown(all_: Comparisons, rows: Mapping[str, int]) -> str:
+    """The whole page."""
+    lines = [HEAD.format(**rows), "## What is said, and what was found", ""]
+    lines += ["| it is said | | found |", "|---|---|---|", *map(str, verdicts(all_)), ""]
+    lines += [
+        "*Holds* and *does not hold* go by the 95% interval where there is one; *not clear* says "
+        "that the interval leaves both open.",
+        "",
+    ]
+    about = {"sst2": "SST-2", "gsm8k": "GSM8K", "seeds": "SST-2 with other seeds"}
+    for name, title in about.items():
+        lines += _comparison(title, getattr(all_, name))
+    lines += ["## Where", "", _environment(all_.sst2["environment"]), ""]
+    return "\n".join(lines)
+
+
+def _comparison(title: str, report: Report) -> Iterator[str]:
+    yield f"## {title}\n"
+    for name, (head, *rows) in tables(report):
+        if name == results_title(report) or any(set(row[1:]) - {"-"} for row in rows):
+            yield f"### {title}: {name}\n"
+            yield _row(head)
+            yield _row(["---"] * len(head))
+            yield from map(_row, rows)
+            yield ""
+    for name, why in failures(report):
+        yield f"- {name}: {' '.join(why.split())}"
+    yield ""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _environment(known: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items())
+    return f"Commit {known['commit']}; {known['threads']} threads; {packages}."
+
+
+def picture(report: Report) -> str:
+    """Accuracy of each cell, as an image of its own."""
+    intervals = [
+        Interval(cell["name"], **cell["results"][ACCURACY])
+        for cell in report["cells"]
+        if cell["results"]
+    ]
+    title = "Accuracy on SST-2, with 95% intervals"
+    first, rest = interval_plot(title, intervals, form="{:.0%}".format).split("\n", 1)
+    return f"{first}\n{STYLE}\n{rest}\n"
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description="Write docs/comparison.md and its picture.")
+    parser.add_argument("folder", type=Path, help="what run.sh wrote")
+    all_ = Comparisons.read(parser.parse_args().folder)
+    here = Path(__file__).parent
+    recipes = {name: load_recipe(here / f"{name}.yaml").recipe for name in ("sst2", "gsm8k")}
+    rows = {name: recipe.data.train_sources[0].limit or 0 for name, recipe in recipes.items()}
+    PAGE.write_text(as_markdown(all_, rows), encoding="utf-8")
+    PICTURE.write_text(picture(all_.sst2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""How quickly a model answers: one prompt, greedy, a fixed number of tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_cli.generate import Sampling, answers
+from qlora_cli.probes import TEXTS
+from qlora_cli.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT_TOKENS = 64
+NEW_TOKENS = 32
+REPEATS = 5
+
+_NEVER = (2**40,)
+"""A stop token that no vocabulary has: without any, that of the model's own config would hold."""
+
+
+def measure_latency(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
+) -> dict[str, float]:
+    """Time to the first token, and tokens a second after it, of one prompt alone.
+
+    Both are medians of several answers, after one that warms up. No token ends an answer, so that
+    each has as many tokens, whatever the model has learnt to say.
+
+    Returns:
+        {"first_token_seconds", "tokens_per_second"}.
+    """
+
+    def seconds(number: int) -> float:
+        started = time.perf_counter()
+        list(
+            answers(
+                model,
+                [prompt],
+                tokenizer,
+                stop_token_ids=_NEVER,
+                sampling=Sampling(max_new_tokens=number),
+                batch_size=1,
+                dtype=dtype,
+                device=device,
+            )
+        )
+        return time.perf_counter() - started
+
+    prompt = Prompt(prompt_ids(tokenizer), reference="")
+    seconds(new_tokens)
+    pairs = [(seconds(1), seconds(new_tokens)) for _ in range(repeats)]
+    # A clock that is read twice at once may find no time between.
+    rest = max(median(whole - one for one, whole in pairs), 1e-9)
+    return {
+        "first_token_seconds": median(one for one, _ in pairs),
+        "tokens_per_second": (new_tokens - 1) / rest,
+    }
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """So many tokens of ordinary text: the same for each model with this tokenizer."""
+    ids: Sequence[int] = tokenizer(" ".join(TEXTS), add_special_tokens=False)["input_ids"]
+    return (list(ids) * PROMPT_TOKENS)[:PROMPT_TOKENS]

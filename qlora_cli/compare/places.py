@@ -1,0 +1,152 @@
+"""Where a comparison keeps what it found: all that a report is made of, file by file.
+
+OUT/
+├── comparison.json   the report
+├── comparison.html   the same for people, with plots
+├── study.log         what Optuna remembers (with --search)
+├── runs/CELL/        an ordinary run
+├── measured/CELL.json, CELL.answers.json, CELL.failed.json
+└── bases/NAME.json   answers of the base as some cells hold it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.durable import replace_file
+from qlora_cli.errors import RecipeError
+from qlora_cli.fingerprint import compare, recorded_recipe
+from qlora_cli.recipe import Recipe
+from qlora_cli.run_folder import RunFolder, is_run
+from qlora_cli.tasks.task import Outcome
+
+if TYPE_CHECKING:
+    from qlora_cli.compare.cells import Cell
+
+Answers = dict[str, list[Outcome]]
+
+
+class Place:
+    """What is known of one cell.
+
+    Args:
+        root: folder of the comparison.
+    """
+
+    def __init__(self, root: Path, cell: Cell) -> None:
+        self.run = RunFolder(root / "runs" / cell.slug)
+        self._measured = root / "measured"
+        self._slug = cell.slug
+        self._speaks = cell.speaks
+        self._base = root / "bases" / f"{_base_name(cell.recipe)}.json" if cell.recipe else None
+
+    @property
+    def base_name(self) -> str | None:
+        """Of the base as this cell holds it; None where the cell has no recipe."""
+        return self._base.stem if self._base else None
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base, as this cell holds it, was asked already."""
+        return self._base is not None and self._base.is_file()
+
+    def record(self) -> dict[str, Any]:
+        """The record of the run; empty before it began."""
+        return self.run.read_record() if is_run(self.run.root) else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, but for one that is being written."""
+        path = self.run.root / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+    def figures(self) -> dict[str, Any] | None:
+        """What was measured beside the answers; None before that."""
+        return _read(self._file(""))
+
+    def keep_figures(self, figures: Mapping[str, Any]) -> None:
+        """Remember them."""
+        _write(self._file(""), figures)
+
+    def failure(self) -> dict[str, Any] | None:
+        """Why the cell failed, if it did."""
+        return _read(self._file(".failed"))
+
+    def keep_failure(self, failure: Mapping[str, Any] | None) -> None:
+        """Remember it, or that there is none any more."""
+        if failure is None:
+            self._file(".failed").unlink(missing_ok=True)
+        else:
+            _write(self._file(".failed"), failure)
+
+    def answers(self, *, of_base: bool = False) -> Answers | None:
+        """Outcomes of each task, with what is counted alone; None before the model was asked."""
+        known = _read(self._answers(of_base))
+        if known is None:
+            return None
+        return {
+            task: [Outcome(place, "", "", "", values) for place, values in rows]
+            for task, rows in known.items()
+        }
+
+    def keep_answers(self, answers: Answers, *, of_base: bool = False) -> None:
+        """Remember them."""
+        rows = {task: [[o.place, o.values] for o in found] for task, found in answers.items()}
+        _write(self._answers(of_base), rows)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        figures = self.figures()
+        if figures is None or self.answers() is None:
+            return False
+        return not self._speaks or figures["generation"] is not None
+
+    def refuse_other(self, recipe: Recipe) -> None:
+        """Raises RecipeError if the cell was run with another recipe."""
+        if not is_run(self.run.root):
+            return
+        old, new = (one.model_dump(mode="json") for one in (recorded_recipe(self.run), recipe))
+        changes = {k: v for k, v in compare(old, new).items() if not k.startswith("output.")}
+        if changes:
+            lines = [f"{key}: {before} -> {now}" for key, (before, now) in changes.items()]
+            raise RecipeError(
+                "\n".join([f"--out: {self.run.root} was run with other settings", *lines]),
+                hint="compare into another folder, or remove this one",
+            )
+
+    def _file(self, suffix: str) -> Path:
+        return self._measured / f"{self._slug}{suffix}.json"
+
+    def _answers(self, of_base: bool) -> Path:
+        if of_base:
+            assert self._base is not None, "a cell without a recipe is not run"
+            return self._base
+        return self._file(".answers")
+
+
+def _base_name(recipe: Recipe) -> str:
+    """Cells whose base is held alike share its answers."""
+    document = recipe.model_dump(mode="json")
+    keys = ("model", "quantization", "data", "evaluation")
+    values = [*(document[key] for key in keys), recipe.training.precision]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    changed = recipe.quantization.model_dump(mode="json", exclude_defaults=True)
+    told = [f"{key}={value}" for key, value in changed.items()]
+    return "-".join([recipe.quantization.type, *told, digest[:6]])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(value))

@@ -1,0 +1,173 @@
+"""What the files of a comparison say, as one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES, columns
+from qlora_cli.compare.cells import Cell
+from qlora_cli.compare.places import Answers, Place
+from qlora_cli.evaluate import choose_tasks, summarize
+from qlora_cli.run_folder import environment
+from qlora_cli.tasks.task import Measure, Task
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The first cell that was asked: all others are told by their difference from it."""
+
+    name: str
+    tasks: Sequence[Task]
+    answers: Answers
+
+
+def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
+    """The report of a comparison, of what there is of it so far.
+
+    Returns:
+        {"folder", "first": name of the cell that the others are compared with, "varied": [key],
+        "measures": {measure: {"n", "is_share", "lower_is_better"}}, "bases": {name: {measure: E}}
+        (the untrained model, as cells hold it), "confidence", "resamples", "environment",
+        "cells": [C]}; C is {"name", "recipe", "method", "settings", "status"
+        ("finished", "failed", "pruned" or "waiting"), "failure": {"error", "hint"} or null, "run",
+        "trained_weights", "total_weights", "trained_share", "steps", "tokens", "seconds",
+        "tokens_per_second", "weights_bytes", "run_bytes", "memory", "generation", "results",
+        "differences" (from the first cell), "base" (its name in "bases"), "from_base" (the
+        difference from it), "curve": [{"step", "tokens", "seconds", "loss"}]}. What is not known
+        is null.
+    """
+    first = _first_examined(cells, root)
+    told: dict[str, Any] = {"measures": {}, "bases": {}}
+    rows = [_row(cell, Place(root, cell), first, told) for cell in cells]
+    return {
+        "folder": str(root),
+        "first": first and first.name,
+        "varied": list(dict.fromkeys(key for cell in cells for key in cell.settings)),
+        **told,
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "environment": environment(),
+        "cells": rows,
+    }
+
+
+def value_of(cell: Cell, place: Place, name: str) -> float | None:
+    """One measure of a cell; None if it was not asked."""
+    answers = place.answers()
+    if answers is None or cell.recipe is None:
+        return None
+    task, measure = measure_called(choose_tasks(cell.recipe, None, is_tuned=True), name)
+    return float(measure.aggregate(columns(answers[task.label])))
+
+
+def measure_called(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
+    """The measure of this name, and its task.
+
+    Raises:
+        KeyError: there is none.
+    """
+    named = {known: (task, one) for task in tasks for known, one in task.named_measures()}
+    return named[name]
+
+
+def _first_examined(cells: Sequence[Cell], root: Path) -> Examined | None:
+    for cell in cells:
+        answers = Place(root, cell).answers()
+        if cell.recipe is not None and answers is not None:
+            return Examined(cell.name, choose_tasks(cell.recipe, None, is_tuned=True), answers)
+    return None
+
+
+def _row(cell: Cell, place: Place, first: Examined | None, told: dict[str, Any]) -> Row:
+    record, figures = place.record(), place.figures() or {}
+    curve = loss_curve(place.metrics())
+    trained, total = record.get("trained_weights"), record.get("total_weights")
+    return {
+        "name": cell.name,
+        "recipe": cell.recipe_name,
+        "method": cell.method,
+        "settings": dict(cell.settings),
+        **_status(cell, place),
+        "run": str(place.run.root) if record else None,
+        "trained_weights": trained,
+        "total_weights": total,
+        "trained_share": trained / total if trained and total else None,
+        **{key: record.get(key) for key in ("steps", "tokens", "seconds")},
+        "tokens_per_second": training_speed(place.metrics()),
+        **{key: figures.get(key) for key in ("weights_bytes", "run_bytes")},
+        "memory": _memory(record, figures.get("plan")),
+        "generation": figures.get("generation"),
+        **_results(cell, place, first, told),
+        "curve": curve,
+    }
+
+
+def _status(cell: Cell, place: Place) -> Row:
+    if cell.recipe is None:
+        return {"status": "failed", "failure": {"error": cell.error, "hint": None}}
+    failure = place.failure()
+    if failure is None:
+        return {"status": "finished" if place.is_done else "waiting", "failure": None}
+    told = {key: failure[key] for key in ("error", "hint")}
+    return {"status": "pruned" if failure.get("is_pruned") else "failed", "failure": told}
+
+
+def _memory(record: Row, plan: Row | None) -> Row:
+    """Bytes: planned (of tensors by kind, and of the process) and measured (of the process)."""
+    planned = {key: (plan or {}).get(key) for key in ("tensor_bytes", "process_bytes", "kinds")}
+    return {
+        **{f"planned_{key}": value for key, value in planned.items()},
+        "plan_error": (plan or {}).get("error"),
+        "measured_bytes": record.get("peak_memory_bytes"),
+        "measured_tensor_bytes": record.get("tried_memory_bytes"),
+    }
+
+
+def _results(cell: Cell, place: Place, first: Examined | None, told: dict[str, Any]) -> Row:
+    """Figures with intervals, and paired differences from the first cell and from the base.
+
+    Args:
+        told: is given what is not of this cell alone.
+    """
+    answers, base = place.answers(), place.answers(of_base=True) if place.has_base else None
+    found: Row = dict.fromkeys(("results", "differences", "base", "from_base"))
+    if answers is None or first is None:
+        return found
+    against_first = summarize(first.tasks, {"first": first.answers, "this": answers})
+    told["measures"] |= against_first["measures"]
+    found["results"] = against_first["models"]["this"]
+    if cell.name != first.name:
+        found["differences"] = against_first["differences"]
+    if base is not None:
+        against_base = summarize(first.tasks, {"base": base, "this": answers})
+        told["bases"][place.base_name] = against_base["models"]["base"]
+        found |= {"base": place.base_name, "from_base": against_base["differences"]}
+    return found
+
+
+def training_speed(metrics: Sequence[Row]) -> float | None:
+    """Tokens a second: the median of the logged stretches, without the first, which warms up."""
+    speeds = [row["tokens_per_second"] for row in metrics if "loss" in row]
+    return median(speeds[1:] or speeds) if speeds else None
+
+
+def loss_curve(metrics: Sequence[Row]) -> list[Row]:
+    """The logged losses by tokens and by seconds of training (evaluations do not count)."""
+    curve: list[Row] = []
+    tokens, seconds = 0, 0.0
+    for row in metrics:
+        # A loss that was not finite is null there.
+        if row.get("loss") is None or not row["tokens_per_second"]:
+            continue
+        seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
+        tokens = row["tokens"]
+        curve.append(
+            {"step": row["step"], "tokens": tokens, "seconds": seconds, "loss": row["loss"]}
+        )
+    return curve

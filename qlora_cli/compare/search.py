@@ -1,0 +1,218 @@
+"""Optuna proposes the cells, and ends those without promise. Nothing of that is ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.compare.cells import Axis, Cell, Grid
+from qlora_cli.compare.places import Place
+from qlora_cli.compare.report import measure_called, value_of
+from qlora_cli.compare.turns import take_turn
+from qlora_cli.errors import RecipeError
+from qlora_cli.evaluate import choose_tasks
+from qlora_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+log = logging.getLogger("qlora")
+
+_CELL, _CUT_SHORT = "cell", "cut short"
+
+
+@dataclass(frozen=True)
+class Search:
+    """How many trials, and by which measure."""
+
+    trials: int
+    objective: str
+
+
+def run_search(
+    grid: Grid, search: Search, root: Path, check: Callable[[Cell], None], cells: list[Cell]
+) -> None:
+    """Run what Optuna proposes until there are so many trials, those of earlier calls among them.
+
+    Args:
+        check: raises RecipeError if a cell cannot be taken.
+        cells: is given them, in the order in which they were first proposed.
+
+    Raises:
+        RecipeError: Optuna is not installed, or the objective is no measure of the recipe.
+        Interrupted: the study goes on from here when it is asked for again.
+    """
+    study = open_study(grid, search, root)
+    for known in study.get_trials(deepcopy=False):
+        if _CELL in known.user_attrs:
+            _add(cells, _propose(grid, _Told(known.params)))
+    while _num_trials(study) < search.trials:
+        trial = study.ask()
+        cell = _propose(grid, trial)
+        trial.set_user_attr(_CELL, cell.name)
+        check(cell)
+        _add(cells, cell)
+        log.info("trial %d of %d: %s", _num_trials(study) + 1, search.trials, cell.name)
+        place = Place(root, cell)
+        take_turn(cell, root, Pruning(trial, place, f"eval_{search.objective}"))
+        _tell(study, trial, cell, place, search.objective)
+
+
+def _add(cells: list[Cell], cell: Cell) -> None:
+    if cell.name not in {one.name for one in cells}:
+        cells.append(cell)
+
+
+def open_study(grid: Grid, search: Search, root: Path) -> Study:
+    """The study of a comparison, new or taken up again.
+
+    Raises:
+        RecipeError: Optuna is not installed, or the objective is no measure of the recipe.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise RecipeError(
+            "--search needs the package optuna, which is not installed",
+            hint='pip install "qlora[search]"',
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    recipe = _any_recipe(grid)
+    is_lower = _direction(recipe, search.objective)
+    every = recipe.training
+    if not (every.eval_every if search.objective == "loss" else every.tasks_every):
+        log.warning(
+            "nothing will be pruned: %s is not measured during training (training.%s)",
+            search.objective,
+            "eval_every" if search.objective == "loss" else "tasks_every",
+        )
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(root / "study.log"))),
+        study_name=search.objective,
+        direction="minimize" if is_lower else "maximize",
+        pruner=optuna.pruners.MedianPruner(),
+        load_if_exists=True,
+    )
+    # Not the same proposals again when it goes on.
+    seed = recipe.training.seed + len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=seed)
+    _take_up(study)
+    return study
+
+
+def _any_recipe(grid: Grid) -> Recipe:
+    found = [grid.cell(recipe, method, {}) for recipe, method in grid.choices]
+    recipe = next((cell.recipe for cell in found if cell.recipe is not None), None)
+    if recipe is None:
+        raise RecipeError(f"no recipe of those to search can be: {found[0].error}")
+    return recipe
+
+
+def _direction(recipe: Recipe, objective: str) -> bool:
+    """Whether less of it is better."""
+    tasks = choose_tasks(recipe, None, is_tuned=True)
+    known = {name: one for task in tasks for name, one in task.named_measures()}
+    if objective not in known or known[objective].lower_is_better is None:
+        able = [name for name, one in known.items() if one.lower_is_better is not None]
+        raise RecipeError(f"--objective: {objective} is none of {', '.join(able)}")
+    return bool(measure_called(tasks, objective)[1].lower_is_better)
+
+
+def _take_up(study: Study) -> None:
+    """Trials that were cut short are proposed again, and go on from what was saved."""
+    from optuna.trial import TrialState
+
+    cut = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    before = study.user_attrs.get(_CUT_SHORT, [])
+    study.set_user_attr(_CUT_SHORT, [*before, *(trial.number for trial in cut)])
+    for trial in cut:
+        study.tell(trial.number, state=TrialState.FAIL)
+        if trial.params:
+            study.enqueue_trial(trial.params)
+
+
+def _num_trials(study: Study) -> int:
+    """Trials that are over, whatever became of them; those that were cut short are none."""
+    from optuna.trial import TrialState
+
+    over = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    done = study.get_trials(deepcopy=False, states=over)
+    return len(done) - len(study.user_attrs.get(_CUT_SHORT, []))
+
+
+def _tell(study: Study, trial: Trial, cell: Cell, place: Place, objective: str) -> None:
+    from optuna.trial import TrialState
+
+    failure = place.failure()
+    if failure and failure.get("is_pruned"):
+        study.tell(trial, state=TrialState.PRUNED)
+    elif (value := value_of(cell, place, objective)) is None or failure:
+        study.tell(trial, state=TrialState.FAIL)
+    else:
+        study.tell(trial, value)
+
+
+def _propose(grid: Grid, trial: Any) -> Cell:
+    """The cell of a trial: recipe and method first, then the keys that these have."""
+    names = {" ".join(filter(None, (path.stem, m))): (path, m) for path, m in grid.choices}
+    chosen = trial.suggest_categorical("run", list(names)) if len(names) > 1 else next(iter(names))
+    recipe, method = names[chosen]
+    settings = {axis.key: _value(trial, axis) for axis in grid.axes_of(recipe, method)}
+    return grid.cell(recipe, method, settings)
+
+
+def _value(trial: Any, axis: Axis) -> str:
+    if axis.range is None:
+        value: str = trial.suggest_categorical(str(axis), axis.values)
+        return value
+    low, high = axis.range
+    if axis.is_whole:
+        return str(trial.suggest_int(str(axis), int(low), int(high), log=low > 0))
+    # Rounded: the value is in the cell's name too, and both have to say the same.
+    return f"{trial.suggest_float(str(axis), low, high, log=low > 0):.3g}"
+
+
+@dataclass
+class _Told:
+    """A trial of an earlier call, which answers as it did."""
+
+    params: dict[str, Any]
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self.params[name]
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool) -> Any:
+        return self.params[name]
+
+    suggest_float = suggest_int
+
+
+@dataclass
+class Pruning:
+    """Reports the evaluations of a run to its trial as they come, and asks whether to end it."""
+
+    trial: Trial
+    place: Place
+    key: str
+    """Of the measure in metrics.jsonl."""
+    _told: set[int] = field(default_factory=set)
+
+    def __call__(self) -> bool:
+        for row in self._evaluations():
+            if row["step"] not in self._told:
+                self._told.add(row["step"])
+                self.trial.report(row[self.key], row["step"])
+        # What is trained to its end is worth measuring.
+        return bool(self._told) and self._is_training() and self.trial.should_prune()
+
+    def _is_training(self) -> bool:
+        return self.place.record().get("status") == "training"
+
+    def _evaluations(self) -> Iterator[dict[str, Any]]:
+        # Step 0 is the untrained model, equal for all.
+        return (r for r in self.place.metrics() if r["step"] and r.get(self.key) is not None)

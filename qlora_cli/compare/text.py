@@ -1,0 +1,127 @@
+"""A comparison as tables for people. For programs there is comparison.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from qlora_cli.plan_text import duration_text, size_text
+from qlora_cli.report_text import aligned, estimate_text
+
+Row = Mapping[str, Any]
+Table = list[list[str]]
+
+UNKNOWN = "-"
+MODELS = ("base", "tuned", "merged")
+"""In generation: as it was loaded, with what was trained beside it, and merged into one."""
+
+
+def comparison_text(report: Row) -> str:
+    """The tables one below the other, then what failed."""
+    parts = [f"{report['folder']}: the same data, seed and budget for all"]
+    for title, table in tables(report):
+        parts += ["", title, *aligned(table)]
+    failed = list(failures(report))
+    parts += ["", *(f"{name}: {why}" for name, why in failed)] if failed else []
+    return "\n".join([*parts, "", f"with plots: {report['folder']}/comparison.html"])
+
+
+def tables(report: Row) -> Iterator[tuple[str, Table]]:
+    """Title and cells of each table, the head first."""
+    yield "training", training_table(report)
+    yield "generation, one prompt at a time", generation_table(report)
+    if report["measures"]:
+        yield results_title(report), results_table(report, "results")
+        yield f"difference from {report['first']}", results_table(report, "differences")
+        yield "difference from the base as each holds it", results_table(report, "from_base")
+
+
+def results_title(report: Row) -> str:
+    """What the figures are."""
+    return f"results, with {report['confidence']:.0%} intervals (bootstrap over the examples)"
+
+
+def training_table(report: Row) -> Table:
+    """What was trained, and what it took."""
+    head = ["", "status", "trained", "share", "files", "planned", "measured", "tokens/s", "took"]
+    return [head, *([cell["name"], *_training(cell)] for cell in report["cells"])]
+
+
+def _training(cell: Row) -> list[str]:
+    memory = cell["memory"]
+    planned = memory["planned_process_bytes"]
+    return [
+        cell["status"],
+        said(cell["trained_weights"], "{:,}".format),
+        said(cell["trained_share"], "{:.3%}".format),
+        said(cell["weights_bytes"], size_text),
+        said(planned, lambda ends: " to ".join(map(size_text, ends))),
+        said(memory["measured_bytes"], size_text),
+        said(cell["tokens_per_second"], "{:,.0f}".format),
+        said(cell["seconds"], duration_text),
+    ]
+
+
+def generation_table(report: Row) -> Table:
+    """Time to the first token, and tokens a second after it."""
+    first = [f"first token, {model}" for model in MODELS]
+    rest = [f"tokens/s, {model}" for model in MODELS]
+    rows = [[cell["name"], *_speeds(cell)] for cell in report["cells"]]
+    return [["", *first, *rest], *rows]
+
+
+def _speeds(cell: Row) -> Iterator[str]:
+    found = cell["generation"] or {}
+    speeds = [found.get(model) or {} for model in MODELS]
+    for key, form in (
+        ("first_token_seconds", lambda value: f"{1000 * value:,.0f} ms"),
+        ("tokens_per_second", "{:,.1f}".format),
+    ):
+        yield from ("refused" if "error" in one else said(one.get(key), form) for one in speeds)
+
+
+def results_table(report: Row, which: str) -> Table:
+    """Every measure of every cell, or its difference from another."""
+    measures = report["measures"]
+    sign = "" if which == "results" else "+"
+    found = {cell["name"]: cell[which] for cell in report["cells"]}
+    if which == "results":
+        found = {**{f"base {name}": base for name, base in report["bases"].items()}, **found}
+    rows = [
+        [name, *(_estimate(one, key, measure, sign) for key, measure in measures.items())]
+        for name, one in found.items()
+    ]
+    head = [f"{name} (n={measure['n']:,})" for name, measure in measures.items()]
+    return [["", *head], *rows]
+
+
+def _estimate(found: Row | None, name: str, measure: Row, sign: str) -> str:
+    estimate = (found or {}).get(name)
+    return said(estimate, lambda e: estimate_text(e, is_share=measure["is_share"], sign=sign))
+
+
+def failures(report: Row) -> Iterator[tuple[str, str]]:
+    """What went wrong, and where: runs, plans and merges."""
+    for cell in report["cells"]:
+        found = {
+            cell["status"]: cell["failure"],
+            "not planned": cell["memory"]["plan_error"] and {"error": cell["memory"]["plan_error"]},
+            "merging refused": (cell["generation"] or {}).get("merged"),
+        }
+        for what, one in found.items():
+            if one and "error" in one:
+                hint = f" (hint: {one['hint']})" if one.get("hint") else ""
+                yield cell["name"], f"{what}: {one['error']}{hint}"
+
+
+def said(value: Any, form: Callable[[Any], str]) -> str:
+    """A value in its form, or that it is not known."""
+    return UNKNOWN if value is None else form(value)
+
+
+def numbers(values: Sequence[str]) -> list[float] | None:
+    """What the values are as numbers; None if one of them is none."""
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return None

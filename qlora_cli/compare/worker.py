@@ -1,0 +1,167 @@
+"""One cell, in a process of its own: its memory is its own, and so is its end."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.build import load_base
+from qlora_cli.compare.cells import Cell
+from qlora_cli.compare.latency import measure_latency
+from qlora_cli.compare.places import Place
+from qlora_cli.durable import remove_folder
+from qlora_cli.errors import Interrupted, QloraError
+from qlora_cli.evaluate import choose_tasks, examine, find_subject
+from qlora_cli.merge import merge
+from qlora_cli.model.base import load_tokenizer
+from qlora_cli.plan import plan
+from qlora_cli.recipe import Recipe
+from qlora_cli.run_folder import RunFolder
+from qlora_cli.secrets import MaskedFormatter, masked
+from qlora_cli.train import train
+from qlora_cli.world import World
+
+log = logging.getLogger("qlora")
+
+
+def work(cell: Cell, root: Path, level: int) -> None:
+    """Train a cell and measure it, as far as that is not done; what fails is written down.
+
+    Args:
+        root: folder of the comparison.
+        level: of the log.
+    """
+    os.setpgrp()  # a signal of the terminal reaches the process that waits, which sends it on
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskedFormatter())
+    log.addHandler(handler)
+    log.setLevel(level)
+    quiet_libraries()
+    place = Place(root, cell)
+    try:
+        run_cell(cell, place)
+        place.keep_failure(None)
+    except Interrupted as ended:
+        sys.exit(ended.exit_code)
+    except QloraError as error:
+        place.keep_failure(
+            {"error": masked(str(error)), "hint": error.hint, "exit_code": error.exit_code}
+        )
+        sys.exit(error.exit_code)
+    except Exception as error:
+        message = masked(f"{type(error).__name__}: {error}")
+        place.keep_failure({"error": message, "hint": None, "exit_code": 1})
+        raise  # an error of ours: its traceback is for the report
+
+
+def run_cell(cell: Cell, place: Place) -> None:
+    """All of it, in this process.
+
+    Raises:
+        QloraError: in training or measuring.
+        Interrupted: what was learnt is saved.
+    """
+    assert cell.recipe is not None
+    _train(cell.recipe, dict(cell.origins), place)
+    if place.answers() is None:
+        _examine(cell.recipe, place)
+    if not place.is_done:
+        place.keep_figures(_measure(cell.recipe, place.run, speaks=cell.speaks))
+
+
+def _train(recipe: Recipe, origins: dict[str, str], place: Place) -> None:
+    run = place.run
+    if place.record().get("status") == "finished":
+        return
+    if any(run.checkpoints.glob("step-*")):
+        train(recipe, resume="auto", origins=origins)
+        return
+    if run.root.exists():
+        with run.locked():  # raises where another process trains in it
+            pass
+        remove_folder(run.root)  # cut short before anything that it learnt was saved
+    train(recipe, origins=origins)
+
+
+def _examine(recipe: Recipe, place: Place) -> None:
+    """Ask the tuned model all that the recipe asks, and its base where nobody did yet."""
+    subject = find_subject(place.run.root, (), "last", None)
+    tasks = choose_tasks(recipe, None, is_tuned=True)
+    alone = place.has_base
+    for name, answers in examine(subject, recipe, tasks, World(), alone=alone):
+        place.keep_answers(answers, of_base=name == "base" and not alone)
+
+
+def _measure(recipe: Recipe, run: RunFolder, *, speaks: bool) -> dict[str, Any]:
+    weights = run.weights("last")
+    return {
+        "plan": _plan(recipe),
+        "generation": _speak(recipe, run) if speaks else None,
+        "weights_bytes": sum(file.stat().st_size for file in weights.glob("*.safetensors")),
+        "run_bytes": sum(f.stat().st_size for f in run.root.rglob("*") if f.is_file()),
+    }
+
+
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    """What was to be expected; or why nothing was."""
+    try:
+        report = plan(recipe, device=World().device.type)
+    except QloraError as error:
+        return {"error": masked(str(error))}
+    peak = report["peak"]
+    return {
+        "tensor_bytes": peak["bytes"],
+        "process_bytes": [report["process"]["low"], report["process"]["high"]],
+        "stage": peak["stage"],
+        "kinds": peak["kinds"],
+    }
+
+
+def _speak(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+    """How quickly base, adapted and merged model answer; or why one of them does not."""
+    world = World()
+    dtype = world.compute_dtype(recipe.training.precision)
+    weights = run.weights("last")
+    tokenizer = load_tokenizer(weights, trust_remote_code=recipe.model.trust_remote_code)
+
+    def speed(model: Any) -> dict[str, float]:
+        return measure_latency(model, tokenizer, dtype=dtype, device=world.device)
+
+    model = load_base(recipe, dtype, world.device)
+    found: dict[str, Any] = {"base": speed(model)}
+    found["tuned"] = speed(recipe.adapter.load(model, weights).eval())
+    del model
+    merged = run.root.parent / f".{run.root.name}.merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    try:
+        merge(run.root, merged, weights="last", with_logits=False)
+        found["merged"] = speed(load_base(_plain(recipe, merged), dtype, world.device))
+    except QloraError as error:
+        found["merged"] = {"error": masked(str(error))}
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+    return found
+
+
+def _plain(recipe: Recipe, model: Path) -> Recipe:
+    """The recipe of a model that needs neither adapter nor quantization."""
+    document = recipe.model_dump(mode="json")
+    document["model"] |= {"path": str(model), "revision": None}
+    return Recipe.model_validate({**document, "quantization": {"type": "none"}})
+
+
+def _end_with_the_parent() -> None:
+    """A run that nobody waits for is saved and ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,130 @@
+"""What a comparison is made of: cells from methods, keys and recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.compare.cells import Asked, Cell, Grid, method_keys, method_names
+from qlora_cli.errors import RecipeError
+from qlora_cli.field_types import FieldType
+from qlora_cli.recipe import Recipe
+
+RECIPE = """\
+model: {path: base}
+adapter: {type: lora, r: 8, alpha: 16}
+data: {train: {path: rows.jsonl}, evaluation: {path: rows.jsonl}}
+output: {dir: run}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def cells(*recipes: Path, **asked: object) -> list[Cell]:
+    return Grid(Asked(recipes, **asked), Path("out")).cells()  # type: ignore[arg-type]
+
+
+def names(found: list[Cell]) -> list[str]:
+    return [cell.name for cell in found]
+
+
+def test_every_adapter_and_quantization_is_a_method() -> None:
+    adapters = FieldType.of(Recipe.model_fields["adapter"]).variants
+    quantizations = FieldType.of(Recipe.model_fields["quantization"]).variants
+    assert set(method_names()) == {*adapters, *quantizations, "qlora"} - {"none"}
+    assert method_keys("full") == ["quantization.type=none", "adapter.type=full"]
+    assert method_keys("int8") == ["quantization.type=int8", "adapter.type=lora"]
+    with pytest.raises(RecipeError, match=r"--methods: loar is none of .*full, "):
+        method_keys("loar")
+
+
+def test_a_method_keeps_what_the_recipe_says_of_it(recipe: Path) -> None:
+    full, lora, qlora = cells(recipe, methods=["full", "lora", "qlora"])
+    assert full.recipe is not None
+    assert full.recipe.adapter.type == "full"
+    assert lora.recipe is not None
+    assert (lora.recipe.adapter.r, lora.recipe.quantization.type) == (8, "none")
+    assert qlora.recipe is not None
+    assert (qlora.recipe.adapter.r, qlora.recipe.quantization.type) == (8, "nf4")
+    assert qlora.recipe.quantization.double_quant
+    assert lora.recipe.output.dir == "out/runs/lora"
+
+
+def test_a_key_is_varied_for_the_methods_that_have_it(recipe: Path) -> None:
+    found = cells(
+        recipe,
+        methods=["full", "lora", "nf4"],
+        vary=["adapter.r=4,16", "nf4:quantization.double_quant=true,false"],
+        learning_rates=["full=2e-5"],
+        overrides=["adapter.alpha=2", "training.seed=3"],
+    )
+    assert names(found) == [
+        "full", "lora r=4", "lora r=16", "nf4 r=4 double_quant=true",
+        "nf4 r=4 double_quant=false", "nf4 r=16 double_quant=true", "nf4 r=16 double_quant=false",
+    ]  # fmt: skip
+    recipes = [cell.recipe for cell in found]
+    rates = [one and one.optimizer.learning_rate for one in recipes]
+    assert rates == [2e-5, *[2e-4] * 6]
+    assert [one and one.training.seed for one in recipes] == [3] * 7
+    assert [getattr(one and one.adapter, "alpha", None) for one in recipes] == [None, *[2] * 6]
+    ranks = [getattr(one and one.adapter, "r", None) for one in recipes]
+    assert ranks == [None, 4, 16, 4, 4, 16, 16]
+
+
+def test_lists_are_values_and_files_have_names_that_differ(recipe: Path) -> None:
+    vary = ["adapter.target_modules=[q_proj,v_proj],all-linear,'.*(q|v)_proj','.*[qv]_proj'"]
+    found = cells(recipe, vary=vary)
+    targets = [cell.recipe and getattr(cell.recipe.adapter, "target_modules", 0) for cell in found]
+    assert targets == [["q_proj", "v_proj"], "all-linear", ".*(q|v)_proj", ".*[qv]_proj"]
+    assert len({cell.slug for cell in found}) == 4
+    assert all(set("/[]'|* ").isdisjoint(cell.slug) for cell in found)
+
+
+def test_several_recipes(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("extends: mine.yaml\nadapter: {r: 2}\n", encoding="utf-8")
+    found = cells(recipe, other, methods=["lora", "qlora"])
+    assert names(found) == ["mine lora", "mine qlora", "other lora", "other qlora"]
+    other.write_text("extends: mine.yaml\ntraining: {seed: 7}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"mine and other differ in training\.seed"):
+        cells(recipe, other)
+    assert len(cells(recipe, other, vary=["training.seed=0,1"])) == 4
+    assert len(cells(recipe, other, overrides=["training.seed=0"])) == 2
+
+
+def test_a_recipe_that_cannot_be_is_a_cell_with_its_reason(recipe: Path) -> None:
+    good, bad = cells(recipe, vary=["adapter.r=4,0"])
+    assert good.error is None
+    assert bad.recipe is None
+    assert bad.error is not None
+    assert "adapter.r: found 0; it takes a whole number (at least 1)" in bad.error
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"vary": ["adapter.rank=4"]}, "adapter.rank is no key of a recipe"),
+        ({"overrides": ["adapter.rank=4"]}, "adapter.rank is no key of a recipe"),
+        ({"vary": ["adapter.r"]}, "needs the form"),
+        ({"vary": ["adapter.r=[4"]}, "is no list of values"),
+        ({"vary": ["adapter.r=4..64"]}, "a range, from which --search chooses"),
+        ({"vary": ["adapter.r=64..4"]}, "from a smaller number to a larger"),
+        ({"vary": ["lora:adapter.r=4"]}, "lora is none of the methods that are compared"),
+        ({"methods": ["full"], "vary": ["adapter.r=4"]}, "adapter.r is a key of no method"),
+        ({"methods": ["lora"], "learning_rates": ["full=1"]}, "full is none of the methods"),
+        ({"methods": ["lora"], "learning_rates": ["lora"]}, "needs the form METHOD=NUMBER"),
+        ({"methods": ["adapter"]}, "adapter is none of "),
+    ],
+)
+def test_what_cannot_be_understood_is_said_at_once(
+    recipe: Path, asked: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        cells(recipe, **asked)
