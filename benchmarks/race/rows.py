@@ -39,9 +39,9 @@ class Rows:
         return sum(map(sum, self.lengths))
 
 
-def gsm8k(folder: Path, number: int) -> list[Conversation]:
-    """The first rows of the training split: a question, and the answer to learn."""
-    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+def gsm8k(folder: Path, number: int, name: str = "train.jsonl") -> list[Conversation]:
+    """The first rows of a split: a question, and the answer to learn."""
+    with (folder / name).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, number)]
     return [_conversation(row["question"], row["answer"]) for row in rows]
 

@@ -1,0 +1,176 @@
+"""A cell: what is trained three ways, and what is measured of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from benchmarks.addition_order.page import Cell, Record
+from qlora_cli.data.batches import BatchStream
+from qlora_cli.kernels.projection import base_weight
+from qlora_cli.loop import train_step
+from qlora_cli.model.adapters import LoRA
+from qlora_cli.model.attention import attend_by_document
+from qlora_cli.model.base import BaseModelConfig
+from qlora_cli.model.quantization import Nf4, Unquantized
+from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.optim.optimizers import AdamW
+from qlora_cli.optim.schedules import Linear
+from qlora_cli.recipe import Training
+from qlora_cli.types import Batch, Example, TrainState
+from qlora_cli.world import World, set_seed
+
+BASES = {"nf4": Nf4(), "none": Unquantized()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the weights and the rows of the cells are."""
+
+    path: Path
+    learnt: Sequence[Example]
+    held_out: Sequence[Example]
+    pad_token_id: int
+    world: World
+
+    def stream(self, cell: Cell) -> BatchStream:
+        """What a cell learns from, drawn by its seed; a step is one forward."""
+        return self._end_to_end(self.learnt, cell.rows_per_step, cell.seed)
+
+    def held_out_batches(self, rows: int) -> list[Batch]:
+        """All held-out rows, so many in a forward."""
+        stream = self._end_to_end(self.held_out, rows, seed=0)
+        return [batch for step in range(stream.num_steps) for batch in stream.micro_batches(step)]
+
+    def held_out_loss(self, objective: TokenLoss, cell: Cell) -> float:
+        """Mean over the supervised tokens of the held-out rows."""
+        batches = self.held_out_batches(cell.rows_per_step)
+        total, number = evaluate_loss(objective, batches, self.world.device).tolist()
+        return float(total / number)
+
+    def _end_to_end(self, examples: Sequence[Example], rows: int, seed: int) -> BatchStream:
+        return BatchStream(
+            examples,
+            batch_size=rows,
+            micro_batch_size=rows,
+            seed=seed,
+            epochs=1,
+            pad_token_id=self.pad_token_id,
+            padding=False,
+        )
+
+
+def run(way: str, cell: Cell, work: Work) -> Record:
+    """Train one way, and look at what was learnt."""
+    model = build(way, cell, work.path)
+    objective = TokenLoss(model, computes_in(way))
+    stream = work.stream(cell)
+    losses: list[float] = []
+    kept: dict[str, float] = {}
+    for step, loss in enumerate(losses_of(objective, stream, cell, work.world), start=1):
+        losses.append(loss)
+        if way != "float32" and step in (1, cell.steps):
+            kept[str(step)] = share_kept(objective, work.held_out_batches(2)[0])
+    own = work.held_out_loss(objective, cell)
+    if way == "float32":
+        return {"losses": losses, "held_out_own": own, "held_out_float32": own}
+    reference = build("float32", cell, work.path)
+    copy_adapter(model, reference)
+    exact = work.held_out_loss(TokenLoss(reference, torch.float32), cell)
+    return {"losses": losses, "held_out_own": own, "held_out_float32": exact, "kept": kept}
+
+
+def measure_untrained(cell: Cell, work: Work) -> Record:
+    """The held-out loss of the base: its update is zero."""
+    found = {}
+    for name, way in (("held_out_own", "peft"), ("held_out_float32", "float32")):
+        objective = TokenLoss(build(way, cell, work.path), computes_in(way))
+        found[name] = work.held_out_loss(objective, cell)
+    return found
+
+
+def computes_in(way: str) -> torch.dtype:
+    return torch.float32 if way == "float32" else torch.bfloat16
+
+
+def build(way: str, cell: Cell, path: Path) -> PeftModel:
+    """The base with a new adapter: the same one for all ways."""
+    quantization: Any = BASES[cell.base]
+    options = quantization.load_options(torch.bfloat16)
+    base = BaseModelConfig(path=str(path)).load(options, torch.device("cpu"))
+    if way == "float32":
+        base = quantization.restore(base)
+        base.requires_grad_(False)
+    assert attend_by_document(base)
+    set_seed(cell.seed)
+    if way == "ours":
+        model = LoRA(r=cell.r, alpha=2 * cell.r).attach(base)
+    else:
+        config = LoraConfig(
+            r=cell.r, lora_alpha=2 * cell.r, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            # Beside a base in bfloat16, PEFT draws on its grid.
+            parameter.data = parameter.data.bfloat16().float()
+    return model.train()
+
+
+def losses_of(
+    objective: TokenLoss, stream: BatchStream, cell: Cell, world: World
+) -> Iterator[float]:
+    """Train; the loss of each step."""
+    optimizer = AdamW(learning_rate=cell.learning_rate).build(objective.parameters(), world.device)
+    settings = Training(
+        batch_size=cell.rows_per_step, micro_batch_size=cell.rows_per_step, max_steps=cell.steps
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState()
+    while state.step < cell.steps:
+        scale = Linear().scale(state.step, cell.steps)
+        metrics = train_step(objective, optimizer, scale, stream, settings, world, scaler, state)
+        state.step += 1
+        yield metrics["loss"]
+
+
+def copy_adapter(source: nn.Module, target: nn.Module) -> None:
+    """Give a model the adapter of another."""
+    trained = {name: p.data for name, p in source.named_parameters() if p.requires_grad}
+    places = {name: p for name, p in target.named_parameters() if p.requires_grad}
+    assert trained.keys() == places.keys()
+    for name, parameter in places.items():
+        parameter.data.copy_(trained[name])
+
+
+@torch.no_grad()
+def share_kept(objective: TokenLoss, batch: Batch) -> float:
+    """How much of the update is in what the layers give: 1 is all, 0 none; mean over the layers.
+
+    In each layer: (y - x W^T) . u / (u . u), for its output y, and the update u in float32.
+    """
+    shares: list[float] = []
+
+    def look(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].bfloat16().float()
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        update = x @ a.T @ b.T * layer.scaling["default"]
+        product = nn.functional.linear(
+            x, base_weight(layer.base_layer, torch.float32), layer.base_layer.bias
+        )
+        shares.append(float(((output.float() - product) * update).sum() / update.square().sum()))
+
+    layers = [module for module in objective.modules() if hasattr(module, "lora_A")]
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    objective(batch)
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(shares)
