@@ -120,8 +120,9 @@ def _by_blocks(
     shared = ops.dot(upstream, output)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = torch.zeros(2, *k.shape)  # float32, for the sum over blocks
-    number = -(-length // _BLOCK)
-    for rows in torch.arange(length).tensor_split(number):
+    # Whole blocks from the start: products of a new shape cost memory (`_compat.py`), and so all
+    # documents share theirs but for the last block.
+    for rows in torch.arange(length).split(_BLOCK):
         first, last = int(rows[0]), int(rows[-1]) + 1
         queries = q[:, :, first:last].reshape(groups, -1, size)
         above = upstream[:, :, first:last].reshape(groups, -1, size)
