@@ -74,7 +74,10 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
         for part in path:
             section = section[part]
         if name == "type" and section["type"] != value:
-            same = {"learning_rate", "weight_decay", "beta1", "beta2", "eps"}
+            same = {
+                "learning_rate", "weight_decay", "groups", "lora_plus_ratio", "beta1", "beta2",
+                "eps",
+            }  # fmt: skip
             kept = {k: v for k, v in section.items() if k in same}
             section.clear()
             section.update(kept)

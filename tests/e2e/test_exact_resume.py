@@ -23,7 +23,7 @@ def variants(union: Any) -> list[str]:
     return [part.model_fields["type"].default for part in get_args(get_args(union)[0])]
 
 
-OPTIMIZERS = variants(OptimizerConfig)
+OPTIMIZERS = get_args(get_args(OptimizerConfig)[0])
 QUANTIZATIONS = variants(QuantizationConfig)
 CLOCKS = {"tokens_per_second", "peak_memory_bytes"}
 
@@ -82,15 +82,19 @@ def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Re
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)
 def test_with_each_optimizer_in_4_bit_and_unquantized(
-    make: Callable[..., Recipe], optimizer: str, quantization: str
+    make: Callable[..., Recipe], optimizer: Any, quantization: str
 ) -> None:
+    name = optimizer.model_fields["type"].default
     recipe = make(
         adapter=WIDE,
-        optimizer={"type": optimizer, "learning_rate": 1e-2, "weight_decay": 0.1},
+        optimizer={"type": name, "learning_rate": 1e-2, "weight_decay": 0.1, "lora_plus_ratio": 2},
         quantization={"type": quantization},
-        schedule={"type": "cosine", "warmup_steps": 2},
+        schedule={
+            "type": "constant" if optimizer.is_schedule_free else "cosine",
+            "warmup_steps": 2,
+        },
     )
     check_resumes(recipe, [1, 3])
 
@@ -105,8 +109,10 @@ def test_in_16_bit(make: Callable[..., Recipe], precision: str) -> None:
     check_resumes(make(training={"precision": precision}), [2])
 
 
-def test_with_all_weights_trained(make: Callable[..., Recipe]) -> None:
-    check_resumes(make(adapter={"type": "full"}, optimizer={"learning_rate": 1e-3}), [2])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "schedule_free_adamw"])
+def test_with_all_weights_trained(make: Callable[..., Recipe], optimizer: str) -> None:
+    settings = {"type": optimizer, "learning_rate": 1e-3}
+    check_resumes(make(adapter={"type": "full"}, optimizer=settings), [2])
 
 
 def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:

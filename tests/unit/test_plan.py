@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.model.known import KNOWN, find_known
+from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.trace.count import Count
+from qlora_cli.trace.count import ADAPTER, STATES, Count
 from qlora_cli.trace.devices import find_target
-from qlora_cli.trace.kernels import make_constants
+from qlora_cli.trace.kernels import Device, make_constants
 from qlora_cli.trace.model import hold_model, outline
 from qlora_cli.train import train
 from tests.conftest import exit_code, output_of
@@ -73,6 +74,32 @@ def test_what_is_traced_is_what_real_tensors_take(
         found, truth = traced.peak(stage)[1], most(real.peaks, stage)
         assert found.total == pytest.approx(truth.total, rel=1e-3), stage
     assert traced.flops[STEP] == real.flops[STEP] > 0
+
+
+@pytest.mark.parametrize(
+    "optimizer", get_args(get_args(OptimizerConfig)[0]), ids=lambda one: one.__name__
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_states_of_each_optimizer_are_traced(
+    tiny_recipe: Callable[..., Recipe], optimizer: Any, device: Device
+) -> None:
+    """Of all weights: matrices of more than 4,096 (8 bit, where that is asked for), and norms."""
+    recipe = tiny_recipe(
+        adapter={"type": "full"}, optimizer={"type": optimizer.model_fields["type"].default}
+    )
+    config, _ = recipe.model.read_config()
+    full = full_batch(1, 16, is_flat=False)
+    batches: dict[str, Any] = {"steps": [[full]], "held_out": full}
+    real = most(counted(recipe, torch.float32, **batches).peaks, STEP)
+    traced = forecast(recipe, config, torch.float32, device=device, **batches).peak(STEP)[1]
+    if device == "cpu":
+        assert traced.kinds[STATES] == real.kinds[STATES]
+        assert traced.total == pytest.approx(real.total, rel=1e-3)
+    else:  # sizes in steps of 512 bytes
+        assert traced.kinds[STATES] == pytest.approx(real.kinds[STATES], rel=0.05, abs=40 * 512)
+    trained = real.kinds[ADAPTER] // 4
+    # Tensors that stay in 32 bit, scales and maps are a large share of a tiny model.
+    assert traced.kinds[STATES] >= recipe.optimizer.state_bytes * trained * 0.9
 
 
 @pytest.mark.parametrize("name", ["nf4", "packed", "int8"])
