@@ -177,7 +177,7 @@ def _period(text: PretrainedConfig) -> int | None:
 
 
 def _names_layers(recipe: Recipe) -> bool:
-    """Whether adapter or optimizer may differ between layers: by a pattern, or a number in a name."""
+    """Whether layers may differ in adapter or optimizer: by a pattern, or a number in a name."""
     values = recipe.adapter.model_dump(
         include={"target_modules", "exclude_modules", "modules_to_save"}
     )

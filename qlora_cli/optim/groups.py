@@ -76,10 +76,8 @@ def group_parameters(
         if (group := groups.get(key)) is not None:
             rate = learning_rate if group.learning_rate is None else group.learning_rate
             decays = decays if group.weight_decay is None else (group.weight_decay,) * 2
-        told.append(
-            f"{key}: {len(names)} tensors, learning rate {rate:g}, "
-            f"weight decay {' and '.join(f'{one:g}' for one in dict.fromkeys(decays))}"
-        )
+        number = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+        told.append(f"{key}: {number}, learning rate {rate:g}, weight decay {decays[0]:g}")
         some = [trained[name] for name in names]
         cut = [p for p in some if p.ndim >= 2], [p for p in some if p.ndim < 2]
         made += [

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qlora_cli.model.quantization import QuantizationConfig
 from qlora_cli.optim.optimizers import OptimizerConfig
@@ -113,6 +115,34 @@ def test_in_16_bit(make: Callable[..., Recipe], precision: str) -> None:
 def test_with_all_weights_trained(make: Callable[..., Recipe], optimizer: str) -> None:
     settings = {"type": optimizer, "learning_rate": 1e-3}
     check_resumes(make(adapter={"type": "full"}, optimizer=settings), [2])
+
+
+def test_schedule_free_saves_the_average_and_evaluating_changes_nothing(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def trained(every: int | None) -> tuple[bytes, Path]:
+        settings = {"type": "schedule_free_adamw", "learning_rate": 1e-2, "beta1": 0.8}
+        recipe = make(optimizer=settings, training={"eval_every": every})
+        shutil.rmtree(recipe.output.dir, ignore_errors=True)
+        train(recipe)
+        file = Path(recipe.output.dir) / "last" / "adapter_model.safetensors"
+        return file.read_bytes(), file
+
+    often, _ = trained(1)
+    seldom, file = trained(None)
+    assert often == seldom
+
+    def total(tensors: dict[str, torch.Tensor]) -> float:
+        return sum(one.double().sum().item() for one in tensors.values())
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000005"
+    states = load_file(checkpoint / "state.safetensors")
+    point = total(load_file(checkpoint / "trained.safetensors"))
+    steps = total({name: one for name, one in states.items() if name.endswith("/z")})
+    # x = (y - (1 - beta1) z) / beta1, by the paper's equation for y
+    average = total(load_file(file))
+    assert average == pytest.approx((point - 0.2 * steps) / 0.8, rel=1e-5)
+    assert abs(average - point) > 1e-3 * abs(point)
 
 
 def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:

@@ -259,7 +259,7 @@ def test_lora_plus_is_one_key_or_a_group(config_class, caplog: pytest.LogCapture
     assert found == {LORA[0]: (0.125, 0), LORA[1]: (0.5, 0), LORA[2]: (0.125, 0)}
     assert (
         "optimizer: 2 tensors, learning rate 0.125, weight decay 0; optimizer.lora_plus_ratio: "
-        "1 tensors, learning rate 0.5, weight decay 0"
+        "1 tensor, learning rate 0.5, weight decay 0"
     ) in [record.getMessage() for record in caplog.records]
 
 
@@ -292,3 +292,28 @@ def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
     assert [record.getMessage() for record in caplog.records] == [
         "optimizer.type: paged_adamw_32bit pages into CUDA memory; no CUDA here, so adamw"
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        (
+            "{type: adamw, groups: [{match: '(', weight_decay: 1}]}",
+            "4:36  optimizer.groups[0].match: ( is no regular expression: missing )",
+        ),
+        ("{type: adamw, groups: [{match: a}]}", "4:24  optimizer.groups[0]: sets nothing; give it"),
+        ("{type: adamw, groups: [{weight_decay: 1}]}", "optimizer.groups[0].match: is missing"),
+        ("{type: adamw, lora_plus_ratio: 0}", "optimizer.lora_plus_ratio: found 0; it takes a"),
+        ("{type: sgd, momentum: 0, nesterov: true}", "optimizer: nesterov looks ahead by the"),
+        (
+            "{type: schedule_free_adamw}\nschedule: {type: cosine}",
+            "optimizer.type (schedule_free_adamw) averages the weights in place of a schedule.type "
+            "(cosine) that falls; use schedule.type constant",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_its_place(
+    problems: Callable[..., list[str]], minimal: str, section: str, told: str
+) -> None:
+    [problem] = problems(f"{minimal}optimizer: {section}\n")
+    assert told in problem
