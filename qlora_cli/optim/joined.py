@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch.optim import Optimizer
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
-class Joined(Optimizer):
-    """Each of `optimizers` updates its own groups; groups and states are held here."""
+def join(*optimizers: Optimizer) -> Optimizer:
+    """One optimizer, in which each of `optimizers` updates its own groups."""
+    import torch
 
-    def __init__(self, *optimizers: Optimizer) -> None:
-        groups = [group for one in optimizers for group in one.param_groups]
-        super().__init__(groups, {})
-        self._optimizers = optimizers
+    class Joined(torch.optim.Optimizer):
+        """It holds groups and states of all, the groups in the order of their optimizers."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
-        assert closure is None
-        at = 0
-        for one in self._optimizers:
-            number = len(one.param_groups)
-            # Handed over anew: loading a state replaces the lists and dictionaries of an optimizer.
-            one.param_groups = self.param_groups[at : at + number]
-            one.state = self.state
-            one.step()
-            at += number
+        def __init__(self) -> None:
+            super().__init__([group for one in optimizers for group in one.param_groups], {})
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            """Update all parameters that have a gradient."""
+            at = 0
+            for one in optimizers:
+                number = len(one.param_groups)
+                # Handed over anew: loading a state replaces an optimizer's lists and dictionaries.
+                one.param_groups = self.param_groups[at : at + number]
+                one.state = self.state
+                one.step()
+                at += number
+
+    return Joined()

@@ -256,16 +256,21 @@ class Adafactor(_Optimizer):
     learning_rate: float = Field(1e-2, gt=0)
     """Highest learning rate; the schedule scales it. It counts in sizes of the weight: a step
     changes a tensor by about this share of its root mean square (of at least 0.001)."""
-    beta2_decay: float = Field(-0.8, le=0)
-    """The decay of the running means is 1 - step ** beta2_decay."""
-    clip: float = Field(1.0, ge=1)
+    beta2_decay: float = Field(0.8, ge=0)
+    """The decay of the running means is 1 - step ** -beta2_decay."""
+    clip_threshold: float = Field(1.0, ge=1)
     """Largest root mean square of an update, before the learning rate."""
 
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
         from torch.optim import Adafactor as TorchAdafactor
 
-        options = {"lr": self.learning_rate, "beta2_decay": self.beta2_decay, "d": self.clip}
-        return TorchAdafactor(groups, foreach=False, **options)
+        return TorchAdafactor(
+            groups,
+            lr=self.learning_rate,
+            beta2_decay=-self.beta2_decay,
+            d=self.clip_threshold,
+            foreach=False,
+        )
 
 
 class SGD(_Optimizer):
@@ -291,8 +296,13 @@ class SGD(_Optimizer):
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
         from torch.optim import SGD as TorchSGD
 
-        options = {"lr": self.learning_rate, "momentum": self.momentum, "nesterov": self.nesterov}
-        return TorchSGD(groups, fused=True, **options)
+        return TorchSGD(
+            groups,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            fused=True,
+        )
 
 
 class ScheduleFreeAdamW(_AdamW):
@@ -311,7 +321,8 @@ class ScheduleFreeAdamW(_AdamW):
 
         optimizer = AdamWScheduleFree(groups, foreach=False, **self._options())
         optimizer.train()
-        return optimizer
+        made: torch.optim.Optimizer = optimizer
+        return made
 
     def as_used(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """The average, in place of the point at which the gradient is taken."""
@@ -351,7 +362,7 @@ class Muon(_AdamW):
         from torch.optim import AdamW as TorchAdamW
         from torch.optim import Muon as TorchMuon
 
-        from qlora_cli.optim.joined import Joined
+        from qlora_cli.optim.joined import join
 
         named = [(name, p) for name, p in parameters if p.requires_grad]
         # Layers are numbered; embeddings and the head, which are matrices too, are in none.
@@ -365,12 +376,16 @@ class Muon(_AdamW):
         groups = self._grouped(named)
         log.info("muon: %d matrices; adamw: %d others", len(hidden), len(named) - len(hidden))
         # Updates are of the size of AdamW's, so both go by one learning rate.
-        options = {"momentum": self.momentum, "adjust_lr_fn": "match_rms_adamw"}
-        muon = TorchMuon(_those(groups, hidden), lr=self.learning_rate, **options)
+        muon = TorchMuon(
+            _those(groups, hidden),
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
         others = _those(groups, {id(p) for _, p in named} - hidden)
         if not others:
             return muon
-        return Joined(muon, TorchAdamW(others, fused=True, **self._options()))
+        return join(muon, TorchAdamW(others, fused=True, **self._options()))
 
 
 def _those(groups: Groups, wanted: set[int]) -> Groups:

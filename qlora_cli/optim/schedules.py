@@ -95,7 +95,7 @@ class Polynomial(_Warmup):
 
     def scale(self, step: int, max_steps: int) -> float:
         """Factor on the learning rate of the step with index `step` (the first is 0)."""
-        left = (1 - self._progress(step, max_steps)) ** self.power
+        left = math.pow(1 - self._progress(step, max_steps), self.power)
         return self._warmup(step) * (self.final_scale + (1 - self.final_scale) * left)
 
 

