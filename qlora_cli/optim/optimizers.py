@@ -301,7 +301,8 @@ class SGD(_Optimizer):
             lr=self.learning_rate,
             momentum=self.momentum,
             nesterov=self.nesterov,
-            fused=True,
+            # Neither foreach, which needs temporaries, nor fused, which cannot be traced.
+            foreach=False,
         )
 
 

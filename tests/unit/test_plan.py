@@ -20,14 +20,16 @@ from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.trace.count import ADAPTER, STATES, Count
+from qlora_cli.trace.count import STATES, Count
 from qlora_cli.trace.devices import find_target
-from qlora_cli.trace.kernels import Device, make_constants
+from qlora_cli.trace.kernels import make_constants
 from qlora_cli.trace.model import hold_model, outline
 from qlora_cli.train import train
 from tests.conftest import exit_code, output_of
 
 CPU = torch.device("cpu")
+
+OPTIMIZERS = [one for one in get_args(get_args(OptimizerConfig)[0]) if one().unpaged is None]
 
 RECIPES: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": {"type": "nf4"}},
@@ -76,30 +78,26 @@ def test_what_is_traced_is_what_real_tensors_take(
     assert traced.flops[STEP] == real.flops[STEP] > 0
 
 
-@pytest.mark.parametrize(
-    "optimizer", get_args(get_args(OptimizerConfig)[0]), ids=lambda one: one.__name__
-)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)
 def test_the_states_of_each_optimizer_are_traced(
-    tiny_recipe: Callable[..., Recipe], optimizer: Any, device: Device
+    tiny_recipe: Callable[..., Recipe], optimizer: Any
 ) -> None:
-    """Of all weights: matrices of more than 4,096 (8 bit, where that is asked for), and norms."""
-    recipe = tiny_recipe(
-        adapter={"type": "full"}, optimizer={"type": optimizer.model_fields["type"].default}
-    )
+    """Of all weights: matrices of more than 4,096 (8 bit, where that is asked for), and norms.
+
+    A paged one is traced as what it is unpaged.
+    """
+    name = optimizer.model_fields["type"].default
+    recipe = tiny_recipe(adapter={"type": "full"}, optimizer={"type": name})
     config, _ = recipe.model.read_config()
     full = full_batch(1, 16, is_flat=False)
-    batches: dict[str, Any] = {"steps": [[full]], "held_out": full}
+    batches: dict[str, Any] = {"steps": [[full]], "held_out": None}
     real = most(counted(recipe, torch.float32, **batches).peaks, STEP)
-    traced = forecast(recipe, config, torch.float32, device=device, **batches).peak(STEP)[1]
-    if device == "cpu":
-        assert traced.kinds[STATES] == real.kinds[STATES]
-        assert traced.total == pytest.approx(real.total, rel=1e-3)
-    else:  # sizes in steps of 512 bytes
-        assert traced.kinds[STATES] == pytest.approx(real.kinds[STATES], rel=0.05, abs=40 * 512)
-    trained = real.kinds[ADAPTER] // 4
-    # Tensors that stay in 32 bit, scales and maps are a large share of a tiny model.
-    assert traced.kinds[STATES] >= recipe.optimizer.state_bytes * trained * 0.9
+    traced = forecast(recipe, config, torch.float32, device="cpu", **batches).peak(STEP)[1]
+    assert traced.kinds[STATES] == real.kinds[STATES] > 0
+    assert traced.total == pytest.approx(real.total, rel=1e-3)
+    on_card = forecast(recipe, config, torch.float32, device="cuda", **batches).peak(STEP)[1]
+    # In steps of 512 bytes: of 21 tensors, six for each at most.
+    assert 0 <= on_card.kinds[STATES] - real.kinds[STATES] < 512 * 6 * 21
 
 
 @pytest.mark.parametrize("name", ["nf4", "packed", "int8"])
