@@ -196,8 +196,18 @@ def test_few_layers_say_what_many_take(
     assert few.trained_weights == whole.trained_weights
 
 
-def test_a_pattern_of_ranks_is_traced_whole(tiny_recipe: Callable[..., Recipe]) -> None:
-    recipe = tiny_recipe(adapter={"rank_pattern": {"layers.3.self_attn.q_proj": 32}})
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"adapter": {"rank_pattern": {"layers.3.self_attn.q_proj": 32}}},
+        {"optimizer": {"groups": [{"match": r"layers\.8\.", "learning_rate": 1e-3}]}},
+    ],
+    ids=["ranks", "groups"],
+)
+def test_a_pattern_that_names_a_layer_is_traced_whole(
+    tiny_recipe: Callable[..., Recipe], sections: dict[str, Any]
+) -> None:
+    recipe = tiny_recipe(**sections)
     full = full_batch(1, 16, is_flat=False)
     found = forecast(
         recipe,
