@@ -43,6 +43,8 @@ _BOUND = ("evaluation.best_by",)
 SAFE = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
+    "optimizer.groups*.learning_rate",
+    "optimizer.groups*.weight_decay",
     "schedule.*",
     "training.micro_batch_size",
     "training.gradient_checkpointing",

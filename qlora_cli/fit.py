@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import estimate
+from qlora_cli.optim.optimizers import AdamW8bit
 from qlora_cli.recipe import Recipe
 from qlora_cli.trace.devices import Target
 
@@ -74,7 +75,10 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
         for part in path:
             section = section[part]
         if name == "type" and section["type"] != value:
-            same = {"learning_rate", "weight_decay", "beta1", "beta2", "eps"}
+            same = {
+                "learning_rate", "weight_decay", "groups", "lora_plus_ratio", "beta1", "beta2",
+                "eps",
+            }  # fmt: skip
             kept = {k: v for k, v in section.items() if k in same}
             section.clear()
             section.update(kept)
@@ -99,8 +103,10 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     if not recipe.adapter.trains_base and recipe.quantization.type not in ("nf4", "fp4"):
         changes["quantization.type"] = "nf4"
         yield dict(changes)
-    optimizer = "paged_adamw_8bit" if target.kind == "cuda" else "adamw_8bit"
-    if recipe.optimizer.type != optimizer:
+    is_smaller = recipe.optimizer.state_bytes > AdamW8bit.state_bytes
+    is_paged_now = target.kind == "cuda" and not recipe.optimizer.is_paged
+    if is_smaller or is_paged_now:
+        optimizer = "paged_adamw_8bit" if target.kind == "cuda" else "adamw_8bit"
         changes["optimizer.type"] = optimizer
         yield dict(changes)
     length = recipe.data.max_length // 2

@@ -177,12 +177,13 @@ def _period(text: PretrainedConfig) -> int | None:
 
 
 def _names_layers(recipe: Recipe) -> bool:
-    """Whether the adapter may be another one in some layer: by a pattern, or a number in a name."""
+    """Whether layers may differ in adapter or optimizer: by a pattern, or a number in a name."""
     values = recipe.adapter.model_dump(
         include={"target_modules", "exclude_modules", "modules_to_save"}
     )
     patterns = recipe.adapter.model_dump(include={"rank_pattern", "alpha_pattern"})
     names = str([value for value in values.values() if value != "all-linear"])
+    names += str([group.match for group in recipe.optimizer.groups])
     return any(patterns.values()) or any(character.isdigit() for character in names)
 
 

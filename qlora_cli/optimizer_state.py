@@ -1,4 +1,4 @@
-"""What an optimizer may hold, told from its own parameters.
+"""What an optimizer may hold, told from what one like it makes in its first step.
 
 `Optimizer.load_state_dict` takes anything; a fused or 8-bit step then reads and writes as many
 numbers as a parameter has, wherever they lie.
@@ -6,22 +6,13 @@ numbers as a parameter has, wherever they lie.
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "state1", "state2"}
-_NAMES = (
-    {"step", "exp_avg", "exp_avg_sq"},
-    {"step", "state1", "state2"},
-    {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
-)
-"""What torch's and bitsandbytes' optimizers keep of a parameter."""
-_INNER = "__bnb_optimizer_quant_state__"
-_LEVELS = _BLOCK = 256
-"""Of bitsandbytes' 8-bit optimizers: values of a state, and values that share a maximum."""
 
 
 def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -37,13 +28,17 @@ def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
     for group, found in zip(groups, saved["param_groups"], strict=True):
         if _types(group) != _types(found) or group["params"] != found["params"]:
             raise ValueError("the settings of the optimizer are of another optimizer")
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    # Layers are alike, so there are few of these.
+    known: dict[tuple[int, torch.Size, torch.dtype], dict[str, Any]] = {}
+    parameters = [(i, p) for i, one in enumerate(optimizer.param_groups) for p in one["params"]]
     for index, state in saved["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(f"the optimizer has no parameter {index!r}")
-        flat = {name: one for name, one in state.items() if name != _INNER}
-        flat |= state.get(_INNER, {})
-        _check_state(flat, parameters[index])
+        at, parameter = parameters[index]
+        kind = (at, parameter.shape, parameter.dtype)
+        if kind not in known:
+            known[kind] = _first_state(optimizer, at, parameter)
+        _check_alike(state, known[kind], "the state")
 
 
 def _types(group: dict[str, Any]) -> dict[str, Any]:
@@ -54,25 +49,40 @@ def _types(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_state(state: dict[str, Any], parameter: Tensor) -> None:
+def _first_state(optimizer: torch.optim.Optimizer, at: int, parameter: Tensor) -> dict[str, Any]:
+    """What an optimizer like this one keeps of a parameter like this, in its group `at`."""
     import torch
 
-    if set(state) not in _NAMES:
-        raise ValueError(f"no optimizer of ours keeps {', '.join(map(str, state))}")
-    is_8_bit = "qmap1" in state
-    for name, value in state.items():
-        if name == "step" and type(value) is int:
-            continue
-        dtype = torch.uint8 if is_8_bit and name in _LIKE_THE_PARAMETER else torch.float32
-        if value.dtype != dtype or value.shape != _shape(name, parameter):
-            raise ValueError(f"{name} of the optimizer is {value.dtype} {tuple(value.shape)}")
+    # On the host: bitsandbytes never gives paged memory back.
+    other = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
+    other.grad = torch.zeros_like(other)
+    groups = [{**group, "params": []} for group in optimizer.param_groups]
+    groups[at]["params"] = [other]
+    twin: torch.optim.Optimizer = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer))
+    twin.state, twin.param_groups = defaultdict(dict), groups
+    twin._optimizer_step_pre_hooks = OrderedDict()
+    twin._optimizer_step_post_hooks = OrderedDict()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+        twin.step()
+    state: dict[str, Any] = twin.state_dict()["state"].get(0, {})
+    return state
 
 
-def _shape(name: str, parameter: Tensor) -> torch.Size:
+def _check_alike(found: Any, wanted: Any, name: str) -> None:
+    """Names, types, dtypes and shapes, at every depth."""
     import torch
 
-    if name in _LIKE_THE_PARAMETER:
-        return parameter.shape
-    if name == "step":
-        return torch.Size([])
-    return torch.Size([_LEVELS if "qmap" in name else -(-parameter.numel() // _BLOCK)])
+    if type(found) is not type(wanted):
+        raise ValueError(f"{name} of the optimizer is a {type(found).__name__}")
+    if isinstance(wanted, torch.Tensor):
+        if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+            raise ValueError(f"{name} of the optimizer is {found.dtype} {tuple(found.shape)}")
+        return
+    if not isinstance(wanted, dict):
+        return
+    if set(found) != set(wanted):
+        raise ValueError(f"the optimizer does not keep {', '.join(map(str, found))}")
+    for key, value in wanted.items():
+        _check_alike(found[key], value, key)

@@ -203,6 +203,12 @@ class Recipe(Part):
                 f"({self.quantization.type}): quantized weights have no gradient; use "
                 "quantization.type none, or adapter.type lora"
             )
+        if self.optimizer.is_schedule_free and self.schedule.falls:
+            problems.append(
+                f"optimizer.type ({self.optimizer.type}) averages the weights in place of a "
+                f"schedule.type ({self.schedule.type}) that falls; use schedule.type constant "
+                "(with warm-up, if you like)"
+            )
         tasks = self.evaluation.tasks
         if not self.data.evaluation_sources and any(task.data is None for task in tasks):
             problems.append("evaluation.tasks needs data.evaluation: rows to answer")

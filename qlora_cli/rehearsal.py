@@ -83,7 +83,7 @@ def rehearse(
     prepare_layers(model, base, recipe.training, kernels, dtype)
     objective = TokenLoss(model, dtype)
     with _quietly():  # that states are not paged here says nothing about where they will be
-        optimizer = recipe.optimizer.build(model.parameters(), torch.device("cpu"))
+        optimizer = recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     world, state = Alone(), TrainState()
     objective.train()
@@ -101,7 +101,7 @@ def rehearse(
                     state,
                 )
         if held_out is not None:
-            with count.stage(EVALUATION):
+            with count.stage(EVALUATION), recipe.optimizer.as_used(optimizer):
                 evaluate_loss(objective, [held_out], world.device)
     return model
 

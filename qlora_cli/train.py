@@ -141,12 +141,13 @@ def _train(
     kernels = prepare_layers(model, base, settings, kernels, dtype)
 
     def write_weights(folder: Path) -> None:
-        recipe.adapter.save(model, folder)
+        with recipe.optimizer.as_used(optimizer):
+            recipe.adapter.save(model, folder)
         tokenizer.save_pretrained(folder)
         base.generation_config.save_pretrained(folder)
 
     objective = TokenLoss(model, dtype, loss_kernel(kernels, world.device, dtype))
-    optimizer = recipe.optimizer.build(model.parameters(), world.device)
+    optimizer = recipe.optimizer.build(model.named_parameters(), world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     keeper = Keeper(
         run,
@@ -222,7 +223,8 @@ def _train(
         with keeper.rescuing(state):
             try:
                 # Several processes cannot leave it in different places.
-                with stop.at_once() if world.size == 1 else nullcontext():
+                at_once = stop.at_once() if world.size == 1 else nullcontext()
+                with recipe.optimizer.as_used(optimizer), at_once:
                     metrics = evaluate()
             except Interrupted:
                 return {}  # a run that is resumed evaluates here again

@@ -168,7 +168,8 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
 def _unchanged(objective: TokenLoss, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Weights, states, rates and random generators are as before afterwards."""
     generators, was_training = random_states(), objective.training
-    rates = [group["lr"] for group in optimizer.param_groups]
+    # All of them: schedule-free ones count their steps there.
+    settings = [dict(group) for group in optimizer.param_groups]
     is_new = not optimizer.state
     objective.train()
     try:
@@ -177,8 +178,8 @@ def _unchanged(objective: TokenLoss, optimizer: torch.optim.Optimizer) -> Iterat
         optimizer.zero_grad(set_to_none=True)
         if is_new:
             optimizer.state.clear()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, before in zip(optimizer.param_groups, settings, strict=True):
+            group.update(before)
         objective.train(was_training)
         set_random_states(generators)
 

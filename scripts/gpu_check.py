@@ -376,7 +376,7 @@ def one_host_sync(bench: Bench) -> str:
     dtype = world.compute_dtype("auto")
     model = recipe.adapter.attach(load_base(recipe, dtype, bench.device))
     objective = TokenLoss(model, dtype).train()
-    optimizer = recipe.optimizer.build(model.parameters(), bench.device)
+    optimizer = recipe.optimizer.build(model.named_parameters(), bench.device)
     scaler = torch.amp.GradScaler(bench.device.type, enabled=False)
     batches, state = stream(recipe), TrainState()
 

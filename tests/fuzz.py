@@ -353,7 +353,7 @@ class Checkpoints(Kind):
 
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
-        optimizer = AdamW(learning_rate=1e-2).build(model.parameters(), torch.device("cpu"))
+        optimizer = AdamW(learning_rate=1e-2).build(model.named_parameters(), torch.device("cpu"))
         return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
 
     @staticmethod

@@ -26,7 +26,7 @@ def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> di
     )
     parts: dict[str, Any] = {
         "model": model,
-        "optimizer": recipe.optimizer.build(model.parameters(), world.device),
+        "optimizer": recipe.optimizer.build(model.named_parameters(), world.device),
         "scaler": torch.amp.GradScaler(world.device.type, enabled=False),
     }
     newest = experiment.whole / "checkpoints" / f"step-{max(experiment.manifests):08d}"

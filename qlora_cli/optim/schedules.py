@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from qlora_cli.part import Part
 
 
 class _Warmup(Part):
+    falls: ClassVar[bool] = True
+    """Whether the learning rate falls again after warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate grows linearly to its full value."""
 
@@ -27,6 +29,7 @@ class Constant(_Warmup):
     """The full learning rate after warm-up."""
 
     type: Literal["constant"] = "constant"
+    falls: ClassVar[bool] = False
 
     def scale(self, step: int, max_steps: int) -> float:
         """Factor on the learning rate of the step with index `step` (the first is 0)."""
@@ -56,4 +59,62 @@ class Cosine(_Warmup):
         return self._warmup(step) * (self.final_scale + (1 - self.final_scale) * falling)
 
 
-ScheduleConfig = Annotated[Constant | Linear | Cosine, Field(discriminator="type")]
+class WarmupStableDecay(_Warmup):
+    """Full after warm-up, then down to `final_scale` in the last steps
+    (https://arxiv.org/abs/2404.06395)."""
+
+    type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """Share of all steps in which it falls; warm-up goes before it."""
+    decay: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """How it falls."""
+    final_scale: float = Field(0.0, ge=0, le=1)
+    """Factor on the learning rate at the end."""
+
+    def scale(self, step: int, max_steps: int) -> float:
+        """Factor on the learning rate of the step with index `step` (the first is 0)."""
+        decay_steps = max(1, round(self.decay_share * max_steps))
+        start = max(self.warmup_steps, max_steps - decay_steps)
+        progress = max(0, step - start) / max(1, max_steps - start)
+        left = {
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+            "1-sqrt": 1 - math.sqrt(progress),
+        }[self.decay]
+        return self._warmup(step) * (self.final_scale + (1 - self.final_scale) * left)
+
+
+class Polynomial(_Warmup):
+    """Down to `final_scale` by a power of the steps that are left, after warm-up."""
+
+    type: Literal["polynomial"] = "polynomial"
+    power: float = Field(2.0, gt=0)
+    """Of the share of steps that are left; 1 is linear."""
+    final_scale: float = Field(0.0, ge=0, le=1)
+    """Factor on the learning rate at the end."""
+
+    def scale(self, step: int, max_steps: int) -> float:
+        """Factor on the learning rate of the step with index `step` (the first is 0)."""
+        left = math.pow(1 - self._progress(step, max_steps), self.power)
+        return self._warmup(step) * (self.final_scale + (1 - self.final_scale) * left)
+
+
+class InverseRoot(_Warmup):
+    """Falls as one over the root of the step after warm-up (https://arxiv.org/abs/1706.03762)."""
+
+    type: Literal["inverse_root"] = "inverse_root"
+    timescale: int | None = Field(None, ge=1)
+    """Three times so many steps after warm-up, half of the learning rate is left. Null takes
+    `warmup_steps`, and 10,000 without warm-up."""
+
+    def scale(self, step: int, max_steps: int) -> float:
+        """Factor on the learning rate of the step with index `step` (the first is 0)."""
+        timescale = self.timescale or self.warmup_steps or 10_000
+        since = max(0, step - self.warmup_steps)
+        return self._warmup(step) / math.sqrt(1 + since / timescale)
+
+
+ScheduleConfig = Annotated[
+    Constant | Linear | Cosine | WarmupStableDecay | Polynomial | InverseRoot,
+    Field(discriminator="type"),
+]

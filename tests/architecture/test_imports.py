@@ -98,7 +98,7 @@ ALLOWED = {
 
 HEAVY = {
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors",
-    "numpy", "pandas", "pyarrow", "gguf", "tensorboard",
+    "numpy", "pandas", "pyarrow", "gguf", "tensorboard", "schedulefree",
 }  # fmt: skip
 LIGHT_PARTS = {"model", "data", "optim", "tasks"}
 """Parts whose settings are in the recipe: what reads recipes imports them."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qlora_cli.model.quantization import QuantizationConfig
 from qlora_cli.optim.optimizers import OptimizerConfig
@@ -23,7 +25,7 @@ def variants(union: Any) -> list[str]:
     return [part.model_fields["type"].default for part in get_args(get_args(union)[0])]
 
 
-OPTIMIZERS = variants(OptimizerConfig)
+OPTIMIZERS = get_args(get_args(OptimizerConfig)[0])
 QUANTIZATIONS = variants(QuantizationConfig)
 CLOCKS = {"tokens_per_second", "peak_memory_bytes"}
 
@@ -82,15 +84,19 @@ def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Re
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)
 def test_with_each_optimizer_in_4_bit_and_unquantized(
-    make: Callable[..., Recipe], optimizer: str, quantization: str
+    make: Callable[..., Recipe], optimizer: Any, quantization: str
 ) -> None:
+    name = optimizer.model_fields["type"].default
     recipe = make(
         adapter=WIDE,
-        optimizer={"type": optimizer, "learning_rate": 1e-2, "weight_decay": 0.1},
+        optimizer={"type": name, "learning_rate": 1e-2, "weight_decay": 0.1, "lora_plus_ratio": 2},
         quantization={"type": quantization},
-        schedule={"type": "cosine", "warmup_steps": 2},
+        schedule={
+            "type": "constant" if optimizer.is_schedule_free else "cosine",
+            "warmup_steps": 2,
+        },
     )
     check_resumes(recipe, [1, 3])
 
@@ -105,8 +111,38 @@ def test_in_16_bit(make: Callable[..., Recipe], precision: str) -> None:
     check_resumes(make(training={"precision": precision}), [2])
 
 
-def test_with_all_weights_trained(make: Callable[..., Recipe]) -> None:
-    check_resumes(make(adapter={"type": "full"}, optimizer={"learning_rate": 1e-3}), [2])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "schedule_free_adamw"])
+def test_with_all_weights_trained(make: Callable[..., Recipe], optimizer: str) -> None:
+    settings = {"type": optimizer, "learning_rate": 1e-3}
+    check_resumes(make(adapter={"type": "full"}, optimizer=settings), [2])
+
+
+def test_schedule_free_saves_the_average_and_evaluating_changes_nothing(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def trained(every: int | None) -> tuple[bytes, Path]:
+        settings = {"type": "schedule_free_adamw", "learning_rate": 1e-2, "beta1": 0.8}
+        recipe = make(optimizer=settings, training={"eval_every": every})
+        shutil.rmtree(recipe.output.dir, ignore_errors=True)
+        train(recipe)
+        file = Path(recipe.output.dir) / "last" / "adapter_model.safetensors"
+        return file.read_bytes(), file
+
+    often, _ = trained(1)
+    seldom, file = trained(None)
+    assert often == seldom
+
+    def total(tensors: dict[str, torch.Tensor]) -> float:
+        return sum(one.double().sum().item() for one in tensors.values())
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000005"
+    states = load_file(checkpoint / "state.safetensors")
+    point = total(load_file(checkpoint / "trained.safetensors"))
+    steps = total({name: one for name, one in states.items() if name.endswith("/z")})
+    # x = (y - (1 - beta1) z) / beta1, by the paper's equation for y
+    average = total(load_file(file))
+    assert average == pytest.approx((point - 0.2 * steps) / 0.8, rel=1e-5)
+    assert abs(average - point) > 1e-3 * abs(point)
 
 
 def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:

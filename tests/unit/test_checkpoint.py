@@ -29,7 +29,7 @@ class Run:
         # More than 4096 weights: below that bitsandbytes keeps 32-bit states.
         self.model = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5), nn.Linear(width, 1))
         self.model[2].requires_grad_(False)
-        self.optimizer = optimizer.build(self.model.parameters(), CPU)
+        self.optimizer = optimizer.build(self.model.named_parameters(), CPU)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.state = TrainState()
 

@@ -76,7 +76,7 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.optimizer = AdamW(learning_rate=1e-2).build(
-            self.model.parameters(), torch.device("cpu")
+            self.model.named_parameters(), torch.device("cpu")
         )
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.state = TrainState()

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from qlora_cli.optim.optimizers import AdamW, AdamW8bit
+from qlora_cli.optim.optimizers import AdamW, AdamW8bit, OptimizerConfig
 from qlora_cli.optimizer_state import check_optimizer
 
-OPTIMIZERS = [AdamW(), AdamW8bit()]
+OPTIMIZERS = [config_class() for config_class in get_args(get_args(OptimizerConfig)[0])]
 
 
 def stepped(config: Any) -> torch.optim.Optimizer:
-    """After a step, on a large matrix (8 bit, where that is asked for), a small one and a bias."""
-    shapes = ((100, 100), (10, 10), (5,))
-    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-    optimizer: torch.optim.Optimizer = config.build(parameters, torch.device("cpu"))
-    for parameter in parameters:
+    """After a step, on a large matrix (8 bit, where that is asked for), a small one and a bias; and
+    on one outside of the layers, which is not Muon's."""
+    shapes = {
+        "layers.0.weight": (100, 100),
+        "layers.1.weight": (10, 10),
+        "layers.1.bias": (5,),
+        "head.weight": (7, 10),
+    }
+    named = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    optimizer: torch.optim.Optimizer = config.build(named.items(), torch.device("cpu"))
+    for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return optimizer
@@ -36,18 +42,21 @@ def inner(state: dict[str, Any]) -> dict[str, Any]:
     return state.get("__bnb_optimizer_quant_state__", state)
 
 
+def first_tensor(state: dict[str, Any]) -> str:
+    """The name of one with the shape of the parameter, or of its rows."""
+    return next(n for n, v in inner(state).items() if isinstance(v, torch.Tensor) and v.ndim > 1)
+
+
 def shorten(state: dict[str, Any]) -> None:
-    name = next(n for n in inner(state) if n in ("exp_avg", "state1"))
-    inner(state)[name] = inner(state)[name][:50]
+    inner(state)[first_tensor(state)] = inner(state)[first_tensor(state)][:1]
 
 
 def as_double(state: dict[str, Any]) -> None:
-    name = next(n for n in inner(state) if n in ("exp_avg_sq", "state2"))
-    inner(state)[name] = inner(state)[name].double()
+    inner(state)[first_tensor(state)] = inner(state)[first_tensor(state)].double()
 
 
 def leave_out(state: dict[str, Any]) -> None:
-    del inner(state)[next(n for n in inner(state) if n in ("exp_avg", "state1"))]
+    del inner(state)[first_tensor(state)]
 
 
 def add(state: dict[str, Any]) -> None:

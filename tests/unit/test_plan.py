@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.model.known import KNOWN, find_known
+from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.trace.count import Count
+from qlora_cli.trace.count import STATES, Count
 from qlora_cli.trace.devices import find_target
 from qlora_cli.trace.kernels import make_constants
 from qlora_cli.trace.model import hold_model, outline
@@ -27,6 +28,8 @@ from qlora_cli.train import train
 from tests.conftest import exit_code, output_of
 
 CPU = torch.device("cpu")
+
+OPTIMIZERS = [one for one in get_args(get_args(OptimizerConfig)[0]) if one().unpaged is None]
 
 RECIPES: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": {"type": "nf4"}},
@@ -73,6 +76,28 @@ def test_what_is_traced_is_what_real_tensors_take(
         found, truth = traced.peak(stage)[1], most(real.peaks, stage)
         assert found.total == pytest.approx(truth.total, rel=1e-3), stage
     assert traced.flops[STEP] == real.flops[STEP] > 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)
+def test_the_states_of_each_optimizer_are_traced(
+    tiny_recipe: Callable[..., Recipe], optimizer: Any
+) -> None:
+    """Of all weights: matrices of more than 4,096 (8 bit, where that is asked for), and norms.
+
+    A paged one is traced as what it is unpaged.
+    """
+    name = optimizer.model_fields["type"].default
+    recipe = tiny_recipe(adapter={"type": "full"}, optimizer={"type": name})
+    config, _ = recipe.model.read_config()
+    full = full_batch(1, 16, is_flat=False)
+    batches: dict[str, Any] = {"steps": [[full]], "held_out": None}
+    real = most(counted(recipe, torch.float32, **batches).peaks, STEP)
+    traced = forecast(recipe, config, torch.float32, device="cpu", **batches).peak(STEP)[1]
+    assert traced.kinds[STATES] == real.kinds[STATES] > 0
+    assert traced.total == pytest.approx(real.total, rel=1e-3)
+    on_card = forecast(recipe, config, torch.float32, device="cuda", **batches).peak(STEP)[1]
+    # In steps of 512 bytes: of 21 tensors, six for each at most.
+    assert 0 <= on_card.kinds[STATES] - real.kinds[STATES] < 512 * 6 * 21
 
 
 @pytest.mark.parametrize("name", ["nf4", "packed", "int8"])
@@ -171,8 +196,18 @@ def test_few_layers_say_what_many_take(
     assert few.trained_weights == whole.trained_weights
 
 
-def test_a_pattern_of_ranks_is_traced_whole(tiny_recipe: Callable[..., Recipe]) -> None:
-    recipe = tiny_recipe(adapter={"rank_pattern": {"layers.3.self_attn.q_proj": 32}})
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"adapter": {"rank_pattern": {"layers.3.self_attn.q_proj": 32}}},
+        {"optimizer": {"groups": [{"match": r"layers\.8\.", "learning_rate": 1e-3}]}},
+    ],
+    ids=["ranks", "groups"],
+)
+def test_a_pattern_that_names_a_layer_is_traced_whole(
+    tiny_recipe: Callable[..., Recipe], sections: dict[str, Any]
+) -> None:
+    recipe = tiny_recipe(**sections)
     full = full_batch(1, 16, is_flat=False)
     found = forecast(
         recipe,

@@ -67,10 +67,20 @@ def candidates(field_type: FieldType) -> Iterator[str]:
             str: ("other", ";", "3h55m"),
         }[scalar]
     if field_type.item:
-        item = next(candidates(field_type.item))
-        yield f"[{{type: {item}}}]" if field_type.item.variants else f"[{item}]"
+        yield f"[{_item(field_type.item)}]"
     if field_type.value:
         yield f"{{name: {next(candidates(field_type.value))}}}"
+
+
+def _item(field_type: FieldType) -> str:
+    if field_type.variants or not field_type.parts:
+        value = next(candidates(field_type))
+        return f"{{type: {value}}}" if field_type.variants else value
+    # What is required, and one key more.
+    fields = list(field_type.parts[0].model_fields.items())
+    number = 1 + sum(info.is_required() for _, info in fields)
+    values = [f"{key}: {next(candidates(FieldType.of(info)))}" for key, info in fields[:number]]
+    return f"{{{', '.join(values)}}}"
 
 
 KEYS = list(keys_of(Recipe))

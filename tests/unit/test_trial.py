@@ -36,7 +36,9 @@ def run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Pat
     return run
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw_8bit", "ademamix", "schedule_free_adamw", "muon"]
+)
 def test_a_run_learns_the_same_with_its_largest_batches_tried_first(
     run: Callable[..., Path], optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +75,7 @@ def test_memory_that_ends_in_the_trial_ends_the_run_with_advice(
     model = recipe.adapter.attach(
         recipe.model.load(recipe.quantization.load_options(torch.float32), torch.device("cpu"))
     )
-    optimizer = recipe.optimizer.build(model.parameters(), torch.device("cpu"))
+    optimizer = recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
     before = {name: p.clone() for name, p in model.named_parameters()}
 
     def end(*_: object) -> None:

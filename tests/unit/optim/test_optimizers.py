@@ -1,13 +1,38 @@
 import logging
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
+import bitsandbytes.optim
 import pytest
+import schedulefree
 import torch
 
-from qlora_cli.optim.optimizers import AdamW, AdamW8bit, OptimizerConfig, PagedAdamW32bit
+from qlora_cli.errors import RecipeError
+from qlora_cli.optim.groups import Group
+from qlora_cli.optim.optimizers import (
+    SGD,
+    Adafactor,
+    AdamW,
+    AdamW8bit,
+    AdEMAMix,
+    AdEMAMix8bit,
+    Lion,
+    Lion8bit,
+    Muon,
+    OptimizerConfig,
+    PagedAdamW32bit,
+    ScheduleFreeAdamW,
+)
+from qlora_cli.optim.schedules import Constant
 
 CPU = torch.device("cpu")
 CLASSES = get_args(get_args(OptimizerConfig)[0])
+
+
+def named(parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.nn.Parameter]]:
+    """The names that they would have in a model."""
+    names = ("layers.0.weight", "layers.0.bias", "layers.1.weight")
+    return list(zip(names, parameters, strict=True))
 
 
 def make_parameters() -> list[torch.nn.Parameter]:
@@ -31,7 +56,7 @@ def run(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], 
 def test_every_optimizer_lowers_the_loss_and_leaves_frozen_weights_alone(config_class) -> None:
     parameters = make_parameters()
     before = [p.detach().clone() for p in parameters]
-    optimizer = config_class(learning_rate=1e-2).build(parameters, CPU)
+    optimizer = config_class(learning_rate=1e-2).build(named(parameters), CPU)
     run(optimizer, parameters, 5)
     assert not torch.equal(parameters[0], before[0])
     assert not torch.equal(parameters[1], before[1])
@@ -41,35 +66,219 @@ def test_every_optimizer_lowers_the_loss_and_leaves_frozen_weights_alone(config_
 @pytest.mark.parametrize("config_class", CLASSES)
 def test_weight_decay_is_for_matrices_alone(config_class) -> None:
     parameters = make_parameters()
-    optimizer = config_class(weight_decay=0.5).build(parameters, CPU)
+    optimizer = config_class(weight_decay=0.5).build(named(parameters), CPU)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay == {id(parameters[0]): 0.5, id(parameters[1]): 0.0}
 
 
-def test_adamw_is_torchs_own() -> None:
+RATE, DECAY = 3e-3, 0.1
+ADAM: dict[str, Any] = {"lr": RATE, "betas": (0.8, 0.95), "eps": 1e-7}
+OURS: dict[str, Any] = {"learning_rate": RATE, "weight_decay": DECAY}
+OUR_ADAM: dict[str, Any] = {**OURS, "beta1": 0.8, "beta2": 0.95, "eps": 1e-7}
+SLOW: dict[str, Any] = {**ADAM, "betas": (0.8, 0.95, 0.99), "alpha": 3.0}
+OUR_SLOW: dict[str, Any] = {**OUR_ADAM, "beta3": 0.99, "alpha": 3.0}
+BNB = bitsandbytes.optim
+
+LIBRARIES: list[tuple[Any, Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
+    (AdamW(**OUR_ADAM), torch.optim.AdamW, ADAM),
+    (AdamW8bit(**OUR_ADAM), BNB.AdamW8bit, ADAM),
+    (Lion(**OURS, beta1=0.8, beta2=0.95), BNB.Lion, {"lr": RATE, "betas": (0.8, 0.95)}),
+    (Lion8bit(**OURS), BNB.Lion8bit, {"lr": RATE}),
+    (AdEMAMix(**OUR_SLOW), BNB.ademamix._ReferenceAdEMAMix, SLOW),
+    (
+        AdEMAMix(**OUR_SLOW, slow_warmup_steps=30),
+        BNB.ademamix._ReferenceAdEMAMix,
+        {**SLOW, "t_alpha": 30, "t_beta3": 30},
+    ),
+    (AdEMAMix8bit(**OUR_SLOW), BNB.AdEMAMix8bit, SLOW),
+    (
+        Adafactor(**OURS, beta2_decay=0.7, clip_threshold=1.5),
+        torch.optim.Adafactor,
+        {"lr": RATE, "beta2_decay": -0.7, "d": 1.5},
+    ),
+    (
+        SGD(**OURS, momentum=0.7, nesterov=True),
+        torch.optim.SGD,
+        {"lr": RATE, "momentum": 0.7, "nesterov": True},
+    ),
+    (SGD(**OURS, momentum=0), torch.optim.SGD, {"lr": RATE}),
+    (ScheduleFreeAdamW(**OUR_ADAM), schedulefree.AdamWScheduleFreeReference, ADAM),
+]
+
+
+def test_each_optimizer_is_held_against_its_library() -> None:
+    """Paged ones are unpaged here; Muon has two libraries, below."""
+    tested = {type(config) for config, _, _ in LIBRARIES} | {Muon}
+    assert {c for c in CLASSES if c().unpaged is None} == tested
+    assert {c().unpaged for c in CLASSES} - {None} <= tested
+
+
+@pytest.mark.parametrize(
+    ("config", "library", "options"), LIBRARIES, ids=lambda one: getattr(one, "type", "")
+)
+def test_twenty_steps_are_those_of_the_library(config, library, options) -> None:
     ours, theirs = make_parameters(), make_parameters()
-    config = AdamW(learning_rate=3e-3, weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-7)
-    run(config.build(ours, CPU), ours, 20)
-    reference = torch.optim.AdamW(
+    optimizer = config.build(named(ours), CPU)
+    run(optimizer, ours, 20)
+    reference = library(
         [
-            {"params": theirs[:1], "weight_decay": 0.1},
+            {"params": theirs[:1], "weight_decay": DECAY},
             {"params": theirs[1:2], "weight_decay": 0.0},
         ],
-        lr=3e-3,
-        betas=(0.8, 0.95),
-        eps=1e-7,
+        **options,
     )
+    if config.is_schedule_free:
+        reference.train()
     run(reference, theirs, 20)
-    # The fused kernel orders its float32 operations otherwise.
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-6)
+    # Fused kernels and references order float32 operations otherwise, on weights of up to 4.
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-6)
+
+
+def test_muon_is_torchs_in_the_layers_and_adamw_elsewhere() -> None:
+    def make() -> torch.nn.ModuleDict:
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 6))
+        return torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 6), "layers": layers})
+
+    def train(model: torch.nn.ModuleDict, *optimizers: torch.optim.Optimizer) -> None:
+        for _ in range(10):
+            model["layers"](model["embed"].weight).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    ours, theirs = make(), make()
+    config = Muon(learning_rate=RATE, weight_decay=DECAY, beta1=0.8, momentum=0.9)
+    train(ours, config.build(ours.named_parameters(), CPU))
+    one, _, other = theirs["layers"]
+    muon = torch.optim.Muon(
+        [one.weight, other.weight],
+        lr=RATE,
+        weight_decay=DECAY,
+        momentum=0.9,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = [
+        {"params": [theirs["embed"].weight], "weight_decay": DECAY},
+        {"params": [one.bias, other.bias], "weight_decay": 0.0},
+    ]
+    train(theirs, muon, torch.optim.AdamW(rest, lr=RATE, betas=(0.8, 0.999), fused=True))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_muon_without_a_matrix_in_a_layer_is_refused() -> None:
+    bias = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(RecipeError, match="none of 1 trained tensors is one") as caught:
+        Muon().build([("layers.0.bias", bias)], CPU)
+    assert "adamw" in (caught.value.hint or "")
+
+
+def test_warm_up_of_the_schedule_is_that_of_schedule_free_itself() -> None:
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = ScheduleFreeAdamW(learning_rate=RATE).build(named(ours), CPU)
+    reference = schedulefree.AdamWScheduleFree(theirs[:2], lr=RATE, warmup_steps=5, foreach=False)
+    reference.train()
+    for step in range(12):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * Constant(warmup_steps=5).scale(step, 12)
+        run(optimizer, ours, 1)
+        run(reference, theirs, 1)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
+
+
+def test_the_weights_in_use_are_the_average_and_training_goes_on_as_if_never_looked_at() -> None:
+    ours, theirs = make_parameters(), make_parameters()
+    config = ScheduleFreeAdamW(learning_rate=1e-2)
+    optimizer = config.build(named(ours), CPU)
+    run(optimizer, ours, 7)
+    reference = schedulefree.AdamWScheduleFree(theirs[:2], lr=1e-2, foreach=False)
+    reference.train()
+    run(reference, theirs, 7)
+    before = ours[0].detach().clone()
+    reference.eval()
+    with config.as_used(optimizer):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
+        assert not torch.equal(ours[0], before)
+    assert torch.equal(ours[0], before)
+    run(optimizer, ours, 1)  # which it does in its training mode alone
+
+
+@pytest.mark.parametrize("config_class", CLASSES)
+def test_each_goes_on_bit_for_bit_from_its_saved_state(config_class) -> None:
+    config = config_class(learning_rate=1e-2, weight_decay=0.1)
+    whole, cut = make_parameters(), make_parameters()
+    run(config.build(named(whole), CPU), whole, 6)
+    first = config.build(named(cut), CPU)
+    run(first, cut, 3)
+    second = config.build(named(cut), CPU)
+    second.load_state_dict(first.state_dict())
+    run(second, cut, 3)
+    assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
+
+
+LORA = ("base.layers.0.lora_A.default.weight", "base.layers.0.lora_B.default.weight", "base.norm")
+
+
+def lora() -> list[tuple[str, torch.nn.Parameter]]:
+    shapes = ((4, 8), (8, 4), (8,))
+    return [(n, torch.nn.Parameter(torch.ones(s))) for n, s in zip(LORA, shapes, strict=True)]
+
+
+def settings(optimizer: torch.optim.Optimizer, parameters: Any) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of each parameter by its name."""
+    names = {id(p): name for name, p in parameters}
+    return {
+        names[id(p)]: (group["initial_lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+@pytest.mark.parametrize("config_class", CLASSES)
+def test_groups_have_their_own_learning_rate_and_weight_decay(config_class) -> None:
+    parameters = lora()
+    groups = [
+        Group(match="lora_B", learning_rate=0.5),
+        Group(match=r"norm$|layers\.0", weight_decay=0.25),
+    ]
+    config = config_class(learning_rate=0.125, weight_decay=1, groups=groups)
+    found = settings(config.build(parameters, CPU), parameters)
+    assert found == {LORA[0]: (0.125, 0.25), LORA[1]: (0.5, 1.0), LORA[2]: (0.125, 0.25)}
+
+
+@pytest.mark.parametrize("config_class", CLASSES)
+def test_lora_plus_is_one_key_or_a_group(config_class, caplog: pytest.LogCaptureFixture) -> None:
+    parameters = lora()
+    short = config_class(learning_rate=0.125, lora_plus_ratio=4)
+    long = config_class(learning_rate=0.125, groups=[Group(match="lora_B", learning_rate=0.5)])
+    with caplog.at_level(logging.INFO, logger="qlora"):
+        found = settings(short.build(parameters, CPU), parameters)
+    assert found == settings(long.build(parameters, CPU), parameters)
+    assert found == {LORA[0]: (0.125, 0), LORA[1]: (0.5, 0), LORA[2]: (0.125, 0)}
+    assert (
+        "optimizer: 2 tensors, learning rate 0.125, weight decay 0; optimizer.lora_plus_ratio: "
+        "1 tensor, learning rate 0.5, weight decay 0"
+    ) in [record.getMessage() for record in caplog.records]
+
+
+def test_a_group_that_matches_nothing_is_refused_with_what_is_near() -> None:
+    with pytest.raises(RecipeError, match="'lora_C' matches no trained parameter; there") as caught:
+        AdamW(groups=[Group(match="lora_C", weight_decay=1)]).build(lora(), CPU)
+    assert "lora_A" in (caught.value.hint or "")
+    groups = [Group(match="lora", weight_decay=1), Group(match="lora_B", weight_decay=0)]
+    with pytest.raises(RecipeError, match=r"groups\[1\]: all that 'lora_B' matches .* before it"):
+        AdamW(groups=groups).build(lora(), CPU)
+    with pytest.raises(RecipeError, match=r"lora_plus_ratio: .* no trained parameter"):
+        AdamW(lora_plus_ratio=2).build(lora()[2:], CPU)
 
 
 def test_8bit_states_stay_near_the_32_bit_ones() -> None:
     exact, rounded = make_parameters(), make_parameters()
     start = make_parameters()[0]
-    run(AdamW(learning_rate=1e-2).build(exact, CPU), exact, 20)
-    run(AdamW8bit(learning_rate=1e-2).build(rounded, CPU), rounded, 20)
+    run(AdamW(learning_rate=1e-2).build(named(exact), CPU), exact, 20)
+    run(AdamW8bit(learning_rate=1e-2).build(named(rounded), CPU), rounded, 20)
     error = (exact[0] - rounded[0]).norm() / (exact[0] - start).norm()
     assert 0 < error < 0.1
 
@@ -78,8 +287,33 @@ def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="qlora"):
-        optimizer = PagedAdamW32bit().build(make_parameters(), CPU)
+        optimizer = PagedAdamW32bit().build(named(make_parameters()), CPU)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [record.getMessage() for record in caplog.records] == [
         "optimizer.type: paged_adamw_32bit pages into CUDA memory; no CUDA here, so adamw"
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        (
+            "{type: adamw, groups: [{match: '(', weight_decay: 1}]}",
+            "4:36  optimizer.groups[0].match: ( is no regular expression: missing )",
+        ),
+        ("{type: adamw, groups: [{match: a}]}", "4:35  optimizer.groups[0]: sets nothing; give it"),
+        ("{type: adamw, groups: [{weight_decay: 1}]}", "optimizer.groups[0].match: is missing"),
+        ("{type: adamw, lora_plus_ratio: 0}", "optimizer.lora_plus_ratio: found 0; it takes a"),
+        ("{type: sgd, momentum: 0, nesterov: true}", "optimizer: nesterov looks ahead by the"),
+        (
+            "{type: schedule_free_adamw}\nschedule: {type: cosine}",
+            "optimizer.type (schedule_free_adamw) averages the weights in place of a schedule.type "
+            "(cosine) that falls; use schedule.type constant",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_its_place(
+    problems: Callable[..., list[str]], minimal: str, section: str, told: str
+) -> None:
+    [problem] = problems(f"{minimal}optimizer: {section}\n")
+    assert told in problem

@@ -2,8 +2,18 @@ import math
 from typing import get_args
 
 import pytest
+import torch
+import transformers
 
-from qlora_cli.optim.schedules import Constant, Cosine, Linear, ScheduleConfig
+from qlora_cli.optim.schedules import (
+    Constant,
+    Cosine,
+    InverseRoot,
+    Linear,
+    Polynomial,
+    ScheduleConfig,
+    WarmupStableDecay,
+)
 
 CLASSES = get_args(get_args(ScheduleConfig)[0])
 
@@ -38,3 +48,56 @@ def test_cosine_is_half_way_down_in_the_middle_and_ends_at_its_final_scale() -> 
 
 def test_constant_stays() -> None:
     assert {Constant().scale(step, 7) for step in range(50)} == {1.0}
+
+
+STEPS, WARMUP = 50, 6
+
+PAIRS = [
+    (Constant(warmup_steps=WARMUP), "constant_with_warmup", {}),
+    (Linear(warmup_steps=WARMUP), "linear", {}),
+    (Cosine(warmup_steps=WARMUP), "cosine", {}),
+    (Cosine(warmup_steps=WARMUP, final_scale=0.1), "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    *(
+        (
+            WarmupStableDecay(
+                warmup_steps=WARMUP, decay_share=0.3, decay=decay, final_scale=final_scale
+            ),
+            "warmup_stable_decay",
+            {"num_decay_steps": 15, "decay_type": decay, "min_lr_ratio": final_scale},
+        )
+        for decay in ("linear", "cosine", "1-sqrt")
+        for final_scale in (0.0, 0.2)
+    ),
+    (
+        Polynomial(warmup_steps=WARMUP, power=3, final_scale=0.2),
+        "polynomial",
+        {"power": 3, "lr_end": 0.02},
+    ),
+    (InverseRoot(warmup_steps=WARMUP), "inverse_sqrt", {}),
+    (InverseRoot(warmup_steps=WARMUP, timescale=9), "inverse_sqrt", {"timescale": 9}),
+    (InverseRoot(), "inverse_sqrt", {"timescale": 10_000}),
+]
+
+
+def test_each_schedule_has_its_twin_in_transformers() -> None:
+    assert {type(ours) for ours, _, _ in PAIRS} == set(CLASSES)
+
+
+@pytest.mark.parametrize(("ours", "name", "options"), PAIRS)
+def test_after_warmup_each_schedule_is_that_of_transformers(ours, name, options) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    theirs = transformers.get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=ours.warmup_steps,
+        num_training_steps=STEPS,
+        scheduler_specific_kwargs=options,
+    )
+    rates = []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    scales = [ours.scale(step, STEPS) for step in range(STEPS)]
+    assert scales[WARMUP:] == pytest.approx([rate / 0.1 for rate in rates[WARMUP:]], rel=1e-9)
+    assert len(set(rates)) > 1
