@@ -93,10 +93,10 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     if recipe.model.attention == "eager":
         changes["model.attention"] = "sdpa"
         yield dict(changes)
-    if not recipe.adapter.trains_base and not recipe.quantization.is_quantized:
+    if not recipe.adapter.trains_all and not recipe.quantization.is_quantized:
         changes["quantization.type"] = "int8"
         yield dict(changes)
-    if not recipe.adapter.trains_base and recipe.quantization.type not in ("nf4", "fp4"):
+    if not recipe.adapter.trains_all and recipe.quantization.type not in ("nf4", "fp4"):
         changes["quantization.type"] = "nf4"
         yield dict(changes)
     optimizer = "paged_adamw_8bit" if target.kind == "cuda" else "adamw_8bit"

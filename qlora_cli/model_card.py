@@ -43,7 +43,7 @@ def model_card(
     """
     recipe = load_recipe(run.recipe).recipe
     record = run.read_record()
-    is_whole = proof is not None or recipe.adapter.trains_base
+    is_whole = proof is not None or recipe.adapter.trains_all
     kind = "fine-tuned model" if is_whole else f"{recipe.adapter.type} adapter"
     base = _public(recipe.model.path)
     lines = [

@@ -197,7 +197,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        if self.adapter.trains_base and self.quantization.is_quantized:
+        if self.adapter.trains_all and self.quantization.is_quantized:
             problems.append(
                 f"adapter.type ({self.adapter.type}) cannot train quantization.type "
                 f"({self.quantization.type}): quantized weights have no gradient; use "

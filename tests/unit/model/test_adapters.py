@@ -8,10 +8,23 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters import AdapterConfig, FullFineTune, LoRA
+from qlora_cli.model.adapters import (
+    IA3,
+    OFT,
+    AdapterConfig,
+    BitFit,
+    Bottleneck,
+    Freeze,
+    FullFineTune,
+    LoHa,
+    LoKr,
+    LoRA,
+    VeRA,
+)
 from qlora_cli.model.edits import build_skeleton
 from qlora_cli.model.names import Names
 from qlora_cli.model.shards import Shards
+from tests.conftest import save_tiny_model
 
 INPUT = torch.arange(1, 13)[None]
 
@@ -25,8 +38,31 @@ ADAPTERS = {
     "dora": LoRA(r=4, use_dora=True),
     "patterns": LoRA(r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 5}),
     "modules-to-save": LoRA(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "lora-layers": LoRA(r=4, layers_to_transform=[1]),
+    "freeze": Freeze(last_layers=1, patterns=["norm", "lm_head"]),
+    "bitfit": BitFit(),
+    "ia3": IA3(),
+    "vera": VeRA(r=8),
+    "loha": LoHa(r=4),
+    "lokr": LoKr(r=4, decompose_factor=4),
+    "oft": OFT(block_size=8),
+    "houlsby": Bottleneck(size=4),
+    "pfeiffer": Bottleneck(size=4, after=["feed_forward"], activation="relu"),
 }
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The usual one has no biases."""
+    folder = tmp_path_factory.mktemp("biased") / "model"
+    return save_tiny_model(folder, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What is drawn does not depend on the tests before."""
+    torch.manual_seed(0)
 
 
 def load(folder: Path) -> PreTrainedModel:
