@@ -93,10 +93,11 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     if recipe.model.attention == "eager":
         changes["model.attention"] = "sdpa"
         yield dict(changes)
-    if not recipe.adapter.trains_all and not recipe.quantization.is_quantized:
+    refused = recipe.adapter.no_quantization
+    if "int8" not in refused and not recipe.quantization.is_quantized:
         changes["quantization.type"] = "int8"
         yield dict(changes)
-    if not recipe.adapter.trains_all and recipe.quantization.type not in ("nf4", "fp4"):
+    if "nf4" not in refused and recipe.quantization.type not in ("nf4", "fp4"):
         changes["quantization.type"] = "nf4"
         yield dict(changes)
     optimizer = "paged_adamw_8bit" if target.kind == "cuda" else "adamw_8bit"

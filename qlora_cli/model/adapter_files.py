@@ -27,8 +27,8 @@ _ELSEWHERE = (
 )
 """Settings for which PEFT imports a module, or opens files, that the config names."""
 
-_NO_SIZES = {"alpha", "lora_alpha", "projection_prng_key", "random_seed"}
-"""Numbers by which PEFT makes no tensor."""
+_NO_SIZES = ("alpha", "seed", "prng_key")
+"""Endings of numbers by which PEFT makes no tensor."""
 _SMALL = 64
 """No number up to it takes memory worth a word."""
 
@@ -130,7 +130,8 @@ def _check_sizes(settings: Mapping[str, Any], largest: int) -> None:
     What PEFT makes of it would only take memory, for a module that is then missing.
     """
     for key, value in settings.items():
-        if type(value) is int and value > max(largest, _SMALL) and key not in _NO_SIZES:
+        is_large = type(value) is int and value > max(largest, _SMALL)
+        if is_large and not key.endswith(_NO_SIZES):
             raise ValueError(f"{key} ({value}) is more than any side of the tensors ({largest})")
     for key in _NAMES:
         _require(key, settings.get(key), _are_names)

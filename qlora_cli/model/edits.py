@@ -33,16 +33,11 @@ _MAX_NAMED = 5
 # of its weights what they begin with, so that the adapter is no addition to the weights on disk.
 _ADDITIVE = (True, False, "gaussian", "eva", "orthogonal")
 
-_MERGED = {"LORA", "IA3", "VERA", "LOHA", "LOKR", "OFT", "LN_TUNING"}
+_MERGED = {
+    "LORA", "IA3", "VERA", "LOHA", "LOKR", "OFT",
+    "RANDLORA", "FOURIERFT", "MISS", "ROAD",
+}  # fmt: skip
 """PEFT's kinds of adapters whose merge a test holds against base plus adapter."""
-_UNMERGED = {
-    "BOTTLENECK": "its non-linearity is no weight of the base",
-    **dict.fromkeys(
-        ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT"),
-        "it is tokens before the text, and no change of the weights",
-    ),
-}
-"""Why others are none that can be merged."""
 
 
 def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -249,7 +244,7 @@ class Adapter(Edits):
         with _real(unit, tensors):
             tensors.clear()
             _restore_tables(unit)
-            if any(tensor.is_meta for tensor in (*unit.parameters(), *unit.buffers())):
+            if _lacks_values(unit):
                 raise ModelError(f"PEFT's merge of {name} needs what {self._folder} does not hold")
             try:
                 merged = _merge(unit)
@@ -363,15 +358,26 @@ def _wrappers(unit: Any) -> Iterator[Any]:
 def _changed(name: str, unit: Any) -> list[str]:
     """The weights of the base that a module of PEFT changes."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     if parameters := [one.parameter_name for one in _wrappers(unit)]:
         return [f"{name}.{parameter}" for parameter in parameters]
     if isinstance(unit, ModulesToSaveWrapper):
         return [f"{name}.{key}" for key, _ in unit.modules_to_save["default"].named_parameters()]
-    if isinstance(unit, LoraLayer) and not any(unit.lora_bias.values()):
-        return [f"{name}.weight"]
-    return [f"{name}.{key}" for key, _ in unit.get_base_layer().named_parameters()]
+    is_other = isinstance(unit, BaseTunerLayer) and not isinstance(unit, LoraLayer)
+    if is_other or any(getattr(unit, "lora_bias", {}).values()):
+        return [f"{name}.{key}" for key, _ in unit.get_base_layer().named_parameters()]
+    return [f"{name}.weight"]
+
+
+def _lacks_values(unit: nn.Module) -> bool:
+    """Whether a layer of PEFT still has tensors on the meta device. (Where rows of an embedding are
+    trained, the old rows stay there: no merge reads them.)"""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tensors = (*unit.parameters(), *unit.buffers())
+    return isinstance(unit, BaseTunerLayer) and any(tensor.is_meta for tensor in tensors)
 
 
 def _restore_tables(unit: nn.Module) -> None:
@@ -390,7 +396,7 @@ def _real(unit: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
     """Put tensors in the place of parameters (by their id), and take them out again."""
     from torch import nn
 
-    replaced = [
+    replaced: list[tuple[Any, str, Tensor]] = [
         (held, name, tensor)
         for module in unit.modules()
         for held in (module._parameters, module._buffers)
@@ -431,8 +437,9 @@ def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> PeftConf
     config: Any = read_config(folder, saved)
     kind = str(config.peft_type.value)
     if kind not in _MERGED:
-        reason = _UNMERGED.get(kind, f"only {', '.join(sorted(_MERGED))} can be")
-        raise ModelError(f"{folder} is a {kind} adapter, which cannot be merged: {reason}")
+        raise ModelError(
+            f"{folder} is a {kind} adapter; only {', '.join(sorted(_MERGED))} can be merged"
+        )
     refuse_changed_base(config, folder)
     if getattr(config, "layer_replication", None):
         raise ModelError(f"{folder}: layer_replication makes layers that the base does not have")

@@ -58,6 +58,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A layer, and what its output goes through: y + up(activation(down(y)))."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    # torch answers for what a module does not have, so its type would be that of a tensor.
+    get_base_layer: Any
+    set_adapter: Any
+    active_adapters: Any
+    _move_adapter_to_device_of_base_layer: Any
+    _cast_input_dtype: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.activations: dict[str, str] = {}
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -91,7 +97,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if name in self.bottleneck_down:
                 down, up = self.bottleneck_down[name], self.bottleneck_up[name]
                 activation = _ACTIVATIONS[self.activations[name]]
-                y = y + up(activation(down(self._cast_input_dtype(y, down.weight.dtype)))).to(y.dtype)
+                y = y + up(activation(down(self._cast_input_dtype(y, down.weight.dtype)))).to(
+                    y.dtype
+                )
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

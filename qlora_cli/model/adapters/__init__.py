@@ -10,10 +10,10 @@ from qlora_cli.model.adapters.bottleneck import Bottleneck
 from qlora_cli.model.adapters.full import FullFineTune
 from qlora_cli.model.adapters.lora import LoRA
 from qlora_cli.model.adapters.partial import BitFit, Freeze
-from qlora_cli.model.adapters.tuners import IA3, OFT, LoHa, LoKr, VeRA
+from qlora_cli.model.adapters.tuners import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
 
 AdapterConfig = Annotated[
-    LoRA | FullFineTune | Freeze | BitFit | IA3 | VeRA | LoHa | LoKr | OFT | Bottleneck,
+    LoRA | FullFineTune | Freeze | BitFit | IA3 | VeRA | LoHa | LoKr | OFT | Bottleneck | AnyOfPeft,
     Field(discriminator="type"),
 ]
 
@@ -21,6 +21,7 @@ __all__ = [
     "IA3",
     "OFT",
     "AdapterConfig",
+    "AnyOfPeft",
     "BitFit",
     "Bottleneck",
     "Freeze",

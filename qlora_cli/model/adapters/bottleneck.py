@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class Bottleneck(Selected):
     https://arxiv.org/abs/2005.00247)."""
 
     type: Literal["bottleneck"] = "bottleneck"
+    no_merge: ClassVar[str] = "its non-linearity is no weight of the base"
     size: int = Field(64, ge=1)
     """Width of the middle."""
     activation: Literal["gelu", "relu", "silu"] = "gelu"
@@ -39,7 +40,7 @@ class Bottleneck(Selected):
     """The layers whose output goes through an adapter: a list of names, or one regular expression;
     null takes the last linear layer of each half that `after` names."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from qlora_cli.tuners.bottleneck import BottleneckConfig, register
 

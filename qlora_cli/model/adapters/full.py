@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,6 +22,10 @@ class FullFineTune(Part):
     type: Literal["full"] = "full"
     trains_base: ClassVar[bool] = True
     trains_all: ClassVar[bool] = True
+    no_merge: ClassVar[str] = ""
+    no_quantization: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("nf4", "fp4", "int8"), "quantized weights have no gradient"
+    )
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make every weight trainable, in float32: bfloat16 loses updates below its grid."""

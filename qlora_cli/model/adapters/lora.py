@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model.adapters.peft_method import (
-    Modules,
     Selected,
     is_pattern,
     is_suffix,
@@ -41,11 +40,16 @@ class LoRA(Selected):
     """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, https://arxiv.org/abs/2402.09353)."""
+    target_parameters: list[str] = Field([])
+    """Tensors with an update that are no module's only weight, such as `experts.gate_up_proj`:
+    stacks of experts."""
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] = Field([])
+    """Tokens whose rows of the embedding (of the head too, where it is tied) are trained."""
     init_from: str | None = Field(None, min_length=1)
     """Folder of a run (its last weights) or of an adapter whose weights a new run begins with; its
     rank, alpha and targets must be the same."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from peft import LoraConfig
 
@@ -57,6 +61,8 @@ class LoRA(Selected):
             alpha_pattern=self.alpha_pattern,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            target_parameters=self.target_parameters or None,
+            trainable_token_indices=self.trainable_token_indices or None,
             **self.shared_settings(model),
         )
 
@@ -66,6 +72,15 @@ class LoRA(Selected):
         modules = [name for name, module in model.named_modules() if not list(module.children())]
         require_each("adapter.rank_pattern", self.rank_pattern, modules, is_pattern)
         require_each("adapter.alpha_pattern", self.alpha_pattern, modules, is_pattern)
+        parameters = [name for name, _ in model.named_parameters()]
+        require_each("adapter.target_parameters", self.target_parameters, parameters, is_suffix)
+        embedding: Any = model.get_input_embeddings()
+        rows = embedding.weight.shape[0]
+        if wrong := [token for token in self.trainable_token_indices if token >= rows]:
+            raise ModelError(
+                f"adapter.trainable_token_indices: there is no token {wrong[0]}; the model has "
+                f"0 to {rows - 1}"
+            )
         self._refuse_tied(model)
         self._refuse_dora_in_8_bit(model)
 

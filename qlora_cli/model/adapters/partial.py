@@ -28,8 +28,11 @@ TRAINED = "trained_weights.safetensors"
 class _Partial(Part):
     """Trains the weights that `chosen` names, in float32, and saves them alone."""
 
+    type: str
     trains_base: ClassVar[bool] = True
     trains_all: ClassVar[bool] = False
+    no_merge: ClassVar[str] = ""
+    no_quantization: ClassVar[Mapping[str, str]] = {}
 
     def chosen(self, model: PreTrainedModel) -> list[str]:
         """Names of the weights that are trained, those of tied ones among them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -31,6 +31,11 @@ class PeftMethod(Part):
 
     trains_base: ClassVar[bool] = False
     trains_all: ClassVar[bool] = False
+    no_merge: ClassVar[str] = ""
+    """Why it cannot be merged; empty if it can."""
+    no_quantization: ClassVar[Mapping[str, str]] = {}
+    """Quantizations that it does not work with -> why."""
+    type: str
     target_modules: Literal["all-linear"] | Modules | None = None
     """`all-linear` (all but the head), a list of module names, or one regular expression; null
     takes those that PEFT names for this kind of model."""
@@ -38,7 +43,7 @@ class PeftMethod(Part):
     """Modules trained in full and saved with the adapter, such as `lm_head`."""
 
     @abstractmethod
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
@@ -51,7 +56,7 @@ class PeftMethod(Part):
         """
         self.check(model)
         try:
-            config: Any = self.config(model)
+            config: Any = self.peft_config(model)
             adapted = put_on(model, config)
         # PEFT checks no types: what is wrong fails wherever it is used first.
         except Exception as error:
@@ -93,6 +98,8 @@ class PeftMethod(Part):
         """
         from qlora_cli.model.edits import Adapter
 
+        if self.no_merge:
+            raise ModelError(f"adapter.type ({self.type}) cannot be merged: {self.no_merge}")
         return Adapter(skeleton, names, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:

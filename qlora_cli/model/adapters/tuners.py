@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from qlora_cli.errors import ModelError
 from qlora_cli.model.adapters.peft_method import Modules, PeftMethod, Selected
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+
+_FOUR_BIT = dict.fromkeys(
+    ("nf4", "fp4"), "PEFT takes the shape of the packed weight for that of the update"
+)
 
 
 class IA3(PeftMethod):
@@ -24,7 +33,7 @@ class IA3(PeftMethod):
     """Those of the targets whose input is multiplied, and not their output; null takes those that
     PEFT names for this kind of model."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from peft import IA3Config
 
@@ -47,7 +56,7 @@ class VeRA(Selected):
     exclude_modules: None = None
     """PEFT's VeRA leaves out none by name."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms. The random factors are saved: they depend on torch."""
         from peft import VeraConfig
 
@@ -61,12 +70,13 @@ class LoHa(Selected):
     https://arxiv.org/abs/2108.06098)."""
 
     type: Literal["loha"] = "loha"
+    no_quantization: ClassVar[Mapping[str, str]] = _FOUR_BIT
     r: int = Field(8, ge=1)
     """Rank of each factor: that of the product is up to r * r."""
     alpha: float = Field(16, gt=0)
     """The update is scaled by alpha / r."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from peft import LoHaConfig
 
@@ -78,6 +88,7 @@ class LoKr(Selected):
     2022, https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859)."""
 
     type: Literal["lokr"] = "lokr"
+    no_quantization: ClassVar[Mapping[str, str]] = _FOUR_BIT
     r: int = Field(8, ge=1)
     """Rank of the factor."""
     alpha: float = Field(16, gt=0)
@@ -87,7 +98,7 @@ class LoKr(Selected):
     decompose_factor: int = Field(-1, ge=-1)
     """Size of the smaller factor; -1 takes the one next to the square root of the width."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from peft import LoKrConfig
 
@@ -108,8 +119,40 @@ class OFT(Selected):
     block_size: int = Field(32, ge=2)
     """Inputs that are turned together. PEFT takes the nearest size that divides the width."""
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from peft import OFTConfig
 
         return OFTConfig(oft_block_size=self.block_size, **self.shared_settings(model))
+
+
+class AnyOfPeft(PeftMethod):
+    """A method of PEFT that has no class here, with PEFT's own settings."""
+
+    type: Literal["peft"] = "peft"
+    peft_type: Literal["randlora", "fourierft", "miss", "road"]
+    """Which one: those that are held to what all methods are held to, by test."""
+    config: dict[str, bool | int | float | str | list[int] | list[str]] = Field({})
+    """Settings of PEFT's class for it, by their names there."""
+
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        """The settings in PEFT's own terms.
+
+        Raises:
+            ModelError: PEFT's class has no setting of a name.
+        """
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type.upper())]
+        shared = self.shared_settings(model)
+        ours = {*shared, "peft_type", "auto_mapping", "base_model_name_or_path", "revision"}
+        known = {field.name for field in dataclasses.fields(kind)} - ours
+        for name in self.config:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                raise ModelError(
+                    f"adapter.config: PEFT's {kind.__name__} has no {name!r} to be set here; it "
+                    f"takes {', '.join(sorted(known))}",
+                    hint=f"did you mean {' or '.join(near)}?" if near else None,
+                )
+        return kind(**shared, **self.config)
