@@ -7,6 +7,7 @@ of PEFT's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -21,7 +22,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 _DEVIATION = 1e-2
 """Of the first weights of the way down: section 2.1 of the paper."""
 _PREFIX = "bottleneck_"
@@ -96,10 +101,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in self.active_adapters:
             if name in self.bottleneck_down:
                 down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-                activation = _ACTIVATIONS[self.activations[name]]
-                y = y + up(activation(down(self._cast_input_dtype(y, down.weight.dtype)))).to(
-                    y.dtype
-                )
+                narrow = down(self._cast_input_dtype(y, down.weight.dtype))
+                y = y + up(_ACTIVATIONS[self.activations[name]](narrow)).to(y.dtype)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

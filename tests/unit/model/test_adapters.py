@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -365,3 +367,8 @@ def test_a_number_beyond_the_tensors_is_refused_before_it_takes_memory(
     config.write_text(json.dumps({**settings, "size": 2**40}), encoding="utf-8")
     with pytest.raises(ModelError, match="more than any side of the tensors"):
         adapter.load(load(tiny_model), tmp_path)
+
+
+def test_the_page_of_methods_is_what_the_classes_say() -> None:
+    script = Path(__file__).parents[3] / "scripts" / "gen_methods.py"
+    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
