@@ -97,10 +97,11 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     if recipe.model.attention == "eager":
         changes["model.attention"] = "sdpa"
         yield dict(changes)
-    if not recipe.adapter.trains_base and not recipe.quantization.is_quantized:
+    refused = recipe.adapter.no_quantization
+    if "int8" not in refused and not recipe.quantization.is_quantized:
         changes["quantization.type"] = "int8"
         yield dict(changes)
-    if not recipe.adapter.trains_base and recipe.quantization.type not in ("nf4", "fp4"):
+    if "nf4" not in refused and recipe.quantization.type not in ("nf4", "fp4"):
         changes["quantization.type"] = "nf4"
         yield dict(changes)
     is_smaller = recipe.optimizer.state_bytes > AdamW8bit.state_bytes

@@ -12,6 +12,7 @@ import yaml
 from qlora_cli.data.sources import Source
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
+from qlora_cli.model.adapters.partial import TRAINED
 from qlora_cli.part import Part
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
@@ -43,8 +44,11 @@ def model_card(
     """
     recipe = load_recipe(run.recipe).recipe
     record = run.read_record()
-    is_whole = proof is not None or recipe.adapter.trains_base
+    is_whole = proof is not None or recipe.adapter.trains_all
+    is_partial = not is_whole and recipe.adapter.trains_base
     kind = "fine-tuned model" if is_whole else f"{recipe.adapter.type} adapter"
+    if is_partial:
+        kind = f"part of a fine-tuned model ({recipe.adapter.type})"
     base = _public(recipe.model.path)
     lines = [
         "---",
@@ -58,7 +62,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(_whole_example(name) if is_whole else _adapter_example(recipe, name)),
+        *(_whole_example(name) if is_whole else _adapter_example(recipe, name, is_partial)),
         "```",
         "",
         "## Training",
@@ -75,7 +79,7 @@ def model_card(
 def _front_matter(recipe: Recipe, is_whole: bool) -> dict[str, Any]:
     """What hubs index. A base or a data set that is not on a hub has no name there."""
     entries: dict[str, Any] = {
-        "library_name": "transformers" if is_whole else "peft",
+        "library_name": "transformers" if is_whole or recipe.adapter.trains_base else "peft",
         "pipeline_tag": "text-generation",
     }
     if _is_on_hub(recipe.model.path):
@@ -222,7 +226,7 @@ def _whole_example(name: str) -> list[str]:
     ]
 
 
-def _adapter_example(recipe: Recipe, name: str) -> list[str]:
+def _adapter_example(recipe: Recipe, name: str, is_partial: bool) -> list[str]:
     """The base held as in training: it is what the adapter learnt to correct."""
     import torch
 
@@ -236,8 +240,12 @@ def _adapter_example(recipe: Recipe, name: str) -> list[str]:
         settings = quantization.to_diff_dict()
         wanted = [f"{key}={value!r}" for key, value in settings.items() if key in _CONFIG_KEYS]
         arguments.append(f"quantization_config=BitsAndBytesConfig({', '.join(wanted)}),")
+    library, use = "from peft import PeftModel", "model = PeftModel.from_pretrained(base, folder)"
+    if is_partial:
+        library = "from safetensors.torch import load_file"
+        use = f'base.load_state_dict(load_file(folder + "/{TRAINED}"), strict=False)'
     return [
-        "from peft import PeftModel",
+        library,
         f"from transformers import {imports}",
         "",
         f'folder = "{name}"',
@@ -245,7 +253,7 @@ def _adapter_example(recipe: Recipe, name: str) -> list[str]:
         f'    "{_public(recipe.model.path)}",',
         *(f"    {argument}" for argument in arguments),
         ")",
-        "model = PeftModel.from_pretrained(base, folder)",
+        use,
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
 

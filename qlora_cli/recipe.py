@@ -197,10 +197,10 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        if self.adapter.trains_base and self.quantization.is_quantized:
+        if reason := self.adapter.no_quantization.get(self.quantization.type):
             problems.append(
                 f"adapter.type ({self.adapter.type}) cannot train quantization.type "
-                f"({self.quantization.type}): quantized weights have no gradient; use "
+                f"({self.quantization.type}): {reason}; use "
                 "quantization.type none, or adapter.type lora"
             )
         if self.optimizer.is_schedule_free and self.schedule.falls:

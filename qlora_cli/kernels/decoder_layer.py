@@ -78,7 +78,7 @@ def fuse_layers(model: nn.Module, recompute: Recompute, ops: Elementwise) -> int
 
 def can_fuse(layer: nn.Module) -> bool:
     """Whether `FusedLayer` computes what this layer does."""
-    if type(layer).__name__ not in _LAYERS:
+    if type(layer).__name__ not in _LAYERS or any(_is_other(one) for one in layer.modules()):
         return False
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
@@ -96,6 +96,17 @@ def can_fuse(layer: nn.Module) -> bool:
     )
 
 
+def _is_other(module: nn.Module) -> bool:
+    """Whether a method that is no LoRA of linear layers has put something of its own here."""
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and not isinstance(
+        module, LoraLinear | LoraLinear4bit
+    )
+
+
 def _window(attention: Any) -> int | None:
     """Qwen's layers have their own, Mistral's that of the model."""
     own = attention if hasattr(attention, "sliding_window") else attention.config
@@ -108,7 +119,7 @@ def _is_plain(linear: Any) -> bool:
     from bitsandbytes.nn import Linear4bit
 
     base = base_of(linear)
-    if type(base) not in (nn.Linear, Linear4bit) or base.weight.requires_grad:
+    if type(base) not in (nn.Linear, Linear4bit) or any(p.requires_grad for p in base.parameters()):
         return False
     if base is linear:
         return True

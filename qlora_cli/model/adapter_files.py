@@ -27,6 +27,11 @@ _ELSEWHERE = (
 )
 """Settings for which PEFT imports a module, or opens files, that the config names."""
 
+_NO_SIZES = ("alpha", "seed", "prng_key")
+"""Endings of numbers by which PEFT makes no tensor."""
+_SMALL = 64
+"""No number up to it takes memory worth a word."""
+
 _NAMES = ("target_modules", "exclude_modules")
 _LISTS = ("modules_to_save", "target_parameters")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -44,6 +49,9 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
     """
     from peft import PeftConfig
 
+    from qlora_cli.tuners.bottleneck import register
+
+    register()
     refuse_foreign(folder)
     path = folder / CONFIG
     try:
@@ -53,6 +61,8 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
             raise ValueError(f"{named[0]} names code or files elsewhere, which are not opened")
         if settings.get("peft_type") == "LORA":
             _check_lora(settings)
+        else:
+            _check_sizes(settings, max((max(one) for one in shapes.values() if one), default=1))
         config: Any = PeftConfig.from_pretrained(str(folder))
     # PEFT checks no types: what is wrong fails wherever it is used first.
     except Exception as error:
@@ -112,6 +122,19 @@ def refuse_endless_patterns(config: PeftConfig, modules: Iterable[str], folder: 
                     compiled.fullmatch(module)
     except re.error as error:
         raise ModelError(f"{folder / CONFIG}: no regular expression: {error}") from error
+
+
+def _check_sizes(settings: Mapping[str, Any], largest: int) -> None:
+    """Raises ValueError if a number says more than the tensors do.
+
+    What PEFT makes of it would only take memory, for a module that is then missing.
+    """
+    for key, value in settings.items():
+        is_large = type(value) is int and value > max(largest, _SMALL)
+        if is_large and not key.endswith(_NO_SIZES):
+            raise ValueError(f"{key} ({value}) is more than any side of the tensors ({largest})")
+    for key in _NAMES:
+        _require(key, settings.get(key), _are_names)
 
 
 def _check_lora(settings: dict[str, Any]) -> None:

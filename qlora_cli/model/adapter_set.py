@@ -37,10 +37,10 @@ class AdapterSet:
         """
         from peft import get_peft_model, set_peft_model_state_dict
 
-        from qlora_cli.kernels.lora_layers import layer_classes
+        from qlora_cli.model.adapters.peft_method import use_our_layers
 
         config, saved = read_adapter(folder)
-        config._register_custom_module(layer_classes(self._base))
+        use_our_layers(config, self._base)
         refuse_changed_base(config, folder)
         refuse_endless_patterns(config, [name for name, _ in self._base.named_modules()], folder)
         # Whether the base is the right one is told from its weights and not from its path.

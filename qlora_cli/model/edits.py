@@ -17,7 +17,7 @@ from qlora_cli.model.names import Names, Piece
 from qlora_cli.model.shards import Shards
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -32,6 +32,12 @@ _MAX_NAMED = 5
 # Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ ...) take out
 # of its weights what they begin with, so that the adapter is no addition to the weights on disk.
 _ADDITIVE = (True, False, "gaussian", "eva", "orthogonal")
+
+_MERGED = {
+    "LORA", "IA3", "VERA", "LOHA", "LOKR", "OFT",
+    "RANDLORA", "FOURIERFT", "MISS", "ROAD",
+}  # fmt: skip
+"""PEFT's kinds of adapters whose merge a test holds against base plus adapter."""
 
 
 def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -97,7 +103,7 @@ class WholeModel(Edits):
 
 
 class Adapter(Edits):
-    """A saved LoRA of PEFT. Each update is computed by PEFT's own layer, one layer at a time.
+    """A saved adapter of PEFT. Each update is computed by PEFT's own layer, one layer at a time.
 
     The config beside the adapter decides, not the recipe: it says how the adapter was trained.
     """
@@ -229,14 +235,17 @@ class Adapter(Edits):
         """Let PEFT merge one module, with real weights for as long as that takes."""
         unit: Any = self._units[name]
         tensors: dict[int, Tensor] = {}
-        for parameter in unit.parameters():
-            if (saved := self._sources.get(id(parameter))) and id(parameter) not in self._own:
-                tensors[id(parameter)] = self._read(saved)
-            elif names := self._own.get(id(parameter)):
+        for tensor in (*unit.parameters(), *unit.buffers()):
+            if (saved := self._sources.get(id(tensor))) and id(tensor) not in self._own:
+                tensors[id(tensor)] = self._read(saved)
+            elif names := self._own.get(id(tensor)):
                 here = [one for one in names if one.startswith(f"{name}.")]
-                tensors[id(parameter)] = base((here or names)[0])
+                tensors[id(tensor)] = base((here or names)[0])
         with _real(unit, tensors):
             tensors.clear()
+            _restore_tables(unit)
+            if _lacks_values(unit):
+                raise ModelError(f"PEFT's merge of {name} needs what {self._folder} does not hold")
             try:
                 merged = _merge(unit)
             except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
@@ -349,15 +358,37 @@ def _wrappers(unit: Any) -> Iterator[Any]:
 def _changed(name: str, unit: Any) -> list[str]:
     """The weights of the base that a module of PEFT changes."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     if parameters := [one.parameter_name for one in _wrappers(unit)]:
         return [f"{name}.{parameter}" for parameter in parameters]
     if isinstance(unit, ModulesToSaveWrapper):
         return [f"{name}.{key}" for key, _ in unit.modules_to_save["default"].named_parameters()]
-    if isinstance(unit, LoraLayer) and any(unit.lora_bias.values()):
-        return [f"{name}.weight", f"{name}.bias"]
+    is_other = isinstance(unit, BaseTunerLayer) and not isinstance(unit, LoraLayer)
+    if is_other or any(getattr(unit, "lora_bias", {}).values()):
+        return [f"{name}.{key}" for key, _ in unit.get_base_layer().named_parameters()]
     return [f"{name}.weight"]
+
+
+def _lacks_values(unit: nn.Module) -> bool:
+    """Whether a layer of PEFT still has tensors on the meta device. (Where rows of an embedding are
+    trained, the old rows stay there: no merge reads them.)"""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tensors = (*unit.parameters(), *unit.buffers())
+    return isinstance(unit, BaseTunerLayer) and any(tensor.is_meta for tensor in tensors)
+
+
+def _restore_tables(unit: nn.Module) -> None:
+    """OFT's tables of indices, which follow from the block size, lost their values on the way to
+    the meta device."""
+    import torch
+    from peft.tuners.oft.layer import OFTRotationModule
+
+    for module in unit.modules():
+        if isinstance(module, OFTRotationModule):
+            module.rows, module.cols = torch.triu_indices(module.block_size, module.block_size, 1)
 
 
 @contextlib.contextmanager
@@ -365,18 +396,22 @@ def _real(unit: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
     """Put tensors in the place of parameters (by their id), and take them out again."""
     from torch import nn
 
-    replaced = []
-    for module in unit.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in tensors:
-                replaced.append((module, name, parameter))
-    for module, name, parameter in replaced:
-        module._parameters[name] = nn.Parameter(tensors[id(parameter)], requires_grad=False)
+    replaced: list[tuple[Any, str, Tensor]] = [
+        (held, name, tensor)
+        for module in unit.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and id(tensor) in tensors
+    ]
+    for held, name, tensor in replaced:
+        real = tensors[id(tensor)]
+        is_weight = isinstance(tensor, nn.Parameter)
+        held[name] = nn.Parameter(real, requires_grad=False) if is_weight else real
     try:
         yield
     finally:
-        for module, name, parameter in replaced:
-            module._parameters[name] = parameter
+        for held, name, tensor in replaced:
+            held[name] = tensor
         for merged in (getattr(module, "merged_adapters", []) for module in unit.modules()):
             merged.clear()
 
@@ -393,20 +428,23 @@ def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
         )
 
 
-def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> LoraConfig:
+def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> PeftConfig:
     """The adapter's own settings.
 
     Raises:
         ModelError: they cannot be read, or name something that is no addition to base weights.
     """
-    from peft import LoraConfig
-
-    config = read_config(folder, saved)
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA can be merged")
+    config: Any = read_config(folder, saved)
+    kind = str(config.peft_type.value)
+    if kind not in _MERGED:
+        raise ModelError(
+            f"{folder} is a {kind} adapter; only {', '.join(sorted(_MERGED))} can be merged"
+        )
     refuse_changed_base(config, folder)
-    if config.layer_replication:
+    if getattr(config, "layer_replication", None):
         raise ModelError(f"{folder}: layer_replication makes layers that the base does not have")
     # It has been drawn; on the meta device there is nothing to draw.
-    config.init_lora_weights = True
+    for key in ("init_lora_weights", "init_weights", "init_ia3_weights"):
+        if hasattr(config, key):
+            setattr(config, key, True)
     return config

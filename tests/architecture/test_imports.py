@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 FOUNDATION = {
-    "types", "errors", "part", "_compat", "cache_folder", "kernels", "progress",
+    "types", "errors", "part", "_compat", "cache_folder", "kernels", "tuners", "progress",
     "durable", "tensor_file", "interruption", "foreign", "jinja_limits", "secrets",
     "optimizer_state",
     "yaml_tree", "yaml_writer", "field_types", "part_reader",
@@ -169,8 +169,8 @@ def test_the_loop_knows_one_section_of_the_recipe() -> None:
     assert {name for name in names if "recipe" in name} == {"qlora_cli.recipe.Training"}
 
 
-# Kernels are torch through and through: parts import them where they import torch.
-LIGHT_UNITS = (FOUNDATION - {"kernels"}) | RECIPE | LIGHT_PARTS | {"cli"}
+# Kernels and tuners are torch through and through: parts import them where they import torch.
+LIGHT_UNITS = (FOUNDATION - {"kernels", "tuners"}) | RECIPE | LIGHT_PARTS | {"cli"}
 LIGHT = [path for path in FILES if unit(path) in LIGHT_UNITS]
 
 

@@ -1,0 +1,33 @@
+"""What is trained. To add a method: one class in a file here, and its name in the union."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_cli.model.adapters.bottleneck import Bottleneck
+from qlora_cli.model.adapters.full import FullFineTune
+from qlora_cli.model.adapters.lora import LoRA
+from qlora_cli.model.adapters.partial import BitFit, Freeze
+from qlora_cli.model.adapters.tuners import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
+
+AdapterConfig = Annotated[
+    LoRA | FullFineTune | Freeze | BitFit | IA3 | VeRA | LoHa | LoKr | OFT | Bottleneck | AnyOfPeft,
+    Field(discriminator="type"),
+]
+
+__all__ = [
+    "IA3",
+    "OFT",
+    "AdapterConfig",
+    "AnyOfPeft",
+    "BitFit",
+    "Bottleneck",
+    "Freeze",
+    "FullFineTune",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "VeRA",
+]

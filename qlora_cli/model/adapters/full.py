@@ -1,0 +1,83 @@
+"""Full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from qlora_cli.errors import ModelError
+from qlora_cli.part import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_cli.model.edits import Edits
+    from qlora_cli.model.names import Names
+
+
+class FullFineTune(Part):
+    """Every weight is trained."""
+
+    type: Literal["full"] = "full"
+    trains_base: ClassVar[bool] = True
+    trains_all: ClassVar[bool] = True
+    no_merge: ClassVar[str] = ""
+    no_quantization: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("nf4", "fp4", "int8"), "quantized weights have no gradient"
+    )
+
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Make every weight trainable, in float32: bfloat16 loses updates below its grid."""
+        model.float().requires_grad_(True)
+        return model
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the weights as an ordinary model folder."""
+        model.save_pretrained(folder)
+
+    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+        """What a saved training changed in the base (`skeleton`: on the meta device)."""
+        from qlora_cli.model.edits import WholeModel
+
+        return WholeModel(skeleton, folder)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        """Put saved weights in place of the base's. `model` itself is changed.
+
+        Raises:
+            ModelError: they cannot be read, or are of another model.
+        """
+        import torch
+
+        from qlora_cli.foreign import refuse_foreign, refuse_no_safetensors
+
+        refuse_foreign(folder)
+        refuse_no_safetensors(folder, str(folder))
+        kind: Any = type(self.attach(model))
+        try:
+            # Not the files themselves: they may hold in several tensors what the model has in one.
+            saved, found = kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        # Settings that do not belong together fail in any way, wherever they are used first.
+        except Exception as error:
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
+        missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
+        if missing or found["unexpected_keys"]:
+            raise ModelError(key_mismatch(folder, missing, found["unexpected_keys"]))
+        model.load_state_dict(saved.state_dict())
+        return model
+
+
+def key_mismatch(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    parts = [
+        f"{title} {', '.join(sorted(keys)[:5])}"
+        for title, keys in (("missing:", missing), ("unexpected:", unexpected))
+        if keys
+    ]
+    return f"{folder} does not fit the base model; " + "; ".join(parts)

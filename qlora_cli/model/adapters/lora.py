@@ -1,0 +1,175 @@
+"""LoRA and its variants."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model.adapters.peft_method import (
+    Selected,
+    is_pattern,
+    is_suffix,
+    require_each,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+class LoRA(Selected):
+    """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(32, gt=0)
+    """The update is scaled by alpha / r (by alpha / sqrt(r) with `use_rslora`)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of the update."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
+    """Module name or regular expression -> its own rank."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """Module name or regular expression -> its own alpha."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA, https://arxiv.org/abs/2402.09353)."""
+    target_parameters: list[str] = Field([])
+    """Tensors with an update that are no module's only weight, such as `experts.gate_up_proj`:
+    stacks of experts."""
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] = Field([])
+    """Tokens whose rows of the embedding (of the head too, where it is tied) are trained."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a run (its last weights) or of an adapter whose weights a new run begins with; its
+    rank, alpha and targets must be the same."""
+
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        """The settings in PEFT's own terms."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            target_parameters=self.target_parameters or None,
+            trainable_token_indices=self.trainable_token_indices or None,
+            **self.shared_settings(model),
+        )
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if the settings and the model do not go together."""
+        super().check(model)
+        modules = [name for name, module in model.named_modules() if not list(module.children())]
+        require_each("adapter.rank_pattern", self.rank_pattern, modules, is_pattern)
+        require_each("adapter.alpha_pattern", self.alpha_pattern, modules, is_pattern)
+        parameters = [name for name, _ in model.named_parameters()]
+        require_each("adapter.target_parameters", self.target_parameters, parameters, is_suffix)
+        embedding: Any = model.get_input_embeddings()
+        rows = embedding.weight.shape[0]
+        if wrong := [token for token in self.trainable_token_indices if token >= rows]:
+            raise ModelError(
+                f"adapter.trainable_token_indices: there is no token {wrong[0]}; the model has "
+                f"0 to {rows - 1}"
+            )
+        self._refuse_tied(model)
+        self._refuse_dora_in_8_bit(model)
+
+    def begin_from(self, model: PeftModel, folder: Path) -> None:
+        """Put the weights of a saved adapter in place of those that `attach` began with.
+
+        Raises:
+            ModelError: it was trained with other settings, or does not fit tensor for tensor.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        from qlora_cli.model.adapter_files import read_adapter
+        from qlora_cli.model.edits import match_saved, refuse_changed_base
+
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        live = get_peft_model_state_dict(model, save_embedding_layers=False)
+        _refuse_other_settings(config, model.peft_config["default"], saved, live, folder)
+        own = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+        match_saved(model, {name: tuple(t.shape) for name, t in saved.items()}, own, folder)
+        if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
+            raise ModelError(f"{folder}: {len(bad)} tensors are not finite (such as {bad[0]})")
+        set_peft_model_state_dict(model, saved)
+
+    def _refuse_tied(self, model: PreTrainedModel) -> None:
+        """An update beside a matrix that two modules share would be merged into both of them."""
+        if not model.config.tie_word_embeddings or not isinstance(self.target_modules, list):
+            return
+        tied = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for name, module in model.named_modules():
+            is_target = any(is_suffix(target, name) for target in self.target_modules)
+            if is_target and any(module is one for one in tied):
+                raise ModelError(
+                    f"adapter.target_modules: {name} shares its weights with the "
+                    "embedding or the head of this model, so an update of one cannot be merged",
+                    hint="adapter.modules_to_save trains them in full",
+                )
+
+    def _refuse_dora_in_8_bit(self, model: PreTrainedModel) -> None:
+        from bitsandbytes.nn import Linear8bitLt
+
+        if self.use_dora and any(isinstance(m, Linear8bitLt) for m in model.modules()):
+            raise ModelError(
+                "adapter.use_dora (true) does not work with quantization.type (int8): peft cannot "
+                "dequantize an 8-bit weight before its first forward",
+                hint="--set quantization.type=nf4, or --set adapter.use_dora=false",
+            )
+
+
+_AGREED = {
+    "peft_type": "type",
+    "r": "r",
+    "lora_alpha": "alpha",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "modules_to_save": "modules_to_save",
+}
+"""What of PEFT's config has to be the same for weights to mean the same, by our names."""
+
+
+def _refuse_other_settings(
+    config: PeftConfig, live: PeftConfig, saved: Iterable[str], wanted: Iterable[str], folder: Path
+) -> None:
+    """
+    Args:
+        saved: names of the tensors of the adapter in `folder`, whose config is `config`.
+        wanted: names of the tensors that it is to be put into.
+    """
+    pairs = {
+        ours: [getattr(one, name, None) for one in (config, live)] for name, ours in _AGREED.items()
+    }
+    # By what they matched: a list, a pattern and `all-linear` may come to the same.
+    pairs["target_modules"] = [_targets(names) for names in (saved, wanted)]
+    lines = [
+        f"adapter.{key}: {old} -> {new}"
+        for key, (old, new) in pairs.items()
+        if (old or None) != (new or None)
+    ]
+    if lines:
+        raise ModelError(
+            "\n".join([f"adapter.init_from: {folder} was trained with other settings", *lines]),
+            hint="its weights mean something with its own settings alone; give the recipe the same",
+        )
+
+
+def _targets(names: Iterable[str]) -> str:
+    """The kinds of modules that have an update, and how many of each."""
+    updated = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    kinds = Counter(name.rpartition(".")[2] for name in updated)
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))

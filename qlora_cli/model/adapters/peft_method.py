@@ -1,0 +1,251 @@
+"""What all methods of PEFT share: how they are put on a model, saved, loaded and merged."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from qlora_cli.errors import ModelError
+from qlora_cli.part import Part
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from qlora_cli.model.edits import Edits
+    from qlora_cli.model.names import Names
+
+Modules = list[str] | str
+"""Names of modules, or one regular expression."""
+
+
+class PeftMethod(Part):
+    """A method whose weights lie beside those of the base, which stay as they are."""
+
+    trains_base: ClassVar[bool] = False
+    trains_all: ClassVar[bool] = False
+    no_merge: ClassVar[str] = ""
+    """Why it cannot be merged; empty if it can."""
+    no_quantization: ClassVar[Mapping[str, str]] = {}
+    """Quantizations that it does not work with -> why."""
+    type: str
+    target_modules: Literal["all-linear"] | Modules | None = None
+    """`all-linear` (all but the head), a list of module names, or one regular expression; null
+    takes those that PEFT names for this kind of model."""
+    modules_to_save: list[str] = Field([])
+    """Modules trained in full and saved with the adapter, such as `lm_head`."""
+
+    @abstractmethod
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        """The settings in PEFT's own terms."""
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        """Put the method's weights beside their targets. The base is changed in place.
+
+        Trained weights are float32. Those that are random are drawn from torch's generator.
+
+        Raises:
+            ModelError: a name matches no module, or PEFT refuses the settings for this model.
+        """
+        self.check(model)
+        try:
+            config: Any = self.peft_config(model)
+            adapted = put_on(model, config)
+        # PEFT checks no types: what is wrong fails wherever it is used first.
+        except Exception as error:
+            raise ModelError(f"adapter: PEFT refuses it: {error}") from error
+        # PEFT keeps names in sets, whose order is another in each process: equal runs would not
+        # write equal files.
+        for key, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, key, sorted(value))
+        return adapted
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if a name that the settings give is none of the model's."""
+        modules = _leaves(model)
+        for key in ("target_modules", "exclude_modules", "feedforward_modules"):
+            require_modules(key, getattr(self, key, None), modules)
+        require_each("adapter.modules_to_save", self.modules_to_save, modules, is_suffix)
+
+    def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What every config of PEFT that has targets takes under the same name."""
+        return {
+            "task_type": "CAUSAL_LM",
+            "target_modules": self.target_modules,
+            "modules_to_save": self.modules_to_save or None,
+        }
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write the adapter in PEFT's own format."""
+        # "auto" would ask the hub whether the base's vocabulary has grown.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        # PEFT's form for a model card, with its questions unanswered.
+        (folder / "README.md").unlink()
+
+    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+        """What a saved adapter changes in the base (`skeleton`: on the meta device).
+
+        Raises:
+            ModelError: it is of a kind that cannot be merged.
+        """
+        from qlora_cli.model.edits import Adapter
+
+        if self.no_merge:
+            raise ModelError(f"adapter.type ({self.type}) cannot be merged: {self.no_merge}")
+        return Adapter(skeleton, names, folder)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
+        """Put a saved adapter, of whatever kind, on the base model it belongs to; still trainable.
+
+        Raises:
+            ModelError: it does not fit the model tensor for tensor.
+        """
+        from peft import set_peft_model_state_dict
+
+        from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
+        from qlora_cli.model.edits import grow_vocabulary, match_saved, refuse_changed_base
+
+        config, saved = read_adapter(folder)
+        refuse_changed_base(config, folder)
+        refuse_endless_patterns(config, [name for name, _ in model.named_modules()], folder)
+        config.inference_mode = False  # as saved it would freeze what was trained
+        try:
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+            grow_vocabulary(model, shapes)
+            own = {id(parameter) for parameter in model.parameters()}
+            # In float32 from here on: copied into 16 bit, what was trained would be rounded.
+            adapted = put_on(model, config)
+            match_saved(adapted, shapes, own, folder)
+            set_peft_model_state_dict(adapted, saved)
+        except ModelError:
+            raise
+        # PEFT checks no types: what is wrong fails wherever it is used first.
+        except Exception as error:
+            raise ModelError(f"{folder} does not fit the base model: {error}") from error
+        return adapted
+
+
+class Selected(PeftMethod):
+    """A method of which modules and layers can be left out."""
+
+    target_modules: Literal["all-linear"] | Modules | None = "all-linear"
+    """`all-linear` (all but the head), a list of module names, or one regular expression; null
+    takes those that PEFT names for this kind of model."""
+    exclude_modules: Modules | None = None
+    """Names, or one regular expression, of modules to leave out."""
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of the layers that get the update (the first is 0); null means all."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if a name or a layer that the settings give is none of the model's."""
+        super().check(model)
+        number = model.config.get_text_config(decoder=True).num_hidden_layers
+        if wrong := [layer for layer in self.layers_to_transform or () if layer >= number]:
+            raise ModelError(
+                f"adapter.layers_to_transform: the model has no layer {wrong[0]}; it has 0 to "
+                f"{number - 1}"
+            )
+
+    def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """With what is left out."""
+        shared = super().shared_settings(model)
+        if self.layers_to_transform is not None and self.target_modules == "all-linear":
+            shared["target_modules"] = _linear_names(model)  # PEFT counts layers for a list alone
+        return {
+            **shared,
+            "exclude_modules": self.exclude_modules,
+            "layers_to_transform": self.layers_to_transform,
+        }
+
+
+def put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """PEFT's layers in the places that a config names, what is trained in float32."""
+    from peft import get_peft_model
+
+    use_our_layers(config, model)
+    return trained_in_float32(get_peft_model(model, config))
+
+
+def use_our_layers(config: Any, model: nn.Module) -> None:
+    """Let PEFT make our layers of LoRA; what is derived from its config has layers of its own."""
+    from qlora_cli.kernels.lora_layers import layer_classes
+
+    if config.peft_type == "LORA":
+        config._register_custom_module(layer_classes(model))
+
+
+def trained_in_float32(model: PeftModel) -> PeftModel:
+    """Bfloat16 loses updates below its grid."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+# The three ways in which PEFT holds a name of its config against a module's name.
+def is_suffix(wanted: str, module: str) -> bool:
+    """A name in a list."""
+    return module == wanted or module.endswith(f".{wanted}")
+
+
+def is_full_match(wanted: str, module: str) -> bool:
+    """A regular expression instead of a list."""
+    return re.fullmatch(wanted, module) is not None
+
+
+def is_pattern(wanted: str, module: str) -> bool:
+    """A key of a mapping."""
+    return re.match(rf"(.*\.)?({wanted})$", module) is not None
+
+
+def require_modules(key: str, value: Modules | None, modules: list[str]) -> None:
+    """Raises ModelError if a setting of names, or one regular expression, matches no module."""
+    if isinstance(value, list):
+        require_each(f"adapter.{key}", value, modules, is_suffix)
+    elif value not in (None, "all-linear"):
+        require_each(f"adapter.{key}", [value], modules, is_full_match)
+
+
+def require_each(
+    key: str, wanted: Iterable[str], modules: list[str], matches: Callable[[str, str], bool]
+) -> None:
+    """Raises ModelError, with near names, if one of `wanted` matches none of `modules`."""
+    leaves = sorted({name.rpartition(".")[2] for name in modules})
+    for name in wanted:
+        try:
+            found = any(matches(name, module) for module in modules)
+        except re.error as error:
+            raise ModelError(f"{key}: {name!r} is no regular expression: {error}") from error
+        if not found:
+            near = difflib.get_close_matches(name, leaves, n=3)
+            raise ModelError(
+                f"{key}: {name!r} matches no module of the model, which has {', '.join(leaves)}",
+                hint=f"did you mean {' or '.join(near)}?" if near else None,
+            )
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """The last parts of the names of linear layers, the head aside: what `all-linear` means."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+    )
+
+
+def _leaves(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if not list(module.children())]

@@ -1,0 +1,1 @@
+"""Methods that PEFT does not have, written as tuners of PEFT."""
