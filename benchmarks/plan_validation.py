@@ -5,12 +5,15 @@
 Each run of the grid is a process of its own: it loads the model, then makes the steps of
 `qlora_cli/rehearsal.py` (the train step, the optimizer and the evaluation of `qlora train`) with
 real tensors, which are counted as they are made, while a thread watches the resident set. The
-prediction is traced without data. Writes plan_validation.json and plan_validation.md.
+prediction is traced without data. Compiled kernels cannot be counted, so of those there is the
+resident set alone. Writes plan_validation.json, run by run (what is in it is not run again), and
+plan_validation.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -20,10 +23,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_cli.estimate import Rows
+    from qlora_cli.recipe import Recipe
+    from qlora_cli.trace.count import Count
 
 ROOT = Path(__file__).parents[1]
 SMOLLM = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,6 +46,9 @@ OTHER: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000,
     "sliding_window": 128, "tie_word_embeddings": True,
 }  # fmt: skip
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+STAGES = ("step", "evaluation")
+MIB = 2**20
 
 
 def grid() -> Iterator[dict[str, Any]]:
@@ -55,15 +69,23 @@ def grid() -> Iterator[dict[str, Any]]:
         yield _run(quantization, "lora", 2, 256, True, model="gemma2")
         yield _run(quantization, "lora", 1, 512, False, model="gemma2")
     yield _run("none", "full", 2, 256, True, model="gemma2")
+    for kernels, checkpointing in product(("plain", "compiled"), (True, False)):
+        yield _run("nf4", "lora", 2, 256, checkpointing, kernels=kernels)
+        yield _run("none", "lora", 2, 256, checkpointing, kernels=kernels)
+    for quantization, adapter in kinds:
+        yield _run(quantization, adapter, 2, 256, "mlp")
+    yield _run("nf4", "lora", 2, 256, "mlp", kernels="compiled")
+    yield _run("int8", "lora", 2, 256, True, kernels="plain")
+    yield _run("none", "full", 2, 256, True, kernels="plain")
 
 
 def _run(
-    quantization: str, adapter: str, rows: int, length: int, checkpointing: bool, **more: Any
+    quantization: str, adapter: str, rows: int, length: int, checkpointing: bool | str, **more: Any
 ) -> dict[str, Any]:
     return {
         "model": "smollm2-135m", "quantization": quantization, "adapter": adapter, "rows": rows,
         "length": length, "checkpointing": checkpointing, "optimizer": "adamw", "packing": False,
-        "precision": "bf16", "padding": False, **more,
+        "precision": "bf16", "kernels": "fused", **more,
     }  # fmt: skip
 
 
@@ -84,11 +106,12 @@ def recipe_of(run: dict[str, Any], model: str) -> Any:
                 "packing": run["packing"],
             },
             "training": {
-                "batch_size": 2 * rows,
+                "batch_size": run.get("micro_batches", 2) * rows,
                 "micro_batch_size": rows,
                 "max_steps": 1,
                 "gradient_checkpointing": run["checkpointing"],
                 "precision": run["precision"],
+                "kernels": run["kernels"],
             },
             "optimizer": {"type": run["optimizer"]},
             "output": {"dir": "-"},
@@ -98,64 +121,102 @@ def recipe_of(run: dict[str, Any], model: str) -> Any:
 
 def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     """Predicted and counted bytes of a run, and the resident set: in this process."""
-    import torch
-
     from qlora_cli._compat import quiet_libraries
     from qlora_cli.estimate import assume_rows, compute_dtype
-    from qlora_cli.forecast import forecast
-    from qlora_cli.rehearsal import EVALUATION, STEP, rehearse
-    from qlora_cli.trace.count import UNQUANTIZED, Count
     from qlora_cli.trace.devices import find_target
     from qlora_cli.trace.kernels import make_constants
-    from qlora_cli.trace.model import hold_model
 
     quiet_libraries()
+    make_constants()
     recipe = recipe_of(run, model)
     dtype = compute_dtype(recipe, find_target("cpu"))
-    config, _ = recipe.model.read_config()
-    rows = assume_rows(recipe, "a benchmark", is_flat=not run["padding"])
-    started = time.perf_counter()
-    predicted = forecast(
-        recipe, config, dtype, device="cpu", steps=rows.steps, held_out=rows.held_out
-    )
-    seconds = time.perf_counter() - started
-    make_constants()
-
-    warm_up()
-    gc.collect()
-    before = _resident()
-    with _Watch() as watch:
-        base = recipe.model.load(recipe.quantization.load_options(dtype), torch.device("cpu"))
-        count = Count(vocabulary_size=base.config.vocab_size)
-        hold_model(base, count)
-        watch.restart()
-        with count:
-            rehearse(base, recipe, dtype, count, steps=rows.steps, held_out=rows.held_out)
-    resident = watch.peak - before
-    found = {
-        stage: max(p.total for s, p in count.peaks.items() if s.stage == stage)
-        for stage in (STEP, EVALUATION)
-    }
+    rows = assume_rows(recipe, "a benchmark", is_flat=True)
+    warm_up(run, dtype)
+    is_counted = run["kernels"] != "compiled"
+    resident, mapped, count = take(recipe, dtype, rows, is_counted=is_counted)
+    counted = peaks_of(count) if is_counted else None
     return {
-        "predicted": {stage: predicted.peak(stage)[1].total for stage in found},
-        "counted": found,
-        "resident": resident,
-        # Unquantized weights are not read from their file but mapped, if their dtype is the file's.
-        "mapped": count.by_kind[UNQUANTIZED] if dtype == torch.bfloat16 else 0,
-        "seconds_of_trace": round(seconds, 1),
-        "traced_layers": list(predicted.traced_layers),
+        "counted": counted, "resident": resident, "mapped": mapped, **predict(recipe, dtype, rows)
+    }  # fmt: skip
+
+
+def peaks_of(count: Count) -> dict[str, int]:
+    """The most that was counted in each stage."""
+    return {
+        stage: max(peak.total for segment, peak in count.peaks.items() if segment.stage == stage)
+        for stage in STAGES
     }
 
 
-def warm_up() -> None:
-    """Have torch load what it keeps for itself, whatever the model: kernels and their buffers."""
+def predict(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, Any]:
+    """The same by a trace."""
+    from qlora_cli.forecast import forecast
+
+    started = time.perf_counter()
+    config, _ = recipe.model.read_config()
+    found = forecast(recipe, config, dtype, device="cpu", steps=rows.steps, held_out=rows.held_out)
+    return {
+        "predicted": {stage: found.peak(stage)[1].total for stage in STAGES},
+        "seconds_of_trace": round(time.perf_counter() - started, 1),
+        "traced_layers": list(found.traced_layers),
+    }
+
+
+def take(
+    recipe: Recipe,
+    dtype: Any,
+    rows: Rows,
+    *,
+    is_counted: bool = True,
+    load: Callable[[], PreTrainedModel] | None = None,
+) -> tuple[int, int, Count]:
+    """Load (by default as `qlora train` does) and make the steps.
+
+    Returns:
+        How far the resident set rose, the bytes that are not in it but in the file of the weights,
+        and the count.
+    """
     import torch
 
-    layer = torch.nn.Linear(256, 256)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            rows = layer(torch.ones(1, 2, 128, 256))
-            torch.nn.functional.scaled_dot_product_attention(rows, rows, rows).sum().backward()
+    from qlora_cli.rehearsal import rehearse
+    from qlora_cli.trace.count import UNQUANTIZED, Count
+    from qlora_cli.trace.model import hold_model
+
+    options = recipe.quantization.load_options(dtype)
+    load = load or (lambda: recipe.model.load(options, torch.device("cpu")))
+    tidy_up()
+    before = _resident()
+    with _Watch() as watch:
+        base = load()
+        count = Count(vocabulary_size=base.config.vocab_size)
+        hold_model(base, count)
+        # Unquantized weights are not read from their file but mapped, if their dtype is the file's.
+        mapped = count.by_kind[UNQUANTIZED] if dtype == torch.bfloat16 else 0
+        tidy_up()
+        watch.restart()
+        with count if is_counted else nullcontext():
+            rehearse(
+                base, recipe, dtype, count,
+                steps=rows.steps, held_out=rows.held_out, kernels=recipe.training.kernels,
+            )  # fmt: skip
+    return watch.peak - before, mapped, count
+
+
+def warm_up(run: dict[str, Any], dtype: Any) -> None:
+    """The same with a tiny model, which has Python and torch load what they keep for themselves."""
+    from qlora_cli.estimate import assume_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), {**OTHER, **TINY})
+        recipe = recipe_of({**run, "length": 32}, folder)
+        rows = assume_rows(recipe, "a benchmark", is_flat=True)
+        take(recipe, dtype, rows, is_counted=run["kernels"] != "compiled")
+
+
+def tidy_up() -> None:
+    """Give back what was freed."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident() -> int:
@@ -188,56 +249,83 @@ class _Watch:
             self.peak = max(self.peak, _resident())
 
 
-def make_other(folder: Path) -> None:
-    """Write the second model, with random weights."""
+def make_model(folder: Path, dimensions: dict[str, Any]) -> None:
+    """Write a model with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**OTHER), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**dimensions), dtype=torch.bfloat16
+    )
     model.save_pretrained(folder)
 
 
 def page(results: list[dict[str, Any]]) -> str:
     """The results as a page."""
-    errors = [abs(r["error"]) for r in results]
-    rss = [(r["resident"] + r["mapped"]) / r["predicted"]["step"] - 1 for r in results]
+    errors = [abs(error(r, stage)) for r in results if r["counted"] for stage in r["counted"]]
+    beside = [beside_resident(r) for r in results]
+    fixed = statistics.median(beside)
+    predicted = [max(r["predicted"].values()) for r in results]
+    whole = [b / p for b, p in zip(beside, predicted, strict=True)]
+    shares = [(b - fixed) / p for b, p in zip(beside, predicted, strict=True)]
     lines = [
         "<!-- Written by benchmarks/plan_validation.py; run that instead of editing. -->",
         "# What a plan predicts, and what real steps take",
         "",
         f"{len(results)} runs on a CPU, each in a process of its own: bytes of tensors, predicted",
         "by a trace without data and counted while the same steps are made with real tensors.",
-        f"Median error {statistics.median(errors):.3%}, worst {max(errors):.3%}. The resident set",
-        "(anonymous memory of the process less what it was before the model was loaded, and the",
-        f"weights that are mapped from their file) is {min(rss):+.1%} to {max(rss):+.1%} beside",
-        f"the prediction, in the median {statistics.median(rss):+.1%}.",
+        f"Median error {statistics.median(errors):.4%}, worst {max(errors):.4%}, of step and",
+        "evaluation. Tensors of compiled kernels cannot be counted.",
+        "",
+        "The resident set is the anonymous memory of the process, less what it was when the same",
+        "steps had been made with a tiny model, and the weights that are mapped from their file.",
+        f"It is {min(beside) / MIB:,.0f} to {max(beside) / MIB:,.0f} MiB above the prediction",
+        f"(median {fixed / MIB:,.0f}), however large that is: modules of Python and kernels of",
+        f"oneDNN, which are no tensors; that is up to {max(whole):.0%} of a small run. Less that",
+        f"median, it is {min(shares):+.1%} to {max(shares):+.1%} beside the prediction.",
         "",
         "```bash",
         "python benchmarks/plan_validation.py",
         "```",
         "",
-        "| model | held | trained | rows x tokens | checkpointing | optimizer | other | "
-        "predicted MiB | counted MiB | error | resident MiB | evaluation error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | held | trained | rows x tokens | checkpointing | kernels | optimizer | other | "
+        "predicted MiB | counted MiB | error | evaluation error | resident MiB | beside MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *map(_row, results),
     ]
-    for r in results:
-        run, mib = r["run"], 2**20
-        other = "packed" if run["packing"] else "fp32" if run["precision"] == "fp32" else ""
-        evaluation = r["predicted"]["evaluation"] / r["counted"]["evaluation"] - 1
-        cells = [
-            run["model"], run["quantization"], run["adapter"], f"{run['rows']} x {run['length']}",
-            "on" if run["checkpointing"] else "off", run["optimizer"], other,
-            f"{r['predicted']['step'] / mib:,.1f}", f"{r['counted']['step'] / mib:,.1f}",
-            f"{r['error']:+.3%}", f"{(r['resident'] + r['mapped']) / mib:,.1f}",
-            f"{evaluation:+.3%}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def error(result: dict[str, Any], stage: str) -> float:
+    """Of a prediction, as a share of what was counted."""
+    return float(result["predicted"][stage] / result["counted"][stage] - 1)
+
+
+def beside_resident(result: dict[str, Any]) -> int:
+    """Bytes that the process took more than was predicted."""
+    return int(result["resident"] + result["mapped"] - max(result["predicted"].values()))
+
+
+def _row(result: dict[str, Any]) -> str:
+    run, counted = result["run"], result["counted"]
+    other = "packed" if run["packing"] else "fp32" if run["precision"] == "fp32" else ""
+    cells = [
+        run["model"], run["quantization"], run["adapter"], f"{run['rows']} x {run['length']}",
+        {True: "on", False: "off", "mlp": "mlp"}[run["checkpointing"]], run["kernels"],
+        run["optimizer"], other, f"{result['predicted']['step'] / MIB:,.1f}",
+        *(
+            (f"{counted['step'] / MIB:,.1f}", f"{error(result, 'step'):+.3%}",
+             f"{error(result, 'evaluation'):+.3%}") if counted else ("", "", "")
+        ),
+        f"{(result['resident'] + result['mapped']) / MIB:,.1f}",
+        f"{beside_resident(result) / MIB:+,.1f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
-    """Run the grid, or (with --run, in a process of its own) one of it."""
+    """Run what is missing of the grid, or (with --run, in a process of its own) one of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -245,25 +333,34 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(measure(json.loads(arguments.run), arguments.model)))
         return
+    where = Path(__file__).with_suffix(".json")
+    wanted = list(grid())
+    done = json.loads(where.read_text(encoding="utf-8")) if where.exists() else []
+    results = [result for result in done if result["run"] in wanted]
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), OTHER)
+        models = {"smollm2-135m": str(ROOT / SMOLLM), "gemma2": folder}
+        for run in wanted:
+            if run in [result["run"] for result in results]:
+                continue
+            results.append({"run": run, **measure_apart(run, models[run["model"]])})
+            print(json.dumps(results[-1]), flush=True)
+            where.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results.sort(key=lambda result: wanted.index(result["run"]))
+    where.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    where.with_suffix(".md").write_text(page(results), encoding="utf-8")
+
+
+def measure_apart(run: dict[str, Any], model: str) -> dict[str, Any]:
+    """The same as `measure`, in a process of its own."""
     # malloc keeps what it was given back otherwise, and the resident set would say so.
     tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        make_other(Path(folder))
-        models = {"smollm2-135m": str(ROOT / SMOLLM), "gemma2": folder}
-        for run in grid():
-            command = [sys.executable, __file__, "--run", json.dumps(run)]
-            done = subprocess.run(
-                [*command, "--model", models[run["model"]]],
-                env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
-            result = {"run": run, **json.loads(done.stdout.splitlines()[-1])}
-            result["error"] = result["predicted"]["step"] / result["counted"]["step"] - 1
-            results.append(result)
-            print(run, f"{result['error']:+.4%}", result["resident"], flush=True)
-    where = Path(__file__).with_suffix("")
-    where.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    where.with_suffix(".md").write_text(page(results), encoding="utf-8")
+    command = [sys.executable, __file__, "--run", json.dumps(run), "--model", model]
+    done = subprocess.run(
+        command, env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def stream_batches(
     return BatchStream(
         learnt.examples,
         batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
+        micro_batch_size=settings.rows_per_forward,
         seed=settings.seed,
         epochs=settings.passes,
         pad_token_id=tokenizer.pad_token_id,

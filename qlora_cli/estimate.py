@@ -14,7 +14,17 @@ from qlora_cli.data.encode import read_chat_template
 from qlora_cli.forecast import Forecast, can_lie_end_to_end, forecast
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
-from qlora_cli.trace.count import ADAPTER, HELD, LOAD, LOGITS, STATES, Peak
+from qlora_cli.trace.count import (
+    ADAPTER,
+    HELD,
+    LOAD,
+    LOGITS,
+    QUANTIZED,
+    STATES,
+    UNQUANTIZED,
+    Peak,
+    Segment,
+)
 from qlora_cli.trace.devices import Target
 from qlora_cli.types import Batch
 
@@ -64,8 +74,8 @@ def read_rows(recipe: Recipe, *, is_flat: bool, gpus: int = 1) -> Rows:
 def assume_rows(recipe: Recipe, why: str, *, is_flat: bool) -> Rows:
     """Rows of `data.max_length` throughout."""
     data, settings = recipe.data, recipe.training
-    num_micro_batches = min(2, -(-settings.batch_size // settings.micro_batch_size))
-    full = full_batch(settings.micro_batch_size, data.max_length, is_flat=is_flat)
+    num_micro_batches = min(2, -(-settings.batch_size // settings.rows_per_forward))
+    full = full_batch(settings.rows_per_forward, data.max_length, is_flat=is_flat)
     held_out = None
     if data.evaluation_sources:
         held_out = full_batch(recipe.eval_batch_size, data.max_length, is_flat=False)
@@ -135,11 +145,14 @@ def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dic
         },
         "peak": {"stage": name, **stages[name]},
         "stages": stages,
+        "timeline": _timeline(found, stages),
         "process": {"low": low, "high": high},
         "fits": _verdict(low, high, target),
         "adapter_bytes": 4 * trained,
         "checkpoint_bytes": 4 * trained + states,
-        **_work(found, rows, target),
+        "quantization": recipe.quantization.model_dump(mode="json"),
+        "host": _host(recipe, states, target),
+        **_work(recipe, found, rows, target),
         "traced_layers": list(found.traced_layers),
         "layers": found.num_layers,
     }
@@ -173,6 +186,39 @@ def _stages(
         for entry in made.values():
             _set_apart_paged(entry)
     return made
+
+
+_PARTS = ("forward", "backward", "between", "update")
+
+
+def _timeline(found: Forecast, stages: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is alive from moment to moment, in the order of a run.
+
+    A stage whose peak goes by a formula is one moment.
+    """
+    timeline = []
+    for stage, entry in stages.items():
+        segments = sorted((s for s in found.peaks if s.stage == stage), key=_order)
+        moments = [{**_entry(s.part, found.peaks[s]), **_where(s)} for s in segments]
+        if "paged_bytes" in entry:
+            for moment in moments:
+                _set_apart_paged(moment)
+        if max((m["bytes"] for m in moments), default=0) != entry["bytes"]:
+            moments = [{**entry, "turn": 1, "place": None}]
+        timeline += [{"stage": stage, **moment} for moment in moments]
+    return timeline
+
+
+def _where(segment: Segment) -> dict[str, int | None]:
+    return {"turn": segment.turn, "place": segment.place}
+
+
+def _order(segment: Segment) -> tuple[int, int, float]:
+    """Forward from the first layer to the last, and back again; the update comes last."""
+    part = _PARTS.index(segment.part)
+    last = part == _PARTS.index("update")
+    place = float("inf") if segment.place is None else segment.place
+    return (segment.turn + last, -1 if last else part, -place if part else place)
 
 
 def _entry(part: str, peak: Peak) -> dict[str, Any]:
@@ -237,8 +283,19 @@ _USED = {"cuda": (0.15, 0.45), "cpu": (0.25, 0.8)}
 """Share of the rate of large products that training reaches, from small models to large ones."""
 
 
-def _work(found: Forecast, rows: Rows, target: Target) -> dict[str, Any]:
-    """Floating-point operations of the run, and how long they take, as a range."""
+def _host(recipe: Recipe, states: int, target: Target) -> dict[str, int]:
+    """What a run on a card takes of the host, beside Python and its libraries; by formula."""
+    if target.kind == "cpu":
+        return {}
+    paged = states if recipe.optimizer.is_paged else 0
+    return {"saving_bytes": states, "paged_bytes": paged}
+
+
+def _work(recipe: Recipe, found: Forecast, rows: Rows, target: Target) -> dict[str, Any]:
+    """Floating-point operations of the run, and how long they take, as a range.
+
+    A micro-batch takes no less than reading the weights twice, forward and back.
+    """
     num_traced = sum(batch.input_ids.numel() for step in rows.steps for batch in step)
     per_token = found.flops[STEP] / num_traced
     if rows.tokens is None:
@@ -247,8 +304,21 @@ def _work(found: Forecast, rows: Rows, target: Target) -> dict[str, Any]:
     rate = measure_rate() if target.kind == "cpu" else target.teraflops and target.teraflops * 1e12
     if not rate:
         return {"flops_per_token": per_token, "flops": flops, "seconds_of_training": None}
-    slow, fast = (flops / (rate * target.number * used) for used in _USED[target.kind])
-    return {"flops_per_token": per_token, "flops": flops, "seconds_of_training": [fast, slow]}
+    used = _USED[target.kind]
+    slow, fast = (flops / (rate * target.number * share) for share in used)
+    if target.bandwidth is not None and rows.num_steps is not None:
+        kinds = found.peak(STEP)[1].kinds
+        weights = sum(kinds.get(kind, 0) for kind in (QUANTIZED, UNQUANTIZED))
+        settings = recipe.training
+        turns = rows.num_steps * settings.batch_size / settings.rows_per_forward / target.number
+        reading = 2 * weights * turns / (target.bandwidth * 1e9)
+        slow, fast = max(slow, reading), max(fast, reading)
+    return {
+        "flops_per_token": per_token,
+        "flops": flops,
+        "seconds_of_training": [fast, slow],
+        "rate": {"flops": rate, "used": used, "is_measured": target.kind == "cpu"},
+    }
 
 
 def measure_rate() -> float:

@@ -66,6 +66,35 @@ def fit_to(
     return None, report
 
 
+def settle(recipe: Recipe, config: PretrainedConfig, target: Target) -> Recipe:
+    """The recipe with a number where `training.micro_batch_size` is auto.
+
+    It is the largest divisor of the batch that fits for sure (1 if none does): what a larger one
+    takes is never less, so half of them are ruled out at a time.
+
+    Raises:
+        RecipeError: it is not known how much memory the device has.
+    """
+    if recipe.training.micro_batch_size != "auto":
+        return recipe
+    if target.memory_bytes is None:
+        raise RecipeError(
+            "training.micro_batch_size: auto goes by the memory of the device, which is not known",
+            hint='name it: --device 24GiB, or --device "RTX 4090"; or give a number',
+        )
+    batch = recipe.training.batch_size
+    sizes = [size for size in range(1, max(1, batch // target.number) + 1) if batch % size == 0]
+    tried = [with_changes(recipe, {"training.micro_batch_size": size}) for size in sizes]
+    low, high = 0, len(tried)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fits(estimate(tried[middle], config, target)):
+            low = middle
+        else:
+            high = middle
+    return tried[low]
+
+
 def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
     """The recipe with other values. A section that becomes another `type` has its defaults."""
     document = recipe.model_dump(mode="json")
@@ -120,7 +149,7 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
 def _micro_batch_sizes(recipe: Recipe) -> list[int]:
     """Those of which the batch is a multiple, from the present one down."""
     settings = recipe.training
-    sizes = range(settings.micro_batch_size, 0, -1)
+    sizes = range(settings.rows_per_forward, 0, -1)
     return [size for size in sizes if settings.batch_size % size == 0]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,21 +104,14 @@ def _trace(
     count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
     quantization = recipe.quantization
     options = attention_option(recipe)
-    try:
-        with count:
-            with count.stage(LOAD):
-                base = load_traced(config, quantization.load_options(dtype), count, **options)
-            weights = report_weights(base)
-            refuse_unquantized(weights, quantization.max_unquantized)
-            model = rehearse(
-                base, recipe, dtype, count, steps=steps, held_out=held_out, kernels=kernels
-            )
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(
-            f"model.path: the code of {type(config).__name__} cannot be traced without data: "
-            f"{str(error).strip().splitlines()[0]}",
-            hint="qlora train measures it instead: it tries the longest batch first",
-        ) from error
+    with _in_plain_words(config), count:
+        with count.stage(LOAD):
+            base = load_traced(config, quantization.load_options(dtype), count, **options)
+        weights = report_weights(base)
+        refuse_unquantized(weights, quantization.max_unquantized)
+        model = rehearse(
+            base, recipe, dtype, count, steps=steps, held_out=held_out, kernels=kernels
+        )
     return Forecast(
         peaks=count.peaks,
         flops=dict(count.flops),
@@ -126,6 +121,30 @@ def _trace(
         trained_weights=report_trained(model).trained,
         vocabulary_size=text.vocab_size,
     )
+
+
+@contextmanager
+def _in_plain_words(config: PretrainedConfig) -> Iterator[None]:
+    """Raises ModelError where code of a model asks for what a tensor without data does not have."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(
+            f"model.path: the code of {type(config).__name__} cannot be traced without data: "
+            f"{_culprit(error)}{str(error).strip().splitlines()[0]}",
+            hint="nothing is estimated in its place; qlora train measures it instead: it tries the "
+            "largest batches first",
+        ) from error
+
+
+def _culprit(error: Exception) -> str:
+    """The innermost module of the model that was at work, as the beginning of a sentence."""
+    modules = [
+        frame.f_locals["self"]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if isinstance(frame.f_locals.get("self"), torch.nn.Module)
+    ]
+    return f"in {type(modules[-1]).__name__}, " if modules else ""
 
 
 def attention_option(recipe: Recipe) -> dict[str, Any]:
@@ -146,10 +165,10 @@ def can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, dtype: torch.dt
     """
     period = _period(_text(config)) or _text(config).num_hidden_layers
     make_constants()
-    with Count() as count:
+    with _in_plain_words(config), Count() as count:
         options = attention_option(recipe)
         base = load_traced(_shortened(config, period), {"dtype": dtype}, count, **options)
-    return understands_documents(base)
+        return understands_documents(base)
 
 
 def _text(config: PretrainedConfig) -> PretrainedConfig:

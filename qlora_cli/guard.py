@@ -211,7 +211,7 @@ class Guard:
 
     def _advise(self, batches: list[Batch]) -> str:
         settings, advice = self._settings, []
-        if settings.micro_batch_size > 1:
+        if settings.rows_per_forward > 1:
             advice.append(
                 f"--set training.micro_batch_size={_half(settings)} (the batch, and so the result, "
                 "stays the same)"
@@ -239,5 +239,5 @@ def _is_spike(spike: SpikeGuard, loss: float, state: TrainState) -> bool:
 
 def _half(settings: Training) -> int:
     """The largest smaller micro-batch of which the batch is a multiple."""
-    sizes = range(settings.micro_batch_size // 2, 0, -1)
+    sizes = range(settings.rows_per_forward // 2, 0, -1)
     return next(size for size in sizes if settings.batch_size % size == 0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import assume_rows, estimate
-from qlora_cli.fit import fit_to
+from qlora_cli.fit import fit_to, settle
+from qlora_cli.plan_page import plan_page
 from qlora_cli.recipe import Recipe
 from qlora_cli.trace.devices import find_target
 
@@ -72,11 +75,26 @@ def plan(
     started = time.monotonic()
     target = find_target(device, gpus)
     config, source = recipe.model.read_config()
+    is_auto = recipe.training.micro_batch_size == "auto"
+    recipe = settle(recipe, config, target)
     if fit:
         changes, report = fit_to(recipe, config, target)
         report["changes"] = changes
     else:
         report = estimate(recipe, config, target)
+    report["micro_batch"] = {"rows": recipe.training.rows_per_forward, "is_auto": is_auto}
     report["model"] = {"path": recipe.model.path, "dimensions": source, **report["model"]}
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
+
+
+def write_page(report: dict[str, Any], path: Path, *, title: str) -> None:
+    """Write the picture of a plan as one HTML page.
+
+    Raises:
+        RecipeError: the file cannot be written.
+    """
+    try:
+        path.write_text(plan_page(report, title=title), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--html: {path}: {error.strerror or error}") from error

@@ -11,8 +11,15 @@ _GIB, _MIB = 2**30, 2**20
 def plan_text(report: Mapping[str, Any]) -> str:
     """What a recipe takes, and whether it fits (`report` as `plan` returns it)."""
     peak, process, device = report["peak"], report["process"], report["device"]
-    lines = [_model_line(report), _rows_line(report["rows"]), "", _head(device), *_stages(report)]
-    lines += ["", f"at the peak ({_moment(peak['stage'], peak)}):"]
+    lines = [
+        _model_line(report),
+        _rows_line(report["rows"]),
+        *_auto(report),
+        "",
+        _head(device),
+        *_stages(report),
+    ]
+    lines += ["", f"at the peak ({moment_text(peak['stage'], peak)}):"]
     width = max(len(kind) for kind in peak["kinds"])
     for kind, size in peak["kinds"].items():
         lines.append(f"  {kind:<{width}}  {size_text(size):>11}  {size / peak['bytes']:>6.1%}")
@@ -28,6 +35,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
         *_changes(report),
         f"adapter on disk {size_text(report['adapter_bytes'])}, a checkpoint "
         f"{size_text(report['checkpoint_bytes'])}",
+        *_host(report["host"]),
         *_work(report),
         _method(report),
     ]
@@ -64,8 +72,11 @@ def duration_text(seconds: float) -> str:
 
 def _model_line(report: Mapping[str, Any]) -> str:
     model = report["model"]
+    quantization = report["quantization"]
+    twice = ", its constants too (double quantization)" if quantization.get("double_quant") else ""
+    held = "" if quantization["type"] == "none" else f"; held in {quantization['type']}{twice}"
     return (
-        f"{model['path']}: {model['weights']:,} weights ({model['dimensions']}); trained "
+        f"{model['path']}: {model['weights']:,} weights ({model['dimensions']}){held}; trained "
         f"{model['trained']:,} ({model['trained_share']:.2%})"
     )
 
@@ -77,6 +88,13 @@ def _rows_line(rows: Mapping[str, Any]) -> str:
     return f"largest micro-batches: {shapes} tokens (from {rows['from']}){steps}"
 
 
+def _auto(report: Mapping[str, Any]) -> list[str]:
+    micro_batch = report["micro_batch"]
+    if not micro_batch["is_auto"]:
+        return []
+    return [f"training.micro_batch_size: auto is {micro_batch['rows']}"]
+
+
 def _head(device: Mapping[str, Any]) -> str:
     memory = "" if device["bytes"] is None else f", {size_text(device['bytes'])}"
     number = "" if device["number"] == 1 else f"{device['number']} x "
@@ -86,12 +104,12 @@ def _head(device: Mapping[str, Any]) -> str:
 def _stages(report: Mapping[str, Any]) -> list[str]:
     width = max(len(stage) for stage in report["stages"])
     return [
-        f"  {stage:<{width}}  {size_text(entry['bytes']):>11}  {_moment('', entry)}".rstrip()
+        f"  {stage:<{width}}  {size_text(entry['bytes']):>11}  {moment_text('', entry)}".rstrip()
         for stage, entry in report["stages"].items()
     ]
 
 
-def _moment(stage: str, entry: Mapping[str, Any]) -> str:
+def moment_text(stage: str, entry: Mapping[str, Any]) -> str:
     """When it is; that of loading and evaluating goes without saying."""
     words = {"between": "between backward and update", "backward": "backward", "update": "update"}
     return ", ".join(filter(None, (stage, words.get(entry["during"], ""))))
@@ -130,13 +148,29 @@ def set_line(changes: Mapping[str, Any]) -> str:
     return " ".join(f"--set {key}={value}" for key, value in values.items())
 
 
+def _host(host: Mapping[str, int]) -> list[str]:
+    if not host:
+        return []
+    paged = host["paged_bytes"]
+    more = f", {size_text(paged)} when states page" if paged else ""
+    return [
+        f"the host: {size_text(host['saving_bytes'])} while a checkpoint is saved{more}, beside "
+        "Python and its libraries"
+    ]
+
+
 def _work(report: Mapping[str, Any]) -> list[str]:
     if report["flops"] is None:
         return [f"{report['flops_per_token']:.3g} floating-point operations a token"]
     line = f"{report['flops']:.3g} floating-point operations"
     if seconds := report["seconds_of_training"]:
         fast, slow = map(duration_text, seconds)
-        line += f"; training takes about {fast} to {slow}"
+        rate, (low, high) = report["rate"], report["rate"]["used"]
+        known = "measured here" if rate["is_measured"] else "as its maker states"
+        line += (
+            f"; training takes about {fast} to {slow} (at {low:.0%} to {high:.0%} of "
+            f"{rate['flops'] / 1e12:,.2g} teraflops, {known})"
+        )
     return [line]
 
 

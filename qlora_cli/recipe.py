@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -57,8 +57,9 @@ class Training(Part):
     """Optimizer steps (give this or `epochs`)."""
     batch_size: int = Field(16, ge=1)
     """Rows per optimizer step, over all devices."""
-    micro_batch_size: int = Field(4, ge=1)
-    """Rows per forward, per device."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    """Rows per forward, per device. `auto` is the largest divisor of `batch_size` of which
+    `qlora plan` says that it fits the device (the free memory of a CPU); the run keeps it."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; null leaves them alone."""
     gradient_checkpointing: bool | Literal["mlp"] = True
@@ -98,6 +99,12 @@ class Training(Part):
         return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
     @property
+    def rows_per_forward(self) -> int:
+        """`micro_batch_size` as a number. A run settles what `auto` is before it begins; where
+        nothing is trained it is 1, which fits if any does."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
     def passes(self) -> float | None:
         """Passes over the training rows; None when `max_steps` says how long to go on."""
         if self.max_steps is not None:
@@ -117,7 +124,7 @@ class Training(Part):
                 f"training.epochs ({self.epochs:g}) and training.max_steps ({self.max_steps}) "
                 "are both given; give one of them"
             )
-        if self.batch_size % self.micro_batch_size:
+        if self.batch_size % self.rows_per_forward:
             problems.append(
                 f"training.batch_size ({self.batch_size}) must be a multiple of "
                 f"training.micro_batch_size ({self.micro_batch_size})"
@@ -278,9 +285,9 @@ class Recipe(Part):
     @property
     def eval_batch_size(self) -> int:
         """Rows per forward when the loss is measured."""
-        return self.evaluation.batch_size or self.training.micro_batch_size
+        return self.evaluation.batch_size or self.training.rows_per_forward
 
     @property
     def generation_batch_size(self) -> int:
         """Prompts answered at once: without a backward pass more of them fit than in training."""
-        return self.evaluation.generation_batch_size or 4 * self.training.micro_batch_size
+        return self.evaluation.generation_batch_size or 4 * self.training.rows_per_forward

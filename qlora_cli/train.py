@@ -40,7 +40,7 @@ from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
-from qlora_cli.trial import try_first
+from qlora_cli.trial import settle_here, try_first
 from qlora_cli.types import TrainState
 from qlora_cli.world import PRECISIONS, World, set_seed
 
@@ -96,6 +96,8 @@ def _train(
     use_cache: bool,
     origins: Mapping[str, str] | None,
 ) -> dict[str, Any]:
+    is_auto = recipe.training.micro_batch_size == "auto"
+    recipe = settle_here(recipe, world, None if resume is None else run)
     settings = recipe.training
 
     # Data first: a bad row is found before a large model is loaded.
@@ -180,6 +182,7 @@ def _train(
         fingerprint=fingerprint,
         precision=PRECISIONS[dtype],
         kernels=kernels,
+        is_micro_batch_auto=is_auto,
         data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
         audit=audit,
         **({} if parent is None else {"parent": parent.record()}),

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -13,10 +14,13 @@ from qlora_cli.checkpoint import random_states, set_random_states
 from qlora_cli.data.batches import BatchStream
 from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.estimate import Rows, estimate
+from qlora_cli.fingerprint import recorded_recipe
+from qlora_cli.fit import settle, with_changes
 from qlora_cli.kernels.choice import Kernels
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.plan_text import size_text
 from qlora_cli.recipe import Recipe
+from qlora_cli.run_folder import RunFolder
 from qlora_cli.trace.count import Count
 from qlora_cli.trace.devices import Target, this_card, this_machine
 from qlora_cli.trace.model import hold_model
@@ -29,6 +33,31 @@ _SHARE = 0.05
 """Of a run that the trial may take."""
 _WORTH_PLANNING = 50_000_000
 """Weights of a model that a plan is made of; a smaller one fits anywhere."""
+
+
+def settle_here(recipe: Recipe, world: World, before: RunFolder | None) -> Recipe:
+    """The recipe with a number where `training.micro_batch_size` is auto, by what is free here.
+
+    Args:
+        before: the run that goes on, which keeps what it had.
+
+    Raises:
+        QloraError: in one of its kinds, with its exit code.
+    """
+    if recipe.training.micro_batch_size != "auto":
+        return recipe
+    if before is not None:
+        size = recorded_recipe(before).training.rows_per_forward
+        settled, why = with_changes(recipe, {"training.micro_batch_size": size}), "as it was"
+    else:
+        config, _ = recipe.model.read_config()
+        target = replace(_target(world), number=world.size)
+        found = settle(recipe, config, target).training.rows_per_forward
+        size = min(world.gather(found))
+        settled = with_changes(recipe, {"training.micro_batch_size": size})
+        why = f"the largest that fits {target.name} ({size_text(target.memory_bytes or 0)})"
+    log.info("training.micro_batch_size: auto is %d, %s", size, why)
+    return settled
 
 
 def try_first(
@@ -57,7 +86,7 @@ def try_first(
         OutOfMemory: with what to change.
     """
     steps, settings = batches.largest(max_steps), recipe.training
-    num_micro_steps = max_steps * -(-settings.batch_size // settings.micro_batch_size)
+    num_micro_steps = max_steps * -(-settings.batch_size // settings.rows_per_forward)
     if sum(map(len, steps)) > _SHARE * num_micro_steps:
         return {}
     rows = Rows(steps, held_out, max_steps, batches.tokens(max_steps), "the data")

@@ -249,7 +249,7 @@ def stream(recipe: Recipe) -> BatchStream:
     return BatchStream(
         rows,
         batch_size=recipe.training.batch_size,
-        micro_batch_size=recipe.training.micro_batch_size,
+        micro_batch_size=recipe.training.rows_per_forward,
         seed=0,
         epochs=1,
         pad_token_id=tokenizer.pad_token_id,

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
+from qlora_cli.errors import RecipeError
 from qlora_cli.plan_text import plan_text, table_text
 from qlora_cli.recipe_file import dump_with_origins, load_recipe
 from qlora_cli.report_text import cache_text
@@ -111,6 +112,10 @@ def plan(
     table: Annotated[
         bool, typer.Option("--table", help="Compare full, LoRA, 8-bit and QLoRA, at four lengths.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a picture of it as one HTML page too."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -127,15 +132,20 @@ def plan(
       qlora plan recipe.yaml --device 24GiB --set data.max_length=4096
       qlora plan recipe.yaml --device 12GiB --fit
       qlora plan recipe.yaml --device H100 --table
+      qlora plan recipe.yaml --html plan.html
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.plan import plan, plan_table
+    from qlora_cli.plan import plan, plan_table, write_page
 
+    if table and html is not None:
+        raise RecipeError("--html: a table has no picture; leave one of both out")
     if table:
         report = plan_table(loaded.recipe, device=device)
         show(report, as_json, table_text(report))
     else:
         report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
+        if html is not None:
+            write_page(report, html, title=f"Plan of {recipe.name}")
         show(report, as_json, plan_text(report))
 
 

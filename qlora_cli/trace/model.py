@@ -27,7 +27,7 @@ def load_traced(
         count: counts what loading takes; it knows afterwards what each tensor is.
         options: for the model's constructor, such as `attn_implementation`.
     """
-    model = _skeleton(config, load_options, **options)
+    model = skeleton(config, load_options, **options)
     made: dict[int, nn.Parameter] = {}  # tied weights are one
     for _, module in sorted(model.named_modules(), key=lambda item: _natural(item[0])):
         for key, parameter in list(module._parameters.items()):
@@ -57,7 +57,7 @@ def outline(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> Pre
     return model
 
 
-def _skeleton(
+def skeleton(
     config: PretrainedConfig, load_options: dict[str, Any], **options: Any
 ) -> PreTrainedModel:
     """The same, its layers replaced by quantized ones that hold nothing yet."""

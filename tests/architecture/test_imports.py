@@ -42,11 +42,14 @@ ALLOWED = {
     "recipe_schema": FOUNDATION | {"recipe"},
     "report_text": set(),
     "plan_text": set(),
+    "plan_page": {"plan_text"},
     "rehearsal": FOUNDATION | PARTS | {"recipe", "loop", "speed"},
     "forecast": FOUNDATION | PARTS | {"recipe", "rehearsal"},
     "estimate": FOUNDATION | PARTS | {"recipe", "build", "rehearsal", "forecast"},
     "fit": FOUNDATION | PARTS | {"recipe", "estimate"},
-    "trial": FOUNDATION | PARTS | {"recipe", "estimate", "plan_text"},
+    "trial": FOUNDATION
+    | PARTS
+    | {"recipe", "estimate", "plan_text", "fit", "fingerprint", "run_folder"},
     "adapter_text": {"report_text"},
     "adapter_place": FOUNDATION | RECIPE | {"run_folder", "model"},
     "speaker": FOUNDATION | PARTS | RECIPE | {"build", "adapter_place"},
@@ -86,6 +89,7 @@ ALLOWED = {
     "export_4bit": FOUNDATION | PARTS | RECIPE | {"build", "probes"},
     "export": FOUNDATION | PARTS | {"export_gguf", "export_4bit"},
     "probes": set(),
+    "plan": FOUNDATION | PARTS | RECIPE | TOLD | {"plan_page"},
     "preview": FOUNDATION | PARTS | RECIPE | {"build", "view", "preview_text", "preview_page"},
     "cli": FOUNDATION
     | RECIPE

@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from transformers import AutoConfig, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError, RecipeError
@@ -18,6 +20,8 @@ from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.model.known import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
+from qlora_cli.plan_page import plan_page
+from qlora_cli.plan_text import plan_text
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import STATES, Count
@@ -374,6 +378,113 @@ def test_the_command_prints_a_plan(
     assert "at the peak" in text
     assert "fits: yes" in text
     assert json.dumps(report["model"]["path"])[1:-1] in text
+
+
+def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Recipe]) -> None:
+    def planned(size: int | str, device: str) -> dict[str, Any]:
+        recipe = tiny_recipe(
+            data={"train": {"path": "nowhere.jsonl"}, "evaluation": None, "max_length": 512},
+            training={"batch_size": 12, "micro_batch_size": size},
+        )
+        return plan(recipe, device=device)
+
+    four = planned(4, "80GiB")
+    report = planned("auto", f"{four['process']['high'] / 2**30 + 1e-5:.6f}GiB")
+    assert report["micro_batch"] == {"rows": 4, "is_auto": True}
+    assert report["fits"]["verdict"] == "yes"
+    assert report["rows"] == four["rows"]
+    # A library may keep a small table from the first trace of a process on.
+    assert report["peak"]["bytes"] == pytest.approx(four["peak"]["bytes"], rel=1e-3)
+    assert "micro_batch_size: auto is 4" in plan_text(report)
+    assert planned("auto", "0.1GiB")["micro_batch"]["rows"] == 1
+    assert planned("auto", "80GiB")["micro_batch"]["rows"] == 12
+
+
+def test_code_that_cannot_be_traced_is_named(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(self: LlamaMLP, rows: torch.Tensor) -> torch.Tensor:
+        return rows[rows > 0]
+
+    monkeypatch.setattr(LlamaMLP, "forward", choose)
+    with pytest.raises(ModelError, match="in LlamaMLP, it chooses rows by what it has") as caught:
+        plan(tiny_recipe(training={"kernels": "plain"}), device="T4")
+    assert "nothing is estimated in its place" in str(caught.value.hint)
+
+
+def test_time_is_a_range_of_a_rate_and_no_less_than_reading_the_weights(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    def seconds(size: int) -> list[float]:
+        recipe = tiny_recipe(
+            model={"path": "meta-llama/Llama-3.2-1B"},
+            data={"train": {"path": "nowhere.jsonl"}, "evaluation": None, "max_length": 8},
+            training={"batch_size": 8, "micro_batch_size": size, "max_steps": 10},
+            quantization={"type": "none"},
+        )
+        report = plan(recipe, device="H100")
+        assert report["rate"] == {"flops": 989e12, "used": (0.15, 0.45), "is_measured": False}
+        assert "15% to 45% of" in plan_text(report)
+        found: list[float] = report["seconds_of_training"]
+        return found
+
+    # Rows of eight tokens are little to compute: the weights are read once more for each.
+    for one, two in zip(seconds(1), seconds(2), strict=True):
+        assert one == pytest.approx(2 * two)
+
+
+def test_auto_needs_a_device_of_known_memory(tiny_recipe: Callable[..., Recipe]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the memory of the card here is known")
+    with pytest.raises(RecipeError, match="auto goes by the memory"):
+        plan(tiny_recipe(training={"micro_batch_size": "auto"}), device="cuda")
+
+
+def test_the_picture_is_of_the_figures_of_the_plan(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        quantization={"type": "nf4"}, optimizer={"type": "paged_adamw_8bit"}, data={"packing": True}
+    )
+    page = tmp_path / "plan.html"
+    report = output_of(capsys, "plan", recipe, "--device", "T4", "--html", page)
+    for stage, entry in report["stages"].items():
+        moments = [m for m in report["timeline"] if m["stage"] == stage]
+        assert max(m["bytes"] for m in moments) == entry["bytes"]
+        assert all(sum(m["kinds"].values()) == m["bytes"] for m in moments)
+    parts = [m["during"] for m in report["timeline"] if (m["stage"], m["turn"]) == ("step", 1)]
+    assert parts == sorted(parts, key=["forward", "backward", "between", "update"].index)
+
+    text = page.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text.removeprefix("<!doctype html>"))
+    assert not [one.tag for one in root.iter() if one.tag in ("script", "link", "img")]
+    assert "http:" not in text
+    assert "https:" not in text
+    cells = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+    sizes = {row[0]: int(row[2].replace(",", "")) for row in cells[1:]}
+    assert sizes.pop("all tensors") == sum(sizes.values()) == report["peak"]["bytes"]
+    assert {k: v for k, v in sizes.items() if v} == report["peak"]["kinds"]
+    drawn = {shape.findtext("title") for shape in root.iter("polygon")}
+    assert set(report["peak"]["kinds"]) <= drawn <= set(sizes)
+    assert "T4 has 14.60 GiB, which is beyond the picture" in text
+    told = root.find(".//desc")
+    assert told is not None
+    assert str(report["peak"]["stage"]) in str(told.text)
+
+
+def test_the_highest_point_of_the_picture_is_the_peak(tiny_recipe: Callable[..., Recipe]) -> None:
+    report = plan(tiny_recipe(), device="T4")
+    memory = report["peak"]["bytes"] * 2
+    root = ElementTree.fromstring(
+        plan_page(
+            {**report, "device": {**report["device"], "bytes": memory}}, title="t"
+        ).removeprefix("<!doctype html>")
+    )
+    ys = [float(c.split(",")[1]) for p in root.iter("polygon") for c in p.attrib["points"].split()]
+    zero, peak, device = (float(line.attrib["y1"]) for line in root.iter("line"))
+    assert min(ys) == peak
+    assert max(ys) == zero
+    assert zero - device == pytest.approx(2 * (zero - peak), rel=1e-2)
 
 
 def test_a_table_compares_methods(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,9 +20,11 @@ from qlora_cli.estimate import Rows
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import load_recipe
 from qlora_cli.rehearsal import Alone
+from qlora_cli.run_folder import RunFolder
 from qlora_cli.train import train
-from qlora_cli.trial import try_largest
+from qlora_cli.trial import settle_here, try_largest
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
 
@@ -51,6 +54,30 @@ def test_a_run_learns_the_same_with_its_largest_batches_tried_first(
     records = [json.loads((one / "run.json").read_text()) for one in (tried, plain)]
     assert records[0]["tried_memory_bytes"] > 0
     assert "tried_memory_bytes" not in records[1]
+
+
+def test_auto_is_settled_once_and_kept(
+    run: Callable[..., Path],
+    tiny_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    auto = {"training": {**LONG["training"], "batch_size": 4, "micro_batch_size": "auto"}}
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=2**20))
+    with caplog.at_level(logging.INFO, "qlora"):
+        folder = run("auto", **auto)
+    told = [line for line in caplog.messages if "micro_batch_size: auto is 1" in line]
+    assert len(told) == 1
+    record = json.loads((folder / "run.json").read_text())
+    assert record["is_micro_batch_auto"]
+    assert record["recipe"]["training"]["micro_batch_size"] == 1
+    assert load_recipe(folder / "recipe.yaml").recipe.training.micro_batch_size == 1
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=2**40))
+    recipe = tiny_recipe(**auto)
+    assert settle_here(recipe, Alone(), None).training.micro_batch_size == 4
+    assert settle_here(recipe, Alone(), RunFolder(folder)).training.micro_batch_size == 1
 
 
 def test_what_was_tried_takes_what_was_planned(

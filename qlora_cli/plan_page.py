@@ -1,0 +1,172 @@
+"""A plan as one HTML page that needs nothing else: memory through a run, stacked by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+from qlora_cli.plan_text import moment_text, plan_text, size_text
+
+_COLOURS = (
+    "#4878cf", "#7aa6e8", "#2f4b8f", "#e08214", "#8c6bb1", "#d6604d", "#3a9e6d", "#8fc98f",
+    "#c9a227", "#8a8a8a", "#b0527f", "#5f9ea0",
+)  # fmt: skip
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 900, 360, 70, 20, 40
+_SHARES = {"load": 1, "first step": 2, "step": 5, "evaluation": 2}
+"""Of the width, in parts; of a stage that is one moment 1."""
+_IN_VIEW = 2.5
+"""A device with more than so many times the peak would leave nothing to see of the plan."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
+  color: #222; background: #fff; }
+svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+svg text { fill: currentColor; }
+svg line { stroke: currentColor; }
+table { border-collapse: collapse; }
+td, th { padding: .15em .8em .15em 0; text-align: left; }
+.number { text-align: right; }
+.swatch { display: inline-block; width: .9em; height: .9em; margin-right: .5em; }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .8em; }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181818; }
+  pre { background: #242424; }
+}
+"""
+
+
+class _Point(NamedTuple):
+    x: float
+    kinds: Mapping[str, int]
+
+
+def plan_page(report: Mapping[str, Any], *, title: str) -> str:
+    """The picture, what is in it at the peak, and the plan as text (`report` as of `plan`)."""
+    kinds = list(dict.fromkeys(k for moment in report["timeline"] for k in moment["kinds"]))
+    colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>',
+            # Should an escape be forgotten one day, the browser still runs and fetches nothing.
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; style-src 'unsafe-inline'\"/>",
+            '<meta name="viewport" content="width=device-width"/>',
+            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            f"<h1>{escape(title)}</h1>",
+            *_picture(report, colours),
+            *_legend(report, colours),
+            f"<h2>In words</h2>\n<pre>{escape(plan_text(report))}</pre>",
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def _picture(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[str]:
+    top, memory = report["peak"]["bytes"], report["device"]["bytes"]
+    is_in_view = memory is not None and memory <= _IN_VIEW * top
+    highest = 1.05 * (max(top, memory) if is_in_view else top)
+    points, bands = _places(report["timeline"])
+
+    def y(size: float) -> str:
+        return f"{_TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - size / highest):.1f}"
+
+    yield (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="name words">'
+        f'<title id="name">Memory through the run</title><desc id="words">'
+        f"{escape(_words(report))}</desc>"
+    )
+    for band in points:
+        below = [0] * len(band)
+        for kind, colour in colours.items():
+            above = [b + p.kinds.get(kind, 0) for b, p in zip(below, band, strict=True)]
+            corners = [
+                *((p.x, size) for p, size in zip(band, above, strict=True)),
+                *reversed([(p.x, size) for p, size in zip(band, below, strict=True)]),
+            ]
+            shape = " ".join(f"{x:.1f},{y(size)}" for x, size in corners)
+            if above != below:
+                yield f'<polygon fill="{colour}" points="{shape}"><title>{kind}</title></polygon>'
+            below = above
+    for name, x in bands:
+        yield f'<text x="{x:.1f}" y="{_HEIGHT - 22}">{escape(name)}</text>'
+    yield _level(y(0), "0")
+    yield _level(y(top), size_text(top), f"peak, {report['peak']['stage']}")
+    if is_in_view:
+        yield _level(y(memory), size_text(memory), report["device"]["name"])
+    yield "</svg>"
+    if memory is not None and not is_in_view:
+        name, size = report["device"]["name"], size_text(memory)
+        yield f"<p>{escape(name)} has {size}, which is beyond the picture.</p>"
+
+
+def _level(y: str, size: str, name: str = "") -> str:
+    """A line across the picture, with what it is."""
+    label = f'<text x="{_WIDTH}" y="{float(y) - 4}" text-anchor="end">{escape(name)}</text>'
+    return (
+        f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y}" y2="{y}" stroke-dasharray="4 3"/>{label}'
+        f'<text x="{_LEFT - 5}" y="{float(y) + 4}" text-anchor="end">{size}</text>'
+    )
+
+
+def _places(
+    timeline: Sequence[Mapping[str, Any]],
+) -> tuple[list[list[_Point]], list[tuple[str, float]]]:
+    """Where each moment is drawn, stage by stage; and each stage's name and left end."""
+    stages = [(name, list(moments)) for name, moments in groupby(timeline, lambda m: m["stage"])]
+    shares = [_SHARES.get(name, 1) if len(moments) > 1 else 1 for name, moments in stages]
+    unit, left = (_WIDTH - _LEFT) / sum(shares), float(_LEFT)
+    points, bands = [], []
+    for (name, moments), share in zip(stages, shares, strict=True):
+        width = share * unit - 4
+        if len(moments) == 1:
+            moments *= 2
+            steps = [0, 1]
+        else:
+            steps = _steps(moments)
+        points.append(
+            [
+                _Point(left + width * at / steps[-1], moment["kinds"])
+                for at, moment in zip(steps, moments, strict=True)
+            ]
+        )
+        bands.append((name, left))
+        left += share * unit
+    return points, bands
+
+
+def _steps(moments: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How far each is from the first. Layers that were multiplied take the room of traced ones."""
+    steps = [0]
+    for before, now in pairwise(moments):
+        same = (before["turn"], before["during"]) == (now["turn"], now["during"])
+        near = not same or before["place"] is None or now["place"] is None
+        steps.append(steps[-1] + (1 if near else abs(now["place"] - before["place"])))
+    return steps
+
+
+def _words(report: Mapping[str, Any]) -> str:
+    """What is to be seen, for those who do not see it."""
+    peaks = ", ".join(f"{name} {size_text(e['bytes'])}" for name, e in report["stages"].items())
+    stage = moment_text(report["peak"]["stage"], report["peak"])
+    return (
+        f"Bytes of tensors, stacked by kind, through the stages of the run. The peak of each: "
+        f"{peaks}. The highest is {size_text(report['peak']['bytes'])} ({stage})."
+    )
+
+
+def _legend(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[str]:
+    peak = report["peak"]
+    yield f"<h2>At the peak ({escape(moment_text(peak['stage'], peak))})</h2>\n<table>"
+    yield '<tr><th>kind</th><th class="number">size</th><th class="number">bytes</th></tr>'
+    for kind, colour in colours.items():
+        size = peak["kinds"].get(kind, 0)
+        yield (
+            f'<tr><td><span class="swatch" style="background: {colour}"></span>{escape(kind)}</td>'
+            f'<td class="number">{size_text(size)}</td><td class="number">{size:,}</td></tr>'
+        )
+    yield (
+        f'<tr><th>all tensors</th><td class="number">{size_text(peak["bytes"])}</td>'
+        f'<td class="number">{peak["bytes"]:,}</td></tr>\n</table>'
+    )
