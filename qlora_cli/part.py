@@ -1,5 +1,12 @@
 """The base of every section and variant of a recipe."""
 
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -12,9 +19,31 @@ class Part(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        use_attribute_docstrings=True,
         # Defaults are code of ours; validating them keeps a wrong one from ever shipping.
         validate_default=True,
         # `model` is a section of the recipe and not one of pydantic's own names.
         protected_namespaces=(),
     )
+
+
+@cache
+def field_docs(part: type[Part]) -> dict[str, str]:
+    """The docstrings of a part's fields, its own and those it has from parts above it.
+
+    Read from the source when they are asked for: pydantic's `use_attribute_docstrings` reads it
+    whenever a class is made, and takes a quarter of the time of `qlora validate`.
+    """
+    docs: dict[str, str] = {}
+    for one in reversed(part.__mro__):
+        if not issubclass(one, Part) or one is Part:
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, following in zip(definition.body, definition.body[1:], strict=False):
+            match field, following:
+                case (
+                    ast.AnnAssign(target=ast.Name(name)),
+                    ast.Expr(ast.Constant(str(text))),
+                ):
+                    docs[name] = inspect.cleandoc(text)
+    return {name: docs[name] for name in part.model_fields if name in docs}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part
+from qlora_cli.part import Part, field_docs
 from qlora_cli.secrets import find_secret
 from qlora_cli.yaml_tree import Items, KeyPath, Mapping, Node, Place, Problem, Scalar, dotted
 
@@ -88,7 +88,7 @@ class _Reader:
                 values[name] = self._refuse(entry.place, below, message)
         for name, info in fields.items():
             if info.is_required() and name not in values:
-                values[name] = self._missing(info, (*path, name))
+                values[name] = self._missing(part_class, name, (*path, name))
         return _REFUSED if _REFUSED in values.values() else self._build(part_class, values, path)
 
     def _build(
@@ -174,9 +174,10 @@ class _Reader:
             return self._refuse(entry.node.place, below, message)
         return self.section(node, variants[entry.node.text], path, variants)
 
-    def _missing(self, info: FieldInfo, path: KeyPath) -> _Refused:
-        about = f": {info.description.rstrip('.')}" if info.description else ""
-        message = f"is missing; it takes {FieldType.of(info).words()}{about}"
+    def _missing(self, part_class: type[Part], name: str, path: KeyPath) -> _Refused:
+        words = FieldType.of(part_class.model_fields[name]).words()
+        about = field_docs(part_class).get(name, "").rstrip(".")
+        message = f"is missing; it takes {words}" + (f": {about}" if about else "")
         return self._refuse(self.places[path[:-1]], path, message)
 
     def _refuse(self, place: Place, path: KeyPath, message: str) -> _Refused:

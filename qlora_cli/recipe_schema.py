@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part
+from qlora_cli.part import Part, field_docs
 from qlora_cli.recipe import Recipe
 
 Schema = dict[str, Any]
@@ -57,6 +57,8 @@ def _parts(part: type[Part]) -> set[type[Part]]:
 def _section(part: type[Part], body: Schema) -> Schema:
     """The schema of a part, with nothing required and no word left without its meaning."""
     properties = {name: _cleaned(schema) for name, schema in body["properties"].items()}
+    for name, text in field_docs(part).items():
+        properties[name]["description"] = text
     about = inspect.getdoc(part) or ""
     if "type" in properties:
         properties["type"]["description"] = about.partition("\n\n")[0]

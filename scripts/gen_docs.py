@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from qlora_cli.cli import app
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part
+from qlora_cli.part import Part, field_docs
 from qlora_cli.recipe import Recipe
 from qlora_cli.yaml_writer import yaml_lines
 
@@ -107,19 +107,21 @@ Sections = dict[tuple[type[Part], ...], str]
 def recipe_page() -> str:
     seen: Sections = {}
     sections = [
-        line for name, info in Recipe.model_fields.items() for line in _section(name, info, seen)
+        line
+        for name, info in Recipe.model_fields.items()
+        for line in _section(name, info, field_docs(Recipe)[name], seen)
     ]
     return _joined([RECIPE_HEAD, *sections])
 
 
-def _section(path: str, info: FieldInfo, seen: Sections) -> Iterator[str]:
+def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator[str]:
     """The keys of a section, kind by kind, and the sections below it."""
     field_type = FieldType.of(info)
     parts = _parts(field_type)
     if not parts:
         return
     yield f"{'#' * (path.count('.') + 2)} `{path}`\n"
-    yield f"{info.description} {_presence(info)}\n"
+    yield f"{about} {_presence(info)}\n"
     if parts in seen:
         yield f"It takes the same keys as `{seen[parts]}`.\n"
         return
@@ -128,9 +130,13 @@ def _section(path: str, info: FieldInfo, seen: Sections) -> Iterator[str]:
         yield from (f"- `type: {_type(part)}`: {_about(part)}" for part in parts)
         yield ""
     yield from _tables(parts)
-    below = {name: info for part in parts for name, info in part.model_fields.items()}
-    for name, info_below in below.items():
-        yield from _section(f"{path}.{name}", info_below, seen)
+    below = {
+        name: (info, field_docs(part).get(name, ""))
+        for part in parts
+        for name, info in part.model_fields.items()
+    }
+    for name, (info_below, about_it) in below.items():
+        yield from _section(f"{path}.{name}", info_below, about_it, seen)
 
 
 def _parts(field_type: FieldType) -> tuple[type[Part], ...]:
@@ -152,6 +158,7 @@ def _tables(parts: tuple[type[Part], ...]) -> Iterator[str]:
 
 
 def _rows(part: type[Part]) -> Iterator[str]:
+    docs = field_docs(part)
     for name, info in part.model_fields.items():
         if name == "type":
             continue
@@ -159,7 +166,7 @@ def _rows(part: type[Part]) -> Iterator[str]:
         takes = "a section (below)" if _parts(field_type) else field_type.words()
         if _parts(field_type) and field_type.item:
             takes = f"{'a section, or ' * bool(field_type.parts)}a list of sections (below)"
-        cells = [f"`{name}`", takes, _default(info), " ".join(str(info.description).split())]
+        cells = [f"`{name}`", takes, _default(info), " ".join(docs[name].split())]
         yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
