@@ -59,7 +59,7 @@ def test_the_card_has_the_figures_of_the_run(make_run: Callable[..., RunFolder])
     assert f"{record['best']['eval_loss']:.4f} at step 4" in text
     assert f"torch {record['packages']['torch']}" in text
     assert "rows.jsonl: 16 rows" in text
-    assert "r 4, alpha 8, target_modules all-linear" in text
+    assert "target_modules all-linear, r 4, alpha 8" in text
     assert "learning_rate 0.01" in text
 
 

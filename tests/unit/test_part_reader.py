@@ -17,8 +17,8 @@ from qlora_cli.recipe_file import OTHER_NAMES, LoadedRecipe
         # Unknown and misplaced keys.
         (
             "adapter:\n  type: lora\n  rank: 8\n",
-            'recipe.yaml:6:3  adapter.rank: LoRA has no "rank"; it takes type, r, alpha, ...; '
-            'did you mean "r"?',
+            'recipe.yaml:6:3  adapter.rank: LoRA has no "rank"; it takes type, '
+            'target_modules, ...; did you mean "r"?',
         ),
         ("r: 8\n", 'recipe.yaml:4:1  r: a recipe has no "r"; ...; did you mean adapter.r?'),
         ("lr: 1\n", "recipe.yaml:4:1  lr: ...; did you mean optimizer.learning_rate?"),
@@ -30,7 +30,8 @@ from qlora_cli.recipe_file import OTHER_NAMES, LoadedRecipe
         ),
         (
             "adapter: {type: full, r: 8}\n",
-            'recipe.yaml:4:23  adapter.r: FullFineTune has no "r"; ...; r belongs to type lora',
+            'recipe.yaml:4:23  adapter.r: FullFineTune has no "r"; ...; r belongs to type lora, '
+            "vera, loha, lokr",
         ),
         ("output_dir: x\n", "recipe.yaml:4:1  output_dir: ...; did you mean output.dir?"),
         ("zzz: 1\n", 'recipe.yaml:4:1  zzz: a recipe has no "zzz"; it takes ...evaluation, output'),

@@ -46,6 +46,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "packed": {"quantization": {"type": "nf4"}, "data": {"packing": True}},
     "dora": {"adapter": {"use_dora": True, "dropout": 0.1}},
     "full": {"adapter": {"type": "full"}, "training": {"gradient_checkpointing": True}},
+    "freeze": {"adapter": {"type": "freeze", "last_layers": 1, "patterns": ["norm"]}},
+    "ia3": {"adapter": {"type": "ia3"}},
+    "vera": {"adapter": {"type": "vera", "r": 8}},
+    "loha": {"adapter": {"type": "loha", "r": 4}},
+    "oft": {"adapter": {"type": "oft", "oft_block_size": 8}, "quantization": {"type": "nf4"}},
+    "bottleneck": {
+        "adapter": {"type": "bottleneck", "size": 8},
+        "quantization": {"type": "nf4"},
+        "training": {"gradient_checkpointing": True},
+    },
 }
 
 

@@ -116,14 +116,14 @@ class OFT(Selected):
     https://arxiv.org/abs/2306.07280; Liu et al. 2023, https://arxiv.org/abs/2311.06243)."""
 
     type: Literal["oft"] = "oft"
-    block_size: int = Field(32, ge=2)
+    oft_block_size: int = Field(32, ge=2)
     """Inputs that are turned together. PEFT takes the nearest size that divides the width."""
 
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
         from peft import OFTConfig
 
-        return OFTConfig(oft_block_size=self.block_size, **self.shared_settings(model))
+        return OFTConfig(oft_block_size=self.oft_block_size, **self.shared_settings(model))
 
 
 class AnyOfPeft(PeftMethod):

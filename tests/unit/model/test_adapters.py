@@ -59,7 +59,7 @@ ADAPTERS = {
     "vera": VeRA(r=8),
     "loha": LoHa(r=4),
     "lokr": LoKr(r=4, decompose_factor=4),
-    "oft": OFT(block_size=8),
+    "oft": OFT(oft_block_size=8),
     "houlsby": Bottleneck(size=4),
     "pfeiffer": Bottleneck(size=4, after=["feed_forward"], activation="relu"),
     "tokens": LoRA(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
