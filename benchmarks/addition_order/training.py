@@ -129,7 +129,9 @@ def losses_of(
     objective: TokenLoss, stream: BatchStream, cell: Cell, world: World
 ) -> Iterator[float]:
     """Train; the loss of each step."""
-    optimizer = AdamW(learning_rate=cell.learning_rate).build(objective.parameters(), world.device)
+    optimizer = AdamW(learning_rate=cell.learning_rate).build(
+        objective.named_parameters(), world.device
+    )
     settings = Training(
         batch_size=cell.rows_per_step, micro_batch_size=cell.rows_per_step, max_steps=cell.steps
     )

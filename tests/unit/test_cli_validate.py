@@ -159,7 +159,17 @@ def test_options_are_a_promise() -> None:
             "--json",
             *talk,
         },
-        "plan": {"recipe", "--set", "--device", "--gpus", "--fit", "--table", "--json", *talk},
+        "plan": {
+            "recipe",
+            "--set",
+            "--device",
+            "--gpus",
+            "--fit",
+            "--table",
+            "--html",
+            "--json",
+            *talk,
+        },
         "eval": {
             "target",
             "--set",
