@@ -28,6 +28,12 @@ get_demo_model() {
         say "no demo model: the tests that need it will be skipped"
 }
 
+# A process for each processor, each on one thread: threads of several that share processors wait
+# for each other.
+run_tests() {
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 "$@"
+}
+
 stage "environment" make_environment dev
 find_qlora
 stage "demo model" get_demo_model
@@ -36,4 +42,4 @@ stage "text" python scripts/check_text.py
 stage "format" ruff format --check .
 stage "types" mypy
 stage "docs" python scripts/gen_docs.py --check
-stage "tests" python -m pytest "$@"
+stage "tests" run_tests "$@"

@@ -50,10 +50,20 @@ def keys_of(part: type[Part], prefix: str = "", chosen: tuple[str, ...] = ()) ->
         if field_type.variants:
             yield f"{key}.type", chosen, field_type
         for below in field_type.parts:
-            choice = (f"{key}.type={part_type(below)}",) if field_type.variants else ()
+            choice = _choice(key, below) if field_type.variants else ()
             yield from keys_of(below, f"{key}.", (*chosen, *choice))
         if not field_type.parts:
             yield key, (*chosen, *NEEDED.get(key, ())), field_type
+
+
+def _choice(key: str, variant: type[Part]) -> tuple[str, ...]:
+    """A variant, with what it requires."""
+    required = [
+        f"{key}.{name}={next(candidates(FieldType.of(info)))}"
+        for name, info in variant.model_fields.items()
+        if info.is_required()
+    ]
+    return f"{key}.type={part_type(variant)}", *required
 
 
 def candidates(field_type: FieldType) -> Iterator[str]:

@@ -133,14 +133,12 @@ class PeftMethod(Part):
         return adapted
 
 
-class Selected(PeftMethod):
-    """A method of which modules and layers can be left out."""
+class Layered(PeftMethod):
+    """A method of which layers can be left out."""
 
     target_modules: Literal["all-linear"] | Modules | None = "all-linear"
     """`all-linear` (all but the head), a list of module names, or one regular expression; null
     takes those that PEFT names for this kind of model."""
-    exclude_modules: Modules | None = None
-    """Names, or one regular expression, of modules to leave out."""
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
     """Numbers of the layers that get the update (the first is 0); null means all."""
 
@@ -159,11 +157,18 @@ class Selected(PeftMethod):
         shared = super().shared_settings(model)
         if self.layers_to_transform is not None and self.target_modules == "all-linear":
             shared["target_modules"] = _linear_names(model)  # PEFT counts layers for a list alone
-        return {
-            **shared,
-            "exclude_modules": self.exclude_modules,
-            "layers_to_transform": self.layers_to_transform,
-        }
+        return {**shared, "layers_to_transform": self.layers_to_transform}
+
+
+class Selected(Layered):
+    """A method of which modules and layers can be left out."""
+
+    exclude_modules: Modules | None = None
+    """Names, or one regular expression, of modules to leave out."""
+
+    def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """With what is left out."""
+        return {**super().shared_settings(model), "exclude_modules": self.exclude_modules}
 
 
 def put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters.peft_method import Modules, PeftMethod, Selected
+from qlora_cli.model.adapters.peft_method import Layered, Modules, PeftMethod, Selected
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -44,7 +44,7 @@ class IA3(PeftMethod):
         )
 
 
-class VeRA(Selected):
+class VeRA(Layered):
     """One pair of random, frozen factors for all layers, and two trained vectors for each (Kopiczko
     et al. 2023, https://arxiv.org/abs/2310.11454)."""
 
@@ -53,16 +53,17 @@ class VeRA(Selected):
     """Rank of the random factors."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the update."""
-    exclude_modules: None = None
-    """PEFT's VeRA leaves out none by name."""
 
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms. The random factors are saved: they depend on torch."""
         from peft import VeraConfig
 
-        shared = self.shared_settings(model)
-        shared.pop("exclude_modules")
-        return VeraConfig(r=self.r, vera_dropout=self.dropout, save_projection=True, **shared)
+        return VeraConfig(
+            r=self.r,
+            vera_dropout=self.dropout,
+            save_projection=True,
+            **self.shared_settings(model),
+        )
 
 
 class LoHa(Selected):
