@@ -166,19 +166,26 @@ class BaseModelConfig(Part):
         return self._read_config_by_name()
 
     def _read_config_by_name(self) -> tuple[PretrainedConfig, str]:
-        """From the hub; from our own table where the hub cannot be asked."""
+        """From the hub; from our own table where the hub cannot be asked.
+
+        For what is in the table by its full name the hub is not asked, only what it gave before:
+        where there is no network, that would be half a minute of trying.
+        """
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from transformers import AutoConfig
 
+        known = find_known(self.path)
+        is_sure = known is not None and known[0].partition("/")[0] == self.path.partition("/")[0]
         try:
-            file = huggingface_hub.hf_hub_download(self.path, "config.json", revision=self.revision)
+            file = huggingface_hub.hf_hub_download(
+                self.path, "config.json", revision=self.revision, local_files_only=is_sure
+            )
             refuse_prequantized(Path(file).parent)
             config = AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-            known = find_known(self.path)
             if known is None:
                 reason = str(error).strip().splitlines()[0]
                 raise ModelError(

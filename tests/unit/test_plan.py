@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 from xml.etree import ElementTree
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -277,6 +279,18 @@ def test_the_dimensions_known_here_are_those_of_the_model(name: str) -> None:
 def test_a_model_is_found_by_its_name(path: str, name: str | None) -> None:
     found = find_known(path)
     assert (found and found[0]) == name
+
+
+def test_of_a_model_in_the_table_the_hub_is_not_asked(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def have_no_network(*_: object, local_files_only: bool, **__: object) -> str:
+        assert local_files_only
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", have_no_network)
+    _, source = tiny_recipe(model={"path": "meta-llama/Llama-2-7b-chat-hf"}).model.read_config()
+    assert source == "the dimensions of meta-llama/Llama-2-7b-hf known to qlora"
 
 
 def test_a_model_of_which_nothing_is_known_is_refused(tiny_recipe: Callable[..., Recipe]) -> None:
