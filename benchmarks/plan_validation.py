@@ -191,7 +191,9 @@ def take(
         count = Count(vocabulary_size=base.config.vocab_size)
         hold_model(base, count)
         # Unquantized weights are not read from their file but mapped, if their dtype is the file's.
-        mapped = count.by_kind[UNQUANTIZED] if dtype == torch.bfloat16 else 0
+        # Those that are trained are copied to float32.
+        is_mapped = dtype == torch.bfloat16 and not recipe.adapter.trains_base
+        mapped = count.by_kind[UNQUANTIZED] if is_mapped else 0
         tidy_up()
         watch.restart()
         with count if is_counted else nullcontext():
