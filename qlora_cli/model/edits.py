@@ -88,7 +88,10 @@ class WholeModel(Edits):
         self._saved = Shards(folder)
         self._names = Names(skeleton, self._saved.tensors)
         self._used: set[str] = set()
-        self.names = {self._names.live[name] for name in self._saved.tensors}
+        # A weight that is another's too is changed with it.
+        self.names = {
+            live for live, stored in self._names.stored.items() if stored in self._saved.tensors
+        }
         self.shapes = {
             self._names.live[name]: stored.shape for name, stored in self._saved.tensors.items()
         }

@@ -107,6 +107,19 @@ def test_in_float32_a_merge_changes_no_logit(
     assert report["logit_error"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    "adapter", [{"type": "full"}, {"type": "freeze", "last_layers": 0, "patterns": ["embed"]}]
+)
+def test_a_head_that_is_the_embedding_is_changed_with_it(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    base = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    train(tiny_recipe(model={"path": str(base)}, adapter=adapter))
+    report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
+    assert report["logit_error"] < 1e-5
+    assert list(Shards(tmp_path / "merged").tensors) == list(Shards(base).tensors)
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_experts_that_the_files_hold_apart_are_merged_one_by_one(
     tiny_recipe: Callable[..., Any], tiny_model: Path, tmp_path: Path, adapter: str
