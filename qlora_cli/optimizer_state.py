@@ -64,6 +64,7 @@ def _first_state(optimizer: torch.optim.Optimizer, at: int, parameter: Tensor) -
     twin._optimizer_step_pre_hooks = OrderedDict()
     twin._optimizer_step_post_hooks = OrderedDict()
     with warnings.catch_warnings():
+        # A paged one is stepped on the host on purpose: of its state only the form is looked at.
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
         twin.step()
     state: dict[str, Any] = twin.state_dict()["state"].get(0, {})

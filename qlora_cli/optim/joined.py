@@ -19,6 +19,7 @@ def join(*optimizers: Optimizer) -> Optimizer:
             super().__init__([group for one in optimizers for group in one.param_groups], {})
 
         @torch.no_grad()
+        # torch's may be given a closure and give back a loss; nobody here asks for either.
         def step(self, closure: None = None) -> None:  # type: ignore[override]
             """Update all parameters that have a gradient."""
             at = 0

@@ -59,7 +59,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT is not typed
             raise ValueError(f"activation ({self.activation}) is none of {', '.join(_ACTIVATIONS)}")
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # as above
     """A layer, and what its output goes through: y + up(activation(down(y)))."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
@@ -110,7 +110,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise NotImplementedError("a bottleneck adapter has a non-linearity, which no weight has")
 
 
-class BottleneckModel(BaseTuner):  # type: ignore[misc]
+class BottleneckModel(BaseTuner):  # type: ignore[misc]  # as above
     """Puts adapters after the modules that a config names."""
 
     prefix = _PREFIX

@@ -92,6 +92,7 @@ def test_rank_and_targets() -> None:
             cell("lora", accuracy, r=rank, target_modules="all-linear")
             for rank, accuracy in zip(("4", "16", "64"), accuracies, strict=True)
         ]
+        # What the page asks of comparisons, without files.
         return higher_rank(Some({}, *cells))  # type: ignore[arg-type]
 
     assert ranks(0.9, 0.8, 0.7).holds is True
@@ -103,6 +104,7 @@ def test_rank_and_targets() -> None:
     ]
     for low, high, holds in ((-0.2, -0.1, True), (0.1, 0.2, False), (-0.1, 0.1, None)):
         some = Some({"value": 0.0, "low": low, "high": high}, *both)
+        # As above.
         (found,) = feed_forward(some)  # type: ignore[arg-type]
         assert found.holds is holds
 

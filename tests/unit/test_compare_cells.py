@@ -28,6 +28,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def cells(*recipes: Path, **asked: object) -> list[Cell]:
+    # The options are of many types, which mypy cannot tell apart in one mapping.
     return Grid(Asked(recipes, **asked), Path("out")).cells()  # type: ignore[arg-type]
 
 

@@ -6,18 +6,20 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from qlora_cli import trial
 from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import OutOfMemory
 from qlora_cli.estimate import Rows
 from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
@@ -126,3 +128,19 @@ def test_a_short_run_is_not_held_up(
         record = train(tiny_recipe())
     assert "tried_memory_bytes" not in record
     assert "largest batches" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", get_args(get_args(OptimizerConfig)[0]), ids=lambda k: k.__name__)
+def test_making_the_states_changes_no_weight(kind: Any) -> None:
+    torch.manual_seed(0)
+    weights = {
+        "model.layers.0.a.weight": nn.Parameter(torch.randn(32, 16)),
+        "norm.weight": nn.Parameter(torch.randn(16)),
+    }
+    optimizer = kind(weight_decay=0.1).build(weights.items(), torch.device("cpu"))
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    trial._update(optimizer)
+    assert optimizer.state
+    assert all(torch.equal(weights[name], before[name]) for name in weights)

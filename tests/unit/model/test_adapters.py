@@ -307,6 +307,7 @@ def test_fused_layers_are_for_ordinary_lora_alone(tiny_model: Path, adapter: LoR
     assert fused == (len(layers) if is_ordinary else len(layers) - len(touched))
 
 
+# PEFT warns of any adapter near tied weights; that they stay tied is what is shown.
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @each_adapter
 def test_tied_weights_stay_tied(tmp_path: Path, adapter: LoRA) -> None:
