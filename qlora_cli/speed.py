@@ -105,13 +105,15 @@ def loss_kernel(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> C
     # As large as in a step, almost: several threads are used only if they pay for this size.
     logits = torch.rand(64, 8192, device=device, dtype=dtype)
     targets = torch.arange(64, device=device)
-    return compiled if _can_compile(lambda: compiled(logits, targets)) else cross_entropy
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as in a step
+        return compiled if _can_compile(lambda: compiled(logits, targets)) else cross_entropy
 
 
 def _can_compile(run: Callable[[], object]) -> bool:
     started = time.monotonic()
     try:
-        run()
+        with torch.no_grad():  # as in a step: another state would compile it again
+            run()
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).split("\n")[0]
         log.warning("kernels are not compiled, which costs some speed: %s", reason)

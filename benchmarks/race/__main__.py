@@ -53,13 +53,13 @@ def main() -> None:
         )
         report = head(stage, sizes, options)
         part, take = ("growth", grow) if options.growth else ("races", race)
-        report[part] = [
-            found
-            for number in options.threads
-            for found in take(stage.with_threads(number), sizes, options)
-        ]
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    options.output.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
+        report[part] = []
+        for number in options.threads:
+            report[part] += take(stage.with_threads(number), sizes, options)
+            # Each time: what is measured is not lost where the next is cut short.
+            text = json.dumps(report, indent=1) + "\n"
+            options.output.write_text(text, encoding="utf-8")
+            options.output.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
     print(as_markdown(report))
 
 

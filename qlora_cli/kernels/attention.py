@@ -115,26 +115,28 @@ def _by_blocks(
 
     Scores are computed in float32, as in torch's kernel: rounded, they would shift every weight.
     """
-    groups, _, length, size = q.shape
+    groups, shared_by, length, size = q.shape
     k, v = k.transpose(0, 1), v.transpose(0, 1)  # (K, t, E)
+    k_float = k.float()
     shared = ops.dot(upstream, output)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = torch.zeros(2, *k.shape)  # float32, for the sum over blocks
     # Whole blocks from the start: products of a new shape cost memory (`_compat.py`), and so all
     # documents share theirs but for the last block.
-    for rows in torch.arange(length).split(_BLOCK):
-        first, last = int(rows[0]), int(rows[-1]) + 1
+    for first in range(0, length, _BLOCK):
+        last = min(first + _BLOCK, length)
         queries = q[:, :, first:last].reshape(groups, -1, size)
         above = upstream[:, :, first:last].reshape(groups, -1, size)
-        shape = groups, -1, len(rows), last
+        # Compiled functions are compiled again for each way that an argument is a view: copies.
+        normal, common = (x[..., first:last].flatten(1).clone() for x in (normalizer, shared))
         weights, of_scores = ops.scores_backward(
-            (queries.float() @ k[:, :last].mT.float()).view(shape),
-            (above @ v[:, :last].mT).view(shape),
-            *(normalizer[..., first:last], shared[..., first:last]),
-            *(rows, scale),
+            queries.float() @ k_float[:, :last].mT,
+            above @ v[:, :last].mT,
+            *(normal, common),
+            torch.arange(first, last).repeat(shared_by),
+            scale,
         )
-        weights, of_scores = weights.flatten(1, 2), of_scores.flatten(1, 2)
-        grad_q[:, :, first:last] = (of_scores @ k[:, :last]).view(groups, -1, len(rows), size)
+        grad_q[:, :, first:last] = (of_scores @ k[:, :last]).view(groups, shared_by, -1, size)
         grad_k[:, :last] += of_scores.mT @ queries
         grad_v[:, :last] += weights.mT @ above
     return grad_q, grad_k[:, None], grad_v[:, None]

@@ -52,10 +52,13 @@ class FusedLayer(nn.Module):
             return plain
         cos, sin = (part[0] for part in options["position_embeddings"])
         trained = [weight for each in self._parts.projections for weight in each.trained()]
-        # torch leaves `apply` without types.
-        output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
-            hidden_states[0], cos, sin, documents, self._parts, self._recompute, *trained
-        )
+        # Everything inside has its dtype. And what is compiled is compiled for the state of autocast
+        # too, which is off in the backward pass.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            # torch leaves `apply` without types.
+            output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
+                hidden_states[0], cos, sin, documents, self._parts, self._recompute, *trained
+            )
         return output[None]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,10 @@ def scores_backward(
     """Causal softmax of `scores` once more, and their gradient, in the dtype of `grad`.
 
     Args:
-        scores: (K, G, t, m) in float32, before they are scaled.
-        grad: (K, G, t, m) of the softmax.
-        normalizer: (K, G, t), the logarithm of the sums of exponentials.
-        shared: (K, G, t), what all scores of a row have in common in their gradient.
+        scores: (K, t, m) in float32, before they are scaled.
+        grad: (K, t, m) of the softmax.
+        normalizer: (K, t), the logarithm of the sums of exponentials.
+        shared: (K, t), what all scores of a row have in common in their gradient.
         rows: (t,), the place of each query among the m keys.
     """
     is_seen = torch.arange(scores.shape[-1], device=scores.device) <= rows[:, None]
@@ -144,16 +144,17 @@ class Elementwise:
         what it is compiled for.
         """
         rows, width, heads, size = 512, 1024, 16, 64
-        x, y = torch.rand(2, rows, width, device=device, dtype=dtype)
-        weight, angles = torch.rand_like(x[0]), torch.rand(rows, size, device=device)
+        x, y = (torch.rand(rows, width, device=device, dtype=dtype) for _ in range(2))
+        # A parameter, as norms have: it is compiled again for a tensor of another kind.
+        weight = nn.Parameter(torch.rand_like(x[0]), requires_grad=False)
+        angles = torch.rand(rows, size, device=device)
         _, factor = self.rms_norm(x, weight, 1e-6)
         self.add_rms_norm(x, y, weight, 1e-6)
         self.rms_norm_again(x, factor, weight)
         self.rms_norm_backward(x, y, factor, weight, x)
         self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
         self.swiglu_backward(self.swiglu(x), x)
-        scores = torch.rand(1, heads, rows // 4, rows // 2, device=device)
-        row = self.dot(scores, scores)
-        self.scores_backward(
-            scores, scores.to(dtype), row, row, torch.arange(rows // 4, device=device), 1.0
-        )
+        scores = torch.rand(2, rows // 4, rows // 2, device=device)
+        row = self.dot(scores.to(dtype), scores.to(dtype))
+        places = torch.arange(rows // 4, device=device)
+        self.scores_backward(scores, scores.to(dtype), row, row.clone(), places, 1.0)
