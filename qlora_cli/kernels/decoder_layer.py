@@ -52,8 +52,8 @@ class FusedLayer(nn.Module):
             return plain
         cos, sin = (part[0] for part in options["position_embeddings"])
         trained = [weight for each in self._parts.projections for weight in each.trained()]
-        # Everything inside has its dtype. And what is compiled is compiled for the state of autocast
-        # too, which is off in the backward pass.
+        # Everything inside has its dtype. And functions are compiled for the state of autocast too,
+        # which is off in the backward pass.
         with torch.autocast(hidden_states.device.type, enabled=False):
             # torch leaves `apply` without types.
             output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
