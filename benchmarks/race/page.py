@@ -52,12 +52,14 @@ def readme_table(report: Report) -> str:
             f"`{name}`: {race['about'][name]}",
             f"{f['tokens_per_second']:,.0f}",
             f"{f['peak_mb']:,.0f}",
+            f"{f['above_loaded_mb']:,.0f}",
+            f"{f['seconds_to_first_step']:.0f}",
             _percent(f["loss_difference"], 2),
         ]
         for name, f in race["results"].items()
         if "failed" not in f
     ]
-    titles = ["", "tokens per second", "peak memory, MiB", "loss against float32"]
+    titles = ["", "tokens/s", "peak MiB", "above the model", "s to first step", "loss off float32"]
     where = f"{report['processor']}, {race['threads']} threads; commit {report['commit']}."
     return "\n".join([*table(titles, rows), "", where])
 

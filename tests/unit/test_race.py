@@ -538,7 +538,7 @@ def test_the_page_holds_the_figures() -> None:
 
 def test_the_short_table_goes_between_the_marks() -> None:
     table = readme_table(a_report())
-    assert "| `ours`: kept | 83 | 2,000 | 1.23% |" in table
+    assert "| `ours`: kept | 83 | 2,000 | 1,100 | 15 | 1.23% |" in table
     assert "last line" not in table
     text = f"before\n{BEGIN}\nold\n{END}\nafter"
     assert put_between(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter"
