@@ -178,6 +178,7 @@ def take(
     """
     import torch
 
+    from qlora_cli.kernels.means import Means
     from qlora_cli.rehearsal import rehearse
     from qlora_cli.trace.count import UNQUANTIZED, Count
     from qlora_cli.trace.model import hold_model
@@ -199,7 +200,8 @@ def take(
         with count if is_counted else nullcontext():
             rehearse(
                 base, recipe, dtype, count,
-                steps=rows.steps, held_out=rows.held_out, kernels=recipe.training.kernels,
+                steps=rows.steps, held_out=rows.held_out, means=Means(),
+                kernels=recipe.training.kernels,
             )  # fmt: skip
     return watch.peak - before, mapped, count
 

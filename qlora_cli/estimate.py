@@ -151,7 +151,7 @@ def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dic
         "adapter_bytes": 4 * trained,
         "checkpoint_bytes": 4 * trained + states,
         "quantization": recipe.quantization.model_dump(mode="json"),
-        "host": _host(recipe, states, target),
+        "host": _host(recipe, found, states, target),
         **_work(recipe, found, rows, target),
         "traced_layers": list(found.traced_layers),
         "layers": found.num_layers,
@@ -283,12 +283,15 @@ _USED = {"cuda": (0.15, 0.45), "cpu": (0.25, 0.8)}
 """Share of the rate of large products that training reaches, from small models to large ones."""
 
 
-def _host(recipe: Recipe, states: int, target: Target) -> dict[str, int]:
-    """What a run on a card takes of the host, beside Python and its libraries; by formula."""
+def _host(recipe: Recipe, found: Forecast, states: int, target: Target) -> dict[str, int]:
+    """What a run on a card takes of the host, beside Python and its libraries.
+
+    Inputs of layers are traced, the rest goes by a formula.
+    """
     if target.kind == "cpu":
         return {}
     paged = states if recipe.optimizer.is_paged else 0
-    return {"saving_bytes": states, "paged_bytes": paged}
+    return {"saving_bytes": states, "paged_bytes": paged, "inputs_bytes": found.host_bytes}
 
 
 def _work(recipe: Recipe, found: Forecast, rows: Rows, target: Target) -> dict[str, Any]:

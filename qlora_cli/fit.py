@@ -119,8 +119,9 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     """Changes but for the size of the micro-batch, each with those before it."""
     changes: Changes = {}
     yield dict(changes)
-    kinds = [False, "mlp", True]
-    for more in kinds[kinds.index(recipe.training.gradient_checkpointing) + 1 :]:
+    kinds = [False, "mlp", True, "offload"]
+    # The last is for who asks for it: nobody has seen what it does to the speed of a card.
+    for more in kinds[kinds.index(recipe.training.gradient_checkpointing) + 1 : -1]:
         changes["training.gradient_checkpointing"] = more
         yield dict(changes)
     if recipe.model.attention == "eager":

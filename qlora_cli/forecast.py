@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.errors import ModelError
+from qlora_cli.kernels.attention import AtOnce, ByDocument
 from qlora_cli.kernels.choice import Kernels
+from qlora_cli.kernels.means import Means
 from qlora_cli.model.report import refuse_unquantized, report_trained, report_weights
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import rehearse, understands_documents
-from qlora_cli.trace.count import LOAD, Count, Peak, Segment
+from qlora_cli.trace.count import LOAD, Count, CountedHost, Peak, Segment
 from qlora_cli.trace.kernels import Device, make_constants
 from qlora_cli.trace.model import load_traced, outline
 from qlora_cli.types import Batch
@@ -35,6 +37,8 @@ class Forecast:
     peaks: dict[Segment, Peak]
     flops: dict[str, int]
     """Floating-point operations of each stage."""
+    host_bytes: int
+    """Most that was in the memory of the host, beside a device."""
     num_layers: int
     traced_layers: tuple[int, ...]
     """Of the models that were traced; where these have fewer layers, the rest was multiplied."""
@@ -110,17 +114,33 @@ def _trace(
         weights = report_weights(base)
         refuse_unquantized(weights, quantization.max_unquantized)
         model = rehearse(
-            base, recipe, dtype, count, steps=steps, held_out=held_out, kernels=kernels
+            base,
+            recipe,
+            dtype,
+            count,
+            steps=steps,
+            held_out=held_out,
+            means=_means(device, dtype, count),
+            kernels=kernels,
         )
     return Forecast(
         peaks=count.peaks,
         flops=dict(count.flops),
+        host_bytes=count.host_bytes,
         num_layers=text.num_hidden_layers,
         traced_layers=(text.num_hidden_layers,),
         base_weights=weights.num_weights,
         trained_weights=report_trained(model).trained,
         vocabulary_size=text.vocab_size,
     )
+
+
+def _means(device: Device, dtype: torch.dtype, count: Count) -> Means:
+    """What a device has. Of a card that cannot attend to all documents at once, it is the more."""
+    if device == "cpu":
+        return Means()
+    attention = ByDocument() if dtype == torch.float32 else AtOnce()
+    return Means(attention, CountedHost(count))
 
 
 @contextmanager
@@ -253,6 +273,7 @@ def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -
     return Forecast(
         peaks=peaks,
         flops={stage: grown(small.flops[stage], more) for stage, more in large.flops.items()},
+        host_bytes=grown(small.host_bytes, large.host_bytes),
         num_layers=num_layers,
         traced_layers=(small.num_layers, large.num_layers),
         base_weights=grown(small.base_weights, large.base_weights),

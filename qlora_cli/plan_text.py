@@ -151,8 +151,9 @@ def set_line(changes: Mapping[str, Any]) -> str:
 def _host(host: Mapping[str, int]) -> list[str]:
     if not host:
         return []
-    paged = host["paged_bytes"]
+    paged, inputs = host["paged_bytes"], host["inputs_bytes"]
     more = f", {size_text(paged)} when states page" if paged else ""
+    more += f", {size_text(inputs)} for inputs of layers in a step" if inputs else ""
     return [
         f"the host: {size_text(host['saving_bytes'])} while a checkpoint is saved{more}, beside "
         "Python and its libraries"

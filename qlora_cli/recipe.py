@@ -62,9 +62,11 @@ class Training(Part):
     `qlora plan` says that it fits the device (the free memory of a CPU); the run keeps it."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm; null leaves them alone."""
-    gradient_checkpointing: bool | Literal["mlp"] = True
+    gradient_checkpointing: bool | Literal["mlp", "offload"] = True
     """What is computed again in the backward pass instead of being kept: all of a layer (true:
-    least memory, about a third more time), its feed-forward half (`mlp`), or only what is cheap."""
+    little memory, about a third more time), its feed-forward half (`mlp`), or only what is cheap.
+    `offload` is true with the inputs of layers on the host meanwhile: least memory of a CUDA card,
+    and more time."""
     kernels: Literal["auto", "compiled", "fused", "plain"] = "auto"
     """Decoder layers as one function each (`fused`), also with compiled element-wise work
     (`compiled`), or as transformers has them (`plain`). `auto` compiles where a run is long enough

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qlora_cli.kernels.choice import Kernels
+from qlora_cli.kernels.means import Means
 from qlora_cli.loop import train_step
 from qlora_cli.model.attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
@@ -58,6 +59,7 @@ def rehearse(
     *,
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
+    means: Means,
     kernels: Kernels = "fused",
 ) -> nn.Module:
     """Attach the adapter, make the steps and an evaluation. Returns the model.
@@ -71,6 +73,7 @@ def rehearse(
         count: counts all of it.
         steps: the micro-batches of each.
         held_out: a batch of the evaluation.
+        means: of the device that it is for, as far as they can be traced.
         kernels: compiled ones cannot be traced; fused ones take no less.
     """
     if steps[0][0].documents:
@@ -80,9 +83,11 @@ def rehearse(
         model = recipe.adapter.attach(base)
     gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
     hold_model(model, count)
-    prepare_layers(model, base, recipe.training, kernels, dtype)
+    # What there is no CUDA for here says nothing about where it will be.
+    with _quietly():
+        prepare_layers(model, base, recipe.training, kernels, dtype, means)
     objective = TokenLoss(model, dtype)
-    with _quietly():  # that states are not paged here says nothing about where they will be
+    with _quietly():
         optimizer = recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     world, state = Alone(), TrainState()

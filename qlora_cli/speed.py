@@ -17,6 +17,9 @@ from qlora_cli.kernels.choice import Kernels
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.kernels.heads import has_head_norms
+from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.offload import Host, keep_on_host
 from qlora_cli.model.attention import attend_by_document, attend_by_row, prove_packing
 from qlora_cli.model.base import start_checkpointing
 from qlora_cli.recipe import Training
@@ -26,7 +29,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-_RECOMPUTE: dict[bool | str, Recompute] = {True: "all", "mlp": "mlp", False: "none"}
+_RECOMPUTE: dict[bool | str, Recompute] = {
+    True: "all",
+    "offload": "all",
+    "mlp": "mlp",
+    False: "none",
+}
 
 
 def lay_end_to_end(
@@ -68,6 +76,7 @@ def prepare_layers(
     settings: Training,
     kernels: Kernels,
     dtype: torch.dtype,
+    means: Means,
 ) -> Kernels:
     """Put faster layers in place, and decide what is computed again in the backward pass.
 
@@ -81,20 +90,36 @@ def prepare_layers(
     if kernels != "plain" and base.get_input_embeddings().weight.dtype == dtype:
         ops = Elementwise()
         if kernels == "compiled":
-            ops = compile_elementwise(base.device, dtype)
-        fused = fuse_layers(model, _RECOMPUTE[settings.gradient_checkpointing], ops)
+            ops = compile_elementwise(base.device, dtype, norms_heads=has_head_norms(model))
+        recompute = _RECOMPUTE[settings.gradient_checkpointing]
+        fused = fuse_layers(model, recompute, ops, means.attention)
+    if fused == 0 and settings.gradient_checkpointing:
+        start_checkpointing(base)
+    if settings.gradient_checkpointing == "offload":
+        _offload(base, means.host)
     if fused == 0:
-        if settings.gradient_checkpointing:
-            start_checkpointing(base)
         return "plain"
     log.info("kernels: %d layers as one function each, %s", fused, kernels)
     return kernels
 
 
-def compile_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise:
+def _offload(base: PreTrainedModel, host: Host | None) -> None:
+    if host is None:
+        log.warning(
+            "training.gradient_checkpointing: offload moves inputs of layers from CUDA memory to "
+            "the host; no CUDA here, so true"
+        )
+        return
+    keep_on_host(base.get_decoder() or base, base.get_input_embeddings(), host)
+
+
+def compile_elementwise(
+    device: torch.device, dtype: torch.dtype, *, norms_heads: bool
+) -> Elementwise:
     """Compiled element-wise work; plain, with a warning, if it cannot be compiled here."""
     ops = Elementwise.compiled()
-    return ops if _can_compile(lambda: ops.try_out(device, dtype)) else Elementwise()
+    can = _can_compile(lambda: ops.try_out(device, dtype, norms_heads=norms_heads))
+    return ops if can else Elementwise()
 
 
 def loss_kernel(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> CrossEntropy:

@@ -29,6 +29,7 @@ from qlora_cli.guard import Guard
 from qlora_cli.interruption import Interruption
 from qlora_cli.keeper import Keeper
 from qlora_cli.kernels.choice import choose_kernels
+from qlora_cli.kernels.means import Means
 from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop
@@ -140,7 +141,8 @@ def _train(
     kernels = (run.read_record() if resume else {}).get("kernels") or choose_kernels(
         settings.kernels, world.device.type, work=trained.total * batches.tokens(max_steps)
     )
-    kernels = prepare_layers(model, base, settings, kernels, dtype)
+    means = Means.of(world.device, dtype)
+    kernels = prepare_layers(model, base, settings, kernels, dtype, means)
 
     def write_weights(folder: Path) -> None:
         with recipe.optimizer.as_used(optimizer):

@@ -25,15 +25,28 @@ from torch import Tensor, nn
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import load_base, read_data
 from qlora_cli.data.batches import BatchStream
+from qlora_cli.kernels.attention import (
+    AtOnce,
+    ByDocument,
+    Documents,
+    attend,
+    attend_backward,
+    choose_attention,
+)
 from qlora_cli.kernels.choice import has_compiler
 from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
-from qlora_cli.kernels.decoder_layer import fuse_layers
+from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.offload import PinnedHost, keep_on_host
 from qlora_cli.loop import train_step
 from qlora_cli.model.attention import attend_by_document
 from qlora_cli.model.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
+from qlora_cli.speed import prepare_layers
+from qlora_cli.trace.count import Count
+from qlora_cli.trace.tensor import TracedTensor
 from qlora_cli.types import Batch, TrainState
 from qlora_cli.world import World
 
@@ -215,7 +228,7 @@ def eight_bit_product(bench: Bench) -> str:
 
 
 def gradients(
-    bench: Bench, kind: str, *, checkpointing: bool, fused: bool = False
+    bench: Bench, kind: str, *, checkpointing: bool, fused: bool = False, offload: bool = False
 ) -> dict[str, Tensor]:
     """Gradients of the adapter for one batch, its examples end to end."""
     recipe = bench.recipe(
@@ -231,11 +244,15 @@ def gradients(
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other half
             nn.init.normal_(parameter, std=0.02)
     if fused:
-        number = fuse_layers(model, "all" if checkpointing else "none", Elementwise())
+        recompute: Recompute = "all" if checkpointing else "none"
+        attention = choose_attention(bench.device, dtype)
+        number = fuse_layers(model, recompute, Elementwise(), attention)
         layers = base.config.num_hidden_layers
         assert number == layers, f"{number} of {layers} layers are one function"
     elif checkpointing:
         start_checkpointing(base)
+    if offload:
+        keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHost())
     batch = stream(recipe).micro_batches(0)[0]
     TokenLoss(model, dtype)(batch.to(bench.device)).backward()
     return {
@@ -275,6 +292,52 @@ def fused_layers_agree(bench: Bench, kind: str) -> str:
     found = [gradients(bench, kind, checkpointing=again, fused=True) for again in (False, True)]
     error = max(relative_error(each[name], plain[name]) for each in found for name in plain)
     return at_most(error, 5e-2, f"{len(plain)} tensors; relative difference")
+
+
+def offload_agrees(bench: Bench, kind: str) -> str:
+    """Inputs of layers that were on the host meanwhile are what they were."""
+    found = []
+    for fused in (False, True):
+        plain = gradients(bench, kind, checkpointing=True, fused=fused)
+        moved = gradients(bench, kind, checkpointing=True, fused=fused, offload=True)
+        found += [relative_error(moved[name], plain[name]) for name in plain]
+    return at_most(max(found), 1e-3, "relative difference")
+
+
+def attention_at_once_agrees(bench: Bench, dtype: torch.dtype) -> str:
+    """All documents in one call against each by itself, and what the call allocates.
+
+    What a plan says of it goes by the source of the kernel; a card is the first to tell.
+    """
+    if isinstance(choose_attention(bench.device, dtype), ByDocument):
+        raise NotHere
+    lengths, heads, groups, size, scale = (1, 300, 77, 2048), 16, 4, 64, 0.125
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    documents = Documents(lengths, ends.to(bench.device))
+    torch.manual_seed(0)
+    tokens, ops = sum(lengths), Elementwise()
+    options: dict[str, Any] = {"device": bench.device, "dtype": dtype}
+    q, grad = torch.randn(2, tokens, heads, size, **options)
+    k, v = torch.randn(2, tokens, groups, size, **options)
+    each = attend(q, k, v, lengths, scale)
+    expected = attend_backward(grad, q, k, v, each, lengths, scale, ops)
+    one = AtOnce().forward(q, k, v, documents, scale)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = AtOnce().backward(grad, q, k, v, one, documents, scale, ops)
+    taken = torch.cuda.max_memory_allocated() - before
+    traced = [TracedTensor(x.to("meta")) for x in (grad, q, k, v, one.output, one.normalizers[0])]
+    with torch.no_grad(), Count("cuda", granularity=512) as count:
+        torch.ops.torch_attn._varlen_attn_backward(
+            *traced, ends, ends, max(lengths), max(lengths), True, traced[0], scale, [-1, 0]
+        )
+    counted = max(peak.total for peak in count.peaks.values())
+    pairs = zip((one.output, *found), (each.output, *expected), strict=True)
+    error = max(relative_error(*pair) for pair in pairs)
+    figures = f"backward takes {taken / 2**20:.1f} MiB, counted {counted / 2**20:.1f}"
+    assert abs(taken - counted) <= 0.1 * taken, figures
+    return f"{at_most(error, 2e-2, 'relative difference')}; {figures}"
 
 
 def compiled_kernels_agree(bench: Bench) -> str:
@@ -367,14 +430,24 @@ def resume_is_exact(bench: Bench) -> str:
 # Speed and memory.
 
 
-def one_host_sync(bench: Bench) -> str:
+def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
     """A training step makes the host wait for the card once, before the update."""
     if bench.device.type != "cuda":
         raise NotHere
-    recipe = bench.recipe("sync", optimizer={"type": "adamw"})
+    recipe = bench.recipe(
+        "sync",
+        optimizer={"type": "adamw"},
+        adapter={"dropout": 0.0},
+        training={"gradient_checkpointing": checkpointing},
+    )
     world = World()
     dtype = world.compute_dtype("auto")
-    model = recipe.adapter.attach(load_base(recipe, dtype, bench.device))
+    base = load_base(recipe, dtype, bench.device)
+    assert attend_by_document(base)
+    model = recipe.adapter.attach(base)
+    means = Means.of(bench.device, dtype)
+    kernels = prepare_layers(model, base, recipe.training, "fused", dtype, means)
+    assert kernels == "fused", kernels
     objective = TokenLoss(model, dtype).train()
     optimizer = recipe.optimizer.build(model.named_parameters(), bench.device)
     scaler = torch.amp.GradScaler(bench.device.type, enabled=False)
@@ -396,7 +469,7 @@ def one_host_sync(bench: Bench) -> str:
     return f"{len(batches.micro_batches(1))} micro-batches"
 
 
-def peak_memory(bench: Bench, kind: str, *, checkpointing: bool) -> float:
+def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool = False) -> float:
     """MiB at the peak of one step of a model of 200 million weights on 4 x 512 tokens."""
     folder = bench.folder / "large"
     if not folder.exists():
@@ -407,6 +480,8 @@ def peak_memory(bench: Bench, kind: str, *, checkpointing: bool) -> float:
     model = recipe.adapter.attach(base)
     if checkpointing:
         start_checkpointing(base)
+    if offload:
+        keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHost())
     objective = TokenLoss(model, dtype).train()
     input_ids = torch.randint(0, 256, (4, 512))
     batch = Batch(input_ids, torch.ones_like(input_ids), input_ids)
@@ -416,16 +491,18 @@ def peak_memory(bench: Bench, kind: str, *, checkpointing: bool) -> float:
 
 
 def memory_is_saved(bench: Bench) -> str:
-    """4 bit needs less than 16, and checkpointing less than none."""
+    """4 bit needs less than 16, checkpointing less than none, offload less than checkpointing."""
     if bench.device.type != "cuda":
         raise NotHere
     sixteen = peak_memory(bench, "none", checkpointing=True)
     four = peak_memory(bench, "nf4", checkpointing=True)
     unchecked = peak_memory(bench, "nf4", checkpointing=False)
+    moved = peak_memory(bench, "nf4", checkpointing=True, offload=True)
     figures = (
-        f"nf4 {four:,.0f} MiB, 16 bit {sixteen:,.0f}, nf4 without checkpointing {unchecked:,.0f}"
+        f"nf4 {four:,.0f} MiB, 16 bit {sixteen:,.0f}, nf4 without checkpointing {unchecked:,.0f}, "
+        f"with offload {moved:,.0f}"
     )
-    assert four < min(sixteen, unchecked), figures
+    assert moved < four < min(sixteen, unchecked), figures
     return figures
 
 
@@ -442,6 +519,10 @@ def checks() -> Iterator[tuple[str, Check]]:
         yield f"{kind}: gradients, checkpointed or not", lambda b, k=kind: gradients_agree(b, k)
     for kind in ("nf4", "none"):
         yield f"{kind}: layers as one function", lambda b, k=kind: fused_layers_agree(b, k)
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"attention at once, {name}", lambda b, d=dtype: attention_at_once_agrees(b, d)
+    yield "inputs of layers on the host", lambda b: offload_agrees(b, "nf4")
     yield "compiled kernels", compiled_kernels_agree
     for bits in (32, 8):
         yield f"paged AdamW, {bits} bit", lambda b, n=bits: paged_optimizer(b, n)
@@ -457,7 +538,11 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "qlora train --resume auto is exact", resume_is_exact
     for kind in ("nf4", "int8", "none"):
         yield f"qlora merge, {kind}", lambda b, k=kind: merge_is_faithful(b, k)
-    yield "a step waits for the card once", one_host_sync
+    for kept in (True, "offload"):
+        yield (
+            f"a step waits for the card once, {str(kept).lower()}",
+            lambda b, c=kept: one_host_sync(b, c),
+        )
     yield "peak memory", memory_is_saved
 
 

@@ -1,9 +1,13 @@
-"""Causal attention over documents that lie end to end, with a backward pass of its own."""
+"""Causal attention over documents that lie end to end, with a backward pass of its own.
+
+Two forms of it: a document at a time, which runs anywhere, and all at once on CUDA.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,144 @@ class Attended:
     output: Tensor
     """(T, H, E)"""
     normalizers: list[Tensor]
-    """Of each document, where the kernel tells: (K, H / K, t)."""
+    """Of each document, where the kernel tells: (K, H / K, t). Of all at once: one of (H, T)."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where each document is."""
+
+    lengths: Sequence[int]
+    """They add up to T."""
+    ends: Tensor
+    """(n + 1,) int32, on the device: where each begins, and where the last ends."""
+
+
+class Attention(Protocol):
+    """How documents are attended to."""
+
+    def for_heads(self, size: int) -> Attention:
+        """This, or what takes its place where heads have a size that it does not take."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
+    ) -> Attended:
+        """Each document attends to itself alone.
+
+        Args:
+            q: (T, H, E); k and v: (T, K, E), where H is a multiple of K.
+        """
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attended: Attended,
+        documents: Documents,
+        scale: float,
+        ops: Elementwise,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q (T, H, E), k and v (T, K, E), from that of the output (T, H, E)."""
+        ...
+
+
+class ByDocument:
+    """Each in a call of its own: on every device, in every dtype."""
+
+    def for_heads(self, size: int) -> Attention:
+        """Of any size."""
+        return self
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
+    ) -> Attended:
+        """As `attend`."""
+        return attend(q, k, v, documents.lengths, scale)
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attended: Attended,
+        documents: Documents,
+        scale: float,
+        ops: Elementwise,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `attend_backward`."""
+        return attend_backward(grad, q, k, v, attended, documents.lengths, scale, ops)
+
+
+class AtOnce:
+    """All of them in one call of flash attention (Dao 2023, https://arxiv.org/abs/2307.08691), and
+    one of its backward pass. Both know where documents end, and take fewer heads of keys than of
+    queries as they are."""
+
+    def for_heads(self, size: int) -> Attention:
+        """Of multiples of 8 up to 192: above that it depends on the card."""
+        return self if size % 8 == 0 and size <= 192 else ByDocument()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
+    ) -> Attended:
+        """In one call."""
+        # Imported late: it brings the compiler of torch with it, which takes a second.
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        ends, longest = documents.ends, max(documents.lengths)
+        output, normalizer = varlen_attn(
+            *(q, k, v, ends, ends, longest, longest),
+            return_aux=AuxRequest(lse=True),
+            scale=scale,
+            window_size=_CAUSAL,
+            enable_gqa=True,
+        )
+        return Attended(output, [normalizer])
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attended: Attended,
+        documents: Documents,
+        scale: float,
+        ops: Elementwise,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In one call, of the operation that torch differentiates `varlen_attn` with."""
+        ends, longest = documents.ends, max(documents.lengths)
+        [normalizer] = attended.normalizers
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
+            *(grad, q, k, v, attended.output, normalizer, ends, ends, longest, longest),
+            is_causal=True,
+            rng_state=q.new_zeros(2, dtype=torch.uint64),  # of a dropout that there is none of
+            scale=scale,
+            window_size=list(_CAUSAL),
+        )
+        return found
+
+
+_CAUSAL = (-1, 0)
+"""Tokens that are seen to the left (all) and to the right, in `varlen_attn`'s terms."""
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
+    """All documents at once where torch's kernel for that runs: 16 bit on cards from Ampere on."""
+    if (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    ):
+        return AtOnce()
+    return ByDocument()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[int], scale: float) -> Attended:

@@ -15,15 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.kernels.attention import Attended, attend, attend_backward
+from qlora_cli.kernels.attention import Attended, Attention, Documents
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.kernels.heads import Heads, heads_of
 from qlora_cli.kernels.projection import Factors, Projection, adapter_of, base_of
 
 Recompute = Literal["none", "mlp", "all"]
 """What is computed again in the backward pass: nothing but element-wise work, the feed-forward
 half, or the whole layer."""
 
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Transformers' classes that compute what `FusedLayer` does."""
 _SILU = ("SiLUActivation", "SiLU")
 
@@ -35,22 +36,25 @@ class FusedLayer(nn.Module):
     else (evaluation, generation, padded rows) is computed by the layer itself.
     """
 
-    def __init__(self, layer: nn.Module, recompute: Recompute, ops: Elementwise) -> None:
+    def __init__(
+        self, layer: nn.Module, recompute: Recompute, ops: Elementwise, attention: Attention
+    ) -> None:
         super().__init__()
         for name, child in layer.named_children():
             self.add_module(name, child)
         self._plain = (layer,)  # in a tuple, so that its children are not found twice
-        self._parts = _Parts.of(layer, ops)
+        self._parts = _Parts.of(layer, ops, attention)
         self._recompute = recompute
         self.train(layer.training)
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
         """(1, T, D) -> (1, T, D), with transformers' arguments."""
-        documents = options.get("documents")
-        if documents is None or not torch.is_grad_enabled() or not self._parts.can_do(documents):
+        lengths = options.get("documents")
+        if lengths is None or not torch.is_grad_enabled() or not self._parts.can_do(lengths):
             plain: Tensor = self._plain[0](hidden_states, **options)
             return plain
         cos, sin = (part[0] for part in options["position_embeddings"])
+        documents = Documents(lengths, options["cu_seq_lens_q"])
         trained = [weight for each in self._parts.projections for weight in each.trained()]
         # Everything inside has its dtype. And functions are compiled for the state of autocast too,
         # which is off in the backward pass.
@@ -62,7 +66,9 @@ class FusedLayer(nn.Module):
         return output[None]
 
 
-def fuse_layers(model: nn.Module, recompute: Recompute, ops: Elementwise) -> int:
+def fuse_layers(
+    model: nn.Module, recompute: Recompute, ops: Elementwise, attention: Attention
+) -> int:
     """Replace the decoder layers that can be computed as one function. Returns how many.
 
     Args:
@@ -75,7 +81,7 @@ def fuse_layers(model: nn.Module, recompute: Recompute, ops: Elementwise) -> int
         if can_fuse(layer)
     ]
     for parent, name, layer in found:
-        setattr(parent, name, FusedLayer(layer, recompute, ops))
+        setattr(parent, name, FusedLayer(layer, recompute, ops, attention))
     return len(found)
 
 
@@ -151,22 +157,29 @@ class _Parts:
     scale: float
     window: int | None
     """How far back a token sees."""
+    turn: Heads
+    attention: Attention
     ops: Elementwise
 
     @classmethod
-    def of(cls, layer: Any, ops: Elementwise) -> _Parts:
-        attention, mlp = layer.self_attn, layer.mlp
-        size = attention.head_dim
+    def of(cls, layer: Any, ops: Elementwise, attention: Attention) -> _Parts:
+        of_layer, mlp = layer.self_attn, layer.mlp
+        size = of_layer.head_dim
+        heads, groups = (
+            base_of(linear).out_features // size for linear in (of_layer.q_proj, of_layer.k_proj)
+        )
         return cls(
-            qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
-            out=Projection([attention.o_proj]),
+            qkv=Projection([of_layer.q_proj, of_layer.k_proj, of_layer.v_proj]),
+            out=Projection([of_layer.o_proj]),
             gate_up=Projection([mlp.gate_proj, mlp.up_proj]),
             down=Projection([mlp.down_proj]),
             norms=(layer.input_layernorm, layer.post_attention_layernorm),
-            heads=base_of(attention.q_proj).out_features // size,
-            groups=base_of(attention.k_proj).out_features // size,
-            scale=attention.scaling,
-            window=_window(attention),
+            heads=heads,
+            groups=groups,
+            scale=of_layer.scaling,
+            window=_window(of_layer),
+            turn=heads_of(of_layer, (heads, groups), ops),
+            attention=attention.for_heads(size),
             ops=ops,
         )
 
@@ -174,11 +187,11 @@ class _Parts:
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
         return self.qkv, self.out, self.gate_up, self.down
 
-    def can_do(self, documents: Sequence[int]) -> bool:
+    def can_do(self, lengths: Sequence[int]) -> bool:
         """Whether all of each document is in sight, and the updates (PEFT can switch them off, or
         merge them) take part."""
         adapted = [linear for each in self.projections for linear in each.adapted]
-        is_seen = self.window is None or max(documents) <= self.window
+        is_seen = self.window is None or max(lengths) <= self.window
         return is_seen and not any(each.disable_adapters or each.merged for each in adapted)
 
 
@@ -188,8 +201,7 @@ class _Attention:
 
     factor: Tensor  # (T, 1) of the norm
     low: Tensor | None  # (T, R) of q, k, v
-    q: Tensor  # (T, H, E), rotated
-    k: Tensor  # (T, K, E), rotated
+    qk: Tensor  # (T, H + K, E), as `Heads` keeps them
     v: Tensor  # (T, K, E)
     attended: Attended
     low_out: Tensor | None
@@ -210,7 +222,7 @@ class _Place:
 
     cos: Tensor  # (T, E)
     sin: Tensor
-    documents: Sequence[int]
+    documents: Documents
 
 
 class _Micro:
@@ -237,33 +249,23 @@ class _Micro:
         normed, factor = self.ops.rms_norm(hidden, norm.weight, norm.variance_epsilon)
         qkv, low = self.forward(self.qkv, parts.qkv, normed)
         states = qkv.unflatten(1, (parts.heads + 2 * parts.groups, -1))
-        turned = parts.heads + parts.groups
-        qk = self.ops.rotate(states[:, :turned], place.cos, place.sin)
-        v = states[:, turned:].contiguous()  # a view would keep queries and keys alive with it
-        q, k = qk[:, : parts.heads], qk[:, parts.heads :]
-        attended = attend(q, k, v, place.documents, parts.scale)
+        qk, v = states[:, : -parts.groups], states[:, -parts.groups :]
+        turned, qk, v = parts.turn.forward(qk, v, place.cos, place.sin)
+        q, k = turned[:, : parts.heads], turned[:, parts.heads :]
+        attended = parts.attention.forward(q, k, v, place.documents, parts.scale)
         update, low_out = self.forward(self.out, parts.out, attended.output.flatten(1))
-        return update, _Attention(factor, low, q, k, v, attended, low_out)
+        return update, _Attention(factor, low, qk, v, attended, low_out)
 
     def attention_backward(
         self, grad: Tensor, hidden: Tensor, kept: _Attention, *, is_asked: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of `hidden` (if it is asked for), and of the updates of qkv and out."""
-        parts, place, norm = self.parts, self.place, self.parts.norms[0]
+        parts, norm = self.parts, self.parts.norms[0]
         output = kept.attended.output
         grad_low = self.out.backward_low(grad)
         of_out = self.out.backward_update(grad, grad_low, output.flatten(1), kept.low_out)
         grad_output = self.out.backward_input(grad, grad_low, parts.out.weight(self.dtype))
-        grad_q, grad_k, grad_v = attend_backward(
-            grad_output.view_as(output),
-            *(kept.q, kept.k, kept.v),
-            kept.attended,
-            place.documents,
-            parts.scale,
-            self.ops,
-        )
-        grad_qk = self.ops.rotate(torch.cat([grad_q, grad_k], 1), place.cos, -place.sin)
-        grad_qkv = torch.cat([grad_qk, grad_v], 1).flatten(1)
+        grad_qkv = self.qkv_backward(grad_output.view_as(output), kept)
         normed = self.ops.rms_norm_again(hidden, kept.factor, norm.weight)
         grad_low = self.qkv.backward_low(grad_qkv)
         of_qkv = self.qkv.backward_update(grad_qkv, grad_low, normed, kept.low)
@@ -274,6 +276,22 @@ class _Micro:
             self.ops.rms_norm_backward(grad_normed, hidden, kept.factor, norm.weight, grad),
             of_qkv + of_out,
         )
+
+    def qkv_backward(self, grad: Tensor, kept: _Attention) -> Tensor:
+        """Gradient of the product of queries, keys and values, from that of attention (T, H, E)."""
+        parts, place = self.parts, self.place
+        turned = parts.turn.again(kept.qk, place.cos, place.sin)
+        grad_q, grad_k, grad_v = parts.attention.backward(
+            grad,
+            *(turned[:, : parts.heads], turned[:, parts.heads :], kept.v),
+            kept.attended,
+            place.documents,
+            parts.scale,
+            self.ops,
+        )
+        grad_qk = torch.cat([grad_q, grad_k], 1)
+        grad_qk = parts.turn.backward(grad_qk, kept.qk, place.cos, place.sin)
+        return torch.cat([grad_qk, grad_v], 1).flatten(1)
 
     def mlp(self, normed: Tensor) -> tuple[Tensor, _Mlp]:
         """What the feed-forward part adds, from the normed states (T, D)."""
@@ -324,7 +342,7 @@ class _Layer(torch.autograd.Function):
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        documents: Sequence[int],
+        documents: Documents,
         parts: _Parts,
         recompute: Recompute,
         *trained: Tensor,

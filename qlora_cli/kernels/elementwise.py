@@ -45,10 +45,15 @@ def rms_norm_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, weight: Tensor, past: Tensor
 ) -> Tensor:
     """Gradient of `hidden` (T, D), from that of the normed states and that which went past them."""
+    return (_before_norm(grad, hidden, factor, weight) + past.float()).to(hidden.dtype)
+
+
+def _before_norm(grad: Tensor, hidden: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of `hidden` in float32, from that of the normed states alone."""
     normed = hidden.float() * factor
     grads = grad.float() * weight.float()
     shared = (grads * normed).mean(-1, keepdim=True)
-    return ((grads - normed * shared) * factor + past.float()).to(hidden.dtype)
+    return (grads - normed * shared) * factor
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,6 +69,25 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
     x, y = states[..., :half].float(), states[..., half:].float()
     return torch.cat([x * c - y * s, y * c + x * s], -1).to(states.dtype)
+
+
+def norm_rotate(states: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rms_norm` of each head by itself, then `rotate` (Qwen 3).
+
+    Args:
+        states: (T, H, E)
+        weight: (H, E)
+    """
+    normed, _ = rms_norm(states, weight, eps)
+    return rotate(normed, cos, sin)
+
+
+def norm_rotate_backward(
+    grad: Tensor, states: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Gradient of `states` (T, H, E), from that of what `norm_rotate` gave."""
+    factor = torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + eps)
+    return _before_norm(rotate(grad, cos, -sin), states, factor, weight).to(states.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -117,6 +141,8 @@ class Elementwise:
     rms_norm_again: Callable[..., Tensor] = rms_norm_again
     rms_norm_backward: Callable[..., Tensor] = rms_norm_backward
     rotate: Callable[..., Tensor] = rotate
+    norm_rotate: Callable[..., Tensor] = norm_rotate
+    norm_rotate_backward: Callable[..., Tensor] = norm_rotate_backward
     swiglu: Callable[..., Tensor] = swiglu
     swiglu_backward: Callable[..., tuple[Tensor, Tensor]] = swiglu_backward
     scores_backward: Callable[..., tuple[Tensor, Tensor]] = scores_backward
@@ -137,11 +163,16 @@ class Elementwise:
             },
         )
 
-    def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
+    def try_out(
+        self, device: torch.device, dtype: torch.dtype, *, norms_heads: bool = False
+    ) -> None:
         """Run each once, so that what cannot be compiled fails here and not in a step.
 
         The sizes are those of a small step: whether a kernel uses several threads is decided by
         what it is compiled for.
+
+        Args:
+            norms_heads: whether the model norms heads; for another, compiling that is lost time.
         """
         rows, width, heads, size = 512, 1024, 16, 64
         x, y = (torch.rand(rows, width, device=device, dtype=dtype) for _ in range(2))
@@ -153,6 +184,11 @@ class Elementwise:
         self.rms_norm_again(x, factor, weight)
         self.rms_norm_backward(x, y, factor, weight, x)
         self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
+        if norms_heads:
+            # A part of a wider product, as in a layer: other strides would be compiled once more.
+            states = torch.rand(rows, 2 * heads, size, device=device, dtype=dtype)[:, :heads]
+            norm = torch.rand_like(states[0]), 1e-6, angles.to(dtype), angles.to(dtype)
+            self.norm_rotate_backward(self.norm_rotate(states, *norm), states, *norm)
         self.swiglu_backward(self.swiglu(x), x)
         scores = torch.rand(2, rows // 4, rows // 2, device=device)
         row = self.dot(scores.to(dtype), scores.to(dtype))

@@ -29,6 +29,8 @@ RECOMPUTED = "recomputed activations"
 LOGITS = "logits and loss"
 BATCH = "batch"
 WORKSPACE = "workspace"
+_HOST = "host"
+"""What is in memory beside that of the device, and not of `KINDS`."""
 
 HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES)
 """What is there between steps."""
@@ -89,6 +91,8 @@ class Count(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.by_kind: Counter[str] = Counter()
         self.total = 0
+        self.host_bytes = 0
+        """The most that was on the host (`on_host`)."""
         self._turn = 0
         self._place = 0
         self._place_back: int | None = None
@@ -98,6 +102,8 @@ class Count(TorchDispatchMode):
         self._held: dict[int, _Held] = {}
         self._stage = ""
         self._is_updating = False
+        self._is_on_host = False
+        self._on_host = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -128,6 +134,15 @@ class Count(TorchDispatchMode):
             if tensor is not None:
                 self._add(tensor, kind, is_known=True)
         self._note()
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is made in here is in the memory of the host, beside the device."""
+        self._is_on_host = True
+        try:
+            yield
+        finally:
+            self._is_on_host = False
 
     def updating(self, value: bool) -> None:
         """Whether the optimizer is at work."""
@@ -175,6 +190,8 @@ class Count(TorchDispatchMode):
         self._place_back = place
 
     def _kind(self, name: str) -> str:
+        if self._is_on_host:
+            return _HOST
         if self._is_updating:
             return STATES if "zeros" in name else WORKSPACE
         if torch._C._current_graph_task_id() == -1:
@@ -190,7 +207,9 @@ class Count(TorchDispatchMode):
         known = self._held.get(key)
         if known is None:
             size = -(-storage.nbytes() // self._granularity) * self._granularity
-            if (
+            if kind == _HOST:
+                size = _pinned_size(storage.nbytes())
+            elif (
                 not is_known
                 and self._vocabulary_size
                 and tensor.shape[-1:] == (self._vocabulary_size,)
@@ -198,8 +217,7 @@ class Count(TorchDispatchMode):
                 kind = LOGITS
             reference = weakref.ref(storage, partial(self._drop, key))
             self._held[key] = _Held(size, kind, reference)
-            self.total += size
-            self.by_kind[kind] += size
+            self._change(kind, size)
         elif is_known and known.kind != kind:
             self.by_kind[known.kind] -= known.size
             self.by_kind[kind] += known.size
@@ -207,8 +225,15 @@ class Count(TorchDispatchMode):
 
     def _drop(self, key: int, _: object) -> None:
         held = self._held.pop(key)
-        self.total -= held.size
-        self.by_kind[held.kind] -= held.size
+        self._change(held.kind, -held.size)
+
+    def _change(self, kind: str, size: int) -> None:
+        if kind == _HOST:
+            self._on_host += size
+            self.host_bytes = max(self.host_bytes, self._on_host)
+        else:
+            self.total += size
+            self.by_kind[kind] += size
 
     def _note(self) -> None:
         segment = Segment(self._stage, *self._whereabouts())
@@ -228,6 +253,27 @@ class Count(TorchDispatchMode):
         return "forward", self._turn, self._place
 
 
+class CountedHost:
+    """The host of a device that is traced: what is put there counts apart from what is on it."""
+
+    def __init__(self, count: Count) -> None:
+        self._count = count
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy, on the host."""
+        with self._count.on_host():
+            return tensor.clone()
+
+    def get(self, kept: Tensor, device: torch.device) -> Tensor:
+        """A copy of it, on the device."""
+        return kept.clone()
+
+
+def _pinned_size(size: int) -> int:
+    """Torch hands out pinned memory in powers of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def _product(one: Tensor, other: Tensor, *_: Any) -> int:
     """Multiplications and additions of (..., n, k) by (..., k, m)."""
     return 2 * one.numel() * other.shape[-1]
@@ -238,6 +284,12 @@ def _attention(query: Tensor, key: Tensor, *_: Any) -> int:
     return 4 * query.numel() * key.shape[-2]
 
 
+def _attention_at_once(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: Any) -> int:
+    """The same for documents end to end, each with its own pairs: (T, H, E)."""
+    pairs: int = sum(length**2 for length in ends.diff().tolist())
+    return 4 * query.shape[1] * query.shape[2] * pairs
+
+
 _WORK: dict[str, Callable[..., int]] = {
     "aten::mm": _product,
     "aten::bmm": _product,
@@ -246,6 +298,10 @@ _WORK: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, query, key, *__: (
         5 * _attention(query, key) // 2
+    ),
+    "torch_attn::_varlen_attn": _attention_at_once,
+    "torch_attn::_varlen_attn_backward": lambda _, query, key, value, output, sums, ends, *__: (
+        5 * _attention_at_once(query, key, value, ends) // 2
     ),
 }
 """Floating-point operations of what takes the time."""

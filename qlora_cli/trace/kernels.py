@@ -82,6 +82,29 @@ def _attention_backward(
     return made
 
 
+def _attention_at_once_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    normalizer: Tensor,
+    ends: Tensor,
+    *rest: Any,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The same for documents end to end: each may begin a block of 128 rows anew. Fewer heads of
+    keys than of queries are summed up in the end (flash attention 2, `mha_varlen_bwd`)."""
+    tokens, heads, size = query.shape
+    rows, width = tokens + 128 * (len(ends) - 1), -(-size // 32) * 32
+    made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    shared = query.new_empty(heads, rows, dtype=torch.float32)
+    total = query.new_empty(rows, heads, width, dtype=torch.float32)
+    of_heads = [torch.empty_like(query) for _ in range(2) if key.shape[1] < heads]
+    del shared, total, of_heads
+    return made
+
+
 def _quantize_int8(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows in 8 bits, with the scale of each; no column of outliers."""
     outliers = None
@@ -115,4 +138,5 @@ _CUDA: dict[str, Kernel] = {
     "bitsandbytes::int8_vectorwise_quant": _quantize_int8,
     "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "torch_attn::_varlen_attn_backward": _attention_at_once_backward,
 }

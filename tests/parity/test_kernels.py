@@ -8,111 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_cli._compat import keep_4bit_weights_trainable
-from qlora_cli.kernels.attention import attend, attend_backward
-from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
-from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute, fuse_layers
+from qlora_cli.kernels.attention import ByDocument, attend, attend_backward
+from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
+from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.lora_layers import layer_classes
-from qlora_cli.model.attention import attend_by_document
-from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.types import Batch
-
-DOCUMENTS = (7, 1, 40, 13)
-LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 90}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
-    """A random model of a kind, through its files, because that is where quantization happens."""
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config
-
-    configs = {
-        "llama": LlamaConfig(**LAYERS, **HEADS),
-        "llama-bias-tied": LlamaConfig(
-            **LAYERS, **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-        ),
-        "llama-every-head": LlamaConfig(**LAYERS, num_attention_heads=4, num_key_value_heads=4),
-        "mistral": MistralConfig(**LAYERS, **HEADS, sliding_window=None),
-        "mistral-window": MistralConfig(**LAYERS, **HEADS, sliding_window=9),
-        "qwen2": Qwen2Config(**LAYERS, **HEADS),
-    }
-    if not folder.exists():
-        torch.manual_seed(0)
-        config = configs[kind]
-        config.initializer_range = 0.2
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero otherwise, and then it would not matter
-                torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder)
-    options: dict[str, Any] = {}
-    if quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    keep_4bit_weights_trainable(model)
-    attend_by_document(model)
-    return model
-
-
-def adapted(model: Any, *, ours: bool, **changes: Any) -> Any:
-    """With an update that is not zero."""
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
-    config = LoraConfig(task_type="CAUSAL_LM", **settings)
-    if ours:
-        config._register_custom_module(layer_classes(model))
-    model = get_peft_model(model, config).train()
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            torch.nn.init.normal_(parameter, std=0.05 if "lora_B" in name else 0.3)
-    return model
-
-
-def batch() -> Batch:
-    torch.manual_seed(2)
-    ids = torch.randint(0, 90, (1, sum(DOCUMENTS)))
-    labels = ids.clone()
-    labels[0, [0, 7, 8, 48]] = -100
-    return Batch(ids, None, labels, DOCUMENTS)
-
-
-def learnt(
-    model: Any, dtype: torch.dtype, loss_kernel: CrossEntropy = cross_entropy
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and the gradients by name."""
-    loss = TokenLoss(model, dtype, loss_kernel)(batch())
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of the gradient that is furthest from what it should be, relative to its norm."""
-    assert found.keys() == expected.keys()
-    assert len(found) > 0
-    return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
-
-
-def fused(model: Any, recompute: Recompute = "none") -> Any:
-    assert fuse_layers(model, recompute, Elementwise()) == 2
-    assert sum(isinstance(module, FusedLayer) for module in model.modules()) == 2
-    return model
+from tests.parity.tiny_layers import adapted, base, batch, distance, fused, learnt
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp4"])
 @pytest.mark.parametrize(
-    "kind", ["llama", "llama-bias-tied", "llama-every-head", "mistral", "mistral-window", "qwen2"]
+    "kind",
+    [
+        "llama",
+        "llama-bias-tied",
+        "llama-every-head",
+        "mistral",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+        "qwen3-bias-window",
+    ],
 )
 def test_a_fused_layer_learns_what_the_layer_does(
     tmp_path: Path, kind: str, quantization: str, recompute: Recompute
@@ -156,7 +74,7 @@ def test_what_a_fused_layer_cannot_do_is_left_alone(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True, **changes)
-    assert fuse_layers(model, "none", Elementwise()) == 0
+    assert fuse_layers(model, "none", Elementwise(), ByDocument()) == 0
 
 
 def test_a_fused_model_evaluates_generates_and_switches_off_as_before(tmp_path: Path) -> None:
@@ -230,20 +148,59 @@ def test_in_bfloat16_a_small_update_is_kept_where_pefts_order_loses_it(
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_element_wise_work_is_the_plain_one(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    [("llama", "mlp"), ("qwen3", "none"), ("qwen3", "mlp"), ("qwen3", "all")],
+)
+def test_compiled_element_wise_work_is_the_plain_one(
+    tmp_path: Path, kind: str, recompute: Recompute, dtype: torch.dtype
+) -> None:
     def model() -> Any:
-        return adapted(base("llama", tmp_path / "base", dtype, "nf4"), ours=True)
+        return adapted(base(kind, tmp_path / "base", dtype, "nf4"), ours=True)
 
-    plain, compiled = model(), model()
-    assert fuse_layers(plain, "mlp", Elementwise()) == 2
     ops = Elementwise.compiled()
-    ops.try_out(torch.device("cpu"), dtype)
-    assert fuse_layers(compiled, "mlp", ops) == 2
-    expected, gradients = learnt(plain, dtype)
-    found, ours = learnt(compiled, dtype, compiled_cross_entropy())
+    ops.try_out(torch.device("cpu"), dtype, norms_heads=kind == "qwen3")
+    expected, gradients = learnt(fused(model(), recompute), dtype)
+    found, ours = learnt(fused(model(), recompute, ops), dtype, compiled_cross_entropy())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # rounding between operations
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     assert distance(ours, gradients) < 5 * tolerance
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_fused_layer_in_bfloat16_is_the_layer_but_for_rounding(
+    tmp_path: Path, kind: str, recompute: Recompute
+) -> None:
+    def model() -> Any:
+        return adapted(base(kind, tmp_path / "base", torch.bfloat16, "nf4"), ours=True)
+
+    expected, gradients = learnt(model(), torch.bfloat16)
+    found, ours = learnt(fused(model(), recompute), torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+    assert distance(ours, gradients) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_normed_and_rotated_as_by_autograd(dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    states, grad = torch.randn(2, 11, 6, 8).to(dtype)
+    weight = (1 + 0.3 * torch.randn(6, 8)).to(dtype)
+    angles = torch.rand(11, 4).repeat(1, 2)
+    place = angles.cos().to(dtype), angles.sin().to(dtype)
+    ops = Elementwise()
+    found = ops.norm_rotate_backward(grad, states, weight, 1e-6, *place)
+
+    exact = states.double().requires_grad_()
+    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
+    cos, sin = (part.double()[:, None] for part in place)
+    x, y = normed.chunk(2, -1)
+    expected = normed * cos + torch.cat([-y, x], -1) * sin
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    turned = ops.norm_rotate(states, weight, 1e-6, *place)
+    assert (turned.double() - expected).norm() / expected.norm() < tolerance
+    (reference,) = torch.autograd.grad(expected, exact, grad.double())
+    assert (found.double() - reference).norm() / reference.norm() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

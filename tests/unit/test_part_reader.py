@@ -49,8 +49,8 @@ from qlora_cli.recipe_file import OTHER_NAMES, LoadedRecipe
         ),
         (
             "training: {gradient_checkpointing: 'yes'}\n",
-            '...: found "yes"; it takes mlp, or true or false; the quotes make it text, so remove '
-            "them",
+            '...: found "yes"; it takes one of mlp, offload, or true or false; the quotes make it '
+            "text, so remove them",
         ),
         ("training: {seed: }\n", "...training.seed: found nothing; it takes a whole number ..."),
         ("training: {seed: ~}\n", "...training.seed: found nothing (~); it takes a whole ..."),

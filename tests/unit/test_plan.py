@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -13,12 +14,20 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.forecast import Forecast, forecast
+from qlora_cli.kernels.means import Means
 from qlora_cli.model.known import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
@@ -26,12 +35,12 @@ from qlora_cli.plan_page import plan_page
 from qlora_cli.plan_text import plan_text
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.trace.count import STATES, Count
+from qlora_cli.trace.count import STATES, Count, CountedHost, Segment
 from qlora_cli.trace.devices import find_target
 from qlora_cli.trace.kernels import make_constants
 from qlora_cli.trace.model import hold_model, outline
 from qlora_cli.train import train
-from tests.conftest import exit_code, output_of
+from tests.conftest import exit_code, make_tokenizer, output_of
 
 CPU = torch.device("cpu")
 
@@ -69,7 +78,7 @@ def counted(recipe: Recipe, dtype: torch.dtype, **batches: Any) -> Count:
     count = Count(vocabulary_size=base.config.vocab_size)
     hold_model(base, count)
     with count:
-        rehearse(base, recipe, dtype, count, **batches)
+        rehearse(base, recipe, dtype, count, means=Means(), **batches)
     return count
 
 
@@ -92,6 +101,97 @@ def test_what_is_traced_is_what_real_tensors_take(
         found, truth = traced.peak(stage)[1], most(real.peaks, stage)
         assert found.total == pytest.approx(truth.total, rel=1e-3), stage
     assert traced.flops[STEP] == real.flops[STEP] > 0
+
+
+def save_qwen3(folder: Path) -> Path:
+    """As `save_tiny_model`: layers that norm their heads."""
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(num_hidden_layers=2, pad_token_id=tokenizer.pad_token_id, **LAYERS)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_norm_their_heads_are_traced(
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    dtype: torch.dtype,
+    checkpointing: bool | str,
+) -> None:
+    recipe = tiny_recipe(
+        model={"path": str(save_qwen3(tmp_path / "qwen3"))},
+        quantization={"type": "nf4"},
+        training={"gradient_checkpointing": checkpointing},
+    )
+    config, _ = recipe.model.read_config()
+    full = full_batch(2, 96, is_flat=True)
+    batches: dict[str, Any] = {"steps": [[full, full]], "held_out": None}
+    real = counted(recipe, dtype, **batches)
+    traced = forecast(recipe, config, dtype, device="cpu", **batches)
+    for stage in (FIRST, STEP):
+        truth = most(real.peaks, stage)
+        assert traced.peak(stage)[1].total == pytest.approx(truth.total, rel=1e-3), stage
+    assert traced.flops[STEP] == real.flops[STEP] > 0
+
+
+def test_inputs_of_layers_on_the_host_are_no_memory_of_the_card(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    def traced(checkpointing: bool | str) -> Forecast:
+        recipe = tiny_recipe(
+            quantization={"type": "nf4"}, training={"gradient_checkpointing": checkpointing}
+        )
+        return forecast(
+            recipe,
+            LlamaConfig(num_hidden_layers=12, **LAYERS),
+            torch.bfloat16,
+            device="cuda",
+            steps=[[full]],
+            held_out=None,
+        )
+
+    full = full_batch(2, 96, is_flat=True)
+    kept, moved = traced(True), traced("offload")
+    size = 2 * 96 * 32 * 2
+    assert kept.host_bytes == 0
+    assert moved.host_bytes == 12 * 2 ** math.ceil(math.log2(size))
+    # Behind all layers, when the backward pass begins.
+    start = Segment(STEP, "backward", 1, None)
+    assert kept.peaks[start].total - moved.peaks[start].total == 12 * size
+    assert kept.flops == moved.flops
+
+
+def test_real_inputs_are_counted_on_the_host(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(training={"gradient_checkpointing": "offload"})
+    base = recipe.model.load(recipe.quantization.load_options(torch.bfloat16), CPU)
+    count = Count(vocabulary_size=base.config.vocab_size)
+    full = full_batch(2, 96, is_flat=True)
+    with count:
+        rehearse(
+            base,
+            recipe,
+            torch.bfloat16,
+            count,
+            steps=[[full]],
+            held_out=None,
+            means=Means(host=CountedHost(count)),
+        )
+    assert count.host_bytes == 2 * 2**14  # two layers of 192 x 32 values in two bytes, rounded up
+
+
+def test_a_plan_says_what_offload_takes_of_the_host(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(
+        quantization={"type": "nf4"},
+        optimizer={"type": "paged_adamw_8bit"},
+        training={"gradient_checkpointing": "offload"},
+    )
+    report = plan(recipe, device="RTX 4090")
+    assert report["host"]["inputs_bytes"] > 0
+    assert "for inputs of layers in a step" in plan_text(report)
+    assert plan(recipe, device="cpu")["host"] == {}
+    assert plan(recipe, device="0.1GiB", fit=True)["changes"] is None  # nothing less is known
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)

@@ -1,0 +1,234 @@
+"""Attention to all documents at once. Its kernel is CUDA's; here a plain one is in its place, below
+torch's own operations, so that what they are given and what is made of their results is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_cli.kernels.attention import (
+    AtOnce,
+    ByDocument,
+    Documents,
+    attend,
+    attend_backward,
+    choose_attention,
+)
+from qlora_cli.kernels.decoder_layer import Recompute
+from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.trace.count import Count
+from qlora_cli.trace.tensor import TracedTensor
+from tests.parity.tiny_layers import adapted, base, distance, fused, learnt
+
+# torch.nn.attention.varlen imports parts of torch that warn of their own age.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+LENGTHS = (1, 30, 8, 129)
+
+
+def documents(lengths: tuple[int, ...] = LENGTHS) -> Documents:
+    return Documents(lengths, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
+
+
+def states(heads: int = 6, groups: int = 2, size: int = 16) -> tuple[Tensor, ...]:
+    """Gradient of the output, queries, keys and values; the latter as views of one product."""
+    torch.manual_seed(0)
+    tokens = sum(LENGTHS)
+    product = torch.randn(tokens, heads + 2 * groups, size)
+    q, k, v = product.split([heads, groups, groups], 1)
+    return torch.randn(tokens, heads, size), q, k, v
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What flash attention gives: the output (T, H, E), and logarithms of sums (H, T)."""
+    outputs, sums = [], []
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        at = slice(first, last)
+        scores = torch.einsum("qhe,khe->hqk", q[at], k[at]) * scale
+        if is_causal:
+            scores = scores + torch.full_like(scores[0], -torch.inf).triu(1)
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[at]))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(sums, 1)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    dropout: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    assert longest_q == longest_k == int(ends_q.diff().max())
+    assert (dropout, window_size_left, window_size_right) == (0.0, -1, 0)
+    assert not any(options.values())
+    output, sums = plain(q, k, v, ends_q, is_causal, scale)
+    unused = torch.zeros(2, dtype=torch.uint64)
+    return output, sums, unused, unused.clone(), q.new_empty(0)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    dropout: float,
+    is_causal: bool,
+    state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    """From the output and the sums (Dao et al. 2022, appendix B.4)."""
+    again, sums_again = plain(q, k, v, ends_q, is_causal, scale)
+    torch.testing.assert_close(output, again)
+    torch.testing.assert_close(sums, sums_again)
+    assert (dropout, window_size_left, window_size_right) == (0.0, -1, 0)
+    groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    every_k, every_v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    grads = [torch.empty_like(grad) for _ in range(3)]
+    for first, last in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
+        at = slice(first, last)
+        scores = torch.einsum("qhe,khe->hqk", q[at], every_k[at]) * scale
+        weights = torch.exp(scores - sums[:, at, None]).tril()
+        of_weights = torch.einsum("qhe,khe->hqk", grad[at], every_v[at])
+        shared = (grad[at] * output[at]).sum(-1).T[..., None]
+        of_scores = weights * (of_weights - shared) * scale
+        grads[0][at] = torch.einsum("hqk,khe->qhe", of_scores, every_k[at])
+        grads[1][at] = torch.einsum("hqk,qhe->khe", of_scores, q[at])
+        grads[2][at] = torch.einsum("hqk,qhe->khe", weights, grad[at])
+    of_groups = (x.unflatten(1, (groups, repeats)).sum(2) for x in grads[1:])
+    return grads[0], *of_groups
+
+
+@pytest.fixture
+def kernel() -> Iterator[None]:
+    """Gives torch a kernel for the CPU, of which it has none."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (4, 1)])
+def test_all_documents_at_once_is_each_by_itself(kernel: None, heads: int, groups: int) -> None:
+    grad, q, k, v = states(heads, groups)
+    scale, ops = 0.3, Elementwise()
+    one = AtOnce().forward(q, k, v, documents(), scale)
+    each = attend(q, k, v, LENGTHS, scale)
+    torch.testing.assert_close(one.output, each.output, rtol=1e-5, atol=1e-5)
+    found = AtOnce().backward(grad, q, k, v, one, documents(), scale, ops)
+    expected = attend_backward(grad, q, k, v, each, LENGTHS, scale, ops)
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours.shape == reference.shape
+        assert (ours - reference).norm() / reference.norm() < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_layer_learns_the_same_from_all_documents_at_once(
+    kernel: None, tmp_path: Path, kind: str, recompute: Recompute
+) -> None:
+    def model() -> Any:
+        return adapted(base(kind, tmp_path / "base", torch.float32, "none"), ours=True)
+
+    expected, gradients = learnt(fused(model(), recompute), torch.float32)
+    found, ours = learnt(fused(model(), recompute, attention=AtOnce()), torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert distance(ours, gradients) < 1e-5
+
+
+def test_torchs_operations_take_what_they_are_given_here() -> None:
+    """They are private: their arguments may change with a version of torch."""
+    import torch.nn.attention.varlen  # registers them
+
+    schema = torch.ops.torch_attn._varlen_attn_backward.default._schema
+    assert str(schema) == (
+        "torch_attn::_varlen_attn_backward(Tensor grad_out, Tensor query, Tensor key, "
+        "Tensor value, Tensor out, Tensor lse, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, "
+        "SymInt max_k, bool is_causal, Tensor rng_state, float? scale=None, "
+        "SymInt[]? window_size=None) -> (Tensor, Tensor, Tensor)"
+    )
+    sizes = [str(one.type) for one in torch.ops.torch_attn._varlen_attn.default._schema.returns]
+    assert sizes == ["Tensor", "Tensor", "Tensor"]
+
+
+def test_shapes_are_those_of_what_is_given() -> None:
+    grad, q, k, v = (x.to("meta", torch.bfloat16) for x in states())
+    places = Documents(LENGTHS, documents().ends.to("meta"))
+    attended = AtOnce().forward(q, k, v, places, 0.25)
+    assert attended.output.shape == q.shape
+    assert attended.output.dtype == torch.bfloat16
+    assert [n.shape for n in attended.normalizers] == [(q.shape[1], q.shape[0])]
+    found = AtOnce().backward(grad, q, k, v, attended, places, 0.25, Elementwise())
+    assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_what_the_kernel_of_a_card_allocates_is_counted(groups: int) -> None:
+    tokens, heads, size = sum(LENGTHS), 6, 40
+    grad, q, k, v = (
+        TracedTensor(x.to("meta", torch.bfloat16)) for x in states(heads, groups, size)
+    )
+    places, attention = documents(), AtOnce()
+    with torch.no_grad(), Count("cuda") as count:
+        with count.stage("forward"):
+            attended = attention.forward(q, k, v, places, 0.25)
+            assert count.total == 2 * tokens * heads * size + 4 * heads * tokens
+        with count.stage("backward"):
+            made = attention.backward(grad, q, k, v, attended, places, 0.25, Elementwise())
+    held = 2 * tokens * heads * size + 4 * heads * tokens
+    grads = 2 * tokens * (heads + 2 * groups) * size
+    rows = tokens + 128 * len(LENGTHS)
+    inside = 4 * rows * heads * 64 + 4 * rows * heads  # the width rounded up to 64
+    inside += 2 * (2 * tokens * heads * size) * (groups < heads)
+    peaks = {segment.stage: peak.total for segment, peak in count.peaks.items()}
+    state = 16
+    assert peaks["backward"] == held + grads + inside + state
+    assert count.total == held + grads
+    assert [x.shape for x in made] == [q.shape, k.shape, v.shape]
+    pairs = sum(n * n for n in LENGTHS)
+    assert count.flops["forward"] == 4 * heads * size * pairs
+    assert count.flops["backward"] == 10 * heads * size * pairs
+
+
+def test_on_a_cpu_each_document_is_attended_to_by_itself() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert isinstance(choose_attention(torch.device("cpu"), dtype), ByDocument)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(64, AtOnce), (80, AtOnce), (192, AtOnce), (100, ByDocument), (256, ByDocument)],
+)
+def test_heads_of_a_size_that_the_kernel_does_not_take(size: int, kind: type) -> None:
+    assert type(AtOnce().for_heads(size)) is kind
+    assert type(ByDocument().for_heads(size)) is ByDocument
