@@ -249,6 +249,16 @@ def recipe_of_run(run: RunFolder, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
+    """What a step computes in here. Weights that are held in 16 bit are computed with in 16 bit,
+    under autocast: float32 ones, which are trained beside them, would meet them in one product.
+
+    Raises:
+        RecipeError: it was asked for by name, and the device does not have it.
+    """
+    return recipe.quantization.compute_in(world.compute_dtype(recipe.training.precision))
+
+
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The base model as the recipe wants it held, with a line about it in the log."""
     if recipe.model.trust_remote_code:

@@ -119,7 +119,7 @@ def compute_dtype(recipe: Recipe, target: Target) -> torch.dtype:
     precision = recipe.training.precision
     if precision == "auto" and target.kind == "cuda":
         precision = "bf16" if target.has_bfloat16 else "fp16"
-    return Alone().compute_dtype(precision)
+    return recipe.quantization.compute_in(Alone().compute_dtype(precision))
 
 
 def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dict[str, Any]:

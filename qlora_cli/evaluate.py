@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
-from qlora_cli.build import load_base, read_data, read_exam, recipe_of_run
+from qlora_cli.build import compute_dtype, load_base, read_data, read_exam, recipe_of_run
 from qlora_cli.data.encode import read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.examinee import Respondent
@@ -235,7 +235,7 @@ def examine(
     if sources := settings.data.evaluation_sources:
         held_out = read_data("evaluation", settings.data, sources, tokenizer)
         stops = [*stops, *held_out.stop_token_ids]
-    dtype = world.compute_dtype(subject.recipe.training.precision)
+    dtype = compute_dtype(subject.recipe, world)
     model = load_base(subject.recipe, dtype, world.device)
     learn_to_stop(model, stops)
 

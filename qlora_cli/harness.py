@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import load_base
+from qlora_cli.build import compute_dtype, load_base
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import find_subject
 from qlora_cli.run_folder import Weights
@@ -64,7 +64,7 @@ def evaluate_by_harness(
     subject = find_subject(target, overrides, weights, recipe)
     settings, world = subject.recipe, World()
     tokenizer = subject.load_tokenizer()
-    dtype = world.compute_dtype(settings.training.precision)
+    dtype = compute_dtype(settings, world)
     model: Any = load_base(settings, dtype, world.device)
     if subject.trained is not None:
         model = settings.adapter.load(model, subject.trained)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import recipe_of_run
+from qlora_cli.build import compute_dtype, recipe_of_run
 from qlora_cli.durable import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.foreign import PICKLED, read_object
@@ -107,7 +107,7 @@ def merge(
                 else dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
             ),
         }
-        held = World().compute_dtype(recipe.training.precision)
+        held = compute_dtype(recipe, World())
         is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
         refuse_infidelity(report, is_exact=is_exact)
         text = json.dumps(report, indent=2) + "\n"
@@ -139,7 +139,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
     trust = recipe.model.trust_remote_code
-    dtype = World().compute_dtype(recipe.training.precision)
+    dtype = compute_dtype(recipe, World())
     shards = Shards(located)
     rounding = RoundTrip(
         build_skeleton(located, trust_remote_code=trust), recipe.quantization.load_options(dtype)

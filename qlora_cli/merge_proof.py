@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from qlora_cli.build import read_data
+from qlora_cli.build import compute_dtype, read_data
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.model.base import load_model
 from qlora_cli.probes import TEXTS, compare
@@ -141,7 +141,7 @@ def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[Row]:
 def _trained(recipe: Recipe, trained: Path, rows: list[Row]) -> Measured:
     """Base plus adapter as they were trained: quantized, in the recipe's precision."""
     world = World()
-    dtype = world.compute_dtype(recipe.training.precision)
+    dtype = compute_dtype(recipe, world)
     base = recipe.model.load(recipe.quantization.load_options(dtype), world.device)
     model = recipe.adapter.load(base, trained).eval()
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -150,7 +150,7 @@ def _trained(recipe: Recipe, trained: Path, rows: list[Row]) -> Measured:
 
 def _dequantized(recipe: Recipe) -> Any:
     cpu = torch.device("cpu")
-    dtype = World().compute_dtype(recipe.training.precision)
+    dtype = compute_dtype(recipe, World())
     base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
     return recipe.quantization.restore(base)
 

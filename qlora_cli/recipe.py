@@ -212,6 +212,13 @@ class Recipe(Part):
                 f"({self.quantization.type}): {reason}; use "
                 "quantization.type none, or adapter.type lora"
             )
+        held_by, held = self.quantization.held_in
+        if self.training.precision == "fp32" and held in ("bfloat16", "float16"):
+            problems.append(
+                f"training.precision (fp32) and quantization.{held_by} ({held}) do not mix: "
+                "weights of 16 bit are multiplied in 16 bit; use training.precision auto, or "
+                f"quantization.{held_by} auto"
+            )
         if self.optimizer.is_schedule_free and self.schedule.falls:
             problems.append(
                 f"optimizer.type ({self.optimizer.type}) averages the weights in place of a "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapter_place import AdapterPlace, is_adapter
-from qlora_cli.build import load_base
+from qlora_cli.build import compute_dtype, load_base
 from qlora_cli.data.encode import Encoder, read_chat_template
 from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
 from qlora_cli.data.questions import is_verbatim
@@ -65,7 +65,7 @@ class Speaker:
     ) -> None:
         world = World()
         self.device = world.device
-        self.dtype = world.compute_dtype(recipe.training.precision)
+        self.dtype = compute_dtype(recipe, world)
         self._recipe = recipe
         self._tokenizer = tokenizer
         self.formats: list[FormatConfig] = (

@@ -14,6 +14,7 @@ import torch
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import (
     check_data,
+    compute_dtype,
     largest_eval_batch,
     load_base,
     measure,
@@ -117,7 +118,7 @@ def _train(
     # What goes on has its weights in the checkpoint, wherever they once came from.
     parent = find_parent(recipe, identity) if resume is None else None
     changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
-    dtype = world.compute_dtype(settings.precision)
+    dtype = compute_dtype(recipe, world)
     base = load_base(recipe, dtype, world.device)
     learn_to_stop(base, learnt.stop_token_ids)
     is_flat = lay_end_to_end(

@@ -17,11 +17,8 @@ HEAD = """\
 # Methods
 
 Written by `python scripts/gen_methods.py` from the classes in `qlora_cli/model/adapters/`.
-`tests/unit/model/test_adapters.py` holds each of them to this: training begins with the base's own
-outputs; only its weights are trained, and all of them are; what is saved gives the same logits when
-it is loaded, on tied weights and quantized ones too; checkpointing changes no gradient; and its
-merge is base plus adapter, or is refused with the reason. Their settings are in
-[the reference](reference/recipe.md), a recipe for each in `configs/methods/`.
+What each of them is held to, property by property, is in [the contract](contract.md); their
+settings are in [the reference](reference/recipe.md), a recipe for each in `configs/methods/`.
 
 | `adapter.type` | what it is | merge | quantized base |
 |---|---|---|---|

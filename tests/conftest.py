@@ -52,10 +52,17 @@ def make_tokenizer(template: str | None = CHATML) -> Any:
     return fast
 
 
-def save_tiny_model(folder: Path, *, dtype: str = "float32", **changes: Any) -> Path:
-    """A random two-layer Llama of width 32 with its tokenizer, as an ordinary model folder."""
+def save_tiny_model(
+    folder: Path, *, dtype: str = "float32", family: str = "Llama", **changes: Any
+) -> Path:
+    """A random two-layer model of width 32 with its tokenizer, as an ordinary model folder.
+
+    Args:
+        family: of transformers' classes.
+        changes: settings of its config.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -74,7 +81,8 @@ def save_tiny_model(folder: Path, *, dtype: str = "float32", **changes: Any) -> 
         "initializer_range": 0.2,
         **changes,
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(getattr(torch, dtype))
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

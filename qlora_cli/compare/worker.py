@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import load_base
+from qlora_cli.build import compute_dtype, load_base
 from qlora_cli.compare.cells import Cell
 from qlora_cli.compare.latency import measure_latency
 from qlora_cli.compare.places import Place
@@ -129,7 +129,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 def _speak(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """How quickly base, adapted and merged model answer; or why one of them does not."""
     world = World()
-    dtype = world.compute_dtype(recipe.training.precision)
+    dtype = compute_dtype(recipe, world)
     weights = run.weights("last")
     tokenizer = load_tokenizer(weights, trust_remote_code=recipe.model.trust_remote_code)
 

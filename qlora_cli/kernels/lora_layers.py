@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from torch import Tensor, nn
 
 from qlora_cli.kernels.projection import Projection, adapter_of
@@ -39,13 +40,32 @@ class UpdateFirstLinear4bit(PeftLinear4bit):  # type: ignore[misc]
         return update_first(self, x)
 
 
+class WithScales8bit(PeftLinear8bit):  # type: ignore[misc]
+    """Beside a layer in 8 bit: PEFT's own, but that DoRA does not lose the scales of the weight.
+
+    DoRA dequantizes the weight in each forward. On a CPU PEFT 0.21 then puts a copy in its place,
+    which looks freshly quantized (it has `CB`) and has no scales (`SCB`): bitsandbytes would take
+    them from there in the next forward, in place of those that it has in the layer's state. Goes
+    when `tests/unit/model/test_compat.py` fails because DoRA trains without it.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight = self.get_base_layer().weight
+        if weight.SCB is None:
+            weight.CB = None
+        result: Tensor = super().forward(x, *args, **options)
+        return result
+
+
 def layer_classes(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
     """For PEFT: class of a layer -> class of what takes its place.
 
-    None for a model in 8 bit: PEFT goes by `isinstance`, and its layers are linear ones too.
+    Of a model in 8 bit, for these layers alone: PEFT goes by `isinstance`, and they are linear ones
+    too.
     """
     if any(isinstance(module, Linear8bitLt) for module in model.modules()):
-        return {}
+        return {Linear8bitLt: WithScales8bit}
     return {Linear4bit: UpdateFirstLinear4bit, nn.Linear: UpdateFirstLinear}
 
 

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_cli.errors import ModelError
 from qlora_cli.foreign import refuse_no_safetensors
@@ -32,12 +32,6 @@ _MAX_NAMED = 5
 # Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ ...) take out
 # of its weights what they begin with, so that the adapter is no addition to the weights on disk.
 _ADDITIVE = (True, False, "gaussian", "eva", "orthogonal")
-
-_MERGED = {
-    "LORA", "IA3", "VERA", "LOHA", "LOKR", "OFT",
-    "RANDLORA", "FOURIERFT", "MISS", "ROAD",
-}  # fmt: skip
-"""PEFT's kinds of adapters whose merge a test holds against base plus adapter."""
 
 
 def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -431,6 +425,20 @@ def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
         )
 
 
+def _merged_kinds() -> set[str]:
+    """PEFT's kinds of adapters whose merge the contract holds against base plus adapter."""
+    from qlora_cli.model.adapters import AdapterConfig
+    from qlora_cli.model.adapters.peft_method import PeftMethod
+
+    union = get_args(get_args(AdapterConfig)[0])
+    fields = [
+        method.model_fields.get("peft_type") or method.model_fields["type"]
+        for method in union
+        if issubclass(method, PeftMethod) and not method.no_merge
+    ]
+    return {name.upper() for field in fields for name in get_args(field.annotation)}
+
+
 def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> PeftConfig:
     """The adapter's own settings.
 
@@ -438,10 +446,10 @@ def _read_config(folder: Path, saved: Mapping[str, tuple[int, ...]]) -> PeftConf
         ModelError: they cannot be read, or name something that is no addition to base weights.
     """
     config: Any = read_config(folder, saved)
-    kind = str(config.peft_type.value)
-    if kind not in _MERGED:
+    kind, merged = str(config.peft_type.value), _merged_kinds()
+    if kind not in merged:
         raise ModelError(
-            f"{folder} is a {kind} adapter; only {', '.join(sorted(_MERGED))} can be merged"
+            f"{folder} is a {kind} adapter; only {', '.join(sorted(merged))} can be merged"
         )
     refuse_changed_base(config, folder)
     if getattr(config, "layer_replication", None):

@@ -26,6 +26,13 @@ def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _beside(held: DtypeName, dtype: torch.dtype) -> torch.dtype:
+    """What a step computes in: in 16 bit, if weights of 16 bit would meet float32 otherwise."""
+    import torch
+
+    return resolve_dtype(held, dtype) if dtype == torch.float32 else dtype
+
+
 class _Quantized(Part):
     is_quantized: ClassVar[bool] = True
 
@@ -48,6 +55,15 @@ class _FourBit(_Quantized):
     """Dtype in which dequantized weights are multiplied; `auto` follows `training.precision`."""
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """Dtype of the tensors with the packed 4-bit values; sharded training needs a float one."""
+
+    @property
+    def held_in(self) -> tuple[str, DtypeName]:
+        """The setting that says in which dtype unquantized weights are held, and its value."""
+        return "compute_dtype", self.compute_dtype
+
+    def compute_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What a step computes in, where `training.precision` comes to `dtype`."""
+        return _beside(self.compute_dtype, dtype)
 
     def _load_options(self, quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
         import torch
@@ -101,6 +117,15 @@ class Int8(_Quantized):
     outlier_threshold: float = Field(6.0, ge=0)
     """Activations above it are multiplied in 16 bit; 0 turns the outlier path off."""
 
+    @property
+    def held_in(self) -> tuple[str, DtypeName]:
+        """There is no setting: unquantized weights are held in what is computed in."""
+        return "", "auto"
+
+    def compute_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What a step computes in, where `training.precision` comes to `dtype`."""
+        return dtype
+
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; `dtype` is what the rest is held in."""
         from transformers import BitsAndBytesConfig
@@ -120,7 +145,17 @@ class Unquantized(Part):
     is_quantized: ClassVar[bool] = False
     max_unquantized: ClassVar[float] = 1.0
     dtype: DtypeName = "auto"
-    """Dtype of the base weights; `auto` follows `training.precision`."""
+    """Dtype of the base weights; `auto` follows `training.precision`. Where that is auto, a base in
+    16 bit is computed with in 16 bit."""
+
+    @property
+    def held_in(self) -> tuple[str, DtypeName]:
+        """The setting that says in which dtype weights are held, and its value."""
+        return "dtype", self.dtype
+
+    def compute_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What a step computes in, where `training.precision` comes to `dtype`."""
+        return _beside(self.dtype, dtype)
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""

@@ -168,6 +168,14 @@ def test_all_problems_at_once_sorted_by_place(problems: Callable[..., list[str]]
                 "recipe.yaml:6:14  evaluation.tasks needs data.evaluation: rows to answer",
             ],
         ),
+        (
+            "training: {precision: fp32}\nquantization: {type: none, dtype: bfloat16}\n",
+            [
+                "recipe.yaml:4:12  training.precision (fp32) and quantization.dtype (bfloat16) do "
+                "not mix: weights of 16 bit are multiplied in 16 bit; use training.precision auto, "
+                "or quantization.dtype auto",
+            ],
+        ),
     ],
 )
 def test_checks_across_fields_name_both_and_stand_where_one_is_given(

@@ -23,6 +23,7 @@ class FullFineTune(Part):
     trains_base: ClassVar[bool] = True
     trains_all: ClassVar[bool] = True
     no_merge: ClassVar[str] = ""
+    first_change: ClassVar[str] = ""
     no_quantization: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("nf4", "fp4", "int8"), "quantized weights have no gradient"
     )

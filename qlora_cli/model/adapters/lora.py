@@ -82,7 +82,6 @@ class LoRA(Selected):
                 f"0 to {rows - 1}"
             )
         self._refuse_tied(model)
-        self._refuse_dora_in_8_bit(model)
 
     def begin_from(self, model: PeftModel, folder: Path) -> None:
         """Put the weights of a saved adapter in place of those that `attach` began with.
@@ -118,16 +117,6 @@ class LoRA(Selected):
                     "embedding or the head of this model, so an update of one cannot be merged",
                     hint="adapter.modules_to_save trains them in full",
                 )
-
-    def _refuse_dora_in_8_bit(self, model: PreTrainedModel) -> None:
-        from bitsandbytes.nn import Linear8bitLt
-
-        if self.use_dora and any(isinstance(m, Linear8bitLt) for m in model.modules()):
-            raise ModelError(
-                "adapter.use_dora (true) does not work with quantization.type (int8): peft cannot "
-                "dequantize an 8-bit weight before its first forward",
-                hint="--set quantization.type=nf4, or --set adapter.use_dora=false",
-            )
 
 
 _AGREED = {

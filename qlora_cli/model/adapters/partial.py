@@ -32,6 +32,7 @@ class _Partial(Part):
     trains_base: ClassVar[bool] = True
     trains_all: ClassVar[bool] = False
     no_merge: ClassVar[str] = ""
+    first_change: ClassVar[str] = ""
     no_quantization: ClassVar[Mapping[str, str]] = {}
 
     def chosen(self, model: PreTrainedModel) -> list[str]:
@@ -88,6 +89,8 @@ class _Partial(Part):
         return model
 
     def _train(self, model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
+        from qlora_cli.tuners.bias import keep_unrounded
+
         weights, wanted = _weights(model), set(names)
         if held := sorted(name for name in wanted if not weights[name].is_floating_point()):
             raise ModelError(
@@ -100,6 +103,7 @@ class _Partial(Part):
         for name in wanted:
             weights[name].data = weights[name].data.float()
             weights[name].requires_grad_(True)
+        keep_unrounded(model, wanted)
         return model
 
 

@@ -33,6 +33,8 @@ class PeftMethod(Part):
     trains_all: ClassVar[bool] = False
     no_merge: ClassVar[str] = ""
     """Why it cannot be merged; empty if it can."""
+    first_change: ClassVar[str] = ""
+    """How the model differs from its base before the first step; empty if it does not."""
     no_quantization: ClassVar[Mapping[str, str]] = {}
     """Quantizations that it does not work with -> why."""
     type: str

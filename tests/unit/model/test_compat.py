@@ -1,13 +1,14 @@
 from pathlib import Path
 
 import bitsandbytes.functional as bnb_functional
+import peft
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.model.base import BaseModelConfig
-from qlora_cli.model.quantization import Nf4
+from qlora_cli.model.quantization import Int8, Nf4
 from tests.conftest import save_tiny_model
 
 INPUT = torch.arange(1, 13)[None]
@@ -57,3 +58,16 @@ def test_the_shim_is_still_needed(wide_model: Path) -> None:
     before = gradient_norms(wide_model, evaluate=False, is_cured=False)
     after = gradient_norms(wide_model, evaluate=True, is_cured=False)
     assert after != before, "bitsandbytes is mended: delete keep_4bit_weights_trainable()"
+
+
+def test_dora_in_8_bit_still_needs_a_layer_of_ours(tiny_model: Path) -> None:
+    """With ours it trains, as the contract shows."""
+    model = BaseModelConfig(path=str(tiny_model)).load(
+        Int8().load_options(torch.float32), torch.device("cpu")
+    )
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"])
+    )
+    adapted(input_ids=INPUT)
+    with pytest.raises(AttributeError, match="unsqueeze"):
+        adapted(input_ids=INPUT)

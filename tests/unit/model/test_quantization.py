@@ -131,3 +131,21 @@ def test_trained_share_counts_packed_weights_in_full(tiny_model: Path) -> None:
     assert by_name["q_proj"].num_weights == 2 * 4 * (32 + 32)
     assert by_name["q_proj"].num_modules == 2
     assert "q_proj" in reports[0].summary()
+
+
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        (Unquantized(dtype="bfloat16"), torch.bfloat16),
+        (Unquantized(dtype="float16"), torch.float16),
+        (Nf4(compute_dtype="bfloat16"), torch.bfloat16),
+        (Unquantized(), torch.float32),
+        (Unquantized(dtype="float32"), torch.float32),
+        (Int8(), torch.float32),
+    ],
+    ids=str,
+)
+def test_what_is_held_in_16_bit_is_computed_with_in_16_bit(kind: Any, held: torch.dtype) -> None:
+    assert kind.compute_in(torch.float32) == held
+    # Under autocast of another kind the weights are cast.
+    assert kind.compute_in(torch.float16) == torch.float16

@@ -1,0 +1,444 @@
+"""What each method is held to: one list, for the tests and for the table in docs/contract.md.
+
+A check returns nothing where the property holds, or the reason that the product gives for its
+refusal; anything else is an AssertionError, or whatever went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from qlora_cli.build import load_base
+from qlora_cli.data.batches import full_batch
+from qlora_cli.errors import ModelError
+from qlora_cli.forecast import forecast
+from qlora_cli.generate import Sampling, answers
+from qlora_cli.merge import prepare, write_files
+from qlora_cli.merge_proof import MAX_KL
+from qlora_cli.model.base import load_model, load_tokenizer, start_checkpointing
+from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.probes import compare
+from qlora_cli.recipe import Recipe
+from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
+from qlora_cli.trace.count import Count
+from qlora_cli.trace.kernels import make_constants
+from qlora_cli.trace.model import hold_model
+from qlora_cli.train import train
+from qlora_cli.types import Batch, Prompt
+from tests.conftest import save_tiny_model
+from tests.contract.subjects import BASES, Subject
+
+CPU = torch.device("cpu")
+INPUT = torch.arange(1, 13)[None]  # (1, T)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A subject, and room for its files."""
+
+    subject: Subject
+    bases: Path
+    """Folder of the tiny models: each is made once for all subjects."""
+    folder: Path
+    """Empty."""
+
+    @property
+    def adapter(self) -> Any:
+        """The method."""
+        return self.subject.adapter
+
+    def base(self, *, tied: bool = False, dtype: str = "float32") -> Path:
+        """Folder of the subject's tiny model."""
+        folder = self.bases / f"{self.subject.base}-{dtype}{'-tied' * tied}"
+        if not folder.exists():
+            changes = BASES[self.subject.base]
+            save_tiny_model(folder, dtype=dtype, tie_word_embeddings=tied, **changes)
+        return folder
+
+    def recipe(self, *, tied: bool = False, dtype: str = "float32", **sections: Any) -> Recipe:
+        """A recipe for it, of four steps, in float32."""
+        rows = self.bases / "rows.jsonl"
+        if not rows.exists():
+            rows.write_text("".join(_rows()), encoding="utf-8")
+        training = {
+            "max_steps": 4,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+            **sections.pop("training", {}),
+        }
+        return Recipe.model_validate(
+            {
+                "model": {"path": str(self.base(tied=tied, dtype=dtype))},
+                "adapter": self.adapter,
+                "data": {"train": {"path": str(rows)}, "max_length": 64},
+                "training": training,
+                "optimizer": {"type": "adamw", "learning_rate": 1e-2},
+                "output": {"dir": str(self.folder / "run")},
+                **sections,
+            }
+        )
+
+    def load(self, **base: Any) -> Any:
+        """The tiny model in float32, frozen."""
+        model = load_model(self.base(**base), dtype=torch.float32)
+        return model.requires_grad_(False).eval()
+
+    def attach(self, **base: Any) -> Any:
+        """The tiny model with the method put on it."""
+        torch.manual_seed(0)
+        return self.adapter.attach(self.load(**base))
+
+    def save(self, model: Any) -> Path:
+        """Write what was trained, as a run does."""
+        folder = self.folder / "trained"
+        folder.mkdir()
+        self.adapter.save(model, folder)
+        model.generation_config.save_pretrained(folder)
+        return folder
+
+    def merge(self, recipe: Recipe, trained: Path) -> Any:
+        """What the product's merge writes, in float32."""
+        located, folder = recipe.model.locate(), self.folder / "merged"
+        plan = prepare(recipe, located, trained, None)
+        folder.mkdir()
+        plan.verify(folder, plan.write(folder))
+        write_files(located, trained, load_tokenizer(located), plan, folder)
+        return load_model(folder, dtype=torch.float32).eval()
+
+
+def _rows() -> Iterator[str]:
+    for word in ("ab", "cd", "ef", "gh"):
+        for count in (1, 2, 3):
+            user = {"role": "user", "content": f"say {word} {count}"}
+            answer = {"role": "assistant", "content": " ".join([word] * count)}
+            yield json.dumps({"messages": [user, answer]}) + "\n"
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """(1, T, V) in float32."""
+    found: Tensor = model(input_ids=INPUT, use_cache=False).logits
+    return found.float()
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that get a gradient, by their names."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_a_little(model: nn.Module, loss: Callable[[], Tensor] | None = None) -> set[str]:
+    """Two steps. Returns the names of the weights that had a gradient other than zero."""
+    weights = trained_weights(model)
+    optimizer = torch.optim.SGD(weights.values(), lr=0.5)
+    reached: set[str] = set()
+    for _ in range(2):
+        found = model(input_ids=INPUT, labels=INPUT).loss if loss is None else loss()
+        found.backward()
+        # As in a run: a step that is too long would say more of rounding than of the method.
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        reached |= {n for n, p in weights.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return reached
+
+
+def _batch() -> Batch:
+    ids = torch.cat([INPUT, INPUT.flip(1)])  # (B, T)
+    return Batch(ids, torch.ones_like(ids), ids)
+
+
+def _loss(model: Any, dtype: torch.dtype) -> float:
+    """As an evaluation measures it."""
+    return evaluate_loss(TokenLoss(model, dtype), [_batch()], CPU)[0].item()
+
+
+def begins_as_the_base(case: Case) -> str:
+    """Before the first step the outputs are those of the base."""
+    before, after = logits(case.load()), logits(case.attach().eval())
+    if reason := case.adapter.first_change:
+        is_same = before.shape == after.shape and torch.allclose(after, before, rtol=0, atol=1e-5)
+        assert not is_same, "it begins as the base, and says that it does not"
+        return reason
+    # DoRA recomputes the norm of each weight row: float32 rounding.
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    return ""
+
+
+def trains_its_weights_alone(case: Case) -> str:
+    """Steps change no weight or buffer but those that are trained."""
+    model = case.attach()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = trained_weights(model)
+    train_a_little(model)
+    after = model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed <= trained.keys(), changed - trained.keys()
+    return ""
+
+
+def reaches_each_weight(case: Case) -> str:
+    """Each trained weight gets a gradient within two steps, and is changed by it."""
+    model = case.attach()
+    weights = trained_weights(model)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    reached = train_a_little(model)
+    assert reached == weights.keys(), weights.keys() - reached
+    same = [name for name, weight in weights.items() if torch.equal(weight, before[name])]
+    assert not same, same
+    assert weights
+    return ""
+
+
+def is_saved_whole(case: Case) -> str:
+    """What is saved gives the same logits, bit for bit, when it is loaded."""
+    model = case.attach()
+    train_a_little(model)
+    restored = case.adapter.load(case.load(), case.save(model)).eval()
+    assert torch.equal(logits(restored), logits(model.eval()))
+    return ""
+
+
+def resumes_exactly(case: Case) -> str:
+    """Four steps, and two steps that are gone on from, have the same losses and write the same
+    bytes; with dropout, where the method has it."""
+    recipe = case.recipe(training={"save_every": 2})
+    adapter = case.adapter
+    if "dropout" in type(adapter).model_fields and not getattr(adapter, "target_parameters", []):
+        recipe = recipe.model_copy(update={"adapter": adapter.model_copy(update={"dropout": 0.1})})
+    run = case.folder / "run"
+
+    def found() -> tuple[list[float], dict[str, bytes]]:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+        files = {file.name: file.read_bytes() for file in (run / "last").glob("*.safetensors")}
+        return losses, files
+
+    train(recipe)
+    whole = found()
+    shutil.rmtree(run / "last")
+    train(recipe, resume="2")
+    assert found() == whole
+    assert len(whole[0]) == 4
+    assert whole[1]
+    return ""
+
+
+def is_merged(case: Case) -> str:
+    """The plain model that is written has the logits of base plus adapter."""
+    return _merges(case, tied=False)
+
+
+def keeps_tied_weights(case: Case) -> str:
+    """A model whose head is its embedding is trained, saved, loaded and merged alike."""
+    model = case.attach(tied=True)
+    train_a_little(model)
+    trained = case.save(model)
+    restored = case.adapter.load(case.load(tied=True), trained).eval()
+    assert torch.equal(logits(restored), logits(model.eval()))
+    shutil.rmtree(trained)
+    return _merges(case, tied=True)
+
+
+def _merges(case: Case, *, tied: bool) -> str:
+    model = case.attach(tied=tied)
+    train_a_little(model)
+    trained, recipe = case.save(model), case.recipe(tied=tied)
+    if reason := case.adapter.no_merge:
+        try:
+            case.merge(recipe, trained)
+        except ModelError as error:
+            assert reason in str(error)  # noqa: PT017
+            return f"no merge: {reason}"
+        raise AssertionError("it was merged, and says that it cannot be")
+    found = case.merge(recipe, trained)
+    torch.testing.assert_close(logits(found), logits(model.eval()), rtol=0, atol=5e-5)
+    return ""
+
+
+def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
+    """The check for a `quantization.type`."""
+
+    def check(case: Case) -> str:
+        try:
+            recipe = case.recipe(quantization={"type": kind})
+        except ValidationError as error:
+            reason: str = case.adapter.no_quantization[kind]
+            assert reason in str(error)  # noqa: PT017
+            assert _fails_without_refusal(case, kind), "the refusal is for nothing"
+            return reason
+        try:
+            model = _attached(case, recipe)
+        except ModelError as error:
+            return " ".join(str(error).split())
+        trained = _trains_in_bfloat16(case, recipe, model)
+        if not case.adapter.no_merge:
+            base = recipe.quantization.restore(load_base(recipe, torch.float32, CPU))
+            expected = case.adapter.load(base, trained).eval()
+            found = case.merge(recipe, trained)
+            torch.testing.assert_close(logits(found), logits(expected), rtol=0, atol=5e-5)
+        return ""
+
+    check.__doc__ = (
+        f"On a base in `{kind}` it trains in bfloat16, its own weights stay in float32, it is "
+        "measured and writes answers, alike when it is loaded again; its merge has the logits of "
+        "the dequantized base plus adapter."
+    )
+    return check
+
+
+def _attached(case: Case, recipe: Recipe) -> Any:
+    """The method on the base as the recipe has it held, for steps in bfloat16."""
+    torch.manual_seed(0)
+    return case.adapter.attach(load_base(recipe, torch.bfloat16, CPU))
+
+
+def _trains_in_bfloat16(case: Case, recipe: Recipe, model: Any) -> Path:
+    """Under autocast, as it is mostly done. Returns the folder of what was trained."""
+    dtype = torch.bfloat16
+    weights = trained_weights(model)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    objective = TokenLoss(model, dtype)
+    train_a_little(model, lambda: objective(_batch()) / _batch().num_supervised)
+    for name, weight in trained_weights(model).items():
+        assert weight.dtype == torch.float32, name
+        assert not torch.equal(weight, before[name]), name
+    trained = case.save(model)
+    restored = case.adapter.load(load_base(recipe, dtype, CPU), trained)
+    assert _loss(restored, dtype) == _loss(model, dtype)
+    assert _written(restored, case, dtype) == _written(model, case, dtype)
+    return trained
+
+
+def _fails_without_refusal(case: Case, kind: str) -> bool:
+    """Whether what a recipe refuses would have gone wrong: else there is no need to refuse it."""
+    other = case.recipe().model_dump(mode="json")
+    changes = {"adapter": {"type": "lora"}, "quantization": {"type": kind}}
+    recipe = Recipe.model_validate({**other, **changes})
+    try:
+        model = case.adapter.attach(load_base(recipe, torch.float32, CPU))
+        train_a_little(model)
+    # Whatever a library says to shapes and dtypes that it was not made for.
+    except (ModelError, RuntimeError, TypeError, ValueError):
+        return True
+    return False
+
+
+def on_a_16_bit_base(case: Case) -> str:
+    """The same on a base in bfloat16, whatever the device is quick in; its merge is base plus
+    adapter but for the rounding."""
+    held = {"type": "none", "dtype": "bfloat16"}
+    recipe = case.recipe(dtype="bfloat16", quantization=held, training={"precision": "auto"})
+    # What a CPU that is slow in bfloat16 computes in, and what it comes to beside such a base.
+    assert recipe.quantization.compute_in(torch.float32) == torch.bfloat16
+    trained = _trains_in_bfloat16(case, recipe, _attached(case, recipe))
+    if not case.adapter.no_merge:
+        base = load_model(case.base(dtype="bfloat16"), dtype=torch.float32)
+        expected = case.adapter.load(base.requires_grad_(False), trained).eval()
+        found = case.merge(recipe, trained)
+        assert compare(logits(expected), logits(found))["kl"] <= MAX_KL
+    return ""
+
+
+def _written(model: Any, case: Case, dtype: torch.dtype) -> list[str]:
+    tokenizer = load_tokenizer(case.base())
+    prompts = [Prompt([70, 71, 72], ""), Prompt([80, 81], "")]
+    found = answers(
+        model.eval(),
+        prompts,
+        tokenizer,
+        stop_token_ids=[tokenizer.eos_token_id],
+        sampling=Sampling(max_new_tokens=3),
+        batch_size=2,
+        dtype=dtype,
+        device=CPU,
+    )
+    return [answer.text for _, answer in sorted(found, key=lambda pair: pair[0])]
+
+
+def is_recomputed_alike(case: Case) -> str:
+    """Gradients are the same with `training.gradient_checkpointing` and without."""
+
+    def gradients(*, checkpointing: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        base = case.load().train()
+        model = case.adapter.attach(base)
+        train_a_little(model)  # else some are still zero
+        if checkpointing:
+            start_checkpointing(base)
+        model(input_ids=INPUT, labels=INPUT).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(checkpointing=False), gradients(checkpointing=True)
+    assert plain
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    return ""
+
+
+def is_planned_right(case: Case) -> str:
+    """`qlora plan` says, to a hundredth, how many bytes of tensors the steps and an evaluation
+    take."""
+    # With LoKr it says half a hundredth too much.
+    recipe = case.recipe()
+    full = full_batch(2, 24, is_flat=False)
+    batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
+    config, _ = recipe.model.read_config()
+    make_constants()
+    base = recipe.model.load(recipe.quantization.load_options(torch.float32), CPU)
+    count = Count(vocabulary_size=base.config.vocab_size)
+    hold_model(base, count)
+    torch.manual_seed(0)
+    with count:
+        rehearse(base, recipe, torch.float32, count, **batches)
+    try:
+        planned = forecast(recipe, config, torch.float32, device="cpu", **batches)
+    except ModelError as error:
+        return str(error)
+    for stage in (FIRST, STEP, EVALUATION):
+        taken = max(peak.total for key, peak in count.peaks.items() if key.stage == stage)
+        assert abs(planned.peak(stage)[1].total - taken) <= 1e-2 * taken, stage
+    return ""
+
+
+@dataclass(frozen=True)
+class Property:
+    """A column of the table."""
+
+    name: str
+    check: Callable[[Case], str]
+
+    @property
+    def says(self) -> str:
+        """What is shown, in a sentence."""
+        return " ".join((self.check.__doc__ or "").split())
+
+
+_CHECKS: dict[str, Callable[[Case], str]] = {
+    "start": begins_as_the_base,
+    "alone": trains_its_weights_alone,
+    "gradient": reaches_each_weight,
+    "saved": is_saved_whole,
+    "resumed": resumes_exactly,
+    "merged": is_merged,
+    "tied": keeps_tied_weights,
+    "nf4": on_a_quantized_base("nf4"),
+    "fp4": on_a_quantized_base("fp4"),
+    "int8": on_a_quantized_base("int8"),
+    "16 bit": on_a_16_bit_base,
+    "recomputed": is_recomputed_alike,
+    "planned": is_planned_right,
+}
+PROPERTIES = [Property(name, check) for name, check in _CHECKS.items()]
+"""In the order of the columns."""

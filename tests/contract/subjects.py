@@ -1,0 +1,120 @@
+"""What is under contract: each method, and each option that changes its mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from qlora_cli.model.adapters import (
+    IA3,
+    OFT,
+    AdapterConfig,
+    AnyOfPeft,
+    BitFit,
+    Bottleneck,
+    Freeze,
+    FullFineTune,
+    LoHa,
+    LoKr,
+    LoRA,
+    VeRA,
+)
+
+CLASSES: tuple[Any, ...] = get_args(get_args(AdapterConfig)[0])
+"""The union: all there are."""
+
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "mixtral": {"family": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3-moe": {
+        "family": "Qwen3Moe", "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "head_dim": 8,
+    },
+    "gpt-oss": {
+        "family": "GptOss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+    },
+}  # fmt: skip
+"""Tiny models, as changes of the usual one."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method with its settings, and the model that it is tried on."""
+
+    adapter: Any
+    base: str = "llama"
+
+
+def _peft(peft_type: Any, **config: Any) -> Subject:
+    targets = ["q_proj", "down_proj"]
+    return Subject(AnyOfPeft(peft_type=peft_type, target_modules=targets, config=config))
+
+
+def _experts() -> LoRA:
+    """Two stacks of matrices, each one parameter of three dimensions."""
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return LoRA(r=4, target_modules=["q_proj"], target_parameters=stacks)
+
+
+# Small enough for the tiny model. A class that is missing here is taken with its defaults.
+_WRITTEN = {
+    "full": Subject(FullFineTune()),
+    "lora": Subject(LoRA(r=4)),
+    "lora, by a pattern": Subject(LoRA(r=4, target_modules=r".*self_attn\.(q|v)_proj")),
+    "lora, some excluded": Subject(LoRA(r=4, exclude_modules=["down_proj"])),
+    "lora, rank and alpha by pattern": Subject(
+        LoRA(r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 5})
+    ),
+    "lora, one layer": Subject(LoRA(r=4, layers_to_transform=[1])),
+    "lora and the head": Subject(LoRA(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "lora and some tokens": Subject(
+        LoRA(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    ),
+    "lora, experts of Mixtral": Subject(_experts(), "mixtral"),
+    "lora, experts of Qwen3-MoE": Subject(_experts(), "qwen3-moe"),
+    "lora, experts of GPT-OSS": Subject(_experts(), "gpt-oss"),
+    "freeze": Subject(Freeze(last_layers=1, patterns=["norm", "lm_head"])),
+    "freeze, norms alone": Subject(Freeze(last_layers=0, patterns=["norm"])),
+    "bitfit": Subject(BitFit(), "biased"),
+    "ia3": Subject(IA3()),
+    "vera": Subject(VeRA(r=8)),
+    "loha": Subject(LoHa(r=4)),
+    "lokr": Subject(LoKr(r=4, decompose_factor=4)),
+    "oft": Subject(OFT(oft_block_size=8)),
+    "bottleneck": Subject(Bottleneck(size=4)),
+    "bottleneck, feed-forward alone": Subject(Bottleneck(size=4, after=["feed_forward"])),
+    "peft: randlora": _peft("randlora", r=4),
+    "peft: fourierft": _peft("fourierft", n_frequency=16, init_weights=True),
+    "peft: miss": _peft("miss", r=4),
+    "peft: road": _peft("road", group_size=16),
+}
+
+
+def _choices(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Each option of a class that is one of a few values, with each of them."""
+    for name, field in kind.model_fields.items():
+        if field.annotation is bool:
+            yield from ((name, value) for value in (False, True))
+        elif get_origin(field.annotation) is Literal and name != "type":
+            yield from ((name, value) for value in get_args(field.annotation))
+
+
+def _subjects() -> Iterator[tuple[str, Subject]]:
+    written = {type(one.adapter): one for one in reversed(_WRITTEN.values())}
+    for kind in CLASSES:
+        name = kind.model_fields["type"].default
+        mine = {n: one for n, one in _WRITTEN.items() if type(one.adapter) is kind}
+        first = written.get(kind) or Subject(kind())
+        yield from mine.items() if mine else [(name, first)]
+        for option, value in _choices(kind):
+            tried = [getattr(one.adapter, option) for one in (*mine.values(), first)]
+            if value not in tried:
+                settings = {**first.adapter.model_dump(exclude_unset=True), option: value}
+                label = f"{name}, {option}" + ("" if value is True else f" {value}".lower())
+                yield label, Subject(kind(**settings), first.base)
+
+
+SUBJECTS = dict(_subjects())
+"""By the names that the table of the contract has."""
