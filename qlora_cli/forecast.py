@@ -173,7 +173,7 @@ def _means(device: Device, dtype: torch.dtype, count: Count) -> Means:
 def _is_prepared(product: tuple[Any, ...]) -> bool:
     """Whether it is a product of matrices in 16 bit, which oneDNN prepares on a CPU."""
     name, first, *_ = product
-    return name.removesuffix("_").endswith("mm") and first[0].itemsize == 2
+    return bool(name.removesuffix("_").endswith("mm") and first[0].itemsize == 2)
 
 
 @contextmanager
