@@ -1,13 +1,13 @@
 """What `qlora plan` predicts against what real steps take, on this machine's CPU.
 
-    python benchmarks/plan_validation.py
+    python -m benchmarks.plan_validation
 
 Each run of the grid is a process of its own: it loads the model, then makes the steps of
 `qlora_cli/rehearsal.py` (the train step, the optimizer and the evaluation of `qlora train`) with
 real tensors, which are counted as they are made, while a thread watches the resident set. The
-prediction is traced without data. Compiled kernels cannot be counted, so of those there is the
-resident set alone. Writes plan_validation.json, run by run (what is in it is not run again), and
-plan_validation.md.
+prediction is traced without data. Compiled kernels make tensors without an operation: their steps
+are made once more, and counted by what torch's allocator gave out. Writes plan_validation.json, run
+by run (what is in it is not run again), and plan_validation.md.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ def grid() -> Iterator[dict[str, Any]]:
         yield _run(quantization, "lora", 2, 256, True, model="gemma2")
         yield _run(quantization, "lora", 1, 512, False, model="gemma2")
     yield _run("none", "full", 2, 256, True, model="gemma2")
-    for kernels, checkpointing in product(("plain", "compiled"), (True, False)):
-        yield _run("nf4", "lora", 2, 256, checkpointing, kernels=kernels)
-        yield _run("none", "lora", 2, 256, checkpointing, kernels=kernels)
+    for quantization, checkpointing in product(("nf4", "none"), (True, False)):
+        yield _run(quantization, "lora", 2, 256, checkpointing, kernels="plain")
     for quantization, adapter in kinds:
         yield _run(quantization, adapter, 2, 256, "mlp")
-    yield _run("nf4", "lora", 2, 256, "mlp", kernels="compiled")
+    for quantization, checkpointing in product(("nf4", "none"), (True, "mlp", False)):
+        yield _run(quantization, "lora", 2, 256, checkpointing, kernels="compiled")
+    for checkpointing in (True, "mlp", False):
+        yield _run("nf4", "lora", 1, 1024, checkpointing, kernels="compiled")
+    yield _run("nf4", "lora", 2, 256, False, kernels="compiled", precision="fp32")
     yield _run("int8", "lora", 2, 256, True, kernels="plain")
     yield _run("none", "full", 2, 256, True, kernels="plain")
 
@@ -134,7 +137,7 @@ def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     warm_up(run, dtype)
     is_counted = run["kernels"] != "compiled"
     resident, mapped, count = take(recipe, dtype, rows, is_counted=is_counted)
-    counted = peaks_of(count) if is_counted else None
+    counted = peaks_of(count) if is_counted else given_out(recipe, dtype, rows)
     return {
         "counted": counted, "resident": resident, "mapped": mapped, **predict(recipe, dtype, rows)
     }  # fmt: skip
@@ -148,15 +151,40 @@ def peaks_of(count: Count) -> dict[str, int]:
     }
 
 
+def given_out(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, int]:
+    """The same as the allocator saw it."""
+    import torch
+
+    from benchmarks.allocator import Allocator, Marked
+    from qlora_cli.kernels.means import Means
+    from qlora_cli.rehearsal import rehearse
+    from qlora_cli.trace.model import hold_model
+
+    base = recipe.model.load(recipe.quantization.load_options(dtype), torch.device("cpu"))
+    count = Marked(vocabulary_size=base.config.vocab_size)
+    hold_model(base, count)
+    with Allocator(count.total) as allocator:
+        rehearse(
+            base, recipe, dtype, count,
+            steps=rows.steps, held_out=rows.held_out, means=Means(),
+            kernels=recipe.training.kernels,
+        )  # fmt: skip
+    return {stage: allocator.peak(stage) for stage in STAGES}
+
+
 def predict(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, Any]:
     """The same by a trace."""
     from qlora_cli.forecast import forecast
 
     started = time.perf_counter()
     config, _ = recipe.model.read_config()
-    found = forecast(recipe, config, dtype, device="cpu", steps=rows.steps, held_out=rows.held_out)
+    found = forecast(
+        recipe, config, dtype, device="cpu",
+        steps=rows.steps, held_out=rows.held_out, kernels=recipe.training.kernels,
+    )  # fmt: skip
     return {
         "predicted": {stage: found.peak(stage)[1].total for stage in STAGES},
+        "products": found.products,
         "seconds_of_trace": round(time.perf_counter() - started, 1),
         "traced_layers": list(found.traced_layers),
     }
@@ -361,9 +389,10 @@ def measure_apart(run: dict[str, Any], model: str) -> dict[str, Any]:
     """The same as `measure`, in a process of its own."""
     # malloc keeps what it was given back otherwise, and the resident set would say so.
     tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--run", json.dumps(run), "--model", model]
+    command = [sys.executable, "-m", "benchmarks.plan_validation", "--run", json.dumps(run)]
+    command += ["--model", model]
     done = subprocess.run(
-        command, env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True, check=True
+        command, cwd=ROOT, env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True, check=True
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

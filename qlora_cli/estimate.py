@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,16 @@ import torch
 from qlora_cli.build import largest_eval_batch, read_data, stream_batches
 from qlora_cli.data.batches import full_batch
 from qlora_cli.data.encode import read_chat_template
-from qlora_cli.forecast import Forecast, can_lie_end_to_end, forecast
+from qlora_cli.forecast import (
+    Forecast,
+    Untraceable,
+    attention_option,
+    can_lie_end_to_end,
+    forecast,
+    in_plain_words,
+)
+from qlora_cli.formula import RANGE, SOURCE, by_formula
+from qlora_cli.kernels.choice import Kernels, choose_kernels
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
 from qlora_cli.trace.count import (
@@ -26,6 +36,7 @@ from qlora_cli.trace.count import (
     Segment,
 )
 from qlora_cli.trace.devices import Target
+from qlora_cli.trace.model import outline
 from qlora_cli.types import Batch
 
 if TYPE_CHECKING:
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 PROOF, SAVING = "packing proof", "saving"
+_COPY = "copy of optimizer states"
 
 
 @dataclass(frozen=True)
@@ -95,23 +107,48 @@ def estimate(
         rows: what is learnt, if that is known already.
     """
     if rows is None:
-        flat = recipe.data.packing or can_lie_end_to_end(
-            recipe, config, compute_dtype(recipe, target)
-        )
+        flat = recipe.data.packing or _can_lie_end_to_end(recipe, config, target)
         rows = read_rows(recipe, is_flat=flat, gpus=target.number)
     return describe(recipe, foresee(recipe, config, target, rows), target, rows)
 
 
+def _can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, target: Target) -> bool:
+    try:
+        return can_lie_end_to_end(recipe, config, compute_dtype(recipe, target))
+    except Untraceable:
+        return False  # rows with padding take no less
+
+
 def foresee(recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows) -> Forecast:
-    """Trace the recipe as it would run on a device."""
-    return forecast(
-        recipe,
-        config,
-        compute_dtype(recipe, target),
-        device=target.kind,
-        steps=rows.steps,
-        held_out=rows.held_out,
-    )
+    """Trace the recipe as it would run on a device; by a formula where that cannot be done."""
+    dtype = compute_dtype(recipe, target)
+    steps, held_out = rows.steps, rows.held_out
+    try:
+        return forecast(
+            recipe, config, dtype, device=target.kind, steps=steps, held_out=held_out,
+            kernels=foresee_kernels(recipe, config, target, rows),
+        )  # fmt: skip
+    except Untraceable as error:
+        return by_formula(
+            recipe, config, dtype, device=target.kind, steps=steps, held_out=held_out,
+            why=error.why,
+        )  # fmt: skip
+
+
+def foresee_kernels(
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows
+) -> Kernels:
+    """What `training.kernels` comes to; where it is not known how long a run is, fused ones, which
+    take no less than compiled ones."""
+    wanted = recipe.training.kernels
+    if wanted != "auto":
+        return wanted
+    if rows.tokens is None:
+        return "fused"
+    with in_plain_words(config):
+        shape = outline(config, compute_dtype(recipe, target), **attention_option(recipe))
+    num_weights = sum(parameter.numel() for parameter in shape.parameters())
+    return choose_kernels("auto", target.kind, work=num_weights * rows.tokens)
 
 
 def compute_dtype(recipe: Recipe, target: Target) -> torch.dtype:
@@ -126,8 +163,9 @@ def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dic
     """The report, in bytes, seconds and counts."""
     stages = _stages(recipe, found, target, rows)
     name = max(stages, key=lambda stage: stages[stage]["bytes"])
-    tensors = stages[name]["bytes"]
-    low, high = _process(tensors, target)
+    span = RANGE if found.untraced else (1.0, 1.0)
+    process = [_process(entry, target, span) for entry in stages.values()]
+    low, high = (max(ends) for ends in zip(*process, strict=True))
     trained = found.trained_weights
     states = found.peak(EVALUATION, STEP)[1].kinds.get(STATES, 0)
     return {
@@ -153,6 +191,7 @@ def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dic
         "quantization": recipe.quantization.model_dump(mode="json"),
         "host": _host(recipe, found, states, target),
         **_work(recipe, found, rows, target),
+        "formula": _formula(found),
         "traced_layers": list(found.traced_layers),
         "layers": found.num_layers,
     }
@@ -171,17 +210,17 @@ def _stages(
         if not any(segment.stage == stage for segment in found.peaks):
             continue
         segment, peak = found.peak(stage)
-        made[stage] = _entry(segment.part, peak)
+        made[stage] = _entry(segment.part, peak, _untraced(found, segment))
     # The traced first step is of one micro-batch. Until the optimizer has made its states, it holds
     # what later steps hold, but for these.
     _, peak = found.peak(STEP)
     stateless = _without_states(peak)
     if stateless.total > made[FIRST]["bytes"]:
-        made[FIRST] = _entry(found.peak(STEP)[0].part, stateless)
+        made[FIRST] = _entry(found.peak(STEP)[0].part, stateless, found.by_formula)
     if rows.steps[0][0].documents:
-        made[PROOF] = _entry("forward", _proof(found))
+        made[PROOF] = _entry("forward", _proof(found), (LOGITS,))
     if target.kind == "cpu":
-        made[SAVING] = _entry("update", _saving(found))
+        made[SAVING] = _entry("update", _saving(found), (_COPY,))
     if recipe.optimizer.is_paged and target.kind == "cuda":
         for entry in made.values():
             _set_apart_paged(entry)
@@ -199,7 +238,9 @@ def _timeline(found: Forecast, stages: dict[str, dict[str, Any]]) -> list[dict[s
     timeline = []
     for stage, entry in stages.items():
         segments = sorted((s for s in found.peaks if s.stage == stage), key=_order)
-        moments = [{**_entry(s.part, found.peaks[s]), **_where(s)} for s in segments]
+        moments = [
+            {**_entry(s.part, found.peaks[s], _untraced(found, s)), **_where(s)} for s in segments
+        ]
         if "paged_bytes" in entry:
             for moment in moments:
                 _set_apart_paged(moment)
@@ -221,9 +262,27 @@ def _order(segment: Segment) -> tuple[int, int, float]:
     return (segment.turn + last, -1 if last else part, -place if part else place)
 
 
-def _entry(part: str, peak: Peak) -> dict[str, Any]:
+def _entry(part: str, peak: Peak, by_formula: Sequence[str] = ()) -> dict[str, Any]:
+    """What is alive, and which kinds of it were not traced."""
     kinds = sorted(peak.kinds.items(), key=lambda item: -item[1])
-    return {"bytes": peak.total, "during": part, "kinds": {k: v for k, v in kinds if v}}
+    return {
+        "bytes": peak.total,
+        "during": part,
+        "kinds": {k: v for k, v in kinds if v},
+        "by_formula": [k for k, v in kinds if v and k in by_formula],
+    }
+
+
+def _untraced(found: Forecast, segment: Segment) -> Sequence[str]:
+    """Kinds of a moment that go by a formula: what a model computes."""
+    return () if segment.stage == LOAD or segment.part == "update" else found.by_formula
+
+
+def _formula(found: Forecast) -> dict[str, Any] | None:
+    """Why the code of the model was not traced, and what was done instead."""
+    if not found.untraced:
+        return None
+    return {"why": found.untraced, "source": SOURCE, "range": list(RANGE)}
 
 
 def _proof(found: Forecast) -> Peak:
@@ -244,7 +303,7 @@ def _saving(found: Forecast) -> Peak:
     """
     _, peak = found.peak(STEP)
     kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD}
-    kinds["copy of optimizer states"] = kinds[STATES]
+    kinds[_COPY] = kinds[STATES]
     return Peak(sum(kinds.values()), kinds)
 
 
@@ -259,16 +318,20 @@ def _set_apart_paged(entry: dict[str, Any]) -> None:
     entry["bytes"] -= entry["paged_bytes"]
 
 
-def _process(tensors: int, target: Target) -> tuple[int, int]:
-    """What the process takes beside its tensors, as a range.
+def _process(entry: dict[str, Any], target: Target, span: tuple[float, float]) -> tuple[int, int]:
+    """What the process takes in a stage, as a range: tensors, and what is beside them.
+
+    What goes by a formula is somewhere in the `span` of it.
 
     CUDA: a context (141 MiB were measured on a T4; newer cards take more), workspaces of cuBLAS,
     and what the allocator cannot use (6 % and up on a T4, by fitcheck-llm 0.2). CPU: Python and
     the libraries, and what malloc keeps.
     """
+    stated = sum(entry["kinds"][kind] for kind in entry["by_formula"])
+    least, most = (entry["bytes"] + round((end - 1) * stated) for end in span)
     if target.kind == "cuda":
-        return round(1.02 * tensors) + 200 * MIB, round(1.12 * tensors) + 800 * MIB
-    return tensors + 500 * MIB, round(1.05 * tensors) + 1000 * MIB
+        return round(1.02 * least) + 200 * MIB, round(1.12 * most) + 800 * MIB
+    return least + 500 * MIB, round(1.05 * most) + 1000 * MIB
 
 
 def _verdict(low: int, high: int, target: Target) -> dict[str, Any]:

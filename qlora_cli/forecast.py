@@ -30,6 +30,23 @@ GRANULARITY: dict[Device, int] = {"cpu": 1, "cuda": 512}
 """CUDA's caching allocator hands out multiples of 512 bytes."""
 
 
+class Untraceable(ModelError):
+    """Code of a model asks for what tensors without data do not have.
+
+    Args:
+        model: whose code it is.
+        why: in which module, and for what.
+    """
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(
+            f"model.path: the code of {model} cannot be traced without data: {why}",
+            hint="nothing is estimated in its place; qlora train measures it instead: it tries the "
+            "largest batches first",
+        )
+        self.why = why
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What was traced."""
@@ -45,6 +62,12 @@ class Forecast:
     base_weights: int
     trained_weights: int
     vocabulary_size: int
+    products: int = 0
+    """Kinds of products in 16 bit, by shape and layout."""
+    untraced: str = ""
+    """Why the code of the model was not traced; empty if it was."""
+    by_formula: tuple[str, ...] = ()
+    """Kinds of what is alive that go by a formula (`formula.py`) then."""
 
     def peak(self, *stages: str) -> tuple[Segment, Peak]:
         """Where the most is alive, in these stages or in all."""
@@ -60,6 +83,7 @@ def forecast(
     device: Device,
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
+    kernels: Kernels = "fused",
 ) -> Forecast:
     """Trace loading, some steps and an evaluation of a recipe.
 
@@ -72,18 +96,20 @@ def forecast(
         dtype: what is computed in; float32 means no autocast.
         steps: the micro-batches of the most demanding steps.
         held_out: the most demanding batch of the evaluation.
+        kernels: that the layers get, as far as they can be had.
 
     Raises:
-        ModelError: the recipe does not suit the model, or the model's code cannot be traced.
+        Untraceable: the model's code cannot be traced.
+        ModelError: the recipe does not suit the model.
     """
-    num_layers = _text(config).num_hidden_layers
+    num_layers = text_config(config).num_hidden_layers
     make_constants()
 
     def trace(size: int) -> Forecast:
         short = _shortened(config, size)
-        return _trace(recipe, short, dtype, device, steps, held_out)
+        return _trace(recipe, short, dtype, device, steps, held_out, kernels)
 
-    period = _period(_text(config))
+    period = _period(text_config(config))
     if period is None or _names_layers(recipe):
         return trace(num_layers)
     small = num_layers % period + 2 * period
@@ -102,13 +128,13 @@ def _trace(
     device: Device,
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
+    kernels: Kernels,
 ) -> Forecast:
-    text = _text(config)
-    kernels: Kernels = "plain" if recipe.training.kernels == "plain" else "fused"
+    text = text_config(config)
     count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
     quantization = recipe.quantization
     options = attention_option(recipe)
-    with _in_plain_words(config), count:
+    with in_plain_words(config), count:
         with count.stage(LOAD):
             base = load_traced(config, quantization.load_options(dtype), count, **options)
         weights = report_weights(base)
@@ -132,6 +158,7 @@ def _trace(
         base_weights=weights.num_weights,
         trained_weights=report_trained(model).trained,
         vocabulary_size=text.vocab_size,
+        products=sum(_is_prepared(one) for one in count.products),
     )
 
 
@@ -143,18 +170,20 @@ def _means(device: Device, dtype: torch.dtype, count: Count) -> Means:
     return Means(attention, CountedHost(count))
 
 
+def _is_prepared(product: tuple[Any, ...]) -> bool:
+    """Whether it is a product of matrices in 16 bit, which oneDNN prepares on a CPU."""
+    name, first, *_ = product
+    return bool(name.removesuffix("_").endswith("mm") and first[0].itemsize == 2)
+
+
 @contextmanager
-def _in_plain_words(config: PretrainedConfig) -> Iterator[None]:
-    """Raises ModelError where code of a model asks for what a tensor without data does not have."""
+def in_plain_words(config: PretrainedConfig) -> Iterator[None]:
+    """Raises Untraceable where a model's code asks for what tensors without data do not have."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(
-            f"model.path: the code of {type(config).__name__} cannot be traced without data: "
-            f"{_culprit(error)}{str(error).strip().splitlines()[0]}",
-            hint="nothing is estimated in its place; qlora train measures it instead: it tries the "
-            "largest batches first",
-        ) from error
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
+        said = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise Untraceable(type(config).__name__, f"{_culprit(e)}{said}") from e
 
 
 def _culprit(error: Exception) -> str:
@@ -183,15 +212,15 @@ def can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, dtype: torch.dt
 
     `train` proves it with numbers too, which a trace has none of.
     """
-    period = _period(_text(config)) or _text(config).num_hidden_layers
+    period = _period(text_config(config)) or text_config(config).num_hidden_layers
     make_constants()
-    with _in_plain_words(config), Count() as count:
+    with in_plain_words(config), Count() as count:
         options = attention_option(recipe)
         base = load_traced(_shortened(config, period), {"dtype": dtype}, count, **options)
         return understands_documents(base)
 
 
-def _text(config: PretrainedConfig) -> PretrainedConfig:
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part of a config that describes the language model."""
     text: PretrainedConfig = config.get_text_config(decoder=True)
     return text
@@ -229,7 +258,7 @@ def _names_layers(recipe: Recipe) -> bool:
 def _shortened(config: PretrainedConfig, size: int) -> PretrainedConfig:
     """The config of a model of fewer layers: the first ones."""
     short = copy.deepcopy(config)
-    text = _text(short)
+    text = text_config(short)
     lists = _per_layer(text)
     for name, value in lists.items():
         setattr(text, name, value[:size])
@@ -279,4 +308,5 @@ def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -
         base_weights=grown(small.base_weights, large.base_weights),
         trained_weights=grown(small.trained_weights, large.trained_weights),
         vocabulary_size=large.vocabulary_size,
+        products=max(small.products, large.products),
     )

@@ -10,6 +10,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import assume_rows, estimate
 from qlora_cli.fit import fit_to, settle
+from qlora_cli.model.adapters import LoRA
 from qlora_cli.plan_page import plan_page
 from qlora_cli.recipe import Recipe
 from qlora_cli.trace.devices import find_target
@@ -19,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"quantization": {"type": "none"}},
     "8-bit LoRA": {"quantization": {"type": "int8"}},
     "QLoRA": {"quantization": {"type": "nf4"}},
+    "bottleneck": {"adapter": {"type": "bottleneck"}, "quantization": {"type": "none"}},
 }
 LENGTHS = (512, 1024, 2048, 4096)
 
@@ -27,7 +29,8 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
     """What the methods take for one model, with rows of several lengths throughout.
 
     Returns:
-        {"methods": {method: {length: {"tensors", "low", "high", "verdict"}}}}, sizes in bytes.
+        {"methods": {method: {length: {"tensors", "low", "high", "verdict", "is_by_formula"}}},
+        "untraced": why it goes by a formula, if it does}, sizes in bytes.
 
     Raises:
         QloraError: in one of its kinds, with its exit code.
@@ -36,9 +39,10 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
     target = find_target(device)
     config, source = recipe.model.read_config()
     document = recipe.model_dump(mode="json")
-    if recipe.adapter.trains_base:
+    if not isinstance(recipe.adapter, LoRA):
         document["adapter"] = {"type": "lora"}
     methods: dict[str, dict[int, dict[str, Any]]] = {}
+    untraced = ""
     for method, sections in METHODS.items():
         for length in LENGTHS:
             data = {**document["data"], "max_length": length}
@@ -49,11 +53,14 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
                 "tensors": report["peak"]["bytes"],
                 **report["process"],
                 "verdict": report["fits"]["verdict"],
+                "is_by_formula": report["formula"] is not None,
             }
+            untraced = untraced or (report["formula"] or {}).get("why", "")
     return {
         "model": {"path": recipe.model.path, "dimensions": source},
         "device": {"name": target.name, "bytes": target.memory_bytes},
         "methods": methods,
+        "untraced": untraced,
     }
 
 

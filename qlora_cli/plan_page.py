@@ -159,12 +159,17 @@ def _words(report: Mapping[str, Any]) -> str:
 def _legend(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[str]:
     peak = report["peak"]
     yield f"<h2>At the peak ({escape(moment_text(peak['stage'], peak))})</h2>\n<table>"
-    yield '<tr><th>kind</th><th class="number">size</th><th class="number">bytes</th></tr>'
+    yield (
+        '<tr><th>kind</th><th class="number">size</th><th class="number">bytes</th>'
+        "<th>known by</th></tr>"
+    )
     for kind, colour in colours.items():
         size = peak["kinds"].get(kind, 0)
+        how = "a formula" if kind in peak["by_formula"] else "the trace"
         yield (
             f'<tr><td><span class="swatch" style="background: {colour}"></span>{escape(kind)}</td>'
-            f'<td class="number">{size_text(size)}</td><td class="number">{size:,}</td></tr>'
+            f'<td class="number">{size_text(size)}</td><td class="number">{size:,}</td>'
+            f"<td>{how if size else ''}</td></tr>"
         )
     yield (
         f'<tr><th>all tensors</th><td class="number">{size_text(peak["bytes"])}</td>'

@@ -22,7 +22,9 @@ def plan_text(report: Mapping[str, Any]) -> str:
     lines += ["", f"at the peak ({moment_text(peak['stage'], peak)}):"]
     width = max(len(kind) for kind in peak["kinds"])
     for kind, size in peak["kinds"].items():
-        lines.append(f"  {kind:<{width}}  {size_text(size):>11}  {size / peak['bytes']:>6.1%}")
+        mark = "  by formula" if kind in peak["by_formula"] else ""
+        share = size / peak["bytes"]
+        lines.append(f"  {kind:<{width}}  {size_text(size):>11}  {share:>6.1%}{mark}")
     if paged := peak.get("paged_bytes"):
         lines.append(
             f"  {'paged states':<{width}}  {size_text(paged):>11}  on the card or the host"
@@ -48,12 +50,17 @@ def table_text(report: Mapping[str, Any]) -> str:
     lengths = list(next(iter(report["methods"].values())))
     rows = [["tokens per row", *(f"{length:,}" for length in lengths)]]
     for method, cells in report["methods"].items():
-        sizes = (size_text(cell["tensors"]) + marks[cell["verdict"]] for cell in cells.values())
+        sizes = (
+            "~" * cell["is_by_formula"] + size_text(cell["tensors"]) + marks[cell["verdict"]]
+            for cell in cells.values()
+        )
         rows.append([method, *sizes])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     device = report["device"]
     head = f"{report['model']['path']}: tensors at the peak; on {device['name']}, ? may fit, - not"
+    if why := report["untraced"]:
+        lines.append(f"~ partly by a formula, as the model cannot be traced: {why}")
     return "\n".join([head, *(line.rstrip() for line in lines)])
 
 
@@ -110,9 +117,10 @@ def _stages(report: Mapping[str, Any]) -> list[str]:
 
 
 def moment_text(stage: str, entry: Mapping[str, Any]) -> str:
-    """When it is; that of loading and evaluating goes without saying."""
+    """When it is, and whether it was traced; that of loading and evaluating goes without saying."""
     words = {"between": "between backward and update", "backward": "backward", "update": "update"}
-    return ", ".join(filter(None, (stage, words.get(entry["during"], ""))))
+    how = "partly by formula" if entry["by_formula"] else ""
+    return ", ".join(filter(None, (stage, words.get(entry["during"], ""), how)))
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
@@ -177,6 +185,13 @@ def _work(report: Mapping[str, Any]) -> list[str]:
 
 def _method(report: Mapping[str, Any]) -> str:
     traced, layers = report["traced_layers"], report["layers"]
+    if formula := report["formula"]:
+        low, high = formula["range"]
+        return (
+            f"not traced: {formula['why']}; what is marked goes by a formula "
+            f"({formula['source']}), of which the process' range takes {low:g} to {high:g} times; "
+            f"the rest was counted, in {report['seconds']} s"
+        )
     if traced == [layers]:
         return f"traced whole, {layers} layers, in {report['seconds']} s"
     some = " and ".join(map(str, traced))

@@ -14,11 +14,12 @@ from torch import nn
 
 from qlora_cli.kernels.choice import Kernels
 from qlora_cli.kernels.means import Means
-from qlora_cli.loop import train_step
+from qlora_cli.loop import clip_gradients, train_step
 from qlora_cli.model.attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
-from qlora_cli.speed import prepare_layers
+from qlora_cli.speed import loss_kernel, prepare_layers
+from qlora_cli.trace.compiled import as_compiled, compiled_loss
 from qlora_cli.trace.count import GRADIENTS, STATES, Count
 from qlora_cli.trace.model import hold_model
 from qlora_cli.trace.tensor import Blank, TracedTensor
@@ -74,21 +75,21 @@ def rehearse(
         steps: the micro-batches of each.
         held_out: a batch of the evaluation.
         means: of the device that it is for, as far as they can be traced.
-        kernels: compiled ones cannot be traced; fused ones take no less.
+        kernels: that the layers get, as far as they can be had.
     """
     if steps[0][0].documents:
         attend_by_document(base)
-    is_traced = any(isinstance(p, TracedTensor) for p in base.parameters())
-    with Blank() if is_traced else nullcontext():
-        model = recipe.adapter.attach(base)
-    gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
-    hold_model(model, count)
+    is_traced = _is_traced(base)
+    model = _attach(base, recipe, count)
+    ops = as_compiled(count) if is_traced else None
     # What there is no CUDA for here says nothing about where it will be.
-    with _quietly():
-        prepare_layers(model, base, recipe.training, kernels, dtype, means)
-    objective = TokenLoss(model, dtype)
-    with _quietly():
-        optimizer = recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
+    with _quietly() if is_traced else nullcontext():
+        kernels = prepare_layers(model, base, recipe.training, kernels, dtype, means, ops)
+    loss = loss_kernel("fused" if is_traced else kernels, torch.device("cpu"), dtype)
+    if is_traced and kernels == "compiled":
+        loss = compiled_loss
+    objective = TokenLoss(model, dtype, loss)
+    optimizer = _build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     world, state = Alone(), TrainState()
     objective.train()
@@ -109,6 +110,48 @@ def rehearse(
             with count.stage(EVALUATION), recipe.optimizer.as_used(optimizer):
                 evaluate_loss(objective, [held_out], world.device)
     return model
+
+
+def rehearse_update(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
+    """Attach the adapter, and update it with gradients that nothing computed, in two steps.
+
+    The first makes the optimizer's states. What is held between steps, and what an update takes,
+    goes by the shapes of the weights alone: this is the same as in `rehearse`. Returns the model.
+
+    Args:
+        base: of traced tensors.
+        count: counts all of it.
+    """
+    model = _attach(base, recipe, count)
+    optimizer = _build_optimizer(model, recipe)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _told(count, base, model, optimizer):
+        for stage in (FIRST, STEP):
+            with count.stage(stage):
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+                count.hold((parameter.grad for parameter in trained), GRADIENTS)
+                clip_gradients(optimizer, recipe.training.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    return model
+
+
+def _is_traced(model: nn.Module) -> bool:
+    return any(isinstance(parameter, TracedTensor) for parameter in model.parameters())
+
+
+def _attach(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
+    with Blank() if _is_traced(base) else nullcontext():
+        model = recipe.adapter.attach(base)
+    gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
+    hold_model(model, count)
+    return model
+
+
+def _build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    with _quietly():  # that states are not paged here says nothing about where they will be
+        return recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -145,7 +188,7 @@ def _told(
         for values in optimizer.state.values():
             count.hold((v for v in values.values() if isinstance(v, torch.Tensor)), STATES)
 
-    hooks = count.follow(base.get_decoder() or base, _layers(base))
+    hooks = count.follow(base.get_decoder() or base, layers_of(base))
     hooks += [
         parameter.register_post_accumulate_grad_hook(lambda p: count.hold([p.grad], GRADIENTS))
         for parameter in model.parameters()
@@ -160,7 +203,7 @@ def _told(
             hook.remove()
 
 
-def _layers(base: PreTrainedModel) -> list[nn.Module]:
+def layers_of(base: PreTrainedModel) -> list[nn.Module]:
     """The layers of the decoder; none if it has no such list."""
     number = base.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == number]

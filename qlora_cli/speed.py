@@ -77,11 +77,13 @@ def prepare_layers(
     kernels: Kernels,
     dtype: torch.dtype,
     means: Means,
+    compiled: Elementwise | None = None,
 ) -> Kernels:
     """Put faster layers in place, and decide what is computed again in the backward pass.
 
     Args:
         model: the base with its adapter.
+        compiled: what compiled kernels are made of; by default what torch compiles here.
 
     Returns:
         The kernels that it has then.
@@ -90,7 +92,9 @@ def prepare_layers(
     if kernels != "plain" and base.get_input_embeddings().weight.dtype == dtype:
         ops = Elementwise()
         if kernels == "compiled":
-            ops = compile_elementwise(base.device, dtype, norms_heads=has_head_norms(model))
+            ops = compiled or compile_elementwise(
+                base.device, dtype, norms_heads=has_head_norms(model)
+            )
         recompute = _RECOMPUTE[settings.gradient_checkpointing]
         fused = fuse_layers(model, recompute, ops, means.attention)
     if fused == 0 and settings.gradient_checkpointing:

@@ -42,7 +42,7 @@ from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
-from qlora_cli.trial import settle_here, try_first
+from qlora_cli.trial import memory_summary, settle_here, try_first
 from qlora_cli.types import TrainState
 from qlora_cli.world import PRECISIONS, World, set_seed
 
@@ -274,4 +274,8 @@ def _train(
             "stopped early: no better %s since step %d", recipe.evaluation.best_by, state.best_step
         )
     keeper.finish(state, seconds=time.monotonic() - started)
-    return run.read_record()
+    record = run.read_record()
+    if memory:
+        is_resident = world.device.type == "cpu"
+        log.info(memory_summary(memory, record["peak_memory_bytes"], is_resident=is_resident))
+    return record

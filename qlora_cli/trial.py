@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -33,6 +33,8 @@ _SHARE = 0.05
 """Of a run that the trial may take."""
 _WORTH_PLANNING = 50_000_000
 """Weights of a model that a plan is made of; a smaller one fits anywhere."""
+_WORTH_FORETELLING = 10
+"""Steps of a run that a plan is made of; a shorter one is over when its plan has been read."""
 
 
 def settle_here(recipe: Recipe, world: World, before: RunFolder | None) -> Recipe:
@@ -80,48 +82,80 @@ def try_first(
         kernels: that the model has.
 
     Returns:
-        {"planned_memory_bytes", "tried_memory_bytes"}, as far as they are known: bytes of tensors.
+        {"planned_memory_bytes", "tried_memory_bytes" (of tensors), "planned_process_low_bytes",
+        "planned_process_high_bytes"}, as far as they are known.
 
     Raises:
         OutOfMemory: with what to change.
     """
     steps, settings = batches.largest(max_steps), recipe.training
     num_micro_steps = max_steps * -(-settings.batch_size // settings.rows_per_forward)
-    if sum(map(len, steps)) > _SHARE * num_micro_steps:
-        return {}
     rows = Rows(steps, held_out, max_steps, batches.tokens(max_steps), "the data")
-    planned = foretell(recipe, rows, num_weights, world)
+    is_planned = num_weights >= _WORTH_PLANNING and max_steps >= _WORTH_FORETELLING
+    found = foretell(recipe, rows, world, kernels) if is_planned and world.is_main else {}
+    if sum(map(len, steps)) > _SHARE * num_micro_steps:
+        return found
     is_counted = world.device.type == "cpu" and kernels != "compiled"
     tried = try_largest(objective, optimizer, rows, world, is_counted=is_counted)
-    found = {"planned_memory_bytes": planned, "tried_memory_bytes": tried}
-    return {name: size for name, size in found.items() if size is not None}
+    return found if tried is None else {**found, "tried_memory_bytes": tried}
 
 
-def foretell(recipe: Recipe, rows: Rows, num_weights: int, world: World) -> int | None:
-    """Log what the plan of a run says, and return the bytes of tensors at its peak.
+def memory_summary(memory: Mapping[str, int], peak: int, *, is_resident: bool) -> str:
+    """What was planned and what was taken, beside each other (`memory` as of `try_first`).
 
-    None where the model is too small to care, or its code cannot be traced.
+    Args:
+        peak: the most that the run took, as it was measured.
+        is_resident: whether that is all of the process, or its tensors on a card.
     """
-    if num_weights < _WORTH_PLANNING or not world.is_main:
-        return None
+
+    def beside(*planned: str) -> str:
+        sizes = [size_text(memory[name]) for name in planned if name in memory]
+        return f" (planned {' to '.join(sizes)})" if sizes else ""
+
+    names = ("planned_process_low_bytes", "planned_process_high_bytes")
+    tensors = beside("planned_memory_bytes")
+    told = f"the process took {size_text(peak)} at its peak{beside(*names)}"
+    if not is_resident:
+        told = f"tensors took {size_text(peak)} at their peak{tensors}"
+    if "tried_memory_bytes" in memory:
+        tried = size_text(memory["tried_memory_bytes"])
+        told += f"; the largest batches took {tried} of tensors{tensors * is_resident}"
+    return told
+
+
+def foretell(recipe: Recipe, rows: Rows, world: World, kernels: Kernels) -> dict[str, int]:
+    """Log what the plan of a run says, and return the bytes of tensors and process at its peak.
+
+    Nothing where the code of the model cannot be traced: what a formula says is logged as such, and
+    not set beside what is measured.
+    """
     started = time.monotonic()
     try:
         config, _ = recipe.model.read_config()
+        recipe = with_changes(recipe, {"training.kernels": kernels})
         report = estimate(recipe, config, _target(world), rows)
     except ModelError as error:
         log.info("no plan: %s", error)
-        return None
-    peak = report["peak"]
+        return {}
+    peak, formula = report["peak"], report["formula"]
+    how = f"not traced ({formula['why']}), partly by a formula" if formula else "traced"
     log.info(
-        "plan: tensors take %s at the peak (%s), the process %s to %s; traced in %.1f s",
+        "plan: tensors take %s at the peak (%s), the process %s to %s; %s in %.1f s",
         size_text(peak["bytes"]),
         peak["stage"],
         size_text(report["process"]["low"]),
         size_text(report["process"]["high"]),
+        how,
         time.monotonic() - started,
     )
-    planned: int = peak["bytes"]
-    return planned
+    if formula:
+        return {}
+    process = report["process"]
+    return {
+        "planned_memory_bytes": peak["bytes"],
+        "planned_process_low_bytes": process["low"],
+        "planned_process_high_bytes": process["high"],
+    }
 
 
 def try_largest(

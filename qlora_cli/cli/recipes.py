@@ -110,7 +110,10 @@ def plan(
         bool, typer.Option("--fit", help="Look for the least harmful changes with which it fits.")
     ] = False,
     table: Annotated[
-        bool, typer.Option("--table", help="Compare full, LoRA, 8-bit and QLoRA, at four lengths.")
+        bool,
+        typer.Option(
+            "--table", help="Compare full, LoRA, 8-bit, QLoRA, bottleneck, at four lengths."
+        ),
     ] = False,
     html: Annotated[
         Path | None,

@@ -261,7 +261,7 @@ def _by_blocks(
     k_float = k.float()
     shared = ops.dot(upstream, output)
     grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.zeros(2, *k.shape)  # float32, for the sum over blocks
+    grad_k, grad_v = k.new_zeros(2, *k.shape, dtype=torch.float32)  # for the sum over blocks
     # Whole blocks from the start: products of a new shape cost memory (`_compat.py`), and so all
     # documents share theirs but for the last block.
     for first in range(0, length, _BLOCK):

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Function = Callable[..., Any]
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -149,15 +153,20 @@ class Elementwise:
     dot: Callable[..., Tensor] = dot
 
     @classmethod
-    def compiled(cls) -> Elementwise:
-        """Each through torch.compile, for any number of tokens; compiled at its first use."""
+    def compiled(cls, by: Callable[[Function], Function] | None = None) -> Elementwise:
+        """Each through torch.compile, for any number of tokens; compiled at its first use.
+
+        Args:
+            by: what takes the place of torch.compile.
+        """
         plain = cls()
         # torch.compile keeps what it made for each function in a folder of the user's, so that a
         # second run takes a few seconds.
+        by = by or partial(torch.compile, dynamic=True)
         return cls(
             is_compiled=True,
             **{
-                field.name: torch.compile(getattr(plain, field.name), dynamic=True)
+                field.name: by(getattr(plain, field.name))
                 for field in fields(cls)
                 if field.name != "is_compiled"
             },

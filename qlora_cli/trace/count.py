@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_cli.trace.kernels import Device, opened
-from qlora_cli.trace.tensor import TracedTensor
+from qlora_cli.trace.tensor import TracedTensor, inside_a_kernel
 
 QUANTIZED = "quantized weights"
 CONSTANTS = "quantization constants"
@@ -89,6 +89,8 @@ class Count(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peaks: dict[Segment, Peak] = {}
         self.flops: Counter[str] = Counter()
+        self.products: set[Any] = set()
+        """Kinds of products that were made: each is prepared by a library, once."""
         self.by_kind: Counter[str] = Counter()
         self.total = 0
         self.host_bytes = 0
@@ -96,7 +98,7 @@ class Count(TorchDispatchMode):
         self._turn = 0
         self._place = 0
         self._place_back: int | None = None
-        self._device = device
+        self.device = device
         self._granularity = granularity
         self._vocabulary_size = vocabulary_size
         self._held: dict[int, _Held] = {}
@@ -104,6 +106,7 @@ class Count(TorchDispatchMode):
         self._is_updating = False
         self._is_on_host = False
         self._on_host = 0
+        self._is_inside = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -144,6 +147,19 @@ class Count(TorchDispatchMode):
         finally:
             self._is_on_host = False
 
+    def as_one(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function as one kernel: of what it makes, only what it returns takes memory."""
+        self._is_inside = True
+        try:
+            made = function(*args)
+        finally:
+            self._is_inside = False
+        kind = self._kind("")
+        for tensor in tree_leaves(made):
+            self._add(tensor, kind)
+        self._note()
+        return made
+
     def updating(self, value: bool) -> None:
         """Whether the optimizer is at work."""
         self._is_updating = value
@@ -158,13 +174,16 @@ class Count(TorchDispatchMode):
         kwargs, name = kwargs or {}, func._schema.name
         if work := _WORK.get(name):
             self.flops[self._stage] += work(*args)
-        kernel = _opened(name, self._device)
+            self.products.add((name, *map(_layout, args)))
+        kernel = _opened(name, self.device)
         if kernel is not None:
-            with self:
+            with self, inside_a_kernel():
                 return kernel(*args, **kwargs)
         made = func(*args, **kwargs)
         tensors = [made] if isinstance(made, Tensor) else tree_leaves(made)
         kind = None
+        if self._is_inside:
+            return made
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 kind = kind or self._kind(name)
@@ -274,6 +293,13 @@ def _pinned_size(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
+def _layout(value: Any) -> Any:
+    """What a product of these is prepared for."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride()
+    return None
+
+
 def _product(one: Tensor, other: Tensor, *_: Any) -> int:
     """Multiplications and additions of (..., n, k) by (..., k, m)."""
     return 2 * one.numel() * other.shape[-1]
@@ -293,8 +319,10 @@ def _attention_at_once(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, 
 _WORK: dict[str, Callable[..., int]] = {
     "aten::mm": _product,
     "aten::bmm": _product,
-    "aten::addmm": lambda _, one, other, *__: _product(one, other),
-    "aten::baddbmm": lambda _, one, other, *__: _product(one, other),
+    **dict.fromkeys(
+        ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"),
+        lambda _, one, other, *__: _product(one, other),
+    ),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, query, key, *__: (
         5 * _attention(query, key) // 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.trace.count import ADAPTER, CONSTANTS, QUANTIZED, UNQUANTIZED, Count
-from qlora_cli.trace.tensor import TracedTensor
+from qlora_cli.trace.tensor import TracedTensor, refuse_decisions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,6 +44,8 @@ def load_traced(
     keep_4bit_weights_trainable(model)
     model.train()
     hold_model(model, count)
+    for module in {model, model.get_decoder() or model}:
+        refuse_decisions(module)
     return model
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -68,6 +70,7 @@ class TracedTensor(Tensor):
 
     def tolist(self) -> Any:
         """As many ones as it has values: finite, and nothing special."""
+        _refuse_in_a_model()
         return torch.ones(self.shape, dtype=self.dtype).tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedTensor:
@@ -88,6 +91,7 @@ class TracedTensor(Tensor):
         """Run an operation for its shapes."""
         kwargs = kwargs or {}
         if read := _READS.get(func._schema.name):
+            _refuse_in_a_model()
             return read(*args)
         if func._schema.name in _INDEXED:
             args = (args[0], _without_masks(args[1]), *args[2:])
@@ -102,6 +106,43 @@ class TracedTensor(Tensor):
 
 _DATA: Any = Tensor.data
 """torch's own attribute."""
+
+
+# How many calls of watched modules are under way.
+_calls: ContextVar[int] = ContextVar("_calls", default=0)
+
+
+def refuse_decisions(module: nn.Module) -> None:
+    """Let the code of a module not read what a traced tensor stands for.
+
+    There is no value, and whichever way the code went on would be a guess. The steps around a model
+    (whether a norm is finite, say) go on as with values of which nothing is special.
+    """
+
+    def enter(*_: object) -> None:
+        _calls.set(_calls.get() + 1)
+
+    def leave(*_: object) -> None:
+        _calls.set(_calls.get() - 1)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+@contextmanager
+def inside_a_kernel() -> Iterator[None]:
+    """What is read in here decides how a library computes, which is known (`kernels.py`)."""
+    before = _calls.set(0)
+    try:
+        yield
+    finally:
+        _calls.reset(before)
+
+
+def _refuse_in_a_model() -> None:
+    """Raises NotImplementedError while the code of a watched module is at work."""
+    if _calls.get():
+        raise NotImplementedError("it goes by the values of what it has computed")
 
 
 class Blank(TorchDispatchMode):

@@ -28,7 +28,8 @@ STORIES = {
 }  # fmt: skip
 TOLD = {
     "speed", "loop", "guard", "build", "keeper", "fingerprint", "lineage", "generate", "bootstrap",
-    "examinee", "model_card", "forecast", "rehearsal", "estimate", "fit", "trial",
+    "examinee", "model_card", "forecast", "formula", "rehearsal", "estimate", "fit",
+    "trial",
 }  # fmt: skip
 """What stories share."""
 
@@ -45,7 +46,8 @@ ALLOWED = {
     "plan_page": {"plan_text"},
     "rehearsal": FOUNDATION | PARTS | {"recipe", "loop", "speed"},
     "forecast": FOUNDATION | PARTS | {"recipe", "rehearsal"},
-    "estimate": FOUNDATION | PARTS | {"recipe", "build", "rehearsal", "forecast"},
+    "formula": FOUNDATION | PARTS | {"recipe", "rehearsal", "forecast"},
+    "estimate": FOUNDATION | PARTS | {"recipe", "build", "rehearsal", "forecast", "formula"},
     "fit": FOUNDATION | PARTS | {"recipe", "estimate"},
     "trial": FOUNDATION
     | PARTS

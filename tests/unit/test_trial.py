@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli import trial
 from qlora_cli.data.batches import full_batch
@@ -21,12 +22,13 @@ from qlora_cli.estimate import Rows
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
+from qlora_cli.plan_text import size_text
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.rehearsal import Alone
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.train import train
-from qlora_cli.trial import settle_here, try_largest
+from qlora_cli.trial import memory_summary, settle_here, try_largest
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
 
@@ -83,7 +85,10 @@ def test_auto_is_settled_once_and_kept(
 
 
 def test_what_was_tried_takes_what_was_planned(
-    run: Callable[..., Path], tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Path],
+    tiny_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(trial, "_WORTH_PLANNING", 0)
     record = json.loads((run("planned") / "run.json").read_text())
@@ -93,8 +98,45 @@ def test_what_was_tried_takes_what_was_planned(
     stages = report["stages"]
     steps = max(stages[name]["bytes"] for name in ("step", "evaluation"))
     assert tried == pytest.approx(steps, rel=2e-2)
-    lines = (run("again") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="qlora"):
+        again = run("again")
+    lines = (again / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["planned_memory_bytes"] == planned
+    begun = next(line for line in caplog.messages if line.startswith("plan: tensors take"))
+    assert size_text(planned) in begun
+    ended = caplog.messages[-1]
+    took = json.loads((again / "run.json").read_text())["peak_memory_bytes"]
+    low, high = (size_text(report["process"][end]) for end in ("low", "high"))
+    assert f"the process took {size_text(took)} at its peak (planned {low} to {high})" in ended
+    assert f"of tensors (planned {size_text(planned)})" in ended
+
+
+def test_a_card_is_measured_by_its_tensors() -> None:
+    memory = {"planned_memory_bytes": 2**20, "tried_memory_bytes": 3 * 2**20}
+    assert memory_summary(memory, 2**21, is_resident=False) == (
+        "tensors took 2.0 MiB at their peak (planned 1.0 MiB); the largest batches took 3.0 MiB of "
+        "tensors"
+    )
+
+
+def test_a_run_of_code_that_cannot_be_traced_says_so_and_goes_on(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trial, "_WORTH_PLANNING", 0)
+    plain = LlamaMLP.forward
+
+    def forward(self: LlamaMLP, rows: torch.Tensor) -> torch.Tensor:
+        return plain(self, rows) if rows.isfinite().all() else rows
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with caplog.at_level(logging.INFO, logger="qlora"):
+        folder = run("untraceable", training={**LONG["training"], "kernels": "plain"})
+    told = next(line for line in caplog.messages if line.startswith("plan: tensors take"))
+    assert "not traced (in LlamaMLP, it goes by the values of what it has computed)" in told
+    record = json.loads((folder / "run.json").read_text())
+    assert record["tried_memory_bytes"] > 0
+    assert "planned_memory_bytes" not in record
 
 
 def test_memory_that_ends_in_the_trial_ends_the_run_with_advice(
