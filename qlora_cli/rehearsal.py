@@ -83,6 +83,7 @@ def rehearse(
         model = recipe.adapter.attach(base)
     gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
     hold_model(model, count)
+    kernels = kernels if steps[0][0].documents else "plain"
     # What there is no CUDA for here says nothing about where it will be.
     with _quietly():
         prepare_layers(model, base, recipe.training, kernels, dtype, means)
@@ -91,6 +92,7 @@ def rehearse(
         optimizer = recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     world, state = Alone(), TrainState()
+    method = recipe.adapter.follow(model, max_steps=1)
     objective.train()
     with _told(count, base, model, optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
@@ -104,6 +106,7 @@ def rehearse(
                     world,
                     scaler,
                     state,
+                    method,
                 )
         if held_out is not None:
             with count.stage(EVALUATION), recipe.optimizer.as_used(optimizer):
