@@ -305,11 +305,18 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {
+    """Trained weights, and what else the modules have in their state that hold them."""
+    found = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    for owner in sorted({name.rpartition(".")[0] for name in found}):
+        module = model.get_submodule(owner)
+        kept = module.state_dict().keys()
+        buffers = module.named_buffers(owner, recurse=False)
+        found.update((name, one) for name, one in buffers if name.rpartition(".")[2] in kept)
+    return found
 
 
 def random_states() -> dict[str, Any]:

@@ -107,7 +107,9 @@ def estimate(
         rows: what is learnt, if that is known already.
     """
     if rows is None:
-        flat = recipe.data.packing or _can_lie_end_to_end(recipe, config, target)
+        flat = not recipe.adapter.no_packing and (
+            recipe.data.packing or _can_lie_end_to_end(recipe, config, target)
+        )
         rows = read_rows(recipe, is_flat=flat, gpus=target.number)
     return describe(recipe, foresee(recipe, config, target, rows), target, rows)
 
@@ -186,7 +188,7 @@ def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dic
         "timeline": _timeline(found, stages),
         "process": {"low": low, "high": high},
         "fits": _verdict(low, high, target),
-        "adapter_bytes": 4 * trained,
+        "adapter_bytes": 4 * trained * recipe.adapter.saved_per_trained,
         "checkpoint_bytes": 4 * trained + states,
         "quantization": recipe.quantization.model_dump(mode="json"),
         "host": _host(recipe, found, states, target),

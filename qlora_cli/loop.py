@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_cli.guard import Guard, is_finite
 from qlora_cli.recipe import Training
 from qlora_cli.trackers import Tracker
-from qlora_cli.types import Batch, TrainState
+from qlora_cli.types import Batch, Follower, TrainState
 from qlora_cli.world import World
 
 
@@ -21,6 +21,9 @@ class Batches(Protocol):
     """The micro-batches of this rank for any step: a pure function of the step."""
 
     def micro_batches(self, step: int) -> list[Batch]: ...
+
+
+_NOTHING = Follower()
 
 
 def fit(
@@ -35,6 +38,7 @@ def fit(
     scaler: torch.amp.GradScaler,
     state: TrainState,
     guard: Guard,
+    method: Follower,
     evaluate: Callable[[], dict[str, float]],
     is_over: Callable[[TrainState], bool],
     save: Callable[[TrainState], None],
@@ -55,7 +59,15 @@ def fit(
     while state.step < max_steps and not is_over(state):
         with guard.out_of_memory(state, save):
             metrics = train_step(
-                objective, optimizer, schedule(state.step), batches, settings, world, scaler, state
+                objective,
+                optimizer,
+                schedule(state.step),
+                batches,
+                settings,
+                world,
+                scaler,
+                state,
+                method,
             )
         state.step += 1
         if guard.goes_back(metrics, state):
@@ -85,6 +97,7 @@ def train_step(
     world: World,
     scaler: torch.amp.GradScaler,
     state: TrainState,
+    method: Follower = _NOTHING,
 ) -> dict[str, float]:
     """Forward, backward, update. The loss is the mean over the supervised tokens of the whole step.
 
@@ -108,6 +121,7 @@ def train_step(
         loss += micro_loss.detach()
 
     scaler.unscale_(optimizer)
+    method.before_update()
     grad_norm = clip_gradients(optimizer, settings.max_grad_norm)
     # The only time that the host waits for the device: it has to know whether to go on.
     values = torch.stack([world.sum(loss), grad_norm]).tolist()
@@ -116,6 +130,7 @@ def train_step(
         group["lr"] = group["initial_lr"] * lr_scale  # pure function of the step: nothing to resume
     if is_finite(metrics):
         scaler.step(optimizer)
+        method.after_update(state.step + 1)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     state.tokens += num_tokens

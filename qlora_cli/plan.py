@@ -47,7 +47,7 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
         for length in LENGTHS:
             data = {**document["data"], "max_length": length}
             one = Recipe.model_validate({**document, **sections, "data": data})
-            rows = assume_rows(one, "a table", is_flat=True)
+            rows = assume_rows(one, "a table", is_flat=not one.adapter.no_packing)
             report = estimate(one, config, target, rows)
             methods.setdefault(method, {})[length] = {
                 "tensors": report["peak"]["bytes"],

@@ -212,6 +212,11 @@ class Recipe(Part):
                 f"({self.quantization.type}): {reason}; use "
                 "quantization.type none, or adapter.type lora"
             )
+        if self.data.packing and self.adapter.no_packing:
+            problems.append(
+                f"adapter.type ({self.adapter.type}) cannot train on data.packing (true): "
+                f"{self.adapter.no_packing}; use data.packing false"
+            )
         held_by, held = self.quantization.held_in
         if self.training.precision == "fp32" and held in ("bfloat16", "float16"):
             problems.append(

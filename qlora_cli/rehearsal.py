@@ -82,6 +82,7 @@ def rehearse(
     is_traced = _is_traced(base)
     model = _attach(base, recipe, count)
     ops = as_compiled(count) if is_traced else None
+    kernels = kernels if steps[0][0].documents else "plain"
     # What there is no CUDA for here says nothing about where it will be.
     with _quietly() if is_traced else nullcontext():
         kernels = prepare_layers(model, base, recipe.training, kernels, dtype, means, ops)
@@ -92,6 +93,7 @@ def rehearse(
     optimizer = _build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     world, state = Alone(), TrainState()
+    method = recipe.adapter.follow(model, max_steps=1)
     objective.train()
     with _told(count, base, model, optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
@@ -105,6 +107,7 @@ def rehearse(
                     world,
                     scaler,
                     state,
+                    method,
                 )
         if held_out is not None:
             with count.stage(EVALUATION), recipe.optimizer.as_used(optimizer):

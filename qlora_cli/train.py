@@ -121,7 +121,7 @@ def _train(
     dtype = compute_dtype(recipe, world)
     base = load_base(recipe, dtype, world.device)
     learn_to_stop(base, learnt.stop_token_ids)
-    is_flat = lay_end_to_end(
+    is_flat = not recipe.adapter.no_packing and lay_end_to_end(
         base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing
     )
     batches = stream_batches(
@@ -140,7 +140,10 @@ def _train(
     log.info(trained.summary())
     # A run that goes on keeps its kernels: others round otherwise.
     kernels = (run.read_record() if resume else {}).get("kernels") or choose_kernels(
-        settings.kernels, world.device.type, work=trained.total * batches.tokens(max_steps)
+        # Fused layers leave padded rows to the layers that they replace.
+        settings.kernels if is_flat else "plain",
+        world.device.type,
+        work=trained.total * batches.tokens(max_steps),
     )
     means = Means.of(world.device, dtype)
     kernels = prepare_layers(model, base, settings, kernels, dtype, means)
@@ -259,6 +262,7 @@ def _train(
             scaler=scaler,
             state=state,
             guard=guard,
+            method=recipe.adapter.follow(model, max_steps),
             evaluate=evaluate_and_keep_best,
             is_over=lambda state: (
                 world.any(stop.asked is not None) or recipe.is_over(state.step, state.best_step)

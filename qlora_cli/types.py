@@ -187,3 +187,18 @@ class TrainState:
     def position(self) -> int:
         """Where the rows of the next step are in the stream of batches."""
         return self.step + self.passed_over
+
+
+class Follower:
+    """What a method of training does in each optimizer step beside the optimizer: nothing."""
+
+    def before_update(self) -> None:
+        """When all gradients of the step are there, before they are clipped."""
+
+    def after_update(self, step: int) -> None:
+        """When the weights were updated, their gradients still there. Not after a step that was not
+        applied.
+
+        Args:
+            step: optimizer steps done.
+        """

@@ -35,12 +35,11 @@ class AdapterSet:
         Raises:
             ModelError: it does not fit the base tensor for tensor, or not beside the others.
         """
-        from peft import get_peft_model, set_peft_model_state_dict
+        from peft import set_peft_model_state_dict
 
-        from qlora_cli.model.adapters.peft_method import use_our_layers
+        from qlora_cli.model.adapters.peft_method import adapt, use_our_layers
 
         config, saved = read_adapter(folder)
-        use_our_layers(config, self._base)
         refuse_changed_base(config, folder)
         refuse_endless_patterns(config, [name for name, _ in self._base.named_modules()], folder)
         # Whether the base is the right one is told from its weights and not from its path.
@@ -49,8 +48,9 @@ class AdapterSet:
         key = f"adapter_{len(self._keys)}"
         try:
             if self._model is None:
-                self._model = get_peft_model(self._base, config, adapter_name=key)
+                self._model = adapt(self._base, config, key)
             else:
+                use_our_layers(config, self._base)
                 self._model.add_adapter(key, config)
             assert self._model is not None
             # float32 first: copied into a 16-bit module, what was trained would be rounded.

@@ -22,6 +22,7 @@ from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.forecast import forecast
 from qlora_cli.generate import Sampling, answers
+from qlora_cli.kernels.means import Means
 from qlora_cli.merge import prepare, write_files
 from qlora_cli.merge_proof import MAX_KL
 from qlora_cli.model.base import load_model, load_tokenizer, start_checkpointing
@@ -401,7 +402,7 @@ def is_planned_right(case: Case) -> str:
     hold_model(base, count)
     torch.manual_seed(0)
     with count:
-        rehearse(base, recipe, torch.float32, count, **batches)
+        rehearse(base, recipe, torch.float32, count, means=Means(), **batches)
     try:
         planned = forecast(recipe, config, torch.float32, device="cpu", **batches)
     except ModelError as error:

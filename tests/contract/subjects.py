@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from qlora_cli.model.adapters import (
     IA3,
     OFT,
+    AdaLoRA,
     AdapterConfig,
     AnyOfPeft,
     BitFit,
@@ -18,6 +19,8 @@ from qlora_cli.model.adapters import (
     LoHa,
     LoKr,
     LoRA,
+    Prefix,
+    Prompt,
     VeRA,
 )
 
@@ -72,9 +75,13 @@ _WRITTEN = {
     "lora and some tokens": Subject(
         LoRA(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5])
     ),
+    "lora, init pissa": Subject(LoRA(r=4, init="pissa", rank_pattern={"q_proj": 2})),
+    "lora, init olora": Subject(LoRA(r=4, init="olora", alpha_pattern={"q_proj": 2})),
     "lora, experts of Mixtral": Subject(_experts(), "mixtral"),
     "lora, experts of Qwen3-MoE": Subject(_experts(), "qwen3-moe"),
     "lora, experts of GPT-OSS": Subject(_experts(), "gpt-oss"),
+    # Two steps change little; the merge on a base of 16 bit refuses what is below its grid.
+    "adalora": Subject(AdaLoRA(r=4, target_r=2, alpha=2000)),
     "freeze": Subject(Freeze(last_layers=1, patterns=["norm", "lm_head"])),
     "freeze, norms alone": Subject(Freeze(last_layers=0, patterns=["norm"])),
     "bitfit": Subject(BitFit(), "biased"),
@@ -85,6 +92,8 @@ _WRITTEN = {
     "oft": Subject(OFT(oft_block_size=8)),
     "bottleneck": Subject(Bottleneck(size=4)),
     "bottleneck, feed-forward alone": Subject(Bottleneck(size=4, after=["feed_forward"])),
+    "prompt": Subject(Prompt(num_virtual_tokens=5)),
+    "prefix": Subject(Prefix(num_virtual_tokens=5)),
     "peft: randlora": _peft("randlora", r=4),
     "peft: fourierft": _peft("fourierft", n_frequency=16, init_weights=True),
     "peft: miss": _peft("miss", r=4),

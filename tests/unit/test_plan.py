@@ -77,6 +77,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vera": {"adapter": {"type": "vera", "r": 8}},
     "loha": {"adapter": {"type": "loha", "r": 4}},
     "oft": {"adapter": {"type": "oft", "oft_block_size": 8}, "quantization": {"type": "nf4"}},
+    "pissa": {"adapter": {"r": 4, "init": "pissa"}, "quantization": {"type": "nf4"}},
+    "adalora": {"adapter": {"type": "adalora", "r": 4, "target_r": 2}},
+    "prompt": {"adapter": {"type": "prompt"}, "training": {"gradient_checkpointing": True}},
+    "prefix": {"adapter": {"type": "prefix"}, "quantization": {"type": "nf4"}},
     "bottleneck": {
         "adapter": {"type": "bottleneck", "size": 8},
         "quantization": {"type": "nf4"},

@@ -6,20 +6,36 @@ from typing import Annotated
 
 from pydantic import Field
 
+from qlora_cli.model.adapters.adalora import AdaLoRA
 from qlora_cli.model.adapters.bottleneck import Bottleneck
 from qlora_cli.model.adapters.full import FullFineTune
 from qlora_cli.model.adapters.lora import LoRA
 from qlora_cli.model.adapters.partial import BitFit, Freeze
 from qlora_cli.model.adapters.tuners import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
+from qlora_cli.model.adapters.virtual_tokens import Prefix, Prompt
 
 AdapterConfig = Annotated[
-    LoRA | FullFineTune | Freeze | BitFit | IA3 | VeRA | LoHa | LoKr | OFT | Bottleneck | AnyOfPeft,
+    LoRA
+    | AdaLoRA
+    | FullFineTune
+    | Freeze
+    | BitFit
+    | IA3
+    | VeRA
+    | LoHa
+    | LoKr
+    | OFT
+    | Bottleneck
+    | Prompt
+    | Prefix
+    | AnyOfPeft,
     Field(discriminator="type"),
 ]
 
 __all__ = [
     "IA3",
     "OFT",
+    "AdaLoRA",
     "AdapterConfig",
     "AnyOfPeft",
     "BitFit",
@@ -29,5 +45,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "Prefix",
+    "Prompt",
     "VeRA",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qlora_cli.errors import ModelError
-from qlora_cli.part import Part
+from qlora_cli.model.adapters.method import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     from qlora_cli.model.names import Names
 
 
-class FullFineTune(Part):
+class FullFineTune(Method):
     """Every weight is trained."""
 
     type: Literal["full"] = "full"
     trains_base: ClassVar[bool] = True
     trains_all: ClassVar[bool] = True
-    no_merge: ClassVar[str] = ""
-    first_change: ClassVar[str] = ""
     no_quantization: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("nf4", "fp4", "int8"), "quantized weights have no gradient"
     )

@@ -12,7 +12,7 @@ from pydantic import Field
 from qlora_cli.errors import ModelError
 from qlora_cli.foreign import refuse_foreign
 from qlora_cli.model.adapters.full import key_mismatch
-from qlora_cli.part import Part
+from qlora_cli.model.adapters.method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,15 +25,10 @@ TRAINED = "trained_weights.safetensors"
 """The file with the weights that were trained, under their names in the model."""
 
 
-class _Partial(Part):
+class _Partial(Method):
     """Trains the weights that `chosen` names, in float32, and saves them alone."""
 
-    type: str
     trains_base: ClassVar[bool] = True
-    trains_all: ClassVar[bool] = False
-    no_merge: ClassVar[str] = ""
-    first_change: ClassVar[str] = ""
-    no_quantization: ClassVar[Mapping[str, str]] = {}
 
     def chosen(self, model: PreTrainedModel) -> list[str]:
         """Names of the weights that are trained, those of tied ones among them."""

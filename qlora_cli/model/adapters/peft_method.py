@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.part import Part
+from qlora_cli.model.adapters.method import Method
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -26,23 +26,8 @@ Modules = list[str] | str
 """Names of modules, or one regular expression."""
 
 
-class PeftMethod(Part):
+class OfPeft(Method):
     """A method whose weights lie beside those of the base, which stay as they are."""
-
-    trains_base: ClassVar[bool] = False
-    trains_all: ClassVar[bool] = False
-    no_merge: ClassVar[str] = ""
-    """Why it cannot be merged; empty if it can."""
-    first_change: ClassVar[str] = ""
-    """How the model differs from its base before the first step; empty if it does not."""
-    no_quantization: ClassVar[Mapping[str, str]] = {}
-    """Quantizations that it does not work with -> why."""
-    type: str
-    target_modules: Literal["all-linear"] | Modules | None = None
-    """`all-linear` (all but the head), a list of module names, or one regular expression; null
-    takes those that PEFT names for this kind of model."""
-    modules_to_save: list[str] = Field([])
-    """Modules trained in full and saved with the adapter, such as `lm_head`."""
 
     @abstractmethod
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
@@ -60,6 +45,9 @@ class PeftMethod(Part):
         try:
             config: Any = self.peft_config(model)
             adapted = put_on(model, config)
+            self.begin(adapted)
+        except ModelError:
+            raise
         # PEFT checks no types: what is wrong fails wherever it is used first.
         except Exception as error:
             raise ModelError(f"adapter: PEFT refuses it: {error}") from error
@@ -71,26 +59,14 @@ class PeftMethod(Part):
         return adapted
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises ModelError if a name that the settings give is none of the model's."""
-        modules = _leaves(model)
-        for key in ("target_modules", "exclude_modules", "feedforward_modules"):
-            require_modules(key, getattr(self, key, None), modules)
-        require_each("adapter.modules_to_save", self.modules_to_save, modules, is_suffix)
+        """Raises ModelError if the settings and the model do not go together."""
 
-    def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What every config of PEFT that has targets takes under the same name."""
-        return {
-            "task_type": "CAUSAL_LM",
-            "target_modules": self.target_modules,
-            "modules_to_save": self.modules_to_save or None,
-        }
+    def begin(self, adapted: PeftModel) -> None:
+        """Give trained weights their first values, where PEFT's are not the method's."""
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter in PEFT's own format."""
-        # "auto" would ask the hub whether the base's vocabulary has grown.
-        model.save_pretrained(folder, save_embedding_layers=False)
-        # PEFT's form for a model card, with its questions unanswered.
-        (folder / "README.md").unlink()
+        save_adapter(model, folder)
 
     def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
         """What a saved adapter changes in the base (`skeleton`: on the meta device).
@@ -135,6 +111,31 @@ class PeftMethod(Part):
         return adapted
 
 
+class PeftMethod(OfPeft):
+    """A method that puts its weights beside modules of the base."""
+
+    target_modules: Literal["all-linear"] | Modules | None = None
+    """`all-linear` (all but the head), a list of module names, or one regular expression; null
+    takes those that PEFT names for this kind of model."""
+    modules_to_save: list[str] = Field([])
+    """Modules trained in full and saved with the adapter, such as `lm_head`."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ModelError if a name that the settings give is none of the model's."""
+        modules = _leaves(model)
+        for key in ("target_modules", "exclude_modules", "feedforward_modules"):
+            require_modules(key, getattr(self, key, None), modules)
+        require_each("adapter.modules_to_save", self.modules_to_save, modules, is_suffix)
+
+    def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What every config of PEFT that has targets takes under the same name."""
+        return {
+            "task_type": "CAUSAL_LM",
+            "target_modules": self.target_modules,
+            "modules_to_save": self.modules_to_save or None,
+        }
+
+
 class Layered(PeftMethod):
     """A method of which layers can be left out."""
 
@@ -173,12 +174,36 @@ class Selected(Layered):
         return {**super().shared_settings(model), "exclude_modules": self.exclude_modules}
 
 
+def save_adapter(model: PeftModel, folder: Path, **options: Any) -> None:
+    """Write an adapter in PEFT's own format; `options` as of PEFT's `save_pretrained`."""
+    # "auto" would ask the hub whether the base's vocabulary has grown.
+    model.save_pretrained(folder, save_embedding_layers=False, **options)
+    # PEFT's form for a model card, with its questions unanswered.
+    (folder / "README.md").unlink()
+
+
 def put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """PEFT's layers in the places that a config names, what is trained in float32."""
-    from peft import get_peft_model
+    return trained_in_float32(adapt(model, config))
 
-    use_our_layers(config, model)
-    return trained_in_float32(get_peft_model(model, config))
+
+def adapt(model: PreTrainedModel, config: PeftConfig, adapter_name: str = "default") -> PeftModel:
+    """PEFT around a base model, in our form: LoRA's layers, and where virtual tokens come in.
+
+    Raises:
+        ValueError: PEFT refuses the settings, or it is a kind of virtual tokens that is not known.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from qlora_cli.tuners.virtual_tokens import put_before
+
+    if not config.is_prompt_learning:
+        use_our_layers(config, model)
+        return get_peft_model(model, config, adapter_name=adapter_name)
+    # PEFT's class for causal models would put them in too.
+    adapted = PeftModel(model, config, adapter_name)
+    put_before(adapted)
+    return adapted
 
 
 def use_our_layers(config: Any, model: nn.Module) -> None:

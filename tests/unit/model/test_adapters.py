@@ -130,7 +130,8 @@ def test_fused_layers_are_for_ordinary_lora_alone(subject: Subject, tmp_path: Pa
     layers = [layer for layer in model.modules() if type(layer).__name__ == "LlamaDecoderLayer"]
     own = {id(p) for layer in layers for p in layer.parameters() if p.requires_grad}
     low_rank = {id(p) for n, p in model.named_parameters() if ".lora_" in n}
-    is_ordinary = adapter.type == "lora" and not adapter.use_dora and own <= low_rank
+    dora = adapter.type == "lora" and adapter.use_dora
+    is_ordinary = adapter.type in ("lora", "adalora") and not dora and own <= low_rank
     fused = sum(can_fuse(layer) for layer in layers)
     touched = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
     assert fused == (len(layers) if is_ordinary else len(layers) - len(touched))

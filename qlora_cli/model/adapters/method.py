@@ -1,0 +1,43 @@
+"""What every method says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from qlora_cli.part import Part
+from qlora_cli.types import Follower
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Method(Part):
+    """A way to train. A variant writes `attach`, `save`, `load` and `edits`."""
+
+    trains_base: ClassVar[bool] = False
+    """Weights of the base are trained: they are saved, and not an addition to them."""
+    trains_all: ClassVar[bool] = False
+    no_merge: ClassVar[str] = ""
+    """Why it cannot be merged; empty if it can."""
+    no_packing: ClassVar[str] = ""
+    """Why examples cannot lie end to end in one row; empty if they can."""
+    no_quantization: ClassVar[Mapping[str, str]] = {}
+    """Quantizations that it does not work with -> why."""
+    first_change: ClassVar[str] = ""
+    """How the model differs from its base before the first step; empty if it does not."""
+    type: str
+
+    @property
+    def saved_per_trained(self) -> int:
+        """Numbers in what is saved, for each trained one; about."""
+        return 1
+
+    def follow(self, model: nn.Module, max_steps: int) -> Follower:
+        """What the method does in each step beside the optimizer; most do nothing.
+
+        Args:
+            model: as `attach` returned it.
+            max_steps: optimizer steps of the run.
+        """
+        return Follower()

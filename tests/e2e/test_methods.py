@@ -1,0 +1,84 @@
+"""Methods that are more than weights beside a layer: resumed, measured, merged and asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.errors import ModelError
+from qlora_cli.evaluate import evaluate
+from qlora_cli.generate import Sampling, generate
+from qlora_cli.merge import merge
+from qlora_cli.plan import plan
+from qlora_cli.recipe import Recipe
+from qlora_cli.train import train
+from tests.e2e.test_exact_resume import check_resumes
+
+METHODS: dict[str, dict[str, Any]] = {
+    "pissa": {"type": "lora", "r": 4, "init": "pissa_fast", "dropout": 0.1},
+    "olora": {"type": "lora", "r": 4, "init": "olora"},
+    "lora-fa": {"type": "lora", "r": 4, "freeze_a": True},
+    # Of 6 steps the first keeps all ranks, and the last one changes none.
+    "adalora": {"type": "adalora", "r": 4, "target_r": 2, "begin_at": 0.2, "end_at": 0.8},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 3},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_goes_on_where_it_was(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
+) -> None:
+    recipe = tiny_recipe(
+        adapter=METHODS[method],
+        quantization={"type": quantization},
+        training={
+            "max_steps": 6,
+            "save_every": 1,
+            "eval_every": 3,
+            "gradient_checkpointing": method in ("prefix", "adalora"),
+        },
+        output={"dir": str(tmp_path / "run"), "keep_checkpoints": 1000},
+    )
+    check_resumes(recipe, [2, 4])
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_is_measured_merged_and_asked(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
+) -> None:
+    recipe = tiny_recipe(
+        adapter=METHODS[method],
+        quantization={"type": quantization},
+        training={"max_steps": 10},
+        optimizer={"type": "adamw", "learning_rate": 3e-2},
+    )
+    planned = plan(recipe, device="cpu")
+    record = train(recipe)
+    assert planned["model"]["trained"] == record["trained_weights"]
+    # Another way to put the same numbers, which int8 rounds by the tokens beside them.
+    run, tolerance = tmp_path / "run", 1e-4 if quantization == "none" else 2e-2
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+    report = evaluate(run)
+    assert report["models"]["tuned"]["loss"]["value"] == pytest.approx(losses[-1], rel=tolerance)
+    merged = tmp_path / "merged"
+    if method in ("prompt", "prefix"):
+        with pytest.raises(ModelError, match="virtual tokens are no weight of the base"):
+            merge(run, merged, weights="last")
+    else:
+        proof = merge(run, merged, weights="last")
+        assert proof["kl"] < 1e-3
+    rows = tmp_path / "rows.jsonl"
+    answers = tmp_path / "answers.jsonl"
+    sampling = Sampling(max_new_tokens=8)
+    told = generate(str(run), rows, answers, weights="last", sampling=sampling, batch_size=4)
+    assert told["prompts"] == 16
+    assert told["tokens"] > 0
