@@ -131,6 +131,8 @@ def foresee(recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows
             kernels=foresee_kernels(recipe, config, target, rows),
         )  # fmt: skip
     except Untraceable as error:
+        if recipe.adapter.no_packing:
+            raise  # virtual tokens are in no formula
         return by_formula(
             recipe, config, dtype, device=target.kind, steps=steps, held_out=held_out,
             why=error.why,

@@ -128,14 +128,17 @@ def rehearse_update(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.M
     model = _attach(base, recipe, count)
     optimizer = _build_optimizer(model, recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    method = recipe.adapter.follow(model, max_steps=1)
     with _told(count, base, model, optimizer):
         for stage in (FIRST, STEP):
             with count.stage(stage):
                 for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
                 count.hold((parameter.grad for parameter in trained), GRADIENTS)
+                method.before_update()
                 clip_gradients(optimizer, recipe.training.max_grad_norm)
                 optimizer.step()
+                method.after_update(1)
                 optimizer.zero_grad(set_to_none=True)
     return model
 
