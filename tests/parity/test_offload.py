@@ -98,7 +98,8 @@ def test_where_there_is_no_cuda_it_is_true_and_says_so_in_one_line(
     expected, gradients = step(True)
     with caplog.at_level(logging.WARNING, logger="qlora"):
         found, ours = step("offload")
-    assert [record.getMessage() for record in caplog.records] == [
+    warnings = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert warnings == [
         "training.gradient_checkpointing: offload moves inputs of layers from CUDA memory to the "
         "host; no CUDA here, so true"
     ]
