@@ -295,7 +295,7 @@ def make_model(folder: Path, dimensions: dict[str, Any]) -> None:
 
 def page(results: list[dict[str, Any]]) -> str:
     """The results as a page."""
-    errors = [abs(error(r, stage)) for r in results if r["counted"] for stage in r["counted"]]
+    errors = [abs(error(r, stage)) for r in results for stage in STAGES]
     beside = [beside_resident(r) for r in results]
     fixed = statistics.median(beside)
     predicted = [max(r["predicted"].values()) for r in results]
@@ -308,8 +308,7 @@ def page(results: list[dict[str, Any]]) -> str:
         f"{len(results)} runs on a CPU, each in a process of its own: bytes of tensors, predicted",
         "by a trace without data and counted while the same steps are made with real tensors.",
         f"Median error {statistics.median(errors):.4%}, worst {max(errors):.4%}, of step and",
-        f"evaluation. Those of the {sum(r['counted'] is None for r in results)} runs with compiled "
-        "kernels cannot be counted.",
+        "evaluation.",
         "",
         "The resident set is the anonymous memory of the process, less what it was when the same",
         "steps had been made with a tiny model, and the weights that are mapped from their file.",
@@ -342,16 +341,14 @@ def beside_resident(result: dict[str, Any]) -> int:
 
 
 def _row(result: dict[str, Any]) -> str:
-    run, counted = result["run"], result["counted"]
+    run = result["run"]
     other = "packed" if run["packing"] else "fp32" if run["precision"] == "fp32" else ""
     cells = [
         run["model"], run["quantization"], run["adapter"], f"{run['rows']} x {run['length']}",
         {True: "on", False: "off", "mlp": "mlp"}[run["checkpointing"]], run["kernels"],
         run["optimizer"], other, f"{result['predicted']['step'] / MIB:,.1f}",
-        *(
-            (f"{counted['step'] / MIB:,.1f}", f"{error(result, 'step'):+.3%}",
-             f"{error(result, 'evaluation'):+.3%}") if counted else ("", "", "")
-        ),
+        f"{result['counted']['step'] / MIB:,.1f}", f"{error(result, 'step'):+.3%}",
+        f"{error(result, 'evaluation'):+.3%}",
         f"{(result['resident'] + result['mapped']) / MIB:,.1f}",
         f"{beside_resident(result) / MIB:+,.1f}",
     ]  # fmt: skip

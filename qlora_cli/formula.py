@@ -145,7 +145,8 @@ class Sizes:
     """Bytes of a number between the layers."""
     is_quantized: bool
     kept_factor: float
-    """Of products with quantized weights."""
+    """Of products with quantized weights; so is the next."""
+    held_share: float
     is_checkpointed: bool
     is_offloaded: bool
     """Whether what is kept of checkpointed layers is on the host."""
@@ -156,11 +157,15 @@ class Sizes:
     def kinds(self, batch: Batch) -> dict[str, int]:
         """What the formula says of the moment at which a backward pass begins in the last layer."""
         tokens = batch.input_ids.numel()
-        each = [round(self.kept_factor * layer.kept(batch, self.size)) for layer in self.layers]
+        kept = [layer.kept(batch, self.size) for layer in self.layers]
+        each = [round(self.kept_factor * size) for size in kept]
         stream = self.stream * tokens * self.width
-        saved = self.inputs(tokens) if self.is_checkpointed else sum(each)
+        saved = sum(each)
+        if self.is_checkpointed:
+            inputs = self.inputs(tokens) * (not self.is_offloaded)
+            saved = round(self.held_share * sum(kept)) + inputs
         return {
-            SAVED: saved * (not self.is_offloaded) + stream + self.cast,
+            SAVED: saved + stream + self.cast,
             RECOMPUTED: max(each) if self.is_checkpointed else 0,
             # Those that predict something, and their gradient.
             LOGITS: 2 * self.size * batch.num_supervised * self.vocabulary,
@@ -280,6 +285,7 @@ def _sizes(
         stream=4 if recipe.adapter.trains_base else dtype.itemsize,
         is_quantized=recipe.quantization.is_quantized,
         kept_factor=recipe.quantization.kept_factor,
+        held_share=recipe.quantization.held_share,
         is_checkpointed=bool(recipe.training.gradient_checkpointing),
         is_offloaded=recipe.training.gradient_checkpointing == "offload" and device == "cuda",
         cast=dtype.itemsize * sum(p.numel() for p in trained) * (dtype != torch.float32),

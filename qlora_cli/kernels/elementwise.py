@@ -107,8 +107,10 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     open_ = torch.sigmoid(gate)
     activated = gate * open_
     gate_grad = grads * up * (open_ + activated * (1 - open_))
-    grad_gate_up = torch.cat([gate_grad, grads * activated], -1).to(gate_up.dtype)
-    return grad_gate_up, (activated * up).to(gate_up.dtype)
+    # Each half is rounded before they meet: the compiler writes them where they belong then, and
+    # not into a float32 copy of both.
+    halves = [half.to(gate_up.dtype) for half in (gate_grad, grads * activated)]
+    return torch.cat(halves, -1), (activated * up).to(gate_up.dtype)
 
 
 def scores_backward(
@@ -124,7 +126,10 @@ def scores_backward(
         rows: (t,), the place of each query among the m keys.
     """
     is_seen = torch.arange(scores.shape[-1], device=scores.device) <= rows[:, None]
-    weights = torch.where(is_seen, torch.exp(scores * scale - normalizer[..., None]), 0.0)
+    # Powers of 2: what is made of `exp` and used twice, the compiler writes to memory, and so what
+    # is read from more than four tensors, as which it takes a constant with a name (torch 2.13).
+    powers = (scores * scale - normalizer[..., None]) * 1.4426950408889634  # log2(e)
+    weights = torch.where(is_seen, torch.exp2(powers), 0.0)
     of_scores = weights * (grad.float() - shared[..., None]) * scale
     return weights.to(grad.dtype), of_scores.to(grad.dtype)
 

@@ -38,6 +38,9 @@ class _Quantized(Part):
     kept_factor: ClassVar[float] = 1.0
     """What its products keep and take on their way, by what those of 16-bit weights do. For models
     that cannot be traced; see `benchmarks/plan_formula.md`."""
+    held_share: ClassVar[float] = 0.0
+    """Of what a layer keeps in 16 bit: what its products keep outside of autograd, where
+    checkpointing does not reach it."""
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The weights that the quantized ones stand for, in float32."""
@@ -118,6 +121,7 @@ class Int8(_Quantized):
     type: Literal["int8"] = "int8"
     max_unquantized: ClassVar[float] = 0.2
     kept_factor: ClassVar[float] = 1.7
+    held_share: ClassVar[float] = 0.7
     outlier_threshold: float = Field(6.0, ge=0)
     """Activations above it are multiplied in 16 bit; 0 turns the outlier path off."""
 
@@ -148,6 +152,7 @@ class Unquantized(Part):
     type: Literal["none"] = "none"
     is_quantized: ClassVar[bool] = False
     kept_factor: ClassVar[float] = 1.0
+    held_share: ClassVar[float] = 0.0
     max_unquantized: ClassVar[float] = 1.0
     dtype: DtypeName = "auto"
     """Dtype of the base weights; `auto` follows `training.precision`. Where that is auto, a base in

@@ -1,8 +1,9 @@
 """Compiled kernels in a trace: torch.compile makes one pass over memory of each function.
 
 So what a function makes on its way is not in memory, and what it returns is. That is so of what
-inductor makes of these functions (torch 2.13, on a CPU), but for columns of one number a row:
-`benchmarks/plan_validation.md` holds it against the allocator.
+inductor makes of these functions (torch 2.13, on a CPU), but for columns of one number a row, and
+for a float32 copy of the gates in SwiGLU's backward pass. `benchmarks/plan_validation.md` holds it
+against the allocator.
 """
 
 from __future__ import annotations
