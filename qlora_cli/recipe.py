@@ -217,6 +217,11 @@ class Recipe(Part):
                 f"adapter.type ({self.adapter.type}) cannot train on data.packing (true): "
                 f"{self.adapter.no_packing}; use data.packing false"
             )
+        if self.optimizer.is_schedule_free and self.adapter.no_averaging:
+            problems.append(
+                f"adapter.type ({self.adapter.type}) and optimizer.type ({self.optimizer.type}) do "
+                f"not go together: {self.adapter.no_averaging}; use optimizer.type adamw"
+            )
         held_by, held = self.quantization.held_in
         if self.training.precision == "fp32" and held in ("bfloat16", "float16"):
             problems.append(

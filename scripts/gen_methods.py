@@ -18,7 +18,7 @@ HEAD = """\
 
 Written by `python scripts/gen_methods.py` from the classes in `qlora_cli/model/adapters/`.
 What each of them is held to, property by property, is in [the contract](contract.md); their
-settings are in [the reference](reference/recipe.md), a recipe for each in `configs/methods/`.
+settings are in [the reference](reference/recipe.md), recipes in `configs/` and `configs/methods/`.
 
 | `adapter.type` | what it is | merge | quantized base |
 |---|---|---|---|

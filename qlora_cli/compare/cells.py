@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -112,7 +113,13 @@ class Grid:
         self._asked = asked
         self._folder = folder
         self.axes = [_axis(text) for text in asked.vary]
-        self._rates = dict(_rate(text) for text in asked.learning_rates)
+        rates = [_rate(text) for text in asked.learning_rates]
+        self._rates = dict(rates)
+        _refuse_twice("--learning-rate", [method for method, _ in rates])
+        for method in asked.methods or [None]:
+            keys = [axis.key for axis in self.axes if axis.method in (None, method)]
+            _refuse_twice("--vary", keys)
+        _refuse_one_name(asked.recipes)
         named = {axis.method for axis in self.axes} | self._rates.keys()
         if unknown := named - {None, *asked.methods}:
             raise RecipeError(
@@ -123,7 +130,7 @@ class Grid:
         for method in asked.methods:
             method_keys(method)
         keys = [axis.key for axis in self.axes]
-        for key in [*keys, *(text.partition("=")[0].strip() for text in asked.overrides)]:
+        for key in [*keys, *(_key(text) for text in asked.overrides)]:
             _refuse_unknown(key)
         self._labels = {key: _label(key, keys) for key in keys}
 
@@ -132,6 +139,11 @@ class Grid:
         """Recipes by methods."""
         methods: list[str | None] = [*self._asked.methods] or [None]
         return list(product(self._asked.recipes, methods))
+
+    @property
+    def names(self) -> list[str]:
+        """Of `choices`."""
+        return [" ".join(filter(None, (path.stem, method))) for path, method in self.choices]
 
     def cells(self) -> list[Cell]:
         """All of them.
@@ -142,10 +154,13 @@ class Grid:
         found = [cell for recipe, method in self.choices for cell in self._of(recipe, method)]
         found = list({cell.name: cell for cell in found}.values())
         varied = {key for cell in found for key in cell.settings}
-        if all(cell.recipe is not None for cell in found):
-            for axis in self.axes:
-                if axis.key not in varied:
-                    raise RecipeError(f"--vary: {axis.key} is a key of no method compared here")
+        recipes = [cell.recipe for cell in found if cell.recipe is not None]
+        if len(recipes) == len(found):
+            asked = [("--vary", axis.key) for axis in self.axes]
+            asked += [("--set", _key(text)) for text in self._asked.overrides]
+            for option, key in asked:
+                if not any(has_key(recipe, key) for recipe in recipes):
+                    raise RecipeError(f"{option}: {key} is a key of no method compared here")
         _refuse_unequal(found, varied)
         return found
 
@@ -174,8 +189,7 @@ class Grid:
         cell = Cell(name, recipe.stem, method, settings, speaks=self._asked.speaks)
         overrides = [] if method is None else method_keys(method)
         try:
-            base = load_recipe(recipe, overrides).recipe
-            overrides += [o for o in self._asked.overrides if has_key(base, o.partition("=")[0])]
+            overrides = self._with_overrides(recipe, overrides)
             if method in self._rates:
                 overrides.append(f"{_RATE}={self._rates[method]}")
             overrides += [f"{key}={value}" for key, value in settings.items()]
@@ -184,6 +198,18 @@ class Grid:
         except RecipeError as error:
             return replace(cell, error=str(error))
         return replace(cell, recipe=loaded.recipe, origins=loaded.origins)
+
+    def _with_overrides(self, recipe: Path, overrides: list[str]) -> list[str]:
+        """With those that were asked for and whose key the cell has, once its types are chosen."""
+        asked = self._asked.overrides
+        for one in sorted(asked, key=lambda one: not _key(one).endswith(".type")):
+            if has_key(load_recipe(recipe, overrides).recipe, _key(one)):
+                overrides = [*overrides, one]
+        return overrides
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def method_names() -> list[str]:
@@ -263,6 +289,26 @@ def _refuse_unknown(key: str) -> None:
         raise RecipeError(
             f"{key} is no key of a recipe", hint="docs/reference/recipe.md has all keys"
         )
+
+
+def _refuse_twice(option: str, names: Sequence[str]) -> None:
+    """Raises RecipeError: of two that say the same, one would be lost."""
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise RecipeError(
+            f"{option}: {twice[0]} is given twice", hint="give it once, with all its values"
+        )
+
+
+def _refuse_one_name(recipes: Sequence[Path]) -> None:
+    """Raises RecipeError: cells are called after the files, and would be called the same."""
+    paths: dict[str, Path] = {}
+    for path in recipes:
+        other = paths.setdefault(path.stem, path)
+        if other != path:
+            raise RecipeError(
+                f"{other} and {path} would both be called {path.stem} in the table",
+                hint="copy one to a file of another name",
+            )
 
 
 def _label(key: str, keys: Sequence[str]) -> str:

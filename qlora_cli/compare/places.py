@@ -112,6 +112,9 @@ class Place:
             return
         old, new = (one.model_dump(mode="json") for one in (recorded_recipe(self.run), recipe))
         changes = {k: v for k, v in compare(old, new).items() if not k.startswith("output.")}
+        # The run has recorded what it was settled to.
+        if recipe.training.micro_batch_size == "auto" and self.record()["is_micro_batch_auto"]:
+            changes.pop("training.micro_batch_size", None)
         if changes:
             lines = [f"{key}: {before} -> {now}" for key, (before, now) in changes.items()]
             raise RecipeError(

@@ -69,7 +69,8 @@ class Scale:
     def ticks(self) -> list[float]:
         """Some round values within."""
         step = 10 ** math.floor(math.log10((self.high - self.low) / 3))
-        step *= next(m for m in (5, 2, 1) if (self.high - self.low) / (m * step) >= 3)
+        # None is right where the logarithm was rounded up.
+        step *= next((m for m in (5, 2) if (self.high - self.low) / (m * step) >= 3), 1)
         first = math.ceil(self.low / step)
         return [round(i * step, 12) for i in range(first, math.floor(self.high / step) + 1)]
 

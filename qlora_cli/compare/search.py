@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-_CELL, _CUT_SHORT = "cell", "cut short"
+_CELL, _CUT_SHORT, _SPACE = "cell", "cut short", "space"
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,21 @@ def open_study(grid: Grid, search: Search, root: Path) -> Study:
     # Not the same proposals again when it goes on.
     seed = recipe.training.seed + len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=seed)
+    _refuse_other_space(study, grid)
     _take_up(study)
     return study
+
+
+def _refuse_other_space(study: Study, grid: Grid) -> None:
+    """Raises RecipeError: Optuna's trials are points of one space."""
+    space = [grid.names, [[str(axis), list(axis.values)] for axis in grid.axes]]
+    known = study.user_attrs.get(_SPACE, space)
+    if known != space:
+        raise RecipeError(
+            "--search: the study in this folder was begun with other recipes, --methods or --vary",
+            hint="name the same again, or another folder in --out",
+        )
+    study.set_user_attr(_SPACE, space)
 
 
 def _any_recipe(grid: Grid) -> Recipe:
@@ -159,7 +172,7 @@ def _tell(study: Study, trial: Trial, cell: Cell, place: Place, objective: str) 
 
 def _propose(grid: Grid, trial: Any) -> Cell:
     """The cell of a trial: recipe and method first, then the keys that these have."""
-    names = {" ".join(filter(None, (path.stem, m))): (path, m) for path, m in grid.choices}
+    names = dict(zip(grid.names, grid.choices, strict=True))
     chosen = trial.suggest_categorical("run", list(names)) if len(names) > 1 else next(iter(names))
     recipe, method = names[chosen]
     settings = {axis.key: _value(trial, axis) for axis in grid.axes_of(recipe, method)}

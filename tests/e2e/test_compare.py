@@ -278,6 +278,8 @@ def test_a_comparison_that_is_interrupted_goes_on(
     write_recipe(tmp_path, tiny_model, max_steps=400)
     monkeypatch.chdir(tmp_path)
     command = ["compare", "recipe.yaml", "--out", "out", "--vary", "adapter.r=2,0"]
+    # The run records the number that it is settled to, and is the same run still.
+    command += ["--set", "training.micro_batch_size=auto"]
     metrics = Path("out/runs/r=2/metrics.jsonl")
 
     def interrupt() -> None:
@@ -345,6 +347,11 @@ def test_optuna_proposes_cells_and_ends_those_without_promise(
     assert study.trials[6].state == optuna.trial.TrialState.PRUNED
     # It has as many as were asked for.
     assert exit_code(*command, "--search", "7", "-q") == 0
+    assert len(study.trials) == 7
+    # Its trials are points of one space.
+    capsys.readouterr()
+    assert exit_code(*command, "--vary", "adapter.alpha=4,16", "--search", "8", "-q") == 2
+    assert "the study in this folder was begun with other" in capsys.readouterr().err
     assert len(study.trials) == 7
 
 

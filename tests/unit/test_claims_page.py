@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from itertools import combinations
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ from benchmarks.claims.page import (
     share_of_parameters,
     within_one_percent,
 )
+from qlora_cli.compare.plots import Scale
 from qlora_cli.recipe_file import load_recipe
 from tests.conftest import ROOT
 
@@ -132,3 +134,9 @@ def test_its_recipes_and_its_script() -> None:
     told = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
     assert told.stdout.startswith("Usage: benchmarks/claims/run.sh DATA")
     assert subprocess.run([script], capture_output=True, check=False).returncode == 2
+
+
+def test_an_axis_has_marks_whatever_round_numbers_it_ends_at() -> None:
+    for low, high in combinations(range(201), 2):
+        scale = Scale([low / 200, high / 200], 0, 100)
+        assert 2 <= len(scale.ticks()) <= 8

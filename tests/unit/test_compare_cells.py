@@ -100,6 +100,26 @@ def test_several_recipes(recipe: Path, tmp_path: Path) -> None:
     assert len(cells(recipe, other, overrides=["training.seed=0"])) == 2
 
 
+def test_files_of_one_name_would_be_one_row(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run" / recipe.name
+    other.parent.mkdir()
+    other.write_text(RECIPE.replace("r: 8", "r: 4"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="would both be called mine in the table"):
+        cells(recipe, other)
+    assert len(cells(recipe, recipe)) == 1
+
+
+def test_a_key_may_be_one_of_the_type_that_another_override_chooses(recipe: Path) -> None:
+    chosen = ["optimizer.momentum=0", "optimizer.type=sgd"]
+    (cell,) = cells(recipe, overrides=chosen)
+    assert cell.recipe is not None
+    assert (cell.recipe.optimizer.type, cell.recipe.optimizer.momentum) == ("sgd", 0)
+    full, lora = cells(recipe, methods=["full", "lora"], overrides=["adapter.r=2"])
+    assert full.error is None
+    assert lora.recipe is not None
+    assert lora.recipe.adapter.r == 2
+
+
 def test_a_recipe_that_cannot_be_is_a_cell_with_its_reason(recipe: Path) -> None:
     good, bad = cells(recipe, vary=["adapter.r=4,0"])
     assert good.error is None
@@ -122,6 +142,16 @@ def test_a_recipe_that_cannot_be_is_a_cell_with_its_reason(recipe: Path) -> None
         ({"methods": ["lora"], "learning_rates": ["full=1"]}, "full is none of the methods"),
         ({"methods": ["lora"], "learning_rates": ["lora"]}, "needs the form METHOD=NUMBER"),
         ({"methods": ["adapter"]}, "adapter is none of "),
+        ({"methods": ["full"], "overrides": ["adapter.r=4"]}, "--set: adapter.r is a key of no"),
+        ({"vary": ["adapter.r=4", "adapter.r=16"]}, "--vary: adapter.r is given twice"),
+        (
+            {"methods": ["lora"], "vary": ["adapter.r=4", "lora:adapter.r=16"]},
+            "--vary: adapter.r is given twice",
+        ),
+        (
+            {"methods": ["full"], "learning_rates": ["full=1", "full=2"]},
+            "--learning-rate: full is given twice",
+        ),
     ],
 )
 def test_what_cannot_be_understood_is_said_at_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,7 @@ class AdaLoRA(LowRank):
     """Low-rank adaptation that begins with more ranks than it keeps: the least important ones of
     all updates are taken away (AdaLoRA, Zhang et al. 2023, https://arxiv.org/abs/2303.10512)."""
 
+    no_averaging: ClassVar[str] = "ranks that were taken away would come back with the average"
     type: Literal["adalora"] = "adalora"
     r: int = Field(12, ge=1)
     """Rank of each update at the beginning."""

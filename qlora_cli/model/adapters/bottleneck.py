@@ -53,7 +53,8 @@ class Bottleneck(Selected):
 
     def _targets(self, model: PreTrainedModel) -> Modules:
         if self.target_modules is not None:
-            return self.target_modules
+            modules: Modules = self.shared_settings(model)["target_modules"]
+            return modules
         found: set[str] = set()
         for half in self.after:
             names = [n for n, _ in model.named_modules() if re.fullmatch(_ENDS[half], n)]

@@ -113,6 +113,11 @@ class LoRA(LowRank):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.freeze_a and self.init_from:
+            raise ValueError(
+                "freeze_a does not go with init_from: a checkpoint holds what is trained, and the "
+                "factors A of another adapter would be missing where the run is resumed"
+            )
         if self.init in _PLAIN:
             return self
         others = {
@@ -160,6 +165,12 @@ class LoRA(LowRank):
         require_each("adapter.alpha_pattern", self.alpha_pattern, modules, is_pattern)
         parameters = [name for name, _ in model.named_parameters()]
         require_each("adapter.target_parameters", self.target_parameters, parameters, is_suffix)
+        if self.target_parameters and self.layers_to_transform is not None:
+            raise ModelError(
+                "adapter.layers_to_transform: PEFT counts layers for modules alone, and "
+                "adapter.target_parameters would be updated in all of them",
+                hint="name the layers in target_parameters: layers.0.mlp.experts.down_proj",
+            )
         embedding: Any = model.get_input_embeddings()
         rows = embedding.weight.shape[0]
         if wrong := [token for token in self.trainable_token_indices if token >= rows]:
@@ -170,13 +181,13 @@ class LoRA(LowRank):
 
     def begin(self, adapted: PeftModel) -> None:
         """Give the factors what they begin as, where that is not PEFT's; freeze A."""
-        from qlora_cli.tuners.factors import ADAPTER, updated_layers
+        from qlora_cli.tuners.factors import ADAPTER
 
         if self.init not in _PLAIN:
             for name, layer in only_linear(adapted, f"adapter.init ({self.init})").items():
                 self._continue(name, layer)
         if self.freeze_a:
-            for _, layer in updated_layers(adapted):
+            for layer in only_linear(adapted, "adapter.freeze_a").values():
                 layer.lora_A[ADAPTER].requires_grad_(False)
 
     def _continue(self, name: str, layer: Any) -> None:

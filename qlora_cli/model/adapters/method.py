@@ -20,6 +20,8 @@ class Method(Part):
     trains_all: ClassVar[bool] = False
     no_merge: ClassVar[str] = ""
     """Why it cannot be merged; empty if it can."""
+    no_averaging: ClassVar[str] = ""
+    """Why an optimizer that averages the weights cannot train it; empty if one can."""
     no_packing: ClassVar[str] = ""
     """Why examples cannot lie end to end in one row; empty if they can."""
     no_quantization: ClassVar[Mapping[str, str]] = {}

@@ -154,6 +154,12 @@ class Layered(PeftMethod):
                 f"adapter.layers_to_transform: the model has no layer {wrong[0]}; it has 0 to "
                 f"{number - 1}"
             )
+        if self.layers_to_transform is not None and is_expression(self.target_modules):
+            raise ModelError(
+                "adapter.layers_to_transform: PEFT counts layers for a list of names alone, and "
+                f"adapter.target_modules is a regular expression ({self.target_modules})",
+                hint="give target_modules a list, or name the layers in the expression",
+            )
 
     def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """With what is left out."""
@@ -238,11 +244,16 @@ def is_pattern(wanted: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({wanted})$", module) is not None
 
 
+def is_expression(value: Modules | None) -> bool:
+    """Whether a setting of names is one regular expression."""
+    return isinstance(value, str) and value != "all-linear"
+
+
 def require_modules(key: str, value: Modules | None, modules: list[str]) -> None:
     """Raises ModelError if a setting of names, or one regular expression, matches no module."""
     if isinstance(value, list):
         require_each(f"adapter.{key}", value, modules, is_suffix)
-    elif value not in (None, "all-linear"):
+    elif isinstance(value, str) and is_expression(value):
         require_each(f"adapter.{key}", [value], modules, is_full_match)
 
 

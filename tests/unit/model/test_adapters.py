@@ -161,6 +161,19 @@ def test_a_bottleneck_has_as_many_weights_as_the_paper_says(after: list[Any]) ->
         (Freeze(last_layers=0), "nothing would be trained"),
         (Freeze(patterns=["nomr"]), "'nomr' is found in no weight"),
         (LoRA(layers_to_transform=[2]), "the model has no layer 2; it has 0 to 1"),
+        (
+            LoRA(layers_to_transform=[1], target_modules=".*q_proj"),
+            "counts layers for a list of names alone",
+        ),
+        (
+            Bottleneck(layers_to_transform=[1], target_modules=".*o_proj"),
+            "counts layers for a list of names alone",
+        ),
+        (
+            LoRA(layers_to_transform=[1], target_parameters=["q_proj.weight"]),
+            "counts layers for modules alone",
+        ),
+        (LoRA(freeze_a=True, target_modules=["q_proj", "embed_tokens"]), "embed_tokens is none"),
         (LoRA(trainable_token_indices=[999]), "there is no token 999"),
         (LoRA(target_parameters=["experts.up"]), "'experts.up' matches no"),
         (Bottleneck(target_modules=["q_porj"]), "'q_porj' matches no module"),

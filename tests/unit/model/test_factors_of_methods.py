@@ -125,6 +125,7 @@ def test_the_saved_adapter_says_its_rank(tiny_model: Path, tmp_path: Path) -> No
         ({"init": "pissa", "use_dora": True}, "does not go with use_dora"),
         ({"init": "olora", "freeze_a": True}, "does not go with freeze_a"),
         ({"init": "pissa", "init_from": "runs/x"}, "does not go with init_from"),
+        ({"freeze_a": True, "init_from": "runs/x"}, "freeze_a does not go with init_from"),
         ({"init": "loftq"}, "needs the unquantized weights beside the quantized ones"),
         ({"init": "eva"}, "needs activations of the training data"),
     ],

@@ -310,6 +310,10 @@ def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
             "optimizer.type (schedule_free_adamw) averages the weights in place of a schedule.type "
             "(cosine) that falls; use schedule.type constant",
         ),
+        (
+            "{type: schedule_free_adamw}\nschedule: {type: constant}\nadapter: {type: adalora}",
+            "adapter.type (adalora) and optimizer.type (schedule_free_adamw) do not go together",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_its_place(
