@@ -116,7 +116,7 @@ class Grid:
         rates = [_rate(text) for text in asked.learning_rates]
         self._rates = dict(rates)
         _refuse_twice("--learning-rate", [method for method, _ in rates])
-        for method in asked.methods or [None]:
+        for method in asked.methods or ("",):
             keys = [axis.key for axis in self.axes if axis.method in (None, method)]
             _refuse_twice("--vary", keys)
         _refuse_one_name(asked.recipes)
