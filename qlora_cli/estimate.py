@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,8 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
 from qlora_cli.trace.count import (
     ADAPTER,
+    BUCKETS,
+    GRADIENTS,
     HELD,
     LOAD,
     LOGITS,
@@ -123,6 +125,38 @@ def _can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, target: Target
 
 def foresee(recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows) -> Forecast:
     """Trace the recipe as it would run on a device; by a formula where that cannot be done."""
+    found = _foresee_alone(recipe, config, target, rows)
+    if target.number == 1:
+        return found
+    return _exchanging(found, is_whole=all(len(step) == 1 for step in rows.steps))
+
+
+def _exchanging(found: Forecast, *, is_whole: bool) -> Forecast:
+    """One of several devices. From its first step on it holds what gradients are exchanged in,
+    which is as large as what is trained.
+
+    As soon as the last micro-batch of a step has a gradient, it is there and nowhere else
+    (`World.share`). Until then, those of the micro-batches before it are apart; they are counted so
+    to the end of the backward pass, which is a little much.
+
+    Args:
+        is_whole: whether each step is one micro-batch.
+    """
+    exchanged = ("backward", "update") if is_whole else ("update",)
+    peaks = {}
+    for segment, peak in found.peaks.items():
+        kinds = dict(peak.kinds)
+        if segment.stage in (FIRST, STEP, EVALUATION):
+            kinds[BUCKETS] = kinds[ADAPTER]
+        if segment.part in exchanged:
+            kinds[GRADIENTS] = 0
+        peaks[segment] = Peak(sum(kinds.values()), kinds)
+    return replace(found, peaks=peaks)
+
+
+def _foresee_alone(
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows
+) -> Forecast:
     dtype = compute_dtype(recipe, target)
     steps, held_out = rows.steps, rows.held_out
     try:
@@ -295,7 +329,8 @@ def _proof(found: Forecast) -> Peak:
     Four times the logits of three examples of 64 tokens, and what comparing them takes.
     """
     _, peak = found.peak(STEP)
-    kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD if kind not in (ADAPTER, STATES)}
+    later = (ADAPTER, STATES, BUCKETS)
+    kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD if kind not in later}
     kinds[LOGITS] = 4 * (4 * 192 + 4 * 128) * found.vocabulary_size
     return Peak(sum(kinds.values()), kinds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -24,6 +24,8 @@ log = logging.getLogger("qlora")
 
 _FEWEST = 5
 """Losses of which a median says something."""
+_SHORTEST = 8
+"""The least that `data.max_length` may be."""
 _NAMED = 8
 """Rows that a message names."""
 
@@ -34,6 +36,8 @@ class Guard:
     Args:
         objective: the loss, as it is before ranks share it: to find out which rows are at fault.
         place: where the row of an example stands, by its index: `train.jsonl:17`.
+        max_length: tokens that a row has at most.
+        is_packed: whether rows are filled with examples up to that.
         go_back: puts the last checkpoint in place, and its state into the one that is given.
     """
 
@@ -47,6 +51,8 @@ class Guard:
         batches: BatchStream,
         world: World,
         place: Callable[[int], str],
+        max_length: int,
+        is_packed: bool,
         go_back: Callable[[TrainState], None],
     ) -> None:
         self._settings = settings
@@ -56,6 +62,8 @@ class Guard:
         self._batches = batches
         self._world = world
         self._place = place
+        self._max_length = max_length
+        self._is_packed = is_packed
         self._go_back = go_back
         self._is_updating = False
         optimizer.register_step_pre_hook(lambda *_: self._set_updating(True))
@@ -218,9 +226,26 @@ class Guard:
             )
         if not settings.gradient_checkpointing:
             advice.append("--set training.gradient_checkpointing=true")
-        longest = max(batch.input_ids.shape[1] for batch in batches)
-        advice.append(f"--set data.max_length={longest // 2}")
+        length = shorter(batches, max_length=self._max_length, is_packed=self._is_packed)
+        if length is not None:
+            advice.append(f"--set data.max_length={length}")
+        if not advice:
+            return "qlora plan RECIPE --fit looks for the least harmful changes with which it fits"
         return " and ".join(advice[:2])
+
+
+def shorter(batches: Sequence[Batch], *, max_length: int, is_packed: bool) -> int | None:
+    """A `data.max_length` with which the largest of these micro-batches would be about half as
+    large; None if there is none.
+
+    Args:
+        batches: examples that lie end to end make one row of them, longer than `max_length`.
+        is_packed: rows are as long as `max_length` lets them be.
+    """
+    # Padded rows are as long as the longest of them.
+    longest = max(max(batch.documents, default=batch.input_ids.shape[1]) for batch in batches)
+    length = (max_length if is_packed else min(longest, max_length)) // 2
+    return length if length >= _SHORTEST else None
 
 
 def is_finite(metrics: Mapping[str, float]) -> bool:

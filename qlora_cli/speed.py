@@ -97,7 +97,9 @@ def prepare_layers(
             )
         recompute = _RECOMPUTE[settings.gradient_checkpointing]
         fused = fuse_layers(model, recompute, ops, means.attention)
-    if fused == 0 and settings.gradient_checkpointing:
+    num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
+    # Fused layers see to it themselves; a method may have left some, or all, as they were.
+    if settings.gradient_checkpointing and fused < num_layers:
         start_checkpointing(base)
     if settings.gradient_checkpointing == "offload":
         _offload(base, means.host)

@@ -203,6 +203,8 @@ def _train(
         batches=batches,
         world=world,
         place=learnt.examples.place,
+        max_length=recipe.data.max_length,
+        is_packed=recipe.data.packing,
         go_back=keeper.go_back,
     )
 

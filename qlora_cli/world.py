@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from qlora_cli.errors import RecipeError
@@ -24,7 +25,12 @@ class World:
 
     def __init__(self) -> None:
         # Asked for by name, several CPU processes form a group; otherwise each would be alone.
-        self._accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        self._accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            # What is exchanged is as large as all gradients, and stays: otherwise they are there
+            # twice during an update.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.size: int = self._accelerator.num_processes

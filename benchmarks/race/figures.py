@@ -40,6 +40,7 @@ def of_run(
         seconds=seconds,
         num_processors=num_processors,
     )
+    most = max(others, seen.others_before)
     return {
         "tokens_per_second": counted / seconds,
         "best_step_tokens_per_second": max(
@@ -62,7 +63,8 @@ def of_run(
         "others_share": others,
         "others_share_before": seen.others_before,
         "load_average_before": seen.load_average,
-        "is_busy": max(others, seen.others_before) > MOST_BY_OTHERS,
+        "others_share_most": most,
+        "is_busy": most > MOST_BY_OTHERS,
         **seen.facts,
     }
 
@@ -90,6 +92,7 @@ def has_rows(run: Figures, rows: Rows) -> bool:
 def together(runs: Sequence[Figures]) -> Figures:
     """Several runs of one contestant: medians, and of speed the lowest and the highest too.
 
+    What others had at most is that of the run in which it was most: it makes all of them busy.
     Lists (losses and the like) are those of the first run; a run that failed does not count.
     """
     whole = [run for run in runs if "failed" not in run]
@@ -99,6 +102,8 @@ def together(runs: Sequence[Figures]) -> Figures:
     for key, value in whole[0].items():
         if isinstance(value, bool):
             joined[key] = any(run[key] for run in whole)
+        elif key == "others_share_most":
+            joined[key] = max(run[key] for run in whole)
         elif isinstance(value, int | float):
             joined[key] = statistics.median(run[key] for run in whole)
         else:

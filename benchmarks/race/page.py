@@ -198,7 +198,9 @@ def _point(point: Mapping[str, Any]) -> list[str]:
 def _marks(figures: Figures) -> str:
     marks = []
     if figures["is_busy"]:
-        marks.append(f"busy: others had {figures['others_share']:.0%}")
+        # Older reports hold a median, which says nothing of the run that was busy.
+        most = figures.get("others_share_most")
+        marks.append("busy" if most is None else f"busy: others had up to {most:.0%}")
     if figures["num_failed"]:
         marks.append(f"{figures['num_failed']} failed")
     if figures.get("trained_dtypes", ["float32"]) != ["float32"]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.kernels.attention import Attended, Attention, Documents
 from qlora_cli.kernels.elementwise import Elementwise
@@ -33,7 +34,8 @@ class FusedLayer(nn.Module):
     """Takes the place of a decoder layer, and of its name in checkpoints: it has the same children.
 
     Training on documents that lie end to end (`Batch.documents`) goes the fused way. Everything
-    else (evaluation, generation, padded rows) is computed by the layer itself.
+    else (evaluation, generation, padded rows, documents beyond a sliding window) is computed by the
+    layer itself; if it is trained so, and anything is to be computed again, the whole layer is.
     """
 
     def __init__(
@@ -51,8 +53,7 @@ class FusedLayer(nn.Module):
         """(1, T, D) -> (1, T, D), with transformers' arguments."""
         lengths = options.get("documents")
         if lengths is None or not torch.is_grad_enabled() or not self._parts.can_do(lengths):
-            plain: Tensor = self._plain[0](hidden_states, **options)
-            return plain
+            return self._as_it_was(hidden_states, options)
         cos, sin = (part[0] for part in options["position_embeddings"])
         documents = Documents(lengths, options["cu_seq_lens_q"])
         trained = [weight for each in self._parts.projections for weight in each.trained()]
@@ -64,6 +65,15 @@ class FusedLayer(nn.Module):
                 hidden_states[0], cos, sin, documents, self._parts, self._recompute, *trained
             )
         return output[None]
+
+    def _as_it_was(self, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
+        plain: Any = self._plain[0]
+        if self._recompute == "none" or not (self.training and torch.is_grad_enabled()):
+            output: Tensor = plain(hidden_states, **options)
+            return output
+        # Hidden in the tuple, it is not reached by what switches transformers' checkpointing on.
+        again: Tensor = checkpoint(plain, hidden_states, use_reentrant=False, **options)
+        return again
 
 
 def fuse_layers(

@@ -24,6 +24,7 @@ UNQUANTIZED = "unquantized weights"
 ADAPTER = "trained weights"
 GRADIENTS = "gradients"
 STATES = "optimizer states"
+BUCKETS = "gradients to be exchanged"
 SAVED = "saved activations"
 RECOMPUTED = "recomputed activations"
 LOGITS = "logits and loss"
@@ -32,14 +33,14 @@ WORKSPACE = "workspace"
 _HOST = "host"
 """What is in memory beside that of the device, and not of `KINDS`."""
 
-HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES)
+HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, BUCKETS)
 """What is there between steps."""
 
 LOAD = "load"
 
 KINDS = (
-    QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, GRADIENTS, SAVED, RECOMPUTED, LOGITS,
-    BATCH, WORKSPACE,
+    QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, BUCKETS, GRADIENTS, SAVED, RECOMPUTED,
+    LOGITS, BATCH, WORKSPACE,
 )  # fmt: skip
 
 

@@ -252,6 +252,41 @@ def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_
     assert [row.get("tokens") for row in together] == [row.get("tokens") for row in alone]
 
 
+_SHARES = """
+import torch
+from qlora_cli.world import World
+
+world = World()
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+shared = world.share(module)
+for _ in range(3):  # what is exchanged is put in order after the first
+    for i in range(2):
+        with world.no_sync(shared, last=i == 1):
+            shared(torch.full((1, 3), 1.0 + world.rank)).sum().backward()
+    gradients = [weight.grad for weight in module.parameters()]
+    assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == 1
+    # Two micro-batches of 1 on the one, of 2 on the other: the mean over the ranks.
+    expected = 2 * 1.5 * (module[1].weight.detach().T @ torch.ones(1, 3))
+    torch.testing.assert_close(module[0].weight.grad, expected)
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    module.zero_grad(set_to_none=True)
+world.close()
+"""
+
+
+def test_gradients_of_ranks_lie_in_what_is_exchanged(tmp_path: Path) -> None:
+    """And not beside it, once the last micro-batch of a step is done."""
+    script = tmp_path / "shares.py"
+    script.write_text(_SHARES, encoding="utf-8")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        "--master_addr", "127.0.0.1", "--master_port", "0", str(script),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

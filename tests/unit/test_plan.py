@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.estimate import assume_rows, foresee_kernels
+from qlora_cli.estimate import assume_rows, foresee, foresee_kernels
 from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.formula import FORMULA, RANGE, Layer, by_formula
 from qlora_cli.kernels.choice import Kernels
@@ -43,6 +43,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import (
     ADAPTER,
+    BUCKETS,
     GRADIENTS,
     HELD,
     STATES,
@@ -541,6 +542,36 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Re
     assert "micro_batch_size: auto is 4" in plan_text(report)
     assert planned("auto", "0.1GiB")["micro_batch"]["rows"] == 1
     assert planned("auto", "80GiB")["micro_batch"]["rows"] == 12
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_one_of_several_holds_what_gradients_are_exchanged_in(
+    tiny_recipe: Callable[..., Recipe], micro_batch_size: int
+) -> None:
+    """In place of the gradients, once the last micro-batch of a step has some."""
+    settings = {"batch_size": 8, "micro_batch_size": micro_batch_size}
+    recipe = tiny_recipe(adapter={"type": "full"}, training=settings)
+    config, _ = recipe.model.read_config()
+    target = find_target("T4", 2)
+    rows = assume_rows(recipe, "a test", is_flat=False)
+    rows = replace(rows, steps=[[rows.steps[0][0]] * (4 // micro_batch_size)])
+    alone = foresee(recipe, config, replace(target, number=1), rows).peaks
+    shared = foresee(recipe, config, target, rows).peaks
+    assert shared.keys() == alone.keys()
+    for segment, peak in shared.items():
+        before = alone[segment]
+        assert peak.total == sum(peak.kinds.values())
+        if segment.stage not in (FIRST, STEP, EVALUATION):
+            assert peak == before
+            continue
+        assert peak.kinds[BUCKETS] == peak.kinds[ADAPTER]
+        if segment.part == "update":
+            assert peak.total == before.total
+        elif micro_batch_size == 2:
+            assert peak.total == before.total + peak.kinds[BUCKETS]
+        elif segment.part == "backward":
+            assert peak.total <= before.total + peak.kinds[BUCKETS]
+            assert peak.kinds[GRADIENTS] == 0
 
 
 def choose_rows(_: LlamaMLP, rows: torch.Tensor) -> torch.Tensor:

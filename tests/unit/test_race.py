@@ -179,6 +179,7 @@ def test_a_busy_machine_is_noticed() -> None:
     seen = observed()
     seen.others_before = 0.5
     assert figures_of(seen)["is_busy"]
+    assert figures_of(seen)["others_share_most"] == 0.5
 
 
 def test_stolen_time_is_others_time() -> None:
@@ -221,6 +222,21 @@ def test_repetitions_give_medians_and_a_spread() -> None:
     assert found["is_busy"]
     assert (found["repetitions"], found["num_failed"]) == (3, 1)
     assert together([{"failed": "killed"}]) == {"failed": "killed", "repetitions": 0}
+
+
+def test_the_mark_names_the_most_that_others_had_in_or_before_a_run() -> None:
+    quiet, before, during = observed(), observed(), observed(others=0.3)
+    before.others_before = 0.4
+    found = together([figures_of(seen) for seen in (quiet, before, during)])
+    assert found["others_share"] == pytest.approx(0.0)  # the median
+    report = a_report()
+    report["races"][0]["results"]["ours"] |= {
+        name: found[name] for name in ("is_busy", "others_share", "others_share_most")
+    }
+    assert "| busy: others had up to 40% |" in as_markdown(report)
+    # A report of before it was stored.
+    del report["races"][0]["results"]["ours"]["others_share_most"]
+    assert "| busy |" in as_markdown(report)
 
 
 def test_the_fastest_of_those_that_ran() -> None:

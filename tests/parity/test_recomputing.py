@@ -1,0 +1,73 @@
+"""What is kept for the backward pass where layers are not computed as one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from qlora_cli.kernels.decoder_layer import FusedLayer
+from qlora_cli.kernels.means import Means
+from qlora_cli.model.adapters import Freeze
+from qlora_cli.recipe import Training
+from qlora_cli.speed import prepare_layers
+from tests.parity.tiny_layers import adapted, base, distance, learnt
+
+
+def last_layer_trained(folder: Path) -> tuple[Any, Any]:
+    """The first layer becomes one function, the last one cannot."""
+    inner = base("llama", folder / "base", torch.float32, "none")
+    return Freeze(last_layers=1).attach(inner), inner
+
+
+def one_layer_with_dropout(folder: Path) -> tuple[Any, Any]:
+    """Here too; the same elements are dropped when it is computed again."""
+    inner = base("llama", folder / "base", torch.float32, "none")
+    changes = {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}
+    return adapted(inner, ours=True, lora_dropout=0.3, **changes), inner
+
+
+def beyond_the_window(folder: Path) -> tuple[Any, Any]:
+    """Both do, and leave a document of 40 tokens to the layers that they replace."""
+    inner = base("mistral-window", folder / "base", torch.float32, "none")
+    return adapted(inner, ours=True), inner
+
+
+@pytest.mark.parametrize("checkpointing", [True, "mlp"])
+@pytest.mark.parametrize(
+    ("make", "number"),
+    [(last_layer_trained, 1), (one_layer_with_dropout, 1), (beyond_the_window, 2)],
+)
+def test_what_is_to_be_computed_again_is_not_kept(
+    tmp_path: Path, make: Any, number: int, checkpointing: Any
+) -> None:
+    def step(checkpointing: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
+        model, inner = make(tmp_path)
+        settings = Training(gradient_checkpointing=checkpointing)
+        means = Means.of(torch.device("cpu"), torch.float32)
+        prepare_layers(model, inner, settings, "fused", torch.float32, means)
+        assert sum(isinstance(one, FusedLayer) for one in inner.modules()) == number
+        weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def look(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        model.train()
+        torch.manual_seed(3)
+        with saved_tensors_hooks(look, lambda tensor: tensor):
+            loss, gradients = learnt(model, torch.float32)
+        return sum(kept.values()), loss, gradients
+
+    all_of_it, expected, gradients = step(False)
+    found_bytes, found, ours = step(checkpointing)
+    assert found_bytes < all_of_it / 2
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert distance(ours, gradients) < 1e-6

@@ -1,0 +1,45 @@
+"""What is advised when memory ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora_cli.guard import shorter
+from qlora_cli.types import Batch
+
+
+def end_to_end(*lengths: int) -> Batch:
+    ids = torch.ones(1, sum(lengths), dtype=torch.long)
+    return Batch(ids, None, ids, lengths)
+
+
+def padded(rows: int, length: int) -> Batch:
+    ids = torch.ones(rows, length, dtype=torch.long)
+    return Batch(ids, torch.ones_like(ids), ids)
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ([end_to_end(2048, 2048, 2048, 2048)], 1024),
+        ([end_to_end(100, 300), end_to_end(600)], 300),
+        ([padded(4, 500), padded(4, 900)], 450),
+        ([end_to_end(9, 9, 9)], None),
+    ],
+    ids=["full", "short", "padded", "no-shorter"],
+)
+def test_rows_are_to_be_half_as_long_as_the_longest(
+    batches: list[Batch], expected: int | None
+) -> None:
+    assert shorter(batches, max_length=2048, is_packed=False) == expected
+
+
+def test_packed_rows_are_as_long_as_they_may_be_whatever_is_in_them() -> None:
+    batch = end_to_end(*[64] * 32)
+    assert shorter([batch], max_length=2048, is_packed=True) == 1024
+
+
+def test_it_is_never_more_than_the_recipe_has() -> None:
+    # Virtual tokens come on top.
+    assert shorter([padded(1, 80)], max_length=32, is_packed=False) == 16
