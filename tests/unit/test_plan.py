@@ -331,13 +331,20 @@ def test_few_layers_say_what_many_take(
     assert few.trained_weights == whole.trained_weights
 
 
+PEFTS_OWN = {"r": 4, "layers_to_transform": [8]}
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {"adapter": {"rank_pattern": {"layers.3.self_attn.q_proj": 32}}},
         {"optimizer": {"groups": [{"match": r"layers\.8\.", "learning_rate": 1e-3}]}},
+        {"adapter": {"layers_to_transform": [6, 7]}},
+        {"adapter": {"type": "freeze", "last_layers": 3}},
+        {"adapter": {"type": "freeze", "last_layers": 0, "patterns": [r"layers\.8\."]}},
+        {"adapter": {"type": "peft", "peft_type": "miss", "config": PEFTS_OWN}},
     ],
-    ids=["ranks", "groups"],
+    ids=["ranks", "groups", "layers", "last layers", "patterns", "PEFT's own"],
 )
 def test_a_pattern_that_names_a_layer_is_traced_whole(
     tiny_recipe: Callable[..., Recipe], sections: dict[str, Any]
