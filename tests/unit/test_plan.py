@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.estimate import assume_rows, foresee_kernels
+from qlora_cli.fit import _different, _levels, with_changes
 from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.formula import FORMULA, RANGE, Layer, by_formula
 from qlora_cli.kernels.choice import Kernels
@@ -38,8 +40,9 @@ from qlora_cli.model.known import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
 from qlora_cli.plan_page import plan_page
-from qlora_cli.plan_text import plan_text
+from qlora_cli.plan_text import plan_text, set_line
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import LoadedRecipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import (
     ADAPTER,
@@ -507,6 +510,59 @@ def test_the_least_harmful_change_that_suffices_is_found(
     assert much_less["quantization.type"] == "nf4"
     assert not {"optimizer.type", "data.max_length"} & set(much_less)
     assert changes("1GiB") is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_card", "on_cpu"),
+    [
+        ("adamw", "paged_adamw_8bit", "adamw_8bit"),
+        ("adamw_8bit", "paged_adamw_8bit", None),
+        ("paged_adamw_32bit", "paged_adamw_8bit", "paged_adamw_8bit"),
+        ("paged_adamw_8bit", None, None),
+        ("lion", "paged_lion_8bit", "lion_8bit"),
+        ("lion_8bit", "paged_lion_8bit", None),
+        ("ademamix", "paged_ademamix_8bit", "ademamix_8bit"),
+        ("adafactor", None, None),
+        ("sgd", None, None),
+        ("schedule_free_adamw", None, None),
+        ("muon", None, None),
+    ],
+)
+def test_the_optimizer_stays_the_same_algorithm(
+    tiny_recipe: Callable[..., Recipe], optimizer: str, on_card: str | None, on_cpu: str | None
+) -> None:
+    recipe = tiny_recipe(optimizer={"type": optimizer})
+    for device, wanted in (("T4", on_card), ("cpu", on_cpu)):
+        *_, last = _levels(recipe, find_target(device))
+        assert last.get("optimizer.type") == wanted
+
+
+def test_the_line_that_fit_prints_gives_the_recipe_of_the_report(
+    load: Callable[..., LoadedRecipe], minimal: str
+) -> None:
+    text = f"""{minimal}
+optimizer:
+  type: adamw
+  learning_rate: 1e-5
+  weight_decay: 0.1
+  eps: 1e-9
+  beta2: 0.95
+  groups: [{{match: "it's|lora_A$", learning_rate: 3e-5}}]
+"""
+    recipe = load(text).recipe
+    wanted = {
+        "training.gradient_checkpointing": True,
+        "quantization.type": "nf4",
+        "optimizer.type": "paged_adamw_8bit",
+        "training.micro_batch_size": 1,
+    }
+    options = shlex.split(set_line(_different(recipe, wanted)))
+    assert options[::2] == ["--set"] * (len(options) // 2)
+    found = load(text, *options[1::2]).recipe
+    assert found == with_changes(recipe, wanted)
+    assert found.optimizer.learning_rate == 1e-5
+    assert found.optimizer.groups == recipe.optimizer.groups
+    assert _different(recipe, {"optimizer.type": "adamw"}) == {}
 
 
 def test_to_fit_a_device_its_memory_has_to_be_known(tiny_recipe: Callable[..., Recipe]) -> None:
