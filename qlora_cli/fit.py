@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
+from qlora_cli.data.prepare import TooManyLost
 from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import estimate
 from qlora_cli.optim.optimizers import lighter_twin
@@ -37,6 +38,8 @@ def fit_to(
 
     Returns:
         The changes (none if it fits as it is; None if nothing suffices), and the report with them.
+        Where rows cannot be cut further, as too many answers would be lost, the report of what was
+        tried last says so under "no_shorter".
 
     Raises:
         RecipeError: it is not known how much memory the device has.
@@ -56,7 +59,13 @@ def fit_to(
     for changes in _levels(recipe, target):
         sizes = _micro_batch_sizes(recipe)
         smallest = {**changes, "training.micro_batch_size": 1}
-        report = tried(smallest)
+        try:
+            report = tried(smallest)
+        except TooManyLost as error:
+            if "data.max_length" not in changes:
+                raise  # the recipe itself loses them
+            length, why = changes["data.max_length"], str(error).splitlines()[0]
+            return None, {**report, "no_shorter": f"data.max_length {length}: {why}"}
         if not _fits(report):
             continue
         # The largest micro-batch that still fits is the fastest.

@@ -143,8 +143,10 @@ def _changes(report: Mapping[str, Any]) -> list[str]:
         return []
     changes = report["changes"]
     if changes is None:
+        shorter = report.get("no_shorter")
         return [
             "nothing that --fit may change makes it fit for sure; this is the least that was tried",
+            *([f"rows cannot be shorter: {shorter}"] if shorter else []),
             "take a smaller model, or more memory",
         ]
     if not changes:

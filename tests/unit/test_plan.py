@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batches import full_batch
-from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.errors import DataError, ModelError, RecipeError
 from qlora_cli.estimate import assume_rows, foresee_kernels
 from qlora_cli.fit import _different, _levels, with_changes
 from qlora_cli.forecast import Forecast, forecast
@@ -563,6 +563,23 @@ optimizer:
     assert found.optimizer.learning_rate == 1e-5
     assert found.optimizer.groups == recipe.optimizer.groups
     assert _different(recipe, {"optimizer.type": "adamw"}) == {}
+
+
+def test_rows_are_not_cut_below_what_may_be_lost(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "a" * 600}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "long.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 4, encoding="utf-8")
+    data = {"train": {"path": str(path)}, "evaluation": None, "max_length": 1024}
+    report = plan(tiny_recipe(data=data, training={"precision": "auto"}), device="0.1GiB", fit=True)
+    assert report["changes"] is None
+    assert report["rows"]["micro_batches"][0][0][1] > 600
+    assert report["no_shorter"].startswith("data.max_length 512: ")
+    assert "rows cannot be shorter: data.max_length 512" in plan_text(report)
+    # What the recipe itself loses is an error, as it is in a run.
+    with pytest.raises(DataError, match="answers are lost"):
+        plan(tiny_recipe(data={**data, "max_length": 256}), device="0.1GiB", fit=True)
 
 
 def test_to_fit_a_device_its_memory_has_to_be_known(tiny_recipe: Callable[..., Recipe]) -> None:
