@@ -38,7 +38,7 @@ from qlora_cli.kernels.choice import Kernels
 from qlora_cli.kernels.means import Means
 from qlora_cli.model.known import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan import plan
+from qlora_cli.plan import plan, plan_table
 from qlora_cli.plan_page import plan_page
 from qlora_cli.plan_text import plan_text, set_line
 from qlora_cli.recipe import Recipe
@@ -931,3 +931,27 @@ def test_a_table_compares_methods(
         assert len(sizes) == 4
         assert sizes == sorted(sizes)
     assert report["methods"]["full"]["512"]["tensors"] > report["methods"]["LoRA"]["512"]["tensors"]
+
+
+def test_a_table_is_made_of_a_recipe_whose_groups_are_those_of_its_adapter(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_cli.plan.LENGTHS", (64,))
+    group = {"match": "lora_A", "learning_rate": 1e-3}
+    recipe = tiny_recipe(optimizer={"type": "adamw", "lora_plus_ratio": 16, "groups": [group]})
+    methods = plan_table(recipe, device="24GiB")["methods"]
+    sizes = {method: cells[64]["tensors"] for method, cells in methods.items()}
+    assert sizes["full"] > sizes["LoRA"] > sizes["QLoRA"] > 0
+
+
+@pytest.mark.parametrize("option", ["--fit", "--gpus", "--html"])
+def test_what_a_table_would_drop_is_refused_beside_it(
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    option: str,
+) -> None:
+    values: dict[str, list[object]] = {"--gpus": [2], "--html": [tmp_path / "plan.html"]}
+    value = values.get(option, [])
+    assert exit_code("plan", write_recipe(), "--device", "24GiB", "--table", option, *value) == 2
+    assert f"{option}: a table " in capsys.readouterr().err
