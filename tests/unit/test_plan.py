@@ -54,7 +54,7 @@ from qlora_cli.trace.count import (
     Segment,
 )
 from qlora_cli.trace.devices import find_target, known_card
-from qlora_cli.trace.kernels import make_constants
+from qlora_cli.trace.kernels import Device, make_constants
 from qlora_cli.trace.model import hold_model, outline
 from qlora_cli.trace.tensor import TracedTensor, refuse_decisions
 from qlora_cli.train import train
@@ -363,6 +363,43 @@ def test_a_pattern_that_names_a_layer_is_traced_whole(
         held_out=None,
     )
     assert found.traced_layers == (9,)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_in_8_bit_are_counted(tiny_recipe: Callable[..., Recipe], device: Device) -> None:
+    def operations(quantization: str) -> int:
+        found = forecast(
+            tiny_recipe(quantization={"type": quantization}),
+            LlamaConfig(num_hidden_layers=3, **WIDE),
+            torch.bfloat16,
+            device=device,
+            steps=[[full, full]],
+            held_out=None,
+            kernels="plain",
+        )
+        return found.flops[STEP]
+
+    full = full_batch(2, 64, is_flat=False)
+    assert operations("int8") == pytest.approx(operations("none"), rel=0.02)
+
+
+def test_products_of_experts_are_counted(tiny_recipe: Callable[..., Recipe]) -> None:
+    def operations(per_token: int) -> int:
+        config = Qwen3MoeConfig(
+            num_hidden_layers=1, moe_intermediate_size=128, num_experts=8,
+            num_experts_per_tok=per_token, **WIDE,
+        )  # fmt: skip
+        recipe = tiny_recipe(adapter={"target_modules": ["q_proj"]})
+        found = forecast(
+            recipe, config, torch.bfloat16, device="cpu",
+            steps=[[full]], held_out=None, kernels="plain",
+        )  # fmt: skip
+        return found.flops[STEP]
+
+    full = full_batch(1, 64, is_flat=False)
+    one, two = operations(1), operations(2)
+    # Forward and back (to the input alone): gate, up and down of one more expert for each token.
+    assert two - one == 2 * 2 * 64 * 3 * 256 * 128
 
 
 # As their makers state them (safetensors' index, or the model card).
