@@ -548,6 +548,13 @@ def test_a_card_is_known_by_the_words_of_its_name(
     assert (found and found.name) == card
 
 
+def test_bf16_by_name_is_refused_for_a_card_without_it(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(training={"precision": "bf16"})
+    with pytest.raises(RecipeError, match="bf16 was asked for, and T4 has none"):
+        plan(recipe, device="T4")
+    assert plan(recipe, device="A10")["fits"]["verdict"] == "yes"
+
+
 def test_the_least_harmful_change_that_suffices_is_found(
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
