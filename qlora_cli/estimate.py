@@ -40,6 +40,7 @@ from qlora_cli.trace.count import (
 from qlora_cli.trace.devices import Target
 from qlora_cli.trace.model import outline
 from qlora_cli.types import Batch
+from qlora_cli.world import no_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -190,8 +191,14 @@ def foresee_kernels(
 
 
 def compute_dtype(recipe: Recipe, target: Target) -> torch.dtype:
-    """What `training.precision` means on a device."""
+    """What `training.precision` means on a device.
+
+    Raises:
+        RecipeError: bf16 was asked for by name and the device computes in none.
+    """
     precision = recipe.training.precision
+    if precision == "bf16" and not target.has_bfloat16:
+        raise no_bfloat16(target.name)
     if precision == "auto" and target.kind == "cuda":
         precision = "bf16" if target.has_bfloat16 else "fp16"
     return recipe.quantization.compute_in(Alone().compute_dtype(precision))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from qlora_cli.data.prepare import TooManyLost
 from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import estimate
-from qlora_cli.optim.optimizers import AdamW8bit
+from qlora_cli.optim.optimizers import lighter_twin
+from qlora_cli.part import Part
 from qlora_cli.recipe import Recipe
 from qlora_cli.trace.devices import Target
 
@@ -28,13 +30,16 @@ def fit_to(
     1. `micro_batch_size`, and 2. `gradient_checkpointing`: the result stays the same.
     3. `attention`: the same but for rounding.
     4. `quantization`: the base is held in 8, then in 4 bits; the adapter makes up for it.
-    5. the optimizer: its states in 8 bits, and (on CUDA) on the host when the card is full.
+    5. the optimizer: its states in 8 bits, and (on CUDA) on the host when the card is full. It
+       stays the same algorithm; where that has no such form, nothing is changed.
     6. `max_length`: rows are cut. What is learnt changes.
 
     Of each kind the smallest change is taken that suffices together with those before it.
 
     Returns:
         The changes (none if it fits as it is; None if nothing suffices), and the report with them.
+        Where rows cannot be cut further, as too many answers would be lost, the report of what was
+        tried last says so under "no_shorter".
 
     Raises:
         RecipeError: it is not known how much memory the device has.
@@ -54,7 +59,13 @@ def fit_to(
     for changes in _levels(recipe, target):
         sizes = _micro_batch_sizes(recipe)
         smallest = {**changes, "training.micro_batch_size": 1}
-        report = tried(smallest)
+        try:
+            report = tried(smallest)
+        except TooManyLost as error:
+            if "data.max_length" not in changes:
+                raise  # the recipe itself loses them
+            length, why = changes["data.max_length"], str(error).splitlines()[0]
+            return None, {**report, "no_shorter": f"data.max_length {length}: {why}"}
         if not _fits(report):
             continue
         # The largest micro-batch that still fits is the fastest.
@@ -96,7 +107,8 @@ def settle(recipe: Recipe, config: PretrainedConfig, target: Target) -> Recipe:
 
 
 def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values. A section that becomes another `type` has its defaults."""
+    """The recipe with other values. A section that becomes another `type` keeps the settings that
+    this type has too; all else is its default."""
     document = recipe.model_dump(mode="json")
     for key, value in changes.items():
         *path, name = key.split(".")
@@ -104,15 +116,18 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
         for part in path:
             section = section[part]
         if name == "type" and section["type"] != value:
-            same = {
-                "learning_rate", "weight_decay", "groups", "lora_plus_ratio", "beta1", "beta2",
-                "eps",
-            }  # fmt: skip
-            kept = {k: v for k, v in section.items() if k in same}
+            known = _kind(path[0], value).model_fields
+            kept = {k: v for k, v in section.items() if k in known}
             section.clear()
             section.update(kept)
         section[name] = value
     return Recipe.model_validate(document)
+
+
+def _kind(section: str, name: str) -> type[Part]:
+    """The class of a section that has this `type`."""
+    kinds: tuple[type[Part], ...] = get_args(Recipe.model_fields[section].annotation)
+    return next(kind for kind in kinds if kind.model_fields["type"].default == name)
 
 
 def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
@@ -134,11 +149,8 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
     if "nf4" not in refused and recipe.quantization.type not in ("nf4", "fp4"):
         changes["quantization.type"] = "nf4"
         yield dict(changes)
-    is_smaller = recipe.optimizer.state_bytes > AdamW8bit.state_bytes
-    is_paged_now = target.kind == "cuda" and not recipe.optimizer.is_paged
-    if is_smaller or is_paged_now:
-        optimizer = "paged_adamw_8bit" if target.kind == "cuda" else "adamw_8bit"
-        changes["optimizer.type"] = optimizer
+    if twin := lighter_twin(recipe.optimizer, pages=target.kind == "cuda"):
+        changes["optimizer.type"] = twin.model_fields["type"].default
         yield dict(changes)
     length = recipe.data.max_length // 2
     while length >= _SHORTEST:
@@ -159,13 +171,21 @@ def _fits(report: dict[str, Any]) -> bool:
 
 
 def _different(recipe: Recipe, changes: Changes) -> Changes:
-    """Without the changes that change nothing."""
-    document = recipe.model_dump(mode="json")
+    """Without the changes that change nothing, but with what a section is to be told again.
 
-    def now(key: str) -> Any:
-        value = document
-        for part in key.split("."):
-            value = value[part]
-        return value
-
-    return {key: value for key, value in changes.items() if now(key) != value}
+    `--set optimizer.type=...` of another type replaces the section of a file, and with it what the
+    file says there.
+    """
+    before = recipe.model_dump(mode="json")
+    after = with_changes(recipe, changes).model_dump(mode="json")
+    found = {}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        if before[section][name] == value:
+            continue
+        found[key] = value
+        if name == "type":
+            defaults = _kind(section, value)().model_dump(mode="json")
+            told = {k: v for k, v in after[section].items() if v != defaults[k]}
+            found |= {f"{section}.{k}": v for k, v in told.items()}
+    return found

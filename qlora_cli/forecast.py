@@ -245,14 +245,25 @@ def _period(text: PretrainedConfig) -> int | None:
 
 
 def _names_layers(recipe: Recipe) -> bool:
-    """Whether layers may differ in adapter or optimizer: by a pattern, or a number in a name."""
-    values = recipe.adapter.model_dump(
-        include={"target_modules", "exclude_modules", "modules_to_save"}
-    )
-    patterns = recipe.adapter.model_dump(include={"rank_pattern", "alpha_pattern"})
-    names = str([value for value in values.values() if value != "all-linear"])
-    names += str([group.match for group in recipe.optimizer.groups])
-    return any(patterns.values()) or any(character.isdigit() for character in names)
+    """Whether layers may differ in adapter or optimizer: by a pattern, or by a number.
+
+    A name with a number may be that of one layer. Of PEFT's own settings, those that choose layers
+    or modules count whatever they say.
+    """
+    adapter = recipe.adapter.model_dump(include=_CHOICES)
+    named = [value for value in adapter.values() if value != "all-linear"]
+    named += [group.match for group in recipe.optimizer.groups]
+    settings = recipe.adapter.model_dump(include={"rank_pattern", "alpha_pattern"})
+    own = recipe.adapter.model_dump(include={"config"}).get("config", {})
+    settings |= {k: v for k, v in own.items() if "layers" in k or "pattern" in k or "modules" in k}
+    return any(settings.values()) or any(character.isdigit() for character in str(named))
+
+
+_CHOICES = {
+    "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save",
+    "layers_to_transform", "last_layers", "patterns",
+}  # fmt: skip
+"""Settings of adapters that choose where they are."""
 
 
 def _shortened(config: PretrainedConfig, size: int) -> PretrainedConfig:

@@ -39,6 +39,9 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
     target = find_target(device)
     config, source = recipe.model.read_config()
     document = recipe.model_dump(mode="json")
+    # What of the adapter has a learning rate of its own takes the same memory, and in full training
+    # there is no such thing.
+    document["optimizer"] |= {"groups": [], "lora_plus_ratio": None}
     if not isinstance(recipe.adapter, LoRA):
         document["adapter"] = {"type": "lora"}
     methods: dict[str, dict[int, dict[str, Any]]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,8 +143,10 @@ def _changes(report: Mapping[str, Any]) -> list[str]:
         return []
     changes = report["changes"]
     if changes is None:
+        shorter = report.get("no_shorter")
         return [
             "nothing that --fit may change makes it fit for sure; this is the least that was tried",
+            *([f"rows cannot be shorter: {shorter}"] if shorter else []),
             "take a smaller model, or more memory",
         ]
     if not changes:
@@ -151,9 +155,9 @@ def _changes(report: Mapping[str, Any]) -> list[str]:
 
 
 def set_line(changes: Mapping[str, Any]) -> str:
-    """What to add to a command line."""
-    values = {key: str(v).lower() if isinstance(v, bool) else v for key, v in changes.items()}
-    return " ".join(f"--set {key}={value}" for key, value in values.items())
+    """What to add to a command line of a shell."""
+    values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()}
+    return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
 
 
 def _host(host: Mapping[str, int]) -> list[str]:

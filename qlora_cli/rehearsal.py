@@ -97,6 +97,7 @@ def rehearse(
     objective.train()
     with _told(count, base, model, optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
+            gc.collect()  # of what is in cycles, some more would be alive here or not, by chance
             with count.stage(stage):
                 train_step(
                     objective,

@@ -95,10 +95,7 @@ class World:
         if precision == "auto":
             return self._best_dtype()
         if precision == "bf16" and not self._has_bfloat16():
-            raise RecipeError(
-                f"training.precision: bf16 was asked for, and this {self.device.type} has none",
-                hint="--set training.precision=auto takes the best that the device has",
-            )
+            raise no_bfloat16(f"this {self.device.type}")
         return next(dtype for dtype, name in PRECISIONS.items() if name == precision)
 
     def _best_dtype(self) -> torch.dtype:
@@ -124,6 +121,14 @@ class World:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def no_bfloat16(device: str) -> RecipeError:
+    """What to raise where bf16 was asked for by name and a device has none."""
+    return RecipeError(
+        f"training.precision: bf16 was asked for, and {device} has none",
+        hint="--set training.precision=auto takes the best that the device has",
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -86,21 +86,35 @@ def process(report: dict[str, Any]) -> tuple[float, float]:
 def say_full(reports: list[dict[str, Any]]) -> str:
     wide, narrow, quantized = (r["peak"]["bytes"] / GB for r in reports)
     weights = reports[0]["model"]["weights"]
+    low, high = (reports[2]["process"][end] / GB for end in ("low", "high"))
     return (
         f"84 GB are 12 bytes for each of {weights:,} weights and some more: weights and gradients "
         "in 16 bit, two states in 32 bit, without activations. This program trains weights in 32 "
         f"bit, which keeps small updates: {wide:.0f} GB, or {narrow:.0f} GB with states in 8 bit. "
-        f"QLoRA takes {quantized:.1f} GB of tensors with 2,048 tokens at a time, so about 14 GB "
-        f"{'holds' if quantized < 14 else 'does not hold'}, and leaves room for more rows."
+        f"QLoRA takes {quantized:.1f} GB of tensors with 2,048 tokens at a time, and {low:.1f} to "
+        f"{high:.1f} GB in all, so about 14 GB "
+        + ('holds as "up to", and leaves room for more rows.' if high < 14 else "does not hold.")
     )
 
 
 def say_range(low: float, high: float) -> Callable[[list[dict[str, Any]]], str]:
+    """Of a claim that is a range, in GB."""
+
     def say(reports: list[dict[str, Any]]) -> str:
-        least, most = min(process(r)[0] for r in reports), max(process(r)[1] for r in reports)
-        words = "holds for these recipes" if low <= most <= high else "depends on the recipe"
+        ends = [(r["process"]["low"] / GB, r["process"]["high"] / GB) for r in reports]
+        least, most = min(end[0] for end in ends), max(end[1] for end in ends)
+        # The recipes are in the order of their tokens at a time.
+        inside = sum(end[1] <= high for end in ends)
+        if inside < len(ends):
+            surely = ends[-1][0] > high
+            words = f"{'does' if surely else 'may'} not hold for the largest of these recipes"
+            words += f" ({inside} of {len(ends)} take less for sure)"
+        elif least < low:
+            words = f'holds for these recipes as "up to {high:.0f} GB"; less is enough'
+        else:
+            words = "holds for these recipes"
         return (
-            f"The claim {words}: {least:.1f} to {most:.1f} GiB for the process, against "
+            f"The claim {words}: {least:.1f} to {most:.1f} GB for the process, against "
             f"{low:.0f} to {high:.0f} GB. What decides is how many tokens there are at a time."
         )
 
@@ -128,9 +142,9 @@ def say_share(reports: list[dict[str, Any]]) -> str:
 
 
 def say_file(reports: list[dict[str, Any]]) -> str:
-    sizes = [r["adapter_bytes"] / 2**20 for r in reports]
+    sizes = [r["adapter_bytes"] / 10**6 for r in reports]
     return (
-        f"From {min(sizes):,.0f} to {max(sizes):,.0f} MiB, in 32 bit as they are written here: "
+        f"From {min(sizes):,.0f} to {max(sizes):,.0f} MB, in 32 bit as they are written here: "
         "about 100 MB is the order for a 7B model and a small rank, and grows with the rank."
     )
 

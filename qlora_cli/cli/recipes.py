@@ -140,9 +140,8 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.plan import plan, plan_table, write_page
 
-    if table and html is not None:
-        raise RecipeError("--html: a table has no picture; leave one of both out")
     if table:
+        _refuse_beside_table(html=html is not None, fit=fit, gpus=gpus > 1)
         report = plan_table(loaded.recipe, device=device)
         show(report, as_json, table_text(report))
     else:
@@ -150,6 +149,16 @@ def plan(
         if html is not None:
             write_page(report, html, title=f"Plan of {recipe.name}")
         show(report, as_json, plan_text(report))
+
+
+def _refuse_beside_table(**given: bool) -> None:
+    why = {
+        "html": "a table has no picture",
+        "fit": "a table is of the methods as they are",
+        "gpus": "a table is for one device",
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise RecipeError(f"--{name}: {why[name]}; leave --{name} or --table out")
 
 
 def show_cache(

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ class _Optimizer(Part):
     unpaged: ClassVar[type[_Optimizer] | None] = None
     """What a paged one is where nothing can be paged. (On CUDA, its states of 100,000 values or
     more are in memory that the host and the card share.)"""
+    in_32_bit: ClassVar[type[_Optimizer] | None] = None
+    """The same algorithm with states in 32 bit, of one that has them in 8."""
     is_schedule_free: ClassVar[bool] = False
     """It averages the weights over the steps, in place of a learning rate that falls."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -128,6 +130,7 @@ class AdamW8bit(_AdamW):
     type: Literal["adamw_8bit"] = "adamw_8bit"
     in_bitsandbytes = "AdamW8bit"
     state_bytes = 2 + _IN_8_BIT
+    in_32_bit = AdamW
 
 
 class PagedAdamW32bit(_AdamW):
@@ -145,6 +148,7 @@ class PagedAdamW8bit(_AdamW):
     in_bitsandbytes = "PagedAdamW8bit"
     state_bytes = AdamW8bit.state_bytes
     unpaged = AdamW8bit
+    in_32_bit = PagedAdamW32bit
 
 
 class _Lion(_Optimizer):
@@ -176,6 +180,7 @@ class Lion8bit(_Lion):
     type: Literal["lion_8bit"] = "lion_8bit"
     in_bitsandbytes = "Lion8bit"
     state_bytes = 1 + _IN_8_BIT
+    in_32_bit = Lion
 
 
 class PagedLion32bit(_Lion):
@@ -193,6 +198,7 @@ class PagedLion8bit(_Lion):
     in_bitsandbytes = "PagedLion8bit"
     state_bytes = Lion8bit.state_bytes
     unpaged = Lion8bit
+    in_32_bit = PagedLion32bit
 
 
 class _AdEMAMix(_AdamW):
@@ -229,6 +235,7 @@ class AdEMAMix8bit(_AdEMAMix):
     type: Literal["ademamix_8bit"] = "ademamix_8bit"
     in_bitsandbytes = "AdEMAMix8bit"
     state_bytes = 3 + _IN_8_BIT
+    in_32_bit = AdEMAMix
 
 
 class PagedAdEMAMix32bit(_AdEMAMix):
@@ -246,6 +253,7 @@ class PagedAdEMAMix8bit(_AdEMAMix):
     in_bitsandbytes = "PagedAdEMAMix8bit"
     state_bytes = AdEMAMix8bit.state_bytes
     unpaged = AdEMAMix8bit
+    in_32_bit = PagedAdEMAMix32bit
 
 
 class Adafactor(_Optimizer):
@@ -414,3 +422,18 @@ OptimizerConfig = Annotated[
     | Muon,
     Field(discriminator="type"),
 ]
+
+
+def lighter_twin(optimizer: OptimizerConfig, *, pages: bool) -> type[_Optimizer] | None:
+    """The same algorithm with its states in 8 bit, and paged where that is possible; None if there
+    is none whose states take less.
+
+    Args:
+        pages: whether states can move to the host.
+    """
+    kinds: tuple[type[_Optimizer], ...] = get_args(get_args(OptimizerConfig)[0])
+    found: type[_Optimizer] = type(optimizer)
+    found = next((kind for kind in kinds if kind.in_32_bit is found), found)
+    if pages:
+        found = next((kind for kind in kinds if kind.unpaged is found), found)
+    return None if found is type(optimizer) else found

@@ -306,6 +306,14 @@ def _product(one: Tensor, other: Tensor, *_: Any) -> int:
     return 2 * one.numel() * other.shape[-1]
 
 
+def _grouped(one: Tensor, other: Tensor, *_: Any) -> int:
+    """Each row (or column) is multiplied by the matrix of its group: (T, k) by (G, k, m), (G, n, k)
+    by (k, T), or (n, T) by (T, m), where it is summed by group."""
+    if one.dim() > other.dim():
+        return 2 * other.numel() * one.shape[-2]
+    return _product(one, other)
+
+
 def _attention(query: Tensor, key: Tensor, *_: Any) -> int:
     """Two products with all pairs of tokens; a causal kernel may leave half of them out."""
     return 4 * query.numel() * key.shape[-2]
@@ -320,6 +328,8 @@ def _attention_at_once(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, 
 _WORK: dict[str, Callable[..., int]] = {
     "aten::mm": _product,
     "aten::bmm": _product,
+    "aten::_int_mm": _product,
+    "aten::_grouped_mm": _grouped,
     **dict.fromkeys(
         ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"),
         lambda _, one, other, *__: _product(one, other),

@@ -107,8 +107,33 @@ def this_card() -> Target | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    known = next((c for c in CARDS if _plain(c.name) in _plain(found.name)), None)
     name, memory = found.name, found.total_memory
+    known = known_card(name, memory)
     if known is not None:
         return replace(known, name=name, memory_bytes=memory)
     return Target(name, "cuda", memory, has_bfloat16=torch.cuda.is_bf16_supported())
+
+
+_OTHERS = {"ti", "super", "laptop", "mobile", "d"}
+"""Words with which a name is that of another card."""
+
+
+def known_card(name: str, memory_bytes: int) -> Target | None:
+    """The card that a driver calls by this name, such as `NVIDIA A100-SXM4-80GB`; None if it is not
+    in the table.
+
+    Each word of the table's name has to be there: an A100 is no A10. Of cards that differ in their
+    memory alone it is the nearest.
+    """
+    words = _words(name)
+    found = [
+        card
+        for card in CARDS
+        if (own := _words(card.name)) <= words and not (words - own) & _OTHERS
+    ]
+    return min(found, key=lambda card: abs((card.memory_bytes or 0) - memory_bytes), default=None)
+
+
+def _words(name: str) -> set[str]:
+    """Without the size of the memory, which some names have and some have not."""
+    return {w for w in re.findall(r"[a-z0-9]+", name.lower()) if not re.fullmatch(r"\d+gb", w)}

@@ -125,9 +125,10 @@ def _multiply_int8(
     outliers: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The product in 32-bit integers, then in float16, then in the dtype of the rows."""
+    """The product in 32-bit integers, then in float16, then in the dtype of the rows. Those in 16
+    bit (`rows`) are for columns of outliers, which are few."""
     shape = (*quantized.shape[:-1], weight.shape[0])
-    integers = rows.new_empty(shape, dtype=torch.int32)
+    integers = torch._int_mm(quantized.flatten(0, -2), weight.t()).view(shape)
     half = torch.empty_like(integers, dtype=torch.float16)
     del integers
     return half.to(rows.dtype), rows.new_empty(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,18 +29,20 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batches import full_batch
-from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.errors import DataError, ModelError, RecipeError
 from qlora_cli.estimate import assume_rows, foresee, foresee_kernels
+from qlora_cli.fit import _different, _levels, with_changes
 from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.formula import FORMULA, RANGE, Layer, by_formula
 from qlora_cli.kernels.choice import Kernels
 from qlora_cli.kernels.means import Means
 from qlora_cli.model.known import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan import plan
+from qlora_cli.plan import plan, plan_table
 from qlora_cli.plan_page import plan_page
-from qlora_cli.plan_text import plan_text
+from qlora_cli.plan_text import plan_text, set_line
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe_file import LoadedRecipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import (
     ADAPTER,
@@ -51,8 +54,8 @@ from qlora_cli.trace.count import (
     CountedHost,
     Segment,
 )
-from qlora_cli.trace.devices import find_target
-from qlora_cli.trace.kernels import make_constants
+from qlora_cli.trace.devices import find_target, known_card
+from qlora_cli.trace.kernels import Device, make_constants
 from qlora_cli.trace.model import hold_model, outline
 from qlora_cli.trace.tensor import TracedTensor, refuse_decisions
 from qlora_cli.train import train
@@ -332,13 +335,20 @@ def test_few_layers_say_what_many_take(
     assert few.trained_weights == whole.trained_weights
 
 
+PEFTS_OWN = {"r": 4, "layers_to_transform": [8]}
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {"adapter": {"rank_pattern": {"layers.3.self_attn.q_proj": 32}}},
         {"optimizer": {"groups": [{"match": r"layers\.8\.", "learning_rate": 1e-3}]}},
+        {"adapter": {"layers_to_transform": [6, 7]}},
+        {"adapter": {"type": "freeze", "last_layers": 3}},
+        {"adapter": {"type": "freeze", "last_layers": 0, "patterns": [r"layers\.8\."]}},
+        {"adapter": {"type": "peft", "peft_type": "miss", "config": PEFTS_OWN}},
     ],
-    ids=["ranks", "groups"],
+    ids=["ranks", "groups", "layers", "last layers", "patterns", "PEFT's own"],
 )
 def test_a_pattern_that_names_a_layer_is_traced_whole(
     tiny_recipe: Callable[..., Recipe], sections: dict[str, Any]
@@ -354,6 +364,43 @@ def test_a_pattern_that_names_a_layer_is_traced_whole(
         held_out=None,
     )
     assert found.traced_layers == (9,)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_in_8_bit_are_counted(tiny_recipe: Callable[..., Recipe], device: Device) -> None:
+    def operations(quantization: str) -> int:
+        found = forecast(
+            tiny_recipe(quantization={"type": quantization}),
+            LlamaConfig(num_hidden_layers=3, **WIDE),
+            torch.bfloat16,
+            device=device,
+            steps=[[full, full]],
+            held_out=None,
+            kernels="plain",
+        )
+        return found.flops[STEP]
+
+    full = full_batch(2, 64, is_flat=False)
+    assert operations("int8") == pytest.approx(operations("none"), rel=0.02)
+
+
+def test_products_of_experts_are_counted(tiny_recipe: Callable[..., Recipe]) -> None:
+    def operations(per_token: int) -> int:
+        config = Qwen3MoeConfig(
+            num_hidden_layers=1, moe_intermediate_size=128, num_experts=8,
+            num_experts_per_tok=per_token, **WIDE,
+        )  # fmt: skip
+        recipe = tiny_recipe(adapter={"target_modules": ["q_proj"]})
+        found = forecast(
+            recipe, config, torch.bfloat16, device="cpu",
+            steps=[[full]], held_out=None, kernels="plain",
+        )  # fmt: skip
+        return found.flops[STEP]
+
+    full = full_batch(1, 64, is_flat=False)
+    one, two = operations(1), operations(2)
+    # Forward and back (to the input alone): gate, up and down of one more expert for each token.
+    assert two - one == 2 * 2 * 64 * 3 * 256 * 128
 
 
 # As their makers state them (safetensors' index, or the model card).
@@ -475,6 +522,40 @@ def test_an_unknown_device_is_refused() -> None:
         find_target("abacus")
 
 
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "card"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79, "A100"),
+        ("NVIDIA A100-PCIE-40GB", 39, "A100 40GB"),
+        ("Tesla V100-SXM2-16GB", 16, "V100 16GB"),
+        ("NVIDIA A10", 22, "A10"),
+        ("NVIDIA A10G", 22, "A10G"),
+        ("NVIDIA L4", 22, "L4"),
+        ("NVIDIA L40S", 44, "L40S"),
+        ("NVIDIA A40", 44, "A40"),
+        ("NVIDIA RTX A4000", 16, None),
+        ("NVIDIA RTX A6000", 47, "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", 47, "RTX 6000 Ada"),
+        ("NVIDIA GeForce RTX 4090", 23, "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 23, None),
+        ("NVIDIA H100 80GB HBM3", 79, "H100"),
+    ],
+)
+def test_a_card_is_known_by_the_words_of_its_name(
+    name: str, gibibytes: int, card: str | None
+) -> None:
+    found = known_card(name, gibibytes * 2**30)
+    assert (found and found.name) == card
+
+
+def test_bf16_by_name_is_refused_for_a_card_without_it(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(training={"precision": "bf16"})
+    with pytest.raises(RecipeError, match="bf16 was asked for, and T4 has none"):
+        plan(recipe, device="T4")
+    assert plan(recipe, device="A10")["fits"]["verdict"] == "yes"
+
+
 def test_the_least_harmful_change_that_suffices_is_found(
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
@@ -501,6 +582,76 @@ def test_the_least_harmful_change_that_suffices_is_found(
     assert much_less["quantization.type"] == "nf4"
     assert not {"optimizer.type", "data.max_length"} & set(much_less)
     assert changes("1GiB") is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_card", "on_cpu"),
+    [
+        ("adamw", "paged_adamw_8bit", "adamw_8bit"),
+        ("adamw_8bit", "paged_adamw_8bit", None),
+        ("paged_adamw_32bit", "paged_adamw_8bit", "paged_adamw_8bit"),
+        ("paged_adamw_8bit", None, None),
+        ("lion", "paged_lion_8bit", "lion_8bit"),
+        ("lion_8bit", "paged_lion_8bit", None),
+        ("ademamix", "paged_ademamix_8bit", "ademamix_8bit"),
+        ("adafactor", None, None),
+        ("sgd", None, None),
+        ("schedule_free_adamw", None, None),
+        ("muon", None, None),
+    ],
+)
+def test_the_optimizer_stays_the_same_algorithm(
+    tiny_recipe: Callable[..., Recipe], optimizer: str, on_card: str | None, on_cpu: str | None
+) -> None:
+    recipe = tiny_recipe(optimizer={"type": optimizer})
+    for device, wanted in (("T4", on_card), ("cpu", on_cpu)):
+        *_, last = _levels(recipe, find_target(device))
+        assert last.get("optimizer.type") == wanted
+
+
+def test_the_line_that_fit_prints_gives_the_recipe_of_the_report(
+    load: Callable[..., LoadedRecipe], minimal: str
+) -> None:
+    text = f"""{minimal}
+optimizer:
+  type: adamw
+  learning_rate: 1e-5
+  weight_decay: 0.1
+  eps: 1e-9
+  beta2: 0.95
+  groups: [{{match: "it's|lora_A$", learning_rate: 3e-5}}]
+"""
+    recipe = load(text).recipe
+    wanted = {
+        "training.gradient_checkpointing": True,
+        "quantization.type": "nf4",
+        "optimizer.type": "paged_adamw_8bit",
+        "training.micro_batch_size": 1,
+    }
+    options = shlex.split(set_line(_different(recipe, wanted)))
+    assert options[::2] == ["--set"] * (len(options) // 2)
+    found = load(text, *options[1::2]).recipe
+    assert found == with_changes(recipe, wanted)
+    assert found.optimizer.learning_rate == 1e-5
+    assert found.optimizer.groups == recipe.optimizer.groups
+    assert _different(recipe, {"optimizer.type": "adamw"}) == {}
+
+
+def test_rows_are_not_cut_below_what_may_be_lost(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "a" * 600}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "long.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 4, encoding="utf-8")
+    data = {"train": {"path": str(path)}, "evaluation": None, "max_length": 1024}
+    report = plan(tiny_recipe(data=data, training={"precision": "auto"}), device="0.1GiB", fit=True)
+    assert report["changes"] is None
+    assert report["rows"]["micro_batches"][0][0][1] > 600
+    assert report["no_shorter"].startswith("data.max_length 512: ")
+    assert "rows cannot be shorter: data.max_length 512" in plan_text(report)
+    # What the recipe itself loses is an error, as it is in a run.
+    with pytest.raises(DataError, match="answers are lost"):
+        plan(tiny_recipe(data={**data, "max_length": 256}), device="0.1GiB", fit=True)
 
 
 def test_to_fit_a_device_its_memory_has_to_be_known(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -855,3 +1006,27 @@ def test_a_table_compares_methods(
         assert len(sizes) == 4
         assert sizes == sorted(sizes)
     assert report["methods"]["full"]["512"]["tensors"] > report["methods"]["LoRA"]["512"]["tensors"]
+
+
+def test_a_table_is_made_of_a_recipe_whose_groups_are_those_of_its_adapter(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_cli.plan.LENGTHS", (64,))
+    group = {"match": "lora_A", "learning_rate": 1e-3}
+    recipe = tiny_recipe(optimizer={"type": "adamw", "lora_plus_ratio": 16, "groups": [group]})
+    methods = plan_table(recipe, device="24GiB")["methods"]
+    sizes = {method: cells[64]["tensors"] for method, cells in methods.items()}
+    assert sizes["full"] > sizes["LoRA"] > sizes["QLoRA"] > 0
+
+
+@pytest.mark.parametrize("option", ["--fit", "--gpus", "--html"])
+def test_what_a_table_would_drop_is_refused_beside_it(
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    option: str,
+) -> None:
+    values: dict[str, list[object]] = {"--gpus": [2], "--html": [tmp_path / "plan.html"]}
+    value = values.get(option, [])
+    assert exit_code("plan", write_recipe(), "--device", "24GiB", "--table", option, *value) == 2
+    assert f"{option}: a table " in capsys.readouterr().err
