@@ -189,7 +189,11 @@ class Grid:
         cell = Cell(name, recipe.stem, method, settings, speaks=self._asked.speaks)
         overrides = [] if method is None else method_keys(method)
         try:
-            overrides = self._with_overrides(recipe, overrides)
+            base = load_recipe(recipe, overrides).recipe
+            chosen = dict(map(_setting, self._asked.overrides))
+            overrides += [
+                o for o in self._asked.overrides if _has_once_chosen(base, chosen, _key(o))
+            ]
             if method in self._rates:
                 overrides.append(f"{_RATE}={self._rates[method]}")
             overrides += [f"{key}={value}" for key, value in settings.items()]
@@ -199,17 +203,27 @@ class Grid:
             return replace(cell, error=str(error))
         return replace(cell, recipe=loaded.recipe, origins=loaded.origins)
 
-    def _with_overrides(self, recipe: Path, overrides: list[str]) -> list[str]:
-        """With those that were asked for and whose key the cell has, once its types are chosen."""
-        asked = self._asked.overrides
-        for one in sorted(asked, key=lambda one: not _key(one).endswith(".type")):
-            if has_key(load_recipe(recipe, overrides).recipe, _key(one)):
-                overrides = [*overrides, one]
-        return overrides
+
+def _setting(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.strip(), value.strip()
 
 
 def _key(override: str) -> str:
-    return override.partition("=")[0].strip()
+    return _setting(override)[0]
+
+
+def _has_once_chosen(recipe: Recipe, chosen: Mapping[str, str], key: str) -> bool:
+    """Whether a recipe has a key once the types among `chosen` are chosen.
+
+    It is not read with some of them alone: only all together need to go with each other.
+    """
+    section, _, rest = key.partition(".")
+    kind = chosen.get(f"{section}.type")
+    if kind is None or rest == "type" or section not in Recipe.model_fields:
+        return has_key(recipe, key)
+    variant = FieldType.of(Recipe.model_fields[section]).variants.get(kind)
+    return variant is None or rest.partition(".")[0] in variant.model_fields
 
 
 def method_names() -> list[str]:

@@ -116,6 +116,13 @@ def test_a_key_may_be_one_of_the_type_that_another_override_chooses(recipe: Path
     assert cell.recipe is not None
     assert isinstance(cell.recipe.optimizer, SGD)
     assert cell.recipe.optimizer.momentum == 0
+    # One of them alone would be refused: this optimizer takes no schedule that falls.
+    recipe.write_text(f"{RECIPE}schedule: {{type: linear}}\n", encoding="utf-8")
+    chosen = ["optimizer.type=schedule_free_adamw", "schedule.type=constant"]
+    for order in (chosen, chosen[::-1]):
+        (cell,) = cells(recipe, overrides=order)
+        assert cell.recipe is not None, cell.error
+        assert cell.recipe.schedule.type == "constant"
     full, lora = cells(recipe, methods=["full", "lora"], overrides=["adapter.r=2"])
     assert full.error is None
     assert lora.recipe is not None
