@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.foreign import read_object, refuse_foreign
+from qlora_cli.common.untrusted_files import read_object, refuse_foreign
 from qlora_cli.model.identity import refuse_other_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe

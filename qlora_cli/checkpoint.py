@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora_cli.durable import describe_file, put_in_place, remove_folder, write_file, write_json
+from qlora_cli.common.atomic_files import describe_file, put_in_place, remove_folder, write_file, write_json
 from qlora_cli.errors import TrainingError
-from qlora_cli.foreign import read_object
+from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.optimizer_state import check_optimizer
-from qlora_cli.tensor_file import file_of
+from qlora_cli.common.safetensors_writer import file_of
 from qlora_cli.types import TrainState
 
 log = logging.getLogger("qlora")

@@ -13,7 +13,7 @@ from qlora_cli.build import Exam
 from qlora_cli.data.batches import eval_batches
 from qlora_cli.generate import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.progress import Progress
+from qlora_cli.common.progress import Progress
 from qlora_cli.recipe import Recipe
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 from qlora_cli.world import World

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_cli.build import recipe_of_run
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.foreign import read_object
+from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.model.quantization import Nf4
 from qlora_cli.probes import TEXTS, compare, logits_of

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 Plain = str | int | float | bool
 

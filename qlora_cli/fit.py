@@ -9,7 +9,7 @@ from qlora_cli.data.prepare import TooManyLost
 from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import estimate
 from qlora_cli.optim.optimizers import lighter_twin
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.recipe import Recipe
 from qlora_cli.trace.devices import Target
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_cli.data.batches import prompt_batches
 from qlora_cli.data.questions import read_questions
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.progress import Progress
+from qlora_cli.common.progress import Progress
 from qlora_cli.speaker import open_speaker
 from qlora_cli.types import Prompt
 

@@ -23,7 +23,7 @@ from qlora_cli.checkpoint import (
     refuse_non_finite,
     save_checkpoint,
 )
-from qlora_cli.durable import replace_file
+from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe

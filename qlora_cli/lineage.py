@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.adapter_place import AdapterPlace
-from qlora_cli.durable import describe_file
+from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.model.adapter_files import WEIGHTS
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.recipe import Recipe

@@ -13,9 +13,9 @@ import torch
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import compute_dtype, recipe_of_run
-from qlora_cli.durable import flush_files, put_in_place
+from qlora_cli.common.atomic_files import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.foreign import PICKLED, read_object
+from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.merge_proof import compare_models, refuse_infidelity
 from qlora_cli.model.base import load_tokenizer, refuse_prequantized
 from qlora_cli.model.edits import build_skeleton

@@ -15,7 +15,7 @@ from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.model.quantization import QuantizationConfig, Unquantized
 from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import GeneralText
 from qlora_cli.tasks.task import Measure

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_cli.errors import RecipeError
 from qlora_cli.part_reader import read_part
 from qlora_cli.recipe import Recipe
-from qlora_cli.secrets import masked
+from qlora_cli.common.secrets import masked
 from qlora_cli.yaml_tree import (
     Entry,
     Items,

@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part, field_docs
+from qlora_cli.common.config import Part, field_docs
 from qlora_cli.recipe import Recipe
 
 Schema = dict[str, Any]

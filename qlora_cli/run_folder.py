@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qlora_cli.durable import exchange_folder, replace_file, unfinished_of
+from qlora_cli.common.atomic_files import exchange_folder, replace_file, unfinished_of
 from qlora_cli.errors import RecipeError
-from qlora_cli.foreign import read_object, refuse_links
+from qlora_cli.common.untrusted_files import read_object, refuse_links
 
 Weights = Literal["last", "best"]
 

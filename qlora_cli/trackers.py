@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
-from qlora_cli.durable import put_in_place, write_file
+from qlora_cli.common.atomic_files import put_in_place, write_file
 
 log = logging.getLogger("qlora")
 

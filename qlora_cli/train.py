@@ -27,7 +27,7 @@ from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
 from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.guard import Guard
-from qlora_cli.interruption import Interruption
+from qlora_cli.common.signals import Interruption
 from qlora_cli.keeper import Keeper
 from qlora_cli.kernels.choice import choose_kernels
 from qlora_cli.kernels.means import Means

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from qlora_cli.cli import app
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part, field_docs
+from qlora_cli.common.config import Part, field_docs
 from qlora_cli.recipe import Recipe
 from qlora_cli.yaml_writer import yaml_lines
 

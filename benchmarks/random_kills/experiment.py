@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.durable import describe_file
+from qlora_cli.common.atomic_files import describe_file
 
 CLOCKS = ("tokens_per_second", "peak_memory_bytes")
 RESULTS = ("status", "steps", "tokens", "untrained", "best", "fingerprint", "base", "tasks")

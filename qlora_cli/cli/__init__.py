@@ -14,7 +14,7 @@ from qlora_cli import __version__
 from qlora_cli.cli import adapters, compare, recipes, runs, talk
 from qlora_cli.cli.options import Quiet
 from qlora_cli.errors import Interrupted, QloraError
-from qlora_cli.secrets import MaskedFormatter, masked
+from qlora_cli.common.secrets import MaskedFormatter, masked
 
 log = logging.getLogger("qlora")
 

@@ -16,10 +16,10 @@ from qlora_cli.compare.places import Place
 from qlora_cli.compare.report import make_report
 from qlora_cli.compare.search import Search, run_search
 from qlora_cli.compare.turns import take_turn
-from qlora_cli.durable import replace_file
+from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import choose_tasks
-from qlora_cli.foreign import refuse_links
+from qlora_cli.common.untrusted_files import refuse_links
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.world import World
 

@@ -15,7 +15,7 @@ import yaml
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.part_reader import key_paths
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.durable import replace_file
+from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import RecipeError
 from qlora_cli.fingerprint import compare, recorded_recipe
 from qlora_cli.recipe import Recipe

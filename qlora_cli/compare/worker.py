@@ -17,7 +17,7 @@ from qlora_cli.build import compute_dtype, load_base
 from qlora_cli.compare.cells import Cell
 from qlora_cli.compare.latency import measure_latency
 from qlora_cli.compare.places import Place
-from qlora_cli.durable import remove_folder
+from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.merge import merge
@@ -25,7 +25,7 @@ from qlora_cli.model.base import load_tokenizer
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder
-from qlora_cli.secrets import MaskedFormatter, masked
+from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.train import train
 from qlora_cli.world import World
 

@@ -10,7 +10,7 @@ from qlora_cli.data.audit import AuditLimits
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.errors import DataError
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 
 class Data(Part):

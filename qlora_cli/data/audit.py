@@ -9,7 +9,7 @@ from pydantic import Field
 
 from qlora_cli.data.scan import NAMED, Audit, Rows, learnt_turns
 from qlora_cli.errors import DataError
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 
 class AuditLimits(Part):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cache_folder import cache_folder
+from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.data.prepare import Prepared, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.data.store import read_facts

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
-from qlora_cli.foreign import read_object
+from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
-from qlora_cli.cache_folder import cache_folder
+from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.errors import ModelError
-from qlora_cli.foreign import (
+from qlora_cli.common.untrusted_files import (
     read_object,
     refuse_code_elsewhere,
     refuse_foreign,
     refuse_no_safetensors,
 )
-from qlora_cli.jinja_limits import refuse_endless
+from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.model.known import find_known
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_cli.errors import ModelError
-from qlora_cli.foreign import refuse_no_safetensors
+from qlora_cli.common.untrusted_files import refuse_no_safetensors
 from qlora_cli.model.adapter_files import WEIGHTS, read_config, refuse_endless_patterns
 from qlora_cli.model.names import Names, Piece
 from qlora_cli.model.shards import Shards

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
-from qlora_cli.foreign import read_object
+from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.model.shards import Shards
 
 _SAMPLE = 4096

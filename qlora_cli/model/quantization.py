@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.foreign import object_of, read_object, refuse_foreign
-from qlora_cli.tensor_file import DTYPES, header_of, item_bytes
+from qlora_cli.common.untrusted_files import object_of, read_object, refuse_foreign
+from qlora_cli.common.safetensors_writer import DTYPES, header_of, item_bytes
 
 if TYPE_CHECKING:
     import torch

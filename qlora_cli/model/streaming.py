@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model.shards import INDEX, Shards, Stored, write_shard
-from qlora_cli.progress import Progress
-from qlora_cli.tensor_file import bytes_of
+from qlora_cli.common.progress import Progress
+from qlora_cli.common.safetensors_writer import bytes_of
 
 if TYPE_CHECKING:
     from torch import Tensor

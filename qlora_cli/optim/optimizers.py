@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.optim.groups import Group, NamedParameters, group_parameters
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 if TYPE_CHECKING:
     import torch

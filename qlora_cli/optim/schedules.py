@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 
 class _Warmup(Part):

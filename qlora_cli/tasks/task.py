@@ -13,7 +13,7 @@ from qlora_cli.data import Data
 from qlora_cli.data.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Example, Prompt
 
 if TYPE_CHECKING:

@@ -788,7 +788,7 @@ def test_a_run_ends_saved_when_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import qlora_cli.interruption
+    import qlora_cli.common.signals
     from qlora_cli.trackers import Console
 
     recipe = write_recipe(training={"max_steps": 3})
@@ -804,7 +804,7 @@ def test_a_run_ends_saved_when_its_time_is_over(
 
     monkeypatch.setattr(Console, "log", wait_a_minute)
     monkeypatch.setattr(
-        qlora_cli.interruption, "time", types.SimpleNamespace(monotonic=lambda: clock[0])
+        qlora_cli.common.signals, "time", types.SimpleNamespace(monotonic=lambda: clock[0])
     )
     assert exit_code("train", recipe, "--set", "training.stop_after=1m30s") == 5
     assert "stopped after step 2 (training.stop_after is over)" in capsys.readouterr().err

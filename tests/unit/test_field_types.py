@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from qlora_cli.field_types import FieldType, part_type
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 
 
 class Red(Part):

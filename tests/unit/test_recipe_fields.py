@@ -9,7 +9,7 @@ import pytest
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.field_types import FieldType, part_type
-from qlora_cli.part import Part, field_docs
+from qlora_cli.common.config import Part, field_docs
 from qlora_cli.part_reader import key_paths
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import LoadedRecipe

@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from qlora_cli.field_types import FieldType
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import LoadedRecipe, load_recipe
 from qlora_cli.recipe_schema import recipe_schema

@@ -19,7 +19,7 @@ from qlora_cli.data.formats.fields import (
 )
 from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Message, Row
 
 

@@ -25,7 +25,7 @@ from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.learnt import choose_learnt
 from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Row
 
 

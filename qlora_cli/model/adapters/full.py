@@ -49,7 +49,7 @@ class FullFineTune(Method):
         """
         import torch
 
-        from qlora_cli.foreign import refuse_foreign, refuse_no_safetensors
+        from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
 
         refuse_foreign(folder)
         refuse_no_safetensors(folder, str(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from qlora_cli.part import Part
+from qlora_cli.common.config import Part
 from qlora_cli.types import Follower
 
 if TYPE_CHECKING:

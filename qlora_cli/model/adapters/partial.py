@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.foreign import refuse_foreign
+from qlora_cli.common.untrusted_files import refuse_foreign
 from qlora_cli.model.adapters.full import key_mismatch
 from qlora_cli.model.adapters.method import Method
 

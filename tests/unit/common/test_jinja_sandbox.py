@@ -14,7 +14,7 @@ import pytest
 from qlora_cli.data.sources import BadRows
 from qlora_cli.data.template import Template
 from qlora_cli.errors import DataError, ModelError, QloraError
-from qlora_cli.jinja_limits import OutOfTimeError, limited_time, refuse_endless
+from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
 from qlora_cli.model.base import load_tokenizer
 from qlora_cli.types import Message
 from tests.conftest import exit_code, make_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError, QloraError, RecipeError
-from qlora_cli.foreign import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
+from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
 from qlora_cli.model.adapter_files import read_adapter
 from qlora_cli.model.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.model.shards import INDEX, Shards
@@ -272,7 +272,7 @@ def test_a_header_that_cannot_be_true_is_an_error(tmp_path: Path, header: dict[s
 def test_every_kind_of_number_has_its_size() -> None:
     import torch
 
-    from qlora_cli.tensor_file import DTYPES, item_bytes
+    from qlora_cli.common.safetensors_writer import DTYPES, item_bytes
 
     for name, torch_name in DTYPES.items():
         assert item_bytes(name) == getattr(torch, torch_name).itemsize

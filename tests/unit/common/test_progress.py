@@ -4,14 +4,14 @@ import logging
 
 import pytest
 
-from qlora_cli.progress import Progress
+from qlora_cli.common.progress import Progress
 
 
 def test_a_line_is_written_every_ten_seconds_at_most(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("qlora_cli.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("qlora_cli.common.progress.time.monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO, "qlora")
     progress = Progress("tuned: answers", 100)
     for _ in range(10):

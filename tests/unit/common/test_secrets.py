@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from qlora_cli.secrets import MaskedFormatter, find_secret, masked
+from qlora_cli.common.secrets import MaskedFormatter, find_secret, masked
 
 HOLD = [
     ("https://user:hunter22@example.com/x", "https://***@example.com/x"),
