@@ -156,7 +156,7 @@ def given_out(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, int]:
     import torch
 
     from benchmarks.allocator import Allocator, Marked
-    from qlora_cli.kernels.means import Means
+    from qlora_cli.kernels.device_capabilities import Means
     from qlora_cli.rehearsal import rehearse
     from qlora_cli.trace.model import hold_model
 
@@ -206,7 +206,7 @@ def take(
     """
     import torch
 
-    from qlora_cli.kernels.means import Means
+    from qlora_cli.kernels.device_capabilities import Means
     from qlora_cli.rehearsal import rehearse
     from qlora_cli.trace.count import UNQUANTIZED, Count
     from qlora_cli.trace.model import hold_model

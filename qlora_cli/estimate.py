@@ -21,7 +21,7 @@ from qlora_cli.forecast import (
     in_plain_words,
 )
 from qlora_cli.formula import RANGE, SOURCE, by_formula
-from qlora_cli.kernels.choice import Kernels, choose_kernels
+from qlora_cli.kernels.selection import Kernels, choose_kernels
 from qlora_cli.recipe import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
 from qlora_cli.trace.count import (

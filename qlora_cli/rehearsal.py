@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_cli.kernels.choice import Kernels
-from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.selection import Kernels
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.loop import clip_gradients, train_step
 from qlora_cli.model.attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss

@@ -29,8 +29,8 @@ from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprin
 from qlora_cli.guard import Guard
 from qlora_cli.common.signals import Interruption
 from qlora_cli.keeper import Keeper
-from qlora_cli.kernels.choice import choose_kernels
-from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.selection import choose_kernels
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
 from qlora_cli.model.base import learn_to_stop

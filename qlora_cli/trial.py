@@ -16,7 +16,7 @@ from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.estimate import Rows, estimate
 from qlora_cli.fingerprint import recorded_recipe
 from qlora_cli.fit import settle, with_changes
-from qlora_cli.kernels.choice import Kernels
+from qlora_cli.kernels.selection import Kernels
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.plan_text import size_text
 from qlora_cli.recipe import Recipe

@@ -34,11 +34,11 @@ from qlora_cli.kernels.attention import (
     attend_backward,
     choose_attention,
 )
-from qlora_cli.kernels.choice import has_compiler
+from qlora_cli.kernels.selection import has_compiler
 from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
 from qlora_cli.loop import train_step
 from qlora_cli.model.attention import attend_by_document

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.addition_order.page import Cell, Record
 from qlora_cli.data.batches import BatchStream
-from qlora_cli.kernels.projection import base_weight
+from qlora_cli.kernels.lora_linear import base_weight
 from qlora_cli.loop import train_step
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.model.attention import attend_by_document

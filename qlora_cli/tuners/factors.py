@@ -158,7 +158,7 @@ def base_weight_of(layer: Any) -> Tensor:
     """What a layer of PEFT is beside, (out, in) float32, dequantized where it is quantized."""
     from bitsandbytes.nn import Linear8bitLt
 
-    from qlora_cli.kernels.projection import base_weight
+    from qlora_cli.kernels.lora_linear import base_weight
 
     base = layer.get_base_layer()
     if isinstance(base, Linear8bitLt):

@@ -22,7 +22,7 @@ from qlora_cli.data.batches import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.forecast import forecast
 from qlora_cli.generate import Sampling, answers
-from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.merge import prepare, write_files
 from qlora_cli.merge_proof import MAX_KL
 from qlora_cli.model.base import load_model, load_tokenizer, start_checkpointing

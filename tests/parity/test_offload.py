@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
 from qlora_cli.model.base import start_checkpointing
 from qlora_cli.recipe import Training

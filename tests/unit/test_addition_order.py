@@ -36,7 +36,7 @@ def test_all_ways_begin_with_the_same_adapter(tiny_model: Path, base: str) -> No
 
 
 def test_the_reference_multiplies_by_the_values_that_the_others_do(tiny_model: Path) -> None:
-    from qlora_cli.kernels.projection import base_weight
+    from qlora_cli.kernels.lora_linear import base_weight
 
     reference = build("float32", CELL, tiny_model)
     others = dict(build("ours", CELL, tiny_model).named_modules())

@@ -34,8 +34,8 @@ from qlora_cli.estimate import assume_rows, foresee, foresee_kernels
 from qlora_cli.fit import _different, _levels, with_changes
 from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.formula import FORMULA, RANGE, Layer, by_formula
-from qlora_cli.kernels.choice import Kernels
-from qlora_cli.kernels.means import Means
+from qlora_cli.kernels.selection import Kernels
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.model.known import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan, plan_table
@@ -904,7 +904,7 @@ def test_compiled_kernels_take_less_than_fused_ones(
 def test_kernels_are_those_that_a_run_of_this_length_gets(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_cli.kernels.choice.has_compiler", lambda _: True)
+    monkeypatch.setattr("qlora_cli.kernels.selection.has_compiler", lambda _: True)
     recipe = tiny_recipe()
     config, _ = recipe.model.read_config()
     target = find_target("cpu")

@@ -214,7 +214,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig, adapter_name: str = "defau
 
 def use_our_layers(config: Any, model: nn.Module) -> None:
     """Let PEFT make our layers of LoRA; what is derived from its config has layers of its own."""
-    from qlora_cli.kernels.lora_layers import layer_classes
+    from qlora_cli.kernels.peft_lora_layers import layer_classes
 
     if config.peft_type == "LORA":
         config._register_custom_module(layer_classes(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.kernels.choice import choose_kernels
+from qlora_cli.kernels.selection import choose_kernels
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from torch import Tensor, nn
 
-from qlora_cli.kernels.projection import Projection, adapter_of
+from qlora_cli.kernels.lora_linear import Projection, adapter_of
 
 
 class UpdateFirstLinear(PeftLinear):  # type: ignore[misc]  # PEFT is not typed
