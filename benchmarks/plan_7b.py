@@ -96,7 +96,7 @@ def main() -> None:
     """Measure, then predict."""
     from qlora_cli._compat import quiet_libraries
     from qlora_cli.estimate import assume_rows, compute_dtype
-    from qlora_cli.trace.devices import find_target
+    from qlora_cli.distributed.devices import find_target
     from qlora_cli.trace.kernels import make_constants
 
     quiet_libraries()

@@ -126,7 +126,7 @@ def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     """Predicted and counted bytes of a run, and the resident set: in this process."""
     from qlora_cli._compat import quiet_libraries
     from qlora_cli.estimate import assume_rows, compute_dtype
-    from qlora_cli.trace.devices import find_target
+    from qlora_cli.distributed.devices import find_target
     from qlora_cli.trace.kernels import make_constants
 
     quiet_libraries()

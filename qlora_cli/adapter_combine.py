@@ -22,7 +22,7 @@ from qlora_cli.model.factors import Update, read_updates, stacked
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import dump_recipe
 from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 

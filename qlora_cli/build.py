@@ -29,7 +29,7 @@ from qlora_cli.recipe_file import load_recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
 from qlora_cli.types import Batch, Conversation
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -37,10 +37,10 @@ from qlora_cli.trace.count import (
     Peak,
     Segment,
 )
-from qlora_cli.trace.devices import Target
+from qlora_cli.distributed.devices import Target
 from qlora_cli.trace.model import outline
 from qlora_cli.types import Batch
-from qlora_cli.world import no_bfloat16
+from qlora_cli.distributed.world import no_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

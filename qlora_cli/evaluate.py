@@ -27,7 +27,7 @@ from qlora_cli.run_folder import RunFolder, Weights, is_run
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import Drift, Forgetting
 from qlora_cli.tasks.task import Outcome, Task, Values
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,7 +16,7 @@ from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.common.progress import Progress
 from qlora_cli.recipe import Recipe
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from numpy import float64

@@ -11,7 +11,7 @@ from qlora_cli.estimate import estimate
 from qlora_cli.optim.optimizers import lighter_twin
 from qlora_cli.common.config import Part
 from qlora_cli.recipe import Recipe
-from qlora_cli.trace.devices import Target
+from qlora_cli.distributed.devices import Target
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -18,7 +18,7 @@ from qlora_cli.model.report import held_bytes
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import SpikeGuard, Training
 from qlora_cli.types import Batch, TrainState
-from qlora_cli.world import World, is_out_of_memory
+from qlora_cli.distributed.world import World, is_out_of_memory
 
 log = logging.getLogger("qlora")
 

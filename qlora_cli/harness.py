@@ -12,7 +12,7 @@ from qlora_cli.build import compute_dtype, load_base
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import find_subject
 from qlora_cli.run_folder import Weights
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")
 

@@ -31,7 +31,7 @@ from qlora_cli.recipe_file import dump_recipe
 from qlora_cli.room import Room
 from qlora_cli.run_folder import RunFolder, environment
 from qlora_cli.types import TrainState
-from qlora_cli.world import World, set_seed
+from qlora_cli.distributed.world import World, set_seed
 
 log = logging.getLogger("qlora")
 

@@ -14,7 +14,7 @@ from qlora_cli.guard import Guard, is_finite
 from qlora_cli.recipe import Training
 from qlora_cli.trackers import Tracker
 from qlora_cli.types import Batch, Follower, TrainState
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 
 class Batches(Protocol):

@@ -26,7 +26,7 @@ from qlora_cli.model.streaming import Merge
 from qlora_cli.model_card import model_card
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -19,7 +19,7 @@ from qlora_cli.model.base import load_model
 from qlora_cli.probes import TEXTS, compare
 from qlora_cli.recipe import Recipe
 from qlora_cli.types import IGNORE_INDEX
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from qlora_cli.fit import fit_to, settle
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.plan_page import plan_page
 from qlora_cli.recipe import Recipe
-from qlora_cli.trace.devices import find_target
+from qlora_cli.distributed.devices import find_target
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"adapter": {"type": "full"}, "quantization": {"type": "none"}},

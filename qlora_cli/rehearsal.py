@@ -24,7 +24,7 @@ from qlora_cli.trace.count import GRADIENTS, STATES, Count
 from qlora_cli.trace.model import hold_model
 from qlora_cli.trace.tensor import Blank, TracedTensor
 from qlora_cli.types import Batch, TrainState
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from qlora_cli.model.identity import identify
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder, Weights
 from qlora_cli.train import train
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")
 

@@ -23,7 +23,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe, recipe_of_model
 from qlora_cli.run_folder import RunFolder, Weights, is_run
 from qlora_cli.types import Message, Prompt, Role
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -44,7 +44,7 @@ from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
 from qlora_cli.trial import memory_summary, settle_here, try_first
 from qlora_cli.types import TrainState
-from qlora_cli.world import PRECISIONS, World, set_seed
+from qlora_cli.distributed.world import PRECISIONS, World, set_seed
 
 log = logging.getLogger("qlora")
 

@@ -22,10 +22,10 @@ from qlora_cli.plan_text import size_text
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.trace.count import Count
-from qlora_cli.trace.devices import Target, this_card, this_machine
+from qlora_cli.distributed.devices import Target, this_card, this_machine
 from qlora_cli.trace.model import hold_model
 from qlora_cli.types import Batch
-from qlora_cli.world import World, is_out_of_memory
+from qlora_cli.distributed.world import World, is_out_of_memory
 
 log = logging.getLogger("qlora")
 

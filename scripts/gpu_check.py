@@ -49,7 +49,7 @@ from qlora_cli.speed import prepare_layers
 from qlora_cli.trace.count import Count
 from qlora_cli.trace.tensor import TracedTensor
 from qlora_cli.types import Batch, TrainState
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 NO_CARD = 3
 TEMPLATE = (

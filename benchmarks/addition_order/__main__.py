@@ -40,7 +40,7 @@ from qlora_cli.data import Data
 from qlora_cli.data.prepare import prepare
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.types import Example
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.addition_order --data FOLDER_WITH_GSM8K"

@@ -25,7 +25,7 @@ from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.optim.schedules import Linear
 from qlora_cli.recipe import Training
 from qlora_cli.types import Batch, Example, TrainState
-from qlora_cli.world import World, set_seed
+from qlora_cli.distributed.world import World, set_seed
 
 BASES = {"nf4": Nf4(), "none": Unquantized()}
 

@@ -17,7 +17,7 @@ def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> di
     from qlora_cli.build import load_base
     from qlora_cli.checkpoint import load_checkpoint, random_states, save_checkpoint
     from qlora_cli.recipe_file import load_recipe
-    from qlora_cli.world import World
+    from qlora_cli.distributed.world import World
 
     os.environ["QLORA_CACHE"] = str(experiment.cache)
     recipe, world = load_recipe(experiment.whole / "recipe.yaml", []).recipe, World()

@@ -27,7 +27,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.train import train
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")
 

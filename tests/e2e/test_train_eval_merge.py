@@ -254,7 +254,7 @@ def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_
 
 _SHARES = """
 import torch
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 world = World()
 torch.manual_seed(0)

@@ -17,7 +17,7 @@ import torch
 from qlora_cli.build import audit_data, compute_dtype, read_data
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 
 def test_the_log_says_which_data_was_prepared_before(

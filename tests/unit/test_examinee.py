@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.examinee import Respondent
 from qlora_cli.model.base import learn_to_stop
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 from tests.conftest import save_tiny_model
 
 EXAMPLES = [

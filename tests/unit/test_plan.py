@@ -54,7 +54,7 @@ from qlora_cli.trace.count import (
     CountedHost,
     Segment,
 )
-from qlora_cli.trace.devices import find_target, known_card
+from qlora_cli.distributed.devices import find_target, known_card
 from qlora_cli.trace.kernels import Device, make_constants
 from qlora_cli.trace.model import hold_model, outline
 from qlora_cli.trace.tensor import TracedTensor, refuse_decisions

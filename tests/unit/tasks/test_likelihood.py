@@ -21,7 +21,7 @@ from qlora_cli.tasks.classification import macro_f1
 from qlora_cli.tasks.perplexity import slide
 from qlora_cli.tasks.task import Outcome
 from qlora_cli.types import IGNORE_INDEX
-from qlora_cli.world import World
+from qlora_cli.distributed.world import World
 
 QUESTIONS = [
     {"question": "Which is even?\n", "choices": ["one", "two", "Å and more"], "answer": 1},

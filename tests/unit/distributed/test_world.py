@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_cli.world import World, set_seed
+from qlora_cli.distributed.world import World, set_seed
 
 
 def test_alone_sums_are_what_they_were() -> None:
