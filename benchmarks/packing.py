@@ -22,9 +22,9 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.data import Data
-from qlora_cli.data.batches import BatchStream, proof_batches
-from qlora_cli.data.prepare import Prepared, prepare
+from qlora_cli.data.config import Data
+from qlora_cli.data.batching.sampler import BatchStream, proof_batches
+from qlora_cli.data.prepared.prepare import Prepared, prepare
 from qlora_cli.errors import ModelError
 from qlora_cli.model.attention import attend_by_document, prove_packing
 from qlora_cli.model.base import BaseModelConfig, load_tokenizer

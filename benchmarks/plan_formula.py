@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.data.batches import full_batch
+from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.forecast import forecast
 from qlora_cli.formula import FORMULA, RANGE, by_formula
 from qlora_cli.model.known import KNOWN

@@ -70,8 +70,8 @@ def long_conversations(count: int = 300, turns: int = 50) -> list[list[dict[str,
 
 
 def ours(model: Path, data: Path) -> dict[str, float]:
-    from qlora_cli.data import Data
-    from qlora_cli.data.prepare import prepare
+    from qlora_cli.data.config import Data
+    from qlora_cli.data.prepared.prepare import prepare
     from qlora_cli.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(model)

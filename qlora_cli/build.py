@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.data import Data
-from qlora_cli.data.audit import Finding, find_drift, findings
-from qlora_cli.data.batches import BatchStream, eval_batches
-from qlora_cli.data.cache import load_or_prepare
-from qlora_cli.data.encode import Encoder
-from qlora_cli.data.prepare import Prepared
-from qlora_cli.data.scan import Audit, Rows, Scan, scan
+from qlora_cli.data.config import Data
+from qlora_cli.data.prepared.audit import Finding, find_drift, findings
+from qlora_cli.data.batching.sampler import BatchStream, eval_batches
+from qlora_cli.data.prepared.cache import load_or_prepare
+from qlora_cli.data.render.encode import Encoder
+from qlora_cli.data.prepared.prepare import Prepared
+from qlora_cli.data.prepared.statistics import Audit, Rows, Scan, scan
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
 from qlora_cli.model.identity import identify, refuse_other_base

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.build import largest_eval_batch, read_data, stream_batches
-from qlora_cli.data.batches import full_batch
-from qlora_cli.data.encode import read_chat_template
+from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.forecast import (
     Forecast,
     Untraceable,

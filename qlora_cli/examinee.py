@@ -10,7 +10,7 @@ import torch
 
 from qlora_cli.bootstrap import columns
 from qlora_cli.build import Exam
-from qlora_cli.data.batches import eval_batches
+from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.generate import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.common.progress import Progress

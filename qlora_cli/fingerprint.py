@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qlora_cli.data.prepare import Prepared
+from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder, environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
-from qlora_cli.data.prepare import TooManyLost
+from qlora_cli.data.prepared.prepare import TooManyLost
 from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import estimate
 from qlora_cli.optim.optimizers import lighter_twin

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from qlora_cli.data.batches import prompt_batches
-from qlora_cli.data.questions import read_questions
+from qlora_cli.data.batching.sampler import prompt_batches
+from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.common.progress import Progress
 from qlora_cli.speaker import open_speaker

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from qlora_cli.checkpoint import random_states, set_random_states
-from qlora_cli.data.batches import BatchStream
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.errors import OutOfMemory, TrainingError
 from qlora_cli.model.report import held_bytes
 from qlora_cli.objectives.supervised import TokenLoss

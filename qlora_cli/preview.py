@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import Audited, audit_data, check_limits, read_data
-from qlora_cli.data.encode import Encoder, Refused, read_chat_template
-from qlora_cli.data.prepare import Prepared, TooManyLost, ignored_text
+from qlora_cli.data.render.encode import Encoder, Refused, read_chat_template
+from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, ignored_text
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.preview_page import preview_page

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from qlora_cli.data.scan import Bar
+from qlora_cli.data.prepared.statistics import Bar
 from qlora_cli.data.sources import counted
 from qlora_cli.preview_text import visible
 from qlora_cli.view import Piece, Sample, SideView, SourceView

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qlora_cli.data.scan import Bar
+from qlora_cli.data.prepared.statistics import Bar
 from qlora_cli.data.sources import counted
 from qlora_cli.view import Sample, SideView, SourceView
 

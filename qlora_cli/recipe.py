@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.data import Data
+from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
 from qlora_cli.model.adapters import AdapterConfig, LoRA
 from qlora_cli.model.base import BaseModelConfig

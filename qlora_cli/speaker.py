@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapter_place import AdapterPlace, is_adapter
 from qlora_cli.build import compute_dtype, load_base
-from qlora_cli.data.encode import Encoder, read_chat_template
+from qlora_cli.data.render.encode import Encoder, read_chat_template
 from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
-from qlora_cli.data.questions import is_verbatim
+from qlora_cli.data.prompts import is_verbatim
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.model.adapter_set import AdapterSet
 from qlora_cli.model.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids

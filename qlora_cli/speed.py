@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_cli.data.batches import proof_batches
-from qlora_cli.data.prepare import Prepared
+from qlora_cli.data.batching.sampler import proof_batches
+from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy

@@ -22,7 +22,7 @@ from qlora_cli.build import (
     read_exam,
     stream_batches,
 )
-from qlora_cli.data.encode import read_chat_template
+from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
 from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprint

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from qlora_cli.checkpoint import random_states, set_random_states
-from qlora_cli.data.batches import BatchStream
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.estimate import Rows, estimate
 from qlora_cli.fingerprint import recorded_recipe

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.audit import Finding
-from qlora_cli.data.scan import Audit, Figures
+from qlora_cli.data.prepared.audit import Finding
+from qlora_cli.data.prepared.statistics import Audit, Figures
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.build import load_base, read_data
-from qlora_cli.data.batches import BatchStream
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.kernels.attention import (
     AtOnce,
     ByDocument,

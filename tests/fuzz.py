@@ -274,8 +274,8 @@ class Rows(Kind):
         return rows | rows | raw
 
     def attempt(self, drawn: Any) -> None:
-        from qlora_cli.data import Data
-        from qlora_cli.data.prepare import prepare
+        from qlora_cli.data.config import Data
+        from qlora_cli.data.prepared.prepare import prepare
 
         name, ending, lines = drawn
         path = self.folder / f"rows{ending}"

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.addition_order.page import Cell, Record
-from qlora_cli.data.batches import BatchStream
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.kernels.lora_linear import base_weight
 from qlora_cli.loop import train_step
 from qlora_cli.model.adapters import LoRA

@@ -129,7 +129,7 @@ def in_our_order(
     examples: Sequence[Example], *, rows_per_step: int, seed: int
 ) -> list[list[Example]]:
     """The examples of each step of one pass, as our stream of batches takes them."""
-    from qlora_cli.data.batches import BatchStream
+    from qlora_cli.data.batching.sampler import BatchStream
 
     stream = BatchStream(
         examples,
@@ -145,8 +145,8 @@ def in_our_order(
 
 
 def _prepare(path: Path, model: Path, max_length: int) -> list[Example]:
-    from qlora_cli.data import Data
-    from qlora_cli.data.prepare import prepare
+    from qlora_cli.data.config import Data
+    from qlora_cli.data.prepared.prepare import prepare
     from qlora_cli.model.base import load_tokenizer
 
     settings = Data.model_validate({"train": {"path": str(path)}, "max_length": max_length})

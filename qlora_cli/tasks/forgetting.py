@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from qlora_cli.data import Data
+from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from qlora_cli.data import Data
-from qlora_cli.data.cache import load_or_prepare
+from qlora_cli.data.config import Data
+from qlora_cli.data.prepared.cache import load_or_prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, Values
 from qlora_cli.types import Example

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
-from qlora_cli.data import Data
-from qlora_cli.data.encode import Encoder
+from qlora_cli.data.config import Data
+from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.formats import Messages
 from qlora_cli.data.formats.fields import as_list, as_text, parsed, value_of
 from qlora_cli.data.formats.template import check_template, rendered

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.data import Data
+from qlora_cli.data.config import Data
 from qlora_cli.data.formats import FormatConfig, Text
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError

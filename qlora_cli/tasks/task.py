@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
-from qlora_cli.data import Data
-from qlora_cli.data.prepare import prepare_prompts
+from qlora_cli.data.config import Data
+from qlora_cli.data.prepared.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.common.config import Part

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qlora_cli.build import load_base
-from qlora_cli.data.batches import full_batch
+from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.forecast import forecast
 from qlora_cli.generate import Sampling, answers

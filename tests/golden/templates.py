@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.layout import Layout, Renderer
+from qlora_cli.data.render.renderer import Layout, Renderer
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
 from tests.conftest import make_tokenizer

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qlora_cli.data.batches import full_batch
+from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import DataError, ModelError, RecipeError
 from qlora_cli.estimate import assume_rows, foresee, foresee_kernels
 from qlora_cli.fit import _different, _levels, with_changes

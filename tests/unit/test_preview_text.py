@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from qlora_cli.data.audit import Finding
-from qlora_cli.data.scan import Bar, Scan
+from qlora_cli.data.prepared.audit import Finding
+from qlora_cli.data.prepared.statistics import Bar, Scan
 from qlora_cli.preview_page import preview_page
 from qlora_cli.preview_text import preview_text, visible
 from qlora_cli.types import IGNORE_INDEX, Example

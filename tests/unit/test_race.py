@@ -478,7 +478,7 @@ def test_fitting_finds_the_most() -> None:
 
 
 def test_rows_are_in_the_order_of_our_stream() -> None:
-    from qlora_cli.data.batches import BatchStream
+    from qlora_cli.data.batching.sampler import BatchStream
 
     examples = [Example([i] * (3 + i), [-100] + [i] * (2 + i)) for i in range(10)]
     steps = in_our_order(examples, rows_per_step=4, seed=7)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli import trial
-from qlora_cli.data.batches import full_batch
+from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import OutOfMemory
 from qlora_cli.estimate import Rows
 from qlora_cli.objectives.supervised import TokenLoss

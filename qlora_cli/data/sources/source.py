@@ -22,7 +22,7 @@ from qlora_cli.data.sources.files import (
     read_file,
 )
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
-from qlora_cli.data.sources.learnt import choose_learnt
+from qlora_cli.data.sources.loss_mask import choose_learnt
 from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.common.config import Part

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_cli.data import Data
+from qlora_cli.data.config import Data
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError

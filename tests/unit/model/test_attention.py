@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from qlora_cli.data.batches import BatchStream, eval_batches, proof_batches
+from qlora_cli.data.batching.sampler import BatchStream, eval_batches, proof_batches
 from qlora_cli.errors import ModelError
 from qlora_cli.model.adapters import LoRA
 from qlora_cli.model.attention import NAME, attend_by_document, prove_packing

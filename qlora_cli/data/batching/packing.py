@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from qlora_cli.data.store import PreparedSet
+from qlora_cli.data.prepared.mmap_dataset import PreparedSet
 from qlora_cli.types import Example
 
 WINDOW = 4096

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qlora_cli.data.template import Template, TemplateRefused
+from qlora_cli.data.render.chat_template import Template, TemplateRefused
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_cli.data import Data, cache
-from qlora_cli.data.cache import load_or_prepare
-from qlora_cli.data.encode import Encoded, Encoder, Truncate
-from qlora_cli.data.prepare import Prepared, TooManyLost, prepare
+from qlora_cli.data.config import Data, cache
+from qlora_cli.data.prepared.cache import load_or_prepare
+from qlora_cli.data.render.encode import Encoded, Encoder, Truncate
+from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, prepare
 from qlora_cli.data.sources import BadRows, LocatedRow, Portion
-from qlora_cli.data.store import PreparedSet, SetWriter, read_facts
-from qlora_cli.data.workers import Workers
+from qlora_cli.data.prepared.mmap_dataset import PreparedSet, SetWriter, read_facts
+from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
 
@@ -363,7 +363,7 @@ def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -
 PREPARING = """
 import multiprocessing, sys, time
 from pathlib import Path
-from qlora_cli.data.workers import Workers
+from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.model.base import load_tokenizer
 from qlora_cli.types import Conversation, Message
 

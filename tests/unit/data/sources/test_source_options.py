@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 import qlora_cli
-from qlora_cli.data import Data
+from qlora_cli.data.config import Data
 from qlora_cli.data.formats import Messages, Template, Text
 from qlora_cli.data.sources import BadRows, LocatedRow, Source
 from qlora_cli.data.sources.rows import shuffled

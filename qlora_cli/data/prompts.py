@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.encode import Encoder
+from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.formats import (
     Alpaca,
     FormatConfig,

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.data.template import Template
+from qlora_cli.data.render.chat_template import Template
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 

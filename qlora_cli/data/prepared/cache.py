@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.cache_folder import cache_folder
-from qlora_cli.data.prepare import Prepared, digests_of, joined_digest, prepare
+from qlora_cli.data.prepared.prepare import Prepared, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
-from qlora_cli.data.store import read_facts
+from qlora_cli.data.prepared.mmap_dataset import read_facts
 from qlora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_cli.data import Data
+    from qlora_cli.data.config import Data
 
 log = logging.getLogger("qlora")
 

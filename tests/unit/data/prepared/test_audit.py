@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_cli.data.audit import AuditLimits, Drift, Finding, find_drift, findings
-from qlora_cli.data.scan import Audit, Bar, Figures, Scan
+from qlora_cli.data.prepared.audit import AuditLimits, Drift, Finding, find_drift, findings
+from qlora_cli.data.prepared.statistics import Audit, Bar, Figures, Scan
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Example
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_cli.data.answers import Answer, find_additions, find_answers, write
-from qlora_cli.data.layout import Layout, Renderer
-from qlora_cli.data.template import Template
+from qlora_cli.data.render.answer_spans import Answer, find_additions, find_answers, write
+from qlora_cli.data.render.renderer import Layout, Renderer
+from qlora_cli.data.render.chat_template import Template
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
 

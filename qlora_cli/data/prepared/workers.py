@@ -14,7 +14,7 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from qlora_cli.data.encode import Encoded, Encoder, Refused, Truncate
+from qlora_cli.data.render.encode import Encoded, Encoder, Refused, Truncate
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.packing import lengths, pack_in_windows, supervised
+from qlora_cli.data.batching.packing import lengths, pack_in_windows, supervised
 from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_cli.data.layout import Layout, Renderer
-from qlora_cli.data.typed import TypedTokens
+from qlora_cli.data.render.renderer import Layout, Renderer
+from qlora_cli.data.render.special_tokens import TypedTokens
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message, Prompt
 

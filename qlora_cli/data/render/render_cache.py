@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.answers import Additions, Answer
+from qlora_cli.data.render.answer_spans import Additions, Answer
 from qlora_cli.types import Conversation, Message, ToolCall
 
 MOST_SHAPES = 4096
