@@ -43,7 +43,7 @@ def make_base(
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from qlora_cli.model.edits import build_skeleton
+    from qlora_cli.adapters.weight_edits import build_skeleton
     from tests.conftest import make_tokenizer
 
     folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from qlora_cli.model.edits import build_skeleton
+    from qlora_cli.adapters.weight_edits import build_skeleton
     from qlora_cli.recipe import Recipe
     from qlora_cli.run_folder import environment
     from tests.conftest import make_tokenizer

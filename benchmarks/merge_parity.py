@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.errors import ModelError
-from qlora_cli.model.edits import Adapter, build_skeleton
+from qlora_cli.adapters.weight_edits import Adapter, build_skeleton
 from qlora_cli.model.names import Names
 from qlora_cli.model.quantization import Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.model.round_trip import RoundTrip

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.adapter_place import AdapterPlace
 from qlora_cli.common.atomic_files import describe_file
-from qlora_cli.model.adapter_files import WEIGHTS
-from qlora_cli.model.adapters import LoRA
+from qlora_cli.adapters.files import WEIGHTS
+from qlora_cli.adapters import LoRA
 from qlora_cli.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.merge_proof import compare_models, refuse_infidelity
 from qlora_cli.model.base import load_tokenizer, refuse_prequantized
-from qlora_cli.model.edits import build_skeleton
+from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.model.names import Names
 from qlora_cli.model.round_trip import RoundTrip
 from qlora_cli.model.shards import Shards

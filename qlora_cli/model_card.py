@@ -12,7 +12,7 @@ import yaml
 from qlora_cli.data.sources import Source
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
-from qlora_cli.model.adapters.partial import TRAINED
+from qlora_cli.adapters.partial import TRAINED
 from qlora_cli.common.config import Part
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
-from qlora_cli.model.adapters import AdapterConfig, LoRA
+from qlora_cli.adapters import AdapterConfig, LoRA
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.model.quantization import QuantizationConfig, Unquantized
 from qlora_cli.optim.optimizers import AdamW, OptimizerConfig

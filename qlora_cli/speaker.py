@@ -16,7 +16,7 @@ from qlora_cli.data.render.encode import Encoder, read_chat_template
 from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
 from qlora_cli.data.prompts import is_verbatim
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.model.adapter_set import AdapterSet
+from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.model.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.model.identity import identify
 from qlora_cli.recipe import Recipe

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from qlora_cli.model.adapters import AdapterConfig
+from qlora_cli.adapters import AdapterConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 

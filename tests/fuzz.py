@@ -386,7 +386,7 @@ class _OnAdapter(Kind):
     def __init__(self, root: Path) -> None:
         import torch
 
-        from qlora_cli.model.adapters import LoRA
+        from qlora_cli.adapters import LoRA
         from qlora_cli.model.base import load_model
         from tests.conftest import save_tiny_model
 
@@ -403,7 +403,7 @@ class _OnAdapter(Kind):
     def attempt(self, drawn: Any) -> None:
         from qlora_cli.adapter_text import list_text
         from qlora_cli.adapter_tools import list_adapters
-        from qlora_cli.model.adapters import LoRA
+        from qlora_cli.adapters import LoRA
 
         adapter = self.folder / "adapter"
         shutil.copytree(self.saved, adapter)

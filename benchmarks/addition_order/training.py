@@ -16,7 +16,7 @@ from benchmarks.addition_order.page import Cell, Record
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.kernels.lora_linear import base_weight
 from qlora_cli.loop import train_step
-from qlora_cli.model.adapters import LoRA
+from qlora_cli.adapters import LoRA
 from qlora_cli.model.attention import attend_by_document
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.model.quantization import Nf4, Unquantized

@@ -19,7 +19,7 @@ from qlora_cli.common.safetensors_writer import bytes_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlora_cli.model.edits import Edits
+    from qlora_cli.adapters.weight_edits import Edits
     from qlora_cli.model.names import Names
     from qlora_cli.model.round_trip import RoundTrip
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from qlora_cli.model.adapters import (
+from qlora_cli.adapters import (
     IA3,
     OFT,
     AdaLoRA,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.model.adapters import OFT
+from qlora_cli.adapters import OFT
 from tests.contract.page import PAGE, read, write
 from tests.contract.properties import PROPERTIES, Case, Property
 from tests.contract.subjects import CLASSES, SUBJECTS

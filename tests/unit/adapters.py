@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.model.adapters import LoRA
+from qlora_cli.adapters import LoRA
 
 
 def draw_adapter(model: Path, folder: Path, *, seed: int, **settings: Any) -> Path:

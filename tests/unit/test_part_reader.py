@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora_cli.model.adapters import LoRA
+from qlora_cli.adapters import LoRA
 from qlora_cli.part_reader import key_paths
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import OTHER_NAMES, LoadedRecipe

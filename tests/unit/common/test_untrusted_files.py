@@ -13,7 +13,7 @@ import pytest
 
 from qlora_cli.errors import ModelError, QloraError, RecipeError
 from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
-from qlora_cli.model.adapter_files import read_adapter
+from qlora_cli.adapters.files import read_adapter
 from qlora_cli.model.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.model.shards import INDEX, Shards
 from qlora_cli.recipe import Recipe
@@ -176,7 +176,7 @@ HOSTILE: list[dict[str, Any]] = [
 
 @pytest.fixture
 def adapter(tiny_model: Path, tmp_path: Path) -> Path:
-    from qlora_cli.model.adapters import LoRA
+    from qlora_cli.adapters import LoRA
 
     model = load_model(tiny_model)
     LoRA(r=4).save(LoRA(r=4).attach(model), tmp_path / "adapter")
@@ -191,7 +191,7 @@ def test_settings_of_an_adapter_that_name_code_or_files_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
 ) -> None:
-    from qlora_cli.model.adapters import LoRA
+    from qlora_cli.adapters import LoRA
 
     (tmp_path / "named_by_an_adapter.py").write_text("raise SystemExit('ran')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -204,7 +204,7 @@ def test_settings_of_an_adapter_that_name_code_or_files_are_an_error(
 def test_settings_of_an_adapter_that_cannot_be_are_an_error(
     adapter: Path, tiny_model: Path, settings: dict[str, Any]
 ) -> None:
-    from qlora_cli.model.adapters import LoRA
+    from qlora_cli.adapters import LoRA
 
     change(adapter / "adapter_config.json", **settings)
     with pytest.raises(ModelError):
@@ -212,7 +212,7 @@ def test_settings_of_an_adapter_that_cannot_be_are_an_error(
 
 
 def test_a_rank_that_no_tensor_has_takes_no_memory(adapter: Path, tiny_model: Path) -> None:
-    from qlora_cli.model.adapters import LoRA
+    from qlora_cli.adapters import LoRA
 
     change(adapter / "adapter_config.json", r=10**12, rank_pattern={"q_proj": 4, "x": 10**12})
     config, _ = read_adapter(adapter)
@@ -222,7 +222,7 @@ def test_a_rank_that_no_tensor_has_takes_no_memory(adapter: Path, tiny_model: Pa
 
 
 def test_an_expression_that_takes_for_ever_is_ended(adapter: Path, tiny_model: Path) -> None:
-    from qlora_cli.model.adapters import LoRA
+    from qlora_cli.adapters import LoRA
 
     change(adapter / "adapter_config.json", target_modules="(([a-z._0-9]+)+)+!")
     with pytest.raises(ModelError, match="not at its end"):

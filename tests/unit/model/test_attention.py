@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_cli.data.batching.sampler import BatchStream, eval_batches, proof_batches
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters import LoRA
+from qlora_cli.adapters import LoRA
 from qlora_cli.model.attention import NAME, attend_by_document, prove_packing
 from qlora_cli.model.base import BaseModelConfig, start_checkpointing
 from qlora_cli.model.quantization import Int8

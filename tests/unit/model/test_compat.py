@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from qlora_cli.model.adapters import LoRA
+from qlora_cli.adapters import LoRA
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.model.quantization import Int8, Nf4
 from tests.conftest import save_tiny_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from qlora_cli.model.edits import build_skeleton
+from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.model.names import Names
 from qlora_cli.model.shards import Shards
 

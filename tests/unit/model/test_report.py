@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_cli.model.adapters import FullFineTune, LoRA
+from qlora_cli.adapters import FullFineTune, LoRA
 from qlora_cli.model.base import load_model
 from qlora_cli.model.report import warn_of_untrained
 from tests.conftest import save_tiny_model

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.tuners.factors import Weighted
+from qlora_cli.adapters.layers.lora_init import Weighted
 from qlora_cli.types import Follower
 
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters.method import Method
+from qlora_cli.adapters.base import Method
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
 
-    from qlora_cli.model.edits import Edits
+    from qlora_cli.adapters.weight_edits import Edits
     from qlora_cli.model.names import Names
 
 Modules = list[str] | str
@@ -74,7 +74,7 @@ class OfPeft(Method):
         Raises:
             ModelError: it is of a kind that cannot be merged.
         """
-        from qlora_cli.model.edits import Adapter
+        from qlora_cli.adapters.weight_edits import Adapter
 
         if self.no_merge:
             raise ModelError(f"adapter.type ({self.type}) cannot be merged: {self.no_merge}")
@@ -88,8 +88,8 @@ class OfPeft(Method):
         """
         from peft import set_peft_model_state_dict
 
-        from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
-        from qlora_cli.model.edits import grow_vocabulary, match_saved, refuse_changed_base
+        from qlora_cli.adapters.files import read_adapter, refuse_endless_patterns
+        from qlora_cli.adapters.weight_edits import grow_vocabulary, match_saved, refuse_changed_base
 
         config, saved = read_adapter(folder)
         refuse_changed_base(config, folder)
@@ -201,7 +201,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig, adapter_name: str = "defau
     """
     from peft import PeftModel, get_peft_model
 
-    from qlora_cli.tuners.virtual_tokens import put_before
+    from qlora_cli.adapters.layers.virtual_tokens import put_before
 
     if not config.is_prompt_learning:
         use_our_layers(config, model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters.peft_method import (
+from qlora_cli.adapters.peft_base import (
     Selected,
     is_pattern,
     is_suffix,
@@ -34,7 +34,7 @@ class LowRank(Selected):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter as ordinary LoRA, in PEFT's format."""
-        from qlora_cli.tuners.factors import plain_state
+        from qlora_cli.adapters.layers.lora_init import plain_state
 
         save_adapter(model, folder, state_dict=plain_state(model))
 
@@ -181,7 +181,7 @@ class LoRA(LowRank):
 
     def begin(self, adapted: PeftModel) -> None:
         """Give the factors what they begin as, where that is not PEFT's; freeze A."""
-        from qlora_cli.tuners.factors import ADAPTER
+        from qlora_cli.adapters.layers.lora_init import ADAPTER
 
         if self.init not in _PLAIN:
             for name, layer in only_linear(adapted, f"adapter.init ({self.init})").items():
@@ -192,7 +192,7 @@ class LoRA(LowRank):
 
     def _continue(self, name: str, layer: Any) -> None:
         """Begin with a part of the layer's own weight."""
-        from qlora_cli.tuners.factors import (
+        from qlora_cli.adapters.layers.lora_init import (
             ADAPTER,
             base_weight_of,
             continue_from,
@@ -221,8 +221,8 @@ class LoRA(LowRank):
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        from qlora_cli.model.adapter_files import read_adapter
-        from qlora_cli.model.edits import match_saved, refuse_changed_base
+        from qlora_cli.adapters.files import read_adapter
+        from qlora_cli.adapters.weight_edits import match_saved, refuse_changed_base
 
         config, saved = read_adapter(folder)
         refuse_changed_base(config, folder)
@@ -279,7 +279,7 @@ def only_linear(adapted: PeftModel, what: str) -> dict[str, Any]:
     Raises:
         ModelError: one is no update of a linear layer, which `what` needs.
     """
-    from qlora_cli.tuners.factors import updated_layers
+    from qlora_cli.adapters.layers.lora_init import updated_layers
 
     layers = dict(updated_layers(adapted))
     for parameter, _ in adapted.named_parameters():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters.peft_method import Layered, Modules, PeftMethod, Selected
+from qlora_cli.adapters.peft_base import Layered, Modules, PeftMethod, Selected
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.model.adapters.lora import LowRank, only_linear
-from qlora_cli.model.adapters.peft_method import save_adapter
+from qlora_cli.adapters.lora import LowRank, only_linear
+from qlora_cli.adapters.peft_base import save_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -75,7 +75,7 @@ class AdaLoRA(LowRank):
         """Draw directions, and leave their values at zero."""
         import torch
 
-        from qlora_cli.tuners.factors import ADAPTER, Weighted
+        from qlora_cli.adapters.layers.lora_init import ADAPTER, Weighted
 
         for layer in only_linear(adapted, "adapter.type (adalora)").values():
             a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight
@@ -85,8 +85,8 @@ class AdaLoRA(LowRank):
 
     def follow(self, model: nn.Module, max_steps: int) -> Follower:
         """Take ranks away."""
-        from qlora_cli.tuners.factors import ADAPTER, updated_layers
-        from qlora_cli.tuners.rank_allocation import Budget, RankAllocation
+        from qlora_cli.adapters.layers.lora_init import ADAPTER, updated_layers
+        from qlora_cli.adapters.layers.rank_allocation import Budget, RankAllocation
 
         layers = [layer for _, layer in updated_layers(model)]
         begin = round(self.begin_at * max_steps)
@@ -107,7 +107,7 @@ class AdaLoRA(LowRank):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter as ordinary LoRA, each update with the rank that it has left."""
-        from qlora_cli.tuners.factors import ADAPTER, plain_state, updated_layers
+        from qlora_cli.adapters.layers.lora_init import ADAPTER, plain_state, updated_layers
 
         state, config = plain_state(model), model.peft_config[ADAPTER]
         config.rank_pattern, config.alpha_pattern = {}, {}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters.method import Method
+from qlora_cli.adapters.base import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.model.edits import Edits
+    from qlora_cli.adapters.weight_edits import Edits
     from qlora_cli.model.names import Names
 
 
@@ -37,7 +37,7 @@ class FullFineTune(Method):
 
     def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
         """What a saved training changed in the base (`skeleton`: on the meta device)."""
-        from qlora_cli.model.edits import WholeModel
+        from qlora_cli.adapters.weight_edits import WholeModel
 
         return WholeModel(skeleton, folder)
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from qlora_cli.generate import Sampling, answers
-from qlora_cli.model.adapter_set import AdapterSet
-from qlora_cli.model.adapters import LoRA, Prefix, Prompt
+from qlora_cli.adapters.switch import AdapterSet
+from qlora_cli.adapters import LoRA, Prefix, Prompt
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
 from qlora_cli.types import IGNORE_INDEX, Batch

@@ -11,14 +11,14 @@ from pydantic import Field
 
 from qlora_cli.errors import ModelError
 from qlora_cli.common.untrusted_files import refuse_foreign
-from qlora_cli.model.adapters.full import key_mismatch
-from qlora_cli.model.adapters.method import Method
+from qlora_cli.adapters.full import key_mismatch
+from qlora_cli.adapters.base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from qlora_cli.model.edits import Edits
+    from qlora_cli.adapters.weight_edits import Edits
     from qlora_cli.model.names import Names
 
 TRAINED = "trained_weights.safetensors"
@@ -57,7 +57,7 @@ class _Partial(Method):
 
     def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
         """What a saved training changed in the base (`skeleton`: on the meta device)."""
-        from qlora_cli.model.edits import WholeModel
+        from qlora_cli.adapters.weight_edits import WholeModel
 
         refuse_foreign(folder)
         return WholeModel(skeleton, folder / TRAINED)
@@ -84,7 +84,7 @@ class _Partial(Method):
         return model
 
     def _train(self, model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
-        from qlora_cli.tuners.bias import keep_unrounded
+        from qlora_cli.adapters.layers.bias import keep_unrounded
 
         weights, wanted = _weights(model), set(names)
         if held := sorted(name for name in wanted if not weights[name].is_floating_point()):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_cli.errors import ModelError
 from qlora_cli.common.untrusted_files import refuse_no_safetensors
-from qlora_cli.model.adapter_files import WEIGHTS, read_config, refuse_endless_patterns
+from qlora_cli.adapters.files import WEIGHTS, read_config, refuse_endless_patterns
 from qlora_cli.model.names import Names, Piece
 from qlora_cli.model.shards import Shards
 
@@ -427,8 +427,8 @@ def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
 
 def _merged_kinds() -> set[str]:
     """PEFT's kinds of adapters whose merge the contract holds against base plus adapter."""
-    from qlora_cli.model.adapters import AdapterConfig
-    from qlora_cli.model.adapters.peft_method import PeftMethod
+    from qlora_cli.adapters import AdapterConfig
+    from qlora_cli.adapters.peft_base import PeftMethod
 
     union = get_args(get_args(AdapterConfig)[0])
     fields = [

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapter_files import read_adapter, refuse_endless_patterns
-from qlora_cli.model.edits import match_saved, refuse_changed_base
+from qlora_cli.adapters.files import read_adapter, refuse_endless_patterns
+from qlora_cli.adapters.weight_edits import match_saved, refuse_changed_base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +37,7 @@ class AdapterSet:
         """
         from peft import set_peft_model_state_dict
 
-        from qlora_cli.model.adapters.peft_method import adapt, use_our_layers
+        from qlora_cli.adapters.peft_base import adapt, use_our_layers
 
         config, saved = read_adapter(folder)
         refuse_changed_base(config, folder)

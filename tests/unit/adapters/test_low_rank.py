@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qlora_cli.adapter_tools import inspect
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapter_set import read_adapter
-from qlora_cli.model.adapters import LoRA
-from qlora_cli.model.factors import Update, effective_rank, read_updates, stacked
+from qlora_cli.adapters.switch import read_adapter
+from qlora_cli.adapters import LoRA
+from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates, stacked
 from tests.unit.adapters import draw_adapter
 
 

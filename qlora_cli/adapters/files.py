@@ -49,7 +49,7 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
     """
     from peft import PeftConfig
 
-    from qlora_cli.tuners.bottleneck import register
+    from qlora_cli.adapters.layers.bottleneck import register
 
     register()
     refuse_foreign(folder)

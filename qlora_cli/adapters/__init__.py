@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.model.adapters.adalora import AdaLoRA
-from qlora_cli.model.adapters.bottleneck import Bottleneck
-from qlora_cli.model.adapters.full import FullFineTune
-from qlora_cli.model.adapters.lora import LoRA
-from qlora_cli.model.adapters.partial import BitFit, Freeze
-from qlora_cli.model.adapters.tuners import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
-from qlora_cli.model.adapters.virtual_tokens import Prefix, Prompt
+from qlora_cli.adapters.adalora import AdaLoRA
+from qlora_cli.adapters.bottleneck import Bottleneck
+from qlora_cli.adapters.full import FullFineTune
+from qlora_cli.adapters.lora import LoRA
+from qlora_cli.adapters.partial import BitFit, Freeze
+from qlora_cli.adapters.other_peft import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
+from qlora_cli.adapters.virtual_tokens import Prefix, Prompt
 
 AdapterConfig = Annotated[
     LoRA

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.model.adapters.peft_method import OfPeft
+from qlora_cli.adapters.peft_base import OfPeft
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -51,6 +51,6 @@ class Prefix(_VirtualTokens):
 
     def begin(self, adapted: PeftModel) -> None:
         """With the keys and values of words."""
-        from qlora_cli.tuners.virtual_tokens import begin_as_words
+        from qlora_cli.adapters.layers.virtual_tokens import begin_as_words
 
         begin_as_words(adapted)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapters.peft_method import Modules, Selected
+from qlora_cli.adapters.peft_base import Modules, Selected
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -42,7 +42,7 @@ class Bottleneck(Selected):
 
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """The settings in PEFT's own terms."""
-        from qlora_cli.tuners.bottleneck import BottleneckConfig, register
+        from qlora_cli.adapters.layers.bottleneck import BottleneckConfig, register
 
         register()
         return BottleneckConfig(
