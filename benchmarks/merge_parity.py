@@ -23,9 +23,9 @@ from qlora_cli.errors import ModelError
 from qlora_cli.adapters.weight_edits import Adapter, build_skeleton
 from qlora_cli.model.names import Names
 from qlora_cli.model.quantization import Int8, Nf4, QuantizationConfig, Unquantized
-from qlora_cli.model.round_trip import RoundTrip
+from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.model.shards import Shards
-from qlora_cli.model.streaming import Merge
+from qlora_cli.export.merge_shards import Merge
 
 BFLOAT16 = torch.bfloat16
 INPUT = torch.arange(1, 49)[None]

@@ -121,7 +121,7 @@ def combine_adapters(
     Example:
       qlora adapters combine runs/a runs/b --weights 0.7,0.3 --output runs/a-and-b
     """
-    from qlora_cli.adapter_combine import combine, read_weights
+    from qlora_cli.export.combine_adapters import combine, read_weights
 
     report = combine(
         paths,

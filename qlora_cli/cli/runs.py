@@ -270,9 +270,9 @@ def merge(
       qlora merge runs/mine --output models/mine --gguf q8_0 --gguf q4_k_m
       qlora merge runs/mine --output models/mine --set model.path=where/the/base/is/now
     """
-    from qlora_cli.export import export
-    from qlora_cli.export_gguf import require_gguf_tools
-    from qlora_cli.merge import merge
+    from qlora_cli.export.export import export
+    from qlora_cli.export.gguf import require_gguf_tools
+    from qlora_cli.export.merge import merge
 
     require_gguf_tools(gguf)  # merging may take long
     report = merge(run, output, overrides, weights=weights, base=base, with_logits=logits)
@@ -313,7 +313,7 @@ def export_model(
       qlora export models/mine --gguf q8_0 --gguf q4_k_m
       qlora export models/mine --bnb-4bit models/mine-4bit --run runs/mine
     """
-    from qlora_cli.export import export
+    from qlora_cli.export.export import export
 
     report = export(model, gguf=gguf, bnb_4bit=bnb_4bit, run=run)
     show(report, as_json, export_text(report))

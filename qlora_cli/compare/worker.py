@@ -20,7 +20,7 @@ from qlora_cli.compare.places import Place
 from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate import choose_tasks, examine, find_subject
-from qlora_cli.merge import merge
+from qlora_cli.export.merge import merge
 from qlora_cli.model.base import load_tokenizer
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe

@@ -23,8 +23,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.forecast import forecast
 from qlora_cli.generate import Sampling, answers
 from qlora_cli.kernels.device_capabilities import Means
-from qlora_cli.merge import prepare, write_files
-from qlora_cli.merge_proof import MAX_KL
+from qlora_cli.export.merge import prepare, write_files
+from qlora_cli.export.verify import MAX_KL
 from qlora_cli.model.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.probes import compare

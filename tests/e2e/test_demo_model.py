@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.evaluate import evaluate
-from qlora_cli.export import export
-from qlora_cli.merge import merge
+from qlora_cli.export.export import export
+from qlora_cli.export.merge import merge
 from qlora_cli.model.base import BaseModelConfig
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train

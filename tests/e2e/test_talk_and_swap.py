@@ -173,7 +173,7 @@ def test_adapters_are_listed_inspected_compared_and_combined(
 def test_forgetting_alone_is_enough_to_measure_what_was_combined(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    from qlora_cli.adapter_combine import combine
+    from qlora_cli.export.combine_adapters import combine
 
     text = tmp_path / "general.txt"
     text.write_text("some lines of general text\n" * 20, encoding="utf-8")

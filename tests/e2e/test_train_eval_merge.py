@@ -453,7 +453,7 @@ def test_a_merge_that_is_not_the_trained_model_is_refused_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     qlora("train", write_recipe())
-    monkeypatch.setattr("qlora_cli.merge_proof.MAX_KL", -1.0)
+    monkeypatch.setattr("qlora_cli.export.verify.MAX_KL", -1.0)
     assert exit_code("merge", tmp_path / "run", "--output", tmp_path / "merged") == 3
     assert "not the trained one" in capsys.readouterr().err
     assert not list(tmp_path.glob("*merged*"))

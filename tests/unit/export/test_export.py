@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.cli import main
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.export import export
-from qlora_cli.export_gguf import Reference, require_gguf_tools
-from qlora_cli.merge import merge
+from qlora_cli.export.export import export
+from qlora_cli.export.gguf import Reference, require_gguf_tools
+from qlora_cli.export.merge import merge
 from qlora_cli.model.base import load_model, load_tokenizer
 from qlora_cli.report_text import export_text
 from qlora_cli.train import train

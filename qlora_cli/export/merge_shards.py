@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qlora_cli.adapters.weight_edits import Edits
     from qlora_cli.model.names import Names
-    from qlora_cli.model.round_trip import RoundTrip
+    from qlora_cli.export.dequantize import RoundTrip
 
 log = logging.getLogger("qlora")
 

@@ -21,7 +21,7 @@ from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate import evaluate
-from qlora_cli.merge import merge
+from qlora_cli.export.merge import merge
 from qlora_cli.model.shards import Shards
 from qlora_cli.train import train
 from tests.conftest import save_tiny_model
@@ -230,7 +230,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run()
-    monkeypatch.setattr("qlora_cli.merge.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("qlora_cli.export.merge.free_bytes", lambda path: 1000)
     with pytest.raises(RecipeError, match="GiB are needed"):
         merge(folder, tmp_path / "merged", weights="last")
     assert not list(tmp_path.glob("*merged*"))
@@ -243,7 +243,7 @@ def test_where_memory_is_short_only_the_weights_are_compared(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = run()
-    monkeypatch.setattr("qlora_cli.merge_proof.free_memory", lambda: 1000)
+    monkeypatch.setattr("qlora_cli.export.verify.free_memory", lambda: 1000)
     report = merge(folder, tmp_path / "merged", weights="last")
     assert report["kl"] is None
     assert "logits are not compared" in caplog.text

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from qlora_cli.modelfile import modelfile
+from qlora_cli.export.ollama import modelfile
 from tests.conftest import CHATML, make_tokenizer
 
 DEFAULT = (
