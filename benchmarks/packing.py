@@ -26,9 +26,9 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.batching.sampler import BatchStream, proof_batches
 from qlora_cli.data.prepared.prepare import Prepared, prepare
 from qlora_cli.errors import ModelError
-from qlora_cli.model.attention import attend_by_document, prove_packing
-from qlora_cli.model.base import BaseModelConfig, load_tokenizer
-from qlora_cli.model.quantization import Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.models.packed_attention import attend_by_document, prove_packing
+from qlora_cli.models.base import BaseModelConfig, load_tokenizer
+from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.types import Example
 
 ROOT = Path(__file__).resolve().parent.parent

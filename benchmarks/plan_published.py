@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.model.known import KNOWN
+from qlora_cli.models.known_configs import KNOWN
 from qlora_cli.trace.count import Count
 from qlora_cli.trace.kernels import make_constants
 from qlora_cli.trace.model import load_traced

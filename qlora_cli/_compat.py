@@ -21,7 +21,7 @@ def keep_4bit_weights_trainable(model: Module) -> None:
     no gradient passes that layer any more, and nothing says so. bitsandbytes 0.50 looks at a public
     attribute of each layer before it does this; we turn it off.
 
-    Goes when `tests/unit/model/test_compat.py` fails because the gradients agree without it.
+    Goes when `tests/unit/test_compat.py` fails because the gradients agree without it.
     """
     from bitsandbytes.nn import Linear4bit
 

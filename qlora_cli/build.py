@@ -21,8 +21,8 @@ from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.data.prepared.statistics import Audit, Rows, Scan, scan
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import TrainingError
-from qlora_cli.model.identity import identify, refuse_other_base
-from qlora_cli.model.report import refuse_unquantized, report_weights
+from qlora_cli.models.identity import identify, refuse_other_base
+from qlora_cli.models.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe

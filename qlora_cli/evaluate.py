@@ -19,7 +19,7 @@ from qlora_cli.build import compute_dtype, load_base, read_data, read_exam, reci
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.examinee import Respondent
-from qlora_cli.model.base import learn_to_stop, load_tokenizer, stop_token_ids
+from qlora_cli.models.base import learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.model_card import write_cards
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe

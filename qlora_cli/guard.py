@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from qlora_cli.checkpoint import random_states, set_random_states
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.errors import OutOfMemory, TrainingError
-from qlora_cli.model.report import held_bytes
+from qlora_cli.models.report import held_bytes
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import SpikeGuard, Training
 from qlora_cli.types import Batch, TrainState

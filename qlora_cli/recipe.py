@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
 from qlora_cli.adapters import AdapterConfig, LoRA
-from qlora_cli.model.base import BaseModelConfig
-from qlora_cli.model.quantization import QuantizationConfig, Unquantized
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.quantization import QuantizationConfig, Unquantized
 from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.common.config import Part

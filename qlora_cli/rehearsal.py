@@ -15,7 +15,7 @@ from torch import nn
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.loop import clip_gradients, train_step
-from qlora_cli.model.attention import attend_by_document
+from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe import Recipe
 from qlora_cli.speed import loss_kernel, prepare_layers

@@ -20,7 +20,7 @@ from qlora_cli.fingerprint import (
     recorded_recipe,
     take_fingerprint,
 )
-from qlora_cli.model.identity import identify
+from qlora_cli.models.identity import identify
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder, Weights
 from qlora_cli.train import train

@@ -17,8 +17,8 @@ from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
 from qlora_cli.data.prompts import is_verbatim
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.adapters.switch import AdapterSet
-from qlora_cli.model.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
-from qlora_cli.model.identity import identify
+from qlora_cli.models.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
+from qlora_cli.models.identity import identify
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe_file import load_recipe, recipe_of_model
 from qlora_cli.run_folder import RunFolder, Weights, is_run

@@ -20,8 +20,8 @@ from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.kernels.offload import Host, keep_on_host
-from qlora_cli.model.attention import attend_by_document, attend_by_row, prove_packing
-from qlora_cli.model.base import start_checkpointing
+from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, prove_packing
+from qlora_cli.models.base import start_checkpointing
 from qlora_cli.recipe import Training
 
 if TYPE_CHECKING:

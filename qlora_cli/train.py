@@ -33,9 +33,9 @@ from qlora_cli.kernels.selection import choose_kernels
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.lineage import find_parent
 from qlora_cli.loop import fit, is_due
-from qlora_cli.model.base import learn_to_stop
-from qlora_cli.model.identity import identify
-from qlora_cli.model.report import report_trained, warn_of_untrained
+from qlora_cli.models.base import learn_to_stop
+from qlora_cli.models.identity import identify
+from qlora_cli.models.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe import Recipe
 from qlora_cli.room import count_saves

@@ -387,7 +387,7 @@ class _OnAdapter(Kind):
         import torch
 
         from qlora_cli.adapters import LoRA
-        from qlora_cli.model.base import load_model
+        from qlora_cli.models.base import load_model
         from tests.conftest import save_tiny_model
 
         super().__init__(root)
@@ -423,7 +423,7 @@ class _OnAdapter(Kind):
             raise refused[0]
 
     def _read_shards(self) -> None:
-        from qlora_cli.model.shards import Shards
+        from qlora_cli.models.shards import Shards
 
         shards = Shards(self.folder / "adapter" / "adapter_model.safetensors")
         for name in shards.tensors:

@@ -38,7 +38,7 @@ from benchmarks.race.stage import versions
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare
-from qlora_cli.model.base import BaseModelConfig
+from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.types import Example
 from qlora_cli.distributed.world import World
 

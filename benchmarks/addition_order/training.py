@@ -17,9 +17,9 @@ from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.kernels.lora_linear import base_weight
 from qlora_cli.loop import train_step
 from qlora_cli.adapters import LoRA
-from qlora_cli.model.attention import attend_by_document
-from qlora_cli.model.base import BaseModelConfig
-from qlora_cli.model.quantization import Nf4, Unquantized
+from qlora_cli.models.packed_attention import attend_by_document
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.quantization import Nf4, Unquantized
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.optim.schedules import Linear

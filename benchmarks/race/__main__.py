@@ -167,7 +167,7 @@ def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
 
 def unpacked(model: Path) -> Path:
     """The base as a folder in bfloat16, which every contestant loads."""
-    from qlora_cli.model.base import BaseModelConfig
+    from qlora_cli.models.base import BaseModelConfig
 
     return BaseModelConfig(path=str(model)).locate().resolve()
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.model.names import Names
+    from qlora_cli.models.weight_names import Names
 
 
 class FullFineTune(Method):

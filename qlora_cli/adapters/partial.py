@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.model.names import Names
+    from qlora_cli.models.weight_names import Names
 
 TRAINED = "trained_weights.safetensors"
 """The file with the weights that were trained, under their names in the model."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.model.names import Names
+    from qlora_cli.models.weight_names import Names
 
 Modules = list[str] | str
 """Names of modules, or one regular expression."""

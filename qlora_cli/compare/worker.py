@@ -21,7 +21,7 @@ from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.export.merge import merge
-from qlora_cli.model.base import load_tokenizer
+from qlora_cli.models.base import load_tokenizer
 from qlora_cli.plan import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder

@@ -14,8 +14,8 @@ from torch import Tensor
 from qlora_cli.build import recipe_of_run
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import read_object
-from qlora_cli.model.base import load_model, load_tokenizer
-from qlora_cli.model.quantization import Nf4
+from qlora_cli.models.base import load_model, load_tokenizer
+from qlora_cli.models.quantization import Nf4
 from qlora_cli.probes import TEXTS, compare, logits_of
 from qlora_cli.run_folder import RunFolder, readable_as_the_folder
 

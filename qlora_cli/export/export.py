@@ -11,7 +11,7 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.export.bnb_4bit import export_4bit
 from qlora_cli.export.gguf import export_gguf, require_gguf_tools
 from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
-from qlora_cli.model.shards import INDEX
+from qlora_cli.models.shards import INDEX
 
 
 def export(

@@ -17,11 +17,11 @@ from qlora_cli.common.atomic_files import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.export.verify import compare_models, refuse_infidelity
-from qlora_cli.model.base import load_tokenizer, refuse_prequantized
+from qlora_cli.models.base import load_tokenizer, refuse_prequantized
 from qlora_cli.adapters.weight_edits import build_skeleton
-from qlora_cli.model.names import Names
+from qlora_cli.models.weight_names import Names
 from qlora_cli.export.dequantize import RoundTrip
-from qlora_cli.model.shards import Shards
+from qlora_cli.models.shards import Shards
 from qlora_cli.export.merge_shards import Merge
 from qlora_cli.model_card import model_card
 from qlora_cli.recipe import Recipe

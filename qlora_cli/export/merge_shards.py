@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.shards import INDEX, Shards, Stored, write_shard
+from qlora_cli.models.shards import INDEX, Shards, Stored, write_shard
 from qlora_cli.common.progress import Progress
 from qlora_cli.common.safetensors_writer import bytes_of
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.model.names import Names
+    from qlora_cli.models.weight_names import Names
     from qlora_cli.export.dequantize import RoundTrip
 
 log = logging.getLogger("qlora")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora_cli.build import compute_dtype, read_data
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.model.base import load_model
+from qlora_cli.models.base import load_model
 from qlora_cli.probes import TEXTS, compare
 from qlora_cli.recipe import Recipe
 from qlora_cli.types import IGNORE_INDEX

@@ -46,7 +46,7 @@ class WithScales8bit(PeftLinear8bit):  # type: ignore[misc]
     DoRA dequantizes the weight in each forward. On a CPU PEFT 0.21 then puts a copy in its place,
     which looks freshly quantized (it has `CB`) and has no scales (`SCB`): bitsandbytes would take
     them from there in the next forward, in place of those that it has in the layer's state. Goes
-    when `tests/unit/model/test_compat.py` fails because DoRA trains without it.
+    when `tests/unit/test_compat.py` fails because DoRA trains without it.
     """
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -25,7 +25,7 @@ from qlora_cli.generate import Sampling, answers
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
-from qlora_cli.model.base import load_model, load_tokenizer, start_checkpointing
+from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.probes import compare
 from qlora_cli.recipe import Recipe

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_cli.evaluate import evaluate
 from qlora_cli.export.export import export
 from qlora_cli.export.merge import merge
-from qlora_cli.model.base import BaseModelConfig
+from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train
 from tests.conftest import DATA, MODEL, ROOT, needs_data, needs_model
@@ -140,7 +140,7 @@ def test_a_gguf_file_is_read_as_it_is_whatever_lies_beside_it(
 
 
 def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from qlora_cli.model.base import BaseModelConfig"]
+    command = [sys.executable, "-c", "import sys; from qlora_cli.models.base import BaseModelConfig"]
     command[-1] += "; print(BaseModelConfig(path=sys.argv[1]).locate())"
     environment = {**os.environ, "QLORA_CACHE": str(tmp_path)}
     running = [

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_cli.model.quantization import QuantizationConfig
+from qlora_cli.models.quantization import QuantizationConfig
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe import Recipe
 from qlora_cli.run_folder import RunFolder

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from qlora_cli.errors import DataError
-from qlora_cli.model.base import BaseModelConfig, load_tokenizer
+from qlora_cli.models.base import BaseModelConfig, load_tokenizer
 from qlora_cli.preview import preview
 from qlora_cli.recipe_file import load_recipe
 from qlora_cli.train import train

@@ -16,7 +16,7 @@ from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.peft_lora_layers import layer_classes
-from qlora_cli.model.attention import attend_by_document
+from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.types import Batch
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.examinee import Respondent
-from qlora_cli.model.base import learn_to_stop
+from qlora_cli.models.base import learn_to_stop
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 from qlora_cli.distributed.world import World
 from tests.conftest import save_tiny_model

@@ -36,7 +36,7 @@ from qlora_cli.forecast import Forecast, forecast
 from qlora_cli.formula import FORMULA, RANGE, Layer, by_formula
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
-from qlora_cli.model.known import KNOWN, find_known
+from qlora_cli.models.known_configs import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan, plan_table
 from qlora_cli.plan_page import plan_page

@@ -341,7 +341,7 @@ def test_ours_is_the_command_line_with_a_recipe_that_loads(tmp_path: Path) -> No
 
 
 def test_what_ours_says_is_understood() -> None:
-    from qlora_cli.model.report import TrainedReport, TrainedRow
+    from qlora_cli.models.report import TrainedReport, TrainedRow
 
     ours = CONTESTANTS["ours"]
     table = TrainedReport([TrainedRow("q_proj", 2, 64)], trained=64, total=1064).summary()

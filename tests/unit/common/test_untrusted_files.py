@@ -14,8 +14,8 @@ import pytest
 from qlora_cli.errors import ModelError, QloraError, RecipeError
 from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
 from qlora_cli.adapters.files import read_adapter
-from qlora_cli.model.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
-from qlora_cli.model.shards import INDEX, Shards
+from qlora_cli.models.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
+from qlora_cli.models.shards import INDEX, Shards
 from qlora_cli.recipe import Recipe
 
 

@@ -22,7 +22,7 @@ from benchmarks.merge_memory import merge as merge_within
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate import evaluate
 from qlora_cli.export.merge import merge
-from qlora_cli.model.shards import Shards
+from qlora_cli.models.shards import Shards
 from qlora_cli.train import train
 from tests.conftest import save_tiny_model
 

@@ -19,7 +19,7 @@ from qlora_cli.data.prepared.prepare import Prepared, prepare_prompts
 from qlora_cli.data.prepared.prepare import prepare as prepare_sources
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.model.base import BaseModelConfig
+from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.types import IGNORE_INDEX, Example, Message
 from tests.conftest import MODEL, needs_model
 from tests.conftest import make_tokenizer as make_bare

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError
 from qlora_cli.common.untrusted_files import read_object
-from qlora_cli.model.shards import Shards
+from qlora_cli.models.shards import Shards
 
 _SAMPLE = 4096
 """Bytes of each tensor that are looked at. Models of one shape (base and instruction-tuned) differ

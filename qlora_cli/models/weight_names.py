@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.model.shards import Stored
+    from qlora_cli.models.shards import Stored
 
 
 @dataclass(frozen=True, slots=True)

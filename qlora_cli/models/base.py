@@ -24,7 +24,7 @@ from qlora_cli.common.untrusted_files import (
     refuse_no_safetensors,
 )
 from qlora_cli.common.jinja_sandbox import refuse_endless
-from qlora_cli.model.known import find_known
+from qlora_cli.models.known_configs import find_known
 from qlora_cli.common.config import Part
 
 if TYPE_CHECKING:

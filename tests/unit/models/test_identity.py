@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.model.identity import identify
+from qlora_cli.models.identity import identify
 from tests.conftest import save_tiny_model
 
 

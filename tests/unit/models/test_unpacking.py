@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.model.base import BaseModelConfig
+from qlora_cli.models.base import BaseModelConfig
 from tests.conftest import MODEL, needs_model
 
 

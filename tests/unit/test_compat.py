@@ -7,8 +7,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from qlora_cli.adapters import LoRA
-from qlora_cli.model.base import BaseModelConfig
-from qlora_cli.model.quantization import Int8, Nf4
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.quantization import Int8, Nf4
 from tests.conftest import save_tiny_model
 
 INPUT = torch.arange(1, 13)[None]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qlora_cli.adapters import FullFineTune, LoRA
-from qlora_cli.model.base import load_model
-from qlora_cli.model.report import warn_of_untrained
+from qlora_cli.models.base import load_model
+from qlora_cli.models.report import warn_of_untrained
 from tests.conftest import save_tiny_model
 
 
