@@ -21,7 +21,7 @@ from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.forecast import forecast
 from qlora_cli.formula import FORMULA, RANGE, by_formula
 from qlora_cli.models.known_configs import KNOWN
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.rehearsal import STEP
 from qlora_cli.trace.kernels import Device
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_cli.estimate import Rows
-    from qlora_cli.recipe import Recipe
+    from qlora_cli.recipe.schema import Recipe
     from qlora_cli.trace.count import Count
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def _run(
 
 def recipe_of(run: dict[str, Any], model: str) -> Any:
     """The recipe of a run."""
-    from qlora_cli.recipe import Recipe
+    from qlora_cli.recipe.schema import Recipe
 
     rows = run["rows"]
     return Recipe.model_validate(

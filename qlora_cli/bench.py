@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import environment
 from qlora_cli.train import train
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.build import largest_eval_batch, read_data, stream_batches
+from qlora_cli.recipe.build import largest_eval_batch, read_data, stream_batches
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.forecast import (
@@ -22,7 +22,7 @@ from qlora_cli.forecast import (
 )
 from qlora_cli.formula import RANGE, SOURCE, by_formula
 from qlora_cli.kernels.selection import Kernels, choose_kernels
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
 from qlora_cli.trace.count import (
     ADAPTER,

@@ -15,14 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
-from qlora_cli.build import compute_dtype, load_base, read_data, read_exam, recipe_of_run
+from qlora_cli.recipe.build import compute_dtype, load_base, read_data, read_exam, recipe_of_run
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.examinee import Respondent
 from qlora_cli.models.base import learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.model_card import write_cards
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import load_recipe
 from qlora_cli.run_folder import RunFolder, Weights, is_run
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import Drift, Forgetting

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import RecipeError
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import RunFolder, environment
 
 if TYPE_CHECKING:

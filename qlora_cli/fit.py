@@ -10,7 +10,7 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.estimate import estimate
 from qlora_cli.optim.optimizers import lighter_twin
 from qlora_cli.common.config import Part
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.distributed.devices import Target
 
 if TYPE_CHECKING:

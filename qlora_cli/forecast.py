@@ -16,7 +16,7 @@ from qlora_cli.kernels.attention import AtOnce, ByDocument
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.rehearsal import rehearse, understands_documents
 from qlora_cli.trace.count import LOAD, Count, CountedHost, Peak, Segment
 from qlora_cli.trace.kernels import Device, make_constants

@@ -33,7 +33,7 @@ from qlora_cli.forecast import (
     text_config,
 )
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, layers_of, rehearse_update
 from qlora_cli.trace.count import (
     BATCH,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import compute_dtype, load_base
+from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import find_subject
 from qlora_cli.run_folder import Weights

@@ -26,8 +26,8 @@ from qlora_cli.checkpoint import (
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.model_card import write_cards
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import dump_recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.room import Room
 from qlora_cli.run_folder import RunFolder, environment
 from qlora_cli.types import TrainState

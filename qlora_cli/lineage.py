@@ -11,7 +11,7 @@ from qlora_cli.adapter_place import AdapterPlace
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters import LoRA
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,7 +12,7 @@ from qlora_cli.estimate import assume_rows, estimate
 from qlora_cli.fit import fit_to, settle
 from qlora_cli.adapters import LoRA
 from qlora_cli.plan_page import plan_page
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.distributed.devices import find_target
 
 METHODS: dict[str, dict[str, Any]] = {

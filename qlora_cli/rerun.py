@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import read_data
+from qlora_cli.recipe.build import read_data
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.errors import RecipeError
@@ -21,7 +21,7 @@ from qlora_cli.fingerprint import (
     take_fingerprint,
 )
 from qlora_cli.models.identity import identify
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import RunFolder, Weights
 from qlora_cli.train import train
 from qlora_cli.distributed.world import World

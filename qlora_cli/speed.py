@@ -22,7 +22,7 @@ from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.kernels.offload import Host, keep_on_host
 from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, prove_packing
 from qlora_cli.models.base import start_checkpointing
-from qlora_cli.recipe import Training
+from qlora_cli.recipe.schema import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import (
+from qlora_cli.recipe.build import (
     check_data,
     compute_dtype,
     largest_eval_batch,
@@ -37,7 +37,7 @@ from qlora_cli.models.base import learn_to_stop
 from qlora_cli.models.identity import identify
 from qlora_cli.models.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.room import count_saves
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers

@@ -19,7 +19,7 @@ from qlora_cli.fit import settle, with_changes
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.plan_text import size_text
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.trace.count import Count
 from qlora_cli.distributed.devices import Target, this_card, this_machine

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import load_base, read_data
+from qlora_cli.recipe.build import load_base, read_data
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.kernels.attention import (
     AtOnce,
@@ -44,7 +44,7 @@ from qlora_cli.loop import train_step
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.speed import prepare_layers
 from qlora_cli.trace.count import Count
 from qlora_cli.trace.tensor import TracedTensor

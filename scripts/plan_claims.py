@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.plan import plan
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
 GB, GIB = 10**9, 2**30

@@ -122,7 +122,7 @@ def tiny_recipe(
     tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
 ) -> Callable[..., Any]:
     """Make a Recipe on the tiny model; keyword arguments replace or extend its sections."""
-    from qlora_cli.recipe import Recipe
+    from qlora_cli.recipe.schema import Recipe
 
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows), encoding="utf-8")

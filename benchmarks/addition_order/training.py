@@ -23,7 +23,7 @@ from qlora_cli.models.quantization import Nf4, Unquantized
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.optim.schedules import Linear
-from qlora_cli.recipe import Training
+from qlora_cli.recipe.schema import Training
 from qlora_cli.types import Batch, Example, TrainState
 from qlora_cli.distributed.world import World, set_seed
 

@@ -14,9 +14,9 @@ def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> di
     """What a checkpoint of the undisturbed run takes: by itself, and within the run."""
     import torch
 
-    from qlora_cli.build import load_base
+    from qlora_cli.recipe.build import load_base
     from qlora_cli.checkpoint import load_checkpoint, random_states, save_checkpoint
-    from qlora_cli.recipe_file import load_recipe
+    from qlora_cli.recipe.load import load_recipe
     from qlora_cli.distributed.world import World
 
     os.environ["QLORA_CACHE"] = str(experiment.cache)

@@ -13,7 +13,7 @@ import typer
 from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
 from qlora_cli.errors import RecipeError
 from qlora_cli.plan_text import plan_text, table_text
-from qlora_cli.recipe_file import dump_with_origins, load_recipe
+from qlora_cli.recipe.load import dump_with_origins, load_recipe
 from qlora_cli.report_text import cache_text
 
 
@@ -193,6 +193,6 @@ def schema() -> None:
     Editors with a YAML language server use it when a recipe begins with this line:
       # yaml-language-server: $schema=recipe.schema.json
     """
-    from qlora_cli.recipe_schema import recipe_schema
+    from qlora_cli.recipe.json_schema import recipe_schema
 
     show(recipe_schema(), True, "")

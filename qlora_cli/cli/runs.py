@@ -18,7 +18,7 @@ from qlora_cli.cli.options import (
     show,
 )
 from qlora_cli.errors import EXIT_DIFFERENT
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.load import load_recipe
 from qlora_cli.report_text import (
     bench_text,
     evaluation_table,

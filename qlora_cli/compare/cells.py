@@ -14,11 +14,11 @@ from pathlib import Path
 import yaml
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.field_types import FieldType
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.common.config import Part
-from qlora_cli.part_reader import key_paths
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.validation import key_paths
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import load_recipe
 
 _QLORA = ("quantization.type=nf4", "quantization.double_quant=true", "adapter.type=lora")
 """The method of the paper: the one name that is no `type` (Dettmers et al. 2023)."""

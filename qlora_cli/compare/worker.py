@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import compute_dtype, load_base
+from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.compare.cells import Cell
 from qlora_cli.compare.latency import measure_latency
 from qlora_cli.compare.places import Place
@@ -23,7 +23,7 @@ from qlora_cli.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
 from qlora_cli.plan import plan
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.train import train

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qlora_cli.build import recipe_of_run
+from qlora_cli.recipe.build import recipe_of_run
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.models.base import load_model, load_tokenizer

@@ -13,14 +13,14 @@ from qlora_cli.adapter_place import CONFIG, AdapterPlace
 from qlora_cli.adapter_text import combine_card
 from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
-from qlora_cli.build import recipe_of_run
+from qlora_cli.recipe.build import recipe_of_run
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.adapters.low_rank import Update, read_updates, stacked
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import dump_recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
 from qlora_cli.distributed.world import World
 

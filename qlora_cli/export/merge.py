@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.build import compute_dtype, recipe_of_run
+from qlora_cli.recipe.build import compute_dtype, recipe_of_run
 from qlora_cli.common.atomic_files import flush_files, put_in_place
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import PICKLED, read_object
@@ -24,7 +24,7 @@ from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.models.shards import Shards
 from qlora_cli.export.merge_shards import Merge
 from qlora_cli.model_card import model_card
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
 from qlora_cli.distributed.world import World
 

@@ -172,7 +172,7 @@ def test_the_command_line_imports_a_story_inside_its_command_alone() -> None:
 
 def test_the_loop_knows_one_section_of_the_recipe() -> None:
     names = set(imports(parse(PACKAGE / "loop.py")))
-    assert {name for name in names if "recipe" in name} == {"qlora_cli.recipe.Training"}
+    assert {name for name in names if "recipe" in name} == {"qlora_cli.recipe.schema.Training"}
 
 
 # Kernels and tuners are torch through and through: parts import them where they import torch.

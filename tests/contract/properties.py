@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from qlora_cli.build import load_base
+from qlora_cli.recipe.build import load_base
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.forecast import forecast
@@ -28,7 +28,7 @@ from qlora_cli.export.verify import MAX_KL
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.probes import compare
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import Count
 from qlora_cli.trace.kernels import make_constants

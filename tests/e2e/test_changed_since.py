@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.load import load_recipe
 from tests.conftest import CHATML, exit_code, output_of, save_tiny_model
 
 WEIGHTS = "last/adapter_model.safetensors"

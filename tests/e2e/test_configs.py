@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from qlora_cli.adapters import AdapterConfig
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.load import load_recipe
 from qlora_cli.train import train
 from tests.conftest import save_tiny_model
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from qlora_cli.models.quantization import QuantizationConfig
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.train import train
 

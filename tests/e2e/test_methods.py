@@ -14,7 +14,7 @@ from qlora_cli.evaluate import evaluate
 from qlora_cli.generate import Sampling, generate
 from qlora_cli.export.merge import merge
 from qlora_cli.plan import plan
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import train
 from tests.e2e.test_exact_resume import check_resumes
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qlora_cli.cli import main
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.load import load_recipe
 
 
 def run(*arguments: object) -> int:

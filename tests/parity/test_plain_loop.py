@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.build import read_data
+from qlora_cli.recipe.build import read_data
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.train import train
 from qlora_cli.types import Batch

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora_cli.kernels.decoder_layer import FusedLayer
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.adapters import Freeze
-from qlora_cli.recipe import Training
+from qlora_cli.recipe.schema import Training
 from qlora_cli.speed import prepare_layers
 from tests.parity.tiny_layers import adapted, base, distance, learnt
 

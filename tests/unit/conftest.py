@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.recipe_file import LoadedRecipe, load_recipe
+from qlora_cli.recipe.load import LoadedRecipe, load_recipe
 
 MINIMAL = """\
 model: {path: base}

@@ -21,7 +21,7 @@ from benchmarks.claims.page import (
     within_one_percent,
 )
 from qlora_cli.compare.plots import Scale
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.load import load_recipe
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "benchmarks" / "claims"

@@ -9,9 +9,9 @@ import pytest
 
 from qlora_cli.compare.cells import Asked, Cell, Grid, method_keys, method_names
 from qlora_cli.errors import RecipeError
-from qlora_cli.field_types import FieldType
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.optim.optimizers import SGD
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 
 RECIPE = """\
 model: {path: base}

@@ -41,8 +41,8 @@ from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan, plan_table
 from qlora_cli.plan_page import plan_page
 from qlora_cli.plan_text import plan_text, set_line
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import LoadedRecipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import (
     ADAPTER,

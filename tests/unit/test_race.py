@@ -328,7 +328,7 @@ ROWS = Rows(Path("c"), Path("o"), Path("l"), lengths=[[1]], supervised=[[1]])
 
 
 def test_ours_is_the_command_line_with_a_recipe_that_loads(tmp_path: Path) -> None:
-    from qlora_cli.recipe_file import load_recipe
+    from qlora_cli.recipe.load import load_recipe
 
     one = named([], ["mine data.packing=true training.micro_batch_size=8"])[0]
     command = one.command("python", Path("base"), ROWS, Sizes(rows_per_step=8), tmp_path)

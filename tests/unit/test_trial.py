@@ -23,8 +23,8 @@ from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan import plan
 from qlora_cli.plan_text import size_text
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import load_recipe
 from qlora_cli.rehearsal import Alone
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.train import train

@@ -16,7 +16,7 @@ from qlora_cli.generate import Sampling, answers
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.adapters import LoRA, Prefix, Prompt
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import IGNORE_INDEX, Batch
 from qlora_cli.types import Prompt as Question
 from tests.conftest import make_tokenizer

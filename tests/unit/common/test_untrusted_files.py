@@ -16,7 +16,7 @@ from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_obj
 from qlora_cli.adapters.files import read_adapter
 from qlora_cli.models.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.models.shards import INDEX, Shards
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import train
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.build import read_exam
+from qlora_cli.recipe.build import read_exam
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
 from qlora_cli.examinee import Respondent

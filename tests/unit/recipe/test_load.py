@@ -10,14 +10,14 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.adapters import FullFineTune, LoRA
 from qlora_cli.models.quantization import Int8, Nf4
 from qlora_cli.optim.optimizers import AdamW
-from qlora_cli.recipe_file import (
+from qlora_cli.recipe.load import (
     MAX_EXTENDS,
     LoadedRecipe,
     dump_recipe,
     dump_with_origins,
     load_recipe,
 )
-from qlora_cli.yaml_tree import Scalar, parse_tree
+from qlora_cli.recipe.yaml_parser import Scalar, parse_tree
 
 Load = Callable[..., LoadedRecipe]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.yaml_tree import (
+from qlora_cli.recipe.yaml_parser import (
     MAX_BYTES,
     MAX_DEPTH,
     Items,

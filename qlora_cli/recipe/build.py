@@ -24,8 +24,8 @@ from qlora_cli.errors import TrainingError
 from qlora_cli.models.identity import identify, refuse_other_base
 from qlora_cli.models.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import load_recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import load_recipe
 from qlora_cli.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
 from qlora_cli.types import Batch, Conversation

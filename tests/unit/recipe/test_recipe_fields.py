@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.field_types import FieldType, part_type
+from qlora_cli.recipe.field_types import FieldType, part_type
 from qlora_cli.common.config import Part, field_docs
-from qlora_cli.part_reader import key_paths
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import LoadedRecipe
+from qlora_cli.recipe.validation import key_paths
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import LoadedRecipe
 
 WHOLE = """\
 model: {path: base, revision: main}

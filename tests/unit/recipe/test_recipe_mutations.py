@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.cli import main
-from qlora_cli.recipe_file import dump_recipe, load_recipe
-from qlora_cli.yaml_tree import MAX_BYTES
+from qlora_cli.recipe.load import dump_recipe, load_recipe
+from qlora_cli.recipe.yaml_parser import MAX_BYTES
 
 NUM_RECIPES = 200
 

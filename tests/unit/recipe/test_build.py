@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.build import audit_data, compute_dtype, read_data
+from qlora_cli.recipe.build import audit_data, compute_dtype, read_data
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
 from qlora_cli.distributed.world import World

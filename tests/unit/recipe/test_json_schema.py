@@ -12,11 +12,11 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from qlora_cli.field_types import FieldType
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.common.config import Part
-from qlora_cli.recipe import Recipe
-from qlora_cli.recipe_file import LoadedRecipe, load_recipe
-from qlora_cli.recipe_schema import recipe_schema
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.load import LoadedRecipe, load_recipe
+from qlora_cli.recipe.json_schema import recipe_schema
 
 SCHEMA = recipe_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_cli.yaml_tree import KeyPath
+from qlora_cli.recipe.yaml_parser import KeyPath
 
 Leaf = tuple[str, KeyPath | None]
 """A line, and the key whose value it holds (None for a line that only opens a section)."""

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_cli.yaml_tree import Mapping, Scalar, parse_tree
-from qlora_cli.yaml_writer import yaml_lines
+from qlora_cli.recipe.yaml_parser import Mapping, Scalar, parse_tree
+from qlora_cli.recipe.yaml_writer import yaml_lines
 
 
 def written(values: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.part_reader import read_part
-from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.validation import read_part
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.common.secrets import masked
-from qlora_cli.yaml_tree import (
+from qlora_cli.recipe.yaml_parser import (
     Entry,
     Items,
     KeyPath,
@@ -30,7 +30,7 @@ from qlora_cli.yaml_tree import (
     parse_tree,
     read_tree,
 )
-from qlora_cli.yaml_writer import Leaf, yaml_lines
+from qlora_cli.recipe.yaml_writer import Leaf, yaml_lines
 
 MAX_EXTENDS = 10
 """Files in a chain of `extends`."""
