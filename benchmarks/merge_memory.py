@@ -85,7 +85,7 @@ def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
 
     from qlora_cli.adapters.weight_edits import build_skeleton
     from qlora_cli.recipe.schema import Recipe
-    from qlora_cli.run_folder import environment
+    from qlora_cli.runs.run_folder import environment
     from tests.conftest import make_tokenizer
 
     last = run / "last"

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.run_folder import environment
+from qlora_cli.runs.run_folder import environment
 from qlora_cli.train import train
 
 

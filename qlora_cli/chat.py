@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 from qlora_cli.errors import DataError, QloraError, RecipeError
 from qlora_cli.generate import Answer, Sampling, stream
-from qlora_cli.run_folder import Weights
+from qlora_cli.runs.run_folder import Weights
 from qlora_cli.speaker import BASE, Speaker, Voice, open_speaker
 from qlora_cli.types import Message
 

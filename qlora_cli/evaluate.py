@@ -20,10 +20,10 @@ from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.examinee import Respondent
 from qlora_cli.models.base import learn_to_stop, load_tokenizer, stop_token_ids
-from qlora_cli.model_card import write_cards
+from qlora_cli.runs.model_card import write_cards
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.run_folder import RunFolder, Weights, is_run
+from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import Drift, Forgetting
 from qlora_cli.tasks.task import Outcome, Task, Values

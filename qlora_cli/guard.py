@@ -11,7 +11,7 @@ from statistics import median
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from qlora_cli.checkpoint import random_states, set_random_states
+from qlora_cli.runs.checkpoint import random_states, set_random_states
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.errors import OutOfMemory, TrainingError
 from qlora_cli.models.report import held_bytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.adapter_place import AdapterPlace
+from qlora_cli.runs.adapter_folder import AdapterPlace
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters import LoRA

@@ -12,7 +12,7 @@ from qlora_cli.recipe.build import read_data
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.errors import RecipeError
-from qlora_cli.fingerprint import (
+from qlora_cli.runs.resume_check import (
     Changes,
     compare,
     compare_environments,
@@ -22,7 +22,7 @@ from qlora_cli.fingerprint import (
 )
 from qlora_cli.models.identity import identify
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.run_folder import RunFolder, Weights
+from qlora_cli.runs.run_folder import RunFolder, Weights
 from qlora_cli.train import train
 from qlora_cli.distributed.world import World
 

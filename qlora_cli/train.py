@@ -25,7 +25,7 @@ from qlora_cli.recipe.build import (
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.examinee import Respondent, ask
-from qlora_cli.fingerprint import refuse_changes, refuse_unsafe, take_fingerprint
+from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.guard import Guard
 from qlora_cli.common.signals import Interruption
 from qlora_cli.keeper import Keeper
@@ -39,7 +39,7 @@ from qlora_cli.models.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.room import count_saves
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.speed import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.trackers import open_trackers
 from qlora_cli.trial import memory_summary, settle_here, try_first

@@ -299,7 +299,7 @@ class Checkpoints(Kind):
     """Manifests and states, also such as their manifest vouches for; then a step of training."""
 
     def __init__(self, root: Path) -> None:
-        from qlora_cli.checkpoint import random_states, save_checkpoint
+        from qlora_cli.runs.checkpoint import random_states, save_checkpoint
         from qlora_cli.types import TrainState
 
         super().__init__(root)
@@ -328,7 +328,7 @@ class Checkpoints(Kind):
         ) | st.tuples(st.just("state.safetensors"), headers(self.saved / "state.safetensors"))
 
     def attempt(self, drawn: Any) -> None:
-        from qlora_cli.checkpoint import load_checkpoint, newest_checkpoint
+        from qlora_cli.runs.checkpoint import load_checkpoint, newest_checkpoint
 
         name, data = drawn
         path = self.folder / self.saved.name

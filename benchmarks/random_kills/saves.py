@@ -15,7 +15,7 @@ def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> di
     import torch
 
     from qlora_cli.recipe.build import load_base
-    from qlora_cli.checkpoint import load_checkpoint, random_states, save_checkpoint
+    from qlora_cli.runs.checkpoint import load_checkpoint, random_states, save_checkpoint
     from qlora_cli.recipe.load import load_recipe
     from qlora_cli.distributed.world import World
 

@@ -20,7 +20,7 @@ from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate import choose_tasks
 from qlora_cli.common.untrusted_files import refuse_links
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.distributed.world import World
 
 __all__ = ["Asked", "Search", "compare"]

@@ -12,7 +12,7 @@ from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES, columns
 from qlora_cli.compare.cells import Cell
 from qlora_cli.compare.places import Answers, Place
 from qlora_cli.evaluate import choose_tasks, summarize
-from qlora_cli.run_folder import environment
+from qlora_cli.runs.run_folder import environment
 from qlora_cli.tasks.task import Measure, Task
 
 Row = dict[str, Any]

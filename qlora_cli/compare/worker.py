@@ -24,7 +24,7 @@ from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
 from qlora_cli.plan import plan
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.train import train
 from qlora_cli.distributed.world import World

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.adapter_place import CONFIG, AdapterPlace
+from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
 from qlora_cli.adapter_text import combine_card
 from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
 from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
@@ -21,7 +21,7 @@ from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.adapters.low_rank import Update, read_updates, stacked
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import dump_recipe
-from qlora_cli.run_folder import RunFolder, environment, readable_as_the_folder
+from qlora_cli.runs.run_folder import RunFolder, environment, readable_as_the_folder
 from qlora_cli.distributed.world import World
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")

@@ -23,9 +23,9 @@ from qlora_cli.models.weight_names import Names
 from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.models.shards import Shards
 from qlora_cli.export.merge_shards import Merge
-from qlora_cli.model_card import model_card
+from qlora_cli.runs.model_card import model_card
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.run_folder import RunFolder, Weights, readable_as_the_folder
+from qlora_cli.runs.run_folder import RunFolder, Weights, readable_as_the_folder
 from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:

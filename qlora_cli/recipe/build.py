@@ -26,7 +26,7 @@ from qlora_cli.models.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.tasks.task import Task
 from qlora_cli.types import Batch, Conversation
 from qlora_cli.distributed.world import World

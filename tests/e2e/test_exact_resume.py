@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qlora_cli.models.quantization import QuantizationConfig
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import train
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.run_folder import environment
+from qlora_cli.runs.run_folder import environment
 from tests.conftest import exit_code, output_of, save_tiny_model
 
 

@@ -26,7 +26,7 @@ from qlora_cli.plan_text import size_text
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.rehearsal import Alone
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import train
 from qlora_cli.trial import memory_summary, settle_here, try_largest
 

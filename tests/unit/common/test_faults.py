@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_cli.checkpoint import (
+from qlora_cli.runs.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     random_states,

@@ -331,7 +331,7 @@ def test_code_from_another_repository_is_refused(model: Path) -> None:
 def test_a_run_with_a_link_out_is_not_written_to(
     tmp_path: Path, tiny_recipe: Callable[..., Recipe]
 ) -> None:
-    from qlora_cli.run_folder import RunFolder
+    from qlora_cli.runs.run_folder import RunFolder
 
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
     root = tmp_path / "run"

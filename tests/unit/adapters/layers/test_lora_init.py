@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_cli.checkpoint import _trained
+from qlora_cli.runs.checkpoint import _trained
 from qlora_cli.errors import ModelError
 from qlora_cli.adapters import AdaLoRA, LoRA
 from qlora_cli.adapters.layers.lora_init import Continued, Weighted, orthonormal, principal, updated_layers

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 
 from qlora_cli.evaluate import evaluate
 from qlora_cli.export.merge import merge
-from qlora_cli.model_card import model_card
-from qlora_cli.run_folder import RunFolder
+from qlora_cli.runs.model_card import model_card
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import train
 
 PATHS = ("/tmp", "/home", "/root", "/var", "/private")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.run_folder import RunFolder, environment
+from qlora_cli.runs.run_folder import RunFolder, environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

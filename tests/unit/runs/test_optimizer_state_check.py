@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora_cli.optim.optimizers import AdamW, AdamW8bit, OptimizerConfig
-from qlora_cli.optimizer_state import check_optimizer
+from qlora_cli.runs.optimizer_state_check import check_optimizer
 
 OPTIMIZERS = [config_class() for config_class in get_args(get_args(OptimizerConfig)[0])]
 

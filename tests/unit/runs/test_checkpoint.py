@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_cli.checkpoint import (
+from qlora_cli.runs.checkpoint import (
     drop_old_checkpoints,
     load_checkpoint,
     newest_checkpoint,

@@ -17,7 +17,7 @@ from qlora_cli.common.config import Part
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.report_text import evaluation_table, merge_text
-from qlora_cli.run_folder import RunFolder, Weights
+from qlora_cli.runs.run_folder import RunFolder, Weights
 
 _VERSIONS = ("qlora", "torch", "transformers", "peft", "bitsandbytes")
 
