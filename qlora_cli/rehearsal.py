@@ -14,11 +14,11 @@ from torch import nn
 
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
-from qlora_cli.loop import clip_gradients, train_step
+from qlora_cli.loop.fit import clip_gradients, train_step
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.speed import loss_kernel, prepare_layers
+from qlora_cli.loop.fast_path import loss_kernel, prepare_layers
 from qlora_cli.trace.compiled import as_compiled, compiled_loss
 from qlora_cli.trace.count import GRADIENTS, STATES, Count
 from qlora_cli.trace.model import hold_model

@@ -40,12 +40,12 @@ from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
-from qlora_cli.loop import train_step
+from qlora_cli.loop.fit import train_step
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.speed import prepare_layers
+from qlora_cli.loop.fast_path import prepare_layers
 from qlora_cli.trace.count import Count
 from qlora_cli.trace.tensor import TracedTensor
 from qlora_cli.types import Batch, TrainState

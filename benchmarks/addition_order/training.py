@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.addition_order.page import Cell, Record
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.kernels.lora_linear import base_weight
-from qlora_cli.loop import train_step
+from qlora_cli.loop.fit import train_step
 from qlora_cli.adapters import LoRA
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.base import BaseModelConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.trackers import Console, Fanout, Jsonl
+from qlora_cli.loop.trackers import Console, Fanout, Jsonl
 from tests.conftest import exit_code
 
 WEIGHTS = "last/adapter_model.safetensors"

@@ -679,7 +679,7 @@ def test_a_kill_while_the_record_is_written_is_in_nobodys_way(
 
 def send(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, step: int, key: str) -> None:
     """Send this process a signal when a step (or its evaluation) is on the console."""
-    from qlora_cli.trackers import Console
+    from qlora_cli.loop.trackers import Console
 
     log = Console.log
 
@@ -754,16 +754,16 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
 def test_a_second_signal_ends_a_run_at_once(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qlora_cli.loop
+    import qlora_cli.loop.fit
 
-    step = qlora_cli.loop.train_step
+    step = qlora_cli.loop.fit.train_step
 
     def send_twice(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(qlora_cli.loop, "train_step", send_twice)
+    monkeypatch.setattr(qlora_cli.loop.fit, "train_step", send_twice)
     assert exit_code("train", write_recipe()) == 130
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -789,7 +789,7 @@ def test_a_run_ends_saved_when_its_time_is_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import qlora_cli.common.signals
-    from qlora_cli.trackers import Console
+    from qlora_cli.loop.trackers import Console
 
     recipe = write_recipe(training={"max_steps": 3})
     qlora("train", recipe)

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.guard import Guard, is_finite
+from qlora_cli.loop.monitor import Guard, is_finite
 from qlora_cli.recipe.schema import Training
-from qlora_cli.trackers import Tracker
+from qlora_cli.loop.trackers import Tracker
 from qlora_cli.types import Batch, Follower, TrainState
 from qlora_cli.distributed.world import World
 

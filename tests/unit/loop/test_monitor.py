@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_cli.guard import shorter
+from qlora_cli.loop.monitor import shorter
 from qlora_cli.types import Batch
 
 

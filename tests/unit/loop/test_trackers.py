@@ -2,7 +2,7 @@ import io
 import json
 from pathlib import Path
 
-from qlora_cli.trackers import Console, Jsonl, TensorBoard, open_trackers
+from qlora_cli.loop.trackers import Console, Jsonl, TensorBoard, open_trackers
 
 STEP = {
     "loss": 1.25,
