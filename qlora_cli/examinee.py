@@ -11,7 +11,7 @@ import torch
 from qlora_cli.bootstrap import columns
 from qlora_cli.recipe.build import Exam
 from qlora_cli.data.batching.sampler import eval_batches
-from qlora_cli.generate import Sampling, answers
+from qlora_cli.inference.batch import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.common.progress import Progress
 from qlora_cli.recipe.schema import Recipe

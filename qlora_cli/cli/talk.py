@@ -54,8 +54,8 @@ def chat(
       qlora chat recipe.yaml --adapter legal=runs/legal --adapter short=runs/short
       echo "What is the capital of France?" | qlora chat runs/mine -q
     """
-    from qlora_cli.chat import chat
-    from qlora_cli.generate import Sampling
+    from qlora_cli.inference.chat import chat
+    from qlora_cli.inference.batch import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     chat(
@@ -108,7 +108,7 @@ def generate(
     Example:
       qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
     """
-    from qlora_cli.generate import Sampling, generate
+    from qlora_cli.inference.batch import Sampling, generate
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     report = generate(

@@ -21,7 +21,7 @@ from qlora_cli.recipe.build import load_base
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.forecast import forecast
-from qlora_cli.generate import Sampling, answers
+from qlora_cli.inference.batch import Sampling, answers
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluate import evaluate
-from qlora_cli.generate import Sampling, generate
+from qlora_cli.inference.batch import Sampling, generate
 from qlora_cli.export.merge import merge
 from qlora_cli.plan import plan
 from qlora_cli.recipe.schema import Recipe

@@ -20,7 +20,7 @@ from tests.conftest import save_tiny_model
 
 LOGITS = """
 import sys, torch
-from qlora_cli.speaker import open_speaker
+from qlora_cli.inference.session import open_speaker
 speaker = open_speaker(sys.argv[1])
 with torch.no_grad(), speaker.speaking(speaker.first) as model:
     torch.save(model(input_ids=torch.arange(5, 45)[None]).logits, sys.argv[2])
@@ -61,7 +61,7 @@ def runs(
 def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their_own(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    from qlora_cli.speaker import open_speaker
+    from qlora_cli.inference.session import open_speaker
 
     speaker = open_speaker(str(runs[0]), adapters=[f"other={runs[1]}"])
     swapped = {}
@@ -209,7 +209,7 @@ def test_what_can_be_named_to_talk_to(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from qlora_cli.speaker import open_speaker
+    from qlora_cli.inference.session import open_speaker
 
     recipe = tmp_path / "full.yaml"
     made = tiny_recipe(output={"dir": str(tmp_path / "full")}, adapter={"type": "full"})

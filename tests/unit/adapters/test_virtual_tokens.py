@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from qlora_cli.generate import Sampling, answers
+from qlora_cli.inference.batch import Sampling, answers
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.adapters import LoRA, Prefix, Prompt
 from qlora_cli.objectives.supervised import TokenLoss

@@ -19,7 +19,7 @@ from qlora_cli.data.batching.sampler import prompt_batches
 from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.common.progress import Progress
-from qlora_cli.speaker import open_speaker
+from qlora_cli.inference.session import open_speaker
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
