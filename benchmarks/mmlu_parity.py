@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from qlora_cli.evaluate import evaluate
+from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.recipe.load import load_recipe
 
 LETTERS = ["A", "B", "C", "D"]

@@ -24,7 +24,7 @@ from qlora_cli.recipe.build import (
 )
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.errors import Interrupted, RecipeError
-from qlora_cli.examinee import Respondent, ask
+from qlora_cli.evaluate.scorer import Respondent, ask
 from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.loop.monitor import Guard
 from qlora_cli.common.signals import Interruption

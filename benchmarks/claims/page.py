@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_cli.compare.plots import Interval, interval_plot
 from qlora_cli.compare.text import failures, results_title, tables
-from qlora_cli.evaluate import choose_tasks, summarize
+from qlora_cli.evaluate.evaluate import choose_tasks, summarize
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.tasks.task import Outcome
 

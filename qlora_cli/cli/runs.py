@@ -208,7 +208,7 @@ def evaluate(
     if harness is not None:
         if tasks or compare or records:
             raise typer.BadParameter("--harness goes without --tasks, --compare and --records")
-        from qlora_cli.harness import evaluate_by_harness
+        from qlora_cli.evaluate.lm_eval import evaluate_by_harness
 
         found = evaluate_by_harness(
             target, overrides, tasks=_names(harness), task_folder=harness_path,
@@ -216,7 +216,7 @@ def evaluate(
         )  # fmt: skip
         show(found, as_json, harness_text(found))
         return
-    from qlora_cli.evaluate import evaluate
+    from qlora_cli.evaluate.evaluate import evaluate
 
     report = evaluate(
         target,

@@ -18,7 +18,7 @@ from qlora_cli.compare.search import Search, run_search
 from qlora_cli.compare.turns import take_turn
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import RecipeError
-from qlora_cli.evaluate import choose_tasks
+from qlora_cli.evaluate.evaluate import choose_tasks
 from qlora_cli.common.untrusted_files import refuse_links
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.distributed.world import World

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.inference.batch import Sampling, answers
-from qlora_cli.probes import TEXTS
+from qlora_cli.evaluate.divergence import TEXTS
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:

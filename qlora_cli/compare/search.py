@@ -13,7 +13,7 @@ from qlora_cli.compare.places import Place
 from qlora_cli.compare.report import measure_called, value_of
 from qlora_cli.compare.turns import take_turn
 from qlora_cli.errors import RecipeError
-from qlora_cli.evaluate import choose_tasks
+from qlora_cli.evaluate.evaluate import choose_tasks
 from qlora_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from qlora_cli.compare.latency import measure_latency
 from qlora_cli.compare.places import Place
 from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.errors import Interrupted, QloraError
-from qlora_cli.evaluate import choose_tasks, examine, find_subject
+from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
 from qlora_cli.plan import plan

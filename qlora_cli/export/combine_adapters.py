@@ -12,10 +12,10 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
 from qlora_cli.adapter_text import combine_card
 from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
-from qlora_cli.bootstrap import CONFIDENCE, RESAMPLES
+from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.recipe.build import recipe_of_run
 from qlora_cli.errors import RecipeError
-from qlora_cli.evaluate import Answers, Subject, choose_tasks, examine, summarize
+from qlora_cli.evaluate.evaluate import Answers, Subject, choose_tasks, examine, summarize
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.adapters.low_rank import Update, read_updates, stacked

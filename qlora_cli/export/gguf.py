@@ -25,7 +25,7 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.jinja_sandbox import limited_time
 from qlora_cli.models.base import as_ids, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.export.ollama import modelfile
-from qlora_cli.probes import TEXTS, compare, logits_of, without_begin
+from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of, without_begin
 
 log = logging.getLogger("qlora")
 

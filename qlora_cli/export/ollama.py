@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from qlora_cli.common.jinja_sandbox import limited_time
-from qlora_cli.probes import without_begin
+from qlora_cli.evaluate.divergence import without_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_cli.recipe.build import compute_dtype, read_data
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.models.base import load_model
-from qlora_cli.probes import TEXTS, compare
+from qlora_cli.evaluate.divergence import TEXTS, compare
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import IGNORE_INDEX
 from qlora_cli.distributed.world import World

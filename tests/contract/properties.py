@@ -27,7 +27,7 @@ from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.probes import compare
+from qlora_cli.evaluate.divergence import compare
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.trace.count import Count

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_cli.evaluate import evaluate
+from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.export import export
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import BaseModelConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.evaluate import evaluate
+from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.inference.batch import Sampling, generate
 from qlora_cli.export.merge import merge
 from qlora_cli.plan import plan

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.evaluate import evaluate
+from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
 from qlora_cli.models.shards import Shards
 from qlora_cli.train import train

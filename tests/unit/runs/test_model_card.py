@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from qlora_cli.evaluate import evaluate
+from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.recipe.build import read_exam
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
-from qlora_cli.examinee import Respondent
+from qlora_cli.evaluate.scorer import Respondent
 from qlora_cli.tasks.classification import macro_f1
 from qlora_cli.tasks.perplexity import slide
 from qlora_cli.tasks.task import Outcome

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.bootstrap import columns
+from qlora_cli.evaluate.bootstrap import columns
 from qlora_cli.recipe.build import Exam
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.inference.batch import Sampling, answers

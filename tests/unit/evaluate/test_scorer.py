@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.examinee import Respondent
+from qlora_cli.evaluate.scorer import Respondent
 from qlora_cli.models.base import learn_to_stop
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 from qlora_cli.distributed.world import World

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qlora_cli.bootstrap import Estimate, columns, estimates
+from qlora_cli.evaluate.bootstrap import Estimate, columns, estimates
 from qlora_cli.tasks import Loss
 from qlora_cli.tasks.task import Measure, Outcome, Values, mean_of
 
@@ -104,7 +104,7 @@ def test_the_same_call_gives_the_same_interval() -> None:
 def test_many_examples_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = np.random.default_rng(5).normal(size=64)
     whole = one(MEAN, *samples)
-    monkeypatch.setattr("qlora_cli.bootstrap._CHUNK_VALUES", 64 * 7)
+    monkeypatch.setattr("qlora_cli.evaluate.bootstrap._CHUNK_VALUES", 64 * 7)
     assert one(MEAN, *samples) == whole
 
 
