@@ -401,8 +401,8 @@ class _OnAdapter(Kind):
         return [(self.saved / self.name).read_bytes()]
 
     def attempt(self, drawn: Any) -> None:
-        from qlora_cli.adapter_text import list_text
-        from qlora_cli.adapter_tools import list_adapters
+        from qlora_cli.inspect.adapters_text import list_text
+        from qlora_cli.inspect.adapters import list_adapters
         from qlora_cli.adapters import LoRA
 
         adapter = self.folder / "adapter"

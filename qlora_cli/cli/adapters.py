@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.adapter_text import combine_text, diff_text, inspect_text, list_text
+from qlora_cli.inspect.adapters_text import combine_text, diff_text, inspect_text, list_text
 from qlora_cli.cli.options import AdapterPath, Json, Overrides, Quiet, Seed, show
 
 
@@ -25,7 +25,7 @@ def list_adapters(
     Example:
       qlora adapters list runs
     """
-    from qlora_cli.adapter_tools import list_adapters
+    from qlora_cli.inspect.adapters import list_adapters
 
     report = list_adapters(folder)
     show(report, as_json, list_text(report))
@@ -41,7 +41,7 @@ def inspect_adapter(adapter: AdapterPath, as_json: Json = False, quiet: Quiet = 
     Example:
       qlora adapters inspect runs/mine
     """
-    from qlora_cli.adapter_tools import inspect
+    from qlora_cli.inspect.adapters import inspect
 
     report = inspect(adapter)
     show(report, as_json, inspect_text(report))
@@ -60,7 +60,7 @@ def diff_adapters(
     Example:
       qlora adapters diff runs/mine runs/other
     """
-    from qlora_cli.adapter_tools import diff
+    from qlora_cli.inspect.adapters import diff
 
     report = diff(first, second)
     show(report, as_json, diff_text(report))

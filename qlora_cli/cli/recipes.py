@@ -79,7 +79,7 @@ def preview(
       qlora preview recipe.yaml --json --source train > rows.jsonl
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.preview import preview
+    from qlora_cli.inspect.preview import preview
 
     found = preview(loaded.recipe, source=source, use_cache=not no_cache)
     if as_json:

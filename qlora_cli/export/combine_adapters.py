@@ -10,8 +10,8 @@ from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
-from qlora_cli.adapter_text import combine_card
-from qlora_cli.adapter_tools import over, read_lora, refuse_two_bases, refuse_two_shapes
+from qlora_cli.inspect.adapters_text import combine_card
+from qlora_cli.inspect.adapters import over, read_lora, refuse_two_bases, refuse_two_shapes
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.recipe.build import recipe_of_run
 from qlora_cli.errors import RecipeError

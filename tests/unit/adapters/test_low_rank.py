@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from qlora_cli.adapter_tools import inspect
+from qlora_cli.inspect.adapters import inspect
 from qlora_cli.errors import ModelError
 from qlora_cli.adapters.switch import read_adapter
 from qlora_cli.adapters import LoRA

@@ -13,11 +13,11 @@ from qlora_cli.data.render.encode import Encoder, Refused, read_chat_template
 from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, ignored_text
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.preview_page import preview_page
-from qlora_cli.preview_text import preview_text
+from qlora_cli.inspect.preview_html import preview_page
+from qlora_cli.inspect.preview_text import preview_text
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Example
-from qlora_cli.view import SideView, SourceView, make_sample
+from qlora_cli.inspect.preview_model import SideView, SourceView, make_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

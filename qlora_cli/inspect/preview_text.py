@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from qlora_cli.data.prepared.statistics import Bar
 from qlora_cli.data.sources import counted
-from qlora_cli.view import Sample, SideView, SourceView
+from qlora_cli.inspect.preview_model import Sample, SideView, SourceView
 
 _OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
 _MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
