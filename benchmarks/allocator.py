@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from qlora_cli.trace.count import Count
+from qlora_cli.plan.trace.memory_counter import Count
 
 
 class Marked(Count):

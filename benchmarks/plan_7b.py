@@ -39,7 +39,7 @@ def make_quantized(config: PretrainedConfig, load_options: dict[str, Any]) -> Pr
     from torch import nn
 
     from qlora_cli._compat import keep_4bit_weights_trainable
-    from qlora_cli.trace.model import skeleton
+    from qlora_cli.plan.trace.meta_model import skeleton
 
     torch.manual_seed(0)
     model = skeleton(config, load_options)
@@ -95,9 +95,9 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, then predict."""
     from qlora_cli._compat import quiet_libraries
-    from qlora_cli.estimate import assume_rows, compute_dtype
+    from qlora_cli.plan.estimate import assume_rows, compute_dtype
     from qlora_cli.distributed.devices import find_target
-    from qlora_cli.trace.kernels import make_constants
+    from qlora_cli.plan.trace.kernel_shapes import make_constants
 
     quiet_libraries()
     make_constants()

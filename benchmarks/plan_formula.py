@@ -3,7 +3,7 @@
     python -m benchmarks.plan_formula
 
 No weights are needed. Writes plan_formula.md. The range of the last column's ratios is within
-`RANGE` in `qlora_cli/formula.py`.
+`RANGE` in `qlora_cli/plan/analytic_memory.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers import AutoConfig
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.data.batching.sampler import full_batch
-from qlora_cli.forecast import forecast
-from qlora_cli.formula import FORMULA, RANGE, by_formula
+from qlora_cli.plan.traced_memory import forecast
+from qlora_cli.plan.analytic_memory import FORMULA, RANGE, by_formula
 from qlora_cli.models.known_configs import KNOWN
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.rehearsal import STEP
-from qlora_cli.trace.kernels import Device
+from qlora_cli.plan.dry_run import STEP
+from qlora_cli.plan.trace.kernel_shapes import Device
 
 MIB = 2**20
 MODELS = (
@@ -90,7 +90,7 @@ def page(found: list[tuple[Case, int, int]]) -> str:
         "",
         "What a model computes in a step (activations, logits, workspace, batch) beside weights,",
         "gradients and states: by the trace, and by the formula that takes its place where the",
-        "code of a model cannot be traced (`qlora_cli/formula.py`). bfloat16, two micro-batches a",
+        "code of a model cannot be traced (`qlora_cli/plan/analytic_memory.py`). bfloat16, two micro-batches a",
         "step, transformers' own layers.",
         "",
         f"The trace is {min(ratios):.2f} to {max(ratios):.2f} times the formula; a plan takes "

@@ -3,7 +3,7 @@
     python -m benchmarks.plan_validation
 
 Each run of the grid is a process of its own: it loads the model, then makes the steps of
-`qlora_cli/rehearsal.py` (the train step, the optimizer and the evaluation of `qlora train`) with
+`qlora_cli/plan/dry_run.py` (the train step, the optimizer and the evaluation of `qlora train`) with
 real tensors, which are counted as they are made, while a thread watches the resident set. The
 prediction is traced without data. Compiled kernels make tensors without an operation: their steps
 are made once more, and counted by what torch's allocator gave out. Writes plan_validation.json, run
@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.estimate import Rows
+    from qlora_cli.plan.estimate import Rows
     from qlora_cli.recipe.schema import Recipe
-    from qlora_cli.trace.count import Count
+    from qlora_cli.plan.trace.memory_counter import Count
 
 ROOT = Path(__file__).parents[1]
 SMOLLM = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -125,9 +125,9 @@ def recipe_of(run: dict[str, Any], model: str) -> Any:
 def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     """Predicted and counted bytes of a run, and the resident set: in this process."""
     from qlora_cli._compat import quiet_libraries
-    from qlora_cli.estimate import assume_rows, compute_dtype
+    from qlora_cli.plan.estimate import assume_rows, compute_dtype
     from qlora_cli.distributed.devices import find_target
-    from qlora_cli.trace.kernels import make_constants
+    from qlora_cli.plan.trace.kernel_shapes import make_constants
 
     quiet_libraries()
     make_constants()
@@ -157,8 +157,8 @@ def given_out(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, int]:
 
     from benchmarks.allocator import Allocator, Marked
     from qlora_cli.kernels.device_capabilities import Means
-    from qlora_cli.rehearsal import rehearse
-    from qlora_cli.trace.model import hold_model
+    from qlora_cli.plan.dry_run import rehearse
+    from qlora_cli.plan.trace.meta_model import hold_model
 
     base = recipe.model.load(recipe.quantization.load_options(dtype), torch.device("cpu"))
     count = Marked(vocabulary_size=base.config.vocab_size)
@@ -174,7 +174,7 @@ def given_out(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, int]:
 
 def predict(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, Any]:
     """The same by a trace."""
-    from qlora_cli.forecast import forecast
+    from qlora_cli.plan.traced_memory import forecast
 
     started = time.perf_counter()
     config, _ = recipe.model.read_config()
@@ -207,9 +207,9 @@ def take(
     import torch
 
     from qlora_cli.kernels.device_capabilities import Means
-    from qlora_cli.rehearsal import rehearse
-    from qlora_cli.trace.count import UNQUANTIZED, Count
-    from qlora_cli.trace.model import hold_model
+    from qlora_cli.plan.dry_run import rehearse
+    from qlora_cli.plan.trace.memory_counter import UNQUANTIZED, Count
+    from qlora_cli.plan.trace.meta_model import hold_model
 
     options = recipe.quantization.load_options(dtype)
     load = load or (lambda: recipe.model.load(options, torch.device("cpu")))
@@ -236,7 +236,7 @@ def take(
 
 def warm_up(run: dict[str, Any], dtype: Any) -> None:
     """The same with a tiny model, which has Python and torch load what they keep for themselves."""
-    from qlora_cli.estimate import assume_rows
+    from qlora_cli.plan.estimate import assume_rows
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), {**OTHER, **TINY})

@@ -46,8 +46,8 @@ from qlora_cli.models.base import start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.loop.fast_path import prepare_layers
-from qlora_cli.trace.count import Count
-from qlora_cli.trace.tensor import TracedTensor
+from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.traced_tensor import TracedTensor
 from qlora_cli.types import Batch, TrainState
 from qlora_cli.distributed.world import World
 

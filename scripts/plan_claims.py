@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.plan import plan
+from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "claims.md"

@@ -12,7 +12,7 @@ import typer
 
 from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
 from qlora_cli.errors import RecipeError
-from qlora_cli.plan_text import plan_text, table_text
+from qlora_cli.plan.text import plan_text, table_text
 from qlora_cli.recipe.load import dump_with_origins, load_recipe
 from qlora_cli.report_text import cache_text
 
@@ -138,7 +138,7 @@ def plan(
       qlora plan recipe.yaml --html plan.html
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.plan import plan, plan_table, write_page
+    from qlora_cli.plan.plan import plan, plan_table, write_page
 
     if table:
         _refuse_beside_table(html=html is not None, fit=fit, gpus=gpus > 1)

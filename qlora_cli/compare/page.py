@@ -15,7 +15,7 @@ from qlora_cli.compare.plots import (
     stack_plot,
 )
 from qlora_cli.compare.text import failures, numbers, tables
-from qlora_cli.plan_text import size_text
+from qlora_cli.plan.text import size_text
 
 Row = Mapping[str, Any]
 

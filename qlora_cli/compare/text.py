@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_cli.plan_text import duration_text, size_text
+from qlora_cli.plan.text import duration_text, size_text
 from qlora_cli.report_text import aligned, estimate_text
 
 Row = Mapping[str, Any]

@@ -22,7 +22,7 @@ from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
-from qlora_cli.plan import plan
+from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.common.secrets import MaskedFormatter, masked

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.trace.kernels import Device
+from qlora_cli.plan.trace.kernel_shapes import Device
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.inference.batch import Sampling, generate
 from qlora_cli.export.merge import merge
-from qlora_cli.plan import plan
+from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import train
 from tests.e2e.test_exact_resume import check_resumes

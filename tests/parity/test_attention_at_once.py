@@ -21,8 +21,8 @@ from qlora_cli.kernels.attention import (
 )
 from qlora_cli.kernels.decoder_layer import Recompute
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.trace.count import Count
-from qlora_cli.trace.tensor import TracedTensor
+from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.traced_tensor import TracedTensor
 from tests.parity.tiny_layers import adapted, base, distance, fused, learnt
 
 # torch.nn.attention.varlen imports parts of torch that warn of their own age.

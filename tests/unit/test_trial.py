@@ -18,14 +18,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from qlora_cli import trial
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import OutOfMemory
-from qlora_cli.estimate import Rows
+from qlora_cli.plan.estimate import Rows
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan import plan
-from qlora_cli.plan_text import size_text
+from qlora_cli.plan.plan import plan
+from qlora_cli.plan.text import size_text
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.rehearsal import Alone
+from qlora_cli.plan.dry_run import Alone
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import train
 from qlora_cli.trial import memory_summary, settle_here, try_largest

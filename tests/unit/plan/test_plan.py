@@ -30,21 +30,21 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import DataError, ModelError, RecipeError
-from qlora_cli.estimate import assume_rows, foresee, foresee_kernels
-from qlora_cli.fit import _different, _levels, with_changes
-from qlora_cli.forecast import Forecast, forecast
-from qlora_cli.formula import FORMULA, RANGE, Layer, by_formula
+from qlora_cli.plan.estimate import assume_rows, foresee, foresee_kernels
+from qlora_cli.plan.shrink_to_fit import _different, _levels, with_changes
+from qlora_cli.plan.traced_memory import Forecast, forecast
+from qlora_cli.plan.analytic_memory import FORMULA, RANGE, Layer, by_formula
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.models.known_configs import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan import plan, plan_table
-from qlora_cli.plan_page import plan_page
-from qlora_cli.plan_text import plan_text, set_line
+from qlora_cli.plan.plan import plan, plan_table
+from qlora_cli.plan.html import plan_page
+from qlora_cli.plan.text import plan_text, set_line
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import LoadedRecipe
-from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.trace.count import (
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, rehearse
+from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
     BUCKETS,
     GRADIENTS,
@@ -55,9 +55,9 @@ from qlora_cli.trace.count import (
     Segment,
 )
 from qlora_cli.distributed.devices import find_target, known_card
-from qlora_cli.trace.kernels import Device, make_constants
-from qlora_cli.trace.model import hold_model, outline
-from qlora_cli.trace.tensor import TracedTensor, refuse_decisions
+from qlora_cli.plan.trace.kernel_shapes import Device, make_constants
+from qlora_cli.plan.trace.meta_model import hold_model, outline
+from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
 from qlora_cli.train import train
 from tests.conftest import exit_code, make_tokenizer, output_of
 
@@ -321,7 +321,7 @@ def test_few_layers_say_what_many_take(
         return forecast(recipe, config, torch.bfloat16, device="cpu", **batches)
 
     few = traced()
-    monkeypatch.setattr("qlora_cli.forecast._period", lambda _: None)
+    monkeypatch.setattr("qlora_cli.plan.traced_memory._period", lambda _: None)
     whole = traced()
     assert sum(few.traced_layers) < sum(whole.traced_layers) * 2
     assert len(few.traced_layers) == 2
@@ -1011,7 +1011,7 @@ def test_a_table_compares_methods(
 def test_a_table_is_made_of_a_recipe_whose_groups_are_those_of_its_adapter(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_cli.plan.LENGTHS", (64,))
+    monkeypatch.setattr("qlora_cli.plan.plan.LENGTHS", (64,))
     group = {"match": "lora_A", "learning_rate": 1e-3}
     recipe = tiny_recipe(optimizer={"type": "adamw", "lora_plus_ratio": 16, "groups": [group]})
     methods = plan_table(recipe, device="24GiB")["methods"]

@@ -12,7 +12,7 @@ import torch
 from qlora_cli.recipe.build import largest_eval_batch, read_data, stream_batches
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.data.render.encode import read_chat_template
-from qlora_cli.forecast import (
+from qlora_cli.plan.traced_memory import (
     Forecast,
     Untraceable,
     attention_option,
@@ -20,11 +20,11 @@ from qlora_cli.forecast import (
     forecast,
     in_plain_words,
 )
-from qlora_cli.formula import RANGE, SOURCE, by_formula
+from qlora_cli.plan.analytic_memory import RANGE, SOURCE, by_formula
 from qlora_cli.kernels.selection import Kernels, choose_kernels
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, Alone
-from qlora_cli.trace.count import (
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, Alone
+from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
     BUCKETS,
     GRADIENTS,
@@ -38,7 +38,7 @@ from qlora_cli.trace.count import (
     Segment,
 )
 from qlora_cli.distributed.devices import Target
-from qlora_cli.trace.model import outline
+from qlora_cli.plan.trace.meta_model import outline
 from qlora_cli.types import Batch
 from qlora_cli.distributed.world import no_bfloat16
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import keep_4bit_weights_trainable
-from qlora_cli.trace.count import ADAPTER, CONSTANTS, QUANTIZED, UNQUANTIZED, Count
-from qlora_cli.trace.tensor import TracedTensor, refuse_decisions
+from qlora_cli.plan.trace.memory_counter import ADAPTER, CONSTANTS, QUANTIZED, UNQUANTIZED, Count
+from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -19,10 +19,10 @@ from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.loop.fast_path import loss_kernel, prepare_layers
-from qlora_cli.trace.compiled import as_compiled, compiled_loss
-from qlora_cli.trace.count import GRADIENTS, STATES, Count
-from qlora_cli.trace.model import hold_model
-from qlora_cli.trace.tensor import Blank, TracedTensor
+from qlora_cli.plan.trace.compiled_ops import as_compiled, compiled_loss
+from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, Count
+from qlora_cli.plan.trace.meta_model import hold_model
+from qlora_cli.plan.trace.traced_tensor import Blank, TracedTensor
 from qlora_cli.types import Batch, TrainState
 from qlora_cli.distributed.world import World
 

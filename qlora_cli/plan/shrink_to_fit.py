@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_cli.data.prepared.prepare import TooManyLost
 from qlora_cli.errors import RecipeError
-from qlora_cli.estimate import estimate
+from qlora_cli.plan.estimate import estimate
 from qlora_cli.optim.optimizers import lighter_twin
 from qlora_cli.common.config import Part
 from qlora_cli.recipe.schema import Recipe

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_cli.forecast import (
+from qlora_cli.plan.traced_memory import (
     GRANULARITY,
     Forecast,
     attention_option,
@@ -34,8 +34,8 @@ from qlora_cli.forecast import (
 )
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.rehearsal import EVALUATION, FIRST, STEP, layers_of, rehearse_update
-from qlora_cli.trace.count import (
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, layers_of, rehearse_update
+from qlora_cli.plan.trace.memory_counter import (
     BATCH,
     GRADIENTS,
     HELD,
@@ -49,8 +49,8 @@ from qlora_cli.trace.count import (
     Peak,
     Segment,
 )
-from qlora_cli.trace.kernels import Device, make_constants
-from qlora_cli.trace.model import load_traced, outline
+from qlora_cli.plan.trace.kernel_shapes import Device, make_constants
+from qlora_cli.plan.trace.meta_model import load_traced, outline
 from qlora_cli.types import Batch
 
 if TYPE_CHECKING:

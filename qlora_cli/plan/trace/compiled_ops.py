@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.trace.count import Count
+from qlora_cli.plan.trace.memory_counter import Count
 
 
 def as_compiled(count: Count) -> Elementwise:
