@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 Kind = Literal["ours", "trl", "llamafactory", "plain"]
 
 IMPORTS: dict[Kind, str] = {
-    "ours": "import qlora_cli.train, bitsandbytes; from peft import get_peft_model; "
+    "ours": "import qlora_cli.train.train, bitsandbytes; from peft import get_peft_model; "
     "from transformers import AutoModelForCausalLM",
     "trl": "import bitsandbytes; from trl import SFTConfig, SFTTrainer; "
     "from peft import get_peft_model; from transformers import AutoModelForCausalLM",

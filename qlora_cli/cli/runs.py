@@ -72,7 +72,7 @@ def train(
         --allow optimizer.learning_rate
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.train import train
+    from qlora_cli.train.train import train
 
     report = train(
         loaded.recipe,
@@ -103,7 +103,7 @@ def bench(
       qlora bench recipe.yaml --set training.kernels=compiled --set training.micro_batch_size=8
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.bench import bench
+    from qlora_cli.train.benchmark import bench
 
     report = bench(loaded.recipe, steps=steps)
     show(report, as_json, bench_text(report))
@@ -132,7 +132,7 @@ def rerun(
       qlora rerun runs/mine
       qlora rerun runs/mine --output runs/once-more --json
     """
-    from qlora_cli.rerun import rerun
+    from qlora_cli.train.reproduce import rerun
 
     report = rerun(run, output)
     show(report, as_json, rerun_text(report))

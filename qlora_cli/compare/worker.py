@@ -26,7 +26,7 @@ from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.common.secrets import MaskedFormatter, masked
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")

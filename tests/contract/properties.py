@@ -33,7 +33,7 @@ from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, rehearse
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.meta_model import hold_model
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from qlora_cli.types import Batch, Prompt
 from tests.conftest import save_tiny_model
 from tests.contract.subjects import BASES, Subject

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_cli.adapters import AdapterConfig
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from tests.conftest import save_tiny_model
 
 METHODS = get_args(get_args(AdapterConfig)[0])

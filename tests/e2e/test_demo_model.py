@@ -19,7 +19,7 @@ from qlora_cli.export.export import export
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from tests.conftest import DATA, MODEL, ROOT, needs_data, needs_model
 
 pytestmark = [

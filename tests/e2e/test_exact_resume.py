@@ -17,7 +17,7 @@ from qlora_cli.models.quantization import QuantizationConfig
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 
 
 def variants(union: Any) -> list[str]:

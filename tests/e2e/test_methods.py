@@ -15,7 +15,7 @@ from qlora_cli.inference.batch import Sampling, generate
 from qlora_cli.export.merge import merge
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from tests.e2e.test_exact_resume import check_resumes
 
 METHODS: dict[str, dict[str, Any]] = {

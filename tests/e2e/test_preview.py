@@ -262,7 +262,7 @@ def test_turns_that_are_all_cut_are_counted(recipe: Path, run: Run) -> None:
 
 
 def test_the_record_of_a_run_holds_the_audit(tiny_recipe: Callable[..., Any]) -> None:
-    from qlora_cli.train import train
+    from qlora_cli.train.train import train
 
     record = train(tiny_recipe(training={"max_steps": 1}))
     assert record["audit"]["training"]["num_rows"] == 16
@@ -270,7 +270,7 @@ def test_the_record_of_a_run_holds_the_audit(tiny_recipe: Callable[..., Any]) ->
 
 
 def test_a_limit_may_be_set_when_a_run_is_resumed(tiny_recipe: Callable[..., Any]) -> None:
-    from qlora_cli.train import train
+    from qlora_cli.train.train import train
 
     train(tiny_recipe(training={"max_steps": 1}))
     with pytest.raises(DataError, match=r"max_overlap \(0\.5\): 100\.00% of the evaluation rows"):

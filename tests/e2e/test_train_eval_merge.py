@@ -726,13 +726,13 @@ def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(
 def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qlora_cli.train
+    import qlora_cli.train.train
 
     recipe = write_recipe(training={"max_steps": 4, "eval_every": 2})
     qlora("train", recipe)
     expected = metrics(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "whole")
-    measure, times = qlora_cli.train.measure, []
+    measure, times = qlora_cli.train.train.measure, []
 
     def measure_and_send(*arguments: Any) -> Any:
         times.append(1)
@@ -741,7 +741,7 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
             raise AssertionError("the evaluation went on")
         return measure(*arguments)
 
-    monkeypatch.setattr(qlora_cli.train, "measure", measure_and_send)
+    monkeypatch.setattr(qlora_cli.train.train, "measure", measure_and_send)
     assert exit_code("train", recipe) == 143
     monkeypatch.undo()
     steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -771,13 +771,13 @@ def test_a_second_signal_ends_a_run_at_once(
 def test_a_signal_before_the_first_step_ends_a_run_at_once(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qlora_cli.train
+    import qlora_cli.train.train
 
     def load(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("loading went on")
 
-    monkeypatch.setattr(qlora_cli.train, "load_base", load)
+    monkeypatch.setattr(qlora_cli.train.train, "load_base", load)
     assert exit_code("train", write_recipe()) == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

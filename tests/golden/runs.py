@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from tests.conftest import save_tiny_model
 
 KEPT = Path(__file__).with_name("losses.json")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.recipe.build import read_data
 from qlora_cli.data.batching.sampler import BatchStream
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from qlora_cli.types import Batch
 
 STEPS = 10

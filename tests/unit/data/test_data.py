@@ -15,7 +15,7 @@ from qlora_cli.data.formats import Preference
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 
 
 def test_preference_data_is_not_trained_on_yet(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
 from qlora_cli.models.shards import Shards
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from tests.conftest import save_tiny_model
 
 

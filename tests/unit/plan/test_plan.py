@@ -58,7 +58,7 @@ from qlora_cli.distributed.devices import find_target, known_card
 from qlora_cli.plan.trace.kernel_shapes import Device, make_constants
 from qlora_cli.plan.trace.meta_model import hold_model, outline
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from tests.conftest import exit_code, make_tokenizer, output_of
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 
 PATHS = ("/tmp", "/home", "/root", "/var", "/private")
 

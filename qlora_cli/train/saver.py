@@ -28,7 +28,7 @@ from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import dump_recipe
-from qlora_cli.room import Room
+from qlora_cli.train.disk_space import Room
 from qlora_cli.runs.run_folder import RunFolder, environment
 from qlora_cli.types import TrainState
 from qlora_cli.distributed.world import World, set_seed

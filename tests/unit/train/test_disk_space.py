@@ -10,8 +10,8 @@ import pytest
 from qlora_cli.errors import TrainingError
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.room import Room, count_saves
-from qlora_cli.train import train
+from qlora_cli.train.disk_space import Room, count_saves
+from qlora_cli.train.train import train
 from tests.conftest import exit_code
 
 MIB = 2**20

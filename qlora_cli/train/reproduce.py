@@ -23,7 +23,7 @@ from qlora_cli.runs.resume_check import (
 from qlora_cli.models.identity import identify
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder, Weights
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import environment
-from qlora_cli.train import train
+from qlora_cli.train.train import train
 
 
 def bench(recipe: Recipe, *, steps: int) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.plan.dry_run import Alone
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.train import train
-from qlora_cli.trial import memory_summary, settle_here, try_largest
+from qlora_cli.train.train import train
+from qlora_cli.train.preflight import memory_summary, settle_here, try_largest
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
 
