@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qlora_cli.compare.plots import Interval, interval_plot
+from qlora_cli.compare.svg_plots import Interval, interval_plot
 from qlora_cli.compare.text import failures, results_title, tables
 from qlora_cli.evaluate.evaluate import choose_tasks, summarize
 from qlora_cli.recipe.load import load_recipe

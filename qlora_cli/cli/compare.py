@@ -87,7 +87,7 @@ def compare(
     """
     if (search is None) != (objective is None):
         raise typer.BadParameter("--search and --objective go together")
-    from qlora_cli.compare import Asked, Search, compare
+    from qlora_cli.compare.compare import Asked, Search, compare
     from qlora_cli.compare.text import comparison_text
 
     names = [name.strip() for name in methods.split(",")] if methods else []

@@ -14,9 +14,9 @@ from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.recipe.build import compute_dtype, load_base
-from qlora_cli.compare.cells import Cell
+from qlora_cli.compare.grid import Cell
 from qlora_cli.compare.latency import measure_latency
-from qlora_cli.compare.places import Place
+from qlora_cli.compare.store import Place
 from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject

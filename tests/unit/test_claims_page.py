@@ -20,7 +20,7 @@ from benchmarks.claims.page import (
     share_of_parameters,
     within_one_percent,
 )
-from qlora_cli.compare.plots import Scale
+from qlora_cli.compare.svg_plots import Scale
 from qlora_cli.recipe.load import load_recipe
 from tests.conftest import ROOT
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from qlora_cli.compare.cells import Cell
-from qlora_cli.compare.places import Place
+from qlora_cli.compare.grid import Cell
+from qlora_cli.compare.store import Place
 from qlora_cli.compare.worker import work
 from qlora_cli.errors import EXIT_DEADLINE, EXIT_SIGNAL, Interrupted
 

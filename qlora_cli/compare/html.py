@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from qlora_cli.compare.plots import (
+from qlora_cli.compare.svg_plots import (
     Interval,
     Line,
     Stack,

@@ -25,7 +25,7 @@ from qlora_cli.runs.run_folder import RunFolder, is_run
 from qlora_cli.tasks.task import Outcome
 
 if TYPE_CHECKING:
-    from qlora_cli.compare.cells import Cell
+    from qlora_cli.compare.grid import Cell
 
 Answers = dict[str, list[Outcome]]
 
