@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters.weight_edits import Adapter, build_skeleton
-from qlora_cli.models.weight_names import Names
-from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.errors import ModelError
 from qlora_cli.export.dequantize import RoundTrip
-from qlora_cli.models.shards import Shards
 from qlora_cli.export.merge_shards import Merge
+from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.models.shards import Shards
+from qlora_cli.models.weight_names import Names
 
 BFLOAT16 = torch.bfloat16
 INPUT = torch.arange(1, 49)[None]

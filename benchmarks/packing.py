@@ -22,12 +22,12 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.data.config import Data
 from qlora_cli.data.batching.sampler import BatchStream, proof_batches
+from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import Prepared, prepare
 from qlora_cli.errors import ModelError
-from qlora_cli.models.packed_attention import attend_by_document, prove_packing
 from qlora_cli.models.base import BaseModelConfig, load_tokenizer
+from qlora_cli.models.packed_attention import attend_by_document, prove_packing
 from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.types import Example
 

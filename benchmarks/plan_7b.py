@@ -95,8 +95,8 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, then predict."""
     from qlora_cli._compat import quiet_libraries
-    from qlora_cli.plan.estimate import assume_rows, compute_dtype
     from qlora_cli.distributed.devices import find_target
+    from qlora_cli.plan.estimate import assume_rows, compute_dtype
     from qlora_cli.plan.trace.kernel_shapes import make_constants
 
     quiet_libraries()

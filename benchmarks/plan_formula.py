@@ -18,12 +18,12 @@ from transformers import AutoConfig
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.data.batching.sampler import full_batch
-from qlora_cli.plan.traced_memory import forecast
-from qlora_cli.plan.analytic_memory import FORMULA, RANGE, by_formula
+from qlora_cli.distributed.devices import Device
 from qlora_cli.models.known_configs import KNOWN
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.plan.analytic_memory import FORMULA, RANGE, by_formula
 from qlora_cli.plan.dry_run import STEP
-from qlora_cli.plan.trace.kernel_shapes import Device
+from qlora_cli.plan.traced_memory import forecast
+from qlora_cli.recipe.schema import Recipe
 
 MIB = 2**20
 MODELS = (
@@ -90,8 +90,8 @@ def page(found: list[tuple[Case, int, int]]) -> str:
         "",
         "What a model computes in a step (activations, logits, workspace, batch) beside weights,",
         "gradients and states: by the trace, and by the formula that takes its place where the",
-        "code of a model cannot be traced (`qlora_cli/plan/analytic_memory.py`). bfloat16, two micro-batches a",
-        "step, transformers' own layers.",
+        "code of a model cannot be traced (`qlora_cli/plan/analytic_memory.py`). bfloat16, two",
+        "micro-batches a step, transformers' own layers.",
         "",
         f"The trace is {min(ratios):.2f} to {max(ratios):.2f} times the formula; a plan takes "
         f"{RANGE[0]:g} to {RANGE[1]:g} times.",

@@ -19,8 +19,8 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.models.known_configs import KNOWN
-from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.kernel_shapes import make_constants
+from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import load_traced
 from qlora_cli.plan.trace.traced_tensor import Blank
 

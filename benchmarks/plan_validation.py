@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_cli.plan.estimate import Rows
-    from qlora_cli.recipe.schema import Recipe
     from qlora_cli.plan.trace.memory_counter import Count
+    from qlora_cli.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 SMOLLM = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -125,8 +125,8 @@ def recipe_of(run: dict[str, Any], model: str) -> Any:
 def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     """Predicted and counted bytes of a run, and the resident set: in this process."""
     from qlora_cli._compat import quiet_libraries
-    from qlora_cli.plan.estimate import assume_rows, compute_dtype
     from qlora_cli.distributed.devices import find_target
+    from qlora_cli.plan.estimate import assume_rows, compute_dtype
     from qlora_cli.plan.trace.kernel_shapes import make_constants
 
     quiet_libraries()

@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from qlora_cli.cli import app
-from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.common.config import Part, field_docs
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.yaml_writer import yaml_lines
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import load_base, read_data
 from qlora_cli.data.batching.sampler import BatchStream
+from qlora_cli.data.prepared.cache import read_data
+from qlora_cli.distributed.world import World
 from qlora_cli.kernels.attention import (
     AtOnce,
     ByDocument,
@@ -34,22 +35,22 @@ from qlora_cli.kernels.attention import (
     attend_backward,
     choose_attention,
 )
-from qlora_cli.kernels.selection import has_compiler
 from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
-from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
-from qlora_cli.loop.fit import train_step
-from qlora_cli.models.packed_attention import attend_by_document
-from qlora_cli.models.base import start_checkpointing
-from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.kernels.selection import has_compiler
 from qlora_cli.loop.fast_path import prepare_layers
+from qlora_cli.loop.step import train_step
+from qlora_cli.models.base import start_checkpointing
+from qlora_cli.models.packed_attention import attend_by_document
+from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
+from qlora_cli.recipe.build import load_base
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch, TrainState
-from qlora_cli.distributed.world import World
 
 NO_CARD = 3
 TEMPLATE = (

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.plan.text import set_line, size_text
+from qlora_cli.common.formatting import size_text
+from qlora_cli.plan.text import set_line
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "fits.md"

@@ -401,9 +401,9 @@ class _OnAdapter(Kind):
         return [(self.saved / self.name).read_bytes()]
 
     def attempt(self, drawn: Any) -> None:
-        from qlora_cli.inspect.adapters_text import list_text
-        from qlora_cli.inspect.adapters import list_adapters
         from qlora_cli.adapters import LoRA
+        from qlora_cli.inspect.adapters import list_adapters
+        from qlora_cli.inspect.adapters_text import list_text
 
         adapter = self.folder / "adapter"
         shutil.copytree(self.saved, adapter)

@@ -38,9 +38,9 @@ from benchmarks.race.stage import versions
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare
+from qlora_cli.distributed.world import World
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.types import Example
-from qlora_cli.distributed.world import World
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.addition_order --data FOLDER_WITH_GSM8K"

@@ -13,19 +13,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.addition_order.page import Cell, Record
-from qlora_cli.data.batching.sampler import BatchStream
-from qlora_cli.kernels.lora_linear import base_weight
-from qlora_cli.loop.fit import train_step
 from qlora_cli.adapters import LoRA
-from qlora_cli.models.packed_attention import attend_by_document
+from qlora_cli.data.batching.sampler import BatchStream
+from qlora_cli.distributed.world import World, set_seed
+from qlora_cli.kernels.lora_linear import base_weight
+from qlora_cli.loop.step import train_step
 from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.quantization import Nf4, Unquantized
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.optim.schedules import Linear
 from qlora_cli.recipe.schema import Training
 from qlora_cli.types import Batch, Example, TrainState
-from qlora_cli.distributed.world import World, set_seed
 
 BASES = {"nf4": Nf4(), "none": Unquantized()}
 

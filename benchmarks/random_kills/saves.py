@@ -14,10 +14,10 @@ def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> di
     """What a checkpoint of the undisturbed run takes: by itself, and within the run."""
     import torch
 
-    from qlora_cli.recipe.build import load_base
-    from qlora_cli.runs.checkpoint import load_checkpoint, random_states, save_checkpoint
-    from qlora_cli.recipe.load import load_recipe
     from qlora_cli.distributed.world import World
+    from qlora_cli.recipe.build import load_base
+    from qlora_cli.recipe.load import load_recipe
+    from qlora_cli.runs.checkpoint import load_checkpoint, random_states, save_checkpoint
 
     os.environ["QLORA_CACHE"] = str(experiment.cache)
     recipe, world = load_recipe(experiment.whole / "recipe.yaml", []).recipe, World()

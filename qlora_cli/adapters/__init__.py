@@ -10,8 +10,8 @@ from qlora_cli.adapters.adalora import AdaLoRA
 from qlora_cli.adapters.bottleneck import Bottleneck
 from qlora_cli.adapters.full import FullFineTune
 from qlora_cli.adapters.lora import LoRA
-from qlora_cli.adapters.partial import BitFit, Freeze
 from qlora_cli.adapters.other_peft import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
+from qlora_cli.adapters.partial import BitFit, Freeze
 from qlora_cli.adapters.virtual_tokens import Prefix, Prompt
 
 AdapterConfig = Annotated[

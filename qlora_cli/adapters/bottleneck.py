@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters.peft_base import Modules, Selected
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.errors import ModelError
-from qlora_cli.common.untrusted_files import read_object, refuse_foreign, refuse_no_safetensors
 from qlora_cli.common.jinja_sandbox import limited_time
+from qlora_cli.common.untrusted_files import read_object, refuse_foreign, refuse_no_safetensors
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters.base import Method
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters.peft_base import (
     Selected,
     is_pattern,
@@ -18,6 +17,7 @@ from qlora_cli.adapters.peft_base import (
     require_each,
     save_adapter,
 )
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.errors import ModelError
-from qlora_cli.common.untrusted_files import refuse_foreign
-from qlora_cli.adapters.full import key_mismatch
 from qlora_cli.adapters.base import Method
+from qlora_cli.adapters.full import key_mismatch
+from qlora_cli.common.untrusted_files import refuse_foreign
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters.base import Method
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -89,7 +89,11 @@ class OfPeft(Method):
         from peft import set_peft_model_state_dict
 
         from qlora_cli.adapters.files import read_adapter, refuse_endless_patterns
-        from qlora_cli.adapters.weight_edits import grow_vocabulary, match_saved, refuse_changed_base
+        from qlora_cli.adapters.weight_edits import (
+            grow_vocabulary,
+            match_saved,
+            refuse_changed_base,
+        )
 
         config, saved = read_adapter(folder)
         refuse_changed_base(config, folder)

@@ -7,9 +7,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters.files import read_adapter, refuse_endless_patterns
 from qlora_cli.adapters.weight_edits import match_saved, refuse_changed_base
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel

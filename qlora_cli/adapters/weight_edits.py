@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from qlora_cli.errors import ModelError
-from qlora_cli.common.untrusted_files import refuse_no_safetensors
 from qlora_cli.adapters.files import WEIGHTS, read_config, refuse_endless_patterns
-from qlora_cli.models.weight_names import Names, Piece
+from qlora_cli.common.untrusted_files import refuse_no_safetensors
+from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import Shards
+from qlora_cli.models.weight_names import Names, Piece
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -11,10 +11,16 @@ from typing import Annotated
 import typer
 
 from qlora_cli import __version__
-from qlora_cli.cli import adapters, compare, recipes, runs, talk
+from qlora_cli.cli import (
+    adapters,
+    compare,
+    inference,
+    recipe_data_plan,
+    train_evaluate_export,
+)
 from qlora_cli.cli.options import Quiet
-from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.common.secrets import MaskedFormatter, masked
+from qlora_cli.errors import Interrupted, QloraError
 
 log = logging.getLogger("qlora")
 
@@ -71,20 +77,20 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
     """
 
 
-app.command()(runs.train)
-app.command()(runs.rerun)
-app.command()(runs.bench)
+app.command()(train_evaluate_export.train)
+app.command()(train_evaluate_export.rerun)
+app.command()(train_evaluate_export.bench)
 app.command()(compare.compare)
-app.command("eval")(runs.evaluate)
-app.command()(runs.merge)
-app.command("export")(runs.export_model)
-app.command()(talk.chat)
-app.command()(talk.generate)
-app.command()(recipes.validate)
-app.command()(recipes.preview)
-app.command()(recipes.plan)
-app.command("cache")(recipes.show_cache)
-app.command()(recipes.schema)
+app.command("eval")(train_evaluate_export.evaluate)
+app.command()(train_evaluate_export.merge)
+app.command("export")(train_evaluate_export.export_model)
+app.command()(inference.chat)
+app.command()(inference.generate)
+app.command()(recipe_data_plan.validate)
+app.command()(recipe_data_plan.preview)
+app.command()(recipe_data_plan.plan)
+app.command("cache")(recipe_data_plan.show_cache)
+app.command()(recipe_data_plan.schema)
 
 adapters_app = typer.Typer(
     no_args_is_help=True,

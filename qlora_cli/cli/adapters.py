@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.inspect.adapters_text import combine_text, diff_text, inspect_text, list_text
 from qlora_cli.cli.options import AdapterPath, Json, Overrides, Quiet, Seed, show
+from qlora_cli.inspect.adapters_text import combine_text, diff_text, inspect_text, list_text
 
 
 def list_adapters(

@@ -22,7 +22,7 @@ from qlora_cli.cli.options import (
     WeightsOption,
     show,
 )
-from qlora_cli.report_text import generate_text
+from qlora_cli.inference.text import generate_text
 
 
 def chat(
@@ -55,7 +55,7 @@ def chat(
       echo "What is the capital of France?" | qlora chat runs/mine -q
     """
     from qlora_cli.inference.chat import chat
-    from qlora_cli.inference.batch import Sampling
+    from qlora_cli.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     chat(
@@ -108,7 +108,8 @@ def generate(
     Example:
       qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
     """
-    from qlora_cli.inference.batch import Sampling, generate
+    from qlora_cli.inference.batch import generate
+    from qlora_cli.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     report = generate(

@@ -12,9 +12,9 @@ import typer
 
 from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
 from qlora_cli.errors import RecipeError
+from qlora_cli.inspect.cache_text import cache_text
 from qlora_cli.plan.text import plan_text, table_text
 from qlora_cli.recipe.load import dump_with_origins, load_recipe
-from qlora_cli.report_text import cache_text
 
 
 def _is_coloured() -> bool:
@@ -176,7 +176,7 @@ def show_cache(
     Example:
       qlora cache --clear
     """
-    from qlora_cli.data import cache
+    from qlora_cli.data.prepared import cache
 
     report = {"cleared": clear, "sets": [one.record() for one in cache.list_sets(clear=clear)]}
     show(report, as_json, cache_text(report))

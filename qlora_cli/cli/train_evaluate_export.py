@@ -17,17 +17,12 @@ from qlora_cli.cli.options import (
     WeightsOption,
     show,
 )
+from qlora_cli.common.formatting import evaluation_table, merge_text
 from qlora_cli.errors import EXIT_DIFFERENT
+from qlora_cli.evaluate.text import harness_text
+from qlora_cli.export.text import export_text
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.report_text import (
-    bench_text,
-    evaluation_table,
-    export_text,
-    harness_text,
-    merge_text,
-    rerun_text,
-    run_text,
-)
+from qlora_cli.train.text import bench_text, rerun_text, run_text
 
 
 def _names(text: str) -> list[str]:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.atomic_files import replace_file
+from qlora_cli.common.untrusted_files import refuse_links
 from qlora_cli.compare.grid import Asked, Cell, Grid
 from qlora_cli.compare.html import comparison_page
-from qlora_cli.compare.store import Place
-from qlora_cli.compare.report import make_report
 from qlora_cli.compare.optuna_search import Search, run_search
+from qlora_cli.compare.report import make_report
+from qlora_cli.compare.store import Place
 from qlora_cli.compare.subprocess_runner import take_turn
-from qlora_cli.common.atomic_files import replace_file
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks
-from qlora_cli.common.untrusted_files import refuse_links
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.distributed.world import World
 
 __all__ = ["Asked", "Search", "compare"]
 

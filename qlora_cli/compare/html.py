@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from qlora_cli.common.formatting import size_text
 from qlora_cli.compare.svg_plots import (
     Interval,
     Line,
@@ -15,7 +16,6 @@ from qlora_cli.compare.svg_plots import (
     stack_plot,
 )
 from qlora_cli.compare.text import failures, numbers, tables
-from qlora_cli.plan.text import size_text
 
 Row = Mapping[str, Any]
 

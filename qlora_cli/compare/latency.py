@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.inference.batch import Sampling, answers
 from qlora_cli.evaluate.divergence import TEXTS
+from qlora_cli.inference.sampling import Sampling, answers
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:

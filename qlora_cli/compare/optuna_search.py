@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.compare.grid import Axis, Cell, Grid
-from qlora_cli.compare.store import Place
 from qlora_cli.compare.report import measure_called, value_of
+from qlora_cli.compare.store import Place
 from qlora_cli.compare.subprocess_runner import take_turn
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns
 from qlora_cli.compare.grid import Cell
 from qlora_cli.compare.store import Answers, Place
+from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns
 from qlora_cli.evaluate.evaluate import choose_tasks, summarize
 from qlora_cli.runs.run_folder import environment
 from qlora_cli.tasks.task import Measure, Task

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.errors import RecipeError
-from qlora_cli.runs.resume_check import compare, recorded_recipe
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.resume_check import compare, recorded_recipe
 from qlora_cli.runs.run_folder import RunFolder, is_run
 from qlora_cli.tasks.task import Outcome
 

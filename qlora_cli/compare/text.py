@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_cli.plan.text import duration_text, size_text
-from qlora_cli.report_text import aligned, estimate_text
+from qlora_cli.common.formatting import aligned, duration_text, estimate_text, size_text
 
 Row = Mapping[str, Any]
 Table = list[list[str]]

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import compute_dtype, load_base
+from qlora_cli.common.atomic_files import remove_folder
+from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.compare.grid import Cell
 from qlora_cli.compare.latency import measure_latency
 from qlora_cli.compare.store import Place
-from qlora_cli.common.atomic_files import remove_folder
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
 from qlora_cli.plan.plan import plan
+from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.train.train import train
-from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")
 

@@ -6,11 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.data.prepared.audit import AuditLimits
+from qlora_cli.common.config import Part
 from qlora_cli.data.formats import Preference
+from qlora_cli.data.prepared.audit import AuditLimits
 from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.errors import DataError
-from qlora_cli.common.config import Part
 
 
 class Data(Part):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.formats import (
     Alpaca,
     FormatConfig,
@@ -18,6 +17,7 @@ from qlora_cli.data.formats import (
     Text,
 )
 from qlora_cli.data.formats.fields import list_of
+from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Prompt, Row

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.plan.trace.kernel_shapes import Device
 
 GIB = 2**30
 
@@ -102,7 +104,6 @@ def this_machine() -> Target:
 
 def this_card() -> Target | None:
     """The first CUDA device here, and the memory that it has."""
-    import torch
 
     if not torch.cuda.is_available():
         return None
@@ -137,3 +138,6 @@ def known_card(name: str, memory_bytes: int) -> Target | None:
 def _words(name: str) -> set[str]:
     """Without the size of the memory, which some names have and some have not."""
     return {w for w in re.findall(r"[a-z0-9]+", name.lower()) if not re.fullmatch(r"\d+gb", w)}
+
+
+Device = Literal["cpu", "cuda"]

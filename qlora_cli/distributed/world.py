@@ -12,12 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from qlora_cli.errors import RecipeError
+from qlora_cli.distributed.precision import PRECISIONS, cpu_is_fast_in_bfloat16, no_bfloat16
 
 T = TypeVar("T")
-
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-"""What a step computes in, and how `training.precision` calls it."""
 
 
 class World:
@@ -100,7 +97,7 @@ class World:
 
     def _best_dtype(self) -> torch.dtype:
         if self.device.type == "cpu":
-            return torch.bfloat16 if _cpu_is_fast_in_bfloat16() else torch.float32
+            return torch.bfloat16 if cpu_is_fast_in_bfloat16() else torch.float32
         return torch.bfloat16 if self._has_bfloat16() else torch.float16
 
     def _has_bfloat16(self) -> bool:
@@ -123,30 +120,11 @@ class World:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def no_bfloat16(device: str) -> RecipeError:
-    """What to raise where bf16 was asked for by name and a device has none."""
-    return RecipeError(
-        f"training.precision: bf16 was asked for, and {device} has none",
-        hint="--set training.precision=auto takes the best that the device has",
-    )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or of Python says that there is no memory left."""
     # On a CPU torch has no class of its own for it.
     is_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _cpu_is_fast_in_bfloat16() -> bool:
-    """By its name and not by a trial: a run that is resumed has to find the same answer.
-
-    Of the instructions of AVX-512, products in bfloat16 have twice the rate of those in float32 on
-    AMD's and half the rate on Intel's; AMX is many times as fast (`dev/LOG.md`).
-    """
-    has = torch.cpu.get_capabilities()
-    is_amd = str(has.get("cpu_name", "")).startswith("AMD")
-    return bool(has.get("amx_bf16")) or (is_amd and bool(has.get("avx512_bf16")))
 
 
 def set_seed(seed: int) -> None:

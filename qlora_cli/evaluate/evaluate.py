@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
-from qlora_cli.recipe.build import compute_dtype, load_base, read_data, read_exam, recipe_of_run
+from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.render.encode import read_chat_template
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
+from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
 from qlora_cli.evaluate.scorer import Respondent
 from qlora_cli.models.base import learn_to_stop, load_tokenizer, stop_token_ids
-from qlora_cli.runs.model_card import write_cards
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.build import compute_dtype, load_base, read_exam
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.model_card import write_cards
+from qlora_cli.runs.run_folder import RunFolder, Weights, is_run, recipe_of_run
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import Drift, Forgetting
 from qlora_cli.tasks.task import Outcome, Task, Values
-from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

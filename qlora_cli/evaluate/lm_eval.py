@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import compute_dtype, load_base
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import find_subject
+from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.runs.run_folder import Weights
-from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.evaluate.bootstrap import columns
-from qlora_cli.recipe.build import Exam
-from qlora_cli.data.batching.sampler import eval_batches
-from qlora_cli.inference.batch import Sampling, answers
-from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.common.progress import Progress
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.types import IGNORE_INDEX, Example, Prompt
+from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.distributed.world import World
+from qlora_cli.evaluate.bootstrap import columns
+from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.task import Exam
+from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 
 if TYPE_CHECKING:
     from numpy import float64

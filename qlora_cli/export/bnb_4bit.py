@@ -11,13 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qlora_cli.recipe.build import recipe_of_run
-from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import read_object
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
 from qlora_cli.models.base import load_model, load_tokenizer
 from qlora_cli.models.quantization import Nf4
-from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
-from qlora_cli.runs.run_folder import RunFolder, readable_as_the_folder
+from qlora_cli.runs.run_folder import RunFolder, readable_as_the_folder, recipe_of_run
 
 log = logging.getLogger("qlora")
 

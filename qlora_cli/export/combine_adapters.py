@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
-from qlora_cli.inspect.adapters_text import combine_card
-from qlora_cli.inspect.adapters import over, read_lora, refuse_two_bases, refuse_two_shapes
-from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
-from qlora_cli.recipe.build import recipe_of_run
-from qlora_cli.errors import RecipeError
-from qlora_cli.evaluate.evaluate import Answers, Subject, choose_tasks, examine, summarize
-from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
+from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.low_rank import Update, read_updates, stacked
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.load import dump_recipe
-from qlora_cli.runs.run_folder import RunFolder, environment, readable_as_the_folder
 from qlora_cli.distributed.world import World
+from qlora_cli.errors import RecipeError
+from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
+from qlora_cli.evaluate.evaluate import Answers, Subject, choose_tasks, examine, summarize
+from qlora_cli.inspect.adapters import over, read_lora, refuse_two_bases, refuse_two_shapes
+from qlora_cli.inspect.adapters_text import combine_card
+from qlora_cli.recipe.load import dump_recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
+from qlora_cli.runs.run_folder import RunFolder, environment, readable_as_the_folder, recipe_of_run
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
 from qlora_cli.errors import RecipeError
 from qlora_cli.export.bnb_4bit import export_4bit
 from qlora_cli.export.gguf import export_gguf, require_gguf_tools
-from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
 from qlora_cli.models.shards import INDEX
 
 

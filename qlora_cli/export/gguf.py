@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.jinja_sandbox import limited_time
-from qlora_cli.models.base import as_ids, load_model, load_tokenizer, stop_token_ids
-from qlora_cli.export.ollama import modelfile
+from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of, without_begin
+from qlora_cli.export.ollama import modelfile
+from qlora_cli.models.base import as_ids, load_model, load_tokenizer, stop_token_ids
 
 log = logging.getLogger("qlora")
 

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import compute_dtype, recipe_of_run
+from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.common.atomic_files import flush_files, put_in_place
-from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.common.untrusted_files import PICKLED, read_object
+from qlora_cli.distributed.world import World
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.export.dequantize import RoundTrip
+from qlora_cli.export.merge_shards import Merge
 from qlora_cli.export.verify import compare_models, refuse_infidelity
 from qlora_cli.models.base import load_tokenizer, refuse_prequantized
-from qlora_cli.adapters.weight_edits import build_skeleton
-from qlora_cli.models.weight_names import Names
-from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.models.shards import Shards
-from qlora_cli.export.merge_shards import Merge
-from qlora_cli.runs.model_card import model_card
+from qlora_cli.models.weight_names import Names
+from qlora_cli.recipe.build import compute_dtype
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.run_folder import RunFolder, Weights, readable_as_the_folder
-from qlora_cli.distributed.world import World
+from qlora_cli.runs.model_card import model_card
+from qlora_cli.runs.run_folder import RunFolder, Weights, readable_as_the_folder, recipe_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

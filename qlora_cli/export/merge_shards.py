@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.errors import ModelError
-from qlora_cli.models.shards import INDEX, Shards, Stored, write_shard
 from qlora_cli.common.progress import Progress
 from qlora_cli.common.safetensors_writer import bytes_of
+from qlora_cli.errors import ModelError
+from qlora_cli.models.shards import INDEX, Shards, Stored, write_shard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.models.weight_names import Names
     from qlora_cli.export.dequantize import RoundTrip
+    from qlora_cli.models.weight_names import Names
 
 log = logging.getLogger("qlora")
 

@@ -13,13 +13,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from qlora_cli.recipe.build import compute_dtype, read_data
+from qlora_cli.data.prepared.cache import read_data
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.models.base import load_model
 from qlora_cli.evaluate.divergence import TEXTS, compare
+from qlora_cli.models.base import load_model
+from qlora_cli.recipe.build import compute_dtype
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import IGNORE_INDEX
-from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

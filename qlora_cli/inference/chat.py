@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from qlora_cli.errors import DataError, QloraError, RecipeError
-from qlora_cli.inference.batch import Answer, Sampling, stream
-from qlora_cli.runs.run_folder import Weights
+from qlora_cli.inference.sampling import Answer, Sampling, stream
 from qlora_cli.inference.session import BASE, Speaker, Voice, open_speaker
+from qlora_cli.runs.run_folder import Weights
 from qlora_cli.types import Message
 
 HELP = """\

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.runs.adapter_folder import AdapterPlace, is_adapter
-from qlora_cli.recipe.build import compute_dtype, load_base
-from qlora_cli.data.render.encode import Encoder, read_chat_template
+from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
 from qlora_cli.data.prompts import is_verbatim
+from qlora_cli.data.render.encode import Encoder, read_chat_template
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.models.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
 from qlora_cli.models.identity import identify
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.recipe.load import load_recipe, recipe_of_model
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.adapter_folder import AdapterPlace, is_adapter
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
 from qlora_cli.types import Message, Prompt, Role
-from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

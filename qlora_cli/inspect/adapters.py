@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
-from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.adapters.files import WEIGHTS, read_adapter, refuse_endless_patterns
 from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates
+from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
 
 if TYPE_CHECKING:
     from torch import Tensor

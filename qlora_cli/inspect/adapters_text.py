@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_cli.report_text import evaluation_table
+from qlora_cli.common.formatting import evaluation_table
 
 _BAR = 20
 

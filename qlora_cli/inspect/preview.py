@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import Audited, audit_data, check_limits, read_data
-from qlora_cli.data.render.encode import Encoder, Refused, read_chat_template
+from qlora_cli.data.prepared.cache import read_data
+from qlora_cli.data.prepared.dataset_audit import Audited, audit_data, check_limits
 from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, ignored_text
+from qlora_cli.data.render.encode import Encoder, Refused, read_chat_template
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inspect.preview_html import preview_page
+from qlora_cli.inspect.preview_model import SideView, SourceView, make_sample
 from qlora_cli.inspect.preview_text import preview_text
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Example
-from qlora_cli.inspect.preview_model import SideView, SourceView, make_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -7,8 +7,8 @@ from html import escape
 
 from qlora_cli.data.prepared.statistics import Bar
 from qlora_cli.data.sources import counted
-from qlora_cli.inspect.preview_text import visible
 from qlora_cli.inspect.preview_model import Piece, Sample, SideView, SourceView
+from qlora_cli.inspect.preview_text import visible
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;

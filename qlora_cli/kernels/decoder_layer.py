@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.kernels.attention import Attended, Attention, Documents
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.rope import Heads, heads_of
 from qlora_cli.kernels.lora_linear import Factors, Projection, adapter_of, base_of
+from qlora_cli.kernels.rope import Heads, heads_of
 
 Recompute = Literal["none", "mlp", "all"]
 """What is computed again in the backward pass: nothing but element-wise work, the feed-forward

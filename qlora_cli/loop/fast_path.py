@@ -13,15 +13,15 @@ from torch import nn
 from qlora_cli.data.batching.sampler import proof_batches
 from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import ModelError
-from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
-from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.offload import Host, keep_on_host
-from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, prove_packing
+from qlora_cli.kernels.rope import has_head_norms
+from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.base import start_checkpointing
+from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, prove_packing
 from qlora_cli.recipe.schema import Training
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ from statistics import median
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from qlora_cli.runs.checkpoint import random_states, set_random_states
 from qlora_cli.data.batching.sampler import BatchStream
+from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import OutOfMemory, TrainingError
 from qlora_cli.models.report import held_bytes
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import SpikeGuard, Training
+from qlora_cli.runs.checkpoint import random_states, set_random_states
 from qlora_cli.types import Batch, TrainState
-from qlora_cli.distributed.world import World, is_out_of_memory
 
 log = logging.getLogger("qlora")
 

@@ -16,16 +16,16 @@ from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
 from qlora_cli.common.cache_folder import cache_folder
-from qlora_cli.errors import ModelError
+from qlora_cli.common.config import Part
+from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
     refuse_code_elsewhere,
     refuse_foreign,
     refuse_no_safetensors,
 )
-from qlora_cli.common.jinja_sandbox import refuse_endless
+from qlora_cli.errors import ModelError
 from qlora_cli.models.known_configs import find_known
-from qlora_cli.common.config import Part
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_cli.errors import ModelError
 from qlora_cli.common.untrusted_files import read_object
+from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import Shards
 
 _SAMPLE = 4096

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.errors import RecipeError
 from qlora_cli.common.config import Part
+from qlora_cli.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.errors import ModelError
-from qlora_cli.common.untrusted_files import object_of, read_object, refuse_foreign
 from qlora_cli.common.safetensors_writer import DTYPES, header_of, item_bytes
+from qlora_cli.common.untrusted_files import object_of, read_object, refuse_foreign
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     import torch

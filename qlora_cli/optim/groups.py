@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_cli.errors import RecipeError
 from qlora_cli.common.config import Part
+from qlora_cli.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_a
 
 from pydantic import Field, model_validator
 
+from qlora_cli.common.config import Part
 from qlora_cli.errors import RecipeError
 from qlora_cli.optim.groups import Group, NamedParameters, group_parameters
-from qlora_cli.common.config import Part
 
 if TYPE_CHECKING:
     import torch

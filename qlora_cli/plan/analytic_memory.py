@@ -25,16 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_cli.plan.traced_memory import (
-    GRANULARITY,
-    Forecast,
-    attention_option,
-    in_plain_words,
-    text_config,
-)
+from qlora_cli.distributed.devices import Device
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, layers_of, rehearse_update
+from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.memory_counter import (
     BATCH,
     GRADIENTS,
@@ -49,8 +43,15 @@ from qlora_cli.plan.trace.memory_counter import (
     Peak,
     Segment,
 )
-from qlora_cli.plan.trace.kernel_shapes import Device, make_constants
 from qlora_cli.plan.trace.meta_model import load_traced, outline
+from qlora_cli.plan.traced_memory import (
+    GRANULARITY,
+    Forecast,
+    attention_option,
+    in_plain_words,
+    text_config,
+)
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
 
 if TYPE_CHECKING:

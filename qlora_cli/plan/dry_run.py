@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_cli.kernels.selection import Kernels
+from qlora_cli.distributed.world import World
 from qlora_cli.kernels.device_capabilities import Means
-from qlora_cli.loop.fit import clip_gradients, train_step
+from qlora_cli.kernels.selection import Kernels
+from qlora_cli.loop.fast_path import loss_kernel, prepare_layers
+from qlora_cli.loop.step import clip_gradients, train_step
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.loop.fast_path import loss_kernel, prepare_layers
 from qlora_cli.plan.trace.compiled_ops import as_compiled, compiled_loss
 from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, Count
 from qlora_cli.plan.trace.meta_model import hold_model
 from qlora_cli.plan.trace.traced_tensor import Blank, TracedTensor
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch, TrainState
-from qlora_cli.distributed.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.recipe.build import largest_eval_batch, read_data, stream_batches
 from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.render.encode import read_chat_template
-from qlora_cli.plan.traced_memory import (
-    Forecast,
-    Untraceable,
-    attention_option,
-    can_lie_end_to_end,
-    forecast,
-    in_plain_words,
-)
-from qlora_cli.plan.analytic_memory import RANGE, SOURCE, by_formula
+from qlora_cli.distributed.devices import Target
+from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.plan.analytic_memory import RANGE, SOURCE, by_formula
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, Alone
 from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
@@ -37,10 +30,18 @@ from qlora_cli.plan.trace.memory_counter import (
     Peak,
     Segment,
 )
-from qlora_cli.distributed.devices import Target
 from qlora_cli.plan.trace.meta_model import outline
+from qlora_cli.plan.traced_memory import (
+    Forecast,
+    Untraceable,
+    attention_option,
+    can_lie_end_to_end,
+    forecast,
+    in_plain_words,
+)
+from qlora_cli.recipe.build import largest_eval_batch, stream_batches
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
-from qlora_cli.distributed.world import no_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

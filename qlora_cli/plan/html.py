@@ -7,7 +7,8 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-from qlora_cli.plan.text import moment_text, plan_text, size_text
+from qlora_cli.common.formatting import size_text
+from qlora_cli.plan.text import moment_text, plan_text
 
 _COLOURS = (
     "#4878cf", "#7aa6e8", "#2f4b8f", "#e08214", "#8c6bb1", "#d6604d", "#3a9e6d", "#8fc98f",

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.adapters import LoRA
+from qlora_cli.distributed.devices import find_target
 from qlora_cli.errors import RecipeError
 from qlora_cli.plan.estimate import assume_rows, estimate
-from qlora_cli.plan.shrink_to_fit import fit_to, settle
-from qlora_cli.adapters import LoRA
 from qlora_cli.plan.html import plan_page
+from qlora_cli.plan.shrink_to_fit import fit_to, settle
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.distributed.devices import find_target
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"adapter": {"type": "full"}, "quantization": {"type": "none"}},

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
-from qlora_cli.data.prepared.prepare import TooManyLost
-from qlora_cli.errors import RecipeError
-from qlora_cli.plan.estimate import estimate
-from qlora_cli.optim.optimizers import lighter_twin
 from qlora_cli.common.config import Part
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.data.prepared.prepare import TooManyLost
 from qlora_cli.distributed.devices import Target
+from qlora_cli.errors import RecipeError
+from qlora_cli.optim.optimizers import lighter_twin
+from qlora_cli.plan.estimate import estimate
+from qlora_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-_GIB, _MIB = 2**30, 2**20
+from qlora_cli.common.formatting import duration_text, size_text
 
 
 def plan_text(report: Mapping[str, Any]) -> str:
@@ -64,19 +64,6 @@ def table_text(report: Mapping[str, Any]) -> str:
     if why := report["untraced"]:
         lines.append(f"~ partly by a formula, as the model cannot be traced: {why}")
     return "\n".join([head, *(line.rstrip() for line in lines)])
-
-
-def size_text(size: float) -> str:
-    """Bytes as GiB, or as MiB where that is less."""
-    return f"{size / _GIB:,.2f} GiB" if abs(size) >= _GIB else f"{size / _MIB:,.1f} MiB"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds in the largest unit that leaves a number of some size."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _model_line(report: Mapping[str, Any]) -> str:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_cli.distributed.devices import Device
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.attention import AtOnce, ByDocument
-from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.plan.dry_run import rehearse, understands_documents
+from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.memory_counter import LOAD, Count, CountedHost, Peak, Segment
-from qlora_cli.plan.trace.kernel_shapes import Device, make_constants
 from qlora_cli.plan.trace.meta_model import load_traced, outline
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.common.config import Part, field_docs
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 
 Schema = dict[str, Any]

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import RecipeError
-from qlora_cli.recipe.validation import read_part
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.common.secrets import masked
+from qlora_cli.errors import RecipeError
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.validation import read_part
 from qlora_cli.recipe.yaml_parser import (
     Entry,
     Items,

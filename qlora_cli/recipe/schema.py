@@ -8,14 +8,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_cli.adapters import AdapterConfig, LoRA
+from qlora_cli.common.config import Part
 from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
-from qlora_cli.adapters import AdapterConfig, LoRA
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import QuantizationConfig, Unquantized
 from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
-from qlora_cli.common.config import Part
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import GeneralText
 from qlora_cli.tasks.task import Measure

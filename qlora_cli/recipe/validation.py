@@ -13,10 +13,19 @@ from typing import Generic, TypeVar
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.common.config import Part, field_docs
 from qlora_cli.common.secrets import find_secret
-from qlora_cli.recipe.yaml_parser import Items, KeyPath, Mapping, Node, Place, Problem, Scalar, dotted
+from qlora_cli.recipe.field_types import FieldType
+from qlora_cli.recipe.yaml_parser import (
+    Items,
+    KeyPath,
+    Mapping,
+    Node,
+    Place,
+    Problem,
+    Scalar,
+    dotted,
+)
 
 PartT = TypeVar("PartT", bound=Part)
 

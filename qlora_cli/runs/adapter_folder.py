@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from qlora_cli.errors import RecipeError
 from qlora_cli.common.untrusted_files import read_object, refuse_foreign
+from qlora_cli.errors import RecipeError
 from qlora_cli.models.identity import refuse_other_base
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
 
 log = logging.getLogger("qlora")

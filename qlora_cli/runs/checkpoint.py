@@ -16,11 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora_cli.common.atomic_files import describe_file, put_in_place, remove_folder, write_file, write_json
-from qlora_cli.errors import TrainingError
-from qlora_cli.common.untrusted_files import read_object
-from qlora_cli.runs.optimizer_state_check import check_optimizer
+from qlora_cli.common.atomic_files import (
+    describe_file,
+    put_in_place,
+    remove_folder,
+    write_file,
+    write_json,
+)
 from qlora_cli.common.safetensors_writer import file_of
+from qlora_cli.common.untrusted_files import read_object
+from qlora_cli.errors import TrainingError
+from qlora_cli.runs.optimizer_state_check import check_optimizer
 from qlora_cli.types import TrainState
 
 log = logging.getLogger("qlora")

@@ -9,14 +9,14 @@ from typing import Any, get_args
 
 import yaml
 
+from qlora_cli.adapters.partial import TRAINED
+from qlora_cli.common.config import Part
+from qlora_cli.common.formatting import evaluation_table, merge_text
 from qlora_cli.data.sources import Source
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
-from qlora_cli.adapters.partial import TRAINED
-from qlora_cli.common.config import Part
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.report_text import evaluation_table, merge_text
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder, Weights
 
 _VERSIONS = ("qlora", "torch", "transformers", "peft", "bitsandbytes")

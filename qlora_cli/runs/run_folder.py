@@ -18,14 +18,22 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
 
 from qlora_cli.common.atomic_files import exchange_folder, replace_file, unfinished_of
-from qlora_cli.errors import RecipeError
 from qlora_cli.common.untrusted_files import read_object, refuse_links
+from qlora_cli.errors import RecipeError
+from qlora_cli.models.identity import identify, refuse_other_base
+from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    pass
 
 Weights = Literal["last", "best"]
 
@@ -210,7 +218,6 @@ def is_run(path: Path) -> bool:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for the record; and the commit of the user's own files."""
-    import torch
 
     return {
         "commit": _commit(),
@@ -233,3 +240,17 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def recipe_of_run(run: RunFolder, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run, with what the user changes of it.
+
+    Raises:
+        ModelError: its model is not the one that the run was trained on.
+    """
+    recipe = load_recipe(run.recipe, overrides).recipe
+    trained_on = load_recipe(run.recipe).recipe.model.path
+    here = identify(recipe.model.locate())
+    known = run.read_record().get("base")
+    refuse_other_base(run.root, known, trained_on, recipe.model.path, here)
+    return recipe

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
+from qlora_cli.common.config import Part
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Example, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -196,3 +199,7 @@ class WrittenTask(Task):
             Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
             for q, answer in zip(questions, model.write(questions), strict=True)
         ]
+
+
+Exam = list[tuple[Task, Sequence[Any]]]
+"""Tasks, each with its questions."""

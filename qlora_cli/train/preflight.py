@@ -10,22 +10,22 @@ from dataclasses import replace
 
 import torch
 
-from qlora_cli.runs.checkpoint import random_states, set_random_states
+from qlora_cli.common.formatting import size_text
 from qlora_cli.data.batching.sampler import BatchStream
+from qlora_cli.distributed.devices import Target, this_card, this_machine
+from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import ModelError, OutOfMemory
-from qlora_cli.plan.estimate import Rows, estimate
-from qlora_cli.runs.resume_check import recorded_recipe
-from qlora_cli.plan.shrink_to_fit import settle, with_changes
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.plan.text import size_text
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.run_folder import RunFolder
+from qlora_cli.plan.estimate import Rows, estimate
+from qlora_cli.plan.shrink_to_fit import settle, with_changes
 from qlora_cli.plan.trace.memory_counter import Count
-from qlora_cli.distributed.devices import Target, this_card, this_machine
 from qlora_cli.plan.trace.meta_model import hold_model
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.checkpoint import random_states, set_random_states
+from qlora_cli.runs.resume_check import recorded_recipe
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.types import Batch
-from qlora_cli.distributed.world import World, is_out_of_memory
 
 log = logging.getLogger("qlora")
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import read_data
-from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.common.atomic_files import describe_file
+from qlora_cli.data.prepared.cache import read_data
+from qlora_cli.data.render.encode import read_chat_template
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
+from qlora_cli.models.identity import identify
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import (
     Changes,
     compare,
@@ -20,11 +23,8 @@ from qlora_cli.runs.resume_check import (
     recorded_recipe,
     take_fingerprint,
 )
-from qlora_cli.models.identity import identify
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder, Weights
 from qlora_cli.train.train import train
-from qlora_cli.distributed.world import World
 
 log = logging.getLogger("qlora")
 

@@ -14,6 +14,11 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from qlora_cli.common.atomic_files import replace_file
+from qlora_cli.distributed.world import World, set_seed
+from qlora_cli.errors import Interrupted, TrainingError
+from qlora_cli.recipe.load import dump_recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.checkpoint import (
     drop_old_checkpoints,
     find_checkpoint,
@@ -23,15 +28,10 @@ from qlora_cli.runs.checkpoint import (
     refuse_non_finite,
     save_checkpoint,
 )
-from qlora_cli.common.atomic_files import replace_file
-from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.runs.model_card import write_cards
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.load import dump_recipe
-from qlora_cli.train.disk_space import Room
 from qlora_cli.runs.run_folder import RunFolder, environment
+from qlora_cli.train.disk_space import Room
 from qlora_cli.types import TrainState
-from qlora_cli.distributed.world import World, set_seed
 
 log = logging.getLogger("qlora")
 

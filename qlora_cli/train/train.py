@@ -12,39 +12,40 @@ from typing import Any
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.recipe.build import (
-    check_data,
-    compute_dtype,
-    largest_eval_batch,
-    load_base,
-    measure,
-    read_data,
-    read_exam,
-    stream_batches,
-)
+from qlora_cli.common.signals import Interruption
+from qlora_cli.data.prepared.cache import read_data
+from qlora_cli.data.prepared.dataset_audit import check_data
 from qlora_cli.data.render.encode import read_chat_template
+from qlora_cli.distributed.precision import PRECISIONS
+from qlora_cli.distributed.world import World, set_seed
 from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.evaluate.scorer import Respondent, ask
-from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
-from qlora_cli.loop.monitor import Guard
-from qlora_cli.common.signals import Interruption
-from qlora_cli.train.saver import Keeper
-from qlora_cli.kernels.selection import choose_kernels
 from qlora_cli.kernels.device_capabilities import Means
-from qlora_cli.train.warm_start import find_parent
+from qlora_cli.kernels.selection import choose_kernels
+from qlora_cli.loop.fast_path import lay_end_to_end, loss_kernel, prepare_layers
 from qlora_cli.loop.fit import fit, is_due
+from qlora_cli.loop.monitor import Guard
+from qlora_cli.loop.trackers import open_trackers
 from qlora_cli.models.base import learn_to_stop
 from qlora_cli.models.identity import identify
 from qlora_cli.models.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.recipe.build import (
+    compute_dtype,
+    largest_eval_batch,
+    load_base,
+    measure,
+    read_exam,
+    stream_batches,
+)
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.disk_space import count_saves
+from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.loop.fast_path import lay_end_to_end, loss_kernel, prepare_layers
-from qlora_cli.loop.trackers import open_trackers
+from qlora_cli.train.disk_space import count_saves
 from qlora_cli.train.preflight import memory_summary, settle_here, try_first
+from qlora_cli.train.saver import Keeper
+from qlora_cli.train.warm_start import find_parent
 from qlora_cli.types import TrainState
-from qlora_cli.distributed.world import PRECISIONS, World, set_seed
 
 log = logging.getLogger("qlora")
 

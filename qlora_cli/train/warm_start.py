@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.runs.adapter_folder import AdapterPlace
-from qlora_cli.common.atomic_files import describe_file
-from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters import LoRA
+from qlora_cli.adapters.files import WEIGHTS
+from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.adapter_folder import AdapterPlace
 
 if TYPE_CHECKING:
     from peft import PeftModel

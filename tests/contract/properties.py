@@ -17,22 +17,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from qlora_cli.recipe.build import load_base
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import ModelError
-from qlora_cli.plan.traced_memory import forecast
-from qlora_cli.inference.batch import Sampling, answers
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.evaluate.divergence import compare
 from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
+from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.evaluate.divergence import compare
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.kernel_shapes import make_constants
+from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import hold_model
+from qlora_cli.plan.traced_memory import forecast
+from qlora_cli.recipe.build import load_base
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
 from qlora_cli.types import Batch, Prompt
 from tests.conftest import save_tiny_model

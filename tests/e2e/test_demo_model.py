@@ -140,7 +140,11 @@ def test_a_gguf_file_is_read_as_it_is_whatever_lies_beside_it(
 
 
 def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from qlora_cli.models.base import BaseModelConfig"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from qlora_cli.models.base import BaseModelConfig",
+    ]
     command[-1] += "; print(BaseModelConfig(path=sys.argv[1]).locate())"
     environment = {**os.environ, "QLORA_CACHE": str(tmp_path)}
     running = [

@@ -11,8 +11,9 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluate.evaluate import evaluate
-from qlora_cli.inference.batch import Sampling, generate
 from qlora_cli.export.merge import merge
+from qlora_cli.inference.batch import generate
+from qlora_cli.inference.sampling import Sampling
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train

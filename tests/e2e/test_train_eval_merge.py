@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.cli import main
-from qlora_cli.inference.batch import Sampling, answers
+from qlora_cli.inference.sampling import Sampling, answers
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.types import Prompt
 from tests.conftest import exit_code, output_of, save_tiny_model

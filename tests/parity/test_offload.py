@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qlora_cli.kernels.device_capabilities import Means
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
+from qlora_cli.loop.fast_path import prepare_layers
 from qlora_cli.models.base import start_checkpointing
 from qlora_cli.recipe.schema import Training
-from qlora_cli.loop.fast_path import prepare_layers
 from tests.parity.tiny_layers import DOCUMENTS, adapted, base, batch, distance, fused, learnt
 
 

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.recipe.build import read_data
 from qlora_cli.data.batching.sampler import BatchStream
+from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.train.train import train
 from qlora_cli.types import Batch
 

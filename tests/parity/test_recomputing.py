@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_cli.adapters import Freeze
 from qlora_cli.kernels.decoder_layer import FusedLayer
 from qlora_cli.kernels.device_capabilities import Means
-from qlora_cli.adapters import Freeze
-from qlora_cli.recipe.schema import Training
 from qlora_cli.loop.fast_path import prepare_layers
+from qlora_cli.recipe.schema import Training
 from tests.parity.tiny_layers import adapted, base, distance, learnt
 
 

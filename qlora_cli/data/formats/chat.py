@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from qlora_cli.common.config import Part
 from qlora_cli.data.formats.fields import as_object, list_of, optional_text
 from qlora_cli.data.formats.turns import check_order, openai_message, read_tools, sharegpt_message
-from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Message, Row
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from qlora_cli.common.config import Part
 from qlora_cli.data.formats.fields import (
     as_list,
     as_text,
@@ -19,7 +20,6 @@ from qlora_cli.data.formats.fields import (
 )
 from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
-from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Message, Row
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from qlora_cli.common.config import Part
 from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
-from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Message, Row
 
 _PROMPTS = ("prompt", "conversations", "messages")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from qlora_cli.errors import DataError, ModelError
-from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
 from qlora_cli.common.config import Part
+from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.types import Conversation, Message, Row
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from qlora_cli.common.config import Part
 from qlora_cli.data.prepared.statistics import NAMED, Audit, Rows, learnt_turns
 from qlora_cli.errors import DataError
-from qlora_cli.common.config import Part
 
 
 class AuditLimits(Part):

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.cache_folder import cache_folder
+from qlora_cli.data.config import Data
+from qlora_cli.data.prepared.mmap_dataset import read_facts
 from qlora_cli.data.prepared.prepare import Prepared, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
-from qlora_cli.data.prepared.mmap_dataset import read_facts
 from qlora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -170,8 +174,22 @@ def _folder() -> Path:
 
 
 def _code_digest() -> str:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in [here.parent / "types.py", *sorted(here.rglob("*.py"))]:
         digest.update(f"{path.relative_to(here.parent)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def read_data(
+    name: str,
+    data: Data,
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    use_cache: bool = True,
+) -> Prepared:
+    """The examples of all sources, with a line about them in the log."""
+    prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
+    log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
+    return prepared

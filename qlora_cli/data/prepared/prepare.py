@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.data.render.encode import Encoded, Encoder, Refused
 from qlora_cli.data.formats import Text
-from qlora_cli.data.prompts import is_verbatim
-from qlora_cli.data.sources import BadRows, Source, counted, first_lines
 from qlora_cli.data.prepared.mmap_dataset import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.prepared.workers import Workers
+from qlora_cli.data.prompts import is_verbatim
+from qlora_cli.data.render.encode import Encoded, Encoder, Refused
+from qlora_cli.data.sources import BadRows, Source, counted, first_lines
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Prompt
 

@@ -10,8 +10,8 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.errors import DataError
 from qlora_cli.common.jinja_sandbox import limited_time
+from qlora_cli.errors import DataError
 from qlora_cli.types import Message, ToolCall
 
 if TYPE_CHECKING:

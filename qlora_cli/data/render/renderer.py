@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_cli.data.render.answer_spans import Answer, find_additions, find_answers, write
-from qlora_cli.data.render.render_cache import MOST_SHAPES, Pattern, Patterns, Skeleton
 from qlora_cli.data.render.chat_template import Template
+from qlora_cli.data.render.render_cache import MOST_SHAPES, Pattern, Patterns, Skeleton
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 

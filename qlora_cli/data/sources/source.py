@@ -13,6 +13,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_cli.common.config import Part
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.data.sources.files import (
     find_files,
@@ -25,7 +26,6 @@ from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import choose_learnt
 from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
-from qlora_cli.common.config import Part
 from qlora_cli.types import Conversation, Row
 
 

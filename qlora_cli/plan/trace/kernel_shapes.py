@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Device = Literal["cpu", "cuda"]
+from qlora_cli.distributed.devices import Device
+
 Kernel = Callable[..., Any]
 
 # On a CPU these are C functions that write to their result; all other operations of bitsandbytes

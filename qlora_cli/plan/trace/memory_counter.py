@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_cli.plan.trace.kernel_shapes import Device, opened
+from qlora_cli.distributed.devices import Device
+from qlora_cli.plan.trace.kernel_shapes import opened
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, inside_a_kernel
 
 QUANTIZED = "quantized weights"

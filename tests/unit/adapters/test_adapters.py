@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from qlora_cli.adapters import AnyOfPeft, BitFit, Bottleneck, Freeze, LoRA
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.decoder_layer import can_fuse
-from qlora_cli.adapters import AnyOfPeft, BitFit, Bottleneck, Freeze, LoRA
 from tests.conftest import save_tiny_model
 from tests.contract.subjects import BASES, SUBJECTS, Subject
 

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.errors import ModelError
-from qlora_cli.adapters.switch import read_adapter
 from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.adapters.low_rank import read_updates
+from qlora_cli.adapters.switch import read_adapter
+from qlora_cli.errors import ModelError
 from tests.unit.adapters import draw_adapter
 
 DEFAULTS: dict[str, Any] = {"density": 0.5, "rank": None, "seed": 0}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from qlora_cli.inspect.adapters import inspect
-from qlora_cli.errors import ModelError
-from qlora_cli.adapters.switch import read_adapter
 from qlora_cli.adapters import LoRA
 from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates, stacked
+from qlora_cli.adapters.switch import read_adapter
+from qlora_cli.errors import ModelError
+from qlora_cli.inspect.adapters import inspect
 from tests.unit.adapters import draw_adapter
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.errors import ModelError
-from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.adapters import LoRA
+from qlora_cli.adapters.switch import AdapterSet
+from qlora_cli.errors import ModelError
 from tests.conftest import save_tiny_model
 from tests.unit.adapters import draw_adapter
 

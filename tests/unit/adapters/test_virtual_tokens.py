@@ -12,9 +12,9 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from qlora_cli.inference.batch import Sampling, answers
-from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.adapters import LoRA, Prefix, Prompt
+from qlora_cli.adapters.switch import AdapterSet
+from qlora_cli.inference.sampling import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import IGNORE_INDEX, Batch

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.report_text import cache_text, evaluation_table, merge_text, run_text
+from qlora_cli.common.formatting import evaluation_table, merge_text
+from qlora_cli.inspect.cache_text import cache_text
+from qlora_cli.train.text import run_text
 
 
 def estimate(value: float, low: float | None, high: float | None) -> dict[str, float | None]:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_cli.errors import TrainingError
+from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.runs.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     random_states,
     save_checkpoint,
 )
-from qlora_cli.errors import TrainingError
-from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.types import TrainState
 
 CALLS = ("open", "write", "fsync", "replace", "mkdir", "rmdir", "unlink")

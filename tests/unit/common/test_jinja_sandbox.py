@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.sources import BadRows
-from qlora_cli.data.render.chat_template import Template
-from qlora_cli.errors import DataError, ModelError, QloraError
 from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
+from qlora_cli.data.render.chat_template import Template
+from qlora_cli.data.sources import BadRows
+from qlora_cli.errors import DataError, ModelError, QloraError
 from qlora_cli.models.base import load_tokenizer
 from qlora_cli.types import Message
 from tests.conftest import exit_code, make_tokenizer

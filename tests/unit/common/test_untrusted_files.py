@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.errors import ModelError, QloraError, RecipeError
-from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
 from qlora_cli.adapters.files import read_adapter
+from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
+from qlora_cli.errors import ModelError, QloraError, RecipeError
 from qlora_cli.models.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
 from qlora_cli.models.shards import INDEX, Shards
 from qlora_cli.recipe.schema import Recipe

@@ -9,8 +9,8 @@ import pytest
 
 from qlora_cli.compare.grid import Asked, Cell, Grid, method_keys, method_names
 from qlora_cli.errors import RecipeError
-from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.optim.optimizers import SGD
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 
 RECIPE = """\

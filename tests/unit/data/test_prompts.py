@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.formats import PromptCompletion, Template, Text
 from qlora_cli.data.prompts import Question, read_questions
+from qlora_cli.data.render.encode import Encoder
 from qlora_cli.errors import DataError
 from tests.conftest import make_tokenizer
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_cli.distributed.world import World
 from qlora_cli.evaluate.scorer import Respondent
 from qlora_cli.models.base import learn_to_stop
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
-from qlora_cli.distributed.world import World
 from tests.conftest import save_tiny_model
 
 EXAMPLES = [

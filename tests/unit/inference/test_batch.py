@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.inference.batch import Answer, Sampling, _Draws, _Pieces, answers
+from qlora_cli.inference.sampling import Answer, Sampling, _Draws, _Pieces, answers
 from qlora_cli.types import Prompt
 from tests.conftest import make_tokenizer
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.inference.chat import Chat, Manner, beside
 from qlora_cli.errors import DataError, QloraError, RecipeError
-from qlora_cli.inference.batch import Sampling
+from qlora_cli.inference.chat import Chat, Manner, beside
+from qlora_cli.inference.sampling import Sampling
 from qlora_cli.inference.session import Speaker, open_speaker
 from qlora_cli.types import Message
 from tests.conftest import save_tiny_model

@@ -9,9 +9,9 @@ import pytest
 from qlora_cli.data.prepared.audit import Finding
 from qlora_cli.data.prepared.statistics import Bar, Scan
 from qlora_cli.inspect.preview_html import preview_page
+from qlora_cli.inspect.preview_model import Piece, Sample, SideView, SourceView, make_sample
 from qlora_cli.inspect.preview_text import preview_text, visible
 from qlora_cli.types import IGNORE_INDEX, Example
-from qlora_cli.inspect.preview_model import Piece, Sample, SideView, SourceView, make_sample
 from tests.conftest import make_tokenizer
 
 PIECES = [

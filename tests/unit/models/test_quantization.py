@@ -6,8 +6,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters import LoRA
+from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
 from qlora_cli.models.quantization import Fp4, Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qlora_cli.adapters.weight_edits import build_skeleton
-from qlora_cli.models.weight_names import Names
 from qlora_cli.models.shards import Shards
+from qlora_cli.models.weight_names import Names
 
 
 @pytest.fixture

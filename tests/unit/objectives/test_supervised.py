@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.adapters import LoRA
+from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.objectives import supervised
 from qlora_cli.objectives.supervised import (
     TokenLoss,

@@ -29,21 +29,20 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.distributed.devices import Device, find_target, known_card
 from qlora_cli.errors import DataError, ModelError, RecipeError
-from qlora_cli.plan.estimate import assume_rows, foresee, foresee_kernels
-from qlora_cli.plan.shrink_to_fit import _different, _levels, with_changes
-from qlora_cli.plan.traced_memory import Forecast, forecast
-from qlora_cli.plan.analytic_memory import FORMULA, RANGE, Layer, by_formula
-from qlora_cli.kernels.selection import Kernels
 from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.known_configs import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan.plan import plan, plan_table
-from qlora_cli.plan.html import plan_page
-from qlora_cli.plan.text import plan_text, set_line
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.plan.analytic_memory import FORMULA, RANGE, Layer, by_formula
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, rehearse
+from qlora_cli.plan.estimate import assume_rows, foresee, foresee_kernels
+from qlora_cli.plan.html import plan_page
+from qlora_cli.plan.plan import plan, plan_table
+from qlora_cli.plan.shrink_to_fit import _different, _levels, with_changes
+from qlora_cli.plan.text import plan_text, set_line
+from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
     BUCKETS,
@@ -54,10 +53,11 @@ from qlora_cli.plan.trace.memory_counter import (
     CountedHost,
     Segment,
 )
-from qlora_cli.distributed.devices import find_target, known_card
-from qlora_cli.plan.trace.kernel_shapes import Device, make_constants
 from qlora_cli.plan.trace.meta_model import hold_model, outline
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
+from qlora_cli.plan.traced_memory import Forecast, forecast
+from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
 from tests.conftest import exit_code, make_tokenizer, output_of
 

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.recipe.build import audit_data, compute_dtype, read_data
+from qlora_cli.data.prepared.cache import read_data
+from qlora_cli.data.prepared.dataset_audit import audit_data
 from qlora_cli.data.sources import BadRows
-from qlora_cli.errors import DataError
 from qlora_cli.distributed.world import World
+from qlora_cli.errors import DataError
+from qlora_cli.recipe.build import compute_dtype
 
 
 def test_the_log_says_which_data_was_prepared_before(

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from qlora_cli.recipe.field_types import FieldType, part_type
 from qlora_cli.common.config import Part
+from qlora_cli.recipe.field_types import FieldType, part_type
 
 
 class Red(Part):

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.common.config import Part
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.load import LoadedRecipe, load_recipe
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.json_schema import recipe_schema
+from qlora_cli.recipe.load import LoadedRecipe, load_recipe
+from qlora_cli.recipe.schema import Recipe
 
 SCHEMA = recipe_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
@@ -178,7 +178,7 @@ for tag, pattern in {
         f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), None
     )
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
 
 def test_there_are_recipes_to_copy() -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from qlora_cli.common.config import Part, field_docs
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.field_types import FieldType, part_type
-from qlora_cli.common.config import Part, field_docs
-from qlora_cli.recipe.validation import key_paths
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.validation import key_paths
 
 WHOLE = """\
 model: {path: base, revision: main}

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_cli.errors import TrainingError
+from qlora_cli.optim.optimizers import AdamW, AdamW8bit
 from qlora_cli.runs.checkpoint import (
     drop_old_checkpoints,
     load_checkpoint,
@@ -14,8 +16,6 @@ from qlora_cli.runs.checkpoint import (
     random_states,
     save_checkpoint,
 )
-from qlora_cli.errors import TrainingError
-from qlora_cli.optim.optimizers import AdamW, AdamW8bit
 from qlora_cli.types import TrainState
 
 CPU = torch.device("cpu")

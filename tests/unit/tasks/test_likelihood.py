@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.recipe.build import read_exam
 from qlora_cli.data.sources import BadRows
+from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError
 from qlora_cli.evaluate.scorer import Respondent
+from qlora_cli.recipe.build import read_exam
 from qlora_cli.tasks.classification import macro_f1
 from qlora_cli.tasks.perplexity import slide
 from qlora_cli.tasks.task import Outcome
 from qlora_cli.types import IGNORE_INDEX
-from qlora_cli.distributed.world import World
 
 QUESTIONS = [
     {"question": "Which is even?\n", "choices": ["one", "two", "Å and more"], "answer": 1},

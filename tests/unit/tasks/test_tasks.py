@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.recipe.build import read_exam
 from qlora_cli.errors import DataError
+from qlora_cli.recipe.build import read_exam
 from qlora_cli.tasks import ExactMatch, JsonMatch
 from qlora_cli.types import Example, Prompt
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from qlora_cli.evaluate.bootstrap import columns
 from qlora_cli.errors import DataError, RecipeError
+from qlora_cli.evaluate.bootstrap import columns
 from qlora_cli.tasks import ChrF, ExactMatch, Numeric, Rouge
 from qlora_cli.tasks.numeric import last_number
 from qlora_cli.tasks.task import Outcome

@@ -15,20 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qlora_cli import trial
+from qlora_cli.common.formatting import size_text
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import OutOfMemory
-from qlora_cli.plan.estimate import Rows
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan.plan import plan
-from qlora_cli.plan.text import size_text
-from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.load import load_recipe
 from qlora_cli.plan.dry_run import Alone
+from qlora_cli.plan.estimate import Rows
+from qlora_cli.plan.plan import plan
+from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.train.train import train
+from qlora_cli.train import preflight
 from qlora_cli.train.preflight import memory_summary, settle_here, try_largest
+from qlora_cli.train.train import train
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
 
@@ -51,7 +51,7 @@ def test_a_run_learns_the_same_with_its_largest_batches_tried_first(
 ) -> None:
     sections = {"optimizer": {"type": optimizer}, "adapter": {"dropout": 0.2}}
     tried = run("tried", **sections)
-    monkeypatch.setattr(trial, "_SHARE", 0.0)
+    monkeypatch.setattr(preflight, "_SHARE", 0.0)
     plain = run("plain", **sections)
     weights = [load_file(one / "last" / "adapter_model.safetensors") for one in (tried, plain)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
@@ -90,7 +90,7 @@ def test_what_was_tried_takes_what_was_planned(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(trial, "_WORTH_PLANNING", 0)
+    monkeypatch.setattr(preflight, "_WORTH_PLANNING", 0)
     record = json.loads((run("planned") / "run.json").read_text())
     planned, tried = record["planned_memory_bytes"], record["tried_memory_bytes"]
     report = plan(tiny_recipe(**LONG), device="cpu")
@@ -123,7 +123,7 @@ def test_a_card_is_measured_by_its_tensors() -> None:
 def test_a_run_of_code_that_cannot_be_traced_says_so_and_goes_on(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trial, "_WORTH_PLANNING", 0)
+    monkeypatch.setattr(preflight, "_WORTH_PLANNING", 0)
     plain = LlamaMLP.forward
 
     def forward(self: LlamaMLP, rows: torch.Tensor) -> torch.Tensor:
@@ -183,6 +183,6 @@ def test_making_the_states_changes_no_weight(kind: Any) -> None:
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    trial._update(optimizer)
+    preflight._update(optimizer)
     assert optimizer.state
     assert all(torch.equal(weights[name], before[name]) for name in weights)

@@ -13,10 +13,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_cli.runs.checkpoint import _trained
-from qlora_cli.errors import ModelError
 from qlora_cli.adapters import AdaLoRA, LoRA
-from qlora_cli.adapters.layers.lora_init import Continued, Weighted, orthonormal, principal, updated_layers
+from qlora_cli.adapters.layers.lora_init import (
+    Continued,
+    Weighted,
+    orthonormal,
+    principal,
+    updated_layers,
+)
+from qlora_cli.errors import ModelError
+from qlora_cli.runs.checkpoint import _trained
 
 IDS = torch.arange(1, 25).view(2, 12)
 TARGETS = ["q_proj", "down_proj"]

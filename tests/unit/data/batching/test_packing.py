@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.data import packing
-from qlora_cli.data.batching.sampler import BatchStream
+from qlora_cli.data.batching import packing
 from qlora_cli.data.batching.packing import best_fit_decreasing, pack_in_windows
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
 
 MAX_LENGTH = 32

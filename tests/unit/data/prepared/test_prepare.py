@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_cli.data.config import Data, cache
+from qlora_cli.data.config import Data
+from qlora_cli.data.prepared import cache
 from qlora_cli.data.prepared.cache import load_or_prepare
-from qlora_cli.data.render.encode import Encoded, Encoder, Truncate
-from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, prepare
-from qlora_cli.data.sources import BadRows, LocatedRow, Portion
 from qlora_cli.data.prepared.mmap_dataset import PreparedSet, SetWriter, read_facts
+from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, prepare
 from qlora_cli.data.prepared.workers import Workers
+from qlora_cli.data.render.encode import Encoded, Encoder, Truncate
+from qlora_cli.data.sources import BadRows, LocatedRow, Portion
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
 

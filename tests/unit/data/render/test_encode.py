@@ -13,10 +13,10 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.config import Data
-from qlora_cli.data.render.encode import Encoder, read_chat_template
 from qlora_cli.data.formats import FormatConfig, Messages, PromptCompletion, Text
 from qlora_cli.data.prepared.prepare import Prepared, prepare_prompts
 from qlora_cli.data.prepared.prepare import prepare as prepare_sources
+from qlora_cli.data.render.encode import Encoder, read_chat_template
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.models.base import BaseModelConfig

@@ -13,8 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.render.answer_spans import Answer, find_additions, find_answers, write
-from qlora_cli.data.render.renderer import Layout, Renderer
 from qlora_cli.data.render.chat_template import Template
+from qlora_cli.data.render.renderer import Layout, Renderer
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
 
@@ -306,7 +306,7 @@ def test_a_template_that_adds_arguments_to_text_is_given_json(
 
 def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
-    path = Path(__file__).parents[3] / "configs" / "chat_templates" / "chatml-tools.jinja"
+    path = Path(__file__).parents[4] / "configs" / "chat_templates" / "chatml-tools.jinja"
     tokenizer.chat_template = path.read_text(encoding="utf-8")
     renderer = Renderer(tokenizer)
     messages = [

@@ -1,0 +1,30 @@
+"""Measure speed and memory between log lines."""
+
+from __future__ import annotations
+
+import time
+
+from qlora_cli.distributed.world import World
+from qlora_cli.types import TrainState
+
+
+class Meter:
+    """Adds to a step's numbers what only the clock and the machine know."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.restart(state)
+
+    def restart(self, state: TrainState) -> None:
+        """Forget the time that was spent on anything but steps."""
+        self._tokens = state.tokens
+        self._since = time.monotonic()
+
+    def read(self, metrics: dict[str, float], state: TrainState, world: World) -> dict[str, float]:
+        """The metrics of the last step, with speed (since the last reading), memory and tokens."""
+        values = dict(metrics)
+        seconds = time.monotonic() - self._since
+        values["tokens_per_second"] = (state.tokens - self._tokens) / seconds
+        values["tokens"] = state.tokens
+        values["peak_memory_bytes"] = world.peak_memory_bytes()
+        self.restart(state)
+        return values

@@ -1,0 +1,56 @@
+"""Training, benchmark and rerun reports as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def run_text(folder: str, record: Mapping[str, Any]) -> str:
+    """Where a finished run lies, and what to do with it (`record` is its run.json)."""
+    lines = [f"{folder}: {record['status']} after {record['steps']} steps"]
+    if record["steps"] < record["max_steps"]:
+        lines[0] += f" of {record['max_steps']}: training.patience was at its end"
+    if best := record.get("best"):
+        lines.append(f"best {best['by']}: {best['value']:.4f} at step {best['step']}")
+    next_command = f"qlora eval {folder}"
+    if not record["tasks"]:
+        next_command = f"qlora merge {folder} --output {folder}/merged"
+    return "\n".join([*lines, f"next: {next_command}"])
+
+
+def bench_text(report: Mapping[str, Any]) -> str:
+    """What steps cost (`report` as `bench` returns it)."""
+    speed = report["tokens_per_second"]
+    return "\n".join(
+        (
+            f"{speed['median']:,.0f} tokens/s ({speed['least']:,.0f} to {speed['most']:,.0f} in "
+            f"{report['steps'] - 1} steps after the first), kernels {report['kernels']}",
+            f"{report['processor_seconds_per_1000_tokens']:.2f} processor seconds per 1,000 tokens "
+            "(start and end included)",
+            f"{report['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
+            f"{report['seconds_to_first_step']:.1f} s to the end of the first step",
+        )
+    )
+
+
+def rerun_text(report: Mapping[str, Any]) -> str:
+    """What was different, then whether the result is (`report` as `rerun` returns it)."""
+    different = report["different"].items()
+    lines = [f"not as it was: {name}: {old} -> {new}" for name, (old, new) in different]
+    if not lines:
+        lines = ["versions, hardware, base model and rows: as they were"]
+    for name, found in report["weights"].items():
+        apart = found["largest_difference"]
+        told = "cannot be compared" if apart is None else f"differ by up to {apart:.1e}"
+        lines.append(f"{name} weights: {'the same, bit for bit' if found['is_same'] else told}")
+    metrics, first = report["metrics"], report["metrics"]["first"]
+    if metrics["is_same"]:
+        lines.append(f"metrics: the same in all {metrics['rows']} rows")
+    elif first is None:
+        lines.append("metrics: other rows were logged")
+    else:
+        pairs = [f"{k} {pair[0]} -> {pair[1]}" for k, pair in first.items() if k != "step"]
+        lines.append(f"metrics: first otherwise at step {first['step']}: {', '.join(pairs)}")
+    verdict = "the same" if report["is_same"] else "NOT the same"
+    return "\n".join([*lines, f"{report['again']} is {verdict} as {report['run']}"])
