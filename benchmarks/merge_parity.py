@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.adapters.weight_edits import Adapter, build_skeleton
+from qlora_cli.adapters.weight_edits import AdapterEdits, build_skeleton
 from qlora_cli.errors import ModelError
 from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.export.merge_shards import Merge
 from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.models.shards import Shards
-from qlora_cli.models.weight_names import Names
+from qlora_cli.models.weight_names import WeightNames
 
 BFLOAT16 = torch.bfloat16
 INPUT = torch.arange(1, 49)[None]
@@ -185,13 +185,13 @@ def examine(
     output.mkdir()
     shards = Shards(base)
     skeleton = build_skeleton(base, trust_remote_code=False)
-    names = Names(skeleton, shards.tensors)
+    names = WeightNames(skeleton, shards.tensors)
     tied_keys = dict(skeleton.all_tied_weights_keys)
     rounding = RoundTrip(
         build_skeleton(base, trust_remote_code=False), config.load_options(BFLOAT16)
     )
     try:
-        edits = Adapter(skeleton, names, adapter)
+        edits = AdapterEdits(skeleton, names, adapter)
         merge = Merge(shards, names, edits, rounding, tied_keys, as_trained=bool(rounding.names))
         merge.verify(output, merge.write(output))
     except ModelError as error:

@@ -104,7 +104,7 @@ def main() -> None:
     recipe = recipe_of(RUN, MODEL)
     config, _ = recipe.model.read_config()
     dtype = compute_dtype(recipe, find_target("cpu"))
-    rows = assume_rows(recipe, "a benchmark", is_flat=True)
+    rows = assume_rows(recipe, "a benchmark", padding_free=True)
     warm_up(RUN, dtype)
     resident, _, count = take(
         recipe, dtype, rows,

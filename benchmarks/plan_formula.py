@@ -69,7 +69,7 @@ def compare(case: Case) -> tuple[int, int]:
             "output": {"dir": "-"},
         }
     )
-    full = full_batch(case.rows, case.length, is_flat=False)
+    full = full_batch(case.rows, case.length, padding_free=False)
     options: dict[str, Any] = {"device": case.device, "steps": [[full, full]], "held_out": None}
     said = by_formula(recipe, config, torch.bfloat16, why="of a comparison", **options)
     traced = forecast(recipe, config, torch.bfloat16, kernels="plain", **options)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.plan.estimate import Rows
+    from qlora_cli.plan.estimate import PlanRows
     from qlora_cli.plan.trace.memory_counter import Count
     from qlora_cli.recipe.schema import Recipe
 
@@ -133,7 +133,7 @@ def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     make_constants()
     recipe = recipe_of(run, model)
     dtype = compute_dtype(recipe, find_target("cpu"))
-    rows = assume_rows(recipe, "a benchmark", is_flat=True)
+    rows = assume_rows(recipe, "a benchmark", padding_free=True)
     warm_up(run, dtype)
     is_counted = run["kernels"] != "compiled"
     resident, mapped, count = take(recipe, dtype, rows, is_counted=is_counted)
@@ -151,28 +151,28 @@ def peaks_of(count: Count) -> dict[str, int]:
     }
 
 
-def given_out(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, int]:
+def given_out(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, int]:
     """The same as the allocator saw it."""
     import torch
 
     from benchmarks.allocator import Allocator, Marked
-    from qlora_cli.kernels.device_capabilities import Means
-    from qlora_cli.plan.dry_run import rehearse
+    from qlora_cli.kernels.device_capabilities import DeviceCapabilities
+    from qlora_cli.plan.dry_run import dry_run
     from qlora_cli.plan.trace.meta_model import hold_model
 
     base = recipe.model.load(recipe.quantization.load_options(dtype), torch.device("cpu"))
     count = Marked(vocabulary_size=base.config.vocab_size)
     hold_model(base, count)
     with Allocator(count.total) as allocator:
-        rehearse(
+        dry_run(
             base, recipe, dtype, count,
-            steps=rows.steps, held_out=rows.held_out, means=Means(),
+            steps=rows.steps, held_out=rows.held_out, means=DeviceCapabilities(),
             kernels=recipe.training.kernels,
         )  # fmt: skip
     return {stage: allocator.peak(stage) for stage in STAGES}
 
 
-def predict(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, Any]:
+def predict(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, Any]:
     """The same by a trace."""
     from qlora_cli.plan.traced_memory import forecast
 
@@ -193,7 +193,7 @@ def predict(recipe: Recipe, dtype: Any, rows: Rows) -> dict[str, Any]:
 def take(
     recipe: Recipe,
     dtype: Any,
-    rows: Rows,
+    rows: PlanRows,
     *,
     is_counted: bool = True,
     load: Callable[[], PreTrainedModel] | None = None,
@@ -206,8 +206,8 @@ def take(
     """
     import torch
 
-    from qlora_cli.kernels.device_capabilities import Means
-    from qlora_cli.plan.dry_run import rehearse
+    from qlora_cli.kernels.device_capabilities import DeviceCapabilities
+    from qlora_cli.plan.dry_run import dry_run
     from qlora_cli.plan.trace.memory_counter import UNQUANTIZED, Count
     from qlora_cli.plan.trace.meta_model import hold_model
 
@@ -226,9 +226,9 @@ def take(
         tidy_up()
         watch.restart()
         with count if is_counted else nullcontext():
-            rehearse(
+            dry_run(
                 base, recipe, dtype, count,
-                steps=rows.steps, held_out=rows.held_out, means=Means(),
+                steps=rows.steps, held_out=rows.held_out, means=DeviceCapabilities(),
                 kernels=recipe.training.kernels,
             )  # fmt: skip
     return watch.peak - before, mapped, count
@@ -241,7 +241,7 @@ def warm_up(run: dict[str, Any], dtype: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), {**OTHER, **TINY})
         recipe = recipe_of({**run, "length": 32}, folder)
-        rows = assume_rows(recipe, "a benchmark", is_flat=True)
+        rows = assume_rows(recipe, "a benchmark", padding_free=True)
         take(recipe, dtype, rows, is_counted=run["kernels"] != "compiled")
 
 

@@ -189,7 +189,7 @@ class TrainState:
         return self.step + self.passed_over
 
 
-class Follower:
+class StepHooks:
     """What a method of training does in each optimizer step beside the optimizer: nothing."""
 
     def before_update(self) -> None:

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from qlora_cli.cli import app
-from qlora_cli.common.config import Part, field_docs
+from qlora_cli.common.config import Config, field_docs
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.yaml_writer import yaml_lines
@@ -100,7 +100,7 @@ reasoning and tool calls) and the token that ends the turn; there is one BOS at 
   saved with the model is untouched.
 """
 
-Sections = dict[tuple[type[Part], ...], str]
+Sections = dict[tuple[type[Config], ...], str]
 """Parts, and the section where their keys are written down."""
 
 
@@ -139,11 +139,11 @@ def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator
         yield from _section(f"{path}.{name}", info_below, about_it, seen)
 
 
-def _parts(field_type: FieldType) -> tuple[type[Part], ...]:
+def _parts(field_type: FieldType) -> tuple[type[Config], ...]:
     return field_type.parts or (_parts(field_type.item) if field_type.item else ())
 
 
-def _tables(parts: tuple[type[Part], ...]) -> Iterator[str]:
+def _tables(parts: tuple[type[Config], ...]) -> Iterator[str]:
     """One table for all kinds that take the same keys."""
     kinds: dict[tuple[str, ...], list[str]] = {}
     for part in parts:
@@ -157,7 +157,7 @@ def _tables(parts: tuple[type[Part], ...]) -> Iterator[str]:
         yield from ["| key | takes | default | meaning |", "|---|---|---|---|", *rows, ""]
 
 
-def _rows(part: type[Part]) -> Iterator[str]:
+def _rows(part: type[Config]) -> Iterator[str]:
     docs = field_docs(part)
     for name, info in part.model_fields.items():
         if name == "type":
@@ -174,7 +174,7 @@ def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
     default = info.get_default(call_default_factory=True, validated_data={})
-    if isinstance(default, Part):
+    if isinstance(default, Config):
         return f"`{{type: {_type(type(default))}}}`" if "type" in type(default).model_fields else ""
     (line, _), *_ = yaml_lines({"x": default})
     return f"`{line.removeprefix('x: ')}`"
@@ -187,11 +187,11 @@ def _presence(info: FieldInfo) -> str:
     return f"Left out, it is {default}." if "type" in default else "May be left out."
 
 
-def _type(part: type[Part]) -> str:
+def _type(part: type[Config]) -> str:
     return str(part.model_fields["type"].default)
 
 
-def _about(part: type[Part]) -> str:
+def _about(part: type[Config]) -> str:
     return " ".join((inspect.getdoc(part) or "").split())
 
 

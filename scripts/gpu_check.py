@@ -28,16 +28,16 @@ from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.distributed.world import World
 from qlora_cli.kernels.attention import (
-    AtOnce,
-    ByDocument,
     Documents,
+    PerDocumentAttention,
+    VarlenAttention,
     attend,
     attend_backward,
     choose_attention,
 )
 from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
 from qlora_cli.kernels.selection import has_compiler
@@ -311,7 +311,7 @@ def attention_at_once_agrees(bench: Bench, dtype: torch.dtype) -> str:
 
     What a plan says of it goes by the source of the kernel; a card is the first to tell.
     """
-    if isinstance(choose_attention(bench.device, dtype), ByDocument):
+    if isinstance(choose_attention(bench.device, dtype), PerDocumentAttention):
         raise NotHere
     lengths, heads, groups, size, scale = (1, 300, 77, 2048), 16, 4, 64, 0.125
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
@@ -323,11 +323,11 @@ def attention_at_once_agrees(bench: Bench, dtype: torch.dtype) -> str:
     k, v = torch.randn(2, tokens, groups, size, **options)
     each = attend(q, k, v, lengths, scale)
     expected = attend_backward(grad, q, k, v, each, lengths, scale, ops)
-    one = AtOnce().forward(q, k, v, documents, scale)
+    one = VarlenAttention().forward(q, k, v, documents, scale)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    found = AtOnce().backward(grad, q, k, v, one, documents, scale, ops)
+    found = VarlenAttention().backward(grad, q, k, v, one, documents, scale, ops)
     taken = torch.cuda.max_memory_allocated() - before
     traced = [TracedTensor(x.to("meta")) for x in (grad, q, k, v, one.output, one.normalizers[0])]
     with torch.no_grad(), Count("cuda", granularity=512) as count:
@@ -447,7 +447,7 @@ def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
     base = load_base(recipe, dtype, bench.device)
     assert attend_by_document(base)
     model = recipe.adapter.attach(base)
-    means = Means.of(bench.device, dtype)
+    means = DeviceCapabilities.of(bench.device, dtype)
     kernels = prepare_layers(model, base, recipe.training, "fused", dtype, means)
     assert kernels == "fused", kernels
     objective = TokenLoss(model, dtype).train()

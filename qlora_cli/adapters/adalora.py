@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from qlora_cli.types import Follower
+    from qlora_cli.types import StepHooks
 
 _DEVIATION = 0.02
 """Of the first directions, as in PEFT and in the paper's own code."""
@@ -83,7 +83,7 @@ class AdaLoRA(LowRank):
             torch.nn.init.normal_(b, std=_DEVIATION)
             layer.lora_A[ADAPTER] = Weighted(a, num_out=b.shape[0])
 
-    def follow(self, model: nn.Module, max_steps: int) -> Follower:
+    def step_hooks(self, model: nn.Module, max_steps: int) -> StepHooks:
         """Take ranks away."""
         from qlora_cli.adapters.layers.lora_init import ADAPTER, updated_layers
         from qlora_cli.adapters.layers.rank_allocation import Budget, RankAllocation

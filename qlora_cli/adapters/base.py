@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from qlora_cli.common.config import Part
-from qlora_cli.types import Follower
+from qlora_cli.common.config import Config
+from qlora_cli.types import StepHooks
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class Method(Part):
+class AdapterMethod(Config):
     """A way to train. A variant writes `attach`, `save`, `load` and `edits`."""
 
     trains_base: ClassVar[bool] = False
@@ -35,11 +35,11 @@ class Method(Part):
         """Numbers in what is saved, for each trained one; about."""
         return 1
 
-    def follow(self, model: nn.Module, max_steps: int) -> Follower:
+    def step_hooks(self, model: nn.Module, max_steps: int) -> StepHooks:
         """What the method does in each step beside the optimizer; most do nothing.
 
         Args:
             model: as `attach` returned it.
             max_steps: optimizer steps of the run.
         """
-        return Follower()
+        return StepHooks()

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from qlora_cli.adapters.base import Method
+from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.models.weight_names import Names
+    from qlora_cli.adapters.weight_edits import WeightEdits
+    from qlora_cli.models.weight_names import WeightNames
 
 
-class FullFineTune(Method):
+class FullFineTune(AdapterMethod):
     """Every weight is trained."""
 
     type: Literal["full"] = "full"
@@ -35,11 +35,11 @@ class FullFineTune(Method):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
-    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+    def edits(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> WeightEdits:
         """What a saved training changed in the base (`skeleton`: on the meta device)."""
-        from qlora_cli.adapters.weight_edits import WholeModel
+        from qlora_cli.adapters.weight_edits import FullModelEdits
 
-        return WholeModel(skeleton, folder)
+        return FullModelEdits(skeleton, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Put saved weights in place of the base's. `model` itself is changed.

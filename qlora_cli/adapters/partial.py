@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.adapters.base import Method
+from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.full import key_mismatch
 from qlora_cli.common.untrusted_files import refuse_foreign
 from qlora_cli.errors import ModelError
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.models.weight_names import Names
+    from qlora_cli.adapters.weight_edits import WeightEdits
+    from qlora_cli.models.weight_names import WeightNames
 
 TRAINED = "trained_weights.safetensors"
 """The file with the weights that were trained, under their names in the model."""
 
 
-class _Partial(Method):
+class _Partial(AdapterMethod):
     """Trains the weights that `chosen` names, in float32, and saves them alone."""
 
     trains_base: ClassVar[bool] = True
@@ -55,12 +55,12 @@ class _Partial(Method):
         }
         save_file(trained, folder / TRAINED, metadata={"format": "pt"})
 
-    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+    def edits(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> WeightEdits:
         """What a saved training changed in the base (`skeleton`: on the meta device)."""
-        from qlora_cli.adapters.weight_edits import WholeModel
+        from qlora_cli.adapters.weight_edits import FullModelEdits
 
         refuse_foreign(folder)
-        return WholeModel(skeleton, folder / TRAINED)
+        return FullModelEdits(skeleton, folder / TRAINED)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Put saved weights in place of the base's. `model` itself is changed.

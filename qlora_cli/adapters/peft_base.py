@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora_cli.adapters.base import Method
+from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from qlora_cli.adapters.weight_edits import Edits
-    from qlora_cli.models.weight_names import Names
+    from qlora_cli.adapters.weight_edits import WeightEdits
+    from qlora_cli.models.weight_names import WeightNames
 
 Modules = list[str] | str
 """Names of modules, or one regular expression."""
 
 
-class OfPeft(Method):
+class OfPeft(AdapterMethod):
     """A method whose weights lie beside those of the base, which stay as they are."""
 
     @abstractmethod
@@ -68,17 +68,17 @@ class OfPeft(Method):
         """Write the adapter in PEFT's own format."""
         save_adapter(model, folder)
 
-    def edits(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> Edits:
+    def edits(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> WeightEdits:
         """What a saved adapter changes in the base (`skeleton`: on the meta device).
 
         Raises:
             ModelError: it is of a kind that cannot be merged.
         """
-        from qlora_cli.adapters.weight_edits import Adapter
+        from qlora_cli.adapters.weight_edits import AdapterEdits
 
         if self.no_merge:
             raise ModelError(f"adapter.type ({self.type}) cannot be merged: {self.no_merge}")
-        return Adapter(skeleton, names, folder)
+        return AdapterEdits(skeleton, names, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         """Put a saved adapter, of whatever kind, on the base model it belongs to; still trainable.

@@ -14,7 +14,7 @@ from qlora_cli.adapters.files import WEIGHTS, read_config, refuse_endless_patter
 from qlora_cli.common.untrusted_files import refuse_no_safetensors
 from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import Shards
-from qlora_cli.models.weight_names import Names, Piece
+from qlora_cli.models.weight_names import WeightNames, WeightPart
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -58,7 +58,7 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     return skeleton
 
 
-class Edits(ABC):
+class WeightEdits(ABC):
     """The weights that training changed."""
 
     names: set[str]
@@ -75,12 +75,12 @@ class Edits(ABC):
         """Trained tensors that no weight has taken up so far."""
 
 
-class WholeModel(Edits):
+class FullModelEdits(WeightEdits):
     """Every weight is there anew."""
 
     def __init__(self, skeleton: PreTrainedModel, folder: Path) -> None:
         self._saved = Shards(folder)
-        self._names = Names(skeleton, self._saved.tensors)
+        self._names = WeightNames(skeleton, self._saved.tensors)
         self._used: set[str] = set()
         # A weight that is another's too is changed with it.
         self.names = {
@@ -99,13 +99,13 @@ class WholeModel(Edits):
         return set(self._saved.tensors) - self._used
 
 
-class Adapter(Edits):
+class AdapterEdits(WeightEdits):
     """A saved adapter of PEFT. Each update is computed by PEFT's own layer, one layer at a time.
 
     The config beside the adapter decides, not the recipe: it says how the adapter was trained.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, names: Names, folder: Path) -> None:
+    def __init__(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> None:
         """
         Args:
             skeleton: the model on the meta device. It is changed.
@@ -199,7 +199,7 @@ class Adapter(Edits):
                 found.append(name)
                 yield name, module
 
-    def _find_pieces(self, names: Names) -> Iterator[tuple[str, tuple[Piece, Any]]]:
+    def _find_pieces(self, names: WeightNames) -> Iterator[tuple[str, tuple[WeightPart, Any]]]:
         """What the files hold of tensors that the model has in one, each with PEFT's module."""
         for name, unit in self._units.items():
             wrappers = {f"{name}.{one.parameter_name}": one for one in _wrappers(unit)}
@@ -213,7 +213,7 @@ class Adapter(Edits):
                 for whole, wrapper in wrappers.items():
                     yield from ((p.name, (p, wrapper)) for p in names.pieces[whole])
 
-    def _update_of(self, piece: Piece, wrapper: Any) -> Tensor:
+    def _update_of(self, piece: WeightPart, wrapper: Any) -> Tensor:
         """B A of one expert, or of some rows of it, (O, I): the others need no memory.
 
         PEFT has the rows of A expert by expert, and the columns of B rank by rank.

@@ -87,11 +87,11 @@ def compare(
     """
     if (search is None) != (objective is None):
         raise typer.BadParameter("--search and --objective go together")
-    from qlora_cli.compare.compare import Asked, Search, compare
+    from qlora_cli.compare.compare import CompareRequest, Search, compare
     from qlora_cli.compare.text import comparison_text
 
     names = [name.strip() for name in methods.split(",")] if methods else []
-    asked = Asked(recipes, names, vary, learning_rates, overrides, generation)
+    asked = CompareRequest(recipes, names, vary, learning_rates, overrides, generation)
     how = Search(search, objective) if search and objective else None
     report = compare(asked, out, how)
     show(report, as_json, comparison_text(report))

@@ -10,7 +10,7 @@ from functools import cache
 from pydantic import BaseModel, ConfigDict
 
 
-class Part(BaseModel):
+class Config(BaseModel):
     """A frozen piece of a recipe: its fields are the YAML keys, their docstrings the documentation.
 
     Unknown keys are errors, so a misspelt setting can never train with a default in silence.
@@ -27,7 +27,7 @@ class Part(BaseModel):
 
 
 @cache
-def field_docs(part: type[Part]) -> dict[str, str]:
+def field_docs(part: type[Config]) -> dict[str, str]:
     """The docstrings of a part's fields, its own and those it has from parts above it.
 
     Read from the source when they are asked for: pydantic's `use_attribute_docstrings` reads it
@@ -35,7 +35,7 @@ def field_docs(part: type[Part]) -> dict[str, str]:
     """
     docs: dict[str, str] = {}
     for one in reversed(part.__mro__):
-        if not issubclass(one, Part) or one is Part:
+        if not issubclass(one, Config) or one is Config:
             continue
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
         assert isinstance(definition, ast.ClassDef)

@@ -18,7 +18,7 @@ log = logging.getLogger("qlora")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption:
+class StopSignals:
     """Takes signals while it is entered.
 
     Args:

@@ -12,23 +12,23 @@ from typing import Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.untrusted_files import refuse_links
-from qlora_cli.compare.grid import Asked, Cell, Grid
+from qlora_cli.compare.grid import Cell, CompareRequest, Grid
 from qlora_cli.compare.html import comparison_page
 from qlora_cli.compare.optuna_search import Search, run_search
 from qlora_cli.compare.report import make_report
-from qlora_cli.compare.store import Place
+from qlora_cli.compare.store import ResultStore
 from qlora_cli.compare.subprocess_runner import take_turn
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks
 from qlora_cli.runs.run_folder import RunFolder
 
-__all__ = ["Asked", "Search", "compare"]
+__all__ = ["CompareRequest", "Search", "compare"]
 
 log = logging.getLogger("qlora")
 
 
-def compare(asked: Asked, folder: Path, search: Search | None = None) -> dict[str, Any]:
+def compare(asked: CompareRequest, folder: Path, search: Search | None = None) -> dict[str, Any]:
     """Train and measure every cell that is not done yet, one after the other.
 
     A cell that fails is a row with its reason, and is tried again by the next call.
@@ -81,7 +81,7 @@ def _run_grid(grid: Grid, folder: Path, check: Callable[[Cell], None], cells: li
 
 def _check(folder: Path, cell: Cell) -> None:
     if cell.recipe is not None:
-        Place(folder, cell).refuse_other(cell.recipe)
+        ResultStore(folder, cell).refuse_other(cell.recipe)
         choose_tasks(cell.recipe, None, is_tuned=True)  # raises where there is nothing to ask
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.load import load_recipe
@@ -57,7 +57,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompareRequest:
     """What the command line asks to compare.
 
     Attributes:
@@ -109,7 +109,7 @@ class Grid:
         RecipeError: it cannot be understood, whatever the recipes say.
     """
 
-    def __init__(self, asked: Asked, folder: Path) -> None:
+    def __init__(self, asked: CompareRequest, folder: Path) -> None:
         self._asked = asked
         self._folder = folder
         self.axes = [_axis(text) for text in asked.vary]
@@ -254,7 +254,7 @@ def has_key(recipe: Recipe, key: str) -> bool:
     """Whether the sections of a recipe, in the variants that it has, know a key."""
     part: object = recipe
     for name in key.strip().split("."):
-        if not isinstance(part, Part):
+        if not isinstance(part, Config):
             return True  # a list, or nothing so far: reading the recipe decides
         if name not in type(part).model_fields:
             return False

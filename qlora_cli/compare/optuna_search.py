@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.compare.grid import Axis, Cell, Grid
-from qlora_cli.compare.report import measure_called, value_of
-from qlora_cli.compare.store import Place
+from qlora_cli.compare.report import find_measure, value_of
+from qlora_cli.compare.store import ResultStore
 from qlora_cli.compare.subprocess_runner import take_turn
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks
@@ -56,7 +56,7 @@ def run_search(
         check(cell)
         _add(cells, cell)
         log.info("trial %d of %d: %s", _num_trials(study) + 1, search.trials, cell.name)
-        place = Place(root, cell)
+        place = ResultStore(root, cell)
         take_turn(cell, root, Pruning(trial, place, f"eval_{search.objective}"))
         _tell(study, trial, cell, place, search.objective)
 
@@ -133,7 +133,7 @@ def _direction(recipe: Recipe, objective: str) -> bool:
     if objective not in known or known[objective].lower_is_better is None:
         able = [name for name, one in known.items() if one.lower_is_better is not None]
         raise RecipeError(f"--objective: {objective} is none of {', '.join(able)}")
-    return bool(measure_called(tasks, objective)[1].lower_is_better)
+    return bool(find_measure(tasks, objective)[1].lower_is_better)
 
 
 def _take_up(study: Study) -> None:
@@ -158,7 +158,7 @@ def _num_trials(study: Study) -> int:
     return len(done) - len(study.user_attrs.get(_CUT_SHORT, []))
 
 
-def _tell(study: Study, trial: Trial, cell: Cell, place: Place, objective: str) -> None:
+def _tell(study: Study, trial: Trial, cell: Cell, place: ResultStore, objective: str) -> None:
     from optuna.trial import TrialState
 
     failure = place.failure()
@@ -210,7 +210,7 @@ class Pruning:
     """Reports the evaluations of a run to its trial as they come, and asks whether to end it."""
 
     trial: Trial
-    place: Place
+    place: ResultStore
     key: str
     """Of the measure in metrics.jsonl."""
     _told: set[int] = field(default_factory=set)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from qlora_cli.compare.grid import Cell
-from qlora_cli.compare.store import Answers, Place
+from qlora_cli.compare.store import Answers, ResultStore
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns
 from qlora_cli.evaluate.evaluate import choose_tasks, summarize
 from qlora_cli.runs.run_folder import environment
@@ -44,7 +44,7 @@ def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
     """
     first = _first_examined(cells, root)
     told: dict[str, Any] = {"measures": {}, "bases": {}}
-    rows = [_row(cell, Place(root, cell), first, told) for cell in cells]
+    rows = [_row(cell, ResultStore(root, cell), first, told) for cell in cells]
     return {
         "folder": str(root),
         "first": first and first.name,
@@ -57,16 +57,16 @@ def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
     }
 
 
-def value_of(cell: Cell, place: Place, name: str) -> float | None:
+def value_of(cell: Cell, place: ResultStore, name: str) -> float | None:
     """One measure of a cell; None if it was not asked."""
     answers = place.answers()
     if answers is None or cell.recipe is None:
         return None
-    task, measure = measure_called(choose_tasks(cell.recipe, None, is_tuned=True), name)
+    task, measure = find_measure(choose_tasks(cell.recipe, None, is_tuned=True), name)
     return float(measure.aggregate(columns(answers[task.label])))
 
 
-def measure_called(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
+def find_measure(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
     """The measure of this name, and its task.
 
     Raises:
@@ -78,13 +78,13 @@ def measure_called(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
 
 def _first_examined(cells: Sequence[Cell], root: Path) -> Examined | None:
     for cell in cells:
-        answers = Place(root, cell).answers()
+        answers = ResultStore(root, cell).answers()
         if cell.recipe is not None and answers is not None:
             return Examined(cell.name, choose_tasks(cell.recipe, None, is_tuned=True), answers)
     return None
 
 
-def _row(cell: Cell, place: Place, first: Examined | None, told: dict[str, Any]) -> Row:
+def _row(cell: Cell, place: ResultStore, first: Examined | None, told: dict[str, Any]) -> Row:
     record, figures = place.record(), place.figures() or {}
     curve = loss_curve(place.metrics())
     trained, total = record.get("trained_weights"), record.get("total_weights")
@@ -108,7 +108,7 @@ def _row(cell: Cell, place: Place, first: Examined | None, told: dict[str, Any])
     }
 
 
-def _status(cell: Cell, place: Place) -> Row:
+def _status(cell: Cell, place: ResultStore) -> Row:
     if cell.recipe is None:
         return {"status": "failed", "failure": {"error": cell.error, "hint": None}}
     failure = place.failure()
@@ -129,7 +129,7 @@ def _memory(record: Row, plan: Row | None) -> Row:
     }
 
 
-def _results(cell: Cell, place: Place, first: Examined | None, told: dict[str, Any]) -> Row:
+def _results(cell: Cell, place: ResultStore, first: Examined | None, told: dict[str, Any]) -> Row:
     """Figures with intervals, and paired differences from the first cell and from the base.
 
     Args:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Answers = dict[str, list[Outcome]]
 
 
-class Place:
+class ResultStore:
     """What is known of one cell.
 
     Args:

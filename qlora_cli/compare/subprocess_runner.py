@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from qlora_cli.compare.grid import Cell
-from qlora_cli.compare.store import Place
+from qlora_cli.compare.store import ResultStore
 from qlora_cli.compare.worker import work
 from qlora_cli.errors import EXIT_DEADLINE, EXIT_SIGNAL, Interrupted
 
@@ -38,7 +38,7 @@ def take_turn(cell: Cell, root: Path, is_enough: Callable[[], bool] = never) -> 
     Raises:
         Interrupted: by a signal, or by `training.stop_after`; what was learnt is saved.
     """
-    place = Place(root, cell)
+    place = ResultStore(root, cell)
     if cell.recipe is None or place.is_done:
         log.info("%s: %s", cell.name, cell.error or "done before")
         return

@@ -17,7 +17,7 @@ from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.compare.grid import Cell
 from qlora_cli.compare.latency import measure_latency
-from qlora_cli.compare.store import Place
+from qlora_cli.compare.store import ResultStore
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject
@@ -46,7 +46,7 @@ def work(cell: Cell, root: Path, level: int) -> None:
     log.addHandler(handler)
     log.setLevel(level)
     quiet_libraries()
-    place = Place(root, cell)
+    place = ResultStore(root, cell)
     try:
         run_cell(cell, place)
         place.keep_failure(None)
@@ -63,7 +63,7 @@ def work(cell: Cell, root: Path, level: int) -> None:
         raise  # an error of ours: its traceback is for the report
 
 
-def run_cell(cell: Cell, place: Place) -> None:
+def run_cell(cell: Cell, place: ResultStore) -> None:
     """All of it, in this process.
 
     Raises:
@@ -78,7 +78,7 @@ def run_cell(cell: Cell, place: Place) -> None:
         place.keep_figures(_measure(cell.recipe, place.run, speaks=cell.speaks))
 
 
-def _train(recipe: Recipe, origins: dict[str, str], place: Place) -> None:
+def _train(recipe: Recipe, origins: dict[str, str], place: ResultStore) -> None:
     run = place.run
     if place.record().get("status") == "finished":
         return
@@ -92,7 +92,7 @@ def _train(recipe: Recipe, origins: dict[str, str], place: Place) -> None:
     train(recipe, origins=origins)
 
 
-def _examine(recipe: Recipe, place: Place) -> None:
+def _examine(recipe: Recipe, place: ResultStore) -> None:
     """Ask the tuned model all that the recipe asks, and its base where nobody did yet."""
     subject = find_subject(place.run.root, (), "last", None)
     tasks = choose_tasks(recipe, None, is_tuned=True)

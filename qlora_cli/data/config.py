@@ -6,14 +6,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.prepared.audit import AuditLimits
 from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.errors import DataError
 
 
-class Data(Part):
+class Data(Config):
     """What is learnt, and what it is measured on."""
 
     train: Source | list[Source]

@@ -116,10 +116,10 @@ def _whole(row: Row, format: FormatConfig) -> Conversation:
         case Messages() | ShareGpt():
             turns: list[Any] = [turn for _, turn in list_of(row, format.field)]
             last = turns[-1] if turns else None
-            speaker, said, answers = _SHAREGPT if isinstance(format, ShareGpt) else _OPENAI
-            is_answer = isinstance(last, dict) and last.get(speaker) in ("assistant", "gpt")
+            session, said, answers = _SHAREGPT if isinstance(format, ShareGpt) else _OPENAI
+            is_answer = isinstance(last, dict) and last.get(session) in ("assistant", "gpt")
             if not is_answer:
-                turns.append({speaker: answers, said: _NO_ANSWER})
+                turns.append({session: answers, said: _NO_ANSWER})
             return format.to_conversation({**row, format.field: turns})
         case Alpaca():
             return format.to_conversation({**row, "output": row.get("output") or _NO_ANSWER})

@@ -19,9 +19,9 @@ from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
-from qlora_cli.evaluate.scorer import Respondent
-from qlora_cli.models.base import learn_to_stop, load_tokenizer, stop_token_ids
-from qlora_cli.recipe.build import compute_dtype, load_base, read_exam
+from qlora_cli.evaluate.scorer import ModelScorer
+from qlora_cli.models.base import load_tokenizer, set_stop_tokens, stop_token_ids
+from qlora_cli.recipe.build import compute_dtype, load_base, read_tasks
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import write_cards
@@ -231,21 +231,21 @@ def examine(
         settings: the recipe that says what is asked.
     """
     tokenizer = subject.load_tokenizer()
-    exam = read_exam(settings, tasks, tokenizer)
+    exam = read_tasks(settings, tasks, tokenizer)
     stops = stop_token_ids(subject.trained) if subject.trained else []
     if sources := settings.data.evaluation_sources:
         held_out = read_data("evaluation", settings.data, sources, tokenizer)
         stops = [*stops, *held_out.stop_token_ids]
     dtype = compute_dtype(subject.recipe, world)
     model = load_base(subject.recipe, dtype, world.device)
-    learn_to_stop(model, stops)
+    set_stop_tokens(model, stops)
 
     def answers_of(name: str, model: Any, as_base: AsBase | None = None) -> Answers:
-        respondent = Respondent(name, model, settings, tokenizer, dtype, world, as_base)
+        scorer = ModelScorer(name, model, settings, tokenizer, dtype, world, as_base)
         answers: Answers = {}
         for task, questions in exam:
             log.info("%s: %s, %d examples", name, task.label, len(questions))
-            answers[task.label] = task.examine(respondent, questions)
+            answers[task.label] = task.examine(scorer, questions)
         return answers
 
     if subject.trained is None:

@@ -15,7 +15,7 @@ from qlora_cli.evaluate.bootstrap import columns
 from qlora_cli.inference.sampling import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.task import Exam
+from qlora_cli.tasks.task import TaskPrompts
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Column = NDArray[float64]
 
 
-class Respondent:
+class ModelScorer:
     """A model that answers the questions of tasks (`Examinee`), each question once.
 
     Args:
@@ -134,13 +134,13 @@ class Respondent:
         return torch.log_softmax(logits.float(), -1)
 
 
-def ask(exam: Exam, respondent: Respondent, world: World) -> dict[str, float]:
+def ask(exam: TaskPrompts, scorer: ModelScorer, world: World) -> dict[str, float]:
     """The measures of all tasks by their names. Each rank asks a share of the questions."""
     found: dict[str, float] = {}
     for task, questions in exam:
         mine = list(range(world.rank, len(questions), world.size))
         # A rank with nothing to ask still learns the names of the values.
-        outcomes = task.examine(respondent, [questions[i] for i in mine or [0]])
+        outcomes = task.examine(scorer, [questions[i] for i in mine or [0]])
         values = {
             name: _of_all(column[: len(mine)], mine, len(questions), world)
             for name, column in columns(outcomes).items()

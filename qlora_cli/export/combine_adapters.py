@@ -20,7 +20,7 @@ from qlora_cli.inspect.adapters import over, read_lora, refuse_two_bases, refuse
 from qlora_cli.inspect.adapters_text import combine_card
 from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
+from qlora_cli.runs.adapter_folder import CONFIG, AdapterFolder
 from qlora_cli.runs.run_folder import RunFolder, environment, readable_as_the_folder, recipe_of_run
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
@@ -66,7 +66,7 @@ def combine(
         raise RecipeError(f"--method: {method}; there is {', '.join(METHODS)}")
     if METHODS[method] and density == 0:
         raise RecipeError(f"--density: 0 leaves nothing over; {method} needs more than 0, up to 1")
-    places = [AdapterPlace.find(path) for path in paths]
+    places = [AdapterFolder.find(path) for path in paths]
     refuse_two_bases(places)
     read = [read_lora(place) for place in places]
     refuse_two_shapes(places, [updates for _, _, updates in read])
@@ -142,7 +142,7 @@ def _error(
     return over(math.hypot(*(wanted[name].distance(made[name]) for name in names)), norm)
 
 
-def _recipe_of(places: Sequence[AdapterPlace], overrides: Sequence[str]) -> Recipe | None:
+def _recipe_of(places: Sequence[AdapterFolder], overrides: Sequence[str]) -> Recipe | None:
     """The recipe of the first run among the parents."""
     runs = [place.run for place in places if place.run is not None]
     if not runs and overrides:
@@ -152,7 +152,7 @@ def _recipe_of(places: Sequence[AdapterPlace], overrides: Sequence[str]) -> Reci
 
 def _write(
     output: Path,
-    places: Sequence[AdapterPlace],
+    places: Sequence[AdapterFolder],
     save: Callable[[Path], None],
     report: dict[str, Any],
     recipe: Recipe | None,
@@ -186,7 +186,9 @@ def _write(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _evaluate(output: Path, recipe: Recipe, places: Sequence[AdapterPlace]) -> list[dict[str, Any]]:
+def _evaluate(
+    output: Path, recipe: Recipe, places: Sequence[AdapterFolder]
+) -> list[dict[str, Any]]:
     """The outcome beside each parent, all of them on what the recipe asks."""
     asked = recipe.evaluation
     if not (recipe.data.evaluation_sources or asked.tasks or asked.forgetting):

@@ -22,7 +22,7 @@ from qlora_cli.export.merge_shards import Merge
 from qlora_cli.export.verify import compare_models, refuse_infidelity
 from qlora_cli.models.base import load_tokenizer, refuse_prequantized
 from qlora_cli.models.shards import Shards
-from qlora_cli.models.weight_names import Names
+from qlora_cli.models.weight_names import WeightNames
 from qlora_cli.recipe.build import compute_dtype
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import model_card
@@ -145,7 +145,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
         build_skeleton(located, trust_remote_code=trust), recipe.quantization.load_options(dtype)
     )
     skeleton = build_skeleton(located, trust_remote_code=trust)
-    names = Names(skeleton, shards.tensors)
+    names = WeightNames(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
     edits = recipe.adapter.edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"

@@ -19,9 +19,9 @@ from qlora_cli.models.shards import INDEX, Shards, Stored, write_shard
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlora_cli.adapters.weight_edits import Edits
+    from qlora_cli.adapters.weight_edits import WeightEdits
     from qlora_cli.export.dequantize import RoundTrip
-    from qlora_cli.models.weight_names import Names
+    from qlora_cli.models.weight_names import WeightNames
 
 log = logging.getLogger("qlora")
 
@@ -72,8 +72,8 @@ class Merge:
     def __init__(
         self,
         base: Shards,
-        names: Names,
-        edits: Edits,
+        names: WeightNames,
+        edits: WeightEdits,
         rounding: RoundTrip,
         tied: dict[str, str],
         *,

@@ -42,7 +42,7 @@ _MAX_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparedText:
     """A text to compare on, and which of its tokens an answer has."""
 
     input_ids: Tensor
@@ -114,7 +114,9 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[list[Row], bool]:
+def read_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[ComparedText], bool]:
     """Rows of the evaluation set, else some fixed text; and whether it is the evaluation set."""
     if sources := recipe.data.evaluation_sources:
         try:
@@ -125,21 +127,21 @@ def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[list[
             vocabulary = len(tokenizer)
             return list(_first(held_out.examples, _MAX_LOGITS // vocabulary)), True
     texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
-    return [Row(ids, torch.full_like(ids[0], IGNORE_INDEX)) for ids in texts], False
+    return [ComparedText(ids, torch.full_like(ids[0], IGNORE_INDEX)) for ids in texts], False
 
 
-def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[Row]:
+def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:
     left = min(max_tokens, _MAX_TOKENS)
     for example in examples:
         # The end of a row has the answer.
         ids = torch.tensor([example.input_ids[-_MAX_LENGTH:]])
-        yield Row(ids, torch.tensor(example.labels[-_MAX_LENGTH:]))
+        yield ComparedText(ids, torch.tensor(example.labels[-_MAX_LENGTH:]))
         left -= ids.shape[1]
         if left < _MAX_LENGTH:
             return
 
 
-def _trained(recipe: Recipe, trained: Path, rows: list[Row]) -> Measured:
+def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> Measured:
     """Base plus adapter as they were trained: quantized, in the recipe's precision."""
     world = World()
     dtype = compute_dtype(recipe, world)
@@ -161,14 +163,14 @@ def _original(recipe: Recipe) -> Any:
 
 
 def _in_float32(
-    load: Callable[[Recipe], Any], recipe: Recipe, trained: Path, rows: list[Row]
+    load: Callable[[Recipe], Any], recipe: Recipe, trained: Path, rows: list[ComparedText]
 ) -> Measured:
     model = recipe.adapter.load(load(recipe), trained).eval()
     return measure(model, rows, torch.device("cpu"))
 
 
 @torch.no_grad()
-def measure(model: Any, rows: Sequence[Row], device: torch.device) -> Measured:
+def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> Measured:
     """Logits of each row on the host, and the loss on its answers."""
     logits, total, count = [], 0.0, 0
     for row in rows:

@@ -13,7 +13,7 @@ from qlora_cli.common.progress import Progress
 from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Answer, Sampling, answers
-from qlora_cli.inference.session import open_speaker
+from qlora_cli.inference.session import open_session
 
 if TYPE_CHECKING:
     pass
@@ -42,17 +42,17 @@ def generate(
     """
     if output.exists():
         raise RecipeError(f"--output: {output} exists", hint="choose another file, or remove it")
-    speaker = open_speaker(target, overrides, weights=weights, adapters=adapters)
-    voice = speaker.first
+    session = open_session(target, overrides, weights=weights, adapters=adapters)
+    voice = session.first
     questions = read_questions(
-        prompts, voice.encoder, formats=speaker.formats, is_plain=speaker.is_plain, system=system
+        prompts, voice.encoder, formats=session.formats, is_plain=session.is_plain, system=system
     )
     for question in questions:
-        speaker.refuse_longer(question.prompt)
+        session.refuse_longer(question.prompt)
     started = time.monotonic()
     progress = Progress("answers", len(questions))
     found: dict[int, Answer] = {}
-    with speaker.speaking(voice) as model:
+    with session.speaking(voice) as model:
         for index, one in answers(
             model,
             [question.prompt for question in questions],
@@ -60,8 +60,8 @@ def generate(
             stop_token_ids=voice.stop_token_ids,
             sampling=sampling,
             batch_size=batch_size,
-            dtype=speaker.dtype,
-            device=speaker.device,
+            dtype=session.dtype,
+            device=session.device,
         ):
             found[index] = one
             progress.add(1)

@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 from qlora_cli.errors import DataError, QloraError, RecipeError
 from qlora_cli.inference.sampling import Answer, Sampling, stream
-from qlora_cli.inference.session import BASE, Speaker, Voice, open_speaker
+from qlora_cli.inference.session import BASE, InferenceSession, SessionModel, open_session
 from qlora_cli.runs.run_folder import Weights
 from qlora_cli.types import Message
 
@@ -33,7 +33,7 @@ _MIN_WIDTH = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class ChatSettings:
     """How the chat shows itself.
 
     Attributes:
@@ -54,16 +54,20 @@ class Chat:
     """A conversation: what was said, and who answers now."""
 
     def __init__(
-        self, speaker: Speaker, sampling: Sampling, manner: Manner, system: str | None = None
+        self,
+        session: InferenceSession,
+        sampling: Sampling,
+        manner: ChatSettings,
+        system: str | None = None,
     ) -> None:
-        self._speaker = speaker
+        self._speaker = session
         self._sampling = sampling
         self._manner = manner
-        system = speaker.system if system is None else system
+        system = session.system if system is None else system
         self._start = [] if system is None else [Message("system", system, train=False)]
         self._said: list[Message] = []
         self._turn = 0
-        self.voice = speaker.first
+        self.voice = session.first
         self._commands: dict[str, Callable[[str], None]] = {
             "/swap": self._swap,
             "/base": self._to_base,
@@ -132,7 +136,7 @@ class Chat:
             self._note_end(answer)
 
     def _answer(
-        self, voice: Voice, messages: Sequence[Message], write: Callable[[str], None]
+        self, voice: SessionModel, messages: Sequence[Message], write: Callable[[str], None]
     ) -> Answer:
         prompt = self._speaker.prompt(voice, [*self._start, *messages])
         sampling, room = self._sampling, self._room(len(prompt.input_ids))
@@ -162,7 +166,7 @@ class Chat:
         limit = self._speaker.context_length
         return None if limit is None else limit - length
 
-    def _put_line(self, voice: Voice, text: str, answer: Answer) -> None:
+    def _put_line(self, voice: SessionModel, text: str, answer: Answer) -> None:
         if self._manner.as_json:
             line = {
                 "model": voice.name,
@@ -232,19 +236,19 @@ def chat(
         QloraError: the model cannot be loaded; or, in a pipe, whatever is wrong with a line.
     """
     is_terminal = sys.stdin.isatty()
-    speaker = open_speaker(target, overrides, weights=weights, adapters=adapters)
-    manner = Manner(
+    session = open_session(target, overrides, weights=weights, adapters=adapters)
+    manner = ChatSettings(
         write=_write,
         note=lambda text: print(text, file=sys.stderr, flush=True),
         is_strict=not is_terminal,
         as_json=as_json,
         width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 0,
     )
-    talk = Chat(speaker, sampling, manner, system)
-    if speaker.is_plain:
+    talk = Chat(session, sampling, manner, system)
+    if session.is_plain:
         manner.note("no chat template: each message is continued as it is, without those before it")
     if is_terminal:
-        manner.note(f"{', '.join(speaker.voices)}; {talk.voice.name} answers. /help, Ctrl-D ends")
+        manner.note(f"{', '.join(session.voices)}; {talk.voice.name} answers. /help, Ctrl-D ends")
     for line in _typed(manner) if is_terminal else _piped():
         if not talk.take(line):
             return
@@ -264,7 +268,7 @@ def _piped() -> Iterator[str]:
         raise DataError(f"standard input: not UTF-8: {error}") from error
 
 
-def _typed(manner: Manner) -> Iterator[str]:
+def _typed(manner: ChatSettings) -> Iterator[str]:
     """What is typed, line by line, until Ctrl-D."""
     # Importing it is all: input() then lets lines be edited and called back. Windows has none.
     with suppress(ImportError):

@@ -16,12 +16,12 @@ from qlora_cli.data.prompts import is_verbatim
 from qlora_cli.data.render.encode import Encoder, read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.models.base import as_ids, learn_to_stop, load_tokenizer, stop_token_ids
+from qlora_cli.models.base import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
 from qlora_cli.models.identity import identify
 from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.recipe.load import load_recipe, recipe_of_model
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.adapter_folder import AdapterPlace, is_adapter
+from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
 from qlora_cli.types import Message, Prompt, Role
 
@@ -37,7 +37,7 @@ TUNED = "tuned"
 
 
 @dataclass(frozen=True, slots=True)
-class Voice:
+class SessionModel:
     """One set of weights, and how it is spoken to."""
 
     name: str
@@ -49,7 +49,7 @@ class Voice:
     """Whatever may end an answer: of the model, of its training and of the chat template."""
 
 
-class Speaker:
+class InferenceSession:
     """The model in memory, with its voices.
 
     Attributes:
@@ -78,11 +78,11 @@ class Speaker:
         config = self._base.config.get_text_config()
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self._adapters = AdapterSet(self._base.eval())
-        self.voices: dict[str, Voice] = {}
+        self.voices: dict[str, SessionModel] = {}
         self.add(BASE, None)
         self.first = self.voices[BASE]
 
-    def add(self, name: str, place: AdapterPlace | None) -> None:
+    def add(self, name: str, place: AdapterFolder | None) -> None:
         """A voice; without a place it is the base's.
 
         Raises:
@@ -101,7 +101,7 @@ class Speaker:
         encoder = Encoder(tokenizer)
         stops |= {tokenizer.eos_token_id, _end_of_turn(encoder)} - {None}
         adapter = None if place is None else name
-        voice = Voice(name, adapter, tokenizer, encoder, sorted(stops))
+        voice = SessionModel(name, adapter, tokenizer, encoder, sorted(stops))
         self.voices[name] = voice
         if place is not None and self.first.adapter is None:
             self.first = voice
@@ -110,18 +110,18 @@ class Speaker:
         """Put weights that were trained in full in the place of the base's."""
         self._base = self._recipe.adapter.load(self._base, folder).eval()
         self._adapters = AdapterSet(self._base)
-        learn_to_stop(self._base, stop_token_ids(folder))
+        set_stop_tokens(self._base, stop_token_ids(folder))
         self.voices.clear()
         self.add(TUNED, None)
         self.first = self.voices[TUNED]
 
     @contextmanager
-    def speaking(self, voice: Voice) -> Iterator[Any]:
+    def speaking(self, voice: SessionModel) -> Iterator[Any]:
         """The model with the weights of a voice."""
         with self._adapters.using(voice.adapter) as model:
             yield model
 
-    def prompt(self, voice: Voice, messages: Sequence[Message]) -> Prompt:
+    def prompt(self, voice: SessionModel, messages: Sequence[Message]) -> Prompt:
         """What a voice is given to answer the last of the messages.
 
         Raises:
@@ -154,13 +154,13 @@ class Speaker:
         return found[0] if found else None
 
 
-def open_speaker(
+def open_session(
     target: str,
     overrides: Sequence[str] = (),
     *,
     weights: Weights = "last",
     adapters: Sequence[str] = (),
-) -> Speaker:
+) -> InferenceSession:
     """Load what the user named, and the adapters beside it.
 
     Args:
@@ -175,47 +175,47 @@ def open_speaker(
     named = [_named(text, weights) for text in adapters]
     if path.suffix in (".yaml", ".yml"):
         recipe = load_recipe(path, overrides).recipe
-        speaker = Speaker(recipe, is_known=True, tokenizer=_tokenizer(recipe))
+        session = InferenceSession(recipe, is_known=True, tokenizer=_tokenizer(recipe))
     elif is_run(path) or is_adapter(path):
-        speaker = _tuned(path, overrides, weights)
+        session = _tuned(path, overrides, weights)
     else:
         recipe = recipe_of_model(target, overrides)
-        speaker = Speaker(recipe, is_known=False, tokenizer=_tokenizer(recipe))
+        session = InferenceSession(recipe, is_known=False, tokenizer=_tokenizer(recipe))
     for name, place in named:
-        speaker.add(name, place)
-    return speaker
+        session.add(name, place)
+    return session
 
 
-def _tuned(path: Path, overrides: Sequence[str], weights: Weights) -> Speaker:
+def _tuned(path: Path, overrides: Sequence[str], weights: Weights) -> InferenceSession:
     run = RunFolder(path) if is_run(path) else None
     recipe = load_recipe(run.recipe, overrides).recipe if run else None
     if run and recipe and recipe.adapter.trains_base:
         trained = run.weights(weights)
-        speaker = Speaker(recipe, is_known=True, tokenizer=load_tokenizer(trained))
-        speaker.replace_base(trained)
-        return speaker
-    place = AdapterPlace.find(path, weights)
+        session = InferenceSession(recipe, is_known=True, tokenizer=load_tokenizer(trained))
+        session.replace_base(trained)
+        return session
+    place = AdapterFolder.find(path, weights)
     if recipe is None:
         of_run = place.run and load_recipe(place.run.recipe, overrides).recipe
         recipe = of_run or recipe_of_model(place.base_path(), overrides)
     has_tokenizer = (place.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(place.folder) if has_tokenizer else _tokenizer(recipe)
-    speaker = Speaker(recipe, is_known=place.run is not None, tokenizer=tokenizer)
-    speaker.add(TUNED, place)
-    return speaker
+    session = InferenceSession(recipe, is_known=place.run is not None, tokenizer=tokenizer)
+    session.add(TUNED, place)
+    return session
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     return recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
 
 
-def _named(text: str, weights: Weights) -> tuple[str, AdapterPlace]:
+def _named(text: str, weights: Weights) -> tuple[str, AdapterFolder]:
     name, equals, path = text.partition("=")
     if not equals or not name or not path or name != "".join(name.split()):
         raise RecipeError(
             f"--adapter {text}: needs the form name=PATH", hint="--adapter legal=runs/legal"
         )
-    return name, AdapterPlace.find(Path(path), weights)
+    return name, AdapterFolder.find(Path(path), weights)
 
 
 def _end_of_turn(encoder: Encoder) -> int | None:

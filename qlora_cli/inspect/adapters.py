@@ -13,7 +13,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.files import WEIGHTS, read_adapter, refuse_endless_patterns
 from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.runs.adapter_folder import CONFIG, AdapterPlace
+from qlora_cli.runs.adapter_folder import CONFIG, AdapterFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def list_adapters(folder: Path) -> dict[str, Any]:
         inside = config.parent.relative_to(folder).parts
         if "checkpoints" in inside or any(part.startswith(".") for part in inside):
             continue
-        place = AdapterPlace.find(config.parent)
+        place = AdapterFolder.find(config.parent)
         settings, record = place.config(), place.run.read_record() if place.run else {}
         weights = place.folder / WEIGHTS
         found.append(
@@ -72,7 +72,7 @@ def inspect(path: Path) -> dict[str, Any]:
         QloraError: there is no adapter, or it is not of LoRA's kind.
     """
     quiet_libraries()
-    place = AdapterPlace.find(path)
+    place = AdapterFolder.find(path)
     config, saved, updates = read_lora(place)
     modules = [_describe(name, update) for name, update in updates.items()]
     return {
@@ -108,7 +108,7 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
         QloraError: one of them is no adapter of LoRA's kind, or they fit no common base.
     """
     quiet_libraries()
-    places = AdapterPlace.find(first), AdapterPlace.find(second)
+    places = AdapterFolder.find(first), AdapterFolder.find(second)
     (config, _, mine), (other_config, _, other) = map(read_lora, places)
     refuse_two_bases(places)
     refuse_two_shapes(places, [mine, other])
@@ -133,7 +133,7 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
-def read_lora(place: AdapterPlace) -> tuple[Any, dict[str, Tensor], dict[str, Update]]:
+def read_lora(place: AdapterFolder) -> tuple[Any, dict[str, Tensor], dict[str, Update]]:
     """The settings, tensors and updates of an adapter.
 
     Raises:
@@ -221,7 +221,7 @@ def _changed(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def refuse_two_bases(places: Sequence[AdapterPlace]) -> None:
+def refuse_two_bases(places: Sequence[AdapterFolder]) -> None:
     """Raises ModelError if it is known that the adapters were trained on different weights."""
     known = [(place, one) for place in places if (one := place.base_identity()) is not None]
     for place, one in known[1:]:
@@ -237,9 +237,11 @@ def refuse_two_bases(places: Sequence[AdapterPlace]) -> None:
         log.warning("the adapters name different bases (%s); are they the same weights?", names)
 
 
-def refuse_two_shapes(places: Sequence[AdapterPlace], updates: Sequence[dict[str, Update]]) -> None:
+def refuse_two_shapes(
+    places: Sequence[AdapterFolder], updates: Sequence[dict[str, Update]]
+) -> None:
     """Raises ModelError if the adapters change weights of one name and different shapes."""
-    shapes: dict[str, tuple[AdapterPlace, tuple[int, int]]] = {}
+    shapes: dict[str, tuple[AdapterFolder, tuple[int, int]]] = {}
     for place, one in zip(places, updates, strict=True):
         for name, update in one.items():
             shape = update.b.shape[0], update.a.shape[1]

@@ -73,7 +73,7 @@ class Attention(Protocol):
         ...
 
 
-class ByDocument:
+class PerDocumentAttention:
     """Each in a call of its own: on every device, in every dtype."""
 
     def for_heads(self, size: int) -> Attention:
@@ -101,14 +101,14 @@ class ByDocument:
         return attend_backward(grad, q, k, v, attended, documents.lengths, scale, ops)
 
 
-class AtOnce:
+class VarlenAttention:
     """All of them in one call of flash attention (Dao 2023, https://arxiv.org/abs/2307.08691), and
     one of its backward pass. Both know where documents end, and take fewer heads of keys than of
     queries as they are."""
 
     def for_heads(self, size: int) -> Attention:
         """Of multiples of 8 up to 192: above that it depends on the card."""
-        return self if size % 8 == 0 and size <= 192 else ByDocument()
+        return self if size % 8 == 0 and size <= 192 else PerDocumentAttention()
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
@@ -164,8 +164,8 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     ):
-        return AtOnce()
-    return ByDocument()
+        return VarlenAttention()
+    return PerDocumentAttention()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[int], scale: float) -> Attended:

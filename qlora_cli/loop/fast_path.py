@@ -15,7 +15,7 @@ from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.offload import Host, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
@@ -37,7 +37,7 @@ _RECOMPUTE: dict[bool | str, Recompute] = {
 }
 
 
-def lay_end_to_end(
+def use_padding_free(
     model: PreTrainedModel,
     learnt: Prepared,
     tokenizer: PreTrainedTokenizerFast,
@@ -76,7 +76,7 @@ def prepare_layers(
     settings: Training,
     kernels: Kernels,
     dtype: torch.dtype,
-    means: Means,
+    means: DeviceCapabilities,
     compiled: Elementwise | None = None,
 ) -> Kernels:
     """Put faster layers in place, and decide what is computed again in the backward pass.

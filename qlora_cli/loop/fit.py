@@ -9,11 +9,11 @@ from torch import nn
 
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.meter import Meter
-from qlora_cli.loop.monitor import Guard, is_finite
+from qlora_cli.loop.monitor import TrainingMonitor, is_finite
 from qlora_cli.loop.step import Batches, train_step
 from qlora_cli.loop.trackers import Tracker
 from qlora_cli.recipe.schema import Training
-from qlora_cli.types import Follower, TrainState
+from qlora_cli.types import StepHooks, TrainState
 
 
 def fit(
@@ -27,8 +27,8 @@ def fit(
     world: World,
     scaler: torch.amp.GradScaler,
     state: TrainState,
-    guard: Guard,
-    method: Follower,
+    monitor: TrainingMonitor,
+    method: StepHooks,
     evaluate: Callable[[], dict[str, float]],
     is_over: Callable[[TrainState], bool],
     save: Callable[[TrainState], None],
@@ -47,7 +47,7 @@ def fit(
     meter = Meter(state)
     is_saved = True
     while state.step < max_steps and not is_over(state):
-        with guard.out_of_memory(state, save):
+        with monitor.out_of_memory(state, save):
             metrics = train_step(
                 objective,
                 optimizer,
@@ -60,7 +60,7 @@ def fit(
                 method,
             )
         state.step += 1
-        if guard.goes_back(metrics, state):
+        if monitor.goes_back(metrics, state):
             continue
         is_last = state.step == max_steps
 

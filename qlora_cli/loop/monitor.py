@@ -16,7 +16,7 @@ from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import OutOfMemory, TrainingError
 from qlora_cli.models.report import held_bytes
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.recipe.schema import SpikeGuard, Training
+from qlora_cli.recipe.schema import SpikeDetection, Training
 from qlora_cli.runs.checkpoint import random_states, set_random_states
 from qlora_cli.types import Batch, TrainState
 
@@ -30,7 +30,7 @@ _NAMED = 8
 """Rows that a message names."""
 
 
-class Guard:
+class TrainingMonitor:
     """Watches the steps of a run.
 
     Args:
@@ -253,7 +253,7 @@ def is_finite(metrics: Mapping[str, float]) -> bool:
     return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
 
 
-def _is_spike(spike: SpikeGuard, loss: float, state: TrainState) -> bool:
+def _is_spike(spike: SpikeDetection, loss: float, state: TrainState) -> bool:
     known = state.recent_losses
     if len(known) < min(spike.window, _FEWEST) or loss <= spike.factor * median(known):
         state.recent_losses, state.high_steps = [*known, loss][-spike.window :], 0

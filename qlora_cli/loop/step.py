@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.monitor import is_finite
 from qlora_cli.recipe.schema import Training
-from qlora_cli.types import Batch, Follower, TrainState
+from qlora_cli.types import Batch, StepHooks, TrainState
 
 
 class Batches(Protocol):
@@ -20,7 +20,7 @@ class Batches(Protocol):
     def micro_batches(self, step: int) -> list[Batch]: ...
 
 
-_NOTHING = Follower()
+_NOTHING = StepHooks()
 
 
 def train_step(
@@ -32,7 +32,7 @@ def train_step(
     world: World,
     scaler: torch.amp.GradScaler,
     state: TrainState,
-    method: Follower = _NOTHING,
+    method: StepHooks = _NOTHING,
 ) -> dict[str, float]:
     """Forward, backward, update. The loss is the mean over the supervised tokens of the whole step.
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
 from qlora_cli.common.cache_folder import cache_folder
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
@@ -50,7 +50,7 @@ _WANTED_FILES = [
 ]
 
 
-class BaseModelConfig(Part):
+class BaseModelConfig(Config):
     """Where the base model comes from."""
 
     path: str = Field(min_length=1)
@@ -413,7 +413,7 @@ def as_ids(token_ids: int | list[int] | None) -> list[int]:
     return token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]
 
 
-def learn_to_stop(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
+def set_stop_tokens(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
     """Let generation end at every token that training teaches as the end of an answer."""
     known = as_ids(model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = sorted({*known, *stop_token_ids})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _beside(held: DtypeName, dtype: torch.dtype) -> torch.dtype:
     return resolve_dtype(held, dtype) if dtype == torch.float32 else dtype
 
 
-class _Quantized(Part):
+class _Quantized(Config):
     is_quantized: ClassVar[bool] = True
     kept_factor: ClassVar[float] = 1.0
     """What its products keep and take on their way, by what those of 16-bit weights do. For models
@@ -146,7 +146,7 @@ class Int8(_Quantized):
         }
 
 
-class Unquantized(Part):
+class Unquantized(Config):
     """The weights as they are, in 16 or 32 bit."""
 
     type: Literal["none"] = "none"

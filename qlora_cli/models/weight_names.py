@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WeightPart:
     """A stored matrix that is a part of one tensor of the model: [expert, start : start + rows]."""
 
     name: str
@@ -26,7 +26,7 @@ class Piece:
     rows: int
 
 
-class Names:
+class WeightNames:
     """The names of both sides, each by the other.
 
     Args:
@@ -52,7 +52,7 @@ class Names:
         that is put together from it."""
         self.stored: dict[str, str] = {}
         """The other way round."""
-        self.pieces: dict[str, list[Piece]] = {}
+        self.pieces: dict[str, list[WeightPart]] = {}
         """Weight of the model -> the stored ones that it is put together from, if it is known
         which part of it each of them is."""
         parts: dict[str, list[tuple[str, str]]] = {}
@@ -76,7 +76,7 @@ class Names:
 
 def _pieces(
     whole: str, parts: list[tuple[str, str]], converter: Any, stored: Mapping[str, Stored]
-) -> Iterator[Piece]:
+) -> Iterator[WeightPart]:
     """The parts of a stack of experts, where it is one: of each expert, some matrices one below
     the other. Of anything else, nothing."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
@@ -98,11 +98,11 @@ def _pieces(
             return
         [height] = rows
         for name, found in mine.items():
-            yield Piece(name, whole, int(found[1]), start, height)
+            yield WeightPart(name, whole, int(found[1]), start, height)
         start += height
 
 
-def _size(pieces: list[Piece]) -> tuple[int, ...]:
+def _size(pieces: list[WeightPart]) -> tuple[int, ...]:
     """(experts, rows) of what pieces make together; nothing, if they leave a gap."""
     places = sorted({(piece.expert, piece.start, piece.rows) for piece in pieces})
     experts = 1 + max((piece.expert for piece in pieces), default=-1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ NamedParameters = Iterable[tuple[str, "Parameter"]]
 """As from `Module.named_parameters`."""
 
 
-class Group(Part):
+class Group(Config):
     """Trained parameters with settings of their own."""
 
     match: str = Field(min_length=1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_a
 
 from pydantic import Field, model_validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.errors import RecipeError
 from qlora_cli.optim.groups import Group, NamedParameters, group_parameters
 
@@ -24,7 +24,7 @@ Groups = list[dict[str, Any]]
 """Parameters with their settings, as torch's optimizers take them."""
 
 
-class _Optimizer(Part):
+class _Optimizer(Config):
     state_bytes: ClassVar[int]
     """Of a checkpoint, for each trained weight."""
     unpaged: ClassVar[type[_Optimizer] | None] = None

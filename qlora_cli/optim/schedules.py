@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 
 
-class _Warmup(Part):
+class _Warmup(Config):
     falls: ClassVar[bool] = True
     """Whether the learning rate falls again after warm-up."""
     warmup_steps: int = Field(0, ge=0)

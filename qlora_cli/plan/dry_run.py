@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_cli.distributed.world import World
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.fast_path import loss_kernel, prepare_layers
 from qlora_cli.loop.step import clip_gradients, train_step
@@ -34,7 +34,7 @@ log = logging.getLogger("qlora")
 FIRST, STEP, EVALUATION = "first step", "step", "evaluation"
 
 
-class Alone(World):
+class SingleProcess(World):
     """One process on the CPU, without a group or a look at what devices there are."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Repeated:
         return list(self.batches)
 
 
-def rehearse(
+def dry_run(
     base: PreTrainedModel,
     recipe: Recipe,
     dtype: torch.dtype,
@@ -60,7 +60,7 @@ def rehearse(
     *,
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
-    means: Means,
+    means: DeviceCapabilities,
     kernels: Kernels = "fused",
 ) -> nn.Module:
     """Attach the adapter, make the steps and an evaluation. Returns the model.
@@ -92,8 +92,8 @@ def rehearse(
     objective = TokenLoss(model, dtype, loss)
     optimizer = _build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    world, state = Alone(), TrainState()
-    method = recipe.adapter.follow(model, max_steps=1)
+    world, state = SingleProcess(), TrainState()
+    method = recipe.adapter.step_hooks(model, max_steps=1)
     objective.train()
     with _told(count, base, model, optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
@@ -129,7 +129,7 @@ def rehearse_update(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.M
     model = _attach(base, recipe, count)
     optimizer = _build_optimizer(model, recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    method = recipe.adapter.follow(model, max_steps=1)
+    method = recipe.adapter.step_hooks(model, max_steps=1)
     with _told(count, base, model, optimizer):
         for stage in (FIRST, STEP):
             with count.stage(stage):
@@ -195,7 +195,7 @@ def _told(
         for values in optimizer.state.values():
             count.hold((v for v in values.values() if isinstance(v, torch.Tensor)), STATES)
 
-    hooks = count.follow(base.get_decoder() or base, layers_of(base))
+    hooks = count.step_hooks(base.get_decoder() or base, layers_of(base))
     hooks += [
         parameter.register_post_accumulate_grad_hook(lambda p: count.hold([p.grad], GRADIENTS))
         for parameter in model.parameters()

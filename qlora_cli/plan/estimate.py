@@ -16,7 +16,7 @@ from qlora_cli.distributed.devices import Target
 from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels
 from qlora_cli.plan.analytic_memory import RANGE, SOURCE, by_formula
-from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, Alone
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, SingleProcess
 from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
     BUCKETS,
@@ -52,7 +52,7 @@ _COPY = "copy of optimizer states"
 
 
 @dataclass(frozen=True)
-class Rows:
+class PlanRows:
     """What is learnt, as far as memory and time go by it."""
 
     steps: list[list[Batch]]
@@ -65,7 +65,7 @@ class Rows:
     """Where this is known from."""
 
 
-def read_rows(recipe: Recipe, *, is_flat: bool, gpus: int = 1) -> Rows:
+def read_rows(recipe: Recipe, *, padding_free: bool, gpus: int = 1) -> PlanRows:
     """The largest batches of the data; if that is not at hand, the largest that there can be.
 
     Args:
@@ -74,35 +74,37 @@ def read_rows(recipe: Recipe, *, is_flat: bool, gpus: int = 1) -> Rows:
     data = recipe.data
     learnt_from, held_out_from = data.train_sources, data.evaluation_sources
     if not recipe.model.is_at_hand():
-        return assume_rows(recipe, "the model's tokenizer is not at hand", is_flat=is_flat)
+        return assume_rows(
+            recipe, "the model's tokenizer is not at hand", padding_free=padding_free
+        )
     if missing := [one.path for one in [*learnt_from, *held_out_from] if not one.is_at_hand()]:
-        return assume_rows(recipe, f"{missing[0]} is not at hand", is_flat=is_flat)
+        return assume_rows(recipe, f"{missing[0]} is not at hand", padding_free=padding_free)
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     learnt = read_data("training", data, learnt_from, tokenizer)
-    batches = stream_batches(recipe, learnt, tokenizer, is_flat=is_flat, world_size=gpus)
+    batches = stream_batches(recipe, learnt, tokenizer, padding_free=padding_free, world_size=gpus)
     num_steps = recipe.training.max_steps or batches.num_steps
     prepared = read_data("evaluation", data, held_out_from, tokenizer) if held_out_from else None
     held_out = largest_eval_batch(prepared, recipe.eval_batch_size, tokenizer)
     tokens = batches.tokens(num_steps)
-    return Rows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
+    return PlanRows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
 
 
-def assume_rows(recipe: Recipe, why: str, *, is_flat: bool) -> Rows:
+def assume_rows(recipe: Recipe, why: str, *, padding_free: bool) -> PlanRows:
     """Rows of `data.max_length` throughout."""
     data, settings = recipe.data, recipe.training
     num_micro_batches = min(2, -(-settings.batch_size // settings.rows_per_forward))
-    full = full_batch(settings.rows_per_forward, data.max_length, is_flat=is_flat)
+    full = full_batch(settings.rows_per_forward, data.max_length, padding_free=padding_free)
     held_out = None
     if data.evaluation_sources:
-        held_out = full_batch(recipe.eval_batch_size, data.max_length, is_flat=False)
+        held_out = full_batch(recipe.eval_batch_size, data.max_length, padding_free=False)
     steps = settings.max_steps
     tokens = steps and steps * settings.batch_size * data.max_length
     origin = f"rows of data.max_length throughout ({why})"
-    return Rows([[full] * num_micro_batches], held_out, steps, tokens, origin)
+    return PlanRows([[full] * num_micro_batches], held_out, steps, tokens, origin)
 
 
 def estimate(
-    recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows | None = None
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows | None = None
 ) -> dict[str, Any]:
     """The report about a recipe on a device.
 
@@ -114,8 +116,8 @@ def estimate(
         flat = not recipe.adapter.no_packing and (
             recipe.data.packing or _can_lie_end_to_end(recipe, config, target)
         )
-        rows = read_rows(recipe, is_flat=flat, gpus=target.number)
-    return describe(recipe, foresee(recipe, config, target, rows), target, rows)
+        rows = read_rows(recipe, padding_free=flat, gpus=target.number)
+    return describe(recipe, forecast_recipe(recipe, config, target, rows), target, rows)
 
 
 def _can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, target: Target) -> bool:
@@ -125,7 +127,9 @@ def _can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, target: Target
         return False  # rows with padding take no less
 
 
-def foresee(recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows) -> Forecast:
+def forecast_recipe(
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows
+) -> Forecast:
     """Trace the recipe as it would run on a device; by a formula where that cannot be done."""
     found = _foresee_alone(recipe, config, target, rows)
     if target.number == 1:
@@ -157,7 +161,7 @@ def _exchanging(found: Forecast, *, is_whole: bool) -> Forecast:
 
 
 def _foresee_alone(
-    recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows
 ) -> Forecast:
     dtype = compute_dtype(recipe, target)
     steps, held_out = rows.steps, rows.held_out
@@ -176,7 +180,7 @@ def _foresee_alone(
 
 
 def foresee_kernels(
-    recipe: Recipe, config: PretrainedConfig, target: Target, rows: Rows
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows
 ) -> Kernels:
     """What `training.kernels` comes to; where it is not known how long a run is, fused ones, which
     take no less than compiled ones."""
@@ -202,10 +206,10 @@ def compute_dtype(recipe: Recipe, target: Target) -> torch.dtype:
         raise no_bfloat16(target.name)
     if precision == "auto" and target.kind == "cuda":
         precision = "bf16" if target.has_bfloat16 else "fp16"
-    return recipe.quantization.compute_in(Alone().compute_dtype(precision))
+    return recipe.quantization.compute_in(SingleProcess().compute_dtype(precision))
 
 
-def describe(recipe: Recipe, found: Forecast, target: Target, rows: Rows) -> dict[str, Any]:
+def describe(recipe: Recipe, found: Forecast, target: Target, rows: PlanRows) -> dict[str, Any]:
     """The report, in bytes, seconds and counts."""
     stages = _stages(recipe, found, target, rows)
     name = max(stages, key=lambda stage: stages[stage]["bytes"])
@@ -248,7 +252,7 @@ def _is_full(recipe: Recipe) -> bool:
 
 
 def _stages(
-    recipe: Recipe, found: Forecast, target: Target, rows: Rows
+    recipe: Recipe, found: Forecast, target: Target, rows: PlanRows
 ) -> dict[str, dict[str, Any]]:
     """What each stage takes at its peak: bytes, by kind, and where."""
     made = {}
@@ -404,7 +408,7 @@ def _host(recipe: Recipe, found: Forecast, states: int, target: Target) -> dict[
     return {"saving_bytes": states, "paged_bytes": paged, "inputs_bytes": found.host_bytes}
 
 
-def _work(recipe: Recipe, found: Forecast, rows: Rows, target: Target) -> dict[str, Any]:
+def _work(recipe: Recipe, found: Forecast, rows: PlanRows, target: Target) -> dict[str, Any]:
     """Floating-point operations of the run, and how long they take, as a range.
 
     A micro-batch takes no less than reading the weights twice, forward and back.
@@ -436,7 +440,7 @@ def _work(recipe: Recipe, found: Forecast, rows: Rows, target: Target) -> dict[s
 
 def measure_rate() -> float:
     """Operations a second of a product of some size, on this machine, in what it computes in."""
-    dtype = Alone().compute_dtype("auto")
+    dtype = SingleProcess().compute_dtype("auto")
     one = torch.ones(512, 1024, dtype=dtype)
     other = torch.ones(1024, 1024, dtype=dtype)
     one @ other

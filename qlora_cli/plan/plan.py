@@ -12,7 +12,7 @@ from qlora_cli.distributed.devices import find_target
 from qlora_cli.errors import RecipeError
 from qlora_cli.plan.estimate import assume_rows, estimate
 from qlora_cli.plan.html import plan_page
-from qlora_cli.plan.shrink_to_fit import fit_to, settle
+from qlora_cli.plan.shrink_to_fit import fit_to, resolve_micro_batch_size
 from qlora_cli.recipe.schema import Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
         for length in LENGTHS:
             data = {**document["data"], "max_length": length}
             one = Recipe.model_validate({**document, **sections, "data": data})
-            rows = assume_rows(one, "a table", is_flat=not one.adapter.no_packing)
+            rows = assume_rows(one, "a table", padding_free=not one.adapter.no_packing)
             report = estimate(one, config, target, rows)
             methods.setdefault(method, {})[length] = {
                 "tensors": report["peak"]["bytes"],
@@ -86,7 +86,7 @@ def plan(
     target = find_target(device, gpus)
     config, source = recipe.model.read_config()
     is_auto = recipe.training.micro_batch_size == "auto"
-    recipe = settle(recipe, config, target)
+    recipe = resolve_micro_batch_size(recipe, config, target)
     if fit:
         changes, report = fit_to(recipe, config, target)
         report["changes"] = changes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.prepared.prepare import TooManyLost
 from qlora_cli.distributed.devices import Target
 from qlora_cli.errors import RecipeError
@@ -77,7 +77,7 @@ def fit_to(
     return None, report
 
 
-def settle(recipe: Recipe, config: PretrainedConfig, target: Target) -> Recipe:
+def resolve_micro_batch_size(recipe: Recipe, config: PretrainedConfig, target: Target) -> Recipe:
     """The recipe with a number where `training.micro_batch_size` is auto.
 
     It is the largest divisor of the batch that fits for sure (1 if none does): what a larger one
@@ -124,9 +124,9 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
     return Recipe.model_validate(document)
 
 
-def _kind(section: str, name: str) -> type[Part]:
+def _kind(section: str, name: str) -> type[Config]:
     """The class of a section that has this `type`."""
-    kinds: tuple[type[Part], ...] = get_args(Recipe.model_fields[section].annotation)
+    kinds: tuple[type[Config], ...] = get_args(Recipe.model_fields[section].annotation)
     return next(kind for kind in kinds if kind.model_fields["type"].default == name)
 
 

@@ -13,11 +13,11 @@ import torch
 
 from qlora_cli.distributed.devices import Device
 from qlora_cli.errors import ModelError
-from qlora_cli.kernels.attention import AtOnce, ByDocument
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.attention import PerDocumentAttention, VarlenAttention
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
-from qlora_cli.plan.dry_run import rehearse, understands_documents
+from qlora_cli.plan.dry_run import dry_run, understands_documents
 from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.memory_counter import LOAD, Count, CountedHost, Peak, Segment
 from qlora_cli.plan.trace.meta_model import load_traced, outline
@@ -140,7 +140,7 @@ def _trace(
             base = load_traced(config, quantization.load_options(dtype), count, **options)
         weights = report_weights(base)
         refuse_unquantized(weights, quantization.max_unquantized)
-        model = rehearse(
+        model = dry_run(
             base,
             recipe,
             dtype,
@@ -163,12 +163,12 @@ def _trace(
     )
 
 
-def _means(device: Device, dtype: torch.dtype, count: Count) -> Means:
+def _means(device: Device, dtype: torch.dtype, count: Count) -> DeviceCapabilities:
     """What a device has. Of a card that cannot attend to all documents at once, it is the more."""
     if device == "cpu":
-        return Means()
-    attention = ByDocument() if dtype == torch.float32 else AtOnce()
-    return Means(attention, CountedHost(count))
+        return DeviceCapabilities()
+    attention = PerDocumentAttention() if dtype == torch.float32 else VarlenAttention()
+    return DeviceCapabilities(attention, CountedHost(count))
 
 
 def _is_prepared(product: tuple[Any, ...]) -> bool:

@@ -16,7 +16,7 @@ from qlora_cli.errors import TrainingError
 from qlora_cli.models.report import refuse_unquantized, report_weights
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.task import Exam, Task
+from qlora_cli.tasks.task import Task, TaskPrompts
 from qlora_cli.types import Batch
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def stream_batches(
     learnt: Prepared,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    is_flat: bool,
+    padding_free: bool,
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchStream:
@@ -49,7 +49,7 @@ def stream_batches(
         pad_token_id=tokenizer.pad_token_id,
         parts=list(zip(learnt.examples.num_by_source(len(weights)), weights, strict=True)),
         max_length=recipe.data.max_length if recipe.data.packing else None,
-        padding=not is_flat,
+        padding=not padding_free,
         rank=rank,
         world_size=world_size,
     )
@@ -65,14 +65,16 @@ def largest_eval_batch(
     return next(eval_batches(held_out.examples, batch_size=batch_size, pad_token_id=pad_token_id))
 
 
-def read_exam(recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerFast) -> Exam:
+def read_tasks(
+    recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerFast
+) -> TaskPrompts:
     """What each of the tasks asks.
 
     Raises:
         DataError: a row cannot be asked about, or has a reference that cannot be scored against.
     """
     held_out, limit = recipe.data.evaluation_sources, recipe.evaluation.limit
-    exam: Exam = []
+    exam: TaskPrompts = []
     for task in tasks:
         sources = held_out if task.data is None else [task.data]
         exam.append((task, task.questions(sources, tokenizer, recipe.data, limit=limit)))

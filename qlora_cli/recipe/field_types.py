@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 
 Plain = str | int | float | bool
 
@@ -70,7 +70,7 @@ class FieldType:
     bounds: tuple[Bound, ...]
     item: FieldType | None
     value: FieldType | None
-    parts: tuple[type[Part], ...]
+    parts: tuple[type[Config], ...]
     nullable: bool
 
     @classmethod
@@ -90,12 +90,12 @@ class FieldType:
             bounds=tuple(_bounds((*metadata, *inner))),
             item=cls._of_annotation(get_args(by_origin[list])[0]) if list in by_origin else None,
             value=cls._of_annotation(get_args(by_origin[dict])[1]) if dict in by_origin else None,
-            parts=tuple(m for m in members if isinstance(m, type) and issubclass(m, Part)),
+            parts=tuple(m for m in members if isinstance(m, type) and issubclass(m, Config)),
             nullable=NoneType in by_origin,
         )
 
     @property
-    def variants(self) -> dict[str, type[Part]]:
+    def variants(self) -> dict[str, type[Config]]:
         """The sections to choose from, by their `type`."""
         return {part_type(part): part for part in self.parts} if len(self.parts) > 1 else {}
 
@@ -137,7 +137,7 @@ class FieldType:
         return all(bound.holds(value, bound.limit) for bound in self.bounds)
 
 
-def part_type(part: type[Part]) -> str:
+def part_type(part: type[Config]) -> str:
     """The `type` that selects a variant."""
     name: str = part.model_fields["type"].default
     return name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from qlora_cli.common.config import Part, field_docs
+from qlora_cli.common.config import Config, field_docs
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 
@@ -45,8 +45,8 @@ def recipe_schema() -> Schema:
     }
 
 
-def _parts(part: type[Part]) -> set[type[Part]]:
-    below: set[type[Part]] = {part}
+def _parts(part: type[Config]) -> set[type[Config]]:
+    below: set[type[Config]] = {part}
     for info in part.model_fields.values():
         field_type = FieldType.of(info)
         for part_below in (*field_type.parts, *(field_type.item.parts if field_type.item else ())):
@@ -54,7 +54,7 @@ def _parts(part: type[Part]) -> set[type[Part]]:
     return below
 
 
-def _section(part: type[Part], body: Schema) -> Schema:
+def _section(part: type[Config], body: Schema) -> Schema:
     """The schema of a part, with nothing required and no word left without its meaning."""
     properties = {name: _cleaned(schema) for name, schema in body["properties"].items()}
     for name, text in field_docs(part).items():
@@ -94,7 +94,7 @@ def _cleaned(schema: Any) -> Any:
     return {names.get(k, k): _cleaned(v) for k, v in schema.items() if k not in dropped}
 
 
-def _required(part: type[Part]) -> Schema:
+def _required(part: type[Config]) -> Schema:
     """What must be there, at every depth of a part."""
     fields = part.model_fields
     below = {name: _required_in(FieldType.of(info)) for name, info in fields.items()}

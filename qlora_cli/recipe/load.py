@@ -22,9 +22,9 @@ from qlora_cli.recipe.yaml_parser import (
     KeyPath,
     Mapping,
     Node,
-    Place,
     Problem,
     Scalar,
+    SourcePosition,
     Tree,
     dotted,
     parse_tree,
@@ -155,7 +155,7 @@ def _type_first(value: Any) -> Any:
     return {key: _type_first(below) for key, below in {**first, **value}.items()}
 
 
-def _origins(recipe: Recipe, places: ReadOnlyDict[KeyPath, Place]) -> dict[str, str]:
+def _origins(recipe: Recipe, places: ReadOnlyDict[KeyPath, SourcePosition]) -> dict[str, str]:
     sources = {place.source for place in places.values() if place.line}
     names = [Path(source).name for source in sources]
     short = {s: Path(s).name if names.count(Path(s).name) == 1 else s for s in sources}
@@ -192,7 +192,7 @@ class _Layers:
         self.sources.append(source)
         tree = read_tree(path, source)
         self.problems += tree.problems
-        root = self._root(tree, Place(source, 1, 1))
+        root = self._root(tree, SourcePosition(source, 1, 1))
         extends = root.entries.get("extends") if root else None
         if root is None or extends is None:
             return root
@@ -214,7 +214,7 @@ class _Layers:
     def _override(self, text: str) -> Mapping | None:
         source = f"--set {text}"
         self.sources.append(source)
-        place = Place(source)
+        place = SourcePosition(source)
         key, equals, value = text.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
@@ -234,7 +234,7 @@ class _Layers:
             node = node and Mapping({name: Entry(place, node)}, place)
         return node if isinstance(node, Mapping) else None
 
-    def _root(self, tree: Tree, place: Place) -> Mapping | None:
+    def _root(self, tree: Tree, place: SourcePosition) -> Mapping | None:
         root = tree.root
         if root is None or isinstance(root, Mapping):
             return root
@@ -261,7 +261,7 @@ class _Layers:
             return None
         return base
 
-    def _report(self, place: Place, message: str) -> None:
+    def _report(self, place: SourcePosition, message: str) -> None:
         self.problems.append(Problem(place, message))
 
 

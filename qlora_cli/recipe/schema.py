@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_cli.adapters import AdapterConfig, LoRA
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
 from qlora_cli.models.base import BaseModelConfig
@@ -31,7 +31,7 @@ _DURATION = re.compile(r"([0-9]+(\.[0-9]+)?[dhms])+")
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
-class SpikeGuard(Part):
+class SpikeDetection(Config):
     """What is done when the loss jumps and stays high."""
 
     factor: float = Field(3.0, gt=1)
@@ -46,7 +46,7 @@ class SpikeGuard(Part):
     """Stop when the run went back so often and jumps again."""
 
 
-class Training(Part):
+class Training(Config):
     """The loop. A batch is what one optimizer step learns from; a micro-batch is one forward."""
 
     seed: int = Field(0, ge=0, lt=2**32)
@@ -85,7 +85,7 @@ class Training(Part):
     """Steps between two checkpoints; null saves after the last step alone."""
     max_bad_steps: int = Field(3, ge=1)
     """Stop after so many steps in a row whose loss or gradient is not finite. None is applied."""
-    spike: SpikeGuard | None = None
+    spike: SpikeDetection | None = None
     """What is done when the loss jumps; null does nothing."""
 
     stop_after: str | None = None
@@ -145,7 +145,7 @@ class Training(Part):
         return self
 
 
-class Evaluation(Part):
+class Evaluation(Config):
     """How the model is measured, beside its loss on `data.evaluation`."""
 
     tasks: list[TaskConfig] = Field([])
@@ -166,7 +166,7 @@ class Evaluation(Part):
     its measures: `task.measure`)."""
 
 
-class Output(Part):
+class Output(Config):
     """What is written, and where."""
 
     dir: str = Field(min_length=1)
@@ -181,7 +181,7 @@ _OWN_TASKS = ("loss", "forgetting", "kl")
 """What `qlora eval` measures without being told to."""
 
 
-class Recipe(Part):
+class Recipe(Config):
     """One fine-tuning run."""
 
     model: BaseModelConfig

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora_cli.common.config import Part, field_docs
+from qlora_cli.common.config import Config, field_docs
 from qlora_cli.common.secrets import find_secret
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.yaml_parser import (
@@ -21,30 +21,30 @@ from qlora_cli.recipe.yaml_parser import (
     KeyPath,
     Mapping,
     Node,
-    Place,
     Problem,
     Scalar,
+    SourcePosition,
     dotted,
 )
 
-PartT = TypeVar("PartT", bound=Part)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 MAX_SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
 
 @dataclass(frozen=True)
-class Reading(Generic[PartT]):
+class Reading(Generic[ConfigT]):
     """A part, or the problems that prevent it; and where each value was written."""
 
-    part: PartT | None
+    part: ConfigT | None
     problems: list[Problem]
-    places: dict[KeyPath, Place]
+    places: dict[KeyPath, SourcePosition]
 
 
 def read_part(
-    part_class: type[PartT], root: Mapping, *, other_names: ReadOnlyDict[str, str]
-) -> Reading[PartT]:
+    part_class: type[ConfigT], root: Mapping, *, other_names: ReadOnlyDict[str, str]
+) -> Reading[ConfigT]:
     """Read the tree by the fields of `part_class`.
 
     Args:
@@ -55,7 +55,7 @@ def read_part(
     return Reading(part if isinstance(part, part_class) else None, reader.problems, reader.places)
 
 
-def key_paths(part_class: type[Part], prefix: str = "") -> Iterator[str]:
+def key_paths(part_class: type[Config], prefix: str = "") -> Iterator[str]:
     """Every key below a part, dotted, those of all variants included."""
     for name, info in part_class.model_fields.items():
         yield f"{prefix}{name}"
@@ -72,18 +72,18 @@ _REFUSED = _Refused()
 
 @dataclass
 class _Reader:
-    root_class: type[Part]
+    root_class: type[Config]
     other_names: ReadOnlyDict[str, str]
     problems: list[Problem] = field(default_factory=list)
-    places: dict[KeyPath, Place] = field(default_factory=dict)
+    places: dict[KeyPath, SourcePosition] = field(default_factory=dict)
 
     def section(
         self,
         node: Mapping,
-        part_class: type[Part],
+        part_class: type[Config],
         path: KeyPath,
-        variants: ReadOnlyDict[str, type[Part]] = MappingProxyType({}),
-    ) -> Part | _Refused:
+        variants: ReadOnlyDict[str, type[Config]] = MappingProxyType({}),
+    ) -> Config | _Refused:
         self.places.setdefault(path, node.place)
         fields = part_class.model_fields
         values: dict[str, object] = {}
@@ -101,8 +101,8 @@ class _Reader:
         return _REFUSED if _REFUSED in values.values() else self._build(part_class, values, path)
 
     def _build(
-        self, part_class: type[Part], values: dict[str, object], path: KeyPath
-    ) -> Part | _Refused:
+        self, part_class: type[Config], values: dict[str, object], path: KeyPath
+    ) -> Config | _Refused:
         try:
             return part_class.model_validate(values)
         except ValidationError as invalid:
@@ -165,12 +165,12 @@ class _Reader:
 
     def _part(
         self, node: Mapping, field_type: FieldType, path: KeyPath, default: object
-    ) -> Part | _Refused:
+    ) -> Config | _Refused:
         variants = field_type.variants
         if not variants:
             return self.section(node, field_type.parts[0], path)
         entry = node.entries.get("type")
-        if entry is None and isinstance(default, Part) and not node.place.line:
+        if entry is None and isinstance(default, Config) and not node.place.line:
             # No file has this section: an override completes the one that stands by default.
             return self.section(node, type(default), path, variants)
         below = (*path, "type")
@@ -183,22 +183,22 @@ class _Reader:
             return self._refuse(entry.node.place, below, message)
         return self.section(node, variants[entry.node.text], path, variants)
 
-    def _missing(self, part_class: type[Part], name: str, path: KeyPath) -> _Refused:
+    def _missing(self, part_class: type[Config], name: str, path: KeyPath) -> _Refused:
         words = FieldType.of(part_class.model_fields[name]).words()
         about = field_docs(part_class).get(name, "").rstrip(".")
         message = f"is missing; it takes {words}" + (f": {about}" if about else "")
         return self._refuse(self.places[path[:-1]], path, message)
 
-    def _refuse(self, place: Place, path: KeyPath, message: str) -> _Refused:
+    def _refuse(self, place: SourcePosition, path: KeyPath, message: str) -> _Refused:
         self.problems.append(Problem(place, f"{dotted(path)}: {message}"))
         return _REFUSED
 
     def _unknown_key(
         self,
         key: str,
-        part_class: type[Part],
+        part_class: type[Config],
         path: KeyPath,
-        variants: ReadOnlyDict[str, type[Part]],
+        variants: ReadOnlyDict[str, type[Config]],
     ) -> str:
         fields = part_class.model_fields
         owner = part_class.__name__ if "type" in fields else dotted(path) or "a recipe"
@@ -209,7 +209,7 @@ class _Reader:
         suggestions = self._suggestions(key, part_class)
         return f"{message}; did you mean {' or '.join(suggestions)}?" if suggestions else message
 
-    def _suggestions(self, key: str, part_class: type[Part]) -> list[str]:
+    def _suggestions(self, key: str, part_class: type[Config]) -> list[str]:
         """Keys of ours for an unknown one: first by meaning, then elsewhere, then by spelling."""
         name = self.other_names.get(key, key)
         here = list(part_class.model_fields)
@@ -233,7 +233,7 @@ def _wrong_value(node: Node, field_type: FieldType, default: object) -> str:
     message = f"found {_found(node)}; it takes {field_type.words()}"
     if isinstance(node, Scalar) and (advice := _advice(node, field_type)):
         return message + advice
-    if isinstance(default, Part):
+    if isinstance(default, Config):
         return f"{message}; leave the key out for the defaults"
     is_example = isinstance(default, int | float | str) and not isinstance(default, bool)
     return f"{message}; for example {default}" if is_example and not field_type.choices else message

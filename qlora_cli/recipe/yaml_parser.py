@@ -39,7 +39,7 @@ KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourcePosition:
     """Where something was written: a file (or command-line option), a line and a column from 1."""
 
     source: str
@@ -54,7 +54,7 @@ class Place:
 class Problem:
     """Something wrong at a place; as text one line, whatever the keys and values hold."""
 
-    place: Place
+    place: SourcePosition
     message: str
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Scalar:
 
     text: str
     plain: bool
-    place: Place
+    place: SourcePosition
 
     @property
     def is_null(self) -> bool:
@@ -79,14 +79,14 @@ class Items:
     """A list."""
 
     nodes: tuple[Node, ...]
-    place: Place
+    place: SourcePosition
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A key's place, and what it holds."""
 
-    place: Place
+    place: SourcePosition
     node: Node
 
 
@@ -95,7 +95,7 @@ class Mapping:
     """Keys to entries, in the order of writing."""
 
     entries: dict[str, Entry]
-    place: Place
+    place: SourcePosition
 
 
 Node = Scalar | Items | Mapping
@@ -121,13 +121,15 @@ def read_tree(path: Path, source: str) -> Tree:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        return _nothing(Place(source), "there is no such file")
+        return _nothing(SourcePosition(source), "there is no such file")
     except IsADirectoryError:
-        return _nothing(Place(source), "is a folder; give the YAML file in it")
+        return _nothing(SourcePosition(source), "is a folder; give the YAML file in it")
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot hold
-        return _nothing(Place(source), f"cannot be read: {error}")
+        return _nothing(SourcePosition(source), f"cannot be read: {error}")
     if len(data) > MAX_BYTES:
-        return _nothing(Place(source), f"is larger than {MAX_BYTES >> 20} MiB: not a recipe")
+        return _nothing(
+            SourcePosition(source), f"is larger than {MAX_BYTES >> 20} MiB: not a recipe"
+        )
     return _decode_and_parse(data, source)
 
 
@@ -143,12 +145,12 @@ def parse_tree(text: str, source: str, *, with_lines: bool = True) -> Tree:
         return Tree(None, (*builder.problems, problem))
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
-        place = _place_after(before, source) if with_lines else Place(source)
+        place = _place_after(before, source) if with_lines else SourcePosition(source)
         return _nothing(place, f"the character U+{error.character:04X} is not allowed in YAML")
     return Tree(root, tuple(builder.problems))
 
 
-def _nothing(place: Place, message: str) -> Tree:
+def _nothing(place: SourcePosition, message: str) -> Tree:
     return Tree(None, (Problem(place, message),))
 
 
@@ -161,7 +163,7 @@ def _decode_and_parse(data: bytes, source: str) -> Tree:
         (codecs.BOM_UTF16_BE, "UTF-16"),
     ):
         if data.startswith(mark):
-            return _nothing(Place(source, 1, 1), f"the file is {name}; save it as UTF-8")
+            return _nothing(SourcePosition(source, 1, 1), f"the file is {name}; save it as UTF-8")
     try:
         return parse_tree(data.decode("utf-8-sig"), source)
     except UnicodeDecodeError as error:
@@ -170,8 +172,8 @@ def _decode_and_parse(data: bytes, source: str) -> Tree:
         return _nothing(place, f"the byte 0x{found:02x} is not UTF-8; save the file as UTF-8")
 
 
-def _place_after(before: str, source: str) -> Place:
-    return Place(source, before.count("\n") + 1, len(before) - before.rfind("\n"))
+def _place_after(before: str, source: str) -> SourcePosition:
+    return SourcePosition(source, before.count("\n") + 1, len(before) - before.rfind("\n"))
 
 
 _EXPLAINED = (
@@ -211,7 +213,7 @@ class _Mark(Protocol):
 class _FatalError(Exception):
     """After this, the rest of the document cannot be understood."""
 
-    def __init__(self, place: Place, message: str) -> None:
+    def __init__(self, place: SourcePosition, message: str) -> None:
         super().__init__(message)
         self.problem = Problem(place, message)
 
@@ -226,17 +228,17 @@ class _Builder:
     anchors: dict[str, tuple[Node, int]] = field(default_factory=dict)
     num_nodes: int = 0
 
-    def place(self, mark: _Mark | None) -> Place:
+    def place(self, mark: _Mark | None) -> SourcePosition:
         if mark is None or not self.with_lines:
-            return Place(self.source)
-        return Place(self.source, mark.line + 1, mark.column + 1)
+            return SourcePosition(self.source)
+        return SourcePosition(self.source, mark.line + 1, mark.column + 1)
 
     def document(self, events: Iterator[Event]) -> Node:
         self.events = events
         next(events)  # start of the stream
         first = next(events)
         if isinstance(first, StreamEndEvent):
-            return Scalar("", True, Place(self.source, 1, 1))
+            return Scalar("", True, SourcePosition(self.source, 1, 1))
         root = self._node(next(events), ())
         next(events)  # end of the document
         if isinstance(more := next(events), DocumentStartEvent):
@@ -258,7 +260,7 @@ class _Builder:
             self.anchors[event.anchor] = (node, self.num_nodes - before + 1)
         return node
 
-    def _fresh_node(self, event: NodeEvent, path: KeyPath, place: Place) -> Node:
+    def _fresh_node(self, event: NodeEvent, path: KeyPath, place: SourcePosition) -> Node:
         assert isinstance(event, ScalarEvent | SequenceStartEvent | MappingStartEvent)
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
@@ -271,13 +273,13 @@ class _Builder:
             return self._items(path, place)
         return self._mapping(path, place)
 
-    def _items(self, path: KeyPath, place: Place) -> Items:
+    def _items(self, path: KeyPath, place: SourcePosition) -> Items:
         nodes: list[Node] = []
         while not isinstance(event := next(self.events), SequenceEndEvent):
             nodes.append(self._node(event, (*path, len(nodes))))
         return Items(tuple(nodes), place)
 
-    def _mapping(self, path: KeyPath, place: Place) -> Mapping:
+    def _mapping(self, path: KeyPath, place: SourcePosition) -> Mapping:
         entries: dict[str, Entry] = {}
         while not isinstance(event := next(self.events), MappingEndEvent):
             key = self._node(event, path)
@@ -303,7 +305,7 @@ class _Builder:
             return None
         return key.text
 
-    def _alias(self, event: AliasEvent, place: Place) -> Node:
+    def _alias(self, event: AliasEvent, place: SourcePosition) -> Node:
         if event.anchor not in self.anchors:
             message = f'the alias "*{event.anchor}" names nothing complete before it; '
             raise _FatalError(place, message + "text that starts with * needs quotes")
@@ -311,10 +313,10 @@ class _Builder:
         self._count(size, place)
         return replace(node, place=place)
 
-    def _count(self, nodes: int, place: Place) -> None:
+    def _count(self, nodes: int, place: SourcePosition) -> None:
         self.num_nodes += nodes
         if self.num_nodes > MAX_NODES:
             raise _FatalError(place, f"more than {MAX_NODES} values: not a recipe")
 
-    def _report(self, place: Place, path: KeyPath, message: str) -> None:
+    def _report(self, place: SourcePosition, path: KeyPath, message: str) -> None:
         self.problems.append(Problem(place, f"{dotted(path)}: {message}" if path else message))

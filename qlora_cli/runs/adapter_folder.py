@@ -21,7 +21,7 @@ CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterPlace:
+class AdapterFolder:
     """An adapter in PEFT's format."""
 
     path: Path
@@ -32,7 +32,7 @@ class AdapterPlace:
     """The run that trained it."""
 
     @classmethod
-    def find(cls, path: Path, weights: Weights = "last") -> AdapterPlace:
+    def find(cls, path: Path, weights: Weights = "last") -> AdapterFolder:
         """The adapter of a run, or of a folder.
 
         Raises:

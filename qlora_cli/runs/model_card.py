@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from qlora_cli.adapters.partial import TRAINED
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.common.formatting import evaluation_table, merge_text
 from qlora_cli.data.sources import Source
 from qlora_cli.data.sources.files import names_a_file
@@ -182,7 +182,7 @@ def _source(source: Source) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _summary(part: Part) -> str:
+def _summary(part: Config) -> str:
     """The type of a section and all of its settings that are neither off nor empty."""
     values = part.model_dump(mode="json")
     settings = [

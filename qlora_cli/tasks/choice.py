@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.data.render.encode import Encoder
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.task import Examinee, Outcome, Task
+from qlora_cli.tasks.task import Outcome, Scorer, Task
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Choice:
 class ChoiceTask(Task):
     """A task whose questions have options."""
 
-    def examine(self, model: Examinee, questions: Sequence[Choice]) -> list[Outcome]:
+    def examine(self, model: Scorer, questions: Sequence[Choice]) -> list[Outcome]:
         found = iter(model.log_likelihoods([e for q in questions for e in q.examples]))
         outcomes = []
         for question in questions:

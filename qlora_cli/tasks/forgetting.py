@@ -12,7 +12,7 @@ from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity
 from qlora_cli.tasks.perplexity import PlainText, bos, read_texts, slide
-from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, read_prompts
+from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, read_prompts
 from qlora_cli.types import Example
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Drift(Task):
         prompts = read_prompts(sources, tokenizer, settings, limit=most)
         return [(prompt.place, Example(prompt.input_ids, prompt.input_ids)) for prompt in prompts]
 
-    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
+    def examine(self, model: Scorer, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
         sums = model.divergences([example for _, example in questions])
         return [
             Outcome(place, "", "", "", {"nats": nats, "tokens": len(example.input_ids)})

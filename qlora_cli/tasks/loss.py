@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.cache import load_or_prepare
 from qlora_cli.data.sources import Source
-from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, Values
+from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values
 from qlora_cli.types import Example
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TokenTask(Task):
     """A task that scores given tokens by their likelihood; its questions are (place, example)."""
 
-    def examine(self, model: Examinee, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
+    def examine(self, model: Scorer, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
         sums = model.log_likelihoods([example for _, example in questions])
         return [
             Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})

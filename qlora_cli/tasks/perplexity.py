@@ -14,7 +14,7 @@ from qlora_cli.data.formats import FormatConfig, Text
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.loss import perplexity
-from qlora_cli.tasks.task import Examinee, Measure, Outcome, Task, Values, read_rows
+from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values, read_rows
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Perplexity(Task):
             raise DataError(f"{self.data.path}: no text of two tokens or more")
         return found
 
-    def examine(self, model: Examinee, questions: Sequence[Document]) -> list[Outcome]:
+    def examine(self, model: Scorer, questions: Sequence[Document]) -> list[Outcome]:
         sums = iter(model.log_likelihoods([w.example for q in questions for w in q.windows]))
         outcomes = []
         for question in questions:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class Examinee(Protocol):
+class Scorer(Protocol):
     """A model under examination."""
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -79,7 +79,7 @@ def mean_of(name: str, *, lower_is_better: bool = False, is_share: bool = True) 
     return Measure(name, lambda values: values[name].mean(-1), lower_is_better, is_share)
 
 
-class Task(Part):
+class Task(Config):
     """One evaluation. A kind of its own says what it asks, how, and what it counts."""
 
     type: str
@@ -114,7 +114,7 @@ class Task(Part):
         """
 
     @abstractmethod
-    def examine(self, model: Examinee, questions: Sequence[Any]) -> list[Outcome]:
+    def examine(self, model: Scorer, questions: Sequence[Any]) -> list[Outcome]:
         """Ask a model all questions."""
 
     @abstractmethod
@@ -194,12 +194,12 @@ class WrittenTask(Task):
                 raise DataError(f"{prompt.place}: {error}", hint=error.hint) from error
         return prompts
 
-    def examine(self, model: Examinee, questions: Sequence[Prompt]) -> list[Outcome]:
+    def examine(self, model: Scorer, questions: Sequence[Prompt]) -> list[Outcome]:
         return [
             Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
             for q, answer in zip(questions, model.write(questions), strict=True)
         ]
 
 
-Exam = list[tuple[Task, Sequence[Any]]]
+TaskPrompts = list[tuple[Task, Sequence[Any]]]
 """Tasks, each with its questions."""

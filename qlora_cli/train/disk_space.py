@@ -10,7 +10,7 @@ from qlora_cli.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class DiskBudget:
     """What a run writes, in bytes. Tokenizers, cards and logs are small beside it."""
 
     weights: int

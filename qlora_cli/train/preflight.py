@@ -17,8 +17,8 @@ from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.plan.estimate import Rows, estimate
-from qlora_cli.plan.shrink_to_fit import settle, with_changes
+from qlora_cli.plan.estimate import PlanRows, estimate
+from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, with_changes
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import hold_model
 from qlora_cli.recipe.schema import Recipe
@@ -37,7 +37,7 @@ _WORTH_FORETELLING = 10
 """Steps of a run that a plan is made of; a shorter one is over when its plan has been read."""
 
 
-def settle_here(recipe: Recipe, world: World, before: RunFolder | None) -> Recipe:
+def resolve_auto(recipe: Recipe, world: World, before: RunFolder | None) -> Recipe:
     """The recipe with a number where `training.micro_batch_size` is auto, by what is free here.
 
     Args:
@@ -54,7 +54,7 @@ def settle_here(recipe: Recipe, world: World, before: RunFolder | None) -> Recip
     else:
         config, _ = recipe.model.read_config()
         target = replace(_target(world), number=world.size)
-        found = settle(recipe, config, target).training.rows_per_forward
+        found = resolve_micro_batch_size(recipe, config, target).training.rows_per_forward
         size = min(world.gather(found))
         settled = with_changes(recipe, {"training.micro_batch_size": size})
         why = f"the largest that fits {target.name} ({size_text(target.memory_bytes or 0)})"
@@ -62,7 +62,7 @@ def settle_here(recipe: Recipe, world: World, before: RunFolder | None) -> Recip
     return settled
 
 
-def try_first(
+def preflight(
     recipe: Recipe,
     objective: TokenLoss,
     optimizer: torch.optim.Optimizer,
@@ -90,7 +90,7 @@ def try_first(
     """
     steps, settings = batches.largest(max_steps), recipe.training
     num_micro_steps = max_steps * -(-settings.batch_size // settings.rows_per_forward)
-    rows = Rows(steps, held_out, max_steps, batches.tokens(max_steps), "the data")
+    rows = PlanRows(steps, held_out, max_steps, batches.tokens(max_steps), "the data")
     is_planned = num_weights >= _WORTH_PLANNING and max_steps >= _WORTH_FORETELLING
     found = foretell(recipe, rows, world, kernels) if is_planned and world.is_main else {}
     if sum(map(len, steps)) > _SHARE * num_micro_steps:
@@ -123,7 +123,7 @@ def memory_summary(memory: Mapping[str, int], peak: int, *, is_resident: bool) -
     return told
 
 
-def foretell(recipe: Recipe, rows: Rows, world: World, kernels: Kernels) -> dict[str, int]:
+def foretell(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> dict[str, int]:
     """Log what the plan of a run says, and return the bytes of tensors and process at its peak.
 
     Nothing where the code of the model cannot be traced: what a formula says is logged as such, and
@@ -161,7 +161,7 @@ def foretell(recipe: Recipe, rows: Rows, world: World, kernels: Kernels) -> dict
 def try_largest(
     objective: TokenLoss,
     optimizer: torch.optim.Optimizer,
-    rows: Rows,
+    rows: PlanRows,
     world: World,
     *,
     is_counted: bool,
@@ -202,7 +202,9 @@ def try_largest(
     return taken
 
 
-def _take(objective: TokenLoss, optimizer: torch.optim.Optimizer, rows: Rows, world: World) -> None:
+def _take(
+    objective: TokenLoss, optimizer: torch.optim.Optimizer, rows: PlanRows, world: World
+) -> None:
     # States that are there (of a run that goes on) are in memory as they are. Paged ones would be
     # kept by bitsandbytes when they are dropped here.
     makes_states = not optimizer.state and not getattr(optimizer, "is_paged", False)

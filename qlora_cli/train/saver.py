@@ -30,13 +30,13 @@ from qlora_cli.runs.checkpoint import (
 )
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.runs.run_folder import RunFolder, environment
-from qlora_cli.train.disk_space import Room
+from qlora_cli.train.disk_space import DiskBudget
 from qlora_cli.types import TrainState
 
 log = logging.getLogger("qlora")
 
 
-class Keeper:
+class CheckpointManager:
     """Keeps a run. Only the main process writes; the others wait where they must not run ahead.
 
     Args:
@@ -68,7 +68,7 @@ class Keeper:
         self._lower_is_better = lower_is_better
         self._saved_step = 0
 
-    def require_room(
+    def require_disk_space(
         self, *, num_trained: int, state_bytes: int, saves: int, has_best: bool
     ) -> None:
         """Raises TrainingError if the disk has no room for what will be kept.
@@ -78,7 +78,7 @@ class Keeper:
             state_bytes: of the optimizer, for each of them.
             saves: checkpoints that will be written.
         """
-        room = Room(
+        room = DiskBudget(
             # They are float32, whatever is computed in.
             weights=4 * num_trained,
             state=state_bytes * num_trained,

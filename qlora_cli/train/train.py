@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.common.signals import Interruption
+from qlora_cli.common.signals import StopSignals
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.prepared.dataset_audit import check_data
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.distributed.precision import PRECISIONS
 from qlora_cli.distributed.world import World, set_seed
 from qlora_cli.errors import Interrupted, RecipeError
-from qlora_cli.evaluate.scorer import Respondent, ask
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.evaluate.scorer import ModelScorer, ask
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import choose_kernels
-from qlora_cli.loop.fast_path import lay_end_to_end, loss_kernel, prepare_layers
+from qlora_cli.loop.fast_path import loss_kernel, prepare_layers, use_padding_free
 from qlora_cli.loop.fit import fit, is_due
-from qlora_cli.loop.monitor import Guard
+from qlora_cli.loop.monitor import TrainingMonitor
 from qlora_cli.loop.trackers import open_trackers
-from qlora_cli.models.base import learn_to_stop
+from qlora_cli.models.base import set_stop_tokens
 from qlora_cli.models.identity import identify
 from qlora_cli.models.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
@@ -35,16 +35,16 @@ from qlora_cli.recipe.build import (
     largest_eval_batch,
     load_base,
     measure,
-    read_exam,
+    read_tasks,
     stream_batches,
 )
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.disk_space import count_saves
-from qlora_cli.train.preflight import memory_summary, settle_here, try_first
-from qlora_cli.train.saver import Keeper
-from qlora_cli.train.warm_start import find_parent
+from qlora_cli.train.preflight import memory_summary, preflight, resolve_auto
+from qlora_cli.train.saver import CheckpointManager
+from qlora_cli.train.warm_start import find_warm_start
 from qlora_cli.types import TrainState
 
 log = logging.getLogger("qlora")
@@ -81,7 +81,7 @@ def train(
     run = RunFolder(Path(recipe.output.dir))
     run.start(resume=resume is not None)
     with (
-        Interruption(recipe.training.stop_after_seconds) as stop,
+        StopSignals(recipe.training.stop_after_seconds) as stop,
         run.locked() if world.is_main else nullcontext(),
     ):
         world.wait()  # a rank that is late must not find the run of its own main process
@@ -92,7 +92,7 @@ def _train(
     recipe: Recipe,
     run: RunFolder,
     world: World,
-    stop: Interruption,
+    stop: StopSignals,
     resume: str | None,
     allow: Sequence[str],
     *,
@@ -100,7 +100,7 @@ def _train(
     origins: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     is_auto = recipe.training.micro_batch_size == "auto"
-    recipe = settle_here(recipe, world, None if resume is None else run)
+    recipe = resolve_auto(recipe, world, None if resume is None else run)
     settings = recipe.training
 
     # Data first: a bad row is found before a large model is loaded.
@@ -112,21 +112,21 @@ def _train(
     if sources := recipe.data.evaluation_sources:
         held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
     # Before a large model is loaded: rows that cannot be asked about are found here too.
-    exam = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
+    exam = read_tasks(recipe, recipe.evaluation.tasks, tokenizer)
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     identity = identify(recipe.model.locate())
     fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
     # What goes on has its weights in the checkpoint, wherever they once came from.
-    parent = find_parent(recipe, identity) if resume is None else None
+    parent = find_warm_start(recipe, identity) if resume is None else None
     changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
     dtype = compute_dtype(recipe, world)
     base = load_base(recipe, dtype, world.device)
-    learn_to_stop(base, learnt.stop_token_ids)
-    is_flat = not recipe.adapter.no_packing and lay_end_to_end(
+    set_stop_tokens(base, learnt.stop_token_ids)
+    padding_free = not recipe.adapter.no_packing and use_padding_free(
         base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing
     )
     batches = stream_batches(
-        recipe, learnt, tokenizer, is_flat=is_flat, rank=world.rank, world_size=world.size
+        recipe, learnt, tokenizer, padding_free=padding_free, rank=world.rank, world_size=world.size
     )
     log.info("a pass over them: %s", batches.summary())
     max_steps = settings.max_steps or batches.num_steps
@@ -134,7 +134,7 @@ def _train(
     set_seed(settings.seed)  # the same adapter on every rank
     model = recipe.adapter.attach(base)
     if parent is not None:
-        parent.put_into(model)
+        parent.load_into(model)
     set_seed(settings.seed + world.rank)  # but not the same dropout
     warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
     trained = report_trained(model)
@@ -142,11 +142,11 @@ def _train(
     # A run that goes on keeps its kernels: others round otherwise.
     kernels = (run.read_record() if resume else {}).get("kernels") or choose_kernels(
         # Fused layers leave padded rows to the layers that they replace.
-        settings.kernels if is_flat else "plain",
+        settings.kernels if padding_free else "plain",
         world.device.type,
         work=trained.total * batches.tokens(max_steps),
     )
-    means = Means.of(world.device, dtype)
+    means = DeviceCapabilities.of(world.device, dtype)
     kernels = prepare_layers(model, base, settings, kernels, dtype, means)
 
     def write_weights(folder: Path) -> None:
@@ -158,7 +158,7 @@ def _train(
     objective = TokenLoss(model, dtype, loss_kernel(kernels, world.device, dtype))
     optimizer = recipe.optimizer.build(model.named_parameters(), world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    keeper = Keeper(
+    saver = CheckpointManager(
         run,
         world,
         model,
@@ -169,7 +169,7 @@ def _train(
         best_by=recipe.evaluation.best_by,
         lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
     )
-    keeper.require_room(
+    saver.require_disk_space(
         num_trained=trained.trained,
         state_bytes=recipe.optimizer.state_bytes,
         saves=count_saves(max_steps, settings.save_every),
@@ -177,8 +177,8 @@ def _train(
     )
     state = TrainState()
     if resume is not None:
-        state = keeper.resume(resume, max_steps, settings.seed, changes)
-    keeper.record(
+        state = saver.resume(resume, max_steps, settings.seed, changes)
+    saver.record(
         recipe,
         status="training",
         origins=origins,
@@ -196,7 +196,7 @@ def _train(
         tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
     )
 
-    guard = Guard(
+    monitor = TrainingMonitor(
         settings,
         objective=objective,
         optimizer=optimizer,
@@ -206,10 +206,10 @@ def _train(
         place=learnt.examples.place,
         max_length=recipe.data.max_length,
         is_packed=recipe.data.packing,
-        go_back=keeper.go_back,
+        go_back=saver.go_back,
     )
 
-    memory = try_first(
+    memory = preflight(
         recipe,
         objective,
         optimizer,
@@ -227,12 +227,12 @@ def _train(
             metrics = measure(objective, held_out, tokenizer, recipe.eval_batch_size, world)
         is_last = state.step == max_steps and settings.tasks_every is not None
         if is_due(settings.tasks_every, state.step) or is_last:
-            respondent = Respondent("tasks", model, recipe, tokenizer, dtype, world)
-            metrics |= {f"eval_{k}": v for k, v in ask(exam, respondent, world).items()}
+            scorer = ModelScorer("tasks", model, recipe, tokenizer, dtype, world)
+            metrics |= {f"eval_{k}": v for k, v in ask(exam, scorer, world).items()}
         return metrics
 
     def evaluate_and_keep_best() -> dict[str, float]:
-        with keeper.rescuing(state):
+        with saver.rescuing(state):
             try:
                 # Several processes cannot leave it in different places.
                 at_once = stop.at_once() if world.size == 1 else nullcontext()
@@ -240,7 +240,7 @@ def _train(
                     metrics = evaluate()
             except Interrupted:
                 return {}  # a run that is resumed evaluates here again
-            keeper.keep_best(metrics, state)
+            saver.keep_best(metrics, state)
             return metrics
 
     started = time.monotonic()
@@ -252,7 +252,7 @@ def _train(
         ) as tracker,
     ):
         if memory:
-            keeper.note(**memory)
+            saver.note(**memory)
             tracker.log(memory, state.step)
         fit(
             world.share(objective),
@@ -264,23 +264,23 @@ def _train(
             world=world,
             scaler=scaler,
             state=state,
-            guard=guard,
-            method=recipe.adapter.follow(model, max_steps),
+            monitor=monitor,
+            method=recipe.adapter.step_hooks(model, max_steps),
             evaluate=evaluate_and_keep_best,
             is_over=lambda state: (
                 world.any(stop.asked is not None) or recipe.is_over(state.step, state.best_step)
             ),
-            save=keeper.checkpoint,
+            save=saver.checkpoint,
             tracker=tracker,
         )
     if stop.asked is not None:
-        keeper.interrupted(state, stop.asked)
+        saver.interrupted(state, stop.asked)
         raise stop.asked
     if state.step < max_steps:
         log.info(
             "stopped early: no better %s since step %d", recipe.evaluation.best_by, state.best_step
         )
-    keeper.finish(state, seconds=time.monotonic() - started)
+    saver.finish(state, seconds=time.monotonic() - started)
     record = run.read_record()
     if memory:
         is_resident = world.device.type == "cpu"

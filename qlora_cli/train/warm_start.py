@@ -11,21 +11,21 @@ from qlora_cli.adapters import LoRA
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.adapter_folder import AdapterPlace
+from qlora_cli.runs.adapter_folder import AdapterFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
-class Parent:
+class WarmStart:
     """The adapter that `adapter.init_from` names."""
 
     adapter: LoRA
     """As the new run has it."""
-    place: AdapterPlace
+    place: AdapterFolder
 
-    def put_into(self, model: PeftModel) -> None:
+    def load_into(self, model: PeftModel) -> None:
         """Let training begin with its weights.
 
         Raises:
@@ -44,7 +44,7 @@ class Parent:
         }
 
 
-def find_parent(recipe: Recipe, base: Mapping[str, str]) -> Parent | None:
+def find_warm_start(recipe: Recipe, base: Mapping[str, str]) -> WarmStart | None:
     """What a new run begins from; None if it begins with an update of zero.
 
     Args:
@@ -57,6 +57,6 @@ def find_parent(recipe: Recipe, base: Mapping[str, str]) -> Parent | None:
     adapter = recipe.adapter
     if not isinstance(adapter, LoRA) or adapter.init_from is None:
         return None
-    place = AdapterPlace.find(Path(adapter.init_from).expanduser())
+    place = AdapterFolder.find(Path(adapter.init_from).expanduser())
     place.check_base(recipe, base)
-    return Parent(adapter, place)
+    return WarmStart(adapter, place)

@@ -23,10 +23,10 @@ from qlora_cli.evaluate.divergence import compare
 from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
 from qlora_cli.inference.sampling import Sampling, answers
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
-from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, rehearse
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
 from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import hold_model
@@ -393,7 +393,7 @@ def is_planned_right(case: Case) -> str:
     take."""
     # With LoKr it says half a hundredth too much.
     recipe = case.recipe()
-    full = full_batch(2, 24, is_flat=False)
+    full = full_batch(2, 24, padding_free=False)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
     config, _ = recipe.model.read_config()
     make_constants()
@@ -402,7 +402,7 @@ def is_planned_right(case: Case) -> str:
     hold_model(base, count)
     torch.manual_seed(0)
     with count:
-        rehearse(base, recipe, torch.float32, count, means=Means(), **batches)
+        dry_run(base, recipe, torch.float32, count, means=DeviceCapabilities(), **batches)
     try:
         planned = forecast(recipe, config, torch.float32, device="cpu", **batches)
     except ModelError as error:

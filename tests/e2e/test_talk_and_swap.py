@@ -61,12 +61,12 @@ def runs(
 def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their_own(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    from qlora_cli.inference.session import open_speaker
+    from qlora_cli.inference.session import open_session
 
-    speaker = open_speaker(str(runs[0]), adapters=[f"other={runs[1]}"])
+    session = open_session(str(runs[0]), adapters=[f"other={runs[1]}"])
     swapped = {}
     for name in ("other", "tuned", "other", "tuned"):
-        with torch.no_grad(), speaker.speaking(speaker.voices[name]) as model:
+        with torch.no_grad(), session.speaking(session.voices[name]) as model:
             swapped[name] = model(input_ids=torch.arange(5, 45)[None]).logits
     for name, run in zip(("tuned", "other"), runs, strict=True):
         out = tmp_path / f"{name}.pt"
@@ -209,7 +209,7 @@ def test_what_can_be_named_to_talk_to(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from qlora_cli.inference.session import open_speaker
+    from qlora_cli.inference.session import open_session
 
     recipe = tmp_path / "full.yaml"
     made = tiny_recipe(output={"dir": str(tmp_path / "full")}, adapter={"type": "full"})
@@ -218,7 +218,7 @@ def test_what_can_be_named_to_talk_to(
     alone = tmp_path / "alone"
     shutil.copytree(runs[0] / "last", alone)
     voices = {
-        name: list(open_speaker(str(path)).voices)
+        name: list(open_session(str(path)).voices)
         for name, path in {
             "run": runs[0],
             "weights of a run": runs[0] / "best",

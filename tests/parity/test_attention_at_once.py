@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.attention import (
-    AtOnce,
-    ByDocument,
     Documents,
+    PerDocumentAttention,
+    VarlenAttention,
     attend,
     attend_backward,
     choose_attention,
@@ -142,10 +142,10 @@ def kernel() -> Iterator[None]:
 def test_all_documents_at_once_is_each_by_itself(kernel: None, heads: int, groups: int) -> None:
     grad, q, k, v = states(heads, groups)
     scale, ops = 0.3, Elementwise()
-    one = AtOnce().forward(q, k, v, documents(), scale)
+    one = VarlenAttention().forward(q, k, v, documents(), scale)
     each = attend(q, k, v, LENGTHS, scale)
     torch.testing.assert_close(one.output, each.output, rtol=1e-5, atol=1e-5)
-    found = AtOnce().backward(grad, q, k, v, one, documents(), scale, ops)
+    found = VarlenAttention().backward(grad, q, k, v, one, documents(), scale, ops)
     expected = attend_backward(grad, q, k, v, each, LENGTHS, scale, ops)
     for ours, reference in zip(found, expected, strict=True):
         assert ours.shape == reference.shape
@@ -161,7 +161,7 @@ def test_a_layer_learns_the_same_from_all_documents_at_once(
         return adapted(base(kind, tmp_path / "base", torch.float32, "none"), ours=True)
 
     expected, gradients = learnt(fused(model(), recompute), torch.float32)
-    found, ours = learnt(fused(model(), recompute, attention=AtOnce()), torch.float32)
+    found, ours = learnt(fused(model(), recompute, attention=VarlenAttention()), torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert distance(ours, gradients) < 1e-5
 
@@ -184,11 +184,11 @@ def test_torchs_operations_take_what_they_are_given_here() -> None:
 def test_shapes_are_those_of_what_is_given() -> None:
     grad, q, k, v = (x.to("meta", torch.bfloat16) for x in states())
     places = Documents(LENGTHS, documents().ends.to("meta"))
-    attended = AtOnce().forward(q, k, v, places, 0.25)
+    attended = VarlenAttention().forward(q, k, v, places, 0.25)
     assert attended.output.shape == q.shape
     assert attended.output.dtype == torch.bfloat16
     assert [n.shape for n in attended.normalizers] == [(q.shape[1], q.shape[0])]
-    found = AtOnce().backward(grad, q, k, v, attended, places, 0.25, Elementwise())
+    found = VarlenAttention().backward(grad, q, k, v, attended, places, 0.25, Elementwise())
     assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
 
 
@@ -198,7 +198,7 @@ def test_what_the_kernel_of_a_card_allocates_is_counted(groups: int) -> None:
     grad, q, k, v = (
         TracedTensor(x.to("meta", torch.bfloat16)) for x in states(heads, groups, size)
     )
-    places, attention = documents(), AtOnce()
+    places, attention = documents(), VarlenAttention()
     with torch.no_grad(), Count("cuda") as count:
         with count.stage("forward"):
             attended = attention.forward(q, k, v, places, 0.25)
@@ -222,13 +222,19 @@ def test_what_the_kernel_of_a_card_allocates_is_counted(groups: int) -> None:
 
 def test_on_a_cpu_each_document_is_attended_to_by_itself() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert isinstance(choose_attention(torch.device("cpu"), dtype), ByDocument)
+        assert isinstance(choose_attention(torch.device("cpu"), dtype), PerDocumentAttention)
 
 
 @pytest.mark.parametrize(
     ("size", "kind"),
-    [(64, AtOnce), (80, AtOnce), (192, AtOnce), (100, ByDocument), (256, ByDocument)],
+    [
+        (64, VarlenAttention),
+        (80, VarlenAttention),
+        (192, VarlenAttention),
+        (100, PerDocumentAttention),
+        (256, PerDocumentAttention),
+    ],
 )
 def test_heads_of_a_size_that_the_kernel_does_not_take(size: int, kind: type) -> None:
-    assert type(AtOnce().for_heads(size)) is kind
-    assert type(ByDocument().for_heads(size)) is ByDocument
+    assert type(VarlenAttention().for_heads(size)) is kind
+    assert type(PerDocumentAttention().for_heads(size)) is PerDocumentAttention

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.kernels.attention import ByDocument, attend, attend_backward
+from qlora_cli.kernels.attention import PerDocumentAttention, attend, attend_backward
 from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
@@ -74,7 +74,7 @@ def test_what_a_fused_layer_cannot_do_is_left_alone(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True, **changes)
-    assert fuse_layers(model, "none", Elementwise(), ByDocument()) == 0
+    assert fuse_layers(model, "none", Elementwise(), PerDocumentAttention()) == 0
 
 
 def test_a_fused_model_evaluates_generates_and_switches_off_as_before(tmp_path: Path) -> None:

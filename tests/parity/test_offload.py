@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
 from qlora_cli.loop.fast_path import prepare_layers
 from qlora_cli.models.base import start_checkpointing
@@ -90,7 +90,7 @@ def test_where_there_is_no_cuda_it_is_true_and_says_so_in_one_line(
     def step(checkpointing: Any) -> tuple[Tensor, dict[str, Tensor]]:
         model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True)
         settings = Training(gradient_checkpointing=checkpointing)
-        means = Means.of(torch.device("cpu"), torch.float32)
+        means = DeviceCapabilities.of(torch.device("cpu"), torch.float32)
         inner = model.get_base_model()
         assert prepare_layers(model, inner, settings, kernels, torch.float32, means) == kernels
         return learnt(model, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_cli._compat import keep_4bit_weights_trainable
-from qlora_cli.kernels.attention import Attention, ByDocument
+from qlora_cli.kernels.attention import Attention, PerDocumentAttention
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
@@ -24,7 +24,7 @@ DOCUMENTS = (7, 1, 40, 13)
 LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 90}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PLAIN = Elementwise()
-BY_DOCUMENT = ByDocument()
+BY_DOCUMENT = PerDocumentAttention()
 
 
 def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.adapters.layers.lora_init import Weighted
-from qlora_cli.types import Follower
+from qlora_cli.types import StepHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Budget:
         return step == self.end or (self.begin < step < self.end and step % self.every == 0)
 
 
-class RankAllocation(Follower):
+class RankAllocation(StepHooks):
     """Takes the least important ranks of all updates away, those that may come back first.
 
     Args:

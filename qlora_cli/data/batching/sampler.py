@@ -253,7 +253,7 @@ def eval_batches(
         yield _pad([examples[i] for i in group], pad_token_id)
 
 
-def full_batch(num_rows: int, max_length: int, *, is_flat: bool) -> Batch:
+def full_batch(num_rows: int, max_length: int, *, padding_free: bool) -> Batch:
     """As large a batch as there can be, everything in it learnt: what stands in for data.
 
     The last of several rows is a token shorter, as rows hardly ever are of one length; so the batch
@@ -261,7 +261,7 @@ def full_batch(num_rows: int, max_length: int, *, is_flat: bool) -> Batch:
     """
     sizes = [max_length] * (num_rows - 1) + [max_length - (num_rows > 1)]
     examples = [Example([1] * size, [1] * size) for size in sizes]
-    return (_concatenate if is_flat else _pad)(examples, 0)
+    return (_concatenate if padding_free else _pad)(examples, 0)
 
 
 def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:

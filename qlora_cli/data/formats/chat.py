@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.formats.fields import as_object, list_of, optional_text
 from qlora_cli.data.formats.turns import check_order, openai_message, read_tools, sharegpt_message
 from qlora_cli.types import Conversation, Message, Row
 
 
-class Messages(Part):
+class Messages(Config):
     """Conversations in the OpenAI manner: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
     Read as well: `tool_calls` and the column `tools`, `reasoning_content`, and `train` (true or
@@ -36,7 +36,7 @@ class Messages(Part):
         return Conversation(check_order(messages, self.field), tools=read_tools(row))
 
 
-class ShareGpt(Part):
+class ShareGpt(Config):
     """Conversations as `{"conversations": [{"from": "human" | "gpt" | ..., "value": ...}]}`.
 
     Read as well: the roles `function_call` (JSON text with `name` and `arguments`) and

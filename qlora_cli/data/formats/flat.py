@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.formats.fields import (
     as_list,
     as_text,
@@ -23,7 +23,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Row
 
 
-class Alpaca(Part):
+class Alpaca(Config):
     """`instruction`, optional `input`, `output`; `system` and `history` where the row has them.
 
     `history` is a list of pairs: a request, and the answer to it.
@@ -53,7 +53,7 @@ class Alpaca(Part):
         return Conversation(messages)
 
 
-class PromptCompletion(Part):
+class PromptCompletion(Config):
     """A prompt and the completion to learn: each a text, a message or a list of messages (OpenAI
     or ShareGPT)."""
 
@@ -117,7 +117,7 @@ class PromptCompletion(Part):
         return [] if self.system is None else [Message("system", self.system, train=False)]
 
 
-class Text(Part):
+class Text(Config):
     """Plain text, learnt whole, with the end-of-text token after each row."""
 
     example: ClassVar[Row] = {"text": "Paris is the capital of France."}

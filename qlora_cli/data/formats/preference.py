@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Row
@@ -14,7 +14,7 @@ from qlora_cli.types import Conversation, Message, Row
 _PROMPTS = ("prompt", "conversations", "messages")
 
 
-class Preference(Part):
+class Preference(Config):
     """A prompt with two answers, `chosen` and `rejected`. Read and previewed, not yet trained on.
 
     The answers are texts, messages or lists of messages (OpenAI or ShareGPT). The prompt is a text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.types import Conversation, Message, Row
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Template as JinjaTemplate
 
 
-class Template(Part):
+class Template(Config):
     """Jinja texts over the columns of a row, one for each turn."""
 
     example: ClassVar[Row] = {"prompt": "The capital of France?", "completion": "Paris."}

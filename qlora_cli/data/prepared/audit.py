@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.prepared.statistics import NAMED, Audit, Rows, learnt_turns
 from qlora_cli.errors import DataError
 
 
-class AuditLimits(Part):
+class AuditLimits(Config):
     """What stops a run because of its data. Without a limit, it is reported and stops nothing."""
 
     max_duplicates: float | None = Field(None, ge=0, le=1)

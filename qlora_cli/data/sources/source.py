@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.data.sources.files import (
     find_files,
@@ -29,7 +29,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
 
 
-class Source(Part):
+class Source(Config):
     """Rows of one kind."""
 
     path: str = Field(min_length=1)

@@ -120,7 +120,7 @@ class Count(TorchDispatchMode):
         finally:
             self._stage = outer
 
-    def follow(self, model: nn.Module, layers: Sequence[nn.Module]) -> list[Any]:
+    def step_hooks(self, model: nn.Module, layers: Sequence[nn.Module]) -> list[Any]:
         """Know from now on which layer is at work. Returns handles to be removed.
 
         Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.compare.grid import Asked, Cell, Grid, method_keys, method_names
+from qlora_cli.compare.grid import Cell, CompareRequest, Grid, method_keys, method_names
 from qlora_cli.errors import RecipeError
 from qlora_cli.optim.optimizers import SGD
 from qlora_cli.recipe.field_types import FieldType
@@ -30,7 +30,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def cells(*recipes: Path, **asked: object) -> list[Cell]:
     # The options are of many types, which mypy cannot tell apart in one mapping.
-    return Grid(Asked(recipes, **asked), Path("out")).cells()  # type: ignore[arg-type]
+    return Grid(CompareRequest(recipes, **asked), Path("out")).cells()  # type: ignore[arg-type]
 
 
 def names(found: list[Cell]) -> list[str]:

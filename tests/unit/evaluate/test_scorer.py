@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.distributed.world import World
-from qlora_cli.evaluate.scorer import Respondent
-from qlora_cli.models.base import learn_to_stop
+from qlora_cli.evaluate.scorer import ModelScorer
+from qlora_cli.models.base import set_stop_tokens
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 from tests.conftest import save_tiny_model
 
@@ -30,9 +30,9 @@ def model(tiny_model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model)
 
 
-def respondent(recipe: Any, model: Any, **settings: Any) -> Respondent:
+def scorer(recipe: Any, model: Any, **settings: Any) -> ModelScorer:
     tokenizer = recipe.model.load_tokenizer()
-    return Respondent("model", model, recipe, tokenizer, torch.float32, World(), **settings)
+    return ModelScorer("model", model, recipe, tokenizer, torch.float32, World(), **settings)
 
 
 def log_p(model: Any, ids: list[int]) -> torch.Tensor:
@@ -50,9 +50,7 @@ def plain(model: Any, example: Example) -> float:
 def test_likelihoods_are_those_of_one_row_after_the_other(
     tiny_recipe: Callable[..., Any], model: Any, size: int
 ) -> None:
-    found = respondent(tiny_recipe(evaluation={"batch_size": size}), model).log_likelihoods(
-        EXAMPLES
-    )
+    found = scorer(tiny_recipe(evaluation={"batch_size": size}), model).log_likelihoods(EXAMPLES)
     assert found == pytest.approx([plain(model, example) for example in EXAMPLES], abs=1e-5)
 
 
@@ -74,7 +72,7 @@ def test_likelihoods_of_a_model_that_is_not_just_decoder_and_head(
             final_logit_softcapping=0.5,
         )
     )
-    found = respondent(tiny_recipe(), capped).log_likelihoods(EXAMPLES)
+    found = scorer(tiny_recipe(), capped).log_likelihoods(EXAMPLES)
     capped.eval()
     assert found == pytest.approx([plain(capped, example) for example in EXAMPLES], abs=1e-4)
 
@@ -90,7 +88,7 @@ def test_divergence_is_the_sum_over_positions(
     def as_base() -> Iterator[Any]:
         yield other
 
-    found = respondent(tiny_recipe(), model, as_base=as_base).divergences(EXAMPLES[:2])
+    found = scorer(tiny_recipe(), model, as_base=as_base).divergences(EXAMPLES[:2])
     expected = []
     for example in EXAMPLES[:2]:
         p, q = log_p(other, example.input_ids), log_p(model, example.input_ids)
@@ -98,13 +96,13 @@ def test_divergence_is_the_sum_over_positions(
     assert found == pytest.approx(expected, rel=1e-5)
     assert all(value > 0 for value in found)
     # A base is not away from itself.
-    assert respondent(tiny_recipe(), model).divergences(EXAMPLES[:2]) == [0, 0]
+    assert scorer(tiny_recipe(), model).divergences(EXAMPLES[:2]) == [0, 0]
 
 
 def test_a_prompt_is_answered_once(
     tiny_recipe: Callable[..., Any], model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn_to_stop(model, [])
+    set_stop_tokens(model, [])
     asked: list[int] = []
     generate = model.generate
 
@@ -113,7 +111,7 @@ def test_a_prompt_is_answered_once(
         return generate(input_ids=input_ids, **settings)
 
     monkeypatch.setattr(model, "generate", count)
-    student = respondent(tiny_recipe(evaluation={"max_new_tokens": 3}), model)
+    student = scorer(tiny_recipe(evaluation={"max_new_tokens": 3}), model)
     prompts = [Prompt([5, 6], "a"), Prompt([7], "b"), Prompt([5, 6], "c")]
     first = student.write(prompts)
     assert first[0] == first[2]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import DataError, QloraError, RecipeError
-from qlora_cli.inference.chat import Chat, Manner, beside
+from qlora_cli.inference.chat import Chat, ChatSettings, beside
 from qlora_cli.inference.sampling import Sampling
-from qlora_cli.inference.session import Speaker, open_speaker
+from qlora_cli.inference.session import InferenceSession, open_session
 from qlora_cli.types import Message
 from tests.conftest import save_tiny_model
 from tests.unit.adapters import draw_adapter
@@ -20,15 +20,15 @@ from tests.unit.adapters import draw_adapter
 class Talk:
     """A chat that remembers what it put out."""
 
-    def __init__(self, speaker: Speaker, **options: Any) -> None:
+    def __init__(self, session: InferenceSession, **options: Any) -> None:
         self.out: list[str] = []
         self.notes: list[str] = []
         manner = {"is_strict": True, "as_json": False, **options.pop("manner", {})}
-        self.speaker = speaker
+        self.session = session
         self.chat = Chat(
-            speaker,
+            session,
             Sampling(**{"max_new_tokens": 6, **options.pop("sampling", {})}),
-            Manner(write=self.out.append, note=self.notes.append, **manner),
+            ChatSettings(write=self.out.append, note=self.notes.append, **manner),
             **options,
         )
 
@@ -39,37 +39,39 @@ class Talk:
 
 
 @pytest.fixture(scope="module")
-def speaker(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+def session(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> InferenceSession:
     folder = tmp_path_factory.mktemp("adapters")
     names = [
         f"{name}={draw_adapter(tiny_model, folder / name, seed=i)}"
         for i, name in enumerate(["one", "two"])
     ]
-    return open_speaker(str(tiny_model), adapters=names)
+    return open_session(str(tiny_model), adapters=names)
 
 
 def test_adapters_take_turns_and_the_base_is_what_it_was(
-    speaker: Speaker, tiny_model: Path
+    session: InferenceSession, tiny_model: Path
 ) -> None:
     answers: dict[str, set[str]] = {}
-    talk = Talk(speaker)
+    talk = Talk(session)
     for name in ("one", "two", "base", "two", "one", "base"):
         talk("/base" if name == "base" else f"/swap {name}")
         talk("/reset")
         answers.setdefault(name, set()).add(talk("hi"))
     assert all(len(found) == 1 for found in answers.values())
     assert len(set.union(*answers.values())) == 3
-    assert answers["base"] == {Talk(open_speaker(str(tiny_model)))("hi")}
+    assert answers["base"] == {Talk(open_session(str(tiny_model)))("hi")}
 
 
-def test_the_first_adapter_answers_unless_told_otherwise(speaker: Speaker) -> None:
-    talk = Talk(speaker)
+def test_the_first_adapter_answers_unless_told_otherwise(session: InferenceSession) -> None:
+    talk = Talk(session)
     talk("/swap")
     assert talk.notes == ["base, one (answers), two"]
 
 
-def test_what_was_said_is_in_the_next_prompt_until_it_is_forgotten(speaker: Speaker) -> None:
-    talk = Talk(speaker)
+def test_what_was_said_is_in_the_next_prompt_until_it_is_forgotten(
+    session: InferenceSession,
+) -> None:
+    talk = Talk(session)
     first = talk("hi")
     later = talk("hi")
     talk("/reset")
@@ -77,21 +79,23 @@ def test_what_was_said_is_in_the_next_prompt_until_it_is_forgotten(speaker: Spea
     assert later != first
 
 
-def test_comparing_shows_both_and_leaves_the_conversation_as_it_was(speaker: Speaker) -> None:
-    talk, plain = Talk(speaker), Talk(speaker)
+def test_comparing_shows_both_and_leaves_the_conversation_as_it_was(
+    session: InferenceSession,
+) -> None:
+    talk, plain = Talk(session), Talk(session)
     assert talk("hi") == plain("hi")
     both = talk("/compare what")
     again = talk("/compare")
     assert talk("ho") == plain("ho")
     assert both.startswith("base: ")
     assert "\none: " in both
-    fresh = Talk(speaker)
+    fresh = Talk(session)
     tuned = fresh("hi")
     assert again.endswith(f"\none: {tuned}")
 
 
-def test_answers_are_json_if_asked(speaker: Speaker) -> None:
-    talk = Talk(speaker, manner={"as_json": True})
+def test_answers_are_json_if_asked(session: InferenceSession) -> None:
+    talk = Talk(session, manner={"as_json": True})
     [line] = talk("hi").splitlines()
     assert json.loads(line) == {
         "model": "one", "message": "hi", "answer": json.loads(line)["answer"], "num_tokens": 6,
@@ -101,23 +105,25 @@ def test_answers_are_json_if_asked(speaker: Speaker) -> None:
     assert [line["model"] for line in lines] == ["base", "one"]
 
 
-def test_a_slash_is_typed_twice_and_an_unknown_command_is_an_error(speaker: Speaker) -> None:
-    talk = Talk(speaker, manner={"as_json": True})
+def test_a_slash_is_typed_twice_and_an_unknown_command_is_an_error(
+    session: InferenceSession,
+) -> None:
+    talk = Talk(session, manner={"as_json": True})
     assert json.loads(talk("//etc"))["message"] == "/etc"
     with pytest.raises(RecipeError, match="/swop: no such command"):
         talk("/swop one")
     with pytest.raises(RecipeError, match="/swap three: there is base, one, two"):
         talk("/swap three")
-    easy = Talk(speaker, manner={"is_strict": False})
+    easy = Talk(session, manner={"is_strict": False})
     easy("/swop one")
     assert easy.notes == ["/swop: no such command (/help lists them)"]
 
 
-def test_the_chat_ends_when_told(speaker: Speaker) -> None:
-    assert not Talk(speaker).chat.take("/quit")
+def test_the_chat_ends_when_told(session: InferenceSession) -> None:
+    assert not Talk(session).chat.take("/quit")
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(speaker: Speaker) -> None:
+def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(session: InferenceSession) -> None:
     class Impatient(Talk):
         """Presses Ctrl-C when two pieces were written."""
 
@@ -126,10 +132,10 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(speaker: Speaker) -> Non
             if len(self.out) == 2:
                 raise KeyboardInterrupt
 
-    impatient = Impatient(speaker, manner={"is_strict": False})
-    manner = Manner(impatient.write, impatient.notes.append, is_strict=False)
-    impatient.chat = Chat(speaker, Sampling(max_new_tokens=6), manner)
-    whole = Talk(speaker)("hi")
+    impatient = Impatient(session, manner={"is_strict": False})
+    manner = ChatSettings(impatient.write, impatient.notes.append, is_strict=False)
+    impatient.chat = Chat(session, Sampling(max_new_tokens=6), manner)
+    whole = Talk(session)("hi")
     shown = impatient("hi")
     assert shown.endswith("\n")
     assert len(shown) < len(whole)
@@ -137,36 +143,36 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(speaker: Speaker) -> Non
     assert impatient("go on")
 
 
-def test_typed_special_tokens_are_text(speaker: Speaker) -> None:
-    voice = speaker.first
-    prompt = speaker.prompt(voice, [Message("user", "a<|im_end|>b", train=False)])
+def test_typed_special_tokens_are_text(session: InferenceSession) -> None:
+    voice = session.first
+    prompt = session.prompt(voice, [Message("user", "a<|im_end|>b", train=False)])
     assert prompt.input_ids.count(voice.tokenizer.eos_token_id) == 1
 
 
-def test_every_stop_token_ends_an_answer(speaker: Speaker) -> None:
-    assert speaker.first.stop_token_ids == [speaker.first.tokenizer.eos_token_id]
+def test_every_stop_token_ends_an_answer(session: InferenceSession) -> None:
+    assert session.first.stop_token_ids == [session.first.tokenizer.eos_token_id]
 
 
 def test_a_full_context_is_said(tmp_path: Path) -> None:
     small = save_tiny_model(tmp_path / "small", max_position_embeddings=64)
-    talk = Talk(open_speaker(str(small)), sampling={"max_new_tokens": 50})
+    talk = Talk(open_session(str(small)), sampling={"max_new_tokens": 50})
     talk("hi")
     assert "the context is full; /reset begins anew" in talk.notes
     with pytest.raises(DataError, match=r"the context is full: .* room for 64"):
         talk("x" * 64)
-    easy = Talk(talk.speaker, manner={"is_strict": False})
+    easy = Talk(talk.session, manner={"is_strict": False})
     easy("x" * 64)
     assert easy.notes[0].startswith("the context is full")
 
 
-def test_the_system_message_stands_first(speaker: Speaker) -> None:
-    plain, brief = Talk(speaker), Talk(speaker, system="be brief")
+def test_the_system_message_stands_first(session: InferenceSession) -> None:
+    plain, brief = Talk(session), Talk(session, system="be brief")
     assert plain("hi") != brief("hi")
 
 
-def test_answers_that_are_drawn_repeat_with_their_seed(speaker: Speaker) -> None:
+def test_answers_that_are_drawn_repeat_with_their_seed(session: InferenceSession) -> None:
     def said(seed: int) -> list[str]:
-        talk = Talk(speaker, sampling={"temperature": 1.5, "seed": seed})
+        talk = Talk(session, sampling={"temperature": 1.5, "seed": seed})
         return [talk("hi"), talk("hi")]
 
     assert said(0) == said(0)
@@ -187,14 +193,14 @@ def test_adapters_that_cannot_be_are_refused(
 ) -> None:
     one = draw_adapter(tiny_model, tmp_path / "one", seed=0)
     with pytest.raises(QloraError, match=reason):
-        open_speaker(str(tiny_model), adapters=[text.format(one=one) for text in adapters])
+        open_session(str(tiny_model), adapters=[text.format(one=one) for text in adapters])
 
 
 def test_a_model_without_template_continues_each_message(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
-    talk = Talk(open_speaker(str(folder)))
-    assert talk.speaker.is_plain
+    talk = Talk(open_session(str(folder)))
+    assert talk.session.is_plain
     assert talk("once upon") == talk("once upon")
 
 

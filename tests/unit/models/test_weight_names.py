@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.models.shards import Shards
-from qlora_cli.models.weight_names import Names
+from qlora_cli.models.weight_names import WeightNames
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def mixtral(tmp_path: Path) -> Path:
 
 def test_pieces_are_what_transformers_puts_together(mixtral: Path) -> None:
     shards = Shards(mixtral)
-    names = Names(build_skeleton(mixtral, trust_remote_code=False), shards.tensors)
+    names = WeightNames(build_skeleton(mixtral, trust_remote_code=False), shards.tensors)
     model = AutoModelForCausalLM.from_pretrained(mixtral)
     counts = {whole.rpartition(".")[2]: len(pieces) for whole, pieces in names.pieces.items()}
     assert counts == {"gate_up_proj": 22, "down_proj": 11}
@@ -46,5 +46,5 @@ def test_pieces_are_what_transformers_puts_together(mixtral: Path) -> None:
 def test_a_stack_with_a_gap_has_no_pieces(mixtral: Path) -> None:
     stored = Shards(mixtral).tensors
     del stored[next(name for name in stored if name.endswith("experts.3.w1.weight"))]
-    names = Names(build_skeleton(mixtral, trust_remote_code=False), stored)
+    names = WeightNames(build_skeleton(mixtral, trust_remote_code=False), stored)
     assert [whole.rpartition(".")[2] for whole in names.pieces] == ["down_proj"]

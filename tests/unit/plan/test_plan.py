@@ -31,13 +31,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.distributed.devices import Device, find_target, known_card
 from qlora_cli.errors import DataError, ModelError, RecipeError
-from qlora_cli.kernels.device_capabilities import Means
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.known_configs import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan.analytic_memory import FORMULA, RANGE, Layer, by_formula
-from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, rehearse
-from qlora_cli.plan.estimate import assume_rows, foresee, foresee_kernels
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
+from qlora_cli.plan.estimate import assume_rows, forecast_recipe, foresee_kernels
 from qlora_cli.plan.html import plan_page
 from qlora_cli.plan.plan import plan, plan_table
 from qlora_cli.plan.shrink_to_fit import _different, _levels, with_changes
@@ -101,7 +101,7 @@ def counted(recipe: Recipe, dtype: torch.dtype, **batches: Any) -> Count:
     count = Count(vocabulary_size=base.config.vocab_size)
     hold_model(base, count)
     with count:
-        rehearse(base, recipe, dtype, count, means=Means(), **batches)
+        dry_run(base, recipe, dtype, count, means=DeviceCapabilities(), **batches)
     return count
 
 
@@ -116,8 +116,8 @@ def test_what_is_traced_is_what_real_tensors_take(
 ) -> None:
     recipe = tiny_recipe(**RECIPES[name])
     config, _ = recipe.model.read_config()
-    full = full_batch(2, 96, is_flat=recipe.data.packing)
-    batches = {"steps": [[full, full]], "held_out": full_batch(2, 80, is_flat=False)}
+    full = full_batch(2, 96, padding_free=recipe.data.packing)
+    batches = {"steps": [[full, full]], "held_out": full_batch(2, 80, padding_free=False)}
     real = counted(recipe, dtype, **batches)
     traced = forecast(recipe, config, dtype, device="cpu", **batches)
     for stage in (FIRST, STEP, EVALUATION):
@@ -149,7 +149,7 @@ def test_layers_that_norm_their_heads_are_traced(
         training={"gradient_checkpointing": checkpointing},
     )
     config, _ = recipe.model.read_config()
-    full = full_batch(2, 96, is_flat=True)
+    full = full_batch(2, 96, padding_free=True)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": None}
     real = counted(recipe, dtype, **batches)
     traced = forecast(recipe, config, dtype, device="cpu", **batches)
@@ -175,7 +175,7 @@ def test_inputs_of_layers_on_the_host_are_no_memory_of_the_card(
             held_out=None,
         )
 
-    full = full_batch(2, 96, is_flat=True)
+    full = full_batch(2, 96, padding_free=True)
     kept, moved = traced(True), traced("offload")
     size = 2 * 96 * 32 * 2
     assert kept.host_bytes == 0
@@ -190,16 +190,16 @@ def test_real_inputs_are_counted_on_the_host(tiny_recipe: Callable[..., Recipe])
     recipe = tiny_recipe(training={"gradient_checkpointing": "offload"})
     base = recipe.model.load(recipe.quantization.load_options(torch.bfloat16), CPU)
     count = Count(vocabulary_size=base.config.vocab_size)
-    full = full_batch(2, 96, is_flat=True)
+    full = full_batch(2, 96, padding_free=True)
     with count:
-        rehearse(
+        dry_run(
             base,
             recipe,
             torch.bfloat16,
             count,
             steps=[[full]],
             held_out=None,
-            means=Means(host=CountedHost(count)),
+            means=DeviceCapabilities(host=CountedHost(count)),
         )
     assert count.host_bytes == 2 * 2**14  # two layers of 192 x 32 values in two bytes, rounded up
 
@@ -228,7 +228,7 @@ def test_the_states_of_each_optimizer_are_traced(
     name = optimizer.model_fields["type"].default
     recipe = tiny_recipe(adapter={"type": "full"}, optimizer={"type": name})
     config, _ = recipe.model.read_config()
-    full = full_batch(1, 16, is_flat=False)
+    full = full_batch(1, 16, padding_free=False)
     batches: dict[str, Any] = {"steps": [[full]], "held_out": None}
     real = most(counted(recipe, torch.float32, **batches).peaks, STEP)
     traced = forecast(recipe, config, torch.float32, device="cpu", **batches).peak(STEP)[1]
@@ -314,7 +314,7 @@ def test_few_layers_say_what_many_take(
     recipe = tiny_recipe(
         quantization={"type": "nf4"}, training={"gradient_checkpointing": checkpointing}
     )
-    full = full_batch(2, 40, is_flat=False)
+    full = full_batch(2, 40, padding_free=False)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
 
     def traced() -> Forecast:
@@ -354,7 +354,7 @@ def test_a_pattern_that_names_a_layer_is_traced_whole(
     tiny_recipe: Callable[..., Recipe], sections: dict[str, Any]
 ) -> None:
     recipe = tiny_recipe(**sections)
-    full = full_batch(1, 16, is_flat=False)
+    full = full_batch(1, 16, padding_free=False)
     found = forecast(
         recipe,
         LlamaConfig(num_hidden_layers=9, **LAYERS),
@@ -380,7 +380,7 @@ def test_products_in_8_bit_are_counted(tiny_recipe: Callable[..., Recipe], devic
         )
         return found.flops[STEP]
 
-    full = full_batch(2, 64, is_flat=False)
+    full = full_batch(2, 64, padding_free=False)
     assert operations("int8") == pytest.approx(operations("none"), rel=0.02)
 
 
@@ -397,7 +397,7 @@ def test_products_of_experts_are_counted(tiny_recipe: Callable[..., Recipe]) -> 
         )  # fmt: skip
         return found.flops[STEP]
 
-    full = full_batch(1, 64, is_flat=False)
+    full = full_batch(1, 64, padding_free=False)
     one, two = operations(1), operations(2)
     # Forward and back (to the input alone): gate, up and down of one more expert for each token.
     assert two - one == 2 * 2 * 64 * 3 * 256 * 128
@@ -704,10 +704,10 @@ def test_one_of_several_holds_what_gradients_are_exchanged_in(
     recipe = tiny_recipe(adapter={"type": "full"}, training=settings)
     config, _ = recipe.model.read_config()
     target = find_target("T4", 2)
-    rows = assume_rows(recipe, "a test", is_flat=False)
+    rows = assume_rows(recipe, "a test", padding_free=False)
     rows = replace(rows, steps=[[rows.steps[0][0]] * (4 // micro_batch_size)])
-    alone = foresee(recipe, config, replace(target, number=1), rows).peaks
-    shared = foresee(recipe, config, target, rows).peaks
+    alone = forecast_recipe(recipe, config, replace(target, number=1), rows).peaks
+    shared = forecast_recipe(recipe, config, target, rows).peaks
     assert shared.keys() == alone.keys()
     for segment, peak in shared.items():
         before = alone[segment]
@@ -833,7 +833,7 @@ def test_the_formula_is_in_its_range(
         adapter={"type": adapter},
         training={"gradient_checkpointing": checkpointing, "kernels": "plain"},
     )
-    full = full_batch(2, 256, is_flat=False)
+    full = full_batch(2, 256, padding_free=False)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
     traced = forecast(recipe, config, torch.bfloat16, device="cpu", kernels="plain", **batches)
     said = by_formula(recipe, config, torch.bfloat16, device="cpu", why="of a test", **batches)
@@ -889,7 +889,7 @@ def test_compiled_kernels_take_less_than_fused_ones(
     """Held against the allocator in `benchmarks/plan_validation.md`."""
     recipe = tiny_recipe(training={"gradient_checkpointing": checkpointing})
     config = LlamaConfig(num_hidden_layers=3, **WIDE)
-    full = full_batch(2, 256, is_flat=True)
+    full = full_batch(2, 256, padding_free=True)
 
     def peak(kernels: Kernels) -> int:
         found = forecast(
@@ -908,7 +908,7 @@ def test_kernels_are_those_that_a_run_of_this_length_gets(
     recipe = tiny_recipe()
     config, _ = recipe.model.read_config()
     target = find_target("cpu")
-    rows = assume_rows(recipe, "a test", is_flat=True)
+    rows = assume_rows(recipe, "a test", padding_free=True)
 
     def kernels(tokens: int | None, wanted: str = "auto") -> str:
         one = tiny_recipe(training={"kernels": wanted})

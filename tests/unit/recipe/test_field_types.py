@@ -5,20 +5,20 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.recipe.field_types import FieldType, part_type
 
 
-class Red(Part):
+class Red(Config):
     type: Literal["red"] = "red"
     depth: int = 1
 
 
-class Blue(Part):
+class Blue(Config):
     type: Literal["blue"] = "blue"
 
 
-class Sample(Part):
+class Sample(Config):
     whole: int = Field(1, ge=1, lt=2**53)
     number: float = Field(0.5, gt=0, le=1)
     truth: bool = False

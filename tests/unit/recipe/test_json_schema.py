@@ -12,7 +12,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from qlora_cli.common.config import Part
+from qlora_cli.common.config import Config
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.json_schema import recipe_schema
 from qlora_cli.recipe.load import LoadedRecipe, load_recipe
@@ -57,7 +57,7 @@ def test_every_key_is_described_and_no_other_is_let_in(name: str, section: dict[
         assert schema["description"], f"{name}.{key}"
 
 
-def keys(part: type[Part]) -> Iterator[str]:
+def keys(part: type[Config]) -> Iterator[str]:
     for name, info in part.model_fields.items():
         yield name
         field_type = FieldType.of(info)

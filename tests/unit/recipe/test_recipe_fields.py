@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qlora_cli.common.config import Part, field_docs
+from qlora_cli.common.config import Config, field_docs
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.field_types import FieldType, part_type
 from qlora_cli.recipe.load import LoadedRecipe
@@ -42,7 +42,7 @@ Key = tuple[str, tuple[str, ...], FieldType]
 """Dotted key, overrides that choose the variants on the way to it, what it takes."""
 
 
-def keys_of(part: type[Part], prefix: str = "", chosen: tuple[str, ...] = ()) -> Iterator[Key]:
+def keys_of(part: type[Config], prefix: str = "", chosen: tuple[str, ...] = ()) -> Iterator[Key]:
     for name, info in part.model_fields.items():
         if name == "type":
             continue  # varied where the variant is chosen
@@ -56,7 +56,7 @@ def keys_of(part: type[Part], prefix: str = "", chosen: tuple[str, ...] = ()) ->
             yield key, (*chosen, *NEEDED.get(key, ())), field_type
 
 
-def _choice(key: str, variant: type[Part]) -> tuple[str, ...]:
+def _choice(key: str, variant: type[Config]) -> tuple[str, ...]:
     """A variant, with what it requires."""
     required = [
         f"{key}.{name}={next(candidates(FieldType.of(info)))}"
@@ -149,7 +149,7 @@ def _leaves(value: object, prefix: str = "") -> dict[str, object]:
     return {key: leaf for leaves in below for key, leaf in leaves.items()}
 
 
-def parts_of(part: type[Part]) -> set[type[Part]]:
+def parts_of(part: type[Config]) -> set[type[Config]]:
     found = {part}
     for info in part.model_fields.values():
         field_type = FieldType.of(info)
@@ -159,7 +159,7 @@ def parts_of(part: type[Part]) -> set[type[Part]]:
 
 
 @pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))
-def test_every_section_and_key_is_documented(part: type[Part]) -> None:
+def test_every_section_and_key_is_documented(part: type[Config]) -> None:
     assert part.__doc__, part
     for name, info in part.model_fields.items():
         assert name == "type" or field_docs(part).get(name), (
@@ -169,7 +169,7 @@ def test_every_section_and_key_is_documented(part: type[Part]) -> None:
 
 
 @pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))
-def test_every_bound_is_one_that_the_loader_explains(part: type[Part]) -> None:
+def test_every_bound_is_one_that_the_loader_explains(part: type[Config]) -> None:
     for name, info in part.model_fields.items():
         known = len(FieldType.of(info).bounds)
         assert len(info.metadata) == known, f"{part.__name__}.{name}: {info.metadata}"

@@ -11,8 +11,8 @@ from qlora_cli.recipe.yaml_parser import (
     Items,
     Mapping,
     Node,
-    Place,
     Scalar,
+    SourcePosition,
     dotted,
     parse_tree,
     read_tree,
@@ -47,8 +47,8 @@ def test_places_count_from_one() -> None:
     assert isinstance(root, Mapping)
     items = root.entries["b"].node
     assert isinstance(items, Items)
-    assert root.entries["b"].place == Place("r.yaml", 2, 1)
-    assert items.nodes[1].place == Place("r.yaml", 4, 6)
+    assert root.entries["b"].place == SourcePosition("r.yaml", 2, 1)
+    assert items.nodes[1].place == SourcePosition("r.yaml", 4, 6)
     assert str(items.nodes[1].place) == "r.yaml:4:6"
 
 
@@ -64,7 +64,7 @@ def test_aliases_are_expanded_at_their_own_place() -> None:
     root = parse_tree("a: &x {b: [1, 2]}\nc: *x\n", "r.yaml").root
     assert plain(root) == {"a": {"b": ["1", "2"]}, "c": {"b": ["1", "2"]}}
     assert isinstance(root, Mapping)
-    assert root.entries["c"].node.place == Place("r.yaml", 2, 4)
+    assert root.entries["c"].node.place == SourcePosition("r.yaml", 2, 4)
 
 
 def test_aliases_cannot_grow_without_bound() -> None:
@@ -120,7 +120,7 @@ def test_utf8_is_read_with_or_without_a_mark(tmp_path: Path, mark: bytes) -> Non
     tree = read_tree(file, "r.yaml")
     assert plain(tree.root) == {"a": "Grüße 😀", "b": "1"}
     assert isinstance(tree.root, Mapping)
-    assert tree.root.entries["a"].place == Place("r.yaml", 1, 1)
+    assert tree.root.entries["a"].place == SourcePosition("r.yaml", 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.data.sources import BadRows
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError
-from qlora_cli.evaluate.scorer import Respondent
-from qlora_cli.recipe.build import read_exam
+from qlora_cli.evaluate.scorer import ModelScorer
+from qlora_cli.recipe.build import read_tasks
 from qlora_cli.tasks.classification import macro_f1
 from qlora_cli.tasks.perplexity import slide
 from qlora_cli.tasks.task import Outcome
@@ -36,8 +36,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 def ask(recipe: Any, model: Any, **settings: Any) -> tuple[Any, list[Any], list[Outcome]]:
     tokenizer = recipe.model.load_tokenizer()
-    student = Respondent("model", model, recipe, tokenizer, torch.float32, World(), **settings)
-    [(task, questions)] = read_exam(recipe, recipe.evaluation.tasks, tokenizer)
+    student = ModelScorer("model", model, recipe, tokenizer, torch.float32, World(), **settings)
+    [(task, questions)] = read_tasks(recipe, recipe.evaluation.tasks, tokenizer)
     return task, list(questions), task.examine(student, questions)
 
 
@@ -64,7 +64,7 @@ def test_options_are_as_likely_as_in_a_plain_forward_of_each(
     recipe = tiny_recipe(evaluation={"tasks": [task], "batch_size": size})
     tokenizer = recipe.model.load_tokenizer()
     _, questions, outcomes = ask(recipe, model)
-    student = Respondent("model", model, recipe, tokenizer, torch.float32, World())
+    student = ModelScorer("model", model, recipe, tokenizer, torch.float32, World())
     for row, question, outcome in zip(QUESTIONS, questions, outcomes, strict=True):
         assert isinstance(row["choices"], list)
         if as_chat:

@@ -10,18 +10,18 @@ import pytest
 from qlora_cli.errors import TrainingError
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.disk_space import Room, count_saves
+from qlora_cli.train.disk_space import DiskBudget, count_saves
 from qlora_cli.train.train import train
 from tests.conftest import exit_code
 
 MIB = 2**20
-ROOM = Room(weights=10 * MIB, state=20 * MIB, keep=2, saves=9, has_best=True)
+ROOM = DiskBudget(weights=10 * MIB, state=20 * MIB, keep=2, saves=9, has_best=True)
 
 
 def test_the_fullest_moment_has_one_checkpoint_more_than_are_kept() -> None:
     assert ROOM.most(2) == (3 * 30 + 2 * 10) * MIB
-    assert Room(10, 20, keep=2, saves=9, has_best=False).most(2) == 3 * 30 + 10
-    assert Room(10, 20, keep=5, saves=2, has_best=False).most(5) == 2 * 30 + 10
+    assert DiskBudget(10, 20, keep=2, saves=9, has_best=False).most(2) == 3 * 30 + 10
+    assert DiskBudget(10, 20, keep=5, saves=2, has_best=False).most(5) == 2 * 30 + 10
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,9 @@ def test_a_checkpoint_is_about_as_large_as_was_foreseen(
     )
     record = train(recipe)
     number = record["trained_weights"]
-    room = Room(4 * number, recipe.optimizer.state_bytes * number, keep=1, saves=1, has_best=False)
+    room = DiskBudget(
+        4 * number, recipe.optimizer.state_bytes * number, keep=1, saves=1, has_best=False
+    )
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     written = sum(file["bytes"] for file in manifest["files"].values())

@@ -20,14 +20,14 @@ from qlora_cli.data.batching.sampler import full_batch
 from qlora_cli.errors import OutOfMemory
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan.dry_run import Alone
-from qlora_cli.plan.estimate import Rows
+from qlora_cli.plan.dry_run import SingleProcess
+from qlora_cli.plan.estimate import PlanRows
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import preflight
-from qlora_cli.train.preflight import memory_summary, settle_here, try_largest
+from qlora_cli.train.preflight import memory_summary, resolve_auto, try_largest
 from qlora_cli.train.train import train
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
@@ -80,8 +80,8 @@ def test_auto_is_settled_once_and_kept(
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=2**40))
     recipe = tiny_recipe(**auto)
-    assert settle_here(recipe, Alone(), None).training.micro_batch_size == 4
-    assert settle_here(recipe, Alone(), RunFolder(folder)).training.micro_batch_size == 1
+    assert resolve_auto(recipe, SingleProcess(), None).training.micro_batch_size == 4
+    assert resolve_auto(recipe, SingleProcess(), RunFolder(folder)).training.micro_batch_size == 1
 
 
 def test_what_was_tried_takes_what_was_planned(
@@ -152,11 +152,11 @@ def test_memory_that_ends_in_the_trial_ends_the_run_with_advice(
     def end(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
-    rows = Rows([[full_batch(1, 16, is_flat=False)]], None, 1, 1, "here")
+    rows = PlanRows([[full_batch(1, 16, padding_free=False)]], None, 1, 1, "here")
     objective = TokenLoss(model, torch.float32)
     model.get_input_embeddings().register_forward_hook(end)
     with pytest.raises(OutOfMemory, match="1x16 tokens") as caught:
-        try_largest(objective, optimizer, rows, Alone(), is_counted=True)
+        try_largest(objective, optimizer, rows, SingleProcess(), is_counted=True)
     assert "--fit" in (caught.value.hint or "")
     assert not optimizer.state
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -230,7 +230,7 @@ def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
         b.data.copy_(other.lora_B["default"])
         other.ranknum["default"].data.fill_(4 - 1e-5)  # which PEFT adds to it
         pairs.append((factor, b, other))
-    follower = our_adalora().follow(ours, STEPS)
+    follower = our_adalora().step_hooks(ours, STEPS)
     optimizers = [torch.optim.SGD(trained(model), lr=0.5) for model in (theirs, ours)]
     left = []
     for step in range(STEPS):
@@ -258,7 +258,7 @@ def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
 def test_what_is_left_is_saved_as_lora_of_its_ranks(tiny_model: Path, tmp_path: Path) -> None:
     adapter = our_adalora()
     model = adapter.attach(load(tiny_model))
-    train(model, adapter.follow(model, STEPS), STEPS)
+    train(model, adapter.step_hooks(model, STEPS), STEPS)
     factors = [module for module in model.modules() if isinstance(module, Weighted)]
     for factor in factors:
         factor.values.data *= 1000  # so few steps hardly change a logit
@@ -276,7 +276,7 @@ def test_a_checkpoint_has_all_of_the_allocation(tiny_model: Path) -> None:
     """Twin models, one of which is put back in the middle and goes on, end as one."""
     adapter = our_adalora()
     model = adapter.attach(load(tiny_model))
-    follower = adapter.follow(model, STEPS)
+    follower = adapter.step_hooks(model, STEPS)
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
 
     def go(steps: range) -> None:
@@ -295,7 +295,7 @@ def test_a_checkpoint_has_all_of_the_allocation(tiny_model: Path) -> None:
 
     torch.manual_seed(1)
     model = adapter.attach(load(tiny_model))
-    follower = adapter.follow(model, STEPS)
+    follower = adapter.step_hooks(model, STEPS)
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
     for name, tensor in _trained(model).items():
         tensor.copy_(kept[name])
