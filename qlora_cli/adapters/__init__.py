@@ -10,9 +10,9 @@ from qlora_cli.adapters.adalora import AdaLoRA
 from qlora_cli.adapters.bottleneck import Bottleneck
 from qlora_cli.adapters.full import FullFineTune
 from qlora_cli.adapters.lora import LoRA
-from qlora_cli.adapters.other_peft import IA3, OFT, AnyOfPeft, LoHa, LoKr, VeRA
+from qlora_cli.adapters.other_peft import IA3, OFT, LoHa, LoKr, OtherPeft, VeRA
 from qlora_cli.adapters.partial import BitFit, Freeze
-from qlora_cli.adapters.virtual_tokens import Prefix, Prompt
+from qlora_cli.adapters.virtual_tokens import PrefixTuning, PromptTuning
 
 AdapterConfig = Annotated[
     LoRA
@@ -26,9 +26,9 @@ AdapterConfig = Annotated[
     | LoKr
     | OFT
     | Bottleneck
-    | Prompt
-    | Prefix
-    | AnyOfPeft,
+    | PromptTuning
+    | PrefixTuning
+    | OtherPeft,
     Field(discriminator="type"),
 ]
 
@@ -37,7 +37,6 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "AdapterConfig",
-    "AnyOfPeft",
     "BitFit",
     "Bottleneck",
     "Freeze",
@@ -45,7 +44,8 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
-    "Prefix",
-    "Prompt",
+    "OtherPeft",
+    "PrefixTuning",
+    "PromptTuning",
     "VeRA",
 ]

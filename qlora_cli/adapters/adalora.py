@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.adapters.lora import LowRank, only_linear
+from qlora_cli.adapters.lora import LowRank, linear_updates
 from qlora_cli.adapters.peft_base import save_adapter
 
 if TYPE_CHECKING:
@@ -71,33 +71,33 @@ class AdaLoRA(LowRank):
             **self.shared_settings(model),
         )
 
-    def begin(self, adapted: PeftModel) -> None:
+    def initialize(self, adapted: PeftModel) -> None:
         """Draw directions, and leave their values at zero."""
         import torch
 
-        from qlora_cli.adapters.layers.lora_init import ADAPTER, Weighted
+        from qlora_cli.adapters.layers.lora_init import ADAPTER, ScaledFactor
 
-        for layer in only_linear(adapted, "adapter.type (adalora)").values():
+        for layer in linear_updates(adapted, "adapter.type (adalora)").values():
             a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight
             torch.nn.init.normal_(a, std=_DEVIATION)
             torch.nn.init.normal_(b, std=_DEVIATION)
-            layer.lora_A[ADAPTER] = Weighted(a, num_out=b.shape[0])
+            layer.lora_A[ADAPTER] = ScaledFactor(a, num_out=b.shape[0])
 
     def step_hooks(self, model: nn.Module, max_steps: int) -> StepHooks:
         """Take ranks away."""
-        from qlora_cli.adapters.layers.lora_init import ADAPTER, updated_layers
-        from qlora_cli.adapters.layers.rank_allocation import Budget, RankAllocation
+        from qlora_cli.adapters.layers.lora_init import ADAPTER, low_rank_layers
+        from qlora_cli.adapters.layers.rank_allocation import RankAllocator, RankBudget
 
-        layers = [layer for _, layer in updated_layers(model)]
+        layers = [layer for _, layer in low_rank_layers(model)]
         begin = round(self.begin_at * max_steps)
-        budget = Budget(
+        budget = RankBudget(
             first=self.r * len(layers),
             last=self.target_r * len(layers),
             begin=begin,
             end=max(begin + 1, round(self.end_at * max_steps)),
             every=self.allocate_every,
         )
-        return RankAllocation(
+        return RankAllocator(
             [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers],
             budget,
             beta1=self.beta1,
@@ -107,11 +107,11 @@ class AdaLoRA(LowRank):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter as ordinary LoRA, each update with the rank that it has left."""
-        from qlora_cli.adapters.layers.lora_init import ADAPTER, plain_state, updated_layers
+        from qlora_cli.adapters.layers.lora_init import ADAPTER, low_rank_layers, plain_lora_state
 
-        state, config = plain_state(model), model.peft_config[ADAPTER]
+        state, config = plain_lora_state(model), model.peft_config[ADAPTER]
         config.rank_pattern, config.alpha_pattern = {}, {}
-        for name, layer in updated_layers(model):
+        for name, layer in low_rank_layers(model):
             kept = layer.lora_A[ADAPTER].values[:, 0] != 0
             rank = int(kept.sum())
             if rank == self.r:

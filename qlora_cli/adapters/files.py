@@ -103,7 +103,7 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     return read_config(folder, {name: tuple(one.shape) for name, one in saved.items()}), saved
 
 
-def refuse_endless_patterns(config: PeftConfig, modules: Iterable[str], folder: Path) -> None:
+def refuse_slow_patterns(config: PeftConfig, modules: Iterable[str], folder: Path) -> None:
     """Refuse settings whose regular expressions take for ever on the names of a model's modules.
 
     Raises:

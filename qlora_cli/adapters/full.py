@@ -35,7 +35,9 @@ class FullFineTune(AdapterMethod):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
-    def edits(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> WeightEdits:
+    def weight_edits(
+        self, skeleton: PreTrainedModel, names: WeightNames, folder: Path
+    ) -> WeightEdits:
         """What a saved training changed in the base (`skeleton`: on the meta device)."""
         from qlora_cli.adapters.weight_edits import FullModelEdits
 

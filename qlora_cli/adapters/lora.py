@@ -34,9 +34,9 @@ class LowRank(Selected):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter as ordinary LoRA, in PEFT's format."""
-        from qlora_cli.adapters.layers.lora_init import plain_state
+        from qlora_cli.adapters.layers.lora_init import plain_lora_state
 
-        save_adapter(model, folder, state_dict=plain_state(model))
+        save_adapter(model, folder, state_dict=plain_lora_state(model))
 
     def _refuse_tied(self, model: PreTrainedModel) -> None:
         """An update beside a matrix that two modules share would be merged into both of them."""
@@ -179,41 +179,41 @@ class LoRA(LowRank):
                 f"0 to {rows - 1}"
             )
 
-    def begin(self, adapted: PeftModel) -> None:
+    def initialize(self, adapted: PeftModel) -> None:
         """Give the factors what they begin as, where that is not PEFT's; freeze A."""
         from qlora_cli.adapters.layers.lora_init import ADAPTER
 
         if self.init not in _PLAIN:
-            for name, layer in only_linear(adapted, f"adapter.init ({self.init})").items():
+            for name, layer in linear_updates(adapted, f"adapter.init ({self.init})").items():
                 self._continue(name, layer)
         if self.freeze_a:
-            for layer in only_linear(adapted, "adapter.freeze_a").values():
+            for layer in linear_updates(adapted, "adapter.freeze_a").values():
                 layer.lora_A[ADAPTER].requires_grad_(False)
 
     def _continue(self, name: str, layer: Any) -> None:
         """Begin with a part of the layer's own weight."""
         from qlora_cli.adapters.layers.lora_init import (
             ADAPTER,
-            base_weight_of,
-            continue_from,
-            orthonormal,
-            principal,
+            dequantized_base_weight,
+            olora_factors,
+            pissa_factors,
+            set_factors,
         )
 
-        weight, rank = base_weight_of(layer), layer.r[ADAPTER] // 2
+        weight, rank = dequantized_base_weight(layer), layer.r[ADAPTER] // 2
         if rank > min(weight.shape):
             raise ModelError(
                 f"adapter.r ({rank}) is more than {name} has: {min(weight.shape)}",
                 hint="give a smaller r, or the module one of its own in adapter.rank_pattern",
             )
         if self.init == "olora":
-            a, b = orthonormal(weight, rank)
+            a, b = olora_factors(weight, rank)
         else:
             steps = _FAST_STEPS if self.init == "pissa_fast" else None
-            a, b = principal(weight, rank, layer.scaling[ADAPTER], steps)
-        continue_from(layer, a, b)
+            a, b = pissa_factors(weight, rank, layer.scaling[ADAPTER], steps)
+        set_factors(layer, a, b)
 
-    def begin_from(self, model: PeftModel, folder: Path) -> None:
+    def load_weights_from(self, model: PeftModel, folder: Path) -> None:
         """Put the weights of a saved adapter in place of those that `attach` began with.
 
         Raises:
@@ -273,15 +273,15 @@ def _refuse_other_settings(
         )
 
 
-def only_linear(adapted: PeftModel, what: str) -> dict[str, Any]:
+def linear_updates(adapted: PeftModel, what: str) -> dict[str, Any]:
     """PEFT's layers with an update, by their names in the base.
 
     Raises:
         ModelError: one is no update of a linear layer, which `what` needs.
     """
-    from qlora_cli.adapters.layers.lora_init import updated_layers
+    from qlora_cli.adapters.layers.lora_init import low_rank_layers
 
-    layers = dict(updated_layers(adapted))
+    layers = dict(low_rank_layers(adapted))
     for parameter, _ in adapted.named_parameters():
         name = parameter.partition(".lora_")[0].removeprefix("base_model.model.")
         if ".lora_" in parameter and name not in layers:

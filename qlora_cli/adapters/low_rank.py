@@ -52,7 +52,7 @@ class Update:
         As the norm of one update [B, -B'] [A; A'], since the difference of three large products
         would lose what is small.
         """
-        return float(stacked([self, other], [1.0, -1.0]).singular_values().norm())
+        return float(weighted_sum([self, other], [1.0, -1.0]).singular_values().norm())
 
     def singular_values(self) -> Tensor:
         """Of the update, the largest first (R,): those of the R x R core between two QRs."""
@@ -63,7 +63,7 @@ class Update:
         return values
 
 
-def stacked(updates: Sequence[Update], weights: Sequence[float]) -> Update:
+def weighted_sum(updates: Sequence[Update], weights: Sequence[float]) -> Update:
     """The weighted sum, as one update whose rank is the sum of theirs."""
     import torch
 
@@ -101,7 +101,7 @@ def read_updates(config: LoraConfig, saved: dict[str, Tensor]) -> dict[str, Upda
                 other = saved.get(key.removesuffix(first) + second)
                 if other is None or not _are_factors(tensor, other):
                     raise ModelError(f"{key} has no factor beside it of the same rank")
-                scale = scale_of(config, name, tensor.shape[0])
+                scale = update_scale(config, name, tensor.shape[0])
                 updates[name] = Update.of(tensor.flatten(1), other.flatten(1), scale)
     return updates
 
@@ -111,7 +111,7 @@ def _are_factors(a: Tensor, b: Tensor) -> bool:
     return is_filled and b.flatten(1).shape[1] == a.shape[0]
 
 
-def scale_of(config: LoraConfig, module: str, rank: int) -> float:
+def update_scale(config: LoraConfig, module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA, with the alpha of this module."""
     from peft.utils.other import get_pattern_key
 

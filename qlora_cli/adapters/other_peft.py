@@ -127,7 +127,7 @@ class OFT(Selected):
         return OFTConfig(oft_block_size=self.oft_block_size, **self.shared_settings(model))
 
 
-class AnyOfPeft(PeftMethod):
+class OtherPeft(PeftMethod):
     """A method of PEFT that has no class here, with PEFT's own settings."""
 
     type: Literal["peft"] = "peft"

@@ -55,7 +55,9 @@ class _Partial(AdapterMethod):
         }
         save_file(trained, folder / TRAINED, metadata={"format": "pt"})
 
-    def edits(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> WeightEdits:
+    def weight_edits(
+        self, skeleton: PreTrainedModel, names: WeightNames, folder: Path
+    ) -> WeightEdits:
         """What a saved training changed in the base (`skeleton`: on the meta device)."""
         from qlora_cli.adapters.weight_edits import FullModelEdits
 
@@ -84,7 +86,7 @@ class _Partial(AdapterMethod):
         return model
 
     def _train(self, model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
-        from qlora_cli.adapters.layers.bias import keep_unrounded
+        from qlora_cli.adapters.layers.bias import keep_biases_unrounded
 
         weights, wanted = _weights(model), set(names)
         if held := sorted(name for name in wanted if not weights[name].is_floating_point()):
@@ -98,7 +100,7 @@ class _Partial(AdapterMethod):
         for name in wanted:
             weights[name].data = weights[name].data.float()
             weights[name].requires_grad_(True)
-        keep_unrounded(model, wanted)
+        keep_biases_unrounded(model, wanted)
         return model
 
 

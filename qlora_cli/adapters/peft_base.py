@@ -45,7 +45,7 @@ class OfPeft(AdapterMethod):
         try:
             config: Any = self.peft_config(model)
             adapted = put_on(model, config)
-            self.begin(adapted)
+            self.initialize(adapted)
         except ModelError:
             raise
         # PEFT checks no types: what is wrong fails wherever it is used first.
@@ -61,14 +61,16 @@ class OfPeft(AdapterMethod):
     def check(self, model: PreTrainedModel) -> None:
         """Raises ModelError if the settings and the model do not go together."""
 
-    def begin(self, adapted: PeftModel) -> None:
+    def initialize(self, adapted: PeftModel) -> None:
         """Give trained weights their first values, where PEFT's are not the method's."""
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the adapter in PEFT's own format."""
         save_adapter(model, folder)
 
-    def edits(self, skeleton: PreTrainedModel, names: WeightNames, folder: Path) -> WeightEdits:
+    def weight_edits(
+        self, skeleton: PreTrainedModel, names: WeightNames, folder: Path
+    ) -> WeightEdits:
         """What a saved adapter changes in the base (`skeleton`: on the meta device).
 
         Raises:
@@ -88,7 +90,7 @@ class OfPeft(AdapterMethod):
         """
         from peft import set_peft_model_state_dict
 
-        from qlora_cli.adapters.files import read_adapter, refuse_endless_patterns
+        from qlora_cli.adapters.files import read_adapter, refuse_slow_patterns
         from qlora_cli.adapters.weight_edits import (
             grow_vocabulary,
             match_saved,
@@ -97,7 +99,7 @@ class OfPeft(AdapterMethod):
 
         config, saved = read_adapter(folder)
         refuse_changed_base(config, folder)
-        refuse_endless_patterns(config, [name for name, _ in model.named_modules()], folder)
+        refuse_slow_patterns(config, [name for name, _ in model.named_modules()], folder)
         config.inference_mode = False  # as saved it would freeze what was trained
         try:
             shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -205,14 +207,14 @@ def adapt(model: PreTrainedModel, config: PeftConfig, adapter_name: str = "defau
     """
     from peft import PeftModel, get_peft_model
 
-    from qlora_cli.adapters.layers.virtual_tokens import put_before
+    from qlora_cli.adapters.layers.virtual_tokens import insert_virtual_tokens
 
     if not config.is_prompt_learning:
         use_our_layers(config, model)
         return get_peft_model(model, config, adapter_name=adapter_name)
     # PEFT's class for causal models would put them in too.
     adapted = PeftModel(model, config, adapter_name)
-    put_before(adapted)
+    insert_virtual_tokens(adapted)
     return adapted
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.adapters.files import read_adapter, refuse_endless_patterns
+from qlora_cli.adapters.files import read_adapter, refuse_slow_patterns
 from qlora_cli.adapters.weight_edits import match_saved, refuse_changed_base
 from qlora_cli.errors import ModelError
 
@@ -41,7 +41,7 @@ class AdapterSet:
 
         config, saved = read_adapter(folder)
         refuse_changed_base(config, folder)
-        refuse_endless_patterns(config, [name for name, _ in self._base.named_modules()], folder)
+        refuse_slow_patterns(config, [name for name, _ in self._base.named_modules()], folder)
         # Whether the base is the right one is told from its weights and not from its path.
         config.base_model_name_or_path = None
         # What the user calls it may be no name for a module.

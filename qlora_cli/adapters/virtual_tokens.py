@@ -24,7 +24,7 @@ class _VirtualTokens(OfPeft):
         return {"task_type": "CAUSAL_LM", "num_virtual_tokens": self.num_virtual_tokens}
 
 
-class Prompt(_VirtualTokens):
+class PromptTuning(_VirtualTokens):
     """Embeddings of virtual tokens are trained (prompt tuning, Lester et al. 2021,
     https://arxiv.org/abs/2104.08691)."""
 
@@ -37,7 +37,7 @@ class Prompt(_VirtualTokens):
         return PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **self._settings())
 
 
-class Prefix(_VirtualTokens):
+class PrefixTuning(_VirtualTokens):
     """Keys and values of virtual tokens are trained, in every layer (prefix tuning, Li & Liang
     2021, https://arxiv.org/abs/2101.00190)."""
 
@@ -49,8 +49,8 @@ class Prefix(_VirtualTokens):
 
         return PrefixTuningConfig(**self._settings())
 
-    def begin(self, adapted: PeftModel) -> None:
+    def initialize(self, adapted: PeftModel) -> None:
         """With the keys and values of words."""
-        from qlora_cli.adapters.layers.virtual_tokens import begin_as_words
+        from qlora_cli.adapters.layers.virtual_tokens import initialize_from_words
 
-        begin_as_words(adapted)
+        initialize_from_words(adapted)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from qlora_cli.adapters.files import WEIGHTS, read_config, refuse_endless_patterns
+from qlora_cli.adapters.files import WEIGHTS, read_config, refuse_slow_patterns
 from qlora_cli.common.untrusted_files import refuse_no_safetensors
 from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import Shards
@@ -123,7 +123,7 @@ class AdapterEdits(WeightEdits):
         self._results: dict[str, Tensor] = {}
         saved = {name: stored.shape for name, stored in self._saved.tensors.items()}
         config = _read_config(folder, saved)
-        refuse_endless_patterns(config, [name for name, _ in skeleton.named_modules()], folder)
+        refuse_slow_patterns(config, [name for name, _ in skeleton.named_modules()], folder)
         self.shapes = grow_vocabulary(skeleton, saved)
         self._parameters = [*skeleton.named_parameters(remove_duplicate=False)]
         self._own: dict[int, list[str]] = {}

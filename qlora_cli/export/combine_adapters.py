@@ -11,7 +11,7 @@ from typing import Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.adapters.files import WEIGHTS
-from qlora_cli.adapters.low_rank import Update, read_updates, stacked
+from qlora_cli.adapters.low_rank import Update, read_updates, weighted_sum
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
@@ -137,7 +137,7 @@ def _error(
     wanted = {}
     for name in names:
         some = [(one[name], w) for one, w in zip(parents, weights, strict=True) if name in one]
-        wanted[name] = stacked([update for update, _ in some], [weight for _, weight in some])
+        wanted[name] = weighted_sum([update for update, _ in some], [weight for _, weight in some])
     norm = math.hypot(*(update.norm() for update in wanted.values()))
     return over(math.hypot(*(wanted[name].distance(made[name]) for name in names)), norm)
 

@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
     skeleton = build_skeleton(located, trust_remote_code=trust)
     names = WeightNames(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
-    edits = recipe.adapter.edits(skeleton, names, trained)
+    edits = recipe.adapter.weight_edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"
     return Merge(shards, names, edits, rounding, tied, as_trained=is_as_trained)
 

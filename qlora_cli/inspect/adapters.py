@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.adapters.files import WEIGHTS, read_adapter, refuse_endless_patterns
+from qlora_cli.adapters.files import WEIGHTS, read_adapter, refuse_slow_patterns
 from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.runs.adapter_folder import CONFIG, AdapterFolder
@@ -142,7 +142,7 @@ def read_lora(place: AdapterFolder) -> tuple[Any, dict[str, Tensor], dict[str, U
     config, saved = read_adapter(place.folder)
     if config.peft_type != "LORA":
         raise ModelError(f"{place.path}: a {config.peft_type} adapter, and only LoRA's are read")
-    refuse_endless_patterns(config, [name.removesuffix(".weight") for name in saved], place.folder)
+    refuse_slow_patterns(config, [name.removesuffix(".weight") for name in saved], place.folder)
     if config.target_parameters:
         raise ModelError(
             f"{place.path}: target_parameters ({', '.join(sorted(config.target_parameters))}): "

@@ -22,7 +22,7 @@ NamedParameters = Iterable[tuple[str, "Parameter"]]
 """As from `Module.named_parameters`."""
 
 
-class Group(Config):
+class ParameterGroup(Config):
     """Trained parameters with settings of their own."""
 
     match: str = Field(min_length=1)
@@ -51,7 +51,7 @@ class Group(Config):
 
 def group_parameters(
     parameters: NamedParameters,
-    groups: Mapping[str, Group],
+    groups: Mapping[str, ParameterGroup],
     *,
     learning_rate: float,
     weight_decay: float,
@@ -89,7 +89,7 @@ def group_parameters(
     return made
 
 
-def _members(names: list[str], groups: Mapping[str, Group]) -> dict[str, list[str]]:
+def _members(names: list[str], groups: Mapping[str, ParameterGroup]) -> dict[str, list[str]]:
     """The names of each group; of those in none, under "optimizer", first."""
     members: dict[str, list[str]] = {"optimizer": [], **{key: [] for key in groups}}
     for name in names:

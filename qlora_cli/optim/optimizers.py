@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.common.config import Config
 from qlora_cli.errors import RecipeError
-from qlora_cli.optim.groups import Group, NamedParameters, group_parameters
+from qlora_cli.optim.groups import NamedParameters, ParameterGroup, group_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class _Optimizer(Config):
     """Highest learning rate; the schedule scales it."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of trained matrices (never of biases and norms)."""
-    groups: list[Group] = Field([])
+    groups: list[ParameterGroup] = Field([])
     """Parameters with a learning rate or weight decay of their own."""
     lora_plus_ratio: float | None = Field(None, gt=0)
     """LoRA+ (https://arxiv.org/abs/2402.12354): the learning rate of the factors B is so many times
@@ -64,14 +64,14 @@ class _Optimizer(Config):
         )
         return plain.build(parameters, device)
 
-    def as_used(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """While it is entered, the trained weights are those to evaluate and to save."""
         return nullcontext()
 
     def _grouped(self, parameters: NamedParameters) -> Groups:
         groups = {f"optimizer.groups[{i}]": group for i, group in enumerate(self.groups)}
         if self.lora_plus_ratio is not None:
-            groups["optimizer.lora_plus_ratio"] = Group(
+            groups["optimizer.lora_plus_ratio"] = ParameterGroup(
                 match=r"\.lora_(embedding_)?B\.",
                 learning_rate=self.lora_plus_ratio * self.learning_rate,
             )
@@ -333,7 +333,7 @@ class ScheduleFreeAdamW(_AdamW):
         made: torch.optim.Optimizer = optimizer
         return made
 
-    def as_used(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """The average, in place of the point at which the gradient is taken."""
         return _averaged(optimizer)
 

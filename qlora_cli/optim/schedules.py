@@ -11,7 +11,7 @@ from qlora_cli.common.config import Config
 
 
 class _Warmup(Config):
-    falls: ClassVar[bool] = True
+    decays: ClassVar[bool] = True
     """Whether the learning rate falls again after warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate grows linearly to its full value."""
@@ -29,7 +29,7 @@ class Constant(_Warmup):
     """The full learning rate after warm-up."""
 
     type: Literal["constant"] = "constant"
-    falls: ClassVar[bool] = False
+    decays: ClassVar[bool] = False
 
     def scale(self, step: int, max_steps: int) -> float:
         """Factor on the learning rate of the step with index `step` (the first is 0)."""

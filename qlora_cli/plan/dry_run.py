@@ -111,7 +111,7 @@ def dry_run(
                     method,
                 )
         if held_out is not None:
-            with count.stage(EVALUATION), recipe.optimizer.as_used(optimizer):
+            with count.stage(EVALUATION), recipe.optimizer.evaluation_weights(optimizer):
                 evaluate_loss(objective, [held_out], world.device)
     return model
 

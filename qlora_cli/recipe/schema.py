@@ -229,7 +229,7 @@ class Recipe(Config):
                 "weights of 16 bit are multiplied in 16 bit; use training.precision auto, or "
                 f"quantization.{held_by} auto"
             )
-        if self.optimizer.is_schedule_free and self.schedule.falls:
+        if self.optimizer.is_schedule_free and self.schedule.decays:
             problems.append(
                 f"optimizer.type ({self.optimizer.type}) averages the weights in place of a "
                 f"schedule.type ({self.schedule.type}) that falls; use schedule.type constant "

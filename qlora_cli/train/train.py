@@ -150,7 +150,7 @@ def _train(
     kernels = prepare_layers(model, base, settings, kernels, dtype, means)
 
     def write_weights(folder: Path) -> None:
-        with recipe.optimizer.as_used(optimizer):
+        with recipe.optimizer.evaluation_weights(optimizer):
             recipe.adapter.save(model, folder)
         tokenizer.save_pretrained(folder)
         base.generation_config.save_pretrained(folder)
@@ -236,7 +236,7 @@ def _train(
             try:
                 # Several processes cannot leave it in different places.
                 at_once = stop.at_once() if world.size == 1 else nullcontext()
-                with recipe.optimizer.as_used(optimizer), at_once:
+                with recipe.optimizer.evaluation_weights(optimizer), at_once:
                     metrics = evaluate()
             except Interrupted:
                 return {}  # a run that is resumed evaluates here again

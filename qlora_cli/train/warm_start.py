@@ -31,7 +31,7 @@ class WarmStart:
         Raises:
             ModelError: it was trained with other settings, or does not fit tensor for tensor.
         """
-        self.adapter.begin_from(model, self.place.folder)
+        self.adapter.load_weights_from(model, self.place.folder)
 
     def record(self) -> dict[str, Any]:
         """Its name, the sum of its weights, and what it began from itself, for the new run."""

@@ -11,7 +11,6 @@ from qlora_cli.adapters import (
     OFT,
     AdaLoRA,
     AdapterConfig,
-    AnyOfPeft,
     BitFit,
     Bottleneck,
     Freeze,
@@ -19,8 +18,9 @@ from qlora_cli.adapters import (
     LoHa,
     LoKr,
     LoRA,
-    Prefix,
-    Prompt,
+    OtherPeft,
+    PrefixTuning,
+    PromptTuning,
     VeRA,
 )
 
@@ -52,7 +52,7 @@ class Subject:
 
 def _peft(peft_type: Any, **config: Any) -> Subject:
     targets = ["q_proj", "down_proj"]
-    return Subject(AnyOfPeft(peft_type=peft_type, target_modules=targets, config=config))
+    return Subject(OtherPeft(peft_type=peft_type, target_modules=targets, config=config))
 
 
 def _experts() -> LoRA:
@@ -92,8 +92,8 @@ _WRITTEN = {
     "oft": Subject(OFT(oft_block_size=8)),
     "bottleneck": Subject(Bottleneck(size=4)),
     "bottleneck, feed-forward alone": Subject(Bottleneck(size=4, after=["feed_forward"])),
-    "prompt": Subject(Prompt(num_virtual_tokens=5)),
-    "prefix": Subject(Prefix(num_virtual_tokens=5)),
+    "prompt": Subject(PromptTuning(num_virtual_tokens=5)),
+    "prefix": Subject(PrefixTuning(num_virtual_tokens=5)),
     "peft: randlora": _peft("randlora", r=4),
     "peft: fourierft": _peft("fourierft", n_frequency=16, init_weights=True),
     "peft: miss": _peft("miss", r=4),

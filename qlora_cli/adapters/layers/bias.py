@@ -28,7 +28,7 @@ class TrainedBias(nn.Module):
         return y + bias.to(y.dtype)
 
 
-def keep_unrounded(model: nn.Module, names: Iterable[str]) -> None:
+def keep_biases_unrounded(model: nn.Module, names: Iterable[str]) -> None:
     """Take the biases among these weights out of the hands of bitsandbytes. They keep their names.
 
     Args:

@@ -35,7 +35,7 @@ class Factor(nn.Module):
         return F.linear(x, self.weight)
 
 
-class Continued(Factor):
+class OffsetFactor(Factor):
     """A trained factor, and beside it what it began as.
 
     With A0 and B0 for what they began as, the update is B A - B0 A0 = [B, -B0] [A; A0]. It is zero
@@ -62,7 +62,7 @@ class Continued(Factor):
         return torch.cat([self.trained, self.first], self._dim)
 
 
-class Weighted(Factor):
+class ScaledFactor(Factor):
     """The factor A of rows with a weight each: the update is B diag(values) directions.
 
     Beside it is what AdaLoRA knows of the importance of both factors.
@@ -92,7 +92,7 @@ class Weighted(Factor):
         return self.directions * self.values
 
 
-def updated_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """PEFT's layers with a low-rank update of a linear layer, by their names in the base."""
     from peft.tuners.lora import LoraLayer
 
@@ -101,7 +101,7 @@ def updated_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix(_PREFIX), module
 
 
-def plain_state(model: PeftModel) -> dict[str, Any]:
+def plain_lora_state(model: PeftModel) -> dict[str, Any]:
     """The state of a model as if all factors were plain matrices."""
     state: dict[str, Any] = model.state_dict()
     for name, module in model.named_modules():
@@ -112,14 +112,16 @@ def plain_state(model: PeftModel) -> dict[str, Any]:
     return state
 
 
-def continue_from(layer: Any, a: Tensor, b: Tensor) -> None:
+def set_factors(layer: Any, a: Tensor, b: Tensor) -> None:
     """Have a layer of PEFT, of rank 2R, train factors of rank R that begin as `a` and `b`."""
-    layer.lora_A[ADAPTER] = Continued(a, dim=0, sign=1)
-    layer.lora_B[ADAPTER] = Continued(b, dim=1, sign=-1)
+    layer.lora_A[ADAPTER] = OffsetFactor(a, dim=0, sign=1)
+    layer.lora_B[ADAPTER] = OffsetFactor(b, dim=1, sign=-1)
 
 
 @torch.no_grad()
-def principal(weight: Tensor, rank: int, scale: float, steps: int | None) -> tuple[Tensor, Tensor]:
+def pissa_factors(
+    weight: Tensor, rank: int, scale: float, steps: int | None
+) -> tuple[Tensor, Tensor]:
     """PiSSA: scale * B A is the best approximation of a weight of this rank (Meng et al. 2024,
     equations 2 and 3).
 
@@ -140,7 +142,7 @@ def principal(weight: Tensor, rank: int, scale: float, steps: int | None) -> tup
 
 
 @torch.no_grad()
-def orthonormal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def olora_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """OLoRA: the first rows of R and columns of Q of a weight (Buyukakyuz 2024, algorithm 1).
 
     Args:
@@ -154,7 +156,7 @@ def orthonormal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def base_weight_of(layer: Any) -> Tensor:
+def dequantized_base_weight(layer: Any) -> Tensor:
     """What a layer of PEFT is beside, (out, in) float32, dequantized where it is quantized."""
     from bitsandbytes.nn import Linear8bitLt
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.adapters.layers.lora_init import Weighted
+from qlora_cli.adapters.layers.lora_init import ScaledFactor
 from qlora_cli.types import StepHooks
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class RankBudget:
     """How many ranks there are in each step."""
 
     first: int
@@ -40,7 +40,7 @@ class Budget:
         return step == self.end or (self.begin < step < self.end and step % self.every == 0)
 
 
-class RankAllocation(StepHooks):
+class RankAllocator(StepHooks):
     """Takes the least important ranks of all updates away, those that may come back first.
 
     Args:
@@ -51,8 +51,8 @@ class RankAllocation(StepHooks):
 
     def __init__(
         self,
-        pairs: Sequence[tuple[Weighted, nn.Linear]],
-        budget: Budget,
+        pairs: Sequence[tuple[ScaledFactor, nn.Linear]],
+        budget: RankBudget,
         *,
         beta1: float,
         beta2: float,
@@ -93,7 +93,7 @@ class RankAllocation(StepHooks):
             for a, _ in self._pairs:
                 a.values.mul_(a.kept)
 
-    def _measure(self, factor: Weighted, name: str, weight: Tensor) -> None:
+    def _measure(self, factor: ScaledFactor, name: str, weight: Tensor) -> None:
         """The sensitivity of the loss to each number (equations 8 to 10)."""
         assert weight.grad is not None
         found = (weight * weight.grad).abs()
@@ -111,7 +111,7 @@ class RankAllocation(StepHooks):
             a.values.mul_(a.kept)
 
 
-def _scores(factor: Weighted) -> Tensor:
+def _scores(factor: ScaledFactor) -> Tensor:
     """(R,), of its value and of the mean of each direction."""
     values, a, b = (
         factor.get_buffer(f"mean_{name}") * factor.get_buffer(f"spread_{name}")

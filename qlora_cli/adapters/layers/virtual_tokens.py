@@ -17,7 +17,7 @@ from torch import Tensor, nn
 _KINDS = (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING)
 
 
-def put_before(model: PeftModel) -> None:
+def insert_virtual_tokens(model: PeftModel) -> None:
     """Let the active virtual tokens of a model stand before whatever its decoder is given.
 
     Args:
@@ -175,7 +175,7 @@ class _Before:
 
 
 @torch.no_grad()
-def begin_as_words(model: PeftModel) -> None:
+def initialize_from_words(model: PeftModel) -> None:
     """Let a prefix begin with the keys and values of words that are drawn from the vocabulary.
 
     Li & Liang (section 7.4) find that numbers drawn at random learn worse. One word for each of the

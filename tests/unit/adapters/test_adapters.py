@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from qlora_cli.adapters import AnyOfPeft, BitFit, Bottleneck, Freeze, LoRA
+from qlora_cli.adapters import BitFit, Bottleneck, Freeze, LoRA, OtherPeft
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.decoder_layer import can_fuse
 from tests.conftest import save_tiny_model
@@ -154,8 +154,8 @@ def test_a_bottleneck_has_as_many_weights_as_the_paper_says(after: list[Any]) ->
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (AnyOfPeft(peft_type="miss", target_modules=["q_proj"], config={"rr": 2}), "no 'rr'"),
-        (AnyOfPeft(peft_type="miss", config={"peft_type": "LORA"}), "no 'peft_type'"),
+        (OtherPeft(peft_type="miss", target_modules=["q_proj"], config={"rr": 2}), "no 'rr'"),
+        (OtherPeft(peft_type="miss", config={"peft_type": "LORA"}), "no 'peft_type'"),
         (BitFit(), "trains biases, and this model has none"),
         (Freeze(last_layers=3), "the model has 2 layers"),
         (Freeze(last_layers=0), "nothing would be trained"),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qlora_cli.adapters import LoRA
-from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates, stacked
+from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates, weighted_sum
 from qlora_cli.adapters.switch import read_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.inspect.adapters import inspect
@@ -32,7 +32,7 @@ def test_figures_from_factors_are_those_of_the_product() -> None:
     assert one.distance(other) == pytest.approx(float((first - second).norm()), rel=1e-12)
     values = torch.linalg.svdvals(first)
     torch.testing.assert_close(one.singular_values(), values[:3], rtol=1e-12, atol=0)
-    both = stacked([one, other], [0.25, -2.0])
+    both = weighted_sum([one, other], [0.25, -2.0])
     torch.testing.assert_close(both.b @ both.a, 0.25 * first - 2.0 * second)
 
 

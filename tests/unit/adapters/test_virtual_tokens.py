@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from qlora_cli.adapters import LoRA, Prefix, Prompt
+from qlora_cli.adapters import LoRA, PrefixTuning, PromptTuning
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.inference.sampling import Sampling, answers
 from qlora_cli.objectives.supervised import TokenLoss
@@ -22,7 +22,7 @@ from qlora_cli.types import Prompt as Question
 from tests.conftest import make_tokenizer
 
 NUMBER = 5
-METHODS = [Prompt(num_virtual_tokens=NUMBER), Prefix(num_virtual_tokens=NUMBER)]
+METHODS = [PromptTuning(num_virtual_tokens=NUMBER), PrefixTuning(num_virtual_tokens=NUMBER)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=["prompt", "prefix"])
 IDS = torch.arange(1, 13).view(2, 6)
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
@@ -68,7 +68,7 @@ def test_a_row_without_a_mask_and_among_others_is_the_same(tiny_model: Path, met
 
 def test_a_prompt_of_words_is_those_words(tiny_model: Path) -> None:
     base = load(tiny_model)
-    model = Prompt(num_virtual_tokens=3).attach(load(tiny_model)).eval()
+    model = PromptTuning(num_virtual_tokens=3).attach(load(tiny_model)).eval()
     words = torch.tensor([7, 70, 170])
     table = base.get_input_embeddings().weight
     model.prompt_encoder["default"].embedding.weight.data.copy_(table[words])
@@ -80,7 +80,7 @@ def test_a_prompt_of_words_is_those_words(tiny_model: Path) -> None:
 def test_a_prefix_begins_as_words_before_the_row(tiny_model: Path) -> None:
     base = load(tiny_model)
     torch.manual_seed(3)
-    model = Prefix(num_virtual_tokens=3).attach(load(tiny_model)).eval()
+    model = PrefixTuning(num_virtual_tokens=3).attach(load(tiny_model)).eval()
     torch.manual_seed(3)
     # PEFT draws what is then replaced.
     torch.nn.Embedding(3, 2 * 2 * 16)
@@ -180,7 +180,7 @@ def test_packed_rows_are_refused(
 
 
 def test_virtual_tokens_do_not_take_turns_with_lora(tiny_model: Path, tmp_path: Path) -> None:
-    for name, method in {"a": LoRA(r=2), "b": Prompt(num_virtual_tokens=2)}.items():
+    for name, method in {"a": LoRA(r=2), "b": PromptTuning(num_virtual_tokens=2)}.items():
         (tmp_path / name).mkdir()
         method.save(method.attach(load(tiny_model)), tmp_path / name)
     adapters = AdapterSet(load(tiny_model))

@@ -8,7 +8,7 @@ import schedulefree
 import torch
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.optim.groups import Group
+from qlora_cli.optim.groups import ParameterGroup
 from qlora_cli.optim.optimizers import (
     SGD,
     Adafactor,
@@ -198,7 +198,7 @@ def test_the_weights_in_use_are_the_average_and_training_goes_on_as_if_never_loo
     run(reference, theirs, 7)
     before = ours[0].detach().clone()
     reference.eval()
-    with config.as_used(optimizer):
+    with config.evaluation_weights(optimizer):
         torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
         assert not torch.equal(ours[0], before)
     assert torch.equal(ours[0], before)
@@ -240,8 +240,8 @@ def settings(optimizer: torch.optim.Optimizer, parameters: Any) -> dict[str, tup
 def test_groups_have_their_own_learning_rate_and_weight_decay(config_class) -> None:
     parameters = lora()
     groups = [
-        Group(match="lora_B", learning_rate=0.5),
-        Group(match=r"norm$|layers\.0", weight_decay=0.25),
+        ParameterGroup(match="lora_B", learning_rate=0.5),
+        ParameterGroup(match=r"norm$|layers\.0", weight_decay=0.25),
     ]
     config = config_class(learning_rate=0.125, weight_decay=1, groups=groups)
     found = settings(config.build(parameters, CPU), parameters)
@@ -252,7 +252,9 @@ def test_groups_have_their_own_learning_rate_and_weight_decay(config_class) -> N
 def test_lora_plus_is_one_key_or_a_group(config_class, caplog: pytest.LogCaptureFixture) -> None:
     parameters = lora()
     short = config_class(learning_rate=0.125, lora_plus_ratio=4)
-    long = config_class(learning_rate=0.125, groups=[Group(match="lora_B", learning_rate=0.5)])
+    long = config_class(
+        learning_rate=0.125, groups=[ParameterGroup(match="lora_B", learning_rate=0.5)]
+    )
     with caplog.at_level(logging.INFO, logger="qlora"):
         found = settings(short.build(parameters, CPU), parameters)
     assert found == settings(long.build(parameters, CPU), parameters)
@@ -265,9 +267,12 @@ def test_lora_plus_is_one_key_or_a_group(config_class, caplog: pytest.LogCapture
 
 def test_a_group_that_matches_nothing_is_refused_with_what_is_near() -> None:
     with pytest.raises(RecipeError, match="'lora_C' matches no trained parameter; there") as caught:
-        AdamW(groups=[Group(match="lora_C", weight_decay=1)]).build(lora(), CPU)
+        AdamW(groups=[ParameterGroup(match="lora_C", weight_decay=1)]).build(lora(), CPU)
     assert "lora_A" in (caught.value.hint or "")
-    groups = [Group(match="lora", weight_decay=1), Group(match="lora_B", weight_decay=0)]
+    groups = [
+        ParameterGroup(match="lora", weight_decay=1),
+        ParameterGroup(match="lora_B", weight_decay=0),
+    ]
     with pytest.raises(RecipeError, match=r"groups\[1\]: all that 'lora_B' matches .* before it"):
         AdamW(groups=groups).build(lora(), CPU)
     with pytest.raises(RecipeError, match=r"lora_plus_ratio: .* no trained parameter"):

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.adapters import AdaLoRA, LoRA
 from qlora_cli.adapters.layers.lora_init import (
-    Continued,
-    Weighted,
-    orthonormal,
-    principal,
-    updated_layers,
+    OffsetFactor,
+    ScaledFactor,
+    low_rank_layers,
+    olora_factors,
+    pissa_factors,
 )
 from qlora_cli.errors import ModelError
 from qlora_cli.runs.checkpoint import _trained
@@ -83,10 +83,10 @@ def test_the_first_factors_are_the_largest_part_of_a_weight() -> None:
     best = torch.linalg.svd(weight)
     expected = best.U[:, :3] @ torch.diag(best.S[:3]) @ best.Vh[:3]
     for steps in (None, 16):
-        a, b = principal(weight, 3, 0.5, steps)
+        a, b = pissa_factors(weight, 3, 0.5, steps)
         torch.testing.assert_close(0.5 * b @ a, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
-    a, b = orthonormal(weight, 8)
+    a, b = olora_factors(weight, 8)
     torch.testing.assert_close(b @ a, weight, rtol=0, atol=1e-5)
     torch.testing.assert_close(b.T @ b, torch.eye(8), rtol=0, atol=1e-5)
 
@@ -94,12 +94,12 @@ def test_the_first_factors_are_the_largest_part_of_a_weight() -> None:
 def test_a_checkpoint_has_what_the_factors_began_as(tiny_model: Path) -> None:
     model = LoRA(r=4, init="pissa", target_modules=["q_proj"]).attach(load(tiny_model))
     kept = _trained(model)
-    layers = dict(updated_layers(model))
+    layers = dict(low_rank_layers(model))
     assert len(kept) == 4 * len(layers) == 8
     for name, layer in layers.items():
         for half in ("A", "B"):
             factor = layer.get_submodule(f"lora_{half}.default")
-            assert isinstance(factor, Continued)
+            assert isinstance(factor, OffsetFactor)
             place = f"base_model.model.{name}.lora_{half}.default.first"
             assert torch.equal(kept[place], factor.first)
 
@@ -223,7 +223,7 @@ def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
     theirs, ours = peft_adalora(load(tiny_model)), our_adalora().attach(load(tiny_model))
     pairs = []
     for (_, one), other in zip(
-        updated_layers(ours), (m for m in theirs.modules() if hasattr(m, "ranknum")), strict=True
+        low_rank_layers(ours), (m for m in theirs.modules() if hasattr(m, "ranknum")), strict=True
     ):
         factor, b = one.lora_A["default"], one.lora_B["default"].weight
         factor.directions.data.copy_(other.lora_A["default"])
@@ -259,7 +259,7 @@ def test_what_is_left_is_saved_as_lora_of_its_ranks(tiny_model: Path, tmp_path: 
     adapter = our_adalora()
     model = adapter.attach(load(tiny_model))
     train(model, adapter.step_hooks(model, STEPS), STEPS)
-    factors = [module for module in model.modules() if isinstance(module, Weighted)]
+    factors = [module for module in model.modules() if isinstance(module, ScaledFactor)]
     for factor in factors:
         factor.values.data *= 1000  # so few steps hardly change a logit
     factors[0].values.data.zero_()  # a rank of none
