@@ -44,11 +44,11 @@ from qlora_cli.kernels.selection import has_compiler
 from qlora_cli.loop.fast_path import prepare_layers
 from qlora_cli.loop.step import train_step
 from qlora_cli.models.base import start_checkpointing
+from qlora_cli.models.loading import load_base
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
-from qlora_cli.recipe.build import load_base
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch, TrainState
 
@@ -238,7 +238,7 @@ def gradients(
     )
     world = World()
     dtype = world.compute_dtype("auto")
-    base = load_base(recipe, dtype, bench.device)
+    base = load_base(recipe.model, recipe.quantization, dtype, bench.device)
     assert attend_by_document(base)
     torch.manual_seed(1)
     model = recipe.adapter.attach(base).train()
@@ -444,7 +444,7 @@ def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
     )
     world = World()
     dtype = world.compute_dtype("auto")
-    base = load_base(recipe, dtype, bench.device)
+    base = load_base(recipe.model, recipe.quantization, dtype, bench.device)
     assert attend_by_document(base)
     model = recipe.adapter.attach(base)
     means = DeviceCapabilities.of(bench.device, dtype)
@@ -480,7 +480,7 @@ def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool =
     gc.collect()  # the model before this one is in cycles of PEFT's
     before = torch.cuda.memory_allocated()
     dtype = World().compute_dtype("auto")
-    base = load_base(recipe, dtype, bench.device)
+    base = load_base(recipe.model, recipe.quantization, dtype, bench.device)
     model = recipe.adapter.attach(base)
     if checkpointing:
         start_checkpointing(base)

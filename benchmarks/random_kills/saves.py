@@ -15,14 +15,19 @@ def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> di
     import torch
 
     from qlora_cli.distributed.world import World
-    from qlora_cli.recipe.build import load_base
+    from qlora_cli.models.loading import load_base
     from qlora_cli.recipe.load import load_recipe
     from qlora_cli.runs.checkpoint import load_checkpoint, random_states, save_checkpoint
 
     os.environ["QLORA_CACHE"] = str(experiment.cache)
     recipe, world = load_recipe(experiment.whole / "recipe.yaml", []).recipe, World()
     model = recipe.adapter.attach(
-        load_base(recipe, world.compute_dtype(recipe.training.precision), world.device)
+        load_base(
+            recipe.model,
+            recipe.quantization,
+            world.compute_dtype(recipe.training.precision),
+            world.device,
+        )
     )
     parts: dict[str, Any] = {
         "model": model,

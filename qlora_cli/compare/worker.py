@@ -23,8 +23,8 @@ from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
+from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.plan.plan import plan
-from qlora_cli.recipe.build import compute_dtype, load_base
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.train import train
@@ -131,14 +131,14 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 def _speak(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """How quickly base, adapted and merged model answer; or why one of them does not."""
     world = World()
-    dtype = compute_dtype(recipe, world)
+    dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     weights = run.weights("last")
     tokenizer = load_tokenizer(weights, trust_remote_code=recipe.model.trust_remote_code)
 
     def speed(model: Any) -> dict[str, float]:
         return measure_latency(model, tokenizer, dtype=dtype, device=world.device)
 
-    model = load_base(recipe, dtype, world.device)
+    model = load_base(recipe.model, recipe.quantization, dtype, world.device)
     found: dict[str, Any] = {"base": speed(model)}
     found["tuned"] = speed(recipe.adapter.load(model, weights).eval())
     del model
@@ -146,7 +146,10 @@ def _speak(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     shutil.rmtree(merged, ignore_errors=True)
     try:
         merge(run.root, merged, weights="last", with_logits=False)
-        found["merged"] = speed(load_base(_plain(recipe, merged), dtype, world.device))
+        merged_recipe = _plain(recipe, merged)
+        found["merged"] = speed(
+            load_base(merged_recipe.model, merged_recipe.quantization, dtype, world.device)
+        )
     except QloraError as error:
         found["merged"] = {"error": masked(str(error))}
     finally:

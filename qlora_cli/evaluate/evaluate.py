@@ -21,14 +21,14 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.models.base import load_tokenizer, set_stop_tokens, stop_token_ids
-from qlora_cli.recipe.build import compute_dtype, load_base, read_tasks
+from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run, recipe_of_run
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import Drift, Forgetting
-from qlora_cli.tasks.task import Outcome, Task, Values
+from qlora_cli.tasks.task import Outcome, Task, Values, read_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -231,13 +231,13 @@ def examine(
         settings: the recipe that says what is asked.
     """
     tokenizer = subject.load_tokenizer()
-    exam = read_tasks(settings, tasks, tokenizer)
+    exam = read_tasks(tasks, settings.data, tokenizer, limit=settings.evaluation.limit)
     stops = stop_token_ids(subject.trained) if subject.trained else []
     if sources := settings.data.evaluation_sources:
         held_out = read_data("evaluation", settings.data, sources, tokenizer)
         stops = [*stops, *held_out.stop_token_ids]
-    dtype = compute_dtype(subject.recipe, world)
-    model = load_base(subject.recipe, dtype, world.device)
+    dtype = compute_dtype(subject.recipe.quantization, subject.recipe.training.precision, world)
+    model = load_base(subject.recipe.model, subject.recipe.quantization, dtype, world.device)
     set_stop_tokens(model, stops)
 
     def answers_of(name: str, model: Any, as_base: AsBase | None = None) -> Answers:
@@ -267,7 +267,7 @@ def examine(
     @cache
     def base_again() -> Any:
         # Its weights are gone: the trained ones are in their place.
-        return load_base(subject.recipe, dtype, world.device)
+        return load_base(subject.recipe.model, subject.recipe.quantization, dtype, world.device)
 
     yield name, answers_of(name, tuned, as_base)
 

@@ -11,7 +11,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import find_subject
-from qlora_cli.recipe.build import compute_dtype, load_base
+from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.runs.run_folder import Weights
 
 log = logging.getLogger("qlora")
@@ -64,8 +64,8 @@ def evaluate_by_harness(
     subject = find_subject(target, overrides, weights, recipe)
     settings, world = subject.recipe, World()
     tokenizer = subject.load_tokenizer()
-    dtype = compute_dtype(settings, world)
-    model: Any = load_base(settings, dtype, world.device)
+    dtype = compute_dtype(settings.quantization, settings.training.precision, world)
+    model: Any = load_base(settings.model, settings.quantization, dtype, world.device)
     if subject.trained is not None:
         model = settings.adapter.load(model, subject.trained)
     as_chat = as_chat and tokenizer.chat_template is not None

@@ -21,9 +21,9 @@ from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.export.merge_shards import Merge
 from qlora_cli.export.verify import compare_models, refuse_infidelity
 from qlora_cli.models.base import load_tokenizer, refuse_prequantized
+from qlora_cli.models.loading import compute_dtype
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames
-from qlora_cli.recipe.build import compute_dtype
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder, Weights, readable_as_the_folder, recipe_of_run
@@ -107,7 +107,7 @@ def merge(
                 else dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
             ),
         }
-        held = compute_dtype(recipe, World())
+        held = compute_dtype(recipe.quantization, recipe.training.precision, World())
         is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
         refuse_infidelity(report, is_exact=is_exact)
         text = json.dumps(report, indent=2) + "\n"
@@ -139,7 +139,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
     trust = recipe.model.trust_remote_code
-    dtype = compute_dtype(recipe, World())
+    dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
     shards = Shards(located)
     rounding = RoundTrip(
         build_skeleton(located, trust_remote_code=trust), recipe.quantization.load_options(dtype)

@@ -18,7 +18,7 @@ from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluate.divergence import TEXTS, compare
 from qlora_cli.models.base import load_model
-from qlora_cli.recipe.build import compute_dtype
+from qlora_cli.models.loading import compute_dtype
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import IGNORE_INDEX
 
@@ -144,7 +144,7 @@ def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:
 def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> Measured:
     """Base plus adapter as they were trained: quantized, in the recipe's precision."""
     world = World()
-    dtype = compute_dtype(recipe, world)
+    dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     base = recipe.model.load(recipe.quantization.load_options(dtype), world.device)
     model = recipe.adapter.load(base, trained).eval()
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -153,7 +153,7 @@ def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> Measure
 
 def _dequantized(recipe: Recipe) -> Any:
     cpu = torch.device("cpu")
-    dtype = compute_dtype(recipe, World())
+    dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
     base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
     return recipe.quantization.restore(base)
 

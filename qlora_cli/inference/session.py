@@ -18,7 +18,7 @@ from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.models.base import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
 from qlora_cli.models.identity import identify
-from qlora_cli.recipe.build import compute_dtype, load_base
+from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.recipe.load import load_recipe, recipe_of_model
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter
@@ -65,7 +65,7 @@ class InferenceSession:
     ) -> None:
         world = World()
         self.device = world.device
-        self.dtype = compute_dtype(recipe, world)
+        self.dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
         self._recipe = recipe
         self._tokenizer = tokenizer
         self.formats: list[FormatConfig] = (
@@ -74,7 +74,7 @@ class InferenceSession:
         self.is_plain = tokenizer.chat_template is None or (
             bool(self.formats) and all(map(is_verbatim, self.formats))
         )
-        self._base = load_base(recipe, self.dtype, world.device)
+        self._base = load_base(recipe.model, recipe.quantization, self.dtype, world.device)
         config = self._base.config.get_text_config()
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self._adapters = AdapterSet(self._base.eval())

@@ -15,6 +15,7 @@ from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.distributed.devices import Target
 from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels
+from qlora_cli.loop.setup import largest_eval_batch, stream_batches
 from qlora_cli.plan.analytic_memory import RANGE, SOURCE, by_formula
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, SingleProcess
 from qlora_cli.plan.trace.memory_counter import (
@@ -39,7 +40,6 @@ from qlora_cli.plan.traced_memory import (
     forecast,
     in_plain_words,
 )
-from qlora_cli.recipe.build import largest_eval_batch, stream_batches
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
 

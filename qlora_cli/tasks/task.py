@@ -203,3 +203,26 @@ class WrittenTask(Task):
 
 TaskPrompts = list[tuple[Task, Sequence[Any]]]
 """Tasks, each with its questions."""
+
+
+def read_tasks(
+    tasks: Sequence[Task], data: Data, tokenizer: PreTrainedTokenizerFast, *, limit: int | None
+) -> TaskPrompts:
+    """Read the questions of each task, from its own rows or from `data.evaluation`.
+
+    Args:
+        limit: use only the first rows; None for all.
+
+    Raises:
+        DataError: a row cannot be turned into a question, or its reference cannot be scored.
+    """
+    shared = data.evaluation_sources
+    return [
+        (
+            task,
+            task.questions(
+                shared if task.data is None else [task.data], tokenizer, data, limit=limit
+            ),
+        )
+        for task in tasks
+    ]

@@ -25,23 +25,19 @@ from qlora_cli.kernels.selection import choose_kernels
 from qlora_cli.loop.fast_path import loss_kernel, prepare_layers, use_padding_free
 from qlora_cli.loop.fit import fit, is_due
 from qlora_cli.loop.monitor import TrainingMonitor
+from qlora_cli.loop.setup import largest_eval_batch, stream_batches
 from qlora_cli.loop.trackers import open_trackers
 from qlora_cli.models.base import set_stop_tokens
 from qlora_cli.models.identity import identify
+from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.report import report_trained, warn_of_untrained
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.recipe.build import (
-    compute_dtype,
-    largest_eval_batch,
-    load_base,
-    measure,
-    read_tasks,
-    stream_batches,
-)
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
 from qlora_cli.runs.run_folder import RunFolder
+from qlora_cli.tasks.task import read_tasks
 from qlora_cli.train.disk_space import count_saves
+from qlora_cli.train.evaluation import measure
 from qlora_cli.train.preflight import memory_summary, preflight, resolve_auto
 from qlora_cli.train.saver import CheckpointManager
 from qlora_cli.train.warm_start import find_warm_start
@@ -112,15 +108,17 @@ def _train(
     if sources := recipe.data.evaluation_sources:
         held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
     # Before a large model is loaded: rows that cannot be asked about are found here too.
-    exam = read_tasks(recipe, recipe.evaluation.tasks, tokenizer)
+    exam = read_tasks(
+        recipe.evaluation.tasks, recipe.data, tokenizer, limit=recipe.evaluation.limit
+    )
     audit = check_data(recipe.data, learnt, held_out, tokenizer)
     identity = identify(recipe.model.locate())
     fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
     # What goes on has its weights in the checkpoint, wherever they once came from.
     parent = find_warm_start(recipe, identity) if resume is None else None
     changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
-    dtype = compute_dtype(recipe, world)
-    base = load_base(recipe, dtype, world.device)
+    dtype = compute_dtype(recipe.quantization, settings.precision, world)
+    base = load_base(recipe.model, recipe.quantization, dtype, world.device)
     set_stop_tokens(base, learnt.stop_token_ids)
     padding_free = not recipe.adapter.no_packing and use_padding_free(
         base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing

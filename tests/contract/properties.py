@@ -25,13 +25,13 @@ from qlora_cli.export.verify import MAX_KL
 from qlora_cli.inference.sampling import Sampling, answers
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
+from qlora_cli.models.loading import load_base
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
 from qlora_cli.plan.trace.kernel_shapes import make_constants
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import hold_model
 from qlora_cli.plan.traced_memory import forecast
-from qlora_cli.recipe.build import load_base
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
 from qlora_cli.types import Batch, Prompt
@@ -284,7 +284,9 @@ def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
             return " ".join(str(error).split())
         trained = _trains_in_bfloat16(case, recipe, model)
         if not case.adapter.no_merge:
-            base = recipe.quantization.restore(load_base(recipe, torch.float32, CPU))
+            base = recipe.quantization.restore(
+                load_base(recipe.model, recipe.quantization, torch.float32, CPU)
+            )
             expected = case.adapter.load(base, trained).eval()
             found = case.merge(recipe, trained)
             torch.testing.assert_close(logits(found), logits(expected), rtol=0, atol=5e-5)
@@ -301,7 +303,7 @@ def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
 def _attached(case: Case, recipe: Recipe) -> Any:
     """The method on the base as the recipe has it held, for steps in bfloat16."""
     torch.manual_seed(0)
-    return case.adapter.attach(load_base(recipe, torch.bfloat16, CPU))
+    return case.adapter.attach(load_base(recipe.model, recipe.quantization, torch.bfloat16, CPU))
 
 
 def _trains_in_bfloat16(case: Case, recipe: Recipe, model: Any) -> Path:
@@ -315,7 +317,7 @@ def _trains_in_bfloat16(case: Case, recipe: Recipe, model: Any) -> Path:
         assert weight.dtype == torch.float32, name
         assert not torch.equal(weight, before[name]), name
     trained = case.save(model)
-    restored = case.adapter.load(load_base(recipe, dtype, CPU), trained)
+    restored = case.adapter.load(load_base(recipe.model, recipe.quantization, dtype, CPU), trained)
     assert _loss(restored, dtype) == _loss(model, dtype)
     assert _written(restored, case, dtype) == _written(model, case, dtype)
     return trained
@@ -327,7 +329,9 @@ def _fails_without_refusal(case: Case, kind: str) -> bool:
     changes = {"adapter": {"type": "lora"}, "quantization": {"type": kind}}
     recipe = Recipe.model_validate({**other, **changes})
     try:
-        model = case.adapter.attach(load_base(recipe, torch.float32, CPU))
+        model = case.adapter.attach(
+            load_base(recipe.model, recipe.quantization, torch.float32, CPU)
+        )
         train_a_little(model)
     # Whatever a library says to shapes and dtypes that it was not made for.
     except (ModelError, RuntimeError, TypeError, ValueError):

@@ -17,10 +17,9 @@ from qlora_cli.data.sources import BadRows
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError
 from qlora_cli.evaluate.scorer import ModelScorer
-from qlora_cli.recipe.build import read_tasks
 from qlora_cli.tasks.classification import macro_f1
 from qlora_cli.tasks.perplexity import slide
-from qlora_cli.tasks.task import Outcome
+from qlora_cli.tasks.task import Outcome, read_tasks
 from qlora_cli.types import IGNORE_INDEX
 
 QUESTIONS = [
@@ -37,7 +36,9 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 def ask(recipe: Any, model: Any, **settings: Any) -> tuple[Any, list[Any], list[Outcome]]:
     tokenizer = recipe.model.load_tokenizer()
     student = ModelScorer("model", model, recipe, tokenizer, torch.float32, World(), **settings)
-    [(task, questions)] = read_tasks(recipe, recipe.evaluation.tasks, tokenizer)
+    [(task, questions)] = read_tasks(
+        recipe.evaluation.tasks, recipe.data, tokenizer, limit=recipe.evaluation.limit
+    )
     return task, list(questions), task.examine(student, questions)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import DataError
-from qlora_cli.recipe.build import read_tasks
 from qlora_cli.tasks import ExactMatch, JsonMatch
+from qlora_cli.tasks.task import read_tasks
 from qlora_cli.types import Example, Prompt
 
 
@@ -48,7 +48,9 @@ def test_a_task_asks_about_held_out_rows_or_about_rows_of_its_own(
         }
     )
     tokenizer = recipe.model.load_tokenizer()
-    (first, held_out), (second, sums) = read_tasks(recipe, recipe.evaluation.tasks, tokenizer)
+    (first, held_out), (second, sums) = read_tasks(
+        recipe.evaluation.tasks, recipe.data, tokenizer, limit=recipe.evaluation.limit
+    )
     assert [first.label, second.label] == ["exact_match", "sums"]
     assert len(held_out) == 6
     assert [question.reference for question in sums] == ["2", "3"]
@@ -61,7 +63,9 @@ def test_a_task_asks_about_held_out_rows_or_about_rows_of_its_own(
     limited = recipe.model_copy(
         update={"evaluation": recipe.evaluation.model_copy(update={"limit": 1})}
     )
-    exam = read_tasks(limited, limited.evaluation.tasks, tokenizer)
+    exam = read_tasks(
+        limited.evaluation.tasks, limited.data, tokenizer, limit=limited.evaluation.limit
+    )
     assert [len(questions) for _, questions in exam] == [1, 1]
 
 
@@ -87,7 +91,12 @@ def test_a_reference_that_cannot_be_scored_against_is_named_with_its_place(
     data = {"path": str(own), "format": {"type": "prompt_completion"}}
     recipe = tiny_recipe(evaluation={"tasks": [{"type": "json_match", "data": data}]})
     with pytest.raises(DataError, match=r"own\.jsonl:2: .*json_match needs JSON references"):
-        read_tasks(recipe, recipe.evaluation.tasks, recipe.model.load_tokenizer())
+        read_tasks(
+            recipe.evaluation.tasks,
+            recipe.data,
+            recipe.model.load_tokenizer(),
+            limit=recipe.evaluation.limit,
+        )
 
 
 def test_exact_match() -> None:

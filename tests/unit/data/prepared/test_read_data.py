@@ -1,4 +1,4 @@
-"""What the stories build in the same way."""
+"""Read prepared data, and audit it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.prepared.dataset_audit import audit_data
 from qlora_cli.data.sources import BadRows
-from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError
-from qlora_cli.recipe.build import compute_dtype
 
 
 def test_the_log_says_which_data_was_prepared_before(
@@ -74,15 +71,3 @@ def test_prompts_of_shuffled_rows_are_compared_without_drawing_them_again(
     assert drift.total == pytest.approx(6 / 7 * (limit or 256), abs=6)
     with pytest.raises(DataError, match="cut short") if limit is None else nullcontext():
         assert len(list(recipe.data.train_sources[0].read(BadRows()))) == limit
-
-
-@pytest.mark.parametrize(
-    "quantization",
-    [{"type": "none", "dtype": "bfloat16"}, {"type": "nf4", "compute_dtype": "bfloat16"}],
-    ids=lambda one: one["type"],
-)
-def test_beside_a_base_in_16_bit_auto_is_16_bit_on_each_cpu(
-    tiny_recipe: Callable[..., Any], quantization: dict[str, str]
-) -> None:
-    recipe = tiny_recipe(quantization=quantization, training={"precision": "auto"})
-    assert compute_dtype(recipe, World()) == torch.bfloat16

@@ -1,0 +1,55 @@
+"""Load the base model as a recipe wants it held."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from qlora_cli.distributed.world import World
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.quantization import QuantizationConfig
+from qlora_cli.models.report import refuse_unquantized, report_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("qlora")
+
+
+def load_base(
+    model: BaseModelConfig,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Load the base model, and log how many weights it has and how they are held.
+
+    Raises:
+        ModelError: the weights or the architecture cannot be loaded, or too many of the weights
+            stayed unquantized.
+    """
+    if model.trust_remote_code:
+        log.warning("model.trust_remote_code: running code of %s at %s", model.path, model.revision)
+    base = model.load(quantization.load_options(dtype), device)
+    weights = report_weights(base)
+    log.info(weights.summary())
+    refuse_unquantized(weights, quantization.max_unquantized)
+    return base
+
+
+def compute_dtype(
+    quantization: QuantizationConfig,
+    precision: Literal["auto", "bf16", "fp16", "fp32"],
+    world: World,
+) -> torch.dtype:
+    """Return the dtype that a step computes in on this device.
+
+    A base held in 16 bit is computed with in 16 bit, under autocast: otherwise its weights and the
+    float32 ones that are trained would meet in one product.
+
+    Raises:
+        RecipeError: the recipe names a dtype that the device does not have.
+    """
+    return quantization.compute_in(world.compute_dtype(precision))
