@@ -1,8 +1,8 @@
-# Shared by the scripts beside it, which source it: the environment, and runs that can be taken up.
+# Sourced by the other scripts: the environment, and runs that can be resumed.
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-TORCH_VERSION=2.13.0
+TORCH_VERSION=$(sed -n "s/^torch==//p" "$ROOT/constraints.txt")
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -24,7 +24,7 @@ stage() {
 
 print_stages() { printf '%s\n' "${STAGES[@]}" "$(printf '%5d s  %s' "$SECONDS" 'in all')"; }
 
-# The first Python that can make an environment for us: your own `python3` before any other.
+# Find a Python that can make the environment: your own `python3` before any other.
 find_python() {
     local candidate
     for candidate in "${QLORA_PYTHON:-python3}" python3.13 python3.12 python3.11; do
@@ -42,23 +42,24 @@ has_accelerator() {
     [[ $(uname -s) == Darwin || -e /dev/nvidia0 || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1
 }
 
-# Without an accelerator, torch's CPU build will do: it is a tenth of the size of the ordinary one.
+# install_cpu_torch [ENVIRONMENT]: install torch's CPU build, a tenth of the size of the ordinary one.
 install_cpu_torch() {
+    local python=${1:-.venv}/bin/python
     if [[ -n ${QLORA_TORCH_INDEX:-} ]]; then
-        PIP_INDEX_URL=$QLORA_TORCH_INDEX .venv/bin/python -m pip install -qq \
-            "torch==$TORCH_VERSION"
+        PIP_INDEX_URL=$QLORA_TORCH_INDEX "$python" -m pip install -qq "torch==$TORCH_VERSION"
         return
     fi
     say "no accelerator: QLORA_TORCH_INDEX can name a package index with CPU builds of torch"
-    # Naming one version lets pip take a CPU build of it from wherever pip is set up to look.
-    .venv/bin/python -m pip install -qq "torch==$TORCH_VERSION"
+    # An exact version lets pip take a CPU build from wherever pip is configured to look.
+    "$python" -m pip install -qq "torch==$TORCH_VERSION"
 }
 
-# make_environment EXTRA: .venv with the project in it (EXTRA: "" or "dev"), unless it is there.
+# make_environment EXTRA: make .venv with the project and the versions in constraints.txt, unless it
+# is there (EXTRA: "" or "dev").
 make_environment() {
     local extra=$1 wanted stamp
     stamp=.venv/installed${extra:+-$extra}
-    wanted=$(cat pyproject.toml scripts/_env.sh)
+    wanted=$(cat pyproject.toml constraints.txt scripts/_env.sh)
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         say ".venv: already there"
         return
@@ -71,11 +72,12 @@ make_environment() {
     fi
     say "installing; the first time this takes some minutes"
     has_accelerator || install_cpu_torch
-    .venv/bin/python -m pip install -qq --editable ".${extra:+[$extra]}"
+    .venv/bin/python -m pip install -qq --constraint constraints.txt \
+        --editable ".${extra:+[$extra]}"
     printf '%s\n' "$wanted" >"$stamp"
 }
 
-# The command of this checkout if it has an environment, else the one on the path.
+# Find the command of this checkout if it has an environment, else the one on the path.
 find_qlora() {
     if [[ -x $ROOT/.venv/bin/qlora ]]; then
         PATH=$ROOT/.venv/bin:$PATH
@@ -88,7 +90,7 @@ for key in sys.argv[1].split("."):
     d = d[key]
 print("" if d is None else d)' "$1"; }
 
-# train_once RUN RECIPE...: train unless RUN is finished; go on with it if it was interrupted.
+# train_once RUN RECIPE...: train unless RUN is finished; resume it if it was interrupted.
 train_once() {
     local run=$1
     shift
@@ -97,7 +99,7 @@ train_once() {
     elif [[ $(json_value status <"$run/run.json") == finished ]]; then
         say "$run: already trained"
     elif compgen -G "$run/checkpoints/step-*" >/dev/null; then
-        say "$run: was interrupted; going on"
+        say "$run: was interrupted; resuming"
         qlora train "$@" --resume auto
     else
         local aside

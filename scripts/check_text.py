@@ -1,5 +1,7 @@
 """Refuse files that should not be committed: large ones, leftovers of a merge, careless text.
 
+Sentences that have to be translated by their reader are refused too, in code and pages.
+
 Give it file names, as pre-commit does; without any it looks at all that git knows.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 MAX_BYTES = 500_000
@@ -21,6 +23,21 @@ SLIPS = {
     rf"(?i)\b({MISSPELT})\b": "misspelt",
 }
 REPEATED_ON_PURPOSE = {"that", "had"}
+# Each of these reads well in the language it comes from. In brackets, as above.
+STIFF = {
+    r'^\s*r?"""(Wha[t]|Whethe[r]|O[f]|Wher[e]|A[s])\b': "begin with an imperative or a noun",
+    r"\b(is|are|was|were) n[o] (?!longer\b|more\b|less\b|fewer\b|later\b)[a-z]+": "write 'not a'",
+    r"\b(has|have|had) n[o] [a-z]+ (of|to) ": "write 'does not have'",
+    r"\bas fa[r] as\b": "say it directly",
+    r"\b(,|and|but) of whic[h]\b": "make it a sentence of its own",
+    r"\bbesid[e] (it|them|that|this)\b": "write 'next to' or 'in addition to'",
+    r"\blearn[t]\b": "write 'trained on', 'supervised' or 'learned'",
+    r"\b(go|goes|went) o[n]\b": "write 'continue' or 'resume'",
+    r"\bso man[y] (?!as\b)(steps|times|rows|tokens)\b": "write 'N'",
+    r"\bwhateve[r] is\b": "say what it is",
+}
+HISTORY = {"CHANGELOG.md", "dev/LOG.md"}
+"""Written as it happened, and not rewritten."""
 
 
 def problems(path: Path) -> Iterator[str]:
@@ -34,12 +51,14 @@ def problems(path: Path) -> Iterator[str]:
         return
     if text and not text.endswith("\n"):
         yield f"{path}: no newline at the end"
+    is_prose = path.suffix in (".py", ".md", ".sh", ".yaml") and path.as_posix() not in HISTORY
+    patterns = {**SLIPS, **STIFF} if is_prose else SLIPS
     for number, line in enumerate(text.splitlines(), start=1):
-        yield from (f"{path}:{number}: {reason}" for reason in slips(line))
+        yield from (f"{path}:{number}: {reason}" for reason in slips(line, patterns))
 
 
-def slips(line: str) -> Iterator[str]:
-    for pattern, reason in SLIPS.items():
+def slips(line: str, patterns: Mapping[str, str]) -> Iterator[str]:
+    for pattern, reason in patterns.items():
         found = re.search(pattern, line)
         if found and (found.lastindex is None or found[1].lower() not in REPEATED_ON_PURPOSE):
             yield f"{reason}: {found[0]!r}"

@@ -3,20 +3,29 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: scripts/test.sh [PYTEST_ARGUMENTS...]
+Usage: scripts/test.sh [--all] [PYTEST_ARGUMENTS...]
 
-Everything that has to hold before a change is merged: makes .venv with the development extras, gets
-the demo model, then runs lint, types, the check of the generated docs, and the tests. Stops at the
-first that fails, with its exit code.
+Check a change: make .venv with the development extras, get the demo model, then run lint, types,
+the check of declared dependencies and generated docs, and the tests. Stop at the first that fails,
+with its exit code.
 
-The slow tests run on the demo model; where it cannot be had they are skipped, by name.
-Environment: as for scripts/quickstart.sh (see its --help).
+  --all   Run the tests marked `slow` too: the demo model, the whole matrix of the contract, kills
+          and fuzzing. This is what CI runs.
+
+Where the demo model is not available, the tests that need it are skipped, by name.
+Environment: see scripts/quickstart.sh --help.
 HELP
 }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     usage
     exit
+fi
+
+MARKS=(-m "not slow")
+if [[ ${1:-} == --all ]]; then
+    MARKS=()
+    shift
 fi
 
 # shellcheck source=scripts/_env.sh
@@ -28,10 +37,11 @@ get_demo_model() {
         say "no demo model: the tests that need it will be skipped"
 }
 
-# A process for each processor, each on one thread: threads of several that share processors wait
-# for each other.
+# One process per core, each on one thread: threads that share cores wait for each other. A process
+# that runs out of tests takes some of another's.
 run_tests() {
-    OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 "$@"
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+        "${MARKS[@]}" "$@"
 }
 
 stage "environment" make_environment dev
@@ -41,5 +51,6 @@ stage "lint" ruff check .
 stage "text" python scripts/check_text.py
 stage "format" ruff format --check .
 stage "types" mypy
+stage "dependencies" deptry .
 stage "docs" python scripts/gen_docs.py --check
 stage "tests" run_tests "$@"
