@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from qlora_cli.common.config import Config
+from qlora_cli.common.hashing import hash_text
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.load import load_recipe
@@ -99,7 +99,7 @@ class Cell:
         if len(text) <= 80 and text == self.name.replace(" ", "-"):
             return text
         # What was left out may be all that tells two cells apart.
-        return f"{text[:80]}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}"
+        return f"{text[:80]}-{hash_text(self.name)[:6]}"
 
 
 class Grid:

@@ -11,13 +11,13 @@ OUT/
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.atomic_files import replace_file
+from qlora_cli.common.hashing import hash_json
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import compare, recorded_recipe
@@ -137,7 +137,7 @@ def _base_name(recipe: Recipe) -> str:
     document = recipe.model_dump(mode="json")
     keys = ("model", "quantization", "data", "evaluation")
     values = [*(document[key] for key in keys), recipe.training.precision]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    digest = hash_json(values)
     changed = recipe.quantization.model_dump(mode="json", exclude_defaults=True)
     told = [f"{key}={value}" for key, value in changed.items()]
     return "-".join([recipe.quantization.type, *told, digest[:6]])

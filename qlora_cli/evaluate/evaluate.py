@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.atomic_files import atomic_file
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.render.encode import read_chat_template
 from qlora_cli.distributed.world import World
@@ -324,7 +325,7 @@ def write_records(path: Path, tasks: Sequence[Task], models: dict[str, Answers])
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with atomic_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for task in tasks:
                 for outcomes in zip(*(one[task.label] for one in models.values()), strict=False):
                     line = _record(task, dict(zip(models, outcomes, strict=True)))

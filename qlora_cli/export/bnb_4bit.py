@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
 from qlora_cli.models.base import load_model, load_tokenizer
 from qlora_cli.models.quantization import Nf4
-from qlora_cli.runs.run_folder import RunFolder, readable_as_the_folder, recipe_of_run
+from qlora_cli.runs.run_folder import RunFolder, recipe_of_run
 
 log = logging.getLogger("qlora")
 
@@ -53,24 +54,18 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
     trained = None if run is None else _trained_logits(run, merged.get("weights", "last"), rows)
     unpacked = logits_of(load_model(folder, dtype=torch.float32).eval(), rows)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        load_model(folder, **Nf4().load_options(torch.bfloat16)).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        for name in ("generation_config.json", "README.md"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, unfinished / name)
-        readable_as_the_folder(unfinished)
-        packed = _packed_logits(unfinished, rows)
-        unfinished.rename(output)
+        with atomic_folder(output) as unfinished:
+            load_model(folder, **Nf4().load_options(torch.bfloat16)).save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            for name in ("generation_config.json", "README.md"):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, unfinished / name)
+            packed = _packed_logits(unfinished, rows)
     except (OSError, SafetensorError) as error:
         raise RecipeError(
             f"--bnb-4bit: {output} could not be written, and nothing is left of it: {error}"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return {
         "path": str(output),
         "bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),

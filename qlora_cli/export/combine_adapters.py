@@ -12,6 +12,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.low_rank import Update, read_updates, weighted_sum
+from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
@@ -21,7 +22,7 @@ from qlora_cli.inspect.adapters_text import combine_card
 from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import CONFIG, AdapterFolder
-from qlora_cli.runs.run_folder import RunFolder, environment, readable_as_the_folder, recipe_of_run
+from qlora_cli.runs.run_folder import RunFolder, environment, recipe_of_run
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 
@@ -158,32 +159,27 @@ def _write(
     recipe: Recipe | None,
 ) -> None:
     """The adapter with the tokenizer of the first; and a recipe, if there is one."""
-    unfinished = output.with_name(f".{output.name}.unfinished")
     first = next((place for place in places if place.run is not None), places[0])
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save(unfinished)
-        for file in sorted(first.folder.iterdir()):
-            if file.name not in (CONFIG, WEIGHTS, *_OF_A_RUN) and file.is_file():
-                shutil.copy2(file, unfinished)
-        (unfinished / "README.md").write_text(combine_card(output.name, report), encoding="utf-8")
-        if recipe is not None:
-            # What `qlora eval` and `qlora merge` need to know.
-            adapter = {"r": report["rank"], "alpha": report["rank"], "rank_pattern": {}}
-            adapter |= {"alpha_pattern": {}, "use_rslora": False}
-            made = {"adapter": recipe.adapter.model_copy(update=adapter)}
-            run = RunFolder(unfinished)
-            run.recipe.write_text(dump_recipe(recipe.model_copy(update=made)), encoding="utf-8")
-            run.update_record(
-                status="combined", base=first.base_identity(), combined=report, **environment()
-            )
-        readable_as_the_folder(unfinished)
-        unfinished.rename(output)
+        with atomic_folder(output) as unfinished:
+            save(unfinished)
+            for file in sorted(first.folder.iterdir()):
+                if file.name not in (CONFIG, WEIGHTS, *_OF_A_RUN) and file.is_file():
+                    shutil.copy2(file, unfinished)
+            card = combine_card(output.name, report)
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            if recipe is not None:
+                # What `qlora eval` and `qlora merge` need to know.
+                adapter = {"r": report["rank"], "alpha": report["rank"], "rank_pattern": {}}
+                adapter |= {"alpha_pattern": {}, "use_rslora": False}
+                made = {"adapter": recipe.adapter.model_copy(update=adapter)}
+                run = RunFolder(unfinished)
+                run.recipe.write_text(dump_recipe(recipe.model_copy(update=made)), encoding="utf-8")
+                run.update_record(
+                    status="combined", base=first.base_identity(), combined=report, **environment()
+                )
     except OSError as error:
         raise RecipeError(f"--output: {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _evaluate(

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.common.atomic_files import put_in_place
+from qlora_cli.common.formatting import size_text
 from qlora_cli.common.jinja_sandbox import limited_time
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of, without_begin
@@ -126,8 +128,8 @@ def _write(
     seconds = time.monotonic() - started
     check = None if reference is None else reference.check(unfinished, kind)
     size = unfinished.stat().st_size
-    unfinished.rename(file)
-    log.info("%s: %.0f MiB in %.0f s", file, size / 2**20, seconds)
+    put_in_place(unfinished, file)
+    log.info("%s: %s in %.0f s", file, size_text(size), seconds)
     return {
         "path": str(file),
         "kind": kind,

@@ -13,7 +13,7 @@ import torch
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.weight_edits import build_skeleton
-from qlora_cli.common.atomic_files import flush_files, put_in_place
+from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import ModelError, RecipeError
@@ -26,7 +26,7 @@ from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import model_card
-from qlora_cli.runs.run_folder import RunFolder, Weights, readable_as_the_folder, recipe_of_run
+from qlora_cli.runs.run_folder import RunFolder, Weights, recipe_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,48 +81,38 @@ def merge(
     refuse_prequantized(located)
     plan = prepare(recipe, located, trained, base)
 
-    unfinished = output.with_name(f".{output.name}.unfinished")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise RecipeError(f"--output: {output}: {error.strerror}") from error
-    try:
-        size = sum(stored.size for file in plan.layout().values() for stored in file.values())
-        refuse_full_disk(unfinished, size)
-        digests = plan.write(unfinished)
-        plan.verify(unfinished, digests)
-        write_files(located, trained, tokenizer, plan, unfinished)
-        base = "as-trained" if plan.is_as_trained else "original"
-        report = {
-            "output": str(output),
-            "weights": weights,
-            "base": base,
-            "dtype": plan.dtype,
-            "bytes": sum(file.stat().st_size for file in unfinished.glob("*.safetensors")),
-            "update": plan.record(),
-            **(
-                compare_models(recipe, trained, unfinished, tokenizer, base)
-                if with_logits
-                else dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
-            ),
-        }
-        held = compute_dtype(recipe.quantization, recipe.training.precision, World())
-        is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
-        refuse_infidelity(report, is_exact=is_exact)
-        text = json.dumps(report, indent=2) + "\n"
-        (unfinished / "merge.json").write_text(text, encoding="utf-8")
-        card = model_card(run, weights, name=output.name, proof=report)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-        readable_as_the_folder(unfinished)
-        flush_files(unfinished)
-        put_in_place(unfinished, output)
+        with atomic_folder(output) as unfinished:
+            size = sum(stored.size for file in plan.layout().values() for stored in file.values())
+            refuse_full_disk(unfinished, size)
+            digests = plan.write(unfinished)
+            plan.verify(unfinished, digests)
+            write_files(located, trained, tokenizer, plan, unfinished)
+            base = "as-trained" if plan.is_as_trained else "original"
+            report = {
+                "output": str(output),
+                "weights": weights,
+                "base": base,
+                "dtype": plan.dtype,
+                "bytes": sum(file.stat().st_size for file in unfinished.glob("*.safetensors")),
+                "update": plan.record(),
+                **(
+                    compare_models(recipe, trained, unfinished, tokenizer, base)
+                    if with_logits
+                    else dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
+                ),
+            }
+            held = compute_dtype(recipe.quantization, recipe.training.precision, World())
+            is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
+            refuse_infidelity(report, is_exact=is_exact)
+            text = json.dumps(report, indent=2) + "\n"
+            (unfinished / "merge.json").write_text(text, encoding="utf-8")
+            card = model_card(run, weights, name=output.name, proof=report)
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise RecipeError(
             f"--output: {output} could not be written, and nothing is left of it: {error}"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 

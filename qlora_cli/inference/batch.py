@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.progress import Progress
 from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
@@ -88,11 +88,8 @@ def generate(
 
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     try:
-        unfinished.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
-        os.replace(unfinished, path)
+        replace_file(path, text)
     except OSError as error:
         raise DataError(f"--output: {path}: {error.strerror or error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.batching.sampler import prompt_batches
 from qlora_cli.errors import RecipeError
 from qlora_cli.types import Prompt
@@ -204,7 +204,7 @@ class _Draws:
 
 
 def _seed_of(seed: int, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:7])
+    return int(hash_text(f"{seed} {index}")[:14], 16)
 
 
 def _read(

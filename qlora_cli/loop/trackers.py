@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
-from qlora_cli.common.atomic_files import put_in_place, write_file
+from qlora_cli.common.atomic_files import atomic_file, write_file
 
 log = logging.getLogger("qlora")
 
@@ -91,9 +91,8 @@ class Jsonl:
     def __init__(self, path: Path, first_step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _is_done(line, first_step)]
-        unfinished = path.with_suffix(".unfinished")
-        write_file(unfinished, [f"{line}\n".encode() for line in kept])
-        put_in_place(unfinished, path)
+        with atomic_file(path) as unfinished:
+            write_file(unfinished, [f"{line}\n".encode() for line in kept])
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics, step: int) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
+from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.common.config import Config
+from qlora_cli.common.hashing import hash_file
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
@@ -246,44 +247,36 @@ def _unpack_gguf(path: Path) -> Path:
 
 def _unpacked_folder(path: Path) -> Path:
     """Where the content of a GGUF file lies, or will lie, unpacked."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cache_folder() / "gguf" / f"{digest[:32]}-{_UNPACKED}"
+    return cache_folder() / "gguf" / f"{hash_file(path)[:32]}-{_UNPACKED}"
 
 
 def _write_unpacked(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Their names are known, so that what a kill left behind is found, and removed, here.
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    # transformers would believe a config or tokenizer in the same folder rather than the file.
-    alone = folder.with_name(f".{folder.name}.alone")
-    for made in (unfinished, alone):
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
     try:
-        (alone / path.name).symlink_to(path.resolve())
-        # Its progress bar heeds no setting, and is no error to be read on standard error.
-        with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                alone,
-                gguf_file=path.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.bfloat16,
-                local_files_only=True,
+        with atomic_folder(folder) as unfinished, TemporaryDirectory(prefix="qlora-") as made:
+            # transformers would believe a config or tokenizer in the same folder, not the file.
+            alone = Path(made)
+            (alone / path.name).symlink_to(path.resolve())
+            # Its progress bar cannot be switched off, and is not an error.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    gguf_file=path.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=torch.bfloat16,
+                    local_files_only=True,
+                )
+            tokenizer = AutoTokenizer.from_pretrained(
+                alone, gguf_file=path.name, local_files_only=True
             )
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, local_files_only=True)
-        restore_splitting(tokenizer, path)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    # A damaged file fails in any way, far down in the libraries that read it.
+            restore_splitting(tokenizer, path)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    # A damaged file raises any kind of error, deep in the libraries that read it.
     except Exception as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
-    finally:
-        for made in (unfinished, alone):
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import Shards
@@ -26,12 +26,13 @@ def identify(folder: Path) -> dict[str, str]:
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     architecture = str([*named, config.get("model_type", "unknown")][0])
-    digest = hashlib.sha256()
-    shards = Shards(folder)
+    return {"architecture": architecture, "digest": hash_pieces(_samples(Shards(folder)))}
+
+
+def _samples(shards: Shards) -> Iterator[bytes]:
     for name, stored in sorted(shards.tensors.items()):
-        digest.update(f"{name} {stored.dtype} {list(stored.shape)} ".encode())
-        digest.update(shards.beginning(name, _SAMPLE))
-    return {"architecture": architecture, "digest": digest.hexdigest()}
+        yield f"{name} {stored.dtype} {list(stored.shape)} ".encode()
+        yield shards.beginning(name, _SAMPLE)
 
 
 def refuse_other_base(

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora_cli.common.atomic_files import (
+    atomic_folder,
     describe_file,
-    put_in_place,
     remove_folder,
     write_file,
     write_json,
@@ -64,15 +64,11 @@ def save_checkpoint(
     """
     refuse_non_finite(model, state.step)
     path = folder / f"step-{state.step:08d}"
-    unfinished = folder / f".{path.name}.unfinished"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear_unfinished(folder)
-        unfinished.mkdir()
-        _write(unfinished, model, optimizer, scaler, state, random_states)
-        if path.exists():
-            remove_folder(path)
-        put_in_place(unfinished, path)
+        with atomic_folder(path, replace=True) as unfinished:
+            _write(unfinished, model, optimizer, scaler, state, random_states)
         if not is_whole(path):
             raise TrainingError(
                 f"{path} was written, and reads otherwise than it was written: the disk cannot be "

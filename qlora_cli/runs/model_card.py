@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from qlora_cli.adapters.partial import TRAINED
+from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.config import Config
 from qlora_cli.common.formatting import evaluation_table, merge_text
 from qlora_cli.data.sources import Source
@@ -28,7 +29,7 @@ def write_cards(run: RunFolder) -> None:
         folder = run.root / weights
         if folder.is_dir():
             text = model_card(run, weights, name=run.root.resolve().name)
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            replace_file(folder / "README.md", text)
 
 
 def model_card(

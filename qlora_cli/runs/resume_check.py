@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.prepared.prepare import Prepared
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Recipe
@@ -90,8 +90,8 @@ def take_fingerprint(
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {
         "base": base["digest"],
-        "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str() + json.dumps(special)),
-        "chat_template": _sha256(json.dumps(tokenizer.chat_template)),
+        "tokenizer": hash_text(tokenizer.backend_tokenizer.to_str() + json.dumps(special)),
+        "chat_template": hash_text(json.dumps(tokenizer.chat_template)),
         "training_rows": learnt.rows_digest,
         "evaluation_rows": None if held_out is None else held_out.rows_digest,
     }
@@ -211,10 +211,6 @@ def _flat(value: object, path: str = "") -> dict[str, Any]:
         items = enumerate(value)
         return {k: v for at, item in items for k, v in _flat(item, f"{path}[{at}]").items()}
     return {path: value}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _short(digest: str | None) -> str:

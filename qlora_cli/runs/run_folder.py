@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from qlora_cli.common.atomic_files import exchange_folder, replace_file, unfinished_of
+from qlora_cli.common.atomic_files import atomic_folder, replace_file, unfinished_of
 from qlora_cli.common.untrusted_files import read_object, refuse_links
 from qlora_cli.errors import RecipeError
 from qlora_cli.models.identity import identify, refuse_other_base
@@ -137,13 +137,9 @@ class RunFolder:
         return folder
 
     def replace(self, which: Weights, write: Callable[[Path], None]) -> None:
-        """Write a folder of weights beside the old one, then put it in its place."""
-        unfinished = self.root / f".{which}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        write(unfinished)
-        readable_as_the_folder(unfinished)
-        exchange_folder(unfinished, self.root / which)
+        """Write a folder of weights next to the old one, then exchange them."""
+        with atomic_folder(self.root / which, replace=True) as unfinished:
+            write(unfinished)
 
     def room(self) -> int:
         """Bytes that the run can have on this disk: what is free, and what it has already."""
@@ -199,16 +195,7 @@ class RunFolder:
             "```",
             "",
         ]
-        (self.root / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def readable_as_the_folder(folder: Path) -> None:
-    """Let whoever may read the folder read its files: safetensors writes them for the owner alone.
-
-    Without this a server of another user could not load what was trained.
-    """
-    for file in folder.iterdir():
-        file.chmod(folder.stat().st_mode & 0o666)
+        replace_file(self.root / "README.md", "\n".join(lines))
 
 
 def is_run(path: Path) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import logging
 import shutil
 import tempfile
@@ -14,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.cache_folder import cache_folder
+from qlora_cli.common.hashing import hash_json, hash_pieces
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.mmap_dataset import read_facts
 from qlora_cli.data.prepared.prepare import Prepared, digests_of, joined_digest, prepare
@@ -98,7 +98,7 @@ def key_of(
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "code": _code_digest(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_json(parts)[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +155,8 @@ def _find_or_make(
             folder.touch()
             return prepared, True
         shutil.rmtree(folder, ignore_errors=True)
-        # Its name is known, so that what a kill left behind is found, and removed, here.
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
+        with atomic_folder(folder) as unfinished:
             prepare(sources, tokenizer, data, unfinished, digests=digests)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     prepared = Prepared.open(folder)
     assert prepared is not None
     return prepared, False
@@ -175,10 +168,10 @@ def _folder() -> Path:
 
 def _code_digest() -> str:
     here = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in [here.parent / "types.py", *sorted(here.rglob("*.py"))]:
-        digest.update(f"{path.relative_to(here.parent)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+    files = [here.parent / "types.py", *sorted(here.rglob("*.py"))]
+    return hash_pieces(
+        piece for path in files for piece in (f"{path.relative_to(here.parent)}\n".encode(), path)
+    )
 
 
 def read_data(

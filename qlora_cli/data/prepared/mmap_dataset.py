@@ -13,7 +13,6 @@ So a set that is larger than memory is trained on like a small one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
+from qlora_cli.common.hashing import new_sha256
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.types import IGNORE_INDEX, Example
 
@@ -48,7 +48,7 @@ class SetWriter:
         self._folder = folder
         self._num_tokens = 0
         self._num_place_bytes = 0
-        self._digest = hashlib.sha256()
+        self._digest = new_sha256()
         with ExitStack() as stack:
             self._files: dict[str, BinaryIO] = {
                 name: stack.enter_context((folder / name).open("wb")) for name in _COLUMNS

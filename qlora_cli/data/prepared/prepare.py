@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from array import array
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.formats import Text
 from qlora_cli.data.prepared.mmap_dataset import PreparedSet, SetWriter, read_facts
 from qlora_cli.data.prepared.workers import Workers
@@ -171,7 +171,7 @@ def digests_of(sources: Sequence[Source]) -> list[str]:
 
 def joined_digest(digests: Sequence[str]) -> str:
     """One digest for those of several sources."""
-    return digests[0] if len(digests) == 1 else _sha256(" ".join(digests))
+    return digests[0] if len(digests) == 1 else hash_text(" ".join(digests))
 
 
 def prepare_prompts(
@@ -358,7 +358,3 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
     most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
     more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
     return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

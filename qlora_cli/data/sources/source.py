@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_cli.common.config import Config
+from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.data.sources.files import (
     find_files,
@@ -139,22 +139,23 @@ class Source(Config):
         Raises:
             DataError: nothing to read at `path`.
         """
-        digest = hashlib.sha256()
         if not self._is_local():
-            for row in self._hub_rows():
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-            return digest.hexdigest()
+            return hash_pieces(
+                json.dumps(row, sort_keys=True, default=str).encode() + b"\n"
+                for row in self._hub_rows()
+            )
+        try:
+            return hash_pieces(self._named_files())
+        except OSError as error:
+            place = error.filename or self.path
+            raise DataError(f"{place}: cannot be read: {error.strerror or error}") from error
+
+    def _named_files(self) -> Iterator[bytes | Path]:
         for path in self._files():
-            try:
-                # The ending says how a file is read, and its size where the next one begins.
-                name = os.path.relpath(path, self.path)
-                digest.update(f"{name} {path.stat().st_size}\n".encode(errors="surrogateescape"))
-                with path.open("rb") as file:
-                    while block := file.read(2**20):
-                        digest.update(block)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        return digest.hexdigest()
+            # The ending decides how a file is read, and the size where the next file begins.
+            name = os.path.relpath(path, self.path)
+            yield f"{name} {path.stat().st_size}\n".encode(errors="surrogateescape")
+            yield path
 
     def in_file_order(self) -> Self:
         """The same source, whose rows are not drawn: the first of them are read at once.
