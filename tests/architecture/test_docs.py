@@ -19,35 +19,13 @@ from qlora_cli.cli import app
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.validation import key_paths
+from tests.pages import BLOCKS, PAGES, ROOT, Block
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 MINIMAL = "model: {path: base}\ndata: {train: {path: rows.jsonl}}\noutput: {dir: run}\n"
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    text = page.read_text(encoding="utf-8")
-    for match in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL):
-        line = text[: match.start()].count("\n") + 1
-        yield Block(page, line, match[2], match[3])
-
-
-BLOCKS = [block for page in PAGES for block in blocks(page)]
 RECIPES = [block for block in BLOCKS if block.language in ("yaml", "yml")]
 
 
@@ -172,3 +150,30 @@ def test_calls_are_found_in_shell() -> None:
         ("train", "a.yaml", "--resume", "auto"),
         ("schema",),
     ]
+
+
+INDEX = ROOT / "docs" / "README.md"
+
+
+def links(page: Path) -> set[Path]:
+    """Local files that a page links to."""
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    return {(page.parent / target).resolve() for target in targets if "://" not in target}
+
+
+def test_the_index_lists_every_page() -> None:
+    pages = set((ROOT / "docs").rglob("*.md")) - {INDEX}
+    assert len(pages) >= 20
+    assert pages <= links(INDEX)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_local_files_exist(page: Path) -> None:
+    assert not [target for target in links(page) if not target.exists()]
+
+
+def test_the_short_recipe_of_the_readme_is_that_of_the_quickstart(tmp_path: Path) -> None:
+    short = next(block for block in RECIPES if block.page.name == "README.md")
+    (tmp_path / "recipe.yaml").write_text(short.text, encoding="utf-8")
+    quickstart = load_recipe(ROOT / "configs" / "quickstart.yaml").recipe
+    assert load_recipe(tmp_path / "recipe.yaml").recipe == quickstart
