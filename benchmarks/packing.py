@@ -22,9 +22,10 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.data.batching.sampler import BatchStream, proof_batches
+from qlora_cli.data.batching.collate import proof_batches
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.data.config import Data
-from qlora_cli.data.prepared.prepare import Prepared, prepare
+from qlora_cli.data.prepared.prepare import PreparedData, prepare
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, load_tokenizer
 from qlora_cli.models.packed_attention import attend_by_document, prove_packing
@@ -81,7 +82,9 @@ class Case:
     vocab_size: int
 
 
-def stream(prepared: Prepared, batch_size: int, micro: int, max_length: int | None) -> BatchStream:
+def stream(
+    prepared: PreparedData, batch_size: int, micro: int, max_length: int | None
+) -> BatchStream:
     """The first pass over the rows, as `qlora train` makes it."""
     return BatchStream(
         prepared.examples,
@@ -131,7 +134,9 @@ def proof_row(case: Case, examples: Sequence[Example]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def report(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, model: Path) -> Iterator[str]:
+def report(
+    prepared: PreparedData, tokenizer: PreTrainedTokenizerFast, model: Path
+) -> Iterator[str]:
     longest = max(len(example.input_ids) for example in prepared.examples)
     yield "# Packing\n"
     yield (

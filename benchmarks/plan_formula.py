@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.distributed.devices import Device
 from qlora_cli.models.known_configs import KNOWN
 from qlora_cli.plan.analytic_memory import FORMULA, RANGE, by_formula

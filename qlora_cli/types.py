@@ -67,7 +67,7 @@ class Conversation:
     """JSON schemas of the functions that the assistant may ask for (as in transformers)."""
     rejected: list[Message] | None = None
     """Of a preference: the whole conversation with the answer that was not chosen."""
-    learn_all: bool = False
+    train_on_all: bool = False
     """Everything is learnt, the prompt and what the template writes included."""
     place: str = ""
     """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""

@@ -178,7 +178,7 @@ def show_cache(
     """
     from qlora_cli.data.prepared import cache
 
-    report = {"cleared": clear, "sets": [one.record() for one in cache.list_sets(clear=clear)]}
+    report = {"cleared": clear, "sets": [one.record() for one in cache.list_datasets(clear=clear)]}
     show(report, as_json, cache_text(report))
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.common.config import Config
 from qlora_cli.data.formats import Preference
-from qlora_cli.data.prepared.audit import AuditLimits
+from qlora_cli.data.prepared.findings import AuditLimits
 from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.errors import DataError
 
@@ -99,7 +99,7 @@ def _chosen_hint(source: Source, pairs: Preference) -> str:
             pairs.to_conversation(located.row)
         except DataError:
             continue
-        settings = pairs.learnable(located.row).items()
+        settings = pairs.as_trainable(located.row).items()
         written = ", ".join(f"{name}: {value}" for name, value in settings)
         return f"to learn the chosen answers alone, give this source format: {{{written}}}"
     return "qlora preview says what is wrong with its rows"

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import (
     Alpaca,
     FormatConfig,
     Messages,
     PromptCompletion,
     ShareGpt,
-    Template,
+    TemplateFormat,
     Text,
 )
 from qlora_cli.data.formats.fields import list_of
-from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Prompt, Row
@@ -128,7 +128,7 @@ def _whole(row: Row, format: FormatConfig) -> Conversation:
             none = [{"role": "assistant", "content": _NO_ANSWER}] if is_list else _NO_ANSWER
             completion = row.get(format.completion_field) or none
             return format.to_conversation({**row, format.completion_field: completion})
-        case Template():
+        case TemplateFormat():
             try:
                 return format.to_conversation(row)
             except DataError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.common.hashing import hash_text
-from qlora_cli.data.batching.sampler import prompt_batches
+from qlora_cli.data.batching.collate import prompt_batches
 from qlora_cli.errors import RecipeError
 from qlora_cli.types import Prompt
 

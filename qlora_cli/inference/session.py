@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.switch import AdapterSet
-from qlora_cli.data.formats import FormatConfig, PromptCompletion, Template
+from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.formats import FormatConfig, PromptCompletion, TemplateFormat
 from qlora_cli.data.prompts import is_verbatim
-from qlora_cli.data.render.encode import Encoder, read_chat_template
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.models.base import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
@@ -150,7 +151,7 @@ class InferenceSession:
     @property
     def system(self) -> str | None:
         """The system message that it was trained with, if its recipe names one."""
-        found = [f.system for f in self.formats if isinstance(f, PromptCompletion | Template)]
+        found = [f.system for f in self.formats if isinstance(f, PromptCompletion | TemplateFormat)]
         return found[0] if found else None
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.data.encode.encoder import Encoder, RefusedRow
+from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_limits
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.prepared.dataset_audit import Audited, audit_data, check_limits
-from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, ignored_text
-from qlora_cli.data.render.encode import Encoder, Refused, read_chat_template
+from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inspect.preview_html import preview_page
@@ -44,7 +45,7 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     crossed: list[TooManyLost] = []
 
-    def read(name: str, some: list[Source]) -> Prepared:
+    def read(name: str, some: list[Source]) -> PreparedData:
         try:
             return read_data(name, data, some, tokenizer, use_cache=use_cache)
         except TooManyLost as error:
@@ -149,7 +150,7 @@ class Preview:
                 [encoded] = encoder.encode_rows(
                     [other], max_length=data.max_length, truncate=data.truncate
                 )
-                if isinstance(encoded, Refused):
+                if isinstance(encoded, RefusedRow):
                     raise DataError(f"{row.place}: the rejected answer: {encoded.reason}")
                 found.update((row.place, example) for example in encoded.examples)
         return found
@@ -199,4 +200,4 @@ class _Side:
     names: list[str]
     """Of its sources, as they stand in the recipe."""
     sources: list[Source]
-    audited: Audited
+    audited: AuditedDataset

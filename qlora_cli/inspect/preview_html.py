@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from qlora_cli.data.prepared.statistics import Bar
+from qlora_cli.data.prepared.statistics import LengthBar
 from qlora_cli.data.sources import counted
 from qlora_cli.inspect.preview_model import Piece, Sample, SideView, SourceView
 from qlora_cli.inspect.preview_text import visible
@@ -56,7 +56,7 @@ def _side(side: SideView) -> Iterator[str]:
     yield f"<h2>{escape(side.name)}: {counted(total.num_rows, 'row')}</h2>"
     yield (
         f"<p>Lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
-        f"{total.num_tokens:,} tokens, {total.learnt:.1%} learnt.</p>"
+        f"{total.num_tokens:,} tokens, {total.supervised_share:.1%} learnt.</p>"
     )
     yield from _histogram(side.audit.bars)
     yield "<h3>Looked at</h3>\n<table>"
@@ -72,7 +72,10 @@ def _side(side: SideView) -> Iterator[str]:
     for source in side.sources:
         figures = source.figures
         counts = (source.num_read, source.num_bad, source.num_dropped, source.num_cut)
-        cells = [*(f"{n:,}" for n in (*counts, figures.num_tokens)), f"{figures.learnt:.1%}"]
+        cells = [
+            *(f"{n:,}" for n in (*counts, figures.num_tokens)),
+            f"{figures.supervised_share:.1%}",
+        ]
         numbers = "".join(f'<td class="number">{cell}' for cell in cells)
         yield f"<tr><td>{escape(source.name)}: {escape(source.path)}{numbers}"
     yield "</table>"
@@ -103,7 +106,7 @@ def _piece(piece: Piece) -> str:
     return f'<span class="{classes}">{text}</span>' if classes else text
 
 
-def _histogram(bars: Sequence[Bar]) -> Iterator[str]:
+def _histogram(bars: Sequence[LengthBar]) -> Iterator[str]:
     most = max(bar.num_rows for bar in bars)
     yield "<h3>Lengths</h3>\n<table>"
     for bar in bars:

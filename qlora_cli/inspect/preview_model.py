@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.prepared.audit import Finding
-from qlora_cli.data.prepared.statistics import Audit, Figures
+from qlora_cli.data.prepared.findings import Finding
+from qlora_cli.data.prepared.statistics import DatasetStatistics, RowStatistics
 from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SourceView:
     """Rows longer than `data.max_length`; the dropped ones among them."""
     ignored: str
     """Keys of messages that nobody reads, counted."""
-    figures: Figures
+    figures: RowStatistics
     samples: list[Sample]
 
 
@@ -61,7 +61,7 @@ class SideView:
     """What is learnt, or what is held out."""
 
     name: str
-    audit: Audit
+    audit: DatasetStatistics
     stops: list[tuple[str, int]]
     """Tokens that end learnt turns, and how many turns each."""
     findings: list[Finding]

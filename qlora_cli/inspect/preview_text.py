@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qlora_cli.data.prepared.statistics import Bar
+from qlora_cli.data.prepared.statistics import LengthBar
 from qlora_cli.data.sources import counted
 from qlora_cli.inspect.preview_model import Sample, SideView, SourceView
 
@@ -47,7 +47,7 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
     yield (
         f"{counted(source.num_read, 'row')}, {source.num_bad:,} bad, "
         f"{source.num_dropped:,} dropped, {source.num_cut:,} cut; "
-        f"{source.figures.num_tokens:,} tokens, {source.figures.learnt:.1%} learnt"
+        f"{source.figures.num_tokens:,} tokens, {source.figures.supervised_share:.1%} learnt"
     )
     if source.ignored:
         yield f"not read in messages: {source.ignored}"
@@ -109,7 +109,7 @@ def _side(side: SideView, colour: bool) -> Iterator[str]:
     yield _heading(f"{side.name}: {counted(total.num_rows, 'row')}", colour)
     yield (
         f"lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
-        f"{total.num_tokens:,} tokens, {total.learnt:.1%} learnt"
+        f"{total.num_tokens:,} tokens, {total.supervised_share:.1%} learnt"
     )
     yield from _histogram(side.audit.bars)
     stops = ", ".join(f"{token} {count:,}" for token, count in side.stops)
@@ -121,7 +121,7 @@ def _side(side: SideView, colour: bool) -> Iterator[str]:
         yield from (f"  {name}" for name in finding.named)
 
 
-def _histogram(bars: Sequence[Bar]) -> Iterator[str]:
+def _histogram(bars: Sequence[LengthBar]) -> Iterator[str]:
     names = [f"{bar.first:,} to {bar.last:,}" for bar in bars]
     most = max(bar.num_rows for bar in bars)
     for bar, name in zip(bars, names, strict=True):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_cli.data.batching.sampler import proof_batches
-from qlora_cli.data.prepared.prepare import Prepared
+from qlora_cli.data.batching.collate import proof_batches
+from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
@@ -39,7 +39,7 @@ _RECOMPUTE: dict[bool | str, Recompute] = {
 
 def use_padding_free(
     model: PreTrainedModel,
-    learnt: Prepared,
+    learnt: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
     device: torch.device,

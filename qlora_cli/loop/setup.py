@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_cli.data.batching.sampler import BatchStream, eval_batches
-from qlora_cli.data.prepared.prepare import Prepared
+from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def stream_batches(
     recipe: Recipe,
-    training: Prepared,
+    training: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
     *,
     padding_free: bool,
@@ -45,7 +45,7 @@ def stream_batches(
 
 
 def largest_eval_batch(
-    evaluation: Prepared | None, batch_size: int, tokenizer: PreTrainedTokenizerFast
+    evaluation: PreparedData | None, batch_size: int, tokenizer: PreTrainedTokenizerFast
 ) -> Batch | None:
     """Return the evaluation batch that needs the most memory (the first); None without rows."""
     if evaluation is None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.render.encode import read_chat_template
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.devices import Target
 from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels

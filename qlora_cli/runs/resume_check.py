@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qlora_cli.common.hashing import hash_text
-from qlora_cli.data.prepared.prepare import Prepared
+from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder, environment
@@ -79,8 +79,8 @@ Changes = dict[str, list[Any]]
 def take_fingerprint(
     base: Mapping[str, str],
     tokenizer: PreTrainedTokenizerFast,
-    learnt: Prepared,
-    held_out: Prepared | None,
+    learnt: PreparedData,
+    held_out: PreparedData | None,
 ) -> dict[str, str | None]:
     """Sums of all that a run reads, wherever it lies.
 

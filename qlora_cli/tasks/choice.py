@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.render.encode import Encoder
+from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.task import Outcome, Scorer, Task
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from qlora_cli.data.config import Data
-from qlora_cli.data.render.encode import Encoder
+from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.choice import Choice, ChoiceTask, asked, encode_choice

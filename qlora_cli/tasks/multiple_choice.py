@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import model_validator
 
 from qlora_cli.data.config import Data
+from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import Messages
 from qlora_cli.data.formats.fields import as_list, as_text, parsed, value_of
 from qlora_cli.data.formats.template import check_template, rendered
-from qlora_cli.data.render.encode import Encoder
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.choice import Choice, ChoiceTask, encode_choice

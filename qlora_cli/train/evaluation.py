@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from qlora_cli.data.batching.sampler import eval_batches
-from qlora_cli.data.prepared.prepare import Prepared
+from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import TrainingError
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def measure(
     objective: TokenLoss,
-    evaluation: Prepared,
+    evaluation: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
     batch_size: int,
     world: World,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.render.encode import read_chat_template
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.models.identity import identify

@@ -13,9 +13,9 @@ import torch
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.signals import StopSignals
+from qlora_cli.data.prepared.audit import check_data
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.prepared.dataset_audit import check_data
-from qlora_cli.data.render.encode import read_chat_template
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.precision import PRECISIONS
 from qlora_cli.distributed.world import World, set_seed
 from qlora_cli.errors import Interrupted, RecipeError

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluate.divergence import compare
 from qlora_cli.export.merge import prepare, write_files

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.render.renderer import Layout, Renderer
+from qlora_cli.data.render.renderer import RenderedRow, Renderer
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
 from tests.conftest import make_tokenizer
@@ -214,7 +214,7 @@ def by_hand(name: str, tokenizer: Any, row: Conversation, end: int, **options: A
     return ids
 
 
-def pieces(layout: Layout, tokenizer: Any) -> list[str]:
+def pieces(layout: RenderedRow, tokenizer: Any) -> list[str]:
     """The learnt characters of a row, each turn with its stop token."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     found = []
@@ -225,7 +225,7 @@ def pieces(layout: Layout, tokenizer: Any) -> list[str]:
     return found
 
 
-def check(name: str, tokenizer: Any, row: Conversation, layout: Layout) -> None:
+def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> None:
     """Assert that a row is what the model sees, and what is learnt what it has to write."""
 
     def ids(text: str) -> list[int]:
@@ -286,7 +286,7 @@ def outcomes(name: str) -> dict[str, dict[str, Any]]:
     for kind in KINDS:
         try:
             rows = [
-                (row, renderer.lay_out(row))
+                (row, renderer.render(row))
                 for conversation in conversations(kind)
                 for row in renderer.split(conversation)
             ]

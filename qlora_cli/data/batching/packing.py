@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from qlora_cli.data.prepared.mmap_dataset import PreparedSet
+from qlora_cli.data.prepared.mmap_dataset import MmapDataset
 from qlora_cli.types import Example
 
 WINDOW = 4096
@@ -15,7 +15,7 @@ the same companions in every pass, as a long one has few that fit beside it."""
 
 def lengths(examples: Sequence[Example]) -> list[int]:
     """Tokens of each example."""
-    if isinstance(examples, PreparedSet):
+    if isinstance(examples, MmapDataset):
         sizes: list[int] = examples.lengths.tolist()
         return sizes
     return [len(example.input_ids) for example in examples]
@@ -23,7 +23,7 @@ def lengths(examples: Sequence[Example]) -> list[int]:
 
 def supervised(examples: Sequence[Example]) -> list[int]:
     """Tokens of each example that are learnt."""
-    if isinstance(examples, PreparedSet):
+    if isinstance(examples, MmapDataset):
         counts: list[int] = examples.num_supervised.tolist()
         return counts
     return [example.num_supervised for example in examples]

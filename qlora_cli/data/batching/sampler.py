@@ -6,17 +6,15 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qlora_cli.data.batching.collate import chunks, concatenate_batch, longest_first, pad_batch
 from qlora_cli.data.batching.packing import lengths, pack_in_windows, supervised
-from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
+from qlora_cli.types import Batch, Example
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-_PROOF_TOKENS = 64
-"""Of each example that packing is proved on."""
+    pass
 
 
 class BatchStream:
@@ -153,12 +151,12 @@ class BatchStream:
         num_places = 0
         for first in range(0, len(rows), self._batch_size):
             some = rows[first : first + self._batch_size]
-            for group in _chunks(self._by_length(some), self._micro_batch_size):
+            for group in chunks(self._by_length(some), self._micro_batch_size):
                 num_places += len(group) * max(self._length(some[at]) for at in group)
         return f"padding {1 - num_tokens / num_places:.1%}"
 
     def _batch(self, rows: list[tuple[int, ...]]) -> Batch:
-        collate = _concatenate if self._is_flat else _pad
+        collate = concatenate_batch if self._is_flat else pad_batch
         batch = collate([self._examples[i] for row in rows for i in row], self._pad_token_id)
         return replace(batch, examples=tuple(rows))
 
@@ -166,7 +164,7 @@ class BatchStream:
         return sum(self._lengths[i] for i in row)
 
     def _by_length(self, rows: list[tuple[int, ...]]) -> list[int]:
-        return _longest_first([self._length(row) for row in rows])
+        return longest_first([self._length(row) for row in rows])
 
     def _row(self, position: int) -> tuple[int, ...]:
         if self._max_length is None:
@@ -248,58 +246,9 @@ def eval_batches(
     Args:
         batch_size: most rows per batch, on one rank.
     """
-    order = _longest_first(lengths(examples))
+    order = longest_first(lengths(examples))
     for group in _share(order, batch_size, rank, world_size):
-        yield _pad([examples[i] for i in group], pad_token_id)
-
-
-def full_batch(num_rows: int, max_length: int, *, padding_free: bool) -> Batch:
-    """As large a batch as there can be, everything in it learnt: what stands in for data.
-
-    The last of several rows is a token shorter, as rows hardly ever are of one length; so the batch
-    has a mask, unless they lie end to end.
-    """
-    sizes = [max_length] * (num_rows - 1) + [max_length - (num_rows > 1)]
-    examples = [Example([1] * size, [1] * size) for size in sizes]
-    return (_concatenate if padding_free else _pad)(examples, 0)
-
-
-def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:
-    """Tokens of three examples, packed and padded: to see whether a model tells them apart.
-
-    Of one length, a short example many times over, so that none is padded: with LLM.int8() the
-    tokens of a batch decide together how it is computed, and these are the same tokens in both.
-    The labels say nothing.
-    """
-    some = [examples[i % len(examples)].input_ids for i in range(3)]
-    pieces = [(ids * _PROOF_TOKENS)[:_PROOF_TOKENS] for ids in some]
-    made = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in pieces]
-    return _concatenate(made, pad_token_id), _pad(made, pad_token_id)
-
-
-@dataclass(frozen=True, slots=True)
-class PromptBatch:
-    """Prompts to answer together, left-padded: all of them end where generation begins."""
-
-    indices: list[int]
-    """Which of the prompts these are."""
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 for real tokens
-
-
-def prompt_batches(
-    prompts: Sequence[Prompt], *, batch_size: int, pad_token_id: int
-) -> Iterator[PromptBatch]:
-    """All prompts, the longest first, those of about one length together."""
-    import torch
-
-    order = _longest_first([len(prompt.input_ids) for prompt in prompts])
-    for group in _chunks(order, batch_size):
-        rows = [prompts[i].input_ids for i in group]
-        width = max(map(len, rows))
-        ids = [[pad_token_id] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        yield PromptBatch(group, torch.tensor(ids), torch.tensor(mask))
+        yield pad_batch([examples[i] for i in group], pad_token_id)
 
 
 def _permutation(length: int, name: str) -> list[int]:
@@ -310,49 +259,8 @@ def _permutation(length: int, name: str) -> list[int]:
     return sorted(range(length), key=keys.__getitem__)
 
 
-def _longest_first(sizes: Sequence[int]) -> list[int]:
-    """Indices of the sizes, the largest first."""
-    return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-
-
 def _share(order: list[int], size: int, rank: int, world_size: int) -> list[list[int]]:
     """The groups of up to `size` that fall to a rank; as many for each rank, so some are empty."""
-    groups = _chunks(order, size)
+    groups = chunks(order, size)
     groups += [[]] * (-len(groups) % world_size)
     return groups[rank::world_size]
-
-
-def _chunks(order: list[int], size: int) -> list[list[int]]:
-    return [order[at : at + size] for at in range(0, len(order), size)]
-
-
-def _or_dummy(examples: list[Example], pad_token_id: int) -> list[Example]:
-    # A rank without rows still has to take part in the step: it learns nothing from this one,
-    # which has a second token so that a shifted label remains to be ignored.
-    return examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
-
-
-def _pad(examples: list[Example], pad_token_id: int) -> Batch:
-    """Right-padded. Padding is masked by its position and never by its id, which may be the EOS."""
-    import torch
-
-    examples = _or_dummy(examples, pad_token_id)
-    width = max(len(example.input_ids) for example in examples)
-    ids, mask, labels = [], [], []
-    for example in examples:
-        length = len(example.input_ids)
-        ids.append(example.input_ids + [pad_token_id] * (width - length))
-        mask.append([1] * length + [0] * (width - length))
-        labels.append(example.labels + [IGNORE_INDEX] * (width - length))
-    return Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels))
-
-
-def _concatenate(examples: list[Example], pad_token_id: int) -> Batch:
-    """End to end. The first token of an example is not to be predicted from the one before it."""
-    import torch
-
-    examples = _or_dummy(examples, pad_token_id)
-    ids = [token for example in examples for token in example.input_ids]
-    labels = [label for e in examples for label in (IGNORE_INDEX, *e.labels[1:])]
-    documents = tuple(len(example.input_ids) for example in examples)
-    return Batch(torch.tensor([ids]), None, torch.tensor([labels]), documents)

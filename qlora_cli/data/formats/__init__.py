@@ -12,7 +12,7 @@ from pydantic import Field
 from qlora_cli.data.formats.chat import Messages, ShareGpt
 from qlora_cli.data.formats.flat import Alpaca, PromptCompletion, Text
 from qlora_cli.data.formats.preference import Preference
-from qlora_cli.data.formats.template import Template
+from qlora_cli.data.formats.template import TemplateFormat
 
 __all__ = [
     "Alpaca",
@@ -21,11 +21,11 @@ __all__ = [
     "Preference",
     "PromptCompletion",
     "ShareGpt",
-    "Template",
+    "TemplateFormat",
     "Text",
 ]
 
 FormatConfig = Annotated[
-    Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference | Template,
+    Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference | TemplateFormat,
     Field(discriminator="type"),
 ]

@@ -43,7 +43,7 @@ class Preference(Config):
             rejected=_answered(prompt, row, self.rejected_field),
         )
 
-    def learnable(self, row: Row) -> dict[str, str]:
+    def as_trainable(self, row: Row) -> dict[str, str]:
         """The format, as a recipe names it, that reads the chosen answer of a row."""
         for field in _PROMPTS:
             if row.get(field) is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Template as JinjaTemplate
 
 
-class Template(Config):
+class TemplateFormat(Config):
     """Jinja texts over the columns of a row, one for each turn."""
 
     example: ClassVar[Row] = {"prompt": "The capital of France?", "completion": "Paris."}

@@ -1,140 +1,155 @@
-"""What in prepared rows is often a mistake, and when it stops a run."""
+"""Audit prepared datasets: lengths, duplicates, leaks and template drift."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from qlora_cli.data.config import Data
+from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.prepared.findings import Finding, find_drift, findings
+from qlora_cli.data.prepared.prepare import PreparedData
+from qlora_cli.data.prepared.statistics import DatasetScan, DatasetStatistics, LocatedExamples, scan
+from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.types import Conversation
 
-from qlora_cli.common.config import Config
-from qlora_cli.data.prepared.statistics import NAMED, Audit, Rows, learnt_turns
-from qlora_cli.errors import DataError
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger("qlora")
 
-class AuditLimits(Config):
-    """What stops a run because of its data. Without a limit, it is reported and stops nothing."""
-
-    max_duplicates: float | None = Field(None, ge=0, le=1)
-    """Share of training rows that may repeat an earlier one, token by token."""
-    max_overlap: float | None = Field(None, ge=0, le=1)
-    """Share of evaluation rows that training may show, or whose prompt it may answer otherwise."""
-    max_truncated: float | None = Field(None, ge=0, le=1)
-    """Share of training rows that may be longer than `max_length`."""
-    min_learnt: float | None = Field(None, ge=0, le=1)
-    """Least share of training tokens that are learnt."""
-
-    def check(self, training: Audit, evaluation: Audit | None, *, truncated: float) -> None:
-        """Stop where a limit is crossed.
-
-        Args:
-            truncated: share of the training rows that are longer than `max_length`.
-
-        Raises:
-            DataError: with every limit that is crossed.
-        """
-        figures = training.total
-        found = [
-            ("max_duplicates", figures.num_duplicates / figures.num_rows, "training rows repeat"),
-            ("max_truncated", truncated, "training rows are longer than data.max_length"),
-        ]
-        if evaluation is not None:
-            held_out = evaluation.total
-            shown = (held_out.num_seen + held_out.num_asked) / held_out.num_rows
-            found.append(("max_overlap", shown, "evaluation rows are shown in training"))
-        problems = [
-            f"data.audit.{key} ({limit:g}): {share:.2%} of the {what}"
-            for key, share, what in found
-            if (limit := getattr(self, key)) is not None and share > limit
-        ]
-        if self.min_learnt is not None and figures.learnt < self.min_learnt:
-            problems.append(
-                f"data.audit.min_learnt ({self.min_learnt:g}): {figures.learnt:.2%} of the "
-                "training tokens are learnt"
-            )
-        if problems:
-            raise DataError("\n".join(problems), hint="qlora preview names the first of these rows")
+_COMPARED = 256
+"""Rows of a source whose prompt is rendered again, as it is for generation."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
-    """Rows in which something else precedes the last answer than when the model generates."""
+class AuditedDataset:
+    """One side of the data, and what was found in it."""
 
-    num_rows: int
-    """Rows looked at."""
-    rows: list[int]
-    """Of these, the rows that differ."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    what: str
-    count: int
-    total: int
-    named: tuple[str, ...] = ()
-    """The first of them."""
+    name: str
+    prepared: PreparedData
+    scan: DatasetScan
+    audit: DatasetStatistics
+    findings: list[Finding]
 
     @property
-    def found(self) -> str:
-        """How many, out of how many, and the share if there are any."""
-        share = f" ({self.count / self.total:.2%})" if self.count else ""
-        return f"{self.count:,} of {self.total:,}{share}"
+    def truncated(self) -> float:
+        """Share of rows that are longer than `data.max_length`."""
+        return self.prepared.num_truncated / self.prepared.num_rows
+
+    def summary(self) -> str:
+        """One line for the log."""
+        total = self.audit.total
+        found = "; ".join(
+            f"{finding.what}: {', '.join([finding.found, *finding.named[:1]])}"
+            for finding in self.findings
+            if finding.count
+        )
+        return (
+            f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
+            f"median {total.median:,}; {found or 'nothing suspect'}"
+        )
 
 
-def findings(
-    rows: Rows, audit: Audit, drift: Drift, cut: Finding, *, training: Rows | None = None
-) -> list[Finding]:
-    """What was looked at in the rows of one side.
+def audit_data(
+    data: Data,
+    learnt: PreparedData,
+    held_out: PreparedData | None,
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[AuditedDataset]:
+    """What the rows come to, and what in them is often a mistake: training, then evaluation."""
+    training = _audited("training", data, learnt, tokenizer, None)
+    if held_out is None:
+        return [training]
+    return [training, _audited("evaluation", data, held_out, tokenizer, training)]
 
-    Args:
-        cut: what is known of rows that are too long.
-        training: what is learnt, if `rows` are held out from it.
+
+def check_data(
+    data: Data,
+    learnt: PreparedData,
+    held_out: PreparedData | None,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, dict[str, Any]]:
+    """The audit, with a line about each side in the log. Returns the figures.
+
+    Raises:
+        DataError: a limit of `data.audit` is crossed.
     """
-    total = audit.total
+    sides = audit_data(data, learnt, held_out, tokenizer)
+    for side in sides:
+        is_suspect = any(finding.count for finding in side.findings)
+        log.log(logging.WARNING if is_suspect else logging.INFO, side.summary())
+    check_limits(data, sides)
+    return {side.name: side.audit.record() for side in sides}
 
-    def pairs(found: list[tuple[int, int]], others: Rows = rows) -> tuple[str, ...]:
-        return tuple(f"{rows.place(row)} = {others.place(other)}" for row, other in found)
 
-    num = total.num_rows
-    drifting = tuple(rows.place(row) for row in drift.rows[:NAMED])
-    repeated = pairs(audit.duplicates)
-    found = [
-        cut,
-        Finding("rows with nothing to learn", total.num_empty, num),
-        *(
-            [Finding("turns that do not end in their row", total.num_unfinished, total.num_turns)]
-            if total.num_unfinished
-            else []
-        ),
-        Finding("turns that end in no stop token", total.unstopped, total.num_turns),
-        Finding(
-            "rows whose prompt differs in generation", len(drift.rows), drift.num_rows, drifting
-        ),
-        Finding("rows that begin with two BOS tokens", total.num_double_bos, num),
-        Finding("rows that repeat an earlier one", total.num_duplicates, num, repeated),
+def check_limits(data: Data, sides: list[AuditedDataset]) -> None:
+    """Raises DataError if a limit of `data.audit` is crossed."""
+    training, *others = sides
+    evaluation = others[0].audit if others else None
+    data.audit.check(training.audit, evaluation, truncated=training.truncated)
+
+
+def _audited(
+    name: str,
+    data: Data,
+    prepared: PreparedData,
+    tokenizer: PreTrainedTokenizerFast,
+    training: AuditedDataset | None,
+) -> AuditedDataset:
+    rows = prepared.examples
+    scanned = scan(rows, tokenizer, max_length=data.max_length)
+    audit = scanned.audit(None if training is None else training.scan)
+    learnt = None if training is None else training.prepared.examples
+    sources = data.train_sources if training is None else data.evaluation_sources
+    prompts = [
+        pair
+        for i, source in enumerate(sources)
+        for pair in _first_prompts(source, rows, _candidates(source, scanned, i), data, tokenizer)
     ]
-    if training is not None:
-        seen, asked = pairs(audit.seen, training), pairs(audit.asked, training)
-        found += [
-            Finding("rows that training has too", total.num_seen, num, seen),
-            Finding("rows whose prompt training answers otherwise", total.num_asked, num, asked),
-        ]
-    return found
+    cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
+    found = findings(rows, audit, find_drift(rows, prompts), cut, training=learnt)
+    return AuditedDataset(name, prepared, scanned, audit, found)
 
 
-def find_drift(rows: Rows, prompts: Iterable[tuple[int, list[int]]]) -> Drift:
-    """Compare rows with the prompts that the model is given to generate their last answer.
+def _candidates(source: Source, scanned: DatasetScan, index: int) -> list[int]:
+    """Rows of a source among which those are that its files begin with."""
+    return scanned.first_rows(index, None if source.shuffle else _COMPARED)
 
-    Args:
-        prompts: index of a row that is not cut, and the tokens of its prompt.
-    """
-    looked_at, drifting = 0, []
-    for row, prompt in prompts:
-        example = rows[row]
-        turns = learnt_turns(example.labels)
-        looked_at += 1
-        if not turns or turns[-1][0] != len(prompt) or example.input_ids[: len(prompt)] != prompt:
-            drifting.append(row)
-    return Drift(looked_at, drifting)
+
+def _first_prompts(
+    source: Source,
+    rows: LocatedExamples,
+    candidates: list[int],
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Iterator[tuple[int, list[int]]]:
+    """Rows that are not cut, and what the model is given to generate their last answer."""
+    encoder = Encoder(tokenizer)
+    for row, conversation in islice(_first_located(source, rows, candidates), _COMPARED):
+        has_prompt = any(message.train for message in conversation.messages[1:])
+        # What is cut has this length.
+        is_whole = len(rows[row].input_ids) < data.max_length
+        if has_prompt and not conversation.train_on_all and is_whole:
+            prompt = encoder.to_prompt(conversation.messages, conversation.tools)
+            yield row, prompt.input_ids
+
+
+def _first_located(
+    source: Source, rows: LocatedExamples, candidates: list[int]
+) -> Iterator[tuple[int, Conversation]]:
+    """What the files begin with, with the row that it became; without what became several."""
+    # Not in the order of `shuffle`, which takes a whole source to be read before its first row.
+    conversations = source.in_file_order().conversations(BadRows())
+    num_left = len(candidates)
+    while num_left > 0 and (some := {one.place: one for one in islice(conversations, _COMPARED)}):
+        found = [row for row in candidates if rows.place(row) in some]
+        times = Counter(rows.place(row) for row in found)
+        for row in found:
+            if times[rows.place(row)] == 1:
+                yield row, some[rows.place(row)]
+        num_left -= len(found)

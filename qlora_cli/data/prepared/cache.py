@@ -17,7 +17,7 @@ from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.common.hashing import hash_json, hash_pieces
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.mmap_dataset import read_facts
-from qlora_cli.data.prepared.prepare import Prepared, digests_of, joined_digest, prepare
+from qlora_cli.data.prepared.prepare import PreparedData, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 
@@ -49,7 +49,7 @@ def load_or_prepare(
     data: Data,
     *,
     use_cache: bool = True,
-) -> tuple[Prepared, bool]:
+) -> tuple[PreparedData, bool]:
     """The prepared set of some sources, and whether it was there already.
 
     Args:
@@ -102,7 +102,7 @@ def key_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CachedDataset:
     """A prepared set that is kept."""
 
     folder: Path
@@ -119,7 +119,7 @@ class Entry:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def list_sets(*, clear: bool = False) -> list[Entry]:
+def list_datasets(*, clear: bool = False) -> list[CachedDataset]:
     """What is kept, the last used first.
 
     Args:
@@ -131,7 +131,7 @@ def list_sets(*, clear: bool = False) -> list[Entry]:
         facts = read_facts(folder) or {}
         paths, num_rows = facts.get("paths", []), facts.get("num_rows", 0)
         size = sum(file.stat().st_size for file in folder.iterdir())
-        found.append(Entry(folder, paths, num_rows, size, folder.stat().st_mtime))
+        found.append(CachedDataset(folder, paths, num_rows, size, folder.stat().st_mtime))
     if clear:
         shutil.rmtree(_folder(), ignore_errors=True)
     return sorted(found, key=lambda entry: -entry.used)
@@ -143,21 +143,21 @@ def _find_or_make(
     tokenizer: PreTrainedTokenizerFast,
     data: Data,
     digests: Sequence[str],
-) -> tuple[Prepared, bool]:
+) -> tuple[PreparedData, bool]:
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes that train together the first prepares, and the others wait here. The
     # system takes the lock from a process that dies.
     with filelock.FileLock(folder.with_suffix(".lock")):
-        prepared = Prepared.open(folder)
+        prepared = PreparedData.open(folder)
         if prepared is not None:
             folder.touch()
             return prepared, True
         shutil.rmtree(folder, ignore_errors=True)
         with atomic_folder(folder) as unfinished:
             prepare(sources, tokenizer, data, unfinished, digests=digests)
-    prepared = Prepared.open(folder)
+    prepared = PreparedData.open(folder)
     assert prepared is not None
     return prepared, False
 
@@ -181,7 +181,7 @@ def read_data(
     tokenizer: PreTrainedTokenizerFast,
     *,
     use_cache: bool = True,
-) -> Prepared:
+) -> PreparedData:
     """The examples of all sources, with a line about them in the log."""
     prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())

@@ -41,7 +41,7 @@ _COLUMNS = {
 _FACTS = "facts.json"
 
 
-class SetWriter:
+class DatasetWriter:
     """Writes examples to a folder, one after the other. `close` makes it a prepared set."""
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class SetWriter:
         self._files[name].write(data)
 
 
-class PreparedSet(Sequence[Example]):
+class MmapDataset(Sequence[Example]):
     """The examples of a folder, read when they are asked for."""
 
     def __init__(self, folder: Path) -> None:

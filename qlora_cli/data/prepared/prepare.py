@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.hashing import hash_text
+from qlora_cli.data.encode.encoder import EncodedRow, Encoder, RefusedRow
 from qlora_cli.data.formats import Text
-from qlora_cli.data.prepared.mmap_dataset import PreparedSet, SetWriter, read_facts
+from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.prompts import is_verbatim
-from qlora_cli.data.render.encode import Encoded, Encoder, Refused
 from qlora_cli.data.sources import BadRows, Source, counted, first_lines
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Prompt
@@ -36,10 +36,10 @@ class TooManyLost(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedData:
     """The examples of some sources, and what became of their rows."""
 
-    examples: PreparedSet
+    examples: MmapDataset
     paths: list[str]
     """The sources."""
     counts: list[dict[str, int]]
@@ -76,13 +76,13 @@ class Prepared:
     """sha256 of the examples: equal for all that is learnt in the same way."""
 
     @classmethod
-    def open(cls, folder: Path) -> Prepared | None:
+    def open(cls, folder: Path) -> PreparedData | None:
         """What `prepare` wrote to a folder; None if it is not whole."""
         facts = read_facts(folder)
         names = {field.name for field in fields(cls)} - {"examples"}
         if facts is None or set(facts) != names:
             return None
-        return cls(examples=PreparedSet(folder), **facts)
+        return cls(examples=MmapDataset(folder), **facts)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -110,7 +110,7 @@ def prepare(
     folder: Path,
     *,
     digests: Sequence[str] | None = None,
-) -> Prepared:
+) -> PreparedData:
     """Read, format, tokenize and check all rows of some sources, and write them to a folder.
 
     Args:
@@ -123,7 +123,7 @@ def prepare(
     tallies = []
     digests = digests_of(sources) if digests is None else digests
     with (
-        SetWriter(folder) as writer,
+        DatasetWriter(folder) as writer,
         Workers(
             tokenizer,
             max_length=data.max_length,
@@ -159,7 +159,7 @@ def prepare(
                 "rows_digest": writer.digest,
             }
         )
-    prepared = Prepared.open(folder)
+    prepared = PreparedData.open(folder)
     assert prepared is not None
     return prepared
 
@@ -246,7 +246,7 @@ class _Tally:
         self._lost = BadRows()
         self._lengths = array("I")
 
-    def add(self, place: str, row: Encoded) -> None:
+    def add(self, place: str, row: EncodedRow) -> None:
         max_length = self._data.max_length
         self._lengths.append(row.length)
         self.counts.update(
@@ -327,13 +327,13 @@ class _Tally:
 
 def _encode(
     workers: Workers, source: Source, tally: _Tally, skip: bool
-) -> Iterator[tuple[str, Encoded]]:
+) -> Iterator[tuple[str, EncodedRow]]:
     # Kept apart and put together at the end: how far reading is ahead of encoding depends on the
     # number of workers, and what is shown must not.
     bad, refused = BadRows(), BadRows()
     rows = _noting(source.conversations(bad), tally.ignored)
     for place, encoded in workers.encode(rows):
-        if isinstance(encoded, Refused):
+        if isinstance(encoded, RefusedRow):
             refused.add(place, encoded.reason)
         else:
             yield place, encoded

@@ -26,7 +26,7 @@ NAMED = 3
 _MAX_BARS = 12
 
 
-class Rows(Protocol):
+class LocatedExamples(Protocol):
     """Examples that know where they are from."""
 
     def __len__(self) -> int: ...
@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class RowStatistics:
     """What some rows come to."""
 
     num_rows: int
@@ -72,13 +72,13 @@ class Figures:
         return self.num_turns - self.num_unfinished - self.num_stopped
 
     @property
-    def learnt(self) -> float:
+    def supervised_share(self) -> float:
         """Share of tokens that are learnt."""
         return self.num_supervised / max(1, self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class LengthBar:
     """Rows of about one length."""
 
     first: int
@@ -88,12 +88,12 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
+class DatasetStatistics:
     """One side of the data: what is learnt, or what is held out."""
 
-    total: Figures
-    sources: list[Figures]
-    bars: list[Bar]
+    total: RowStatistics
+    sources: list[RowStatistics]
+    bars: list[LengthBar]
     """Histogram of lengths."""
     ends: dict[int, int]
     """Id of a token that ends learnt turns -> how many of them."""
@@ -109,9 +109,11 @@ class Audit:
         return asdict(self.total)
 
 
-def scan(rows: Rows, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> Scan:
+def scan(
+    rows: LocatedExamples, tokenizer: PreTrainedTokenizerFast, *, max_length: int
+) -> DatasetScan:
     """Look at each row once."""
-    scan = Scan(
+    scan = DatasetScan(
         added_token_ids=tokenizer.added_tokens_decoder,
         bos_token_id=tokenizer.bos_token_id,
         max_length=max_length,
@@ -121,7 +123,7 @@ def scan(rows: Rows, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> 
     return scan
 
 
-class Scan:
+class DatasetScan:
     """What is kept of the rows of one side: numbers and 8-byte hashes.
 
     Args:
@@ -153,7 +155,7 @@ class Scan:
     def add(self, example: Example, source: int = 0) -> None:
         """The next row, which is of a source."""
         ids, row = example.input_ids, len(self._hashes)
-        turns = learnt_turns(example.labels)
+        turns = supervised_turns(example.labels)
         tokens = array("I", ids)
         digest = hashlib.blake2b(digest_size=8)
         at = prompt = num_cut = num_stopped = 0
@@ -193,7 +195,7 @@ class Scan:
         rows: list[int] = np.flatnonzero(np.array(self._sources) == source)[:count].tolist()
         return rows
 
-    def audit(self, training: Scan | None = None) -> Audit:
+    def audit(self, training: DatasetScan | None = None) -> DatasetStatistics:
         """The figures.
 
         Args:
@@ -212,7 +214,7 @@ class Scan:
             # What is not found (-1) falls on the number that is put last.
             rows = np.append(np.array(training._prompt_rows, np.int64), -1)
             asked = np.where(seen < 0, rows[prompts], -1)
-        table = _Table(
+        table = _StatisticsColumns(
             source=np.array(self._sources),
             length=np.array(self._lengths),
             supervised=np.array(self._supervised),
@@ -224,7 +226,7 @@ class Scan:
             seen=seen >= 0,
             asked=asked >= 0,
         )
-        return Audit(
+        return DatasetStatistics(
             total=table.figures(np.full(len(hashes), True)),
             sources=[table.figures(table.source == i) for i in np.unique(table.source)],
             bars=_bars(table.length),
@@ -236,7 +238,7 @@ class Scan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class _StatisticsColumns:
     """A column for each figure, a row for each row."""
 
     source: NDArray[np.uint32]
@@ -250,14 +252,14 @@ class _Table:
     seen: NDArray[np.bool_]
     asked: NDArray[np.bool_]
 
-    def figures(self, rows: NDArray[np.bool_]) -> Figures:
+    def figures(self, rows: NDArray[np.bool_]) -> RowStatistics:
         import numpy as np
 
         lengths = np.sort(self.length[rows])
         shortest, median, longest = (
             (lengths[[0, len(lengths) // 2, -1]]).tolist() if len(lengths) else (0, 0, 0)
         )
-        return Figures(
+        return RowStatistics(
             num_rows=len(lengths),
             num_tokens=int(lengths.sum()),
             num_supervised=int(self.supervised[rows].sum()),
@@ -275,7 +277,7 @@ class _Table:
         )
 
 
-def learnt_turns(labels: list[int]) -> list[tuple[int, int]]:
+def supervised_turns(labels: list[int]) -> list[tuple[int, int]]:
     """First index, and the one after the last, of each run of learnt tokens."""
     import numpy as np
 
@@ -307,7 +309,7 @@ def _first_pairs(others: NDArray[np.int64]) -> list[tuple[int, int]]:
     return [(int(row), int(others[row])) for row in np.flatnonzero(others >= 0)[:NAMED]]
 
 
-def _bars(lengths: NDArray[np.uint32]) -> list[Bar]:
+def _bars(lengths: NDArray[np.uint32]) -> list[LengthBar]:
     """Up to twelve bars of one width, which is a round number."""
     import numpy as np
 
@@ -323,6 +325,6 @@ def _bars(lengths: NDArray[np.uint32]) -> list[Bar]:
     first = shortest // width
     counts = np.bincount(lengths.astype(np.int64) // width - first)
     return [
-        Bar((first + i) * width, (first + i + 1) * width - 1, count)
+        LengthBar((first + i) * width, (first + i + 1) * width - 1, count)
         for i, count in enumerate(counts.tolist())
     ]

@@ -14,14 +14,14 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from qlora_cli.data.render.encode import Encoded, Encoder, Refused, Truncate
+from qlora_cli.data.encode.encoder import EncodedRow, Encoder, RefusedRow, Truncate
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Results = list[Encoded | Refused]
+Results = list[EncodedRow | RefusedRow]
 
 ALONE_SECONDS = 15.0
 """How long one process encodes before it is helped, unless workers are asked for by number: a
@@ -72,7 +72,7 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def encode(self, rows: Iterable[Conversation]) -> Iterator[tuple[str, Encoded | Refused]]:
+    def encode(self, rows: Iterable[Conversation]) -> Iterator[tuple[str, EncodedRow | RefusedRow]]:
         """The place of each row and what became of it, in order.
 
         Raises:

@@ -13,13 +13,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qlora_cli.data.render.chat_template import Template, TemplateRefused
+from qlora_cli.data.render.chat_template import ChatTemplate, TemplateRefused
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerSpan:
     """A learnt turn, in characters of the text."""
 
     start: int
@@ -31,7 +31,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Additions:
+class RowAdditions:
     """What a row has beyond the template's own text of it, for some templates."""
 
     thought: bool = False
@@ -40,7 +40,7 @@ class Additions:
     """What ends the last turn, where a turn is ended by the beginning of the next."""
 
 
-def write(template: Template, conversation: Conversation, additions: Additions) -> str:
+def write(template: ChatTemplate, conversation: Conversation, additions: RowAdditions) -> str:
     """The text of a row."""
     messages, tools = conversation.messages, conversation.tools
     if not additions.thought:
@@ -54,12 +54,12 @@ def write(template: Template, conversation: Conversation, additions: Additions) 
     return f"{prompt}{thought}</think>\n\n{rest}{additions.closing}"
 
 
-def find_additions(template: Template, conversation: Conversation) -> Additions:
+def find_additions(template: ChatTemplate, conversation: Conversation) -> RowAdditions:
     """What the row needs beyond the template's own text of it."""
     messages, tools = conversation.messages, conversation.tools
     last = messages[-1]
     if last.role != "assistant" or not last.train or len(messages) == 1:
-        return Additions()
+        return RowAdditions()
     prompt = template.render(messages[:-1], tools, prompting=True)
     text = template.render(messages, tools)
     opening = _opening(prompt)
@@ -70,12 +70,12 @@ def find_additions(template: Template, conversation: Conversation) -> Additions:
     )
     start = _common(prompt, template.render(messages[:-1], tools))
     closing = _closing(template, conversation, text, start=start, header=prompt[start:])
-    return Additions(thought, closing)
+    return RowAdditions(thought, closing)
 
 
 def find_answers(
-    template: Template, conversation: Conversation, text: str, additions: Additions
-) -> list[Answer]:
+    template: ChatTemplate, conversation: Conversation, text: str, additions: RowAdditions
+) -> list[AnswerSpan]:
     """The learnt turns of the text that `write` gave.
 
     Raises:
@@ -88,7 +88,7 @@ def find_answers(
 
 class _Finder:
     def __init__(
-        self, template: Template, conversation: Conversation, text: str, additions: Additions
+        self, template: ChatTemplate, conversation: Conversation, text: str, additions: RowAdditions
     ) -> None:
         self._template = template
         self._messages = conversation.messages
@@ -113,7 +113,7 @@ class _Finder:
                     f"{self._what(i)}: the chat template changes its content or leaves it out"
                 )
 
-    def find(self, i: int) -> Answer:
+    def find(self, i: int) -> AnswerSpan:
         if self._messages[i].role != "assistant":
             return self._find_other(i)
         what, text = self._what(i), self._text
@@ -128,12 +128,12 @@ class _Finder:
         stop_token = self._template.added_at(turn, stop)
         written = turn[start : end if stop_token is None else stop + len(stop_token)]
         if text.startswith(written, start):
-            return Answer(start, end, stop if stop_token else _skip_space(text, end))
+            return AnswerSpan(start, end, stop if stop_token else _skip_space(text, end))
         # Nothing of the data is lost with a block of reasoning that is empty.
         shorter = re.sub(r"^\s*<think>\s*</think>\s*", "", written, count=1)
         if text.startswith(shorter, start):
             less = len(written) - len(shorter)
-            return Answer(start, end - less, stop - less)
+            return AnswerSpan(start, end - less, stop - less)
         raise DataError(
             f"{what}: the chat template writes it in another way once the conversation goes on, "
             f"so this is not what the model has to write: {_difference(written, text[start:])}"
@@ -189,7 +189,7 @@ class _Finder:
             return stop, stop
         return end, _skip_space(turn, end)
 
-    def _find_other(self, i: int) -> Answer:
+    def _find_other(self, i: int) -> AnswerSpan:
         """A turn that the model is not asked for: from where its content begins."""
         content = self._messages[i].content.strip()
         before = _common(self._render(self._messages[:i]), self._text) if i else 0
@@ -199,7 +199,7 @@ class _Finder:
         stopped = (at for at in places if self._stops_at(self._text, at + len(content)))
         at = next(stopped, places[0])
         end = at + len(content)
-        return Answer(at, end, _skip_space(self._text, end))
+        return AnswerSpan(at, end, _skip_space(self._text, end))
 
     def _check_reasoning(self, i: int, written: str) -> None:
         reasoning = self._messages[i].reasoning
@@ -226,7 +226,7 @@ class _Finder:
 
 
 def _closing(
-    template: Template, conversation: Conversation, text: str, *, start: int, header: str
+    template: ChatTemplate, conversation: Conversation, text: str, *, start: int, header: str
 ) -> str:
     """The header of a next turn, if it is all that ends the last one (GLM: `<|user|>`)."""
     if template.stop_before(text, start, len(text.rstrip())) is not None:

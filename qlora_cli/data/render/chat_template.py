@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import date
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.jinja_sandbox import limited_time
 from qlora_cli.errors import DataError
 from qlora_cli.types import Message, ToolCall
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +34,7 @@ class TemplateRefused(DataError):
     """The chat template does not take this conversation."""
 
 
-class Template:
+class ChatTemplate:
     """Renders messages in the keys that the template reads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -240,3 +244,19 @@ def _call(call: ToolCall, *, as_json: bool) -> dict[str, Any]:
     arguments = json.dumps(call.arguments, ensure_ascii=False) if as_json else call.arguments
     shape = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
     return shape if call.id is None else {"id": call.id, **shape}
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The Jinja text of `data.chat_template`, or None where none is named.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"data.chat_template: {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.chat_template: {path}: not UTF-8: {error}") from error

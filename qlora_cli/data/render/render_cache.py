@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.render.answer_spans import Additions, Answer
+from qlora_cli.data.render.answer_spans import AnswerSpan, RowAdditions
 from qlora_cli.types import Conversation, Message, ToolCall
 
 MOST_SHAPES = 4096
@@ -104,7 +104,7 @@ class Skeleton:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class PatternMatch:
     """Where the pieces of a pattern stand in a text."""
 
     starts: list[int]
@@ -112,11 +112,11 @@ class Match:
     """The pieces that came from the data."""
 
 
-class Pattern:
+class TextPattern:
     """The text of a skeleton, cut at its words."""
 
     def __init__(
-        self, text: str, answers: list[Answer], additions: Additions, *, num_words: int
+        self, text: str, answers: list[AnswerSpan], additions: RowAdditions, *, num_words: int
     ) -> None:
         self.additions = additions
         self._answers = answers
@@ -137,7 +137,7 @@ class Pattern:
             self._pieces.append(piece)
             self._starts.append(start)
 
-    def match(self, text: str, values: list[str]) -> Match | None:
+    def match(self, text: str, values: list[str]) -> PatternMatch | None:
         """The pieces in a text, with the values in place of the words; None if it is another."""
         at, starts, contents = 0, [], []
         for piece in self._pieces:
@@ -154,9 +154,9 @@ class Pattern:
                 return None
             contents.append((at, at + len(value)))
             at += len(value)
-        return Match([*starts, at], contents) if at == len(text) else None
+        return PatternMatch([*starts, at], contents) if at == len(text) else None
 
-    def answers(self, match: Match) -> list[Answer]:
+    def answers(self, match: PatternMatch) -> list[AnswerSpan]:
         """The learnt turns of a text that matches."""
 
         def shifted(place: int) -> int:
@@ -170,7 +170,7 @@ class Pattern:
             return shifted(place - 1) + 1 if inside else match.starts[piece + 1]
 
         return [
-            Answer(shifted(answer.start), end(answer.end), end(answer.stop))
+            AnswerSpan(shifted(answer.start), end(answer.end), end(answer.stop))
             for answer in self._answers
         ]
 
@@ -178,11 +178,11 @@ class Pattern:
 class Patterns:
     """The patterns of the shapes seen so far."""
 
-    def __init__(self, make: Callable[[Skeleton], Pattern | None]) -> None:
+    def __init__(self, make: Callable[[Skeleton], TextPattern | None]) -> None:
         self._make = make
-        self._known: dict[str, Pattern | None] = {}
+        self._known: dict[str, TextPattern | None] = {}
 
-    def of(self, skeleton: Skeleton) -> Pattern | None:
+    def of(self, skeleton: Skeleton) -> TextPattern | None:
         """The pattern of a shape; None if there is none, and each row has to be looked at."""
         shape = skeleton.shape
         if shape not in self._known:

@@ -9,24 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_cli.data.render.answer_spans import Answer, find_additions, find_answers, write
-from qlora_cli.data.render.chat_template import Template
-from qlora_cli.data.render.render_cache import MOST_SHAPES, Pattern, Patterns, Skeleton
+from qlora_cli.data.render.answer_spans import AnswerSpan, find_additions, find_answers, write
+from qlora_cli.data.render.chat_template import ChatTemplate
+from qlora_cli.data.render.render_cache import MOST_SHAPES, Patterns, Skeleton, TextPattern
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Answer", "Layout", "Renderer"]
-
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RenderedRow:
     """A row as text."""
 
     text: str
-    answers: list[Answer]
+    answers: list[AnswerSpan]
     is_verbatim: bool
     """No template was put around it, so BOS and EOS are still to be added."""
     contents: list[tuple[int, int]] | None = None
@@ -38,7 +36,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._template = Template(tokenizer)
+        self._template = ChatTemplate(tokenizer)
         self._patterns = Patterns(self._make_pattern)
         self._groups: dict[str, list[list[int]]] = {}
 
@@ -46,7 +44,7 @@ class Renderer:
         """Raises DataError if the tokenizer has no chat template, or a broken one."""
         self._template.check()
 
-    def lay_out(self, conversation: Conversation) -> Layout:
+    def render(self, conversation: Conversation) -> RenderedRow:
         """The text of a row, and what of it is learnt.
 
         Raises:
@@ -60,20 +58,20 @@ class Renderer:
             text = write(self._template, conversation, pattern.additions)
             match = pattern.match(text, skeleton.values)
             if match is not None and not self._template.looks_at(skeleton.values):
-                return Layout(text, pattern.answers(match), False, match.contents)
+                return RenderedRow(text, pattern.answers(match), False, match.contents)
         additions = find_additions(self._template, conversation)
         text = write(self._template, conversation, additions)
         answers = find_answers(self._template, conversation, text, additions)
         match = None if pattern is None else pattern.match(text, skeleton.values)
-        return Layout(text, answers, False, None if match is None else match.contents)
+        return RenderedRow(text, answers, False, None if match is None else match.contents)
 
-    def lay_out_all(self, conversation: Conversation) -> list[Layout]:
+    def render_all(self, conversation: Conversation) -> list[RenderedRow]:
         """As `lay_out`, in more than one row for templates that rewrite answers later on.
 
         Raises:
             DataError: as `lay_out`.
         """
-        return [self.lay_out(row) for row in self.split(conversation)]
+        return [self.render(row) for row in self.split(conversation)]
 
     def split(self, conversation: Conversation) -> list[Conversation]:
         """The rows that a conversation makes; one, if its answers can be learnt in one.
@@ -83,7 +81,7 @@ class Renderer:
         """
         learnt = [i for i, message in enumerate(conversation.messages) if message.train]
         roles = {conversation.messages[i].role for i in learnt}
-        if len(learnt) < 2 or roles != {"assistant"} or conversation.learn_all:
+        if len(learnt) < 2 or roles != {"assistant"} or conversation.train_on_all:
             return [conversation]
         skeleton = Skeleton(conversation)
         is_plain = not self._template.looks_at(skeleton.values)
@@ -115,7 +113,7 @@ class Renderer:
             left = left[:first]
         return groups[::-1]
 
-    def lay_out_prompt(self, conversation: Conversation) -> Layout:
+    def render_prompt(self, conversation: Conversation) -> RenderedRow:
         """What the model is given to write the last learnt message.
 
         Raises:
@@ -127,11 +125,11 @@ class Renderer:
             raise DataError("the row begins with what is to be learnt: there is no prompt")
         if messages[0].role == "text":
             text = "".join(message.content for message in messages[:last])
-            return Layout(text, [], is_verbatim=True)
+            return RenderedRow(text, [], is_verbatim=True)
         text = self._template.render(messages[:last], conversation.tools, prompting=True)
-        return Layout(text, [], is_verbatim=False)
+        return RenderedRow(text, [], is_verbatim=False)
 
-    def _make_pattern(self, skeleton: Skeleton) -> Pattern | None:
+    def _make_pattern(self, skeleton: Skeleton) -> TextPattern | None:
         row = skeleton.conversation
         try:
             additions = find_additions(self._template, row)
@@ -139,16 +137,16 @@ class Renderer:
             answers = find_answers(self._template, row, text, additions)
         except DataError:
             return None  # perhaps only because of the words: each conversation is asked itself
-        return Pattern(text, answers, additions, num_words=len(skeleton.values))
+        return TextPattern(text, answers, additions, num_words=len(skeleton.values))
 
     def _is_exact(self, conversation: Conversation) -> bool:
         try:
-            self.lay_out(conversation)
+            self.render(conversation)
         except DataError:
             return False
         return True
 
-    def _lay_out_verbatim(self, messages: list[Message]) -> Layout:
+    def _lay_out_verbatim(self, messages: list[Message]) -> RenderedRow:
         eos = self._tokenizer.eos_token
         if eos is None:
             raise DataError("the tokenizer has no end-of-text token, so verbatim text cannot end")
@@ -158,8 +156,8 @@ class Renderer:
             contents.append((start, len(text)))
             # Text that brings its own end-of-text token does not get a second one.
             if message.train:
-                answers.append(Answer(start, len(text), len(text.removesuffix(eos))))
-        return Layout(text, answers, True, contents)
+                answers.append(AnswerSpan(start, len(text), len(text.removesuffix(eos))))
+        return RenderedRow(text, answers, True, contents)
 
 
 def _only(conversation: Conversation, learnt: list[int]) -> Conversation:

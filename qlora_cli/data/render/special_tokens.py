@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.data.render.chat_template import Template
+from qlora_cli.data.render.chat_template import ChatTemplate
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 
@@ -29,7 +29,7 @@ _TYPED, _CONTROL, _FILLER = 0xF0000, 0x100000, 0x10FFFD
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
-class TypedTokens:
+class TypedSpecialTokens:
     """Tells the special tokens of the template from those in the words of a conversation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -78,7 +78,7 @@ class TypedTokens:
 
         Not all of that is called special: in the tokenizers of DeepSeek `<｜User｜>` is not.
         """
-        turns = Template(self._tokenizer).turn_tokens()
+        turns = ChatTemplate(self._tokenizer).turn_tokens()
         return {
             token.content: token_id
             for token_id, token in self._tokenizer.added_tokens_decoder.items()

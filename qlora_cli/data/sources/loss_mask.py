@@ -9,7 +9,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.types import Message, Role
 
 
-def choose_learnt(
+def mark_trained_turns(
     messages: list[Message], *, roles: Sequence[Role], last_only: bool
 ) -> list[Message]:
     """The messages with `train` set by role and place.

@@ -23,7 +23,7 @@ from qlora_cli.data.sources.files import (
     read_file,
 )
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
-from qlora_cli.data.sources.loss_mask import choose_learnt
+from qlora_cli.data.sources.loss_mask import mark_trained_turns
 from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
@@ -207,13 +207,13 @@ class Source(Config):
 
     def _learnt(self, conversation: Conversation) -> Conversation:
         if self.learn_prompt:
-            return replace(conversation, learn_all=True)
+            return replace(conversation, train_on_all=True)
         roles, last_only = self.learn_roles, self.learn_turns == "last"
         rejected = conversation.rejected
         return replace(
             conversation,
-            messages=choose_learnt(conversation.messages, roles=roles, last_only=last_only),
-            rejected=rejected and choose_learnt(rejected, roles=roles, last_only=last_only),
+            messages=mark_trained_turns(conversation.messages, roles=roles, last_only=last_only),
+            rejected=rejected and mark_trained_turns(rejected, roles=roles, last_only=last_only),
         )
 
     def _is_local(self) -> bool:

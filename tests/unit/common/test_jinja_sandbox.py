@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
-from qlora_cli.data.render.chat_template import Template
+from qlora_cli.data.render.chat_template import ChatTemplate
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError, ModelError, QloraError
 from qlora_cli.models.base import load_tokenizer
@@ -37,7 +37,7 @@ ENDLESS = (
 
 
 def render(template: str) -> str:
-    return Template(make_tokenizer(template)).render([Message("user", "a", train=False)])
+    return ChatTemplate(make_tokenizer(template)).render([Message("user", "a", train=False)])
 
 
 @pytest.mark.parametrize("template", ESCAPES)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.formats import PromptCompletion, Template, Text
+from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.formats import PromptCompletion, TemplateFormat, Text
 from qlora_cli.data.prompts import Question, read_questions
-from qlora_cli.data.render.encode import Encoder
 from qlora_cli.errors import DataError
 from tests.conftest import make_tokenizer
 
@@ -84,7 +84,7 @@ def test_a_system_message_is_put_before_conversations_that_have_none(tmp_path: P
 
 
 def test_the_format_of_the_recipe_comes_first_where_its_columns_are(tmp_path: Path) -> None:
-    learnt = Template(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
+    learnt = TemplateFormat(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
     found = given(ask(tmp_path, {"question": "hi"}, formats=[learnt]))
     assert found == HI.replace("hi", "Q: hi").replace(
         "<|im_start|>user", "<|im_start|>system\ncalm<|im_end|>\n<|im_start|>user"

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from qlora_cli.data.prepared.audit import Finding
-from qlora_cli.data.prepared.statistics import Bar, Scan
+from qlora_cli.data.prepared.findings import Finding
+from qlora_cli.data.prepared.statistics import DatasetScan, LengthBar
 from qlora_cli.inspect.preview_html import preview_page
 from qlora_cli.inspect.preview_model import Piece, Sample, SideView, SourceView, make_sample
 from qlora_cli.inspect.preview_text import preview_text, visible
@@ -25,11 +25,11 @@ PIECES = [
 
 def side(pieces: list[Piece], path: str = "rows.jsonl", place: str = "rows.jsonl:1") -> SideView:
     """Training on one source of which one row is shown."""
-    scan = Scan(added_token_ids={9}, bos_token_id=None, max_length=64)
+    scan = DatasetScan(added_token_ids={9}, bos_token_id=None, max_length=64)
     scan.add(Example([5, 6, 9], [IGNORE_INDEX, 6, 9]))
     scan.add(Example([5, 6, 7, 8], [IGNORE_INDEX] * 4))
     audit = scan.audit()
-    assert audit.bars == [Bar(3, 3, 1), Bar(4, 4, 1)]
+    assert audit.bars == [LengthBar(3, 3, 1), LengthBar(4, 4, 1)]
     return SideView(
         name="training",
         audit=audit,

@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 
 from qlora_cli.adapters import LoRA
-from qlora_cli.data.batching.sampler import BatchStream, eval_batches, proof_batches
+from qlora_cli.data.batching.collate import proof_batches
+from qlora_cli.data.batching.sampler import BatchStream, eval_batches
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
 from qlora_cli.models.packed_attention import NAME, attend_by_document, prove_packing

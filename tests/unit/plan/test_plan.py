@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.distributed.devices import Device, find_target, known_card
 from qlora_cli.errors import DataError, ModelError, RecipeError
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.common.formatting import size_text
-from qlora_cli.data.batching.sampler import full_batch
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.errors import OutOfMemory
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import OptimizerConfig

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.data.batching.sampler import BatchStream, eval_batches, prompt_batches, proof_batches
+from qlora_cli.data.batching.collate import prompt_batches, proof_batches
+from qlora_cli.data.batching.sampler import BatchStream, eval_batches
 from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 
 PAD = 0

@@ -16,7 +16,7 @@ from qlora_cli.data.formats import (
     Preference,
     PromptCompletion,
     ShareGpt,
-    Template,
+    TemplateFormat,
     Text,
 )
 from qlora_cli.errors import DataError
@@ -56,7 +56,7 @@ def test_an_empty_row_is_refused_by_field(kind: Any) -> None:
 @pytest.mark.parametrize("value", [7, 1.5, True, None, {"a": 1}, [7], [None], "", [], " \n"])
 def test_a_column_of_the_wrong_kind_is_refused_by_field(kind: Any, value: object) -> None:
     last = list(kind.example)[-1]
-    if kind is Template and isinstance(value, int | float):
+    if kind is TemplateFormat and isinstance(value, int | float):
         return  # a template writes numbers as text
     with pytest.raises(DataError, match=f"field '{last}"):
         kind().to_conversation({**kind.example, last: value})

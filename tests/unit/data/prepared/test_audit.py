@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_cli.data.prepared.audit import AuditLimits, Drift, Finding, find_drift, findings
-from qlora_cli.data.prepared.statistics import Audit, Bar, Figures, Scan
+from qlora_cli.data.prepared.findings import (
+    AuditLimits,
+    Finding,
+    TemplateDrift,
+    find_drift,
+    findings,
+)
+from qlora_cli.data.prepared.statistics import (
+    DatasetScan,
+    DatasetStatistics,
+    LengthBar,
+    RowStatistics,
+)
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Example
 
@@ -42,19 +53,19 @@ def rows(*texts: str) -> Examples:
     return Examples([row(text) for text in texts], [0] * len(texts), places)
 
 
-def scan_of(examples: Examples) -> Scan:
-    scan = Scan(added_token_ids={BOS, STOP}, bos_token_id=BOS, max_length=MAX_LENGTH)
+def scan_of(examples: Examples) -> DatasetScan:
+    scan = DatasetScan(added_token_ids={BOS, STOP}, bos_token_id=BOS, max_length=MAX_LENGTH)
     for i, example in enumerate(examples):
         scan.add(example, examples.source(i))
     return scan
 
 
-def audit(*texts: str, training: tuple[str, ...] | None = None) -> Audit:
+def audit(*texts: str, training: tuple[str, ...] | None = None) -> DatasetStatistics:
     return scan_of(rows(*texts)).audit(None if training is None else scan_of(rows(*training)))
 
 
 def test_the_figures_of_a_few_rows() -> None:
-    assert audit("abcDE!", "abcF!", "xyz").total == Figures(
+    assert audit("abcDE!", "abcF!", "xyz").total == RowStatistics(
         num_rows=3,
         num_tokens=14,
         num_supervised=5,
@@ -98,7 +109,7 @@ def test_a_turn_that_is_cut_off_is_no_turn_without_a_stop() -> None:
     found = audit(f"{cut}BB")
     total = found.total
     assert (total.num_turns, total.num_unfinished, total.unstopped) == (1, 1, 0)
-    assert findings(rows(f"{cut}BB"), found, Drift(0, []), CUT)[2:4] == [
+    assert findings(rows(f"{cut}BB"), found, TemplateDrift(0, []), CUT)[2:4] == [
         Finding("turns that do not end in their row", 1, 1),
         Finding("turns that end in no stop token", 0, 1),
     ]
@@ -161,15 +172,18 @@ def test_a_line_break_after_the_stop_token_may_be_learnt_with_the_prompt() -> No
 @pytest.mark.parametrize(
     ("lengths", "bars"),
     [
-        ([3], [Bar(3, 3, 1)]),
-        ([1, 2, 2, 4], [Bar(1, 1, 1), Bar(2, 2, 2), Bar(3, 3, 0), Bar(4, 4, 1)]),
-        ([9, 30], [Bar(8, 9, 1), *(Bar(n, n + 1, 0) for n in range(10, 30, 2)), Bar(30, 31, 1)]),
-        ([120, 199, 700], [Bar(100, 199, 2), *(Bar(n, n + 99, 0) for n in range(200, 700, 100)),
-                           Bar(700, 799, 1)]),
+        ([3], [(3, 3, 1)]),
+        ([1, 2, 2, 4], [(1, 1, 1), (2, 2, 2), (3, 3, 0), (4, 4, 1)]),
+        ([9, 30], [(8, 9, 1), *((n, n + 1, 0) for n in range(10, 30, 2)), (30, 31, 1)]),
+        (
+            [120, 199, 700],
+            [(100, 199, 2), *((n, n + 99, 0) for n in range(200, 700, 100)), (700, 799, 1)],
+        ),
     ],
-)  # fmt: skip
-def test_bars_are_of_one_round_width(lengths: list[int], bars: list[Bar]) -> None:
-    assert audit(*("a" * length for length in lengths)).bars == bars
+)
+def test_bars_are_of_one_round_width(lengths: list[int], bars: list[tuple[int, int, int]]) -> None:
+    found = audit(*("a" * length for length in lengths)).bars
+    assert found == [LengthBar(*bar) for bar in bars]
 
 
 def test_a_row_that_begins_otherwise_than_its_prompt_drifts() -> None:
@@ -182,7 +196,7 @@ def test_a_row_that_begins_otherwise_than_its_prompt_drifts() -> None:
         (3, [a, b, x, STOP, c]),
         (4, [a]),
     ]
-    assert find_drift(examples, prompts) == Drift(5, [1, 2, 4])
+    assert find_drift(examples, prompts) == TemplateDrift(5, [1, 2, 4])
 
 
 CUT = Finding("rows longer than data.max_length", 0, 9)
@@ -190,7 +204,7 @@ CUT = Finding("rows longer than data.max_length", 0, 9)
 
 def test_findings_name_the_first_rows() -> None:
     training, held_out = rows("aaB!", "aaB!", "acD!"), rows("aaB!", "acX!", "^^zY!", "azY", "q")
-    drift = Drift(4, [2])
+    drift = TemplateDrift(4, [2])
     audited = scan_of(held_out).audit(scan_of(training))
     assert findings(held_out, audited, drift, CUT, training=training) == [
         CUT,
@@ -203,7 +217,7 @@ def test_findings_name_the_first_rows() -> None:
         Finding("rows whose prompt training answers otherwise", 1, 5, ("a:2 = a:3",)),
     ]
     repeated = rows(*["aB!"] * 6)
-    found = findings(repeated, scan_of(repeated).audit(), Drift(0, []), CUT)[-1]
+    found = findings(repeated, scan_of(repeated).audit(), TemplateDrift(0, []), CUT)[-1]
     assert (found.found, found.named) == (
         "5 of 6 (83.33%)",
         ("a:2 = a:1", "a:3 = a:1", "a:4 = a:1"),

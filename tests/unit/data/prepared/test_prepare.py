@@ -20,12 +20,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.config import Data
+from qlora_cli.data.encode.encoder import EncodedRow, Encoder, Truncate
 from qlora_cli.data.prepared import cache
 from qlora_cli.data.prepared.cache import load_or_prepare
-from qlora_cli.data.prepared.mmap_dataset import PreparedSet, SetWriter, read_facts
-from qlora_cli.data.prepared.prepare import Prepared, TooManyLost, prepare
+from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
+from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, prepare
 from qlora_cli.data.prepared.workers import Workers
-from qlora_cli.data.render.encode import Encoded, Encoder, Truncate
 from qlora_cli.data.sources import BadRows, LocatedRow, Portion
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
@@ -63,7 +63,7 @@ def text_data(path: Path, **settings: Any) -> Data:
     )
 
 
-def make(data: Data, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Prepared:
+def make(data: Data, tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreparedData:
     folder.mkdir()
     return prepare(data.train_sources, tokenizer, data, folder)
 
@@ -74,12 +74,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
     examples = [Example([5, 6, 7], [IGNORE_INDEX, 6, 7]), Example([2**31 - 1], [IGNORE_INDEX])]
-    with SetWriter(tmp_path) as writer:
+    with DatasetWriter(tmp_path) as writer:
         for source, example in enumerate(examples):
             writer.add(example, source, f"ä/rows.jsonl:{source + 1}")
         assert read_facts(tmp_path) is None, "not whole before it is closed"
         writer.close({"note": "x"})
-    read = PreparedSet(tmp_path)
+    read = MmapDataset(tmp_path)
     assert list(read) == examples
     assert (read[-1], read[0:1]) == (examples[1], examples[:1])
     with pytest.raises(IndexError):
@@ -102,7 +102,7 @@ def test_the_sum_of_a_set_tells_apart_all_that_is_learnt_otherwise(tmp_path: Pat
     sums = []
     for place in ("a", "b"):
         for examples in sets:
-            with SetWriter(tmp_path) as writer:
+            with DatasetWriter(tmp_path) as writer:
                 for example, source in examples:
                     writer.add(example, source, place)
                 sums.append(writer.digest)
@@ -180,7 +180,7 @@ def test_split_cuts_a_conversation_at_its_end(tokenizer: PreTrainedTokenizerFast
 
 
 def test_a_conversation_learnt_whole(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoded = Encoder(tokenizer).encode([QUESTION, ANSWER], max_length=4096, learn_all=True)
+    encoded = Encoder(tokenizer).encode([QUESTION, ANSWER], max_length=4096, train_on_all=True)
     assert encoded.example.labels == encoded.example.input_ids
 
 
@@ -328,7 +328,7 @@ def test_rows_are_read_when_they_are_needed(
     with Workers(tokenizer, max_length=512, truncate="cut_end", number=number) as workers:
         [place, encoded] = next(workers.encode(endless()))
     assert place == "0"
-    assert isinstance(encoded, Encoded)
+    assert isinstance(encoded, EncodedRow)
     assert len(read) <= 2000
 
 
@@ -493,7 +493,7 @@ def test_a_damaged_set_is_prepared_anew(
 ) -> None:
     data = chat_data(write(("a", "b")))
     assert not is_found(data, tokenizer)
-    [folder] = (entry.folder for entry in cache.list_sets())
+    [folder] = (entry.folder for entry in cache.list_datasets())
     (folder / "input_ids.bin").write_bytes(b"")
     assert not is_found(data, tokenizer)
     assert is_found(data, tokenizer)
@@ -505,7 +505,7 @@ def test_what_a_kill_left_of_a_set_is_removed(
 ) -> None:
     data = chat_data(write(("a", "b")))
     assert not is_found(data, tokenizer)
-    [folder] = (entry.folder for entry in cache.list_sets())
+    [folder] = (entry.folder for entry in cache.list_datasets())
     folder.rename(kept / f".{folder.name}.unfinished")
     assert not is_found(data, tokenizer)
     assert sorted(kept.iterdir()) == [folder, folder.with_suffix(".lock")]
@@ -541,7 +541,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     with pytest.raises(DataError, match=r"rows.jsonl: changed while its rows were read") as caught:
         load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     assert caught.value.hint
-    assert cache.list_sets() == []
+    assert cache.list_datasets() == []
     # What is there now is another set, and nothing changes it.
     prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     assert (prepared.num_rows, is_old) == (3, False)
@@ -572,13 +572,13 @@ def test_what_is_kept_can_be_seen_and_cleared(
 ) -> None:
     path = write(("a", "b"), ("c", "d"))
     is_found(chat_data(path), tokenizer)
-    [entry] = cache.list_sets()
+    [entry] = cache.list_datasets()
     assert (entry.paths, entry.num_rows) == ([str(path)], 2)
     assert entry.size == sum(file.stat().st_size for file in entry.folder.iterdir()) > 0
     # A set of another version is no more than a name.
     (kept / "old").mkdir()
-    assert [one.num_rows for one in cache.list_sets()] == [0, 2]
+    assert [one.num_rows for one in cache.list_datasets()] == [0, 2]
     (kept / "old").rmdir()
-    assert cache.list_sets(clear=True) == [entry]
+    assert cache.list_datasets(clear=True) == [entry]
     assert not kept.exists()
-    assert cache.list_sets() == []
+    assert cache.list_datasets() == []

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.data.prepared.audit import audit_data
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.prepared.dataset_audit import audit_data
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_cli.data.render.answer_spans import Answer, find_additions, find_answers, write
-from qlora_cli.data.render.chat_template import Template
-from qlora_cli.data.render.renderer import Layout, Renderer
+from qlora_cli.data.render.answer_spans import AnswerSpan, find_additions, find_answers, write
+from qlora_cli.data.render.chat_template import ChatTemplate
+from qlora_cli.data.render.renderer import RenderedRow, Renderer
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
 
@@ -54,26 +54,26 @@ def told(content: str) -> Message:
     return Message("tool", content, train=False, name="add", tool_call_id="x1")
 
 
-def learnt(layout: Layout) -> list[str]:
+def learnt(layout: RenderedRow) -> list[str]:
     return [layout.text[answer.start : answer.end] for answer in layout.answers]
 
 
-def data(layout: Layout) -> list[str]:
+def data(layout: RenderedRow) -> list[str]:
     assert layout.contents is not None
     return [layout.text[start:end] for start, end in layout.contents]
 
 
-def by_rendering_parts(template: Template, row: Conversation) -> Layout:
+def by_rendering_parts(template: ChatTemplate, row: Conversation) -> RenderedRow:
     additions = find_additions(template, row)
     text = write(template, row, additions)
-    return Layout(text, find_answers(template, row, text, additions), is_verbatim=False)
+    return RenderedRow(text, find_answers(template, row, text, additions), is_verbatim=False)
 
 
 def outcome(
-    lay_out: Callable[[Conversation], Layout], row: Conversation
-) -> str | tuple[str, list[Answer]]:
+    render: Callable[[Conversation], RenderedRow], row: Conversation
+) -> str | tuple[str, list[AnswerSpan]]:
     try:
-        layout = lay_out(row)
+        layout = render(row)
     except DataError as error:
         return str(error)
     return layout.text, layout.answers
@@ -95,14 +95,14 @@ def test_one_render_finds_what_rendering_every_part_finds(make_tokenizer: Tokeni
     compared = 0
     for kind in ("chatml", "llama3", "mistral", "phi3", "reasoning"):
         tokenizer = make_tokenizer(kind)
-        renderer, template = Renderer(tokenizer), Template(tokenizer)
+        renderer, template = Renderer(tokenizer), ChatTemplate(tokenizer)
         for _ in range(150):
             texts = generator.choices(contents, k=2 * generator.randint(1, 4))
             row = Conversation(
                 [replace(m, train=m.train and bool(m.content)) for m in chat(*texts)]
             )
             by_parts = outcome(partial(by_rendering_parts, template), row)
-            assert outcome(renderer.lay_out, row) == by_parts
+            assert outcome(renderer.render, row) == by_parts
             compared += not isinstance(by_parts, str)
     assert compared > 300
 
@@ -111,19 +111,19 @@ def test_a_shape_that_is_known_costs_one_render(
     make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renders = []
-    render = Template.render
+    render = ChatTemplate.render
 
     def counted(*args: Any, **settings: Any) -> str:
         renders.append(args)
         return render(*args, **settings)
 
-    monkeypatch.setattr(Template, "render", counted)
+    monkeypatch.setattr(ChatTemplate, "render", counted)
     renderer = Renderer(make_tokenizer())
     texts = [f"text {i}" for i in range(20)]
-    renderer.lay_out(Conversation(chat(*texts)))
+    renderer.render(Conversation(chat(*texts)))
     assert len(renders) < 3 * len(texts)
     renders.clear()
-    layout = renderer.lay_out(Conversation(chat(*reversed(texts))))
+    layout = renderer.render(Conversation(chat(*reversed(texts))))
     assert len(renders) == 1
     assert learnt(layout) == texts[-2::-2]
 
@@ -135,7 +135,7 @@ def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -
         told("2"),
         Message("assistant", "b", train=True),
     ]
-    layout = Renderer(tooled).lay_out(Conversation(messages, tools=TOOLS))
+    layout = Renderer(tooled).render(Conversation(messages, tools=TOOLS))
     assert data(layout) == ["<|im_end|> a", "hm", 'say \\"x\\"', "two", "2", "b"]
     assert learnt(layout) == [
         '<think>\nhm\n</think>\n\n<call>{"name": "add", "arguments": {"a": "say \\"x\\"", '
@@ -147,25 +147,25 @@ def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -
 def test_contents_that_cannot_be_told_are_not_guessed(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content[::1][:9]")
-    layout = Renderer(tokenizer).lay_out(Conversation(chat("short", "also")))
+    layout = Renderer(tokenizer).render(Conversation(chat("short", "also")))
     assert data(layout) == ["short", "also"]
     with pytest.raises(DataError, match=r"message 1 \(user\): .* changes its content or leaves"):
-        Renderer(tokenizer).lay_out(Conversation(chat("much longer than that", "b")))
+        Renderer(tokenizer).render(Conversation(chat("much longer than that", "b")))
     tokenizer.chat_template = tokenizer.chat_template.replace("[:9]", " | replace('#', '')")
     with pytest.raises(DataError, match=r"message 2 \(assistant\): .* changes its content"):
-        Renderer(tokenizer).lay_out(Conversation(chat("a", "b # c")))
+        Renderer(tokenizer).render(Conversation(chat("a", "b # c")))
 
 
 def test_verbatim_text_is_data_from_end_to_end(make_tokenizer: TokenizerMaker) -> None:
     pieces = [Message("text", "a", train=False), Message("text", " b", train=True)]
-    assert data(Renderer(make_tokenizer()).lay_out(Conversation(pieces))) == ["a", " b"]
+    assert data(Renderer(make_tokenizer()).render(Conversation(pieces))) == ["a", " b"]
 
 
 def test_a_question_can_be_learnt_from_where_its_content_begins(
     make_tokenizer: TokenizerMaker,
 ) -> None:
     messages = [replace(message, train=True) for message in chat("user", "b", "user", "d")]
-    layout = Renderer(make_tokenizer()).lay_out(Conversation(messages))
+    layout = Renderer(make_tokenizer()).render(Conversation(messages))
     assert learnt(layout) == ["user", "b", "user", "d"]
     for answer in layout.answers:
         assert layout.text.startswith("<|im_end|>", answer.stop)
@@ -185,20 +185,20 @@ def test_a_template_that_leaves_something_out_is_refused(
     }
     for reason, row in rows.items():
         with pytest.raises(DataError, match=reason):
-            plain.lay_out(row)
-        assert able.lay_out(row).answers
+            plain.render(row)
+        assert able.render(row).answers
     ignoring = make_tokenizer()
     ignoring.chat_template = tooled.chat_template.replace(
         "{%- for m in messages %}\n", "{%- for m in messages if m.role != 'tool' %}\n"
     )
     with pytest.raises(DataError, match=r"message 3 \(tool\): .* leaves it out"):
-        Renderer(ignoring).lay_out(Conversation(call))
+        Renderer(ignoring).render(Conversation(call))
 
 
 def test_reasoning_that_is_not_learnt_may_be_left_out(tooled: PreTrainedTokenizerFast) -> None:
     messages = chat("a", "b", "c", "d")
     messages[1] = replace(messages[1], reasoning="hm", train=False)
-    layout = Renderer(tooled).lay_out(Conversation(messages))
+    layout = Renderer(tooled).render(Conversation(messages))
     assert "hm" not in layout.text
     assert learnt(layout) == ["d"]
 
@@ -214,7 +214,7 @@ def test_a_conversation_is_split_where_reasoning_is_taken_out(
             messages[i] = replace(messages[i], reasoning=f"hm{i}")
         rows = renderer.split(Conversation(messages))
         assert [len(row.messages) for row in rows] == [2, 6]
-        assert [learnt(layout) for layout in renderer.lay_out_all(Conversation(messages))] == [
+        assert [learnt(layout) for layout in renderer.render_all(Conversation(messages))] == [
             [f"<think>\nhm1\n</think>\n\nb{number}"],
             [f"d{number}", f"<think>\nhm5\n</think>\n\nf{number}"],
         ]
@@ -226,7 +226,7 @@ def test_what_ends_a_turn_is_written_after_the_last_one_too(make_tokenizer: Toke
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    layout = Renderer(tokenizer).lay_out(Conversation(chat("a", "b", "c", "d")))
+    layout = Renderer(tokenizer).render(Conversation(chat("a", "b", "c", "d")))
     assert layout.text == "<|user|>a<|assistant|>b<|user|>c<|assistant|>d<|user|>"
     assert [layout.text[answer.start : answer.stop + 8] for answer in layout.answers] == [
         "b<|user|>",
@@ -255,10 +255,10 @@ def test_an_answer_may_say_what_the_template_writes_before_it(
     tokenizer.add_tokens(["<think>", "</think>"])
     row = Conversation(chat("a", content, "b", content))
     tokenizer.chat_template = WITH_BLOCK
-    layout = by_rendering_parts(Template(tokenizer), row)
+    layout = by_rendering_parts(ChatTemplate(tokenizer), row)
     assert learnt(layout) == [f"<think></think>{content}"] * 2
     tokenizer.chat_template = WITH_LAST_BLOCK
-    layout = by_rendering_parts(Template(tokenizer), row)
+    layout = by_rendering_parts(ChatTemplate(tokenizer), row)
     assert learnt(layout) == [content, f"<think></think>{content}"]
 
 
@@ -278,10 +278,10 @@ def test_reasoning_that_a_template_never_shows_follows_its_prompt(
         if inline
         else [chat("a")[0], Message("assistant", "b", train=True, reasoning="hm")]
     )
-    layout = renderer.lay_out(Conversation(reasoned))
+    layout = renderer.render(Conversation(reasoned))
     assert layout.text == "<|user|>a<|assistant|><think>\nhm\n</think>\n\nb</s>"
     assert learnt(layout) == ["hm\n</think>\n\nb"]
-    assert learnt(renderer.lay_out(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
+    assert learnt(renderer.render(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
 
 
 def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: TokenizerMaker) -> None:
@@ -289,7 +289,7 @@ def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: Tokenizer
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "m.content", "(m.content | map(attribute='text') | join)"
     )
-    assert learnt(Renderer(tokenizer).lay_out(Conversation(chat("a", "b")))) == ["b"]
+    assert learnt(Renderer(tokenizer).render(Conversation(chat("a", "b")))) == ["b"]
 
 
 def test_a_template_that_adds_arguments_to_text_is_given_json(
@@ -299,7 +299,7 @@ def test_a_template_that_adds_arguments_to_text_is_given_json(
         "c.function | tojson", "c.function.name + c.function.arguments"
     )
     row = Conversation([*chat("a"), asked(a=1, b="x")])
-    layout = Renderer(tooled).lay_out(row)
+    layout = Renderer(tooled).render(row)
     assert learnt(layout) == ['<call>add{"a": 1, "b": "x"}</call>']
     assert data(layout) == ["a", "x"]
 
@@ -316,14 +316,14 @@ def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMa
         Message("assistant", "It is 2.", train=True),
     ]
     for system in ([], [Message("system", "Be brief.", train=False)]):
-        layout = renderer.lay_out(Conversation([*system, *messages], tools=TOOLS))
+        layout = renderer.render(Conversation([*system, *messages], tools=TOOLS))
         head = "Be brief.\n\n" if system else ""
         assert layout.text.startswith(f"<|im_start|>system\n{head}You may call these functions")
         assert learnt(layout) == [
             'Well.\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
             "It is 2.",
         ]
-    plain = renderer.lay_out(Conversation(chat("a", "b")))
+    plain = renderer.render(Conversation(chat("a", "b")))
     assert plain.text == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")
 
 
@@ -332,6 +332,6 @@ def test_a_text_that_looks_like_a_word_of_a_skeleton_is_no_content(
 ) -> None:
     function = {"name": "add", "description": "abc12345678 Qz99zQ c00000000 Qz0zQ"}
     row = Conversation(chat("a", "b"), tools=[{"type": "function", "function": function}])
-    layout = Renderer(tooled).lay_out(row)
+    layout = Renderer(tooled).render(row)
     assert learnt(layout) == ["b"]
     assert "abc12345678 Qz99zQ c00000000 Qz0zQ" in layout.text

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.config import Data
+from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.prepared.prepare import prepare
-from qlora_cli.data.render.encode import Encoder
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Message, ToolCall
 

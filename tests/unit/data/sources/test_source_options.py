@@ -22,7 +22,7 @@ import pytest
 
 import qlora_cli
 from qlora_cli.data.config import Data
-from qlora_cli.data.formats import Messages, Template, Text
+from qlora_cli.data.formats import Messages, TemplateFormat, Text
 from qlora_cli.data.sources import BadRows, LocatedRow, Source
 from qlora_cli.data.sources.rows import shuffled
 from qlora_cli.errors import DataError
@@ -362,18 +362,18 @@ def test_everything_can_be_learnt(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": TURNS}])
     [whole] = Source(path=path, learn_prompt=True).conversations(BadRows())
     [plain] = Source(path=path).conversations(BadRows())
-    assert (whole.learn_all, plain.learn_all) == (True, False)
+    assert (whole.train_on_all, plain.train_on_all) == (True, False)
     with pytest.raises(ValueError, match="learn_prompt"):
         Source(path=path, learn_prompt=True, learn_turns="last")
 
 
-def rendered(template: Template, row: Row) -> list[tuple[str, str, bool]]:
+def rendered(template: TemplateFormat, row: Row) -> list[tuple[str, str, bool]]:
     messages = template.to_conversation(row).messages
     return [(message.role, message.content, message.train) for message in messages]
 
 
 def test_a_template_makes_turns_of_columns() -> None:
-    template = Template(
+    template = TemplateFormat(
         system="Say how it is.",
         user="Classify: {{ sentence }}\n",
         assistant="{{ ['negative', 'positive'][label | int] }}",
@@ -388,7 +388,7 @@ def test_a_template_makes_turns_of_columns() -> None:
 def test_a_template_writes_lists_only_as_it_is_told() -> None:
     row = {"prompt": "p", "parts": ["<a>", "ä"]}
     for expression, text in [("parts | tojson", '["<a>", "ä"]'), ("parts | join('+')", "<a>+ä")]:
-        template = Template(assistant="{{ " + expression + " }}")
+        template = TemplateFormat(assistant="{{ " + expression + " }}")
         assert rendered(template, row)[-1][1] == text
 
 
@@ -412,10 +412,10 @@ def test_a_template_writes_lists_only_as_it_is_told() -> None:
 def test_a_row_that_a_template_cannot_take_is_named_by_field(text: str, reason: str) -> None:
     row = {"label": 5, "text": " ", "none": None, "items": [1], "zero": "\0"}
     with pytest.raises(DataError) as caught:
-        Template(user="u", assistant=text).to_conversation(row)
+        TemplateFormat(user="u", assistant=text).to_conversation(row)
     assert str(caught.value).startswith(reason)
 
 
 def test_a_broken_template_is_found_when_the_recipe_is_read() -> None:
     with pytest.raises(ValueError, match="user: line 2 of the template: Expected an expression"):
-        Template(user="Classify\n{{ }}")
+        TemplateFormat(user="Classify\n{{ }}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_cli.data.render.renderer import Layout, Renderer
-from qlora_cli.data.render.special_tokens import TypedTokens
+from qlora_cli.data.render.renderer import RenderedRow, Renderer
+from qlora_cli.data.render.special_tokens import TypedSpecialTokens
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message, Prompt
 
@@ -16,22 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Truncate = Literal["drop", "cut_end", "cut_prompt", "split"]
-
-
-def read_chat_template(path: str | None) -> str | None:
-    """The Jinja text of `data.chat_template`, or None where none is named.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"data.chat_template: {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.chat_template: {path}: not UTF-8: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +28,7 @@ class TurnEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedRow:
     """A row in tokens."""
 
     examples: list[Example]
@@ -75,7 +58,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedRow:
     """A row of which it cannot be told exactly what is to be learnt."""
 
     reason: str
@@ -87,7 +70,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._renderer = Renderer(tokenizer)
-        self._typed = TypedTokens(tokenizer)
+        self._typed = TypedSpecialTokens(tokenizer)
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._bos = _bos_that_is_added(tokenizer)
 
@@ -97,40 +80,40 @@ class Encoder:
         *,
         max_length: int,
         truncate: Truncate = "cut_end",
-        learn_all: bool = False,
-    ) -> Encoded:
+        train_on_all: bool = False,
+    ) -> EncodedRow:
         """Tokens and labels of one row.
 
         Raises:
             DataError: it cannot be told exactly what is to be learnt.
         """
-        row = Conversation(messages, learn_all=learn_all)
+        row = Conversation(messages, train_on_all=train_on_all)
         [encoded] = self.encode_rows([row], max_length=max_length, truncate=truncate)
-        if isinstance(encoded, Refused):
+        if isinstance(encoded, RefusedRow):
             raise DataError(encoded.reason)
         return encoded
 
     def encode_rows(
         self, rows: list[Conversation], *, max_length: int, truncate: Truncate
-    ) -> list[Encoded | Refused]:
+    ) -> list[EncodedRow | RefusedRow]:
         """Tokens and labels of each row, or why it has none."""
         laid_out = [self._lay_out(row) for row in rows]
         plain = (one for one in laid_out if isinstance(one, _LaidOut) and one.tokens is None)
         tokens = iter(self._tokenize([layout.text for one in plain for layout in one.layouts]))
 
-        def encode(row: Conversation, found: _LaidOut) -> Encoded:
+        def encode(row: Conversation, found: _LaidOut) -> EncodedRow:
             of_row = found.tokens or [next(tokens) for _ in found.layouts]
             pairs = zip(found.layouts, of_row, strict=True)
             encoded = _joined(
                 [
-                    self._label(layout, *one, row.learn_all).cut(max_length, truncate)
+                    self._label(layout, *one, row.train_on_all).cut(max_length, truncate)
                     for layout, one in pairs
                 ]
             )
             return encoded if found.tokens is None else replace(encoded, is_typed=True)
 
         return [
-            found if isinstance(found, Refused) else encode(row, found)
+            found if isinstance(found, RefusedRow) else encode(row, found)
             for row, found in zip(rows, laid_out, strict=True)
         ]
 
@@ -144,7 +127,7 @@ class Encoder:
         """
         row = Conversation(messages, tools=tools)
         masked = self._typed.mask(row)
-        layout = self._renderer.lay_out_prompt(masked or row)
+        layout = self._renderer.render_prompt(masked or row)
         if masked is None:
             [(ids, _)] = self._tokenize([layout.text])
         else:
@@ -157,15 +140,15 @@ class Encoder:
         """Raises DataError if the chat template is missing or broken: once, and not in each row."""
         self._renderer.check_template()
 
-    def _lay_out(self, row: Conversation) -> _LaidOut | Refused:
+    def _lay_out(self, row: Conversation) -> _LaidOut | RefusedRow:
         try:
             masked = self._typed.mask(row)
-            layouts = self._renderer.lay_out_all(masked or row)
+            layouts = self._renderer.render_all(masked or row)
             if masked is None:
                 return _LaidOut(layouts)
             tokenized = [self._typed.tokenize(layout.text) for layout in layouts]
         except DataError as error:
-            return Refused(str(error))
+            return RefusedRow(str(error))
         return _LaidOut(
             [
                 replace(layout, text=text)
@@ -204,19 +187,27 @@ class Encoder:
         return [*bos, *ids, *eos], places
 
     def _label(
-        self, layout: Layout, ids: list[int], offsets: list[tuple[int, int]], learn_all: bool
+        self,
+        layout: RenderedRow,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        train_on_all: bool,
     ) -> _Labelled:
         if layout.is_verbatim:
             ids, offsets = self._enclose(ids, offsets, len(layout.text))
         ends = [end for _, end in offsets]
-        labels = list(ids) if learn_all else [IGNORE_INDEX] * len(ids)
+        labels = list(ids) if train_on_all else [IGNORE_INDEX] * len(ids)
         turn_ends, straddles, bos = [], None, self._tokenizer.bos_token_id
         for answer in layout.answers:
             first, last = bisect_right(ends, answer.start), bisect_right(ends, answer.stop)
             is_stopped = last < len(ids) and ids[last] in self._added_ids
             after = last + 1 if is_stopped else bisect_right(ends, answer.end)
             labels[first:after] = ids[first:after]
-            if first < after and (start := _start(offsets, first)) < answer.start and not learn_all:
+            if (
+                first < after
+                and (start := _start(offsets, first)) < answer.start
+                and not train_on_all
+            ):
                 straddles = _straddles(layout.text, answer.start, start, ends[first])
             follows = layout.text[answer.end : answer.end + 20]
             turn_ends.append((after, TurnEnd(ids[last] if is_stopped else None, follows)))
@@ -236,16 +227,16 @@ _Tokens = tuple[list[int], list[tuple[int, int]]]
 
 @dataclass(frozen=True, slots=True)
 class _LaidOut:
-    layouts: list[Layout]
+    layouts: list[RenderedRow]
     tokens: list[_Tokens] | None = None
     """If these are not the ordinary ones of the text."""
 
 
-def _joined(rows: list[Encoded]) -> Encoded:
+def _joined(rows: list[EncodedRow]) -> EncodedRow:
     """What a conversation makes, as one."""
     if len(rows) == 1:
         return rows[0]
-    return Encoded(
+    return EncodedRow(
         [example for row in rows for example in row.examples],
         max(row.length for row in rows),
         [end for row in rows for end in row.turn_ends],
@@ -265,7 +256,7 @@ class _Labelled:
     is_verbatim: bool
     has_bos: bool
 
-    def cut(self, max_length: int, truncate: Truncate) -> Encoded:
+    def cut(self, max_length: int, truncate: Truncate) -> EncodedRow:
         """The row with no more than `max_length` tokens, or as several of that length.
 
         Of these, each begins with the last token of the one before it: what follows it could not
@@ -273,7 +264,7 @@ class _Labelled:
         """
         length, num_answers = len(self.whole.input_ids), len(self.turn_ends)
         if self.straddles is not None:
-            return Encoded([], length, [], num_answers, self.straddles)
+            return EncodedRow([], length, [], num_answers, self.straddles)
         reason = None
         if length <= max_length:
             examples, kept = [self.whole], length
@@ -294,7 +285,7 @@ class _Labelled:
             if not examples:
                 what = "left out" if truncate == "drop" else f"{what}, nothing left to learn"
             reason = f"{length:,} tokens, data.max_length {max_length:,}: {what}"
-        return Encoded(examples, length, turn_ends, num_answers, reason)
+        return EncodedRow(examples, length, turn_ends, num_answers, reason)
 
     def _surplus(self, max_length: int) -> int:
         """Tokens to take from the prompt. One is left, for the first of the answer to follow."""

@@ -13,10 +13,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.config import Data
+from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import FormatConfig, Messages, PromptCompletion, Text
-from qlora_cli.data.prepared.prepare import Prepared, prepare_prompts
+from qlora_cli.data.prepared.prepare import PreparedData, prepare_prompts
 from qlora_cli.data.prepared.prepare import prepare as prepare_sources
-from qlora_cli.data.render.encode import Encoder, read_chat_template
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.models.base import BaseModelConfig
@@ -88,7 +89,7 @@ def chat_source(folder: Path, *conversations: list[Message], **settings: Any) ->
 
 def prepare(
     source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, **settings: Any
-) -> Prepared:
+) -> PreparedData:
     return prepare_sources([source], tokenizer, Data(train=source, **settings), folder)
 
 

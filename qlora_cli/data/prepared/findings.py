@@ -1,0 +1,152 @@
+"""What in prepared rows is often a mistake, and when it stops a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from qlora_cli.common.config import Config
+from qlora_cli.data.prepared.statistics import (
+    NAMED,
+    DatasetStatistics,
+    LocatedExamples,
+    supervised_turns,
+)
+from qlora_cli.errors import DataError
+
+
+class AuditLimits(Config):
+    """What stops a run because of its data. Without a limit, it is reported and stops nothing."""
+
+    max_duplicates: float | None = Field(None, ge=0, le=1)
+    """Share of training rows that may repeat an earlier one, token by token."""
+    max_overlap: float | None = Field(None, ge=0, le=1)
+    """Share of evaluation rows that training may show, or whose prompt it may answer otherwise."""
+    max_truncated: float | None = Field(None, ge=0, le=1)
+    """Share of training rows that may be longer than `max_length`."""
+    min_learnt: float | None = Field(None, ge=0, le=1)
+    """Least share of training tokens that are learnt."""
+
+    def check(
+        self, training: DatasetStatistics, evaluation: DatasetStatistics | None, *, truncated: float
+    ) -> None:
+        """Stop where a limit is crossed.
+
+        Args:
+            truncated: share of the training rows that are longer than `max_length`.
+
+        Raises:
+            DataError: with every limit that is crossed.
+        """
+        figures = training.total
+        found = [
+            ("max_duplicates", figures.num_duplicates / figures.num_rows, "training rows repeat"),
+            ("max_truncated", truncated, "training rows are longer than data.max_length"),
+        ]
+        if evaluation is not None:
+            held_out = evaluation.total
+            shown = (held_out.num_seen + held_out.num_asked) / held_out.num_rows
+            found.append(("max_overlap", shown, "evaluation rows are shown in training"))
+        problems = [
+            f"data.audit.{key} ({limit:g}): {share:.2%} of the {what}"
+            for key, share, what in found
+            if (limit := getattr(self, key)) is not None and share > limit
+        ]
+        if self.min_learnt is not None and figures.supervised_share < self.min_learnt:
+            problems.append(
+                f"data.audit.min_learnt ({self.min_learnt:g}): {figures.supervised_share:.2%} of "
+                "the training tokens are learnt"
+            )
+        if problems:
+            raise DataError("\n".join(problems), hint="qlora preview names the first of these rows")
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateDrift:
+    """Rows in which something else precedes the last answer than when the model generates."""
+
+    num_rows: int
+    """Rows looked at."""
+    rows: list[int]
+    """Of these, the rows that differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    count: int
+    total: int
+    named: tuple[str, ...] = ()
+    """The first of them."""
+
+    @property
+    def found(self) -> str:
+        """How many, out of how many, and the share if there are any."""
+        share = f" ({self.count / self.total:.2%})" if self.count else ""
+        return f"{self.count:,} of {self.total:,}{share}"
+
+
+def findings(
+    rows: LocatedExamples,
+    audit: DatasetStatistics,
+    drift: TemplateDrift,
+    cut: Finding,
+    *,
+    training: LocatedExamples | None = None,
+) -> list[Finding]:
+    """What was looked at in the rows of one side.
+
+    Args:
+        cut: what is known of rows that are too long.
+        training: what is learnt, if `rows` are held out from it.
+    """
+    total = audit.total
+
+    def pairs(found: list[tuple[int, int]], others: LocatedExamples = rows) -> tuple[str, ...]:
+        return tuple(f"{rows.place(row)} = {others.place(other)}" for row, other in found)
+
+    num = total.num_rows
+    drifting = tuple(rows.place(row) for row in drift.rows[:NAMED])
+    repeated = pairs(audit.duplicates)
+    found = [
+        cut,
+        Finding("rows with nothing to learn", total.num_empty, num),
+        *(
+            [Finding("turns that do not end in their row", total.num_unfinished, total.num_turns)]
+            if total.num_unfinished
+            else []
+        ),
+        Finding("turns that end in no stop token", total.unstopped, total.num_turns),
+        Finding(
+            "rows whose prompt differs in generation", len(drift.rows), drift.num_rows, drifting
+        ),
+        Finding("rows that begin with two BOS tokens", total.num_double_bos, num),
+        Finding("rows that repeat an earlier one", total.num_duplicates, num, repeated),
+    ]
+    if training is not None:
+        seen, asked = pairs(audit.seen, training), pairs(audit.asked, training)
+        found += [
+            Finding("rows that training has too", total.num_seen, num, seen),
+            Finding("rows whose prompt training answers otherwise", total.num_asked, num, asked),
+        ]
+    return found
+
+
+def find_drift(rows: LocatedExamples, prompts: Iterable[tuple[int, list[int]]]) -> TemplateDrift:
+    """Compare rows with the prompts that the model is given to generate their last answer.
+
+    Args:
+        prompts: index of a row that is not cut, and the tokens of its prompt.
+    """
+    looked_at, drifting = 0, []
+    for row, prompt in prompts:
+        example = rows[row]
+        turns = supervised_turns(example.labels)
+        looked_at += 1
+        if not turns or turns[-1][0] != len(prompt) or example.input_ids[: len(prompt)] != prompt:
+            drifting.append(row)
+    return TemplateDrift(looked_at, drifting)
