@@ -19,7 +19,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.models.known_configs import KNOWN
-from qlora_cli.plan.trace.kernel_shapes import make_constants
+from qlora_cli.plan.trace.libraries import load_libraries
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import load_traced
 from qlora_cli.plan.trace.traced_tensor import Blank
@@ -134,7 +134,7 @@ def page(rows: list[tuple[Published, float]]) -> str:
 def main() -> None:
     """Trace all of them."""
     quiet_libraries()
-    make_constants()
+    load_libraries()
     rows = []
     for one in PUBLISHED:
         rows.append((one, trace(one)))

@@ -127,10 +127,10 @@ def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     from qlora_cli._compat import quiet_libraries
     from qlora_cli.distributed.devices import find_target
     from qlora_cli.plan.estimate import assume_rows, compute_dtype
-    from qlora_cli.plan.trace.kernel_shapes import make_constants
+    from qlora_cli.plan.trace.libraries import load_libraries
 
     quiet_libraries()
-    make_constants()
+    load_libraries()
     recipe = recipe_of(run, model)
     dtype = compute_dtype(recipe, find_target("cpu"))
     rows = assume_rows(recipe, "a benchmark", padding_free=True)

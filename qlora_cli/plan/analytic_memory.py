@@ -28,7 +28,7 @@ from torch import nn
 from qlora_cli.distributed.devices import Device
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, layers_of, rehearse_update
-from qlora_cli.plan.trace.kernel_shapes import make_constants
+from qlora_cli.plan.trace.libraries import load_libraries
 from qlora_cli.plan.trace.memory_counter import (
     BATCH,
     GRADIENTS,
@@ -224,7 +224,7 @@ def by_formula(
     """
     text = text_config(config)
     options = attention_option(recipe)
-    make_constants()
+    load_libraries()
     count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
     with in_plain_words(config), count:
         with count.stage(LOAD):

@@ -18,7 +18,7 @@ from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
 from qlora_cli.plan.dry_run import dry_run, understands_documents
-from qlora_cli.plan.trace.kernel_shapes import make_constants
+from qlora_cli.plan.trace.libraries import collect_new_garbage_only, load_libraries
 from qlora_cli.plan.trace.memory_counter import LOAD, Count, CountedHost, Peak, Segment
 from qlora_cli.plan.trace.meta_model import load_traced, outline
 from qlora_cli.recipe.schema import Recipe
@@ -104,7 +104,7 @@ def forecast(
         ModelError: the recipe does not suit the model.
     """
     num_layers = text_config(config).num_hidden_layers
-    make_constants()
+    load_libraries()
 
     def trace(size: int) -> Forecast:
         short = _shortened(config, size)
@@ -135,7 +135,7 @@ def _trace(
     count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
     quantization = recipe.quantization
     options = attention_option(recipe)
-    with in_plain_words(config), count:
+    with in_plain_words(config), collect_new_garbage_only(), count:
         with count.stage(LOAD):
             base = load_traced(config, quantization.load_options(dtype), count, **options)
         weights = report_weights(base)
@@ -214,7 +214,7 @@ def can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, dtype: torch.dt
     `train` proves it with numbers too, which a trace has none of.
     """
     period = _period(text_config(config)) or text_config(config).num_hidden_layers
-    make_constants()
+    load_libraries()
     with in_plain_words(config), Count() as count:
         options = attention_option(recipe)
         base = load_traced(_shortened(config, period), {"dtype": dtype}, count, **options)
@@ -304,7 +304,7 @@ def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -
     peaks, before = {}, ends(small)
     for key, (place, peak) in ends(large).items():
         less = before[key][1]
-        names = {*less.kinds, *peak.kinds}
+        names = dict.fromkeys((*less.kinds, *peak.kinds))
         # Where two moments are alike, one may be the peak here and the other there: then a kind can
         # shrink by some kilobytes a layer.
         kinds = {n: max(0, grown(less.kinds.get(n, 0), peak.kinds.get(n, 0))) for n in names}

@@ -28,7 +28,7 @@ from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointin
 from qlora_cli.models.loading import load_base
 from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
-from qlora_cli.plan.trace.kernel_shapes import make_constants
+from qlora_cli.plan.trace.libraries import load_libraries
 from qlora_cli.plan.trace.memory_counter import Count
 from qlora_cli.plan.trace.meta_model import hold_model
 from qlora_cli.plan.traced_memory import forecast
@@ -400,7 +400,7 @@ def is_planned_right(case: Case) -> str:
     full = full_batch(2, 24, padding_free=False)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
     config, _ = recipe.model.read_config()
-    make_constants()
+    load_libraries()
     base = recipe.model.load(recipe.quantization.load_options(torch.float32), CPU)
     count = Count(vocabulary_size=base.config.vocab_size)
     hold_model(base, count)

@@ -22,21 +22,6 @@ _CLOSED = {
 }
 
 
-def make_constants() -> None:
-    """Have bitsandbytes make the small tables that it keeps for as long as the process lives.
-
-    Made within a trace, they would count in the first one alone.
-    """
-    from bitsandbytes import functional
-
-    some = torch.ones(64, 64)
-    for quant_type in ("nf4", "fp4"):
-        packed, state = functional.quantize_4bit(
-            some, quant_type=quant_type, compress_statistics=True
-        )
-        functional.dequantize_4bit(packed, state)
-
-
 def opened(name: str, device: Device) -> Kernel | None:
     """How an operation is done by others on a device; None if it is one step there."""
     if device == "cuda":

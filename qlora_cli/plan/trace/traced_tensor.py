@@ -240,13 +240,15 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _meta_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*tree_map(_as_meta, args), **tree_map(_as_meta, kwargs))
+    return func(*map(_as_meta, args), **{name: _as_meta(value) for name, value in kwargs.items()})
 
 
 def _as_meta(value: Any) -> Any:
-    """A tensor (or a device) on the meta device; anything else as it is."""
+    """Put tensors and devices, also those in lists, on the meta device; keep anything else."""
     if isinstance(value, TracedTensor):
         return value.meta
+    if isinstance(value, list | tuple):
+        return type(value)(map(_as_meta, value))
     if isinstance(value, Tensor) and value.device.type != "meta":
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return torch.device("meta") if isinstance(value, torch.device) else value
