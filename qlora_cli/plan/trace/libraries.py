@@ -13,7 +13,7 @@ def load_libraries() -> None:
     """Import the libraries that a trace uses, and fill the tables that they keep.
 
     PEFT makes a few scalars when it is imported, and bitsandbytes its quantization tables at their
-    first use. Made within a trace, they would count in the first trace of a process and in no other.
+    first use. Made within a trace, they would count in the first trace of a process only.
     """
     import peft  # noqa: F401
     from bitsandbytes import functional
