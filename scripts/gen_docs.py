@@ -140,7 +140,7 @@ def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator
 
 
 def _parts(field_type: FieldType) -> tuple[type[Config], ...]:
-    return field_type.parts or (_parts(field_type.item) if field_type.item else ())
+    return field_type.sections or (_parts(field_type.item) if field_type.item else ())
 
 
 def _tables(parts: tuple[type[Config], ...]) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _rows(part: type[Config]) -> Iterator[str]:
         field_type = FieldType.of(info)
         takes = "a section (below)" if _parts(field_type) else field_type.words()
         if _parts(field_type) and field_type.item:
-            takes = f"{'a section, or ' * bool(field_type.parts)}a list of sections (below)"
+            takes = f"{'a section, or ' * bool(field_type.sections)}a list of sections (below)"
         cells = [f"`{name}`", takes, _default(info), " ".join(docs[name].split())]
         yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 

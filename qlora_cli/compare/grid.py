@@ -15,10 +15,9 @@ import yaml
 from qlora_cli.common.config import Config
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.errors import RecipeError
-from qlora_cli.recipe.field_types import FieldType
+from qlora_cli.recipe.field_types import FieldType, key_paths
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.validation import key_paths
 
 _QLORA = ("quantization.type=nf4", "quantization.double_quant=true", "adapter.type=lora")
 """The method of the paper: the one name that is no `type` (Dettmers et al. 2023)."""

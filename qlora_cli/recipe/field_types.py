@@ -1,9 +1,8 @@
-"""What a key of a recipe takes: read from the type of its field, said in plain words."""
+"""The values that a recipe key accepts: read from its field's annotation, described in words."""
 
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,19 +15,6 @@ from pydantic.fields import FieldInfo
 from qlora_cli.common.config import Config
 
 Plain = str | int | float | bool
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A limit on a number, or on the length of a list or text."""
-
-    words: str
-    limit: float
-    holds: Callable[[Any, Any], bool]
-
-    def __str__(self) -> str:
-        return f"{self.words} {self.limit}"
-
 
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 _NUMBER = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?")
@@ -48,7 +34,7 @@ def _read_int(text: str) -> int | None:
     value = _read_float(text)
     if value is None or not value.is_integer():
         return None
-    # A float would round what has more than 15 digits.
+    # A float would round integers of more than 15 digits.
     return int(text) if re.fullmatch(rf"[-+]?{_DIGITS}", text) else int(value)
 
 
@@ -58,49 +44,73 @@ _SCALARS: dict[type, tuple[str, Callable[[str], Plain | None]]] = {
     float: ("a number", _read_float),
     str: ("text", str),
 }
-"""Words and reader of each, in the order of trying: for `int | str`, a plain 5 is a number."""
+"""Description and parser of each, in the order of trying: for `int | str`, a plain 5 is an int."""
+
+_BOUNDS = {
+    annotated_types.Ge: ("at least", "ge"),
+    annotated_types.Gt: ("above", "gt"),
+    annotated_types.Le: ("at most", "le"),
+    annotated_types.Lt: ("below", "lt"),
+    annotated_types.MinLen: ("length at least", "min_length"),
+    annotated_types.MaxLen: ("length at most", "max_length"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class FieldType:
-    """The alternatives that a field offers. Several `parts` are told apart by their `type`."""
+    """The alternatives that a field accepts. Several `sections` are told apart by their `type`.
 
-    choices: tuple[str, ...]
-    scalars: tuple[type, ...]
-    bounds: tuple[Bound, ...]
-    item: FieldType | None
-    value: FieldType | None
-    parts: tuple[type[Config], ...]
-    nullable: bool
+    It describes and converts; pydantic alone decides whether a value is accepted.
+    """
+
+    choices: tuple[str, ...] = ()
+    scalars: tuple[type, ...] = ()
+    bounds: tuple[str, ...] = ()
+    """In words: "at least 1"."""
+    item: FieldType | None = None
+    value: FieldType | None = None
+    sections: tuple[type[Config], ...] = ()
+    nullable: bool = False
 
     @classmethod
     def of(cls, field: FieldInfo) -> FieldType:
-        """The type of a field of a `Part`."""
+        """Describe a field of a `Config`."""
         return cls._of_annotation(field.annotation, field.metadata)
 
     @classmethod
     def _of_annotation(cls, annotation: Any, metadata: Iterable[Any] = ()) -> FieldType:
-        members = list(_members(annotation))
+        members, inner = _members(annotation)
         by_origin = {get_origin(member) or member: member for member in members}
-        has_metadata = get_origin(annotation) is Annotated
-        inner = annotation.__metadata__ if has_metadata else ()
         return cls(
             choices=get_args(by_origin[Literal]) if Literal in by_origin else (),
             scalars=tuple(scalar for scalar in _SCALARS if scalar in by_origin),
             bounds=tuple(_bounds((*metadata, *inner))),
             item=cls._of_annotation(get_args(by_origin[list])[0]) if list in by_origin else None,
             value=cls._of_annotation(get_args(by_origin[dict])[1]) if dict in by_origin else None,
-            parts=tuple(m for m in members if isinstance(m, type) and issubclass(m, Config)),
+            sections=tuple(m for m in members if isinstance(m, type) and issubclass(m, Config)),
             nullable=NoneType in by_origin,
         )
 
     @property
     def variants(self) -> dict[str, type[Config]]:
         """The sections to choose from, by their `type`."""
-        return {part_type(part): part for part in self.parts} if len(self.parts) > 1 else {}
+        if len(self.sections) == 1:
+            return {}
+        return {variant_name(section): section for section in self.sections}
+
+    @property
+    def all_sections(self) -> tuple[type[Config], ...]:
+        """The sections of the field itself and of its list items."""
+        return (*self.sections, *(self.item.sections if self.item else ()))
+
+    @property
+    def is_union(self) -> bool:
+        """True if pydantic tries several alternatives (null and `type` variants aside)."""
+        alternatives = (bool(self.choices), *self.scalars, self.item, self.value, self.sections)
+        return sum(map(bool, alternatives)) > 1
 
     def words(self) -> str:
-        """What is allowed, such as `a whole number (at least 1), or null`."""
+        """The accepted values in words, such as `a whole number (at least 1), or null`."""
         words = [_SCALARS[scalar][0] for scalar in self.scalars]
         if self.choices:
             several = len(self.choices) > 1
@@ -109,73 +119,62 @@ class FieldType:
             words.append(f"a list (of {self.item.words()})")
         if self.value:
             words.append(f"a mapping (of names to {self.value.words()})")
-        if self.parts:
-            words.append(self._section_words())
+        if self.variants:
+            words.append(f"a section with a type, one of {', '.join(self.variants)}")
+        elif self.sections:
+            words.append(f"a section with the keys {', '.join(self.sections[0].model_fields)}")
         if self.bounds:
-            words[-1] += f" ({', '.join(map(str, self.bounds))})"
+            words[-1] += f" ({', '.join(self.bounds)})"
         return ", or ".join([*words, *(["null"] if self.nullable else [])])
 
-    def _section_words(self) -> str:
-        if self.variants:
-            return f"a section with a type, one of {', '.join(self.variants)}"
-        return f"a section with the keys {', '.join(self.parts[0].model_fields)}"
-
-    def read(self, text: str, *, plain: bool) -> Plain | None:
-        """The value that `text` stands for here; None if the field takes no such value.
+    def convert(self, text: str, *, plain: bool) -> Plain:
+        """Return the value that `text` stands for here; the text itself if there is none.
 
         Quoted text (not `plain`) is never a number or a truth value.
         """
-        if text in self.choices:
-            return text
-        for scalar in self.scalars:
-            value = _SCALARS[scalar][1](text) if plain or scalar is str else None
-            if value is not None:
-                return value if self.within_bounds(value) else None
-        return None
+        if plain and text not in self.choices:
+            for scalar in self.scalars:
+                value = _SCALARS[scalar][1](text)
+                if value is not None:
+                    return value
+        return text
 
-    def within_bounds(self, value: object) -> bool:
-        return all(bound.holds(value, bound.limit) for bound in self.bounds)
+    def accepts(self, text: str, *, plain: bool) -> bool:
+        """Return whether `text` has the form of a value of this type (its bounds aside)."""
+        value = self.convert(text, plain=plain)
+        return value in self.choices or type(value) in self.scalars
 
 
-def part_type(part: type[Config]) -> str:
+def variant_name(section: type[Config]) -> str:
     """The `type` that selects a variant."""
-    name: str = part.model_fields["type"].default
+    name: str = section.model_fields["type"].default
     return name
 
 
-def _members(annotation: Any) -> Iterator[Any]:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation
+def key_paths(config_class: type[Config], prefix: str = "") -> Iterator[str]:
+    """All keys below a config class, dotted, including those of all variants."""
+    for name, info in config_class.model_fields.items():
+        yield f"{prefix}{name}"
+        for section in FieldType.of(info).sections:
+            yield from key_paths(section, f"{prefix}{name}.")
 
 
-def _longer(value: Any, limit: int) -> bool:
-    return len(value) >= limit
+def _members(annotation: Any) -> tuple[list[Any], list[Any]]:
+    """The alternatives of a (nested, annotated) union, and all that annotates them."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        members, below = _members(inner)
+        return members, [*metadata, *below]
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation], []
+    found = [_members(member) for member in get_args(annotation)]
+    return [m for members, _ in found for m in members], [m for _, below in found for m in below]
 
 
-def _shorter(value: Any, limit: int) -> bool:
-    return len(value) <= limit
-
-
-_BOUNDS = {
-    annotated_types.Ge: ("at least", "ge", operator.ge),
-    annotated_types.Gt: ("above", "gt", operator.gt),
-    annotated_types.Le: ("at most", "le", operator.le),
-    annotated_types.Lt: ("below", "lt", operator.lt),
-    annotated_types.MinLen: ("length at least", "min_length", _longer),
-    annotated_types.MaxLen: ("length at most", "max_length", _shorter),
-}
-
-
-def _bounds(metadata: Iterable[Any]) -> Iterator[Bound]:
+def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
     for constraint in metadata:
         if isinstance(constraint, FieldInfo):
             yield from _bounds(constraint.metadata)
         elif type(constraint) in _BOUNDS:
-            words, name, holds = _BOUNDS[type(constraint)]
-            yield Bound(words, getattr(constraint, name), holds)
+            words, name = _BOUNDS[type(constraint)]
+            yield f"{words} {getattr(constraint, name)}"

@@ -49,7 +49,10 @@ def _parts(part: type[Config]) -> set[type[Config]]:
     below: set[type[Config]] = {part}
     for info in part.model_fields.values():
         field_type = FieldType.of(info)
-        for part_below in (*field_type.parts, *(field_type.item.parts if field_type.item else ())):
+        for part_below in (
+            *field_type.sections,
+            *(field_type.item.sections if field_type.item else ()),
+        ):
             below |= _parts(part_below)
     return below
 
@@ -65,7 +68,7 @@ def _section(part: type[Config], body: Schema) -> Schema:
         properties = {"type": properties["type"], **properties}
     for name, info in part.model_fields.items():
         item = FieldType.of(info).item
-        if item and item.parts:
+        if item and item.sections:
             _list_schema(properties[name])["items"] |= _required_in(item)
     return {
         "type": "object",
@@ -107,4 +110,4 @@ def _required(part: type[Config]) -> Schema:
 def _required_in(field_type: FieldType) -> Schema:
     if field_type.variants:
         return {"required": ["type"]}
-    return _required(field_type.parts[0]) if field_type.parts else {}
+    return _required(field_type.sections[0]) if field_type.sections else {}

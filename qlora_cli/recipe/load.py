@@ -15,7 +15,7 @@ from typing import Any
 from qlora_cli.common.secrets import masked
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.validation import read_part
+from qlora_cli.recipe.validation import validate_tree
 from qlora_cli.recipe.yaml_parser import (
     Entry,
     Items,
@@ -118,11 +118,11 @@ def recipe_of_model(path: str, overrides: Sequence[str] = ()) -> Recipe:
 def _load(layers: _Layers, tree: Mapping | None) -> LoadedRecipe:
     if tree is None:
         raise layers.error()
-    reading = read_part(Recipe, tree, other_names=OTHER_NAMES)
-    layers.problems += reading.problems
-    if reading.part is None or layers.problems:
+    result = validate_tree(Recipe, tree, other_names=OTHER_NAMES)
+    layers.problems += result.problems
+    if result.config is None or layers.problems:
         raise layers.error()
-    return LoadedRecipe(reading.part, _origins(reading.part, reading.places))
+    return LoadedRecipe(result.config, _origins(result.config, result.places))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -16,9 +16,9 @@ import typer
 from typer.main import get_command
 
 from qlora_cli.cli import app
+from qlora_cli.recipe.field_types import key_paths
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.validation import key_paths
 from tests.pages import BLOCKS, PAGES, ROOT, Block
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))

@@ -6,7 +6,9 @@ import pytest
 from pydantic import Field
 
 from qlora_cli.common.config import Config
-from qlora_cli.recipe.field_types import FieldType, part_type
+from qlora_cli.recipe.field_types import FieldType, variant_name
+from qlora_cli.recipe.validation import validate_tree
+from qlora_cli.recipe.yaml_parser import Mapping, parse_tree
 
 
 class Red(Config):
@@ -30,12 +32,25 @@ class Sample(Config):
     targets: Literal["all"] | list[str] | str = "all"
     ranks: dict[str, Annotated[int, Field(ge=2)]] = Field({})
     colour: Annotated[Red | Blue, Field(discriminator="type")] = Red()
-    colours: list[Annotated[Red | Blue, Field(discriminator="type")]] = Field([], min_length=1)
+    colours: list[Annotated[Red | Blue, Field(discriminator="type")]] = Field([Red()], min_length=1)
     maybe_red: Red | None = None
+    auto: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    several: Red | list[Red] = Red()
 
 
 def of(name: str) -> FieldType:
     return FieldType.of(Sample.model_fields[name])
+
+
+def read(text: str) -> object:
+    """Return the value of the one key in a YAML text; raise ValueError with the problems."""
+    root = parse_tree(text, "sample.yaml").root
+    assert isinstance(root, Mapping)
+    result = validate_tree(Sample, root, other_names={})
+    if result.config is None:
+        raise ValueError("\n".join(map(str, result.problems)))
+    (name,) = root.entries
+    return getattr(result.config, name)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +83,7 @@ def of(name: str) -> FieldType:
     ],
 )
 def test_plain_text_takes_the_type_of_its_field(field: str, text: str, expected: object) -> None:
-    value = of(field).read(text, plain=True)
+    value = read(f"{field}: {text}")
     assert value == expected
     assert type(value) is type(expected)
 
@@ -101,21 +116,23 @@ def test_plain_text_takes_the_type_of_its_field(field: str, text: str, expected:
         ("truth", "tRUE"),
         ("choice", "A"),
         ("choice", "c"),
-        ("name", ""),
+        ("name", "''"),
     ],
 )
 def test_other_text_is_refused(field: str, text: str) -> None:
-    assert of(field).read(text, plain=True) is None
+    with pytest.raises(ValueError, match=f"{field}: found .*; it takes "):
+        read(f"{field}: {text}")
 
 
 @pytest.mark.parametrize(("field", "text"), [("whole", "1"), ("number", "0.5"), ("truth", "true")])
 def test_quoted_text_is_no_number(field: str, text: str) -> None:
-    assert of(field).read(text, plain=False) is None
+    with pytest.raises(ValueError, match="the quotes make it text, so remove them"):
+        read(f"{field}: '{text}'")
 
 
 @pytest.mark.parametrize(("field", "text"), [("text", "1"), ("choice", "a"), ("either", "1")])
 def test_quoted_text_is_text(field: str, text: str) -> None:
-    assert of(field).read(text, plain=False) == text
+    assert read(f"{field}: '{text}'") == text
 
 
 @pytest.mark.parametrize(
@@ -134,6 +151,7 @@ def test_quoted_text_is_text(field: str, text: str) -> None:
         ("colour", "a section with a type, one of red, blue"),
         ("colours", "a list (of a section with a type, one of red, blue) (length at least 1)"),
         ("maybe_red", "a section with the keys type, depth, or null"),
+        ("auto", "auto, or a whole number (at least 1)"),
     ],
 )
 def test_words(field: str, words: str) -> None:
@@ -143,9 +161,40 @@ def test_words(field: str, words: str) -> None:
 def test_variants_are_told_apart_by_type() -> None:
     assert of("colour").variants == {"red": Red, "blue": Blue}
     assert of("maybe_red").variants == {}
-    assert part_type(Blue) == "blue"
+    assert variant_name(Blue) == "blue"
 
 
-def test_length_of_a_list() -> None:
-    assert of("colours").within_bounds([Red()])
-    assert not of("colours").within_bounds([])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colours: []", "colours: found a list; it takes a list (of a section with a type, "),
+        ("ranks: {a: 1}", "ranks.a: found 1; it takes a whole number (at least 2)"),
+        ("auto: 0", "auto: found 0; it takes auto, or a whole number (at least 1)"),
+        ("auto: [0]", "auto: found a list; it takes auto, or a whole number (at least 1)"),
+        ("several: [{}, {depth: x}]", "several[1].depth: found x; it takes a whole number"),
+        ("several: {depth: x}", "several.depth: found x; it takes a whole number"),
+        ("several: {red: 1}", 'several.red: Red has no "red"; it takes type, depth'),
+        ("colour: {type: red, red: {depth: 1}}", 'colour.red: Red has no "red"'),
+        ("colour: red", "colour: found red; it takes a section with a type, one of red, blue; "),
+    ],
+)
+def test_pydantic_errors_become_one_message_with_the_path_in_the_file(
+    text: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^sample\.yaml:") as error:
+        read(text)
+    (line,) = str(error.value).splitlines()
+    assert message in line
+
+
+def test_several_alternatives_accept_each_form() -> None:
+    assert read("auto: auto") == "auto"
+    assert read("auto: 2") == 2
+    assert read("several: {depth: 2}") == Red(depth=2)
+    assert read("several: [{depth: 2}, {}]") == [Red(depth=2), Red()]
+
+
+def test_a_secret_is_reported_whatever_else_is_wrong_with_it() -> None:
+    with pytest.raises(ValueError, match=r"^sample\.yaml:1:8  whole: holds a token") as error:
+        read(f"whole: hf_{'a' * 20}")
+    assert "\n" not in str(error.value)

@@ -61,8 +61,8 @@ def keys(part: type[Config]) -> Iterator[str]:
     for name, info in part.model_fields.items():
         yield name
         field_type = FieldType.of(info)
-        item = field_type.item.parts if field_type.item else ()
-        for below in (*field_type.parts, *item):
+        item = field_type.item.sections if field_type.item else ()
+        for below in (*field_type.sections, *item):
             yield from keys(below)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 import pytest
+from pydantic.fields import FieldInfo
 
 from qlora_cli.common.config import Config, field_docs
 from qlora_cli.errors import RecipeError
-from qlora_cli.recipe.field_types import FieldType, part_type
+from qlora_cli.recipe.field_types import FieldType, key_paths, variant_name
 from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.validation import key_paths
 
 WHOLE = """\
 model: {path: base, revision: main}
@@ -49,10 +51,10 @@ def keys_of(part: type[Config], prefix: str = "", chosen: tuple[str, ...] = ()) 
         key, field_type = f"{prefix}{name}", FieldType.of(info)
         if field_type.variants:
             yield f"{key}.type", chosen, field_type
-        for below in field_type.parts:
+        for below in field_type.sections:
             choice = _choice(key, below) if field_type.variants else ()
             yield from keys_of(below, f"{key}.", (*chosen, *choice))
-        if not field_type.parts:
+        if not field_type.sections:
             yield key, (*chosen, *NEEDED.get(key, ())), field_type
 
 
@@ -63,7 +65,7 @@ def _choice(key: str, variant: type[Config]) -> tuple[str, ...]:
         for name, info in variant.model_fields.items()
         if info.is_required()
     ]
-    return f"{key}.type={part_type(variant)}", *required
+    return f"{key}.type={variant_name(variant)}", *required
 
 
 def candidates(field_type: FieldType) -> Iterator[str]:
@@ -83,11 +85,11 @@ def candidates(field_type: FieldType) -> Iterator[str]:
 
 
 def _item(field_type: FieldType) -> str:
-    if field_type.variants or not field_type.parts:
+    if field_type.variants or not field_type.sections:
         value = next(candidates(field_type))
         return f"{{type: {value}}}" if field_type.variants else value
     # What is required, and one key more.
-    fields = list(field_type.parts[0].model_fields.items())
+    fields = list(field_type.sections[0].model_fields.items())
     number = 1 + sum(info.is_required() for _, info in fields)
     values = [f"{key}: {next(candidates(FieldType.of(info)))}" for key, info in fields[:number]]
     return f"{{{', '.join(values)}}}"
@@ -131,7 +133,7 @@ def test_each_key_changes_the_recipe(
         assert all(leaf == key or leaf.startswith(_section(key)) for leaf in changed)
         origins = [o for k, o in loaded.origins.items() if re.match(rf"{key}(?!\w)", k)]
         # A section in a list brings its own defaults.
-        is_section = field_type.item is not None and field_type.item.parts
+        is_section = field_type.item is not None and field_type.item.sections
         assert set(origins) == ({"--set", "default"} if is_section else {"--set"})
         return
     pytest.fail(f"nothing changes {key}")
@@ -153,7 +155,7 @@ def parts_of(part: type[Config]) -> set[type[Config]]:
     found = {part}
     for info in part.model_fields.values():
         field_type = FieldType.of(info)
-        for below in (*field_type.parts, *(field_type.item.parts if field_type.item else ())):
+        for below in (*field_type.sections, *(field_type.item.sections if field_type.item else ())):
             found |= parts_of(below)
     return found
 
@@ -169,7 +171,21 @@ def test_every_section_and_key_is_documented(part: type[Config]) -> None:
 
 
 @pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))
-def test_every_bound_is_one_that_the_loader_explains(part: type[Config]) -> None:
+def test_every_bound_of_a_field_is_described(part: type[Config]) -> None:
     for name, info in part.model_fields.items():
         known = len(FieldType.of(info).bounds)
-        assert len(info.metadata) == known, f"{part.__name__}.{name}: {info.metadata}"
+        bounds = [*info.metadata, *_inner_metadata(info.annotation)]
+        assert len(bounds) == known, f"{part.__name__}.{name}: {bounds}"
+
+
+def _inner_metadata(annotation: object) -> list[object]:
+    """The constraints of a union's members, such as those of `Annotated[int, Field(ge=1)]`."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [
+        constraint
+        for member in members
+        if get_origin(member) is Annotated
+        for field in member.__metadata__
+        if isinstance(field, FieldInfo)
+        for constraint in field.metadata
+    ]

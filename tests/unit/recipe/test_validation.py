@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from qlora_cli.adapters import LoRA
+from qlora_cli.recipe.field_types import key_paths
 from qlora_cli.recipe.load import OTHER_NAMES, LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.recipe.validation import key_paths
 
 
 @pytest.mark.parametrize(
