@@ -10,18 +10,22 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from qlora_cli.cli import app
 from qlora_cli.common.config import Config, field_docs
+from qlora_cli.common.report import ABSENT, Report, key_of, report_docs
+from qlora_cli.export.report import ExportReport
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.yaml_writer import yaml_lines
+from qlora_cli.runs.merge_report import MergeReport
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs"
@@ -99,6 +103,22 @@ reasoning and tool calls) and the token that ends the turn; there is one BOS at 
   and `chat`: rows must not depend on the day on which they are prepared. The template that is
   saved with the model is untouched.
 """
+
+JSON_HEAD = f"""\
+{NOTE}
+# The keys of --json
+
+With `--json` a command prints one JSON document on standard output.
+"""
+
+JSON_REPORTS: dict[str, type[Report]] = {
+    "qlora merge": MergeReport,
+    "qlora export": ExportReport,
+}
+"""Each command whose `--json` is documented, with its report. `qlora merge` writes it to
+merge.json too."""
+
+_JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 Sections = dict[tuple[type[Config], ...], str]
 """Parts, and the section where their keys are written down."""
@@ -191,7 +211,7 @@ def _type(part: type[Config]) -> str:
     return str(part.model_fields["type"].default)
 
 
-def _about(part: type[Config]) -> str:
+def _about(part: type[Any]) -> str:
     return " ".join((inspect.getdoc(part) or "").split())
 
 
@@ -272,6 +292,59 @@ def templates_page() -> str:
     )
 
 
+def json_page() -> str:
+    lines = [JSON_HEAD]
+    for command, report in JSON_REPORTS.items():
+        lines += [f"## `{command} --json`\n", *_report(report, "")]
+    return _joined(lines)
+
+
+def _report(report: type[Report], path: str) -> Iterator[str]:
+    """A table of the keys of a report, and one for each report in it."""
+    yield f"{_about(report)}\n"
+    yield from ["| key | value | meaning |", "|---|---|---|"]
+    docs, types = report_docs(report), get_type_hints(report)
+    for name, text in docs.items():
+        assert text, f"{report.__name__}.{name} has no docstring"
+        yield f"| `{key_of(name)}` | {_json_type(types[name])} | {' '.join(text.split())} |"
+    yield ""
+    for name in docs:
+        for below, more in _reports_in(types[name]):
+            place = f"{path}{key_of(name)}{more}"
+            yield f"### `{place}`\n"
+            yield from _report(below, f"{place}.")
+
+
+def _reports_in(kind: Any) -> Iterator[tuple[type[Report], str]]:
+    """The reports that a value holds, and how their place in it is written."""
+    if isinstance(kind, type) and issubclass(kind, Report):
+        yield kind, ""
+    more = {Sequence: "[]", list: "[]", tuple: "[]", Mapping: ".*", dict: ".*"}
+    for one in get_args(kind):
+        for below, rest in _reports_in(one):
+            yield below, more.get(get_origin(kind), "") + rest
+
+
+def _json_type(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind in _JSON_TYPES:
+        return _JSON_TYPES[kind]
+    if isinstance(kind, type) and issubclass(kind, Report):
+        return "object (below)"
+    if kind is NoneType:
+        return "null"
+    if kind is Any:
+        return "any"
+    if origin is Literal:
+        return "absent" if inner == (ABSENT,) else ", ".join(f"`{one}`" for one in inner)
+    if origin in (Sequence, list, tuple):
+        return f"list of {_json_type(inner[0])}"
+    if origin in (Mapping, dict):
+        return f"object; each value: {_json_type(inner[1])}"
+    assert origin in (Union, UnionType), kind
+    return " or ".join(_json_type(one) for one in inner)
+
+
 def _quoted(reason: str) -> str:
     return f"`` {reason} ``"
 
@@ -284,6 +357,7 @@ def main() -> int:
     pages = {
         "reference/recipe.md": recipe_page(),
         "reference/cli.md": cli_page(),
+        "reference/json.md": json_page(),
         "templates.md": templates_page(),
     }
     old = [name for name, text in pages.items() if not _is_current(FOLDER / name, text)]

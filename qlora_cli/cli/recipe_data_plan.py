@@ -138,7 +138,9 @@ def plan(
       qlora plan recipe.yaml --html plan.html
     """
     loaded = load_recipe(recipe, overrides)
-    from qlora_cli.plan.plan import plan, plan_table, write_page
+    from qlora_cli.common.html import write_page
+    from qlora_cli.plan.html import plan_page
+    from qlora_cli.plan.plan import plan, plan_table
 
     if table:
         _refuse_beside_table(html=html is not None, fit=fit, gpus=gpus > 1)
@@ -147,7 +149,7 @@ def plan(
     else:
         report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
         if html is not None:
-            write_page(report, html, title=f"Plan of {recipe.name}")
+            write_page(html, plan_page(report, title=f"Plan of {recipe.name}"))
         show(report, as_json, plan_text(report))
 
 

@@ -17,11 +17,13 @@ from qlora_cli.cli.options import (
     WeightsOption,
     show,
 )
-from qlora_cli.common.formatting import evaluation_table, merge_text
+from qlora_cli.common.report import to_json
 from qlora_cli.errors import EXIT_DIFFERENT
 from qlora_cli.evaluate.text import harness_text
 from qlora_cli.export.text import export_text
 from qlora_cli.recipe.load import load_recipe
+from qlora_cli.runs.evaluation_table import evaluation_table
+from qlora_cli.runs.merge_report import merge_text
 from qlora_cli.train.text import bench_text, rerun_text, run_text
 
 
@@ -271,11 +273,11 @@ def merge(
 
     require_gguf_tools(gguf)  # merging may take long
     report = merge(run, output, overrides, weights=weights, base=base, with_logits=logits)
-    text = merge_text(report)
+    found, text = report.to_json(), merge_text(report)
     if gguf:
         exported = export(output, gguf=gguf)
-        report, text = {**report, "gguf": exported["gguf"]}, f"{text}\n{export_text(exported)}"
-    show(report, as_json, text)
+        found, text = {**found, "gguf": to_json(exported.gguf)}, f"{text}\n{export_text(exported)}"
+    show(found, as_json, text)
 
 
 def export_model(
@@ -311,4 +313,4 @@ def export_model(
     from qlora_cli.export.export import export
 
     report = export(model, gguf=gguf, bnb_4bit=bnb_4bit, run=run)
-    show(report, as_json, export_text(report))
+    show(report.to_json(), as_json, export_text(report))

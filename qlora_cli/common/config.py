@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from functools import cache
 
 from pydantic import BaseModel, ConfigDict
+
+from qlora_cli.common.docstrings import attribute_docs
 
 
 class Config(BaseModel):
@@ -33,17 +32,5 @@ def field_docs(part: type[Config]) -> dict[str, str]:
     Read from the source when they are asked for: pydantic's `use_attribute_docstrings` reads it
     whenever a class is made, and takes a quarter of the time of `qlora validate`.
     """
-    docs: dict[str, str] = {}
-    for one in reversed(part.__mro__):
-        if not issubclass(one, Config) or one is Config:
-            continue
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, following in zip(definition.body, definition.body[1:], strict=False):
-            match field, following:
-                case (
-                    ast.AnnAssign(target=ast.Name(name)),
-                    ast.Expr(ast.Constant(str(text))),
-                ):
-                    docs[name] = inspect.cleandoc(text)
+    docs = attribute_docs(part, Config)
     return {name: docs[name] for name in part.model_fields if name in docs}

@@ -1,12 +1,14 @@
-"""A comparison as one HTML page that needs nothing else: no script, no font, no network."""
+"""A comparison as one HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
-from qlora_cli.common.formatting import size_text
+from markupsafe import Markup
+
+from qlora_cli.common.formatting import MIB, size_text
+from qlora_cli.common.html import page, render, template
 from qlora_cli.compare.svg_plots import (
     Interval,
     Line,
@@ -19,69 +21,48 @@ from qlora_cli.compare.text import failures, numbers, tables
 
 Row = Mapping[str, Any]
 
-_MIB = 2**20
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff; }
-h2 { border-bottom: 1px solid #ccc; margin-top: 2em; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; white-space: nowrap; }
-td, th { padding: .15em .8em .15em 0; text-align: right; }
+_STYLE = """\
+table { white-space: nowrap; }
+td, th { text-align: right; }
 td:first-child, th:first-child { text-align: left; }
-tr:nth-child(even) { background: #f4f4f4; }
-figure { margin: 1.5em 0; }
-svg { width: 100%; height: auto; color: inherit; }
-svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
-.grid { stroke: currentColor; stroke-opacity: .15; }
-@media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181818; }
-  tr:nth-child(even) { background: #242424; }
-}
+tr:nth-child(even) { background: var(--block); }
 """
+
+_BODY = template("""\
+<p>The same rows in the same order, the same seed and the same budget for all.</p>
+{% for title, rows in tables %}
+<h2>{{ title[0]|upper }}{{ title[1:] }}</h2>
+<div class="wide"><table>
+<tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows[1:] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+{% if failures %}
+<h2>What did not work</h2>
+<ul>
+{% for name, why in failures %}
+<li>{{ name }}: {{ why }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+<h2>Plots</h2>
+{% for plot, text in plots %}
+<figure>{{ plot }}<figcaption>{{ text }}</figcaption></figure>
+{% endfor %}
+""")
 
 
 def comparison_page(report: Row) -> str:
-    """Tables and plots of a report. Whatever comes from recipes and runs is escaped."""
-    title = f"Comparison: {report['folder']}"
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"/>',
-            # Should an escape be forgotten one day, the browser still runs and fetches nothing.
-            '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; style-src 'unsafe-inline'\"/>",
-            '<meta name="viewport" content="width=device-width"/>',
-            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style></head>",
-            f"<body><h1>{escape(title)}</h1>",
-            "<p>The same rows in the same order, the same seed and the same budget for all.</p>",
-            *_tables(report),
-            *_failures(report),
-            "<h2>Plots</h2>",
-            *(f"<figure>{plot}<figcaption>{escape(text)}</figcaption></figure>"
-              for plot, text in _plots(report)),
-            "</body></html>\n",
-        ]
-    )  # fmt: skip
-
-
-def _tables(report: Row) -> Iterator[str]:
-    for title, (head, *rows) in tables(report):
-        yield f'<h2>{escape(title[0].upper() + title[1:])}</h2>\n<div class="wide"><table>'
-        yield _tr(head, "th")
-        yield from (_tr(row, "td") for row in rows)
-        yield "</table></div>"
-
-
-def _tr(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _failures(report: Row) -> Iterator[str]:
-    found = list(failures(report))
-    if found:
-        yield "<h2>What did not work</h2>\n<ul>"
-        yield from (f"<li>{escape(name)}: {escape(why)}</li>" for name, why in found)
-        yield "</ul>"
+    """Return the tables and plots of a report as a page."""
+    body = render(
+        _BODY,
+        tables=list(tables(report)),
+        failures=list(failures(report)),
+        plots=[(Markup(plot), text) for plot, text in _plots(report)],
+    )
+    return page(f"Comparison: {report['folder']}", body, style=_STYLE)
 
 
 def _plots(report: Row) -> Iterator[tuple[str, str]]:
@@ -115,13 +96,13 @@ def _stacks(cells: Sequence[Row]) -> Iterator[Stack]:
     for cell in cells:
         memory = cell["memory"]
         if kinds := memory["planned_kinds"]:
-            parts = {kind: size / _MIB for kind, size in kinds.items()}
+            parts = {kind: size / MIB for kind, size in kinds.items()}
             measured = memory["measured_bytes"]
-            yield Stack(cell["name"], parts, measured and measured / _MIB)
+            yield Stack(cell["name"], parts, measured and measured / MIB)
 
 
 def _mib_text(size: float) -> str:
-    return size_text(size * _MIB)
+    return size_text(size * MIB)
 
 
 def _estimates(cells: Sequence[Row], name: str) -> Iterator[tuple[Row, Row]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_cli.common.formatting import aligned, duration_text, estimate_text, size_text
+from qlora_cli.common.formatting import align_table, duration_text, interval_text, size_text
 
 Row = Mapping[str, Any]
 Table = list[list[str]]
@@ -19,7 +19,7 @@ def comparison_text(report: Row) -> str:
     """The tables one below the other, then what failed."""
     parts = [f"{report['folder']}: the same data, seed and budget for all"]
     for title, table in tables(report):
-        parts += ["", title, *aligned(table)]
+        parts += ["", title, *align_table(table)]
     failed = list(failures(report))
     parts += ["", *(f"{name}: {why}" for name, why in failed)] if failed else []
     return "\n".join([*parts, "", f"with plots: {report['folder']}/comparison.html"])
@@ -96,7 +96,7 @@ def results_table(report: Row, which: str) -> Table:
 
 def _estimate(found: Row | None, name: str, measure: Row, sign: str) -> str:
     estimate = (found or {}).get(name)
-    return said(estimate, lambda e: estimate_text(e, is_share=measure["is_share"], sign=sign))
+    return said(estimate, lambda e: interval_text(e, is_share=measure["is_share"], sign=sign))
 
 
 def failures(report: Row) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
+from qlora_cli.export.report import PackedModel, TrainedAgreement
 from qlora_cli.models.base import load_model, load_tokenizer
 from qlora_cli.models.quantization import Nf4
 from qlora_cli.runs.run_folder import RunFolder, recipe_of_run
@@ -22,7 +23,7 @@ from qlora_cli.runs.run_folder import RunFolder, recipe_of_run
 log = logging.getLogger("qlora")
 
 
-def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
+def export_4bit(folder: Path, output: Path, run: Path | None) -> PackedModel:
     """Write the model in NF4 with double quantization, as bitsandbytes packs it.
 
     Weights that were dequantized from NF4 lie on its grid, and packing takes all but large updates
@@ -31,11 +32,6 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
 
     Args:
         run: the run that `folder` was merged from, to compare with what was trained.
-
-    Returns:
-        {"path", "bytes", "kl", "top1_agreement", "trained"}: the written folder, loaded again and
-        computed in float32, against `folder`; and, if there is a `run`, in "trained" the same two
-        figures against its base plus adapter.
 
     Raises:
         RecipeError: `output` exists, or `run` is no run.
@@ -66,12 +62,12 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> dict[str, Any]:
         raise RecipeError(
             f"--bnb-4bit: {output} could not be written, and nothing is left of it: {error}"
         ) from error
-    return {
-        "path": str(output),
-        "bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+    return PackedModel(
+        path=str(output),
+        bytes=sum(file.stat().st_size for file in output.glob("*.safetensors")),
         **compare(unpacked, packed),
-        "trained": None if trained is None else compare(trained, packed),
-    }
+        trained=None if trained is None else TrainedAgreement(**compare(trained, packed)),
+    )
 
 
 def _merge_record(folder: Path) -> dict[str, Any]:

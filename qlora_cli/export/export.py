@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
 from qlora_cli.errors import RecipeError
 from qlora_cli.export.bnb_4bit import export_4bit
 from qlora_cli.export.gguf import export_gguf, require_gguf_tools
+from qlora_cli.export.report import ExportReport
 from qlora_cli.models.shards import INDEX
 
 
@@ -20,16 +20,13 @@ def export(
     gguf: Sequence[str] = (),
     bnb_4bit: Path | None = None,
     run: Path | None = None,
-) -> dict[str, Any]:
+) -> ExportReport:
     """Write other forms of an ordinary model folder, each compared with it.
 
     Args:
         gguf: kinds of GGUF files to write into the folder.
         bnb_4bit: folder to make for a model in bitsandbytes' NF4.
         run: what `folder` was merged from; the 4-bit model is then compared with it too.
-
-    Returns:
-        {"model", "gguf": what `export_gguf` returns, "bnb_4bit": what `export_4bit` returns}
 
     Raises:
         RecipeError: nothing to write, no such folder, something is there already, or a tool is
@@ -47,8 +44,8 @@ def export(
     # By these names: without them llama.cpp's converter would take pickles.
     refuse_no_safetensors(folder, str(folder), ["model.safetensors", INDEX])
     require_gguf_tools(gguf)
-    return {
-        "model": str(folder),
-        "gguf": export_gguf(folder, gguf) if gguf else [],
-        "bnb_4bit": None if bnb_4bit is None else export_4bit(folder, bnb_4bit, run),
-    }
+    return ExportReport(
+        model=str(folder),
+        gguf=export_gguf(folder, gguf) if gguf else [],
+        bnb_4bit=None if bnb_4bit is None else export_4bit(folder, bnb_4bit, run),
+    )

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from qlora_cli.common.jinja_sandbox import limited_time
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of, without_begin
 from qlora_cli.export.ollama import modelfile
+from qlora_cli.export.report import GgufCheck, GgufFile
 from qlora_cli.models.base import as_ids, load_model, load_tokenizer, stop_token_ids
 
 log = logging.getLogger("qlora")
@@ -68,17 +68,13 @@ def require_gguf_tools(kinds: Sequence[str]) -> None:
         )
 
 
-def export_gguf(folder: Path, kinds: Sequence[str]) -> list[dict[str, Any]]:
+def export_gguf(folder: Path, kinds: Sequence[str]) -> list[GgufFile]:
     """Write `FOLDER/NAME-KIND.gguf` for each kind, after the folder's own name.
 
     A Modelfile for Ollama is written beside the last of them, where the chat template allows it.
 
     Each file is loaded by llama.cpp, where llama-cpp-python is installed: its token ids are those
     of the folder's tokenizer, and its logits near those of the folder in float32.
-
-    Returns:
-        For each file {"path", "kind", "bytes", "seconds", "check"}, where check is None if there is
-        no llama-cpp-python, else {"tokens", "kl", "top1_agreement", "stop_tokens_missing"}.
 
     Raises:
         RecipeError: a file is there already.
@@ -115,7 +111,7 @@ def _write_modelfile(folder: Path, gguf_file: Path) -> None:
 
 def _write(
     folder: Path, kind: str, file: Path, scratch: Path, reference: Reference | None
-) -> dict[str, Any]:
+) -> GgufFile:
     started = time.monotonic()
     unfinished = scratch / file.name
     if kind in _CONVERTED:
@@ -130,13 +126,7 @@ def _write(
     size = unfinished.stat().st_size
     put_in_place(unfinished, file)
     log.info("%s: %s in %.0f s", file, size_text(size), seconds)
-    return {
-        "path": str(file),
-        "kind": kind,
-        "bytes": size,
-        "seconds": round(seconds, 1),
-        "check": check,
-    }
+    return GgufFile(str(file), kind, size, round(seconds, 1), check)
 
 
 def _find_converter() -> str:
@@ -225,7 +215,7 @@ class Reference:
             as_ids(model.generation_config.eos_token_id),
         )
 
-    def check(self, file: Path, kind: str) -> dict[str, Any]:
+    def check(self, file: Path, kind: str) -> GgufCheck:
         """Compare what llama.cpp makes of the same texts with the same model in a GGUF file.
 
         Raises:
@@ -275,8 +265,6 @@ class Reference:
                 kind,
                 missing,
             )
-        return {
-            "tokens": sum(map(len, self.input_ids)),
-            **figures,
-            "stop_tokens_missing": missing,
-        }
+        return GgufCheck(
+            tokens=sum(map(len, self.input_ids)), **figures, stop_tokens_missing=missing
+        )

@@ -7,13 +7,14 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.common.atomic_files import atomic_folder
+from qlora_cli.common.formatting import size_text
 from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import ModelError, RecipeError
@@ -25,6 +26,7 @@ from qlora_cli.models.loading import compute_dtype
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.merge_report import MergeReport
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder, Weights, recipe_of_run
 
@@ -46,7 +48,7 @@ def merge(
     weights: Weights,
     base: Base | None = None,
     with_logits: bool = True,
-) -> dict[str, Any]:
+) -> MergeReport:
     """Write a plain model folder that needs neither adapter nor quantization.
 
     The update is added in float32, one tensor at a time, and kept in the dtype of the base; never
@@ -57,12 +59,6 @@ def merge(
             (dequantized, where they were quantized), or those of the base's files. By default
             as-trained where the run was quantized; else the two are the same.
         with_logits: compare the written model with base plus adapter, where there is memory for it.
-
-    Returns:
-        What is also written to merge.json: {"output", "weights", "base", "dtype", "bytes",
-        "update", "logit_error", "kl", "top1_agreement", "comparison"}; the three before the last
-        compare what was written with base plus adapter in float32, and are None where that was
-        not done. See `compare_models` for "comparison", `Account.record` for "update".
 
     Raises:
         RecipeError: no finished run, or `output` exists.
@@ -89,23 +85,26 @@ def merge(
             plan.verify(unfinished, digests)
             write_files(located, trained, tokenizer, plan, unfinished)
             base = "as-trained" if plan.is_as_trained else "original"
-            report = {
-                "output": str(output),
-                "weights": weights,
-                "base": base,
-                "dtype": plan.dtype,
-                "bytes": sum(file.stat().st_size for file in unfinished.glob("*.safetensors")),
-                "update": plan.record(),
-                **(
-                    compare_models(recipe, trained, unfinished, tokenizer, base)
-                    if with_logits
-                    else dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
-                ),
-            }
-            held = compute_dtype(recipe.quantization, recipe.training.precision, World())
-            is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
-            refuse_infidelity(report, is_exact=is_exact)
-            text = json.dumps(report, indent=2) + "\n"
+            found = None
+            if with_logits:
+                found = compare_models(recipe, trained, unfinished, tokenizer, base)
+            if found is not None:
+                held = compute_dtype(recipe.quantization, recipe.training.precision, World())
+                is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
+                refuse_infidelity(found, is_exact=is_exact)
+            report = MergeReport(
+                output=str(output),
+                weights=weights,
+                base=base,
+                dtype=plan.dtype,
+                bytes=sum(file.stat().st_size for file in unfinished.glob("*.safetensors")),
+                update=plan.report(),
+                logit_error=None if found is None else found.logit_error,
+                kl=None if found is None else found.kl,
+                top1_agreement=None if found is None else found.top1_agreement,
+                comparison=None if found is None else found.comparison,
+            )
+            text = json.dumps(report.to_json(), indent=2) + "\n"
             (unfinished / "merge.json").write_text(text, encoding="utf-8")
             card = model_card(run, weights, name=output.name, proof=report)
             (unfinished / "README.md").write_text(card, encoding="utf-8")
@@ -147,7 +146,7 @@ def refuse_full_disk(folder: Path, size: int) -> None:
     free, wanted = free_bytes(folder), size + 2**26
     if free < wanted:
         raise RecipeError(
-            f"--output: {wanted / 2**30:.1f} GiB are needed, and {free / 2**30:.1f} GiB are free "
+            f"--output: {size_text(wanted)} are needed, and {size_text(free)} are free "
             f"in {folder.parent}"
         )
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.formatting import MIB
 from qlora_cli.common.progress import Progress
 from qlora_cli.common.safetensors_writer import bytes_of
 from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import INDEX, Shards, Stored, write_shard
+from qlora_cli.runs.merge_report import UpdateReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,22 +50,18 @@ class Account:
     rounding: float = 0.0
     quantization: float = 0.0
 
-    def record(self, *, is_quantized: bool) -> dict[str, Any]:
-        """Figures for the report: errors are relative to the norm of the update."""
+    def report(self, *, is_quantized: bool) -> UpdateReport:
+        """Return the figures of a merge in which at least one weight was updated."""
         norm = math.sqrt(self.update)
-
-        def share(squares: float) -> float | None:
-            return math.sqrt(squares) / norm if norm else None
-
-        return {
-            "updated": self.updated,
-            "untrained": self.untrained,
-            "requantized": self.requantized,
-            "copied": self.copied,
-            "norm": norm,
-            "rounding_error": share(self.rounding),
-            "quantization_error": share(self.quantization) if is_quantized else None,
-        }
+        return UpdateReport(
+            updated=self.updated,
+            untrained=self.untrained,
+            requantized=self.requantized,
+            copied=self.copied,
+            norm=norm,
+            rounding_error=math.sqrt(self.rounding) / norm,
+            quantization_error=math.sqrt(self.quantization) / norm if is_quantized else None,
+        )
 
 
 class Merge:
@@ -124,9 +122,9 @@ class Merge:
         ]
         return max(changed, default=None)
 
-    def record(self) -> dict[str, Any]:
-        """Figures for the report."""
-        return self.account.record(is_quantized=bool(self._rounding.names))
+    def report(self) -> UpdateReport:
+        """Return what was done to the weights."""
+        return self.account.report(is_quantized=bool(self._rounding.names))
 
     def layout(self) -> dict[Path, dict[str, Stored]]:
         """What is written into which file: as in the base, and what is no longer tied."""
@@ -147,13 +145,13 @@ class Merge:
         """
         layout = self.layout()
         total = sum(stored.size for tensors in layout.values() for stored in tensors.values())
-        progress = Progress("merging, MiB written", total // 2**20)
+        progress = Progress("merging, MiB written", total // MIB)
         digests: dict[str, str] = {}
         for file, tensors in layout.items():
 
             def pieces(name: str, tensors: dict[str, Stored] = tensors) -> Iterator[Any]:
                 yield from self._pieces(name, tensors[name])
-                progress.add(tensors[name].size / 2**20)
+                progress.add(tensors[name].size / MIB)
 
             metadata = self._base.metadata[file]
             digests |= write_shard(folder / file.name, tensors, metadata, pieces)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from qlora_cli.common.formatting import agreement_text, mib_text
+from qlora_cli.common.formatting import agreement_text, size_text
+from qlora_cli.export.report import ExportReport, GgufFile, PackedModel
 
 
-def export_text(report: Mapping[str, Any]) -> str:
-    """What was written, and how near it is to the model (`report` as `export` returns it)."""
-    lines = []
-    for file in report["gguf"]:
-        check = file["check"]
-        found = (
-            "not checked (llama-cpp-python is not installed)"
-            if check is None
-            else f"in llama.cpp: {check['tokens']} token ids equal, {agreement_text(check)}"
-        )
-        lines.append(f"{file['path']}: {mib_text(file['bytes'])}; {found}")
-    if packed := report["bnb_4bit"]:
-        lines.append(f"{packed['path']}: {mib_text(packed['bytes'])}")
-        lines.append(f"against the model before it was packed: {agreement_text(packed)}")
-        if trained := packed["trained"]:
-            lines.append(f"against what was trained: {agreement_text(trained)}")
-        lines.append("nothing is lost with the base in 4 bit and the adapter beside it")
+def export_text(report: ExportReport) -> str:
+    """Describe the files that were written, and how close each is to the model."""
+    lines = [_gguf_line(file) for file in report.gguf]
+    if report.bnb_4bit is not None:
+        lines += _packed_lines(report.bnb_4bit)
     return "\n".join(lines)
+
+
+def _gguf_line(file: GgufFile) -> str:
+    found = "not checked (llama-cpp-python is not installed)"
+    if (check := file.check) is not None:
+        agreement = agreement_text(kl=check.kl, top1_agreement=check.top1_agreement)
+        found = f"in llama.cpp: {check.tokens} token ids equal, {agreement}"
+    return f"{file.path}: {size_text(file.bytes)}; {found}"
+
+
+def _packed_lines(packed: PackedModel) -> Iterator[str]:
+    yield f"{packed.path}: {size_text(packed.bytes)}"
+    agreement = agreement_text(kl=packed.kl, top1_agreement=packed.top1_agreement)
+    yield f"against the model before packing: {agreement}"
+    if (trained := packed.trained) is not None:
+        agreement = agreement_text(kl=trained.kl, top1_agreement=trained.top1_agreement)
+        yield f"against base plus adapter as trained: {agreement}"
+    yield "serving the 4-bit base with the adapter is lossless"

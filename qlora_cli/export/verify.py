@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from qlora_cli.common.formatting import size_text
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, ModelError
@@ -20,6 +21,7 @@ from qlora_cli.evaluate.divergence import TEXTS, compare
 from qlora_cli.models.base import load_model
 from qlora_cli.models.loading import compute_dtype
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.merge_report import BaseChoiceReport, ComparisonReport
 from qlora_cli.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -61,29 +63,34 @@ class Measured:
     """Mean over the tokens of the answers, if there are any."""
 
 
+@dataclass(frozen=True, slots=True)
+class LogitComparison:
+    """How close the written model is to base plus adapter. See `MergeReport`."""
+
+    logit_error: float
+    kl: float
+    top1_agreement: float
+    comparison: ComparisonReport
+
+
 def compare_models(
     recipe: Recipe, trained: Path, written: Path, tokenizer: PreTrainedTokenizerFast, base: str
-) -> dict[str, Any]:
+) -> LogitComparison | None:
     """Load what was written, and hold it against base plus adapter.
 
     Returns:
-        {"logit_error", "kl", "top1_agreement"} of what was written against the same base plus
-        adapter in float32, and "comparison": {"rows", "tokens", "held_out", "trained_loss",
-        "choices": {base: {"kl", "top1_agreement", "loss"}}}. The choices are held against the model
-        as it was trained, quantized and in the run's precision; the one that was written is
-        measured as written, the other before rounding. All None where memory is too small.
+        The comparison, or None where memory is too small for it.
     """
-    nothing: dict[str, Any] = dict.fromkeys(("logit_error", "kl", "top1_agreement", "comparison"))
     values = sum(file.stat().st_size for file in written.glob("*.safetensors")) // 2
     needed = 5 * values + 4 * 4 * _MAX_LOGITS
     if (free := free_memory()) < needed:
         log.warning(
-            "logits are not compared: the model would take %.1f GiB of memory, and %.1f are free; "
+            "logits are not compared: the model would take %s of memory, and %s are free; "
             "the weights have been compared one by one",
-            needed / 2**30,
-            free / 2**30,
+            size_text(needed),
+            size_text(free),
         )
-        return nothing
+        return None
     rows, held_out = read_rows(recipe, tokenizer)
     measured = _trained(recipe, trained, rows)
     bases = {"as-trained": _dequantized, "original": _original}
@@ -93,20 +100,20 @@ def compare_models(
     found = measure(model, rows, torch.device("cpu"))
     del model
     pairs = list(zip(live[base].logits, found.logits, strict=True))
-    return {
-        "logit_error": max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs),
+    return LogitComparison(
+        max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs),
         **compare(live[base].logits, found.logits),
-        "comparison": {
-            "rows": len(rows),
-            "tokens": sum(row.input_ids.shape[1] for row in rows),
-            "held_out": held_out,
-            "trained_loss": measured.loss,
-            "choices": {
-                name: {**compare(measured.logits, one.logits), "loss": one.loss}
+        comparison=ComparisonReport(
+            rows=len(rows),
+            tokens=sum(row.input_ids.shape[1] for row in rows),
+            held_out=held_out,
+            trained_loss=measured.loss,
+            choices={
+                name: BaseChoiceReport(**compare(measured.logits, one.logits), loss=one.loss)
                 for name, one in {**live, base: found}.items()
             },
-        },
-    }
+        ),
+    )
 
 
 def free_memory() -> int:
@@ -186,22 +193,20 @@ def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> M
     return Measured(logits, total / count if count else None)
 
 
-def refuse_infidelity(report: dict[str, Any], *, is_exact: bool) -> None:
+def refuse_infidelity(found: LogitComparison, *, is_exact: bool) -> None:
     """Nothing is kept of a merge that is not the trained model.
 
     Args:
         is_exact: no weight was rounded, when it was held or when it was written.
 
     Raises:
-        ModelError: a figure of the report is beyond its tolerance.
+        ModelError: a figure is beyond its tolerance.
     """
-    if report["kl"] is None:
-        return
     bound = MAX_LOGIT_ERROR if is_exact else math.inf
     # Written so that NaN fails.
-    if not (report["logit_error"] <= bound and report["kl"] <= MAX_KL):
+    if not (found.logit_error <= bound and found.kl <= MAX_KL):
         raise ModelError(
             "the merged model is not the trained one: logits differ by "
-            f"{report['logit_error']:.1e} of their range (at most {bound:.0e}), KL is "
-            f"{report['kl']:.1e} (at most {MAX_KL:.0e}); nothing was written"
+            f"{found.logit_error:.1e} of their range (at most {bound:.0e}), KL is "
+            f"{found.kl:.1e} (at most {MAX_KL:.0e}); nothing was written"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_cli.common.formatting import evaluation_table
+from qlora_cli.common.formatting import align_table, size_text
+from qlora_cli.runs.evaluation_table import evaluation_table
 
 _BAR = 20
 
@@ -28,7 +29,7 @@ def list_text(report: Mapping[str, Any]) -> str:
         ]
         for one in adapters
     ]
-    return _table(rows, left=2)
+    return "\n".join(align_table(rows, left=2))
 
 
 def inspect_text(report: Mapping[str, Any]) -> str:
@@ -59,7 +60,7 @@ def diff_text(report: Mapping[str, Any]) -> str:
     lines += [f"{name}: {a} and {b}" for name, (a, b) in report["settings"].items()]
     rows = [["", "cosine", "norm ratio", "distance"], _differences("all", report)]
     rows += [_differences(row["name"], row) for row in report["modules"]]
-    lines += ["", _table(rows, left=1)]
+    lines += ["", "\n".join(align_table(rows, left=1))]
     for side in ("first", "second"):
         only = report[f"only_{side}"]
         if only:
@@ -112,7 +113,7 @@ def _groups(title: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for name, group in groups.items()
     ]
-    return _table(rows, left=1)
+    return "\n".join(align_table(rows, left=1))
 
 
 def _differences(name: str, row: Mapping[str, Any]) -> list[str]:
@@ -120,21 +121,8 @@ def _differences(name: str, row: Mapping[str, Any]) -> list[str]:
     return [name, *("-" if value is None else f"{value:.4f}" for value in values)]
 
 
-def _table(rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns, the first `left` of them (and a last one of bars) flush left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    is_left = [i < left or rows[0][i] == "" for i in range(len(widths))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if flush else f"{cell:>{width}}"
-            for cell, width, flush in zip(row, widths, is_left, strict=True)
-        ).rstrip()
-        for row in rows
-    )
-
-
 def _size(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.1f} MiB"
+    return "-" if size is None else size_text(size)
 
 
 def _best(best: Mapping[str, Any] | None) -> str:

@@ -6,17 +6,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.common.formatting import age_text, mib_text
+from qlora_cli.common.formatting import age_text, size_text
 
 
 def cache_text(report: Mapping[str, Any]) -> str:
     """The prepared sets that are kept, or were until now (`report` as `qlora cache --json`)."""
     sets = report["sets"]
-    total = f"{len(sets)} prepared sets, {mib_text(sum(one['size'] for one in sets))}"
+    total = f"{len(sets)} prepared sets, {size_text(sum(one['size'] for one in sets))}"
     if report["cleared"]:
         return f"deleted {total}"
     lines = [
-        f"{mib_text(one['size'])}  {one['num_rows']:>9,} rows  "
+        f"{size_text(one['size'])}  {one['num_rows']:>9,} rows  "
         f"used {age_text(time.time() - one['used'])}"
         f"  {' '.join(one['paths']) or 'unfinished'}"
         for one in sets

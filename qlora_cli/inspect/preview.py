@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.html import write_page
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_limits
 from qlora_cli.data.prepared.cache import read_data
@@ -93,11 +94,7 @@ class Preview:
         Raises:
             RecipeError: it cannot be written.
         """
-        page = preview_page(self.views(num_samples), title=title)
-        try:
-            path.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"--html: {path}: {error.strerror or error}") from error
+        write_page(path, preview_page(self.views(num_samples), title=title))
 
     def rows(self, num_rows: int | None) -> Iterator[dict[str, Any]]:
         """Rows for programs: source, row, input_ids, labels, text. Preferences have an answer too.

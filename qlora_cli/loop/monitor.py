@@ -11,6 +11,7 @@ from statistics import median
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from qlora_cli.common.formatting import size_text
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import OutOfMemory, TrainingError
@@ -209,7 +210,7 @@ class TrainingMonitor:
         held = held_bytes(self._objective.model, self._optimizer)
         rest = max(0, self._world.peak_memory_bytes() - sum(held.values()))
         parts = ", ".join(
-            f"{name} {size / 2**20:,.0f} MiB"
+            f"{name} {size_text(size)}"
             for name, size in {**held, "activations, logits and the rest": rest}.items()
         )
         return (

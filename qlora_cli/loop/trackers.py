@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from qlora_cli.common.atomic_files import atomic_file, write_file
+from qlora_cli.common.formatting import size_text
 
 log = logging.getLogger("qlora")
 
@@ -61,7 +62,7 @@ class Console:
         return (
             f"step {step}/{self._max_steps}  loss {metrics['loss']:.4f}  "
             f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB  {self._time_left(step)} left"
+            f"{size_text(metrics['peak_memory_bytes'])}  {self._time_left(step)} left"
         )
 
     def _time_left(self, step: int) -> str:

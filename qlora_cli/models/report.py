@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_cli.common.formatting import size_text
 from qlora_cli.errors import ModelError
 
 log = logging.getLogger("qlora")
@@ -40,7 +41,7 @@ class WeightReport:
     def summary(self) -> str:
         """One line for the log."""
         held = ", ".join(
-            f"{size / 2**20:,.1f} MiB {dtype}" for dtype, size in self.bytes_by_dtype.items()
+            f"{size_text(size)} {dtype}" for dtype, size in self.bytes_by_dtype.items()
         )
         share = self.num_unquantized / self.num_weights
         return f"base model: {self.num_weights:,} weights in {held}; {share:.1%} unquantized"

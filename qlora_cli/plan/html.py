@@ -1,4 +1,4 @@
-"""A plan as one HTML page that needs nothing else: memory through a run, stacked by kind."""
+"""A plan as one HTML page: memory through a run, stacked by kind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from qlora_cli.common.formatting import size_text
+from qlora_cli.common.html import page, render, template
 from qlora_cli.plan.text import moment_text, plan_text
 
 _COLOURS = (
@@ -20,22 +23,30 @@ _SHARES = {"load": 1, "first step": 2, "step": 5, "evaluation": 2}
 _IN_VIEW = 2.5
 """A device with more than so many times the peak would leave nothing to see of the plan."""
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff; }
-svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-svg text { fill: currentColor; }
-svg line { stroke: currentColor; }
-table { border-collapse: collapse; }
-td, th { padding: .15em .8em .15em 0; text-align: left; }
-.number { text-align: right; }
+_STYLE = """\
 .swatch { display: inline-block; width: .9em; height: .9em; margin-right: .5em; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: .8em; }
-@media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181818; }
-  pre { background: #242424; }
-}
 """
+
+_BODY = template("""\
+{{ picture }}
+{% if beyond %}
+<p>{{ device.name }} has {{ device.bytes|size }}, which is beyond the picture.</p>
+{% endif %}
+<h2>At the peak ({{ moment }})</h2>
+<div class="wide"><table>
+<tr><th>kind</th><th class="number">size</th><th class="number">bytes</th><th>known by</th></tr>
+{% for kind, colour in colours.items() %}
+{% set size = peak.kinds.get(kind, 0) %}
+<tr><td><span class="swatch" style="background: {{ colour }}"></span>{{ kind }}</td>\
+<td class="number">{{ size|size }}</td><td class="number">{{ size|comma }}</td>\
+<td>{% if size %}{{ "a formula" if kind in peak.by_formula else "the trace" }}{% endif %}</td></tr>
+{% endfor %}
+<tr><th>all tensors</th><td class="number">{{ peak.bytes|size }}</td>\
+<td class="number">{{ peak.bytes|comma }}</td></tr>
+</table></div>
+<h2>In words</h2>
+<pre>{{ text }}</pre>
+""")
 
 
 class _Point(NamedTuple):
@@ -47,26 +58,29 @@ def plan_page(report: Mapping[str, Any], *, title: str) -> str:
     """The picture, what is in it at the peak, and the plan as text (`report` as of `plan`)."""
     kinds = list(dict.fromkeys(k for moment in report["timeline"] for k in moment["kinds"]))
     colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>',
-            # Should an escape be forgotten one day, the browser still runs and fetches nothing.
-            '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; style-src 'unsafe-inline'\"/>",
-            '<meta name="viewport" content="width=device-width"/>',
-            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-            f"<h1>{escape(title)}</h1>",
-            *_picture(report, colours),
-            *_legend(report, colours),
-            f"<h2>In words</h2>\n<pre>{escape(plan_text(report))}</pre>",
-            "</body>\n</html>\n",
-        ]
+    peak, device = report["peak"], report["device"]
+    body = render(
+        _BODY,
+        picture=Markup("\n".join(_picture(report, colours))),
+        beyond=device["bytes"] is not None and not _is_in_view(report),
+        device=device,
+        moment=moment_text(peak["stage"], peak),
+        peak=peak,
+        colours=colours,
+        text=plan_text(report),
     )
+    return page(title, body, style=_STYLE)
+
+
+def _is_in_view(report: Mapping[str, Any]) -> bool:
+    """Tell whether the device's memory is drawn as a line."""
+    memory = report["device"]["bytes"]
+    return memory is not None and memory <= _IN_VIEW * report["peak"]["bytes"]
 
 
 def _picture(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[str]:
     top, memory = report["peak"]["bytes"], report["device"]["bytes"]
-    is_in_view = memory is not None and memory <= _IN_VIEW * top
+    is_in_view = _is_in_view(report)
     highest = 1.05 * (max(top, memory) if is_in_view else top)
     points, bands = _places(report["timeline"])
 
@@ -97,9 +111,6 @@ def _picture(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[
     if is_in_view:
         yield _level(y(memory), size_text(memory), report["device"]["name"])
     yield "</svg>"
-    if memory is not None and not is_in_view:
-        name, size = report["device"]["name"], size_text(memory)
-        yield f"<p>{escape(name)} has {size}, which is beyond the picture.</p>"
 
 
 def _level(y: str, size: str, name: str = "") -> str:
@@ -154,25 +165,4 @@ def _words(report: Mapping[str, Any]) -> str:
     return (
         f"Bytes of tensors, stacked by kind, through the stages of the run. The peak of each: "
         f"{peaks}. The highest is {size_text(report['peak']['bytes'])} ({stage})."
-    )
-
-
-def _legend(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[str]:
-    peak = report["peak"]
-    yield f"<h2>At the peak ({escape(moment_text(peak['stage'], peak))})</h2>\n<table>"
-    yield (
-        '<tr><th>kind</th><th class="number">size</th><th class="number">bytes</th>'
-        "<th>known by</th></tr>"
-    )
-    for kind, colour in colours.items():
-        size = peak["kinds"].get(kind, 0)
-        how = "a formula" if kind in peak["by_formula"] else "the trace"
-        yield (
-            f'<tr><td><span class="swatch" style="background: {colour}"></span>{escape(kind)}</td>'
-            f'<td class="number">{size_text(size)}</td><td class="number">{size:,}</td>'
-            f"<td>{how if size else ''}</td></tr>"
-        )
-    yield (
-        f'<tr><th>all tensors</th><td class="number">{size_text(peak["bytes"])}</td>'
-        f'<td class="number">{peak["bytes"]:,}</td></tr>\n</table>'
     )

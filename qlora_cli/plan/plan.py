@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters import LoRA
 from qlora_cli.distributed.devices import find_target
-from qlora_cli.errors import RecipeError
 from qlora_cli.plan.estimate import assume_rows, estimate
-from qlora_cli.plan.html import plan_page
 from qlora_cli.plan.shrink_to_fit import fit_to, resolve_micro_batch_size
 from qlora_cli.recipe.schema import Recipe
 
@@ -96,15 +93,3 @@ def plan(
     report["model"] = {"path": recipe.model.path, "dimensions": source, **report["model"]}
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
-
-
-def write_page(report: dict[str, Any], path: Path, *, title: str) -> None:
-    """Write the picture of a plan as one HTML page.
-
-    Raises:
-        RecipeError: the file cannot be written.
-    """
-    try:
-        path.write_text(plan_page(report, title=title), encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"--html: {path}: {error.strerror or error}") from error

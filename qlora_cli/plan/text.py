@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.common.formatting import duration_text, size_text
+from qlora_cli.common.formatting import align_table, duration_text, size_text
 
 
 def plan_text(report: Mapping[str, Any]) -> str:
@@ -57,13 +57,12 @@ def table_text(report: Mapping[str, Any]) -> str:
             for cell in cells.values()
         )
         rows.append([method, *sizes])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    lines = align_table(rows)
     device = report["device"]
     head = f"{report['model']['path']}: tensors at the peak; on {device['name']}, ? may fit, - not"
     if why := report["untraced"]:
         lines.append(f"~ partly by a formula, as the model cannot be traced: {why}")
-    return "\n".join([head, *(line.rstrip() for line in lines)])
+    return "\n".join([head, *lines])
 
 
 def _model_line(report: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,12 +13,13 @@ import yaml
 from qlora_cli.adapters.partial import TRAINED
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.config import Config
-from qlora_cli.common.formatting import evaluation_table, merge_text
 from qlora_cli.data.sources import Source
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.evaluation_table import evaluation_table
+from qlora_cli.runs.merge_report import MergeReport, merge_text
 from qlora_cli.runs.run_folder import RunFolder, Weights
 
 _VERSIONS = ("qlora", "torch", "transformers", "peft", "bitsandbytes")
@@ -33,7 +35,7 @@ def write_cards(run: RunFolder) -> None:
 
 
 def model_card(
-    run: RunFolder, weights: Weights, *, name: str, proof: Mapping[str, Any] | None = None
+    run: RunFolder, weights: Weights, *, name: str, proof: MergeReport | None = None
 ) -> str:
     """A model card as hubs want it: YAML front matter, then Markdown.
 
@@ -158,14 +160,14 @@ def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, st
 
 
 def _measurements(
-    record: Mapping[str, Any], weights: Weights, name: str, proof: Mapping[str, Any] | None
+    record: Mapping[str, Any], weights: Weights, name: str, proof: MergeReport | None
 ) -> Iterator[tuple[str, str]]:
     # The same text as on the terminal, with the name in place of a folder of this machine.
     evaluation = record.get("evaluation")
     if evaluation and evaluation["weights"] == weights:
         yield "Evaluation", evaluation_table({**evaluation, "target": name})
     if proof is not None:
-        yield "Merge", merge_text({**proof, "output": name})
+        yield "Merge", merge_text(replace(proof, output=name))
 
 
 def _data(sources: list[Source], counts: Mapping[str, Any]) -> str:

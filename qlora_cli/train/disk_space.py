@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_cli.common.formatting import size_text
 from qlora_cli.errors import TrainingError
 
 
@@ -41,12 +42,13 @@ class DiskBudget:
         copies = "last and best" if self.has_best else "last"
         hint = "make room, or write to another disk (--set output.dir=...)"
         if self.most(1) <= free:
-            hint += f"; --set output.keep_checkpoints=1 would do with {_size(self.most(1))}"
+            hint += f"; --set output.keep_checkpoints=1 would do with {size_text(self.most(1))}"
         raise TrainingError(
-            f"output.dir: {folder} has room for {_size(free)}, and the run needs "
-            f"{_size(self.most(self.keep))}: {min(self.keep + 1, self.saves):,} checkpoints of "
-            f"{_size(self.checkpoint)} at once (output.keep_checkpoints is {self.keep:,}, and one "
-            f"more while it is written), and {copies} weights of {_size(self.weights)} each",
+            f"output.dir: {folder} has room for {size_text(free)}, and the run needs "
+            f"{size_text(self.most(self.keep))}: {min(self.keep + 1, self.saves):,} checkpoints of "
+            f"{size_text(self.checkpoint)} at once (output.keep_checkpoints is {self.keep:,}, and "
+            f"one more while it is written), and {copies} weights of "
+            f"{size_text(self.weights)} each",
             hint=hint,
         )
 
@@ -54,7 +56,3 @@ class DiskBudget:
 def count_saves(max_steps: int, save_every: int | None) -> int:
     """Checkpoints that a run writes: one after every so many steps, and one after the last."""
     return 1 if save_every is None else math.ceil(max_steps / save_every)
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_cli.common.formatting import size_text
+
 
 def run_text(folder: str, record: Mapping[str, Any]) -> str:
     """Where a finished run lies, and what to do with it (`record` is its run.json)."""
@@ -28,7 +30,7 @@ def bench_text(report: Mapping[str, Any]) -> str:
             f"{report['steps'] - 1} steps after the first), kernels {report['kernels']}",
             f"{report['processor_seconds_per_1000_tokens']:.2f} processor seconds per 1,000 tokens "
             "(start and end included)",
-            f"{report['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
+            f"{size_text(report['peak_memory_bytes'])} at the peak",
             f"{report['seconds_to_first_step']:.1f} s to the end of the first step",
         )
     )

@@ -57,7 +57,7 @@ def test_two_steps_of_qlora_lower_the_loss_and_merge(tmp_path: Path) -> None:
     assert report["models"]["base"]["loss"]["value"] > 1.5
     assert report["differences"]["loss"]["high"] < -0.3
     proof = merge(run, tmp_path / "merged", weights="last")
-    assert proof["kl"] < 0.02
+    assert proof.kl < 0.02
     # Loaded by anybody: one answer, with the model's own template.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -166,11 +166,11 @@ def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
 def test_gguf_files_of_a_model_are_that_model_in_llama_cpp(tmp_path: Path) -> None:
     loaded = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"model.path={MODEL}"])
     shutil.copytree(loaded.recipe.model.locate(), tmp_path / "mine")
-    f16, q8, q4 = export(tmp_path / "mine", gguf=["f16", "q8_0", "q4_k_m"])["gguf"]
-    assert f16["check"]["kl"] < 1e-3
-    assert f16["check"]["kl"] < q8["check"]["kl"] < q4["check"]["kl"] < 1
-    assert f16["bytes"] > q8["bytes"] > q4["bytes"]
-    assert q4["check"]["stop_tokens_missing"] == []
+    f16, q8, q4 = export(tmp_path / "mine", gguf=["f16", "q8_0", "q4_k_m"]).gguf
+    assert f16.check.kl < 1e-3
+    assert f16.check.kl < q8.check.kl < q4.check.kl < 1
+    assert f16.bytes > q8.bytes > q4.bytes
+    assert q4.check.stop_tokens_missing == []
     text = (tmp_path / "mine" / "Modelfile").read_text(encoding="utf-8")
     assert "FROM ./mine-Q4_K_M.gguf" in text
     assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text

@@ -76,7 +76,7 @@ def test_what_was_trained_is_measured_merged_and_asked(
             merge(run, merged, weights="last")
     else:
         proof = merge(run, merged, weights="last")
-        assert proof["kl"] < 1e-3
+        assert proof.kl < 1e-3
     rows = tmp_path / "rows.jsonl"
     answers = tmp_path / "answers.jsonl"
     sampling = Sampling(max_new_tokens=8)

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from qlora_cli.common.formatting import evaluation_table, merge_text
 from qlora_cli.inspect.cache_text import cache_text
+from qlora_cli.runs.evaluation_table import evaluation_table
+from qlora_cli.runs.merge_report import (
+    BaseChoiceReport,
+    ComparisonReport,
+    MergeReport,
+    UpdateReport,
+    merge_text,
+)
 from qlora_cli.train.text import run_text
 
 
@@ -94,30 +102,32 @@ def test_run_text_does_not_send_to_eval_what_cannot_be_measured() -> None:
 
 
 def test_merge_text() -> None:
-    update = {
-        "updated": 14, "untrained": 0, "requantized": 0, "copied": 6, "norm": 1.0,
-        "rounding_error": 0.01, "quantization_error": 2.5,
-    }  # fmt: skip
-    report: dict[str, Any] = {
-        "output": "m", "bytes": 3 * 2**20, "dtype": "bfloat16", "base": "as-trained",
-        "update": update, "kl": 0.002, "top1_agreement": 0.975,
-        "comparison": {
-            "trained_loss": 1.5,
-            "choices": {
-                "as-trained": {"kl": 0.002, "top1_agreement": 1.0, "loss": 1.51},
-                "original": {"kl": 0.1, "top1_agreement": 0.9, "loss": None},
+    report = MergeReport(
+        output="m", weights="last", base="as-trained", dtype="bfloat16", bytes=3 * 2**20,
+        update=UpdateReport(
+            updated=14, untrained=0, requantized=0, copied=6, norm=1.0,
+            rounding_error=0.01, quantization_error=2.5,
+        ),
+        logit_error=0.1, kl=0.002, top1_agreement=0.975,
+        comparison=ComparisonReport(
+            rows=2, tokens=20, held_out=True, trained_loss=1.5,
+            choices={
+                "as-trained": BaseChoiceReport(kl=0.002, top1_agreement=1.0, loss=1.51),
+                "original": BaseChoiceReport(kl=0.1, top1_agreement=0.9, loss=None),
             },
-        },
-    }  # fmt: skip
+        ),
+    )  # fmt: skip
     assert merge_text(report).splitlines() == [
-        "m: 3 MiB in bfloat16, base as-trained",
-        "14 weights updated, 6 copied; rounding 1.0% of the update, "
-        "quantization of the base 250% of it",
-        "against base plus adapter: same next token at 97.5% of positions, KL 2.0e-03 nats a token",
+        "m: 3.0 MiB in bfloat16, base as-trained",
+        "14 weights updated, 6 copied; rounding error 1.0% of the update",
+        "quantizing the base changed it by 250% of the update "
+        "(expected: the adapter was trained against the quantized base)",
+        "against base plus adapter: same next token at 97.5% of positions, "
+        "KL 2.0e-03 nats per token",
         "--base as-trained: KL from the model as trained 2.0e-03, loss 1.5100 (as trained 1.5000)",
         "--base original: KL from the model as trained 1.0e-01",
     ]
-    assert merge_text({**report, "kl": None}).endswith("logits were not compared")
+    assert merge_text(replace(report, comparison=None)).endswith("logits were not compared")
 
 
 def test_cache_text_says_what_is_kept_and_what_was_deleted() -> None:

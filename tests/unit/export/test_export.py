@@ -126,13 +126,13 @@ def test_a_packed_folder_is_loaded_by_transformers_alone(tmp_path: Path) -> None
     state = model.model.layers[0].mlp.up_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert load_tokenizer(tmp_path / "packed").chat_template
-    assert 0 < report["bnb_4bit"]["kl"] < 1
+    assert 0 < report.bnb_4bit.kl < 1
     assert "packed: " in export_text(report)
 
 
 def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "mine", hidden_size=64, intermediate_size=128)
-    once = export(folder, bnb_4bit=tmp_path / "once")["bnb_4bit"]
+    once = export(folder, bnb_4bit=tmp_path / "once").bnb_4bit
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
     packed.dequantize(torch.float32)
     model = load_model(folder, dtype=torch.float32)
@@ -140,8 +140,8 @@ def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "again")
     load_tokenizer(folder).save_pretrained(tmp_path / "again")
     # Weights that lie on the grid already lose next to nothing.
-    twice = export(tmp_path / "again", bnb_4bit=tmp_path / "twice")["bnb_4bit"]
-    assert twice["kl"] < once["kl"] / 10
+    twice = export(tmp_path / "again", bnb_4bit=tmp_path / "twice").bnb_4bit
+    assert twice.kl < once.kl / 10
 
 
 def test_an_update_survives_packing_on_the_original_weights_alone() -> None:
@@ -169,10 +169,10 @@ def test_the_trained_model_is_another_reference(
     train(tiny_recipe(model={"path": str(tmp_path / "base")}))
     merge(tmp_path / "run", tmp_path / "mine", weights="last")
     report = export(tmp_path / "mine", bnb_4bit=tmp_path / "packed", run=tmp_path / "run")
-    found = report["bnb_4bit"]
+    found = report.bnb_4bit
     # The base was not quantized, so that merged and trained model are the same.
-    assert found["trained"]["kl"] == pytest.approx(found["kl"], rel=1e-2)
-    assert "against what was trained" in export_text(report)
+    assert found.trained.kl == pytest.approx(found.kl, rel=1e-2)
+    assert "against base plus adapter as trained" in export_text(report)
 
 
 def test_packing_a_merge_on_the_grid_is_advised_against(
@@ -258,9 +258,9 @@ def write_gguf(folder: Path, file: Path, *, scale: float = 1.0) -> None:
 def test_llama_cpp_computes_what_transformers_computes(folder: Path, tmp_path: Path) -> None:
     write_gguf(folder, tmp_path / "mine.gguf")
     figures = Reference.of(folder).check(tmp_path / "mine.gguf", "f32")
-    assert figures["kl"] < 1e-4
-    assert figures["top1_agreement"] > 0.98
-    assert figures["stop_tokens_missing"] == []
+    assert figures.kl < 1e-4
+    assert figures.top1_agreement > 0.98
+    assert figures.stop_tokens_missing == []
 
 
 @needs_llama_cpp
@@ -286,5 +286,5 @@ def test_a_stop_token_that_llama_cpp_does_not_know_is_named(
     write_gguf(folder, tmp_path / "mine.gguf")
     reference = Reference.of(folder)
     reference.stop_token_ids.append(5)
-    assert reference.check(tmp_path / "mine.gguf", "f32")["stop_tokens_missing"] == [5]
+    assert reference.check(tmp_path / "mine.gguf", "f32").stop_tokens_missing == [5]
     assert "does not stop at token ids [5]" in caplog.text

@@ -76,27 +76,29 @@ def test_the_report_has_figures_for_both_bases(run: Callable[..., Path], tmp_pat
         for base in ("as-trained", "original")
     }
     as_trained, original = reports["as-trained"], reports["original"]
-    assert json.loads((tmp_path / "original" / "merge.json").read_text("utf-8")) == original
+    assert (
+        json.loads((tmp_path / "original" / "merge.json").read_text("utf-8")) == original.to_json()
+    )
     for report in reports.values():
-        choices = report["comparison"]["choices"]
-        assert choices["as-trained"]["kl"] < choices["original"]["kl"] / 3
-        assert all(choice["loss"] > 0 for choice in choices.values())
-        assert report["comparison"]["held_out"]
-        assert 0 < report["update"]["rounding_error"] < 0.1
-        assert report["update"]["quantization_error"] > report["update"]["rounding_error"]
-        assert report["kl"] < 1e-3
-    assert as_trained["update"]["norm"] == pytest.approx(original["update"]["norm"], rel=1e-5)
+        choices = report.comparison.choices
+        assert choices["as-trained"].kl < choices["original"].kl / 3
+        assert all((choice.loss or 0) > 0 for choice in choices.values())
+        assert report.comparison.held_out
+        assert 0 < report.update.rounding_error < 0.1
+        assert report.update.quantization_error > report.update.rounding_error
+        assert report.kl < 1e-3
+    assert as_trained.update.norm == pytest.approx(original.update.norm, rel=1e-5)
     # The default for a quantized run.
-    assert merge(folder, tmp_path / "default", weights="last")["base"] == "as-trained"
+    assert merge(folder, tmp_path / "default", weights="last").base == "as-trained"
 
 
 def test_without_quantization_the_base_is_the_original(
     run: Callable[..., Path], tmp_path: Path
 ) -> None:
     report = merge(run(), tmp_path / "merged", weights="last")
-    assert report["base"] == "original"
-    assert list(report["comparison"]["choices"]) == ["original"]
-    assert report["update"]["quantization_error"] is None
+    assert report.base == "original"
+    assert list(report.comparison.choices) == ["original"]
+    assert report.update.quantization_error is None
 
 
 def test_in_float32_a_merge_changes_no_logit(
@@ -104,7 +106,7 @@ def test_in_float32_a_merge_changes_no_logit(
 ) -> None:
     train(tiny_recipe())
     report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
-    assert report["logit_error"] < 1e-5
+    assert report.logit_error < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_head_that_is_the_embedding_is_changed_with_it(
     base = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
     train(tiny_recipe(model={"path": str(base)}, adapter=adapter))
     report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
-    assert report["logit_error"] < 1e-5
+    assert report.logit_error < 1e-5
     assert list(Shards(tmp_path / "merged").tensors) == list(Shards(base).tensors)
 
 
@@ -132,7 +134,7 @@ def test_experts_that_the_files_hold_apart_are_merged_one_by_one(
     MixtralForCausalLM(config).save_pretrained(base)
     train(tiny_recipe(model={"path": str(base)}, adapter={"type": adapter}))
     report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
-    assert report["logit_error"] < 1e-5
+    assert report.logit_error < 1e-5
     before, after = Shards(base), Shards(tmp_path / "merged")
     assert list(after.tensors) == list(before.tensors)
     experts = [name for name in before.tensors if ".experts." in name]
@@ -245,7 +247,7 @@ def test_where_memory_is_short_only_the_weights_are_compared(
     folder = run()
     monkeypatch.setattr("qlora_cli.export.verify.free_memory", lambda: 1000)
     report = merge(folder, tmp_path / "merged", weights="last")
-    assert report["kl"] is None
+    assert report.kl is None
     assert "logits are not compared" in caplog.text
 
 

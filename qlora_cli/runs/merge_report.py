@@ -1,0 +1,114 @@
+"""The report of a merge: in merge.json, with `--json`, and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_cli.common.formatting import agreement_text, percent_text, size_text
+from qlora_cli.common.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport(Report):
+    """What the merge did to the weights. Errors are norms over all updated weights, relative to
+    the norm of the update."""
+
+    updated: int
+    """Weights with an update that is not zero."""
+    untrained: int
+    """Weights that could have been trained, and whose update is zero."""
+    requantized: int
+    """Weights without an update, written with the values that they had in quantized form."""
+    copied: int
+    """Weights copied from the base bit for bit."""
+    norm: float
+    """Norm of the whole update."""
+    rounding_error: float
+    """Error from rounding to the dtype of the files."""
+    quantization_error: float | None
+    """Distance of the base as quantized from the base's files. Null without quantization."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChoiceReport(Report):
+    """How close a merge into one of the bases is to the model as trained."""
+
+    kl: float
+    """Mean KL divergence from the model as trained, in nats per token."""
+    top1_agreement: float
+    """Share of positions with the same most likely next token."""
+    loss: float | None
+    """Mean loss per supervised token. Null if no token is supervised."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReport(Report):
+    """The possible bases, compared with the model as trained: quantized, in the run's precision."""
+
+    rows: int
+    """Texts that were compared."""
+    tokens: int
+    """Tokens that were compared."""
+    held_out: bool
+    """True: rows of the evaluation set. False: a few fixed texts."""
+    trained_loss: float | None
+    """Loss of the model as trained, per supervised token."""
+    choices: Mapping[str, BaseChoiceReport]
+    """For each `--base`. The chosen one is measured as written, the other before rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport(Report):
+    """What `qlora merge` wrote, and how close it is to base plus adapter."""
+
+    output: str
+    """The folder that was written."""
+    weights: str
+    """Weights of the run that were merged: `last` or `best`."""
+    base: str
+    """What the update was added to: `as-trained` or `original`."""
+    dtype: str
+    """Dtype of most of the written values."""
+    bytes: int
+    """Size of the written weights."""
+    update: UpdateReport
+    """What the merge did to the weights."""
+    logit_error: float | None
+    """Largest difference of a logit from base plus adapter in float32, relative to the largest
+    logit. Null if logits were not compared; so are the next two."""
+    kl: float | None
+    """Mean KL divergence from base plus adapter in float32, in nats per token."""
+    top1_agreement: float | None
+    """Share of positions with the same most likely next token as base plus adapter."""
+    comparison: ComparisonReport | None
+    """The bases to choose from, compared with the model as trained. Null if logits were not
+    compared."""
+
+
+def merge_text(report: MergeReport) -> str:
+    """Describe what was written, and how close it is to the trained model."""
+    update = report.update
+    lines = [
+        f"{report.output}: {size_text(report.bytes)} in {report.dtype}, base {report.base}",
+        f"{update.updated} weights updated, {update.copied} copied; rounding error "
+        f"{percent_text(update.rounding_error)} of the update",
+    ]
+    if update.quantization_error is not None:
+        lines.append(
+            f"quantizing the base changed it by {update.quantization_error:.0%} of the update "
+            "(expected: the adapter was trained against the quantized base)"
+        )
+    comparison = report.comparison
+    if comparison is None:
+        return "\n".join([*lines, "logits were not compared"])
+    assert report.kl is not None
+    assert report.top1_agreement is not None
+    agreement = agreement_text(kl=report.kl, top1_agreement=report.top1_agreement)
+    lines.append(f"against base plus adapter: {agreement}")
+    for name, choice in comparison.choices.items():
+        line = f"--base {name}: KL from the model as trained {choice.kl:.1e}"
+        if choice.loss is not None:
+            line += f", loss {choice.loss:.4f} (as trained {comparison.trained_loss:.4f})"
+        lines.append(line)
+    return "\n".join(lines)
