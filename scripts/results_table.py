@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from qlora_cli.common.formatting import evaluation_table
+from qlora_cli.runs.evaluation_table import evaluation_table
 
 
 def main() -> None:
