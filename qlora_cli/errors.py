@@ -1,31 +1,27 @@
-"""What can go wrong for a user, and the exit code that a shell script sees for it.
-
-QloraError
-├── RecipeError      2   the recipe (YAML, keys, values, combinations) cannot be used
-├── DataError        2   rows that cannot be read, formatted or learnt from
-├── ModelError       3   the base model or adapter cannot be found, loaded, adapted or merged
-├── TrainingError    4   training stopped before its end, or its result cannot be trusted
-└── OutOfMemory      6   the machine has no more memory; what was learnt is saved
-
-Interrupted              the run ended as it was asked to, and is saved
-  training.stop_after  5
-  Ctrl-C             130
-  SIGTERM            143
-
-A run that was repeated (`qlora rerun`) with another result: 7
-A comparison (`qlora compare`) with cells that failed: 8
-
-Success: 0. Anything else (1) is a bug of ours.
-"""
+"""Errors for users, and the exit codes that a shell script sees."""
 
 from typing import ClassVar
 
 EXIT_DEADLINE = 5
-EXIT_SIGNAL = 128
-"""Plus the number of the signal, as shells count."""
-EXIT_INTERRUPTED = 130
 EXIT_DIFFERENT = 7
 EXIT_FAILED_CELLS = 8
+EXIT_SIGNAL = 128
+"""Plus the number of the signal, as shells count."""
+
+EXIT_CODES = {
+    0: "success",
+    1: "internal error: please report it",
+    2: "the command line, the recipe or the data cannot be used",
+    3: "the model or adapter cannot be found, loaded, adapted or merged",
+    4: "training stopped before its end, or its result cannot be trusted",
+    5: "stopped by training.stop_after; the run is saved, and --resume continues it",
+    6: "out of memory during training; the run is saved up to then",
+    7: "a repeated run (rerun) has a different result",
+    8: "some cells of a comparison failed; the others are complete",
+    130: "interrupted by Ctrl-C; a run is saved first",
+    143: "interrupted by SIGTERM; a run is saved first",
+}
+"""All exit codes: the help of `qlora` prints this table."""
 
 
 class QloraError(Exception):
@@ -44,27 +40,40 @@ class QloraError(Exception):
 
 
 class RecipeError(QloraError):
+    """The recipe (YAML, keys, values, combinations) or the command line cannot be used."""
+
     exit_code = 2
 
 
 class DataError(QloraError):
+    """Rows cannot be read, formatted or trained on."""
+
     exit_code = 2
 
 
 class ModelError(QloraError):
+    """The base model or adapter cannot be found, loaded, adapted or merged."""
+
     exit_code = 3
 
 
 class TrainingError(QloraError):
+    """Training stopped before its end, or its result cannot be trusted."""
+
     exit_code = 4
 
 
 class OutOfMemory(QloraError):
+    """The machine has no more memory. The run has been saved."""
+
     exit_code = 6
 
 
 class Interrupted(BaseException):
-    """The run was asked to end. Like KeyboardInterrupt, it is no Exception: nothing swallows it."""
+    """The run was asked to end, and is saved.
+
+    Like KeyboardInterrupt it is not an `Exception`, so that no handler of those swallows it.
+    """
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)

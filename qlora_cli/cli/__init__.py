@@ -1,4 +1,4 @@
-"""The command line: one function per command. Torch is imported by the commands that need it."""
+"""The command line: one function per command. A command imports torch only when it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_cli.cli import (
 )
 from qlora_cli.cli.options import Quiet
 from qlora_cli.common.secrets import MaskedFormatter, masked
-from qlora_cli.errors import Interrupted, QloraError
+from qlora_cli.errors import EXIT_CODES, Interrupted, QloraError
 
 log = logging.getLogger("qlora")
 
@@ -45,36 +45,31 @@ Version = Annotated[
 ]
 
 
-@app.callback()
+_EXIT_CODES = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
+
+_HELP = f"""Fine-tune language models from one YAML recipe.
+
+\b
+Example:
+  qlora validate recipe.yaml                  # every value, and where it comes from
+  qlora preview recipe.yaml                   # the rows as the model sees them
+  qlora plan recipe.yaml --device 24GiB       # memory and time, and whether it fits
+  qlora train recipe.yaml                     # writes the run to output.dir
+  qlora eval runs/mine                        # base and tuned model on held-out rows
+  qlora merge runs/mine --output models/mine  # a plain model folder
+  qlora chat runs/mine                        # talk to the tuned model
+
+Results go to stdout, progress and errors to stderr.
+
+\b
+Exit codes:
+{_EXIT_CODES}
+"""
+
+
+@app.callback(help=_HELP)
 def qlora(version: Version = False, quiet: Quiet = None) -> None:
-    """Fine-tune language models from one YAML recipe.
-
-    \b
-    Example:
-      qlora validate recipe.yaml                  # every value, and where it comes from
-      qlora preview recipe.yaml                   # what the model will see
-      qlora plan recipe.yaml --device 24GiB       # what it will take, and whether it fits
-      qlora train recipe.yaml                     # the run is written to output.dir
-      qlora eval runs/mine                        # base and tuned model on held-out rows
-      qlora merge runs/mine --output models/mine  # a plain model folder
-      qlora chat runs/mine                        # talk to it
-
-    Results go to stdout, progress and errors to stderr.
-
-    \b
-    Exit codes:
-      0    done
-      1    an error of ours: please report it
-      2    the command line, the recipe or the data cannot be used
-      3    the model cannot be found, loaded, adapted or merged
-      4    training stopped before its end, or its result cannot be trusted
-      5    stopped by training.stop_after, and saved: --resume goes on
-      6    out of memory in training; what was learnt is saved
-      7    a run that was repeated (rerun) has another result
-      8    a comparison has cells that failed; the others are done
-      130  interrupted (Ctrl-C); a run is saved first
-      143  the same by SIGTERM
-    """
+    """Declare the options that stand before a command."""
 
 
 app.command()(train_evaluate_export.train)
@@ -95,7 +90,7 @@ app.command()(recipe_data_plan.schema)
 adapters_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="What adapters are, how they differ, and several made into one.",
+    help="List, inspect, compare and combine adapters.",
 )
 app.add_typer(adapters_app, name="adapters")
 adapters_app.command("list")(adapters.list_adapters)
@@ -105,7 +100,7 @@ adapters_app.command("combine")(adapters.combine_adapters)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command line (by default the one of this process) and exit with its code."""
+    """Run a command line (default: that of this process) and exit with its code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")

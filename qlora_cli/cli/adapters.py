@@ -1,4 +1,4 @@
-"""Commands about adapters."""
+"""Adapter commands: list, inspect, diff, combine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qlora_cli.inspect.adapters_text import combine_text, diff_text, inspect_tex
 
 
 def list_adapters(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to look in.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to search.")],
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """List the adapters under a folder, those of runs among them.
+    """List the adapters in a folder and below, including those of runs.
 
-    --json prints folder and adapters: path, base, type, r, alpha, target_modules, bytes, steps and
-    best of each.
+    --json prints folder and adapters (path, base, type, r, alpha, target_modules, bytes, steps,
+    best).
 
     \b
     Example:
@@ -32,10 +32,10 @@ def list_adapters(
 
 
 def inspect_adapter(adapter: AdapterPath, as_json: Json = False, quiet: Quiet = None) -> None:
-    """Say what an adapter is, and how much it changes which weights.
+    """Show an adapter's settings, and how much it changes each weight.
 
-    For each kind of module and each layer: the norm of the updates (scale B A), the largest of
-    their singular values, and the mean of their effective ranks. --json has all modules.
+    For each kind of module and each layer: the norm of the updates (scale B A), their largest
+    singular value, and their mean effective rank. --json lists every module.
 
     \b
     Example:
@@ -50,11 +50,11 @@ def inspect_adapter(adapter: AdapterPath, as_json: Json = False, quiet: Quiet = 
 def diff_adapters(
     first: AdapterPath, second: AdapterPath, as_json: Json = False, quiet: Quiet = None
 ) -> None:
-    """Say how two adapters of one base differ, weight by weight.
+    """Compare two adapters of one base, weight by weight.
 
-    Cosine of the updates; the second norm over the first; norm of the difference over the first
-    norm. --json prints first, second, settings (those that differ), cosine, norm_ratio, distance,
-    modules, only_first and only_second.
+    For each weight: the cosine of the two updates, the second norm divided by the first, and the
+    norm of the difference divided by the first norm. --json prints first, second, settings (the
+    different ones), cosine, norm_ratio, distance, modules, only_first and only_second.
 
     \b
     Example:
@@ -71,7 +71,7 @@ def combine_adapters(
         list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of runs or adapters.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
+        Path, typer.Option("--output", metavar="DIR", help="Folder to create; it must not exist.")
     ],
     overrides: Overrides,
     method: Annotated[
@@ -79,13 +79,15 @@ def combine_adapters(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="Of PEFT's: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, or "
-            "the last four with _svd.",
+            help="PEFT method: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; "
+            "the last four also with the suffix _svd.",
         ),
     ] = "cat",
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="W,W,...", help="One for each; else equal, 1 in all."),
+        typer.Option(
+            "--weights", metavar="W,W,...", help="Weight of each adapter (default: equal, sum 1)."
+        ),
     ] = None,
     density: Annotated[
         float,
@@ -94,27 +96,27 @@ def combine_adapters(
             metavar="D",
             min=0,
             max=1,
-            help="Share of values kept by ties, dare ... (0.5).",
+            help="Fraction of values kept by ties, dare and magnitude_prune (0.5).",
         ),
     ] = 0.5,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="R", min=1, help="Of the outcome, for svd methods."),
+        typer.Option("--rank", metavar="R", min=1, help="Rank of the result, for svd methods."),
     ] = None,
     seed: Seed = 0,
     no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Leave out the evaluation beside the parents.")
+        bool, typer.Option("--no-eval", help="Do not evaluate the result and its parents.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Make one adapter of several.
+    """Combine several adapters into one.
 
-    cat is the weighted sum itself, with the ranks added up; svd is the nearest to it of a given
-    rank; the others are approximations. How far the outcome is from the weighted sum is printed.
-    It is written as an adapter folder with the recipe of the first run among the parents, which
-    chat, eval and merge take as they take a run. If that recipe has something to evaluate on
-    (--set data.evaluation.path=...), the outcome is measured beside each parent. --json prints
+    cat is the exact weighted sum, with the sum of the ranks; svd is its best approximation of a
+    given rank; the other methods approximate it in other ways. The distance from the weighted sum
+    is printed. The result is an adapter folder with the recipe of the first parent that is a run;
+    chat, eval and merge accept it like a run. If that recipe has evaluation data (or
+    --set data.evaluation.path=...), the result and each parent are evaluated. --json prints
     output, adapters, weights, method, density, rank, seed, norm, error and evaluations.
 
     \b

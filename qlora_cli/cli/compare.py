@@ -1,4 +1,4 @@
-"""The command that compares methods."""
+"""The compare command: train several methods and compare them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from qlora_cli.errors import EXIT_FAILED_CELLS
 
 def compare(
     recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", help="One recipe, or several.")
+        list[Path], typer.Argument(metavar="RECIPE...", help="One or more recipes.")
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="DIR", help="Folder of the comparison; it goes on there."),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the comparison, new or to be continued."
+        ),
     ],
     overrides: Overrides,
     vary: Annotated[
@@ -27,8 +29,7 @@ def compare(
             metavar="[METHOD:]KEY=VALUE,...",
             default_factory=list,
             show_default=False,
-            help="A key and its values, for all methods that have the key or for one (can be given "
-            "more than once).",
+            help="Try these values of a key, for one method or for all that have it (repeatable).",
         ),
     ],
     learning_rates: Annotated[
@@ -38,7 +39,7 @@ def compare(
             metavar="METHOD=NUMBER",
             default_factory=list,
             show_default=False,
-            help="The learning rate of one method; the others have the recipe's.",
+            help="Learning rate of one method; the others use the recipe's (repeatable).",
         ),
     ],
     methods: Annotated[
@@ -46,35 +47,43 @@ def compare(
         typer.Option(
             "--methods",
             metavar="NAME,...",
-            help="Types of adapter (unquantized) or of quantization (with LoRA), or qlora.",
+            help="Adapter types (unquantized), quantization types (with LoRA), or qlora.",
         ),
     ] = None,
     search: Annotated[
         int | None,
         typer.Option(
-            "--search", metavar="N", min=1, help="Let Optuna choose N cells, in place of all."
+            "--search",
+            metavar="N",
+            min=1,
+            help="Let Optuna choose N cells instead of training all.",
         ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option("--objective", metavar="MEASURE", help="What --search goes by: loss, a task."),
+        typer.Option(
+            "--objective",
+            metavar="MEASURE",
+            help="Measure that --search optimizes: loss, or a task.",
+        ),
     ] = None,
     generation: Annotated[
         bool,
         typer.Option(
             "--generation/--no-generation",
-            help="Merge each, and measure how quickly base, adapted and merged model answer.",
+            help="Merge each run; measure the generation speed of base, adapter and merged model.",
         ),
     ] = True,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Train methods on the same data, seed and budget, one after the other, and compare them.
+    """Train several methods on the same data and compare them.
 
-    Each cell is a run of its own in DIR/runs. What is done is not done again: called once more, the
-    comparison goes on. A cell that fails is a row with its reason; the exit code is 8 then, and
-    the next call tries it again. --set reaches the cells whose sections have the key. A range
-    (1e-5..1e-2) is for --search. --json prints what is also in DIR/comparison.json.
+    They run one after the other, with the same seed and budget. Each cell is a run in DIR/runs. Run
+    the command again to continue: complete cells are kept. A cell that fails is listed with its
+    reason, the exit code is 8, and the next call retries it. --set changes the cells whose sections
+    have the key. Ranges (1e-5..1e-2) need --search. --json prints the content of
+    DIR/comparison.json.
 
     \b
     Example:
@@ -86,7 +95,7 @@ def compare(
         --objective loss --out runs/searched
     """
     if (search is None) != (objective is None):
-        raise typer.BadParameter("--search and --objective go together")
+        raise typer.BadParameter("--search and --objective need each other: give both or neither")
     from qlora_cli.compare.compare import CompareRequest, Search, compare
     from qlora_cli.compare.text import comparison_text
 

@@ -1,4 +1,4 @@
-"""Commands that let a model speak."""
+"""Inference commands: chat and generate."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def chat(
     seed: Seed = 0,
     weights: WeightsOption = "last",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+        bool, typer.Option("--json", help="Print one JSON object per answer, one per line.")
     ] = False,
     quiet: Quiet = None,
 ) -> None:
-    """Talk to a model, and let adapters over one base take turns.
+    """Chat with a model, and switch between adapters over one base.
 
     At a terminal, /help lists the commands: /swap, /base, /compare, /reset, /quit. Ctrl-C ends an
-    answer, Ctrl-D the chat. In a pipe each line of standard input is a message (or a command), and
-    answers alone go to stdout; what is wrong ends it. --json prints model, message, answer,
+    answer, Ctrl-D the chat. In a pipe, each line of stdin is a message or a command, only answers
+    go to stdout, and the first error ends the chat. --json prints model, message, answer,
     num_tokens and ended (stop, length).
 
     \b
@@ -76,12 +76,15 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="Rows with messages, conversations, instruction, prompt or text, or in the "
+            help="Rows with messages, conversations, instruction, prompt or text; rows in the "
             "format of the run's recipe; or lines of text.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", metavar="FILE", help="The answers, one JSON object a line.")
+        Path,
+        typer.Option(
+            "--output", metavar="FILE", help="File for the answers, one JSON object per line."
+        ),
     ],
     overrides: Overrides,
     adapters: Adapters,
@@ -92,17 +95,17 @@ def generate(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts at once (8).")
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts per batch (8).")
     ] = 8,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Answer all prompts of a file.
+    """Answer every prompt in a file.
 
-    A line has place, prompt (what was asked), answer, reference (the row's own answer), num_tokens
-    and ended (stop, length). An answer that is drawn depends on the seed and on the place of its
-    row, and not on the batch. --json prints output, model, prompts, tokens, unfinished and seconds.
+    A line has place (of the row), prompt, answer, reference (the row's own answer), num_tokens and
+    ended (stop, length). A sampled answer depends on the seed and on the place of its row, not on
+    the batch. --json prints output, model, prompts, tokens, unfinished and seconds.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Arguments and options of several commands, and how a command says what it found."""
+"""Arguments and options that commands share, and the printing of their reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _decoded_text(text: str | None) -> str | None:
 
 def _known_kinds(kinds: list[str]) -> list[str]:
     if unknown := sorted(set(kinds) - set(GGUF_KINDS)):
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(GGUF_KINDS)}")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(GGUF_KINDS)}")
     return kinds
 
 
@@ -45,7 +45,7 @@ Overrides = Annotated[
         default_factory=list,
         show_default=False,
         callback=_decoded,
-        help="Another value for a key, such as adapter.r=8 (can be given more than once).",
+        help="Override a key, such as adapter.r=8 (repeatable).",
     ),
 ]
 WeightsOption = Annotated[
@@ -53,7 +53,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="last|best",
-        help="After the last step, or at the lowest evaluation loss.",
+        help="Weights after the last step, or those with the best evaluation.",
     ),
 ]
 GgufOption = Annotated[
@@ -64,12 +64,12 @@ GgufOption = Annotated[
         default_factory=list,
         show_default=False,
         callback=_known_kinds,
-        help=f"Write a GGUF file too: {', '.join(GGUF_KINDS)} (can be given more than once).",
+        help=f"Write a GGUF file too: {', '.join(GGUF_KINDS)} (repeatable).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Prepare the data anew, and keep none of it.")
+    bool, typer.Option("--no-cache", help="Prepare the data again; do not use or write the cache.")
 ]
 Quiet = Annotated[
     bool | None,
@@ -77,7 +77,7 @@ Quiet = Annotated[
         "--quiet/--verbose",
         "-q/-v",
         callback=_set_level,
-        help="Say less, or more, on the way (on stderr).",
+        help="Decrease or increase log verbosity (stderr).",
     ),
 ]
 ModelPath = Annotated[
@@ -85,7 +85,7 @@ ModelPath = Annotated[
     typer.Argument(
         metavar="RUN_OR_MODEL",
         callback=_decoded_text,
-        help="Folder of a run, an adapter or a model; a recipe, GGUF file or hub id.",
+        help="Folder of a run, adapter or model; or a recipe, a GGUF file, a Hub id.",
     ),
 ]
 Adapters = Annotated[
@@ -96,7 +96,7 @@ Adapters = Annotated[
         default_factory=list,
         show_default=False,
         callback=_decoded,
-        help="A run or adapter over the same base in memory (can be given more than once).",
+        help="Load another run or adapter over the same base (repeatable).",
     ),
 ]
 System = Annotated[
@@ -105,36 +105,45 @@ System = Annotated[
         "--system",
         metavar="TEXT",
         callback=_decoded_text,
-        help="The system message, in place of the recipe's.",
+        help="System message (default: the recipe's).",
     ),
 ]
 Temperature = Annotated[
     float,
     typer.Option(
-        "--temperature", metavar="T", min=0, help="0 (the default) takes the likeliest token."
+        "--temperature", metavar="T", min=0, help="Sampling temperature; 0 (default) is greedy."
     ),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        "--top-p", metavar="P", min=0, max=1, help="Draw among the likeliest of this probability."
+        "--top-p",
+        metavar="P",
+        min=0,
+        max=1,
+        help="Sample from the most likely tokens with this total probability (1).",
     ),
 ]
 TopK = Annotated[
-    int, typer.Option("--top-k", metavar="K", min=0, help="Draw among so many; 0 is all.")
+    int,
+    typer.Option(
+        "--top-k", metavar="K", min=0, help="Sample from the K most likely tokens (0 = all)."
+    ),
 ]
 MaxNewTokens = Annotated[
     int,
-    typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer (512)."),
+    typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum tokens of an answer (512)."),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Fixes what is drawn (0).")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random generator (0).")
+]
 AdapterPath = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="Folder of a run or of an adapter.")
+    Path, typer.Argument(metavar="ADAPTER", help="Folder of a run or an adapter.")
 ]
 
 
 def show(report: Mapping[str, object], as_json: bool, text: str) -> None:
-    """Print what a command found: one JSON document, or text for people."""
-    # Of several processes that train together, one speaks.
+    """Print a report as one JSON document, or as text."""
+    # With several training processes, only the first one prints.
     if os.environ.get("RANK", "0") == "0":
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else text.rstrip())

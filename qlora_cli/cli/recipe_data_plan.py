@@ -1,4 +1,4 @@
-"""Commands that look at a recipe and its data."""
+"""Commands for a recipe and its data: validate, preview, plan, cache, schema."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _is_coloured() -> bool:
 def validate(
     recipe: RecipePath, overrides: Overrides, as_json: Json = False, quiet: Quiet = None
 ) -> None:
-    """Check a recipe, and print all its values.
+    """Check a recipe, and print all its values with their origins.
 
-    Beside each value stands where it comes from: a line of the recipe, of a recipe that it extends,
-    --set, or the default. No model or data is opened. --json prints recipe (the values) and
+    An origin is a line of the recipe or of a recipe that it extends, --set, or the default. No
+    model or data is opened. --json prints recipe (the values) and
     origins (the place of each dotted key).
 
     \b
@@ -46,31 +46,31 @@ def preview(
     rows: Annotated[
         int | None,
         typer.Option(
-            "--rows", metavar="N", min=1, help="Rows to show of each source (3; with --json all)."
+            "--rows", metavar="N", min=1, help="Rows to show per source (3; with --json, all)."
         ),
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
-            "--source", metavar="NAME", help="Only rows of train, evaluation, train.0 ..."
+            "--source", metavar="NAME", help="Show only this source: train, evaluation, train.0 ..."
         ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write one HTML page, and print no text."),
+        typer.Option("--html", metavar="FILE", help="Write one HTML page instead of printing."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each row.")
+        bool, typer.Option("--json", help="Print one JSON object per row, one per line.")
     ] = False,
     no_cache: NoCache = False,
     quiet: Quiet = None,
 ) -> None:
-    """Show what the model will see, and what in the data is often a mistake.
+    """Show the rows as the model sees them.
 
-    Rows are prepared as for training; no weights are opened. Learnt tokens are told from the others
-    by colour, or by marks where there is none (NO_COLOR is heeded). A limit (data.max_lost,
-    data.audit) that is crossed is an error here too, after the report. --json prints source, row
-    (its place), input_ids, labels and text of each row.
+    Common mistakes in the data are reported too. Rows are prepared as for training; no weights are
+    loaded. Supervised tokens are coloured, or marked where colour is off (NO_COLOR is respected).
+    As in training, exceeding data.max_lost or data.audit is an error, here after the report. --json
+    prints source, row (its place), input_ids, labels and text of each row.
 
     \b
     Example:
@@ -100,34 +100,38 @@ def plan(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help="cpu, cuda, an amount of memory (24GiB) or a card (RTX 4090, H100 ...).",
+            help="cpu, cuda, a memory size (24GiB) or a GPU name (RTX 4090, H100 ...).",
         ),
     ] = "cuda",
     gpus: Annotated[
-        int, typer.Option("--gpus", metavar="N", min=1, help="Devices that train together (1).")
+        int,
+        typer.Option(
+            "--gpus", metavar="N", min=1, help="Number of devices that train together (1)."
+        ),
     ] = 1,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Look for the least harmful changes with which it fits.")
+        bool, typer.Option("--fit", help="Find the least harmful changes that make it fit.")
     ] = False,
     table: Annotated[
         bool,
         typer.Option(
-            "--table", help="Compare full, LoRA, 8-bit, QLoRA, bottleneck, at four lengths."
+            "--table", help="Compare full, LoRA, 8-bit, QLoRA and bottleneck at four lengths."
         ),
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a picture of it as one HTML page too."),
+        typer.Option(
+            "--html", metavar="FILE", help="Also write the plan as an HTML page with a chart."
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Say what a recipe will take: memory, by what it is for, time, and whether it fits.
+    """Predict a recipe's memory and time, and whether it fits.
 
-    The real steps are traced on tensors without data, so no weights and no GPU are needed; of the
-    model only its config.json, which is known here for well-known models. Two figures are kept
-    apart: the tensors, which are traced, and all that the process takes, which is a range. --json
-    prints the same in bytes and seconds.
+    The real steps are traced on tensors without data: no weights and no GPU are needed, only the
+    model's config.json (built in for well-known models). The memory of tensors is traced; the
+    memory of the whole process is a range. --json prints the same in bytes and seconds.
 
     \b
     Example:
@@ -155,24 +159,24 @@ def plan(
 
 def _refuse_beside_table(**given: bool) -> None:
     why = {
-        "html": "a table has no picture",
-        "fit": "a table is of the methods as they are",
-        "gpus": "a table is for one device",
+        "html": "the table has no HTML page",
+        "fit": "the table shows the methods unchanged",
+        "gpus": "the table is for one device",
     }
     for name in (name for name, is_given in given.items() if is_given):
-        raise RecipeError(f"--{name}: {why[name]}; leave --{name} or --table out")
+        raise RecipeError(f"--{name} and --table: {why[name]}; leave one of them out")
 
 
 def show_cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything listed.")] = False,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """List the prepared data that is kept for later runs.
+    """List the prepared data that later runs can reuse.
 
-    It is found by its content: what other data, another tokenizer or other settings would make is
-    never taken for it. It lies in $QLORA_CACHE, else ~/.cache/qlora. --json prints folder, paths,
-    num_rows, size (bytes) and used (seconds since 1970) of each set.
+    The key is a digest of the data, the tokenizer and the settings, so a change of any of them is
+    never served from the cache. The cache is in $QLORA_CACHE (default: ~/.cache/qlora). --json
+    prints folder, paths, num_rows, size (bytes) and used (seconds since 1970) of each set.
 
     \b
     Example:
@@ -185,14 +189,14 @@ def show_cache(
 
 
 def schema() -> None:
-    """Print the JSON Schema of recipes.
+    """Print the JSON Schema of recipes, for editors.
 
     \b
     Example:
       qlora schema > recipe.schema.json
 
     \b
-    Editors with a YAML language server use it when a recipe begins with this line:
+    Editors with a YAML language server use it if a recipe begins with this line:
       # yaml-language-server: $schema=recipe.schema.json
     """
     from qlora_cli.recipe.json_schema import recipe_schema

@@ -1,4 +1,4 @@
-"""Commands that make a model: train, measure, merge, export."""
+"""Commands that produce and evaluate models: train, bench, rerun, eval, merge, export."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def train(
             metavar="KEY",
             default_factory=list,
             show_default=False,
-            help="With --resume, let this key have another value than when the run was started "
-            "(can be given more than once); docs/runs.md has those that can be allowed.",
+            help="With --resume, accept a new value for this key (repeatable). docs/runs.md lists "
+            "the keys that can be allowed.",
         ),
     ],
     resume: Annotated[
@@ -50,7 +50,7 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|STEP|PATH",
-            help="Go on from a checkpoint in output.dir; auto is the newest that is whole.",
+            help="Resume from a checkpoint in output.dir; auto is the newest intact one.",
         ),
     ] = None,
     no_cache: NoCache = False,
@@ -59,7 +59,7 @@ def train(
 ) -> None:
     """Train, and write the run to output.dir.
 
-    --json prints the record of the run, which is also its run.json.
+    --json prints the content of run.json.
 
     \b
     Example:
@@ -84,15 +84,15 @@ def train(
 def bench(
     recipe: RecipePath,
     overrides: Overrides,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps to train.")] = 6,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps to train (6).")] = 6,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Train a few steps and say what they cost on this machine. Nothing is kept.
+    """Measure the speed and memory of a few training steps. Nothing is kept.
 
-    Kernels are compiled for long runs alone, so a short one says nothing of them unless they are
-    asked for. --json prints tokens_per_second (median, least, most), seconds_to_first_step,
-    peak_memory_bytes, processor_seconds_per_1000_tokens, losses, kernels and the environment.
+    By default, only long runs compile kernels; set training.kernels=compiled to measure those.
+    --json prints tokens_per_second (median, least, most), seconds_to_first_step, peak_memory_bytes,
+    processor_seconds_per_1000_tokens, losses, kernels and the environment.
 
     \b
     Example:
@@ -107,22 +107,21 @@ def bench(
 
 
 def rerun(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", metavar="DIR", help="Folder of the new run; left out, it is RUN-again."
-        ),
+        typer.Option("--output", metavar="DIR", help="Folder of the new run (default: RUN-again)."),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Repeat a run from its record, and say whether the result is the same.
+    """Repeat a run and compare the results bit for bit.
 
-    What is not as it was (versions, hardware, base model, rows, the git commit of the current
-    folder) is listed first. Then weights and metrics are compared bit for bit: exit code 0 if all
-    are equal, 7 if not. --json prints run, again, is_same, different (name: old, new), weights
-    (is_same, largest_difference) and metrics (is_same, rows, first).
+    The recipe is that of the run's record. First, changes since the run are listed: versions,
+    hardware, base model, rows, and the git commit of the working directory. Then weights and
+    metrics are compared: exit code 0 if all are equal, 7 if not. --json prints run, again, is_same,
+    different (name: old, new), weights (is_same, largest_difference) and metrics (is_same, rows,
+    first).
 
     \b
     Example:
@@ -139,24 +138,28 @@ def rerun(
 
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A run, a model folder, or a recipe.")
+        Path, typer.Argument(metavar="TARGET", help="A run, a model folder or a recipe.")
     ],
     overrides: Overrides,
     tasks: Annotated[
         str | None,
         typer.Option(
-            "--tasks", metavar="NAME,...", help="Only these (loss, and names or types of tasks)."
+            "--tasks",
+            metavar="NAME,...",
+            help="Evaluate only these: loss, and names or types of tasks.",
         ),
     ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(
-            "--compare", metavar="RUN_OR_MODEL", help="Measure beside this, not the base."
+            "--compare", metavar="RUN_OR_MODEL", help="Compare with this instead of the base."
         ),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="RECIPE", help="What to ask a model folder."),
+        typer.Option(
+            "--recipe", metavar="RECIPE", help="Recipe with the data and tasks, for a model folder."
+        ),
     ] = None,
     records: Annotated[
         Path | None,
@@ -167,30 +170,37 @@ def evaluate(
         typer.Option(
             "--harness",
             metavar="NAME,...",
-            help="Tasks of lm-evaluation-harness, in place of ours.",
+            help="Run these tasks of lm-evaluation-harness instead of the recipe's.",
         ),
     ] = None,
     harness_path: Annotated[
         Path | None,
-        typer.Option("--harness-path", metavar="DIR", help="More tasks for it, YAML files."),
+        typer.Option(
+            "--harness-path",
+            metavar="DIR",
+            help="Folder with more tasks for --harness (YAML files).",
+        ),
     ] = None,
     harness_plain: Annotated[
-        bool, typer.Option("--harness-plain", help="Its prompts as they are, without a template.")
+        bool,
+        typer.Option(
+            "--harness-plain", help="Use the prompts of --harness without a chat template."
+        ),
     ] = False,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Measure a run beside its base model, on held-out rows and by its tasks.
+    """Evaluate a run and its base model on held-out rows.
 
-    Each figure has its 95% interval, and so has the paired difference between the two models. Of a
-    recipe the base model is measured alone. A run that is measured as its recipe says keeps the
-    figures (run.json) and prompts, references, answers and scores (answers.jsonl). --json prints
-    target, compare, weights, models (name, measure, then value, low and high), differences,
-    measures, confidence, resamples and records.
+    Both answer the same rows and tasks. Each figure has a 95% interval, and so does the paired
+    difference between the two models. For a recipe, only the base model is evaluated. If a run is
+    evaluated as its recipe says, the figures are added to its run.json, and prompts, references,
+    answers and scores to its answers.jsonl. --json prints target, compare, weights, models (name,
+    measure, then value, low and high), differences, measures, confidence, resamples and records.
 
-    With --harness, lm-evaluation-harness measures the tuned model alone, with its tokenizer and
-    chat template; evaluation.limit holds there too. --json then prints target, weights, as_chat,
+    With --harness, lm-evaluation-harness evaluates the tuned model only, with its tokenizer and
+    chat template; evaluation.limit applies too. --json then prints target, weights, as_chat,
     harness (its version) and tasks (name, metric, value).
 
     \b
@@ -204,7 +214,7 @@ def evaluate(
     """
     if harness is not None:
         if tasks or compare or records:
-            raise typer.BadParameter("--harness goes without --tasks, --compare and --records")
+            raise typer.BadParameter("--harness excludes --tasks, --compare and --records")
         from qlora_cli.evaluate.lm_eval import evaluate_by_harness
 
         found = evaluate_by_harness(
@@ -228,9 +238,9 @@ def evaluate(
 
 
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to make; it must not exist.")
+        Path, typer.Option("--output", metavar="DIR", help="Folder to create; it must not exist.")
     ],
     overrides: Overrides,
     gguf: GgufOption,
@@ -239,26 +249,26 @@ def merge(
         typer.Option(
             "--base",
             metavar="as-trained|original",
-            help="Add the update to the weights as they were trained against, dequantized (the "
-            "default where the run was quantized), or to those of the base's files.",
+            help="Add the update to the dequantized weights that it was trained on (default for a "
+            "quantized run), or to the original weights of the base.",
         ),
     ] = None,
     logits: Annotated[
         bool,
         typer.Option(
             "--logits/--no-logits",
-            help="Load what was written and compare its logits too, where memory allows.",
+            help="Load the merged model and compare its logits, if memory allows.",
         ),
     ] = True,
     weights: WeightsOption = "last",
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Write a plain model: base plus adapter, tensor by tensor.
+    """Merge a run's adapter into its base model.
 
-    What was written is proved before this says it is done: each weight by itself, then the logits
-    of the loaded model. --json prints what is also written to DIR/merge.json; with --gguf
-    also gguf, as `qlora export` does.
+    The merge goes tensor by tensor and writes a plain model folder. The result is verified: first
+    each weight, then the logits of the loaded model. --json prints the content of DIR/merge.json;
+    with --gguf also gguf, as `qlora export` does.
 
     \b
     Example:
@@ -271,7 +281,7 @@ def merge(
     from qlora_cli.export.gguf import require_gguf_tools
     from qlora_cli.export.merge import merge
 
-    require_gguf_tools(gguf)  # merging may take long
+    require_gguf_tools(gguf)  # before a merge, which may take long
     report = merge(run, output, overrides, weights=weights, base=base, with_logits=logits)
     found, text = report.to_json(), merge_text(report)
     if gguf:
@@ -281,27 +291,27 @@ def merge(
 
 
 def export_model(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that merge wrote.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A model folder written by merge.")
+    ],
     gguf: GgufOption,
     bnb_4bit: Annotated[
         Path | None,
         typer.Option(
-            "--bnb-4bit", metavar="DIR", help="Folder to make, with the weights packed into NF4."
+            "--bnb-4bit", metavar="DIR", help="Folder to create, with weights packed into NF4."
         ),
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(
-            "--run", metavar="RUN", help="Compare the 4-bit model with this run's, as trained."
-        ),
+        typer.Option("--run", metavar="RUN", help="Compare the 4-bit model with this run's model."),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
-    """Write other forms of a model: GGUF files, 4-bit weights of bitsandbytes.
+    """Export a model to GGUF or 4-bit bitsandbytes weights.
 
-    GGUF files are written into the folder of the model by llama.cpp's converter, which must be on
-    the PATH, and are loaded and compared by llama-cpp-python where that is installed. --json prints
+    llama.cpp's converter, which must be on the PATH, writes GGUF files into the model folder. If
+    llama-cpp-python is installed, they are loaded and compared. --json prints
     model, gguf (for each file path, kind, bytes, seconds and check) and bnb_4bit (path, bytes, kl,
     top1_agreement and trained).
 
