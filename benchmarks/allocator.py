@@ -1,8 +1,7 @@
-"""Bytes that torch's allocator gave out on the CPU, moment by moment.
+"""Trace the bytes that torch's allocator hands out on the CPU.
 
-It sees what no operation shows: compiled code, which makes its tensors without an operation, and
-what kernels allocate inside. Watching takes memory itself, so that the resident set says nothing
-meanwhile.
+This includes allocations that no operation shows: those of compiled code and those inside kernels.
+Tracing takes memory itself, so resident memory is meaningless meanwhile.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from qlora_cli.plan.trace.memory_counter import Count
 
 
 class Marked(Count):
-    """A count that need not be entered: its stages are to be seen in what a profiler notes."""
+    """A counter that marks its stages in a profiler's trace and need not be entered."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens in here belongs to this stage."""
+        """Attribute everything inside to a stage."""
         with torch.profiler.record_function(_mark(name)), super().stage(name):
             yield
 
 
 class Allocator:
-    """Notes while it is entered.
+    """Record allocations while entered.
 
     Args:
-        held: bytes that were given out before, and are counted too.
+        held: bytes allocated before, which are counted too.
     """
 
     def __init__(self, held: int = 0) -> None:
@@ -58,7 +57,7 @@ class Allocator:
         self._totals = list(zip((when for when, _ in changes), totals, strict=True))
 
     def peak(self, stage: str | None = None) -> int:
-        """The most that was given out at once, in the stages of this name (of a `Marked` count)."""
+        """Return the peak of allocated bytes in the stages of this name (of a `Marked` counter)."""
         spans = [(e.start_ns(), e.end_ns()) for e in self._events if e.name() == _mark(stage or "")]
         return max(
             total

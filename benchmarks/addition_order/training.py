@@ -1,4 +1,4 @@
-"""A cell: what is trained three ways, and what is measured of it."""
+"""Train a cell in one of three ways, and measure the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BASES = {"nf4": Nf4(), "none": Unquantized()}
 
 @dataclass(frozen=True)
 class Work:
-    """Where the weights and the rows of the cells are."""
+    """Weights and rows of the cells."""
 
     path: Path
     learnt: Sequence[Example]
@@ -41,16 +41,16 @@ class Work:
     world: World
 
     def stream(self, cell: Cell) -> BatchStream:
-        """What a cell learns from, drawn by its seed; a step is one forward."""
+        """Return the training rows of a cell, drawn by its seed; a step is one forward."""
         return self._end_to_end(self.learnt, cell.rows_per_step, cell.seed)
 
     def held_out_batches(self, rows: int) -> list[Batch]:
-        """All held-out rows, so many in a forward."""
+        """Batch all held-out rows."""
         stream = self._end_to_end(self.held_out, rows, seed=0)
         return [batch for step in range(stream.num_steps) for batch in stream.micro_batches(step)]
 
     def held_out_loss(self, objective: TokenLoss, cell: Cell) -> float:
-        """Mean over the supervised tokens of the held-out rows."""
+        """Compute the mean loss over the supervised tokens of the held-out rows."""
         batches = self.held_out_batches(cell.rows_per_step)
         total, number = evaluate_loss(objective, batches, self.world.device).tolist()
         return float(total / number)
@@ -68,7 +68,7 @@ class Work:
 
 
 def run(way: str, cell: Cell, work: Work) -> Record:
-    """Train one way, and look at what was learnt."""
+    """Train in one way, and measure the result."""
     model = build(way, cell, work.path)
     objective = TokenLoss(model, computes_in(way))
     stream = work.stream(cell)
@@ -88,7 +88,7 @@ def run(way: str, cell: Cell, work: Work) -> Record:
 
 
 def measure_untrained(cell: Cell, work: Work) -> Record:
-    """The held-out loss of the base: its update is zero."""
+    """Measure the held-out loss of the base, whose update is zero."""
     found = {}
     for name, way in (("held_out_own", "peft"), ("held_out_float32", "float32")):
         objective = TokenLoss(build(way, cell, work.path), computes_in(way))
@@ -101,7 +101,7 @@ def computes_in(way: str) -> torch.dtype:
 
 
 def build(way: str, cell: Cell, path: Path) -> PeftModel:
-    """The base with a new adapter: the same one for all ways."""
+    """Load the base with a new adapter, the same for all ways."""
     quantization: Any = BASES[cell.base]
     options = quantization.load_options(torch.bfloat16)
     base = BaseModelConfig(path=str(path)).load(options, torch.device("cpu"))
@@ -120,7 +120,7 @@ def build(way: str, cell: Cell, path: Path) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
-            # Beside a base in bfloat16, PEFT draws on its grid.
+            # With a base in bfloat16, PEFT draws bfloat16 values.
             parameter.data = parameter.data.bfloat16().float()
     return model.train()
 
@@ -128,7 +128,7 @@ def build(way: str, cell: Cell, path: Path) -> PeftModel:
 def losses_of(
     objective: TokenLoss, stream: BatchStream, cell: Cell, world: World
 ) -> Iterator[float]:
-    """Train; the loss of each step."""
+    """Train, and return the loss of each step."""
     optimizer = AdamW(learning_rate=cell.learning_rate).build(
         objective.named_parameters(), world.device
     )
@@ -145,7 +145,7 @@ def losses_of(
 
 
 def copy_adapter(source: nn.Module, target: nn.Module) -> None:
-    """Give a model the adapter of another."""
+    """Copy the adapter of one model to another."""
     trained = {name: p.data for name, p in source.named_parameters() if p.requires_grad}
     places = {name: p for name, p in target.named_parameters() if p.requires_grad}
     assert trained.keys() == places.keys()
@@ -155,9 +155,9 @@ def copy_adapter(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def share_kept(objective: TokenLoss, batch: Batch) -> float:
-    """How much of the update is in what the layers give: 1 is all, 0 none; mean over the layers.
+    """Compute the share of the update that reaches the layers' output, averaged over layers.
 
-    In each layer: (y - x W^T) . u / (u . u), for its output y, and the update u in float32.
+    Per layer it is (y - x W^T) . u / (u . u), for the output y and the float32 update u.
     """
     shares: list[float] = []
 

@@ -1,7 +1,7 @@
-"""Who races: what each contestant is given, how it is started, and how its lines are read.
+"""Contestants: their settings, how they are started, and how their output is read.
 
-To add one: an entry of `CONTESTANTS`, and for another trainer a script in `peers/` and its imports
-in `IMPORTS`.
+To add one, add an entry to `CONTESTANTS`. For another trainer, also add a script in `peers/` and
+its imports to `IMPORTS`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ IMPORTS: dict[Kind, str] = {
     "plain": "import bitsandbytes; from peft import get_peft_model; "
     "from transformers import AutoModelForCausalLM",
 }
-"""What a loaded interpreter has loaded: memory is counted from there."""
+"""Imports of the interpreter whose memory is subtracted."""
 
 _LOADED = re.compile(r"\btrained: [\d,]+ of [\d,]+ weights")
-"""What `qlora train` logs once the base is loaded and the adapter is on it."""
+"""Logged by `qlora train` once the base is loaded and the adapter is attached."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The work, the same for all."""
+    """Sizes of the work, the same for all contestants."""
 
     rows_per_step: int = 16
     micro_batch: int = 4
@@ -57,14 +57,14 @@ class Contestant:
     kind: Kind
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Ours: keys of the recipe. Others: what their script in `peers/` reads from the job."""
+    """Ours: recipe keys. Others: settings that their script in `peers/` reads from the job."""
     by_length: bool = False
-    """The rows of a step are given longest first: less padding in a micro-batch of neighbours."""
+    """Order the rows of a step longest first, which reduces padding in a micro-batch."""
 
     def command(
         self, python: str, model: Path, rows: Rows, sizes: Sizes, folder: Path
     ) -> list[str]:
-        """The process to start. What it needs is written into `folder`."""
+        """Return the command to start, after writing its job into `folder`."""
         if self.kind == "ours":
             return self._our_command(python, model, rows, sizes, folder)
         job = folder / "job.json"
@@ -100,15 +100,15 @@ class Contestant:
         return [python, "-m", "qlora_cli", "train", str(HERE / "ours.yaml"), "--no-cache", *words]
 
     def lines(self, folder: Path) -> Path:
-        """The file in which it tells of its steps, a JSON object a line."""
+        """Return the file to which the contestant writes one JSON object per step."""
         return folder / ("run/metrics.jsonl" if self.kind == "ours" else "lines.jsonl")
 
     def loaded(self, lines: Sequence[str], log: Sequence[str]) -> dict[str, Any] | None:
-        """What is said of the loaded model, once one of the new lines says that it is ready.
+        """Return facts about the loaded model once it is ready, else None.
 
         Args:
-            lines: of its file.
-            log: of its log, in which ours tells of it.
+            lines: new lines of the step file.
+            log: new lines of the log, where `qlora train` reports it.
         """
         if self.kind == "ours":
             return {} if any(map(_LOADED.search, log)) else None
@@ -119,7 +119,7 @@ class Contestant:
         return None
 
     def step(self, line: str) -> dict[str, float] | None:
-        """Loss and tokens of the step that a line of its file tells of."""
+        """Parse the loss and token counts of a step from a line."""
         told = json.loads(line)
         if "loss" not in told:
             return None
@@ -173,15 +173,15 @@ CONTESTANTS = {
     ]
 }  # fmt: skip
 
-# Compiled, it compiles for minutes, and again for other lengths: named in --heats, it is tried too.
+# torch.compile takes minutes, again for each new length; name it in --heats to include it.
 TUNED_TRL = [name for name in CONTESTANTS if name.startswith("trl-") and name != "trl-compile"]
 
 
 def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]:
-    """The contestants of these names; and ours with other settings, each `NAME KEY=VALUE ...`.
+    """Return the named contestants, and ours with other settings (`NAME KEY=VALUE ...`).
 
     Raises:
-        SystemExit: a name is not known.
+        SystemExit: a name is unknown.
     """
     known = dict(CONTESTANTS)
     added = []
@@ -199,7 +199,7 @@ def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]
 
 
 def micro_batch_of(one: Contestant, micro_batch: int) -> Contestant:
-    """The contestant with another micro-batch, even where it has one of its own."""
+    """Return the contestant with another micro-batch, even if it sets its own."""
     if "micro_batch" not in one.options:
         return one
     return replace(one, options={**one.options, "micro_batch": micro_batch})

@@ -1,10 +1,11 @@
-"""The floor: what the step has to compute, at the rate at which this machine multiplies matrices.
+"""The floor: the least time of a step at the rate at which this machine multiplies matrices.
 
-Counted: the products of the frozen linear layers (forward, and the gradient of their input), of the
-adapter (forward, and the gradients of input and of both factors), of attention (causal, forward and
-backward without recomputation) and of the head at supervised positions; and the weights are
-dequantized once for each use. Element-wise work, the loss, the optimizer and all recomputation are
-not in it. The gradient of the first layer's input, which nobody needs, is: 1 part in 30 of a third.
+It counts the products of the frozen linear layers (forward, and the gradient of their input), of
+the adapter (forward, and the gradients of input and of both factors), of attention (causal, forward
+and backward without recomputation) and of the head at supervised positions, and one dequantization
+for each use of a weight. It excludes element-wise work, the loss, the optimizer and all
+recomputation. It includes the gradient of the first layer's input, which is not needed: a thirtieth
+of a third.
 
     python -m benchmarks.race.floor JOB
 
@@ -24,12 +25,12 @@ from typing import Any
 
 _LEAST_SECONDS = 0.3
 _COPIES = 6
-"""Weights that a product takes in turn: none is in a cache because it was just used."""
+"""Weights used in turn, so that none is still in a cache."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix of the model, inputs to outputs, that is there `count` times."""
+    """Shape of a matrix that occurs `count` times in the model."""
 
     name: str
     inputs: int
@@ -43,7 +44,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What of a model's config the floor depends on: a Llama, or one built like it."""
+    """Dimensions of a Llama-like model that the floor depends on."""
 
     hidden: int
     intermediate: int
@@ -69,7 +70,7 @@ class Geometry:
 
     @property
     def linears(self) -> list[Shape]:
-        """The quantized matrices, those of one shape together."""
+        """Quantized matrices, grouped by shape."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             Shape("q_proj", self.hidden, queries, self.layers),
@@ -87,7 +88,7 @@ class Geometry:
 def operations(
     geometry: Geometry, *, lengths: Sequence[int], supervised: int, r: int
 ) -> dict[str, float]:
-    """Floating-point operations of one step; a multiplication with its addition counts as two.
+    """Count the floating-point operations of one step; a multiply-add counts as two.
 
     Args:
         lengths: tokens of each row.
@@ -114,10 +115,10 @@ def seconds_of_step(
     *,
     micro_steps: float,
 ) -> dict[str, float]:
-    """The floor of one step, part by part.
+    """Compute the floor of one step by part.
 
-    The linears and the head at the rates of their own shapes; the adapter and attention, whose
-    products are too thin to reach it, at the rate of the linears; the dequantization as measured.
+    Linears and head use the rates of their own shapes. Adapter and attention use the rate of the
+    linears, which their thin products do not reach. Dequantization is as measured.
     """
     linears = counted["linears"] / rates["linears_per_second"]
     by_rate = {
@@ -131,7 +132,7 @@ def seconds_of_step(
 
 
 def best_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best rates of several measurements: a floor is what is possible."""
+    """Take the best rates of several measurements: the floor is what is possible."""
     best: dict[str, Any] = dict(measured[0])
     for key in ("linears_per_second", "head_per_second"):
         best[key] = max(one[key] for one in measured)
@@ -140,10 +141,10 @@ def best_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measure(geometry: Geometry, *, tokens: int, supervised: int, threads: int) -> dict[str, Any]:
-    """Rates of this machine for the very shapes of one micro-step, in bfloat16.
+    """Measure this machine's rates for the shapes of one micro-step, in bfloat16.
 
     Args:
-        tokens: of a micro-step; `supervised` of them have logits.
+        tokens: tokens of a micro-step; `supervised` of them have logits.
     """
     import torch
 
@@ -166,7 +167,7 @@ def measure(geometry: Geometry, *, tokens: int, supervised: int, threads: int) -
 
 
 def _product_seconds(shape: Shape, rows: int) -> float:
-    """Seconds of the forward product and that of the input's gradient."""
+    """Time the forward product and that of the input's gradient."""
     import torch
 
     copies = min(shape.count, _COPIES)
@@ -195,7 +196,7 @@ def _dequantize_seconds(shape: Shape) -> float:
 
 
 def _fastest(once: Callable[[], object]) -> float:
-    """Seconds of the fastest call; the first, which may set something up, is left out."""
+    """Time the fastest call; the first, which may include set-up, is left out."""
     once()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < _LEAST_SECONDS:

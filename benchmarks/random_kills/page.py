@@ -1,4 +1,4 @@
-"""The page of results."""
+"""Render the page of results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def as_markdown(reports: dict[str, dict[str, Any]]) -> str:
-    """The page: for each form what came of it, where kills fell, and each of them."""
+    """Render the result of each form, where kills fell, and each kill."""
     lines = [
         "<!-- Written by benchmarks/random_kills/; run that instead of editing. -->",
         "# Runs that are killed at random moments",
