@@ -79,6 +79,9 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    is_linked: bool = False
+    """Stays with the example before it in every batch: the second of a pair, the rest of a group.
+    The first example of a link, and one on its own, is not linked."""
 
     @property
     def num_supervised(self) -> int:
@@ -109,7 +112,10 @@ class Batch:
     documents: tuple[int, ...] = ()
     """Packed: the lengths of the examples in the one row, which is as long as all of them."""
     examples: tuple[tuple[int, ...], ...] = ()
-    """Which examples each row holds, by their index in the data, where somebody may ask."""
+    """The examples in each row, by their index in the data; () where nobody asks."""
+    links: tuple[int, ...] = ()
+    """Number of consecutive examples (rows, or documents if packed) in each link: (2, 2) for two
+    pairs. () if every example stands on its own."""
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +138,7 @@ class Batch:
             self.labels,
             self.documents,
             self.examples,
+            self.links,
         )
 
     def inputs(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Packing: whole examples end to end in rows of at most `max_length` tokens."""
+"""Packing: several short examples in one row of at most `max_length` tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qlora_cli.data.prepared.mmap_dataset import MmapDataset
 from qlora_cli.types import Example
 
 WINDOW = 4096
-"""Examples that are packed together. Fewer leave more room; with all of them, an example would meet
-the same companions in every pass, as a long one has few that fit beside it."""
+"""Items packed together. Smaller windows leave more room unused. With one window for all items,
+an item would meet the same companions in every epoch, because few items fit next to a long one."""
 
 
 def lengths(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example."""
+    """Return the number of tokens in each example."""
     if isinstance(examples, MmapDataset):
         sizes: list[int] = examples.lengths.tolist()
         return sizes
@@ -22,7 +22,7 @@ def lengths(examples: Sequence[Example]) -> list[int]:
 
 
 def supervised(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example that are learnt."""
+    """Return the number of supervised tokens in each example."""
     if isinstance(examples, MmapDataset):
         counts: list[int] = examples.num_supervised.tolist()
         return counts
@@ -32,16 +32,16 @@ def supervised(examples: Sequence[Example]) -> list[int]:
 def pack_in_windows(
     order: Sequence[int], sizes: Sequence[int], max_length: int
 ) -> list[tuple[int, ...]]:
-    """Rows of whole examples; each example of the order is in one of them, once for each mention.
+    """Pack whole items into rows. Each mention of an item in `order` is in exactly one row.
 
     Args:
-        order: indices of examples.
-        sizes: tokens of each example, by index; none is more than `max_length`.
+        order: indices of the items, which are examples or links of several.
+        sizes: tokens of each item, by index; at most `max_length`.
     """
     num_windows = -(-len(order) // WINDOW)
     rows: list[tuple[int, ...]] = []
     for window in range(num_windows):
-        # Windows of equal size: a last one of few examples would be packed badly.
+        # Windows of equal size: a small last one would be packed badly.
         first, last = (len(order) * at // num_windows for at in (window, window + 1))
         part = order[first:last]
         packed = best_fit_decreasing([sizes[i] for i in part], max_length)
@@ -50,13 +50,13 @@ def pack_in_windows(
 
 
 def best_fit_decreasing(sizes: Sequence[int], max_length: int) -> list[list[int]]:
-    """Indices of `sizes`, in rows whose sizes add up to at most `max_length`.
+    """Put the indices of `sizes` into rows whose sizes add up to at most `max_length`.
 
-    The longest first, each into the row that it leaves the least room in: never more than 11/9 of
-    the fewest rows possible and one (Johnson 1973), and hardly more than those where many are
-    short. Rows with the same room are found together, so this costs O(n log n).
+    The longest goes first, each into the row where it leaves the least room. This never takes more
+    than 11/9 of the fewest possible rows plus one (Johnson 1973), and hardly more than the fewest
+    if many items are short. Rows with equal room are found together, so the cost is O(n log n).
     """
-    assert max(sizes, default=0) <= max_length, "an example is longer than a row"
+    assert max(sizes, default=0) <= max_length, "an item is longer than a row"
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # room -> rows
     rooms: list[int] = []  # its keys, sorted

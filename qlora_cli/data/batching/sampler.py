@@ -1,45 +1,43 @@
-"""From examples to padded or packed batches: their order is a pure function of seed and step."""
+"""From examples to batches: which examples each rank computes together in each step."""
 
 from __future__ import annotations
 
 import math
-import random
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from qlora_cli.data.batching.collate import chunks, concatenate_batch, longest_first, pad_batch
-from qlora_cli.data.batching.packing import lengths, pack_in_windows, supervised
+from qlora_cli.data.batching.links import Links
+from qlora_cli.data.batching.order import Row, RowOrder
+from qlora_cli.data.batching.packing import lengths, supervised
+from qlora_cli.data.prepared.mmap_dataset import MmapDataset
+from qlora_cli.errors import DataError
 from qlora_cli.types import Batch, Example
-
-if TYPE_CHECKING:
-    pass
 
 
 class BatchStream:
     """The micro-batches of one rank, for any step.
 
-    The rows form one endless sequence: those of each pass in an order of its own, one pass after
-    the other. Step `s` takes the rows from `s * batch_size` on, so that nothing but the step number
-    is needed to go on after an interruption, on as many ranks as there are then.
+    The rows form one endless sequence (`RowOrder`). Step `s` takes the rows from `s * batch_size`
+    on, so the step number alone is enough to resume, on any number of ranks.
 
-    A row is an example; or, packed, as many whole examples as fit into `max_length`. The examples
-    of each pass are packed anew, window by window of their order, so companions change from pass to
-    pass and every pass still sees each example as often as it would without packing. As passes then
-    differ by a few rows, where the rows of a step begin follows from packing the passes before it:
-    some seconds for a million examples.
+    A row is an example; or, packed, as many whole examples as fit into `max_length`. Linked
+    examples (`Example.is_linked`) are never parted: a link is shuffled, shared over ranks, mixed
+    and packed as if it were one example. So without packing, `batch_size` and `micro_batch_size`
+    count links: with pairs, a micro-batch of 4 holds 8 examples.
 
     Args:
         parts: (examples, weight) of each source, consecutive in `examples`; None is one source of
-            weight 1. A pass sees about `weight * n` rows of a source of n.
+            weight 1. An epoch sees about `weight * n` examples of a source of `n`.
         batch_size: rows per step, over all ranks.
-        micro_batch_size: most rows per forward, on one rank.
-        epochs: how many passes are made; the last step may be shorter than the others.
-            None never ends.
-        max_length: pack the examples into rows of so many tokens; None does not pack.
-        padding: put each example into a row of its own, filled up to the longest. Otherwise those
-            of a micro-batch lie end to end, as packed ones do.
+        micro_batch_size: maximum rows per forward, on one rank.
+        epochs: number of epochs; the last step may be shorter than the others. None never ends.
+        max_length: tokens in a packed row; None does not pack.
+        padding: put each example into a row of its own, padded to the longest. Otherwise the
+            examples of a micro-batch are concatenated, as packed ones are.
+
+    Raises:
+        DataError: a link is longer than a packed row.
     """
 
     def __init__(
@@ -61,84 +59,77 @@ class BatchStream:
         self._lengths = lengths(examples)
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
-        self._seed = seed
-        self._parts = [(len(examples), 1.0)] if parts is None else parts
-        assert sum(number for number, _ in self._parts) == len(examples)
         self._max_length = max_length
         self._is_flat = max_length is not None or not padding
         self._pad_token_id = pad_token_id
         self._rank = rank
         self._world_size = world_size
-        self._kept: dict[int, list[tuple[int, ...]]] = {}
-        self._turns: dict[tuple[int, int], list[int]] = {}
-        self._starts = [0]
-        self._num_rows = None if epochs is None else max(1, round(self._rows_before(epochs)))
+        links = Links(examples)
+        if max_length is not None:
+            _refuse_long_links(examples, links, self._lengths, max_length)
+        sources = [(len(examples), 1.0)] if parts is None else parts
+        assert sum(number for number, _ in sources) == len(examples)
+        self._order = RowOrder(self._lengths, links, sources, seed=seed, max_length=max_length)
+        self._num_rows = None if epochs is None else max(1, round(self._order.rows_in(epochs)))
 
     @property
     def num_steps(self) -> int:
-        """Steps until all passes are made."""
+        """Steps until the last epoch is over."""
         assert self._num_rows is not None, "a stream without epochs never ends"
         return math.ceil(self._num_rows / self._batch_size)
 
-    def rows(self, step: int) -> list[tuple[int, ...]]:
-        """The rows that all ranks together learn from in a step: the examples of each, in order.
+    def rows(self, step: int) -> list[Row]:
+        """Return the rows of a step over all ranks: the examples in each row, in order.
 
-        After `num_steps` it goes on: rows that a run passed over are made up for from there.
+        After `num_steps` the sequence continues: steps that a run skipped are made up for there.
         """
         first = step * self._batch_size
         last = first + self._batch_size
         if self._num_rows is not None and first < self._num_rows:
             last = min(last, self._num_rows)
-        return [self._row(position) for position in range(first, last)]
+        return [self._order.row(position) for position in range(first, last)]
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's share of a step: as many micro-batches as every other rank has.
+        """Return this rank's share of a step; every rank has the same number of micro-batches.
 
         The loss of a step is divided by the supervised tokens of all its rows, so it does not
-        matter how they are cut: rows of about one length go together, for little padding.
+        matter how they are grouped: rows of similar length go together, which saves padding.
         """
-        rows = self.rows(step)
-        order = self._by_length(rows)
-        groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
-        return [self._batch([rows[at] for at in group]) for group in groups]
+        return [self._batch(group) for group in self._groups(step)]
 
     def largest(self, num_steps: int) -> list[list[Batch]]:
-        """Steps put together from the micro-batches that need the most memory: of all that come
-        first in a step the largest, and of those that follow. From the second on, the gradients of
-        the step are in memory too.
+        """Return steps made of the micro-batches that need the most memory.
 
-        Largest by tokens, padding included, as activations go by them; and by tokens that are
-        learnt, as logits do. Often it is the same, and then it is one step.
+        Each has the largest micro-batch that comes first in a step, and the largest that follows
+        another one: from the second on, the gradients of the step are in memory too.
+
+        Largest by tokens, padding included, which determine the activations; and by supervised
+        tokens, which determine the logits. If both are the same, one step is returned.
         """
-        learnt = supervised(self._examples)
-        found: dict[tuple[str, bool], tuple[int, list[tuple[int, ...]]]] = {}
+        num_supervised = supervised(self._examples)
+        found: dict[tuple[str, bool], tuple[int, list[Row]]] = {}
         for step in range(num_steps):
-            rows = self.rows(step)
-            order = self._by_length(rows)
-            groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
-            for place, group in enumerate(groups):
-                chosen = [rows[at] for at in group]
-                sizes = [self._length(row) for row in chosen] or [0]
+            for place, group in enumerate(self._groups(step)):
                 measures = {
-                    "tokens": sum(sizes) if self._is_flat else len(sizes) * max(sizes),
-                    "learnt": sum(learnt[i] for row in chosen for i in row),
+                    "tokens": self._num_places(group),
+                    "supervised": sum(num_supervised[i] for row in group for i in row),
                 }
                 for name, size in measures.items():
                     key = name, place > 0
                     if key not in found or size > found[key][0]:
-                        found[key] = size, chosen
-        steps = [[found[k][1] for k in found if k[0] == name] for name in ("tokens", "learnt")]
+                        found[key] = size, group
+        steps = [[found[k][1] for k in found if k[0] == name] for name in ("tokens", "supervised")]
         distinct = steps[:1] if steps[0] == steps[1] else steps
         return [[self._batch(rows) for rows in step] for step in distinct]
 
     def tokens(self, num_steps: int) -> int:
-        """About how many tokens so many steps learn from, over all ranks, padding not counted."""
-        rows = self._pass(0)
+        """Estimate the tokens in the first steps, over all ranks, padding not counted."""
+        rows = self._order.epoch(0)
         return round(sum(map(self._length, rows)) / len(rows) * num_steps * self._batch_size)
 
     def summary(self) -> str:
-        """One line for the log about the first pass: how full its rows are, or their padding."""
-        rows = self._pass(0)
+        """Describe the first epoch in one line for the log: how full its rows are."""
+        rows = self._order.epoch(0)
         num_tokens = sum(self._length(row) for row in rows)
         if self._max_length is not None:
             number = sum(map(len, rows))
@@ -152,85 +143,33 @@ class BatchStream:
         for first in range(0, len(rows), self._batch_size):
             some = rows[first : first + self._batch_size]
             for group in chunks(self._by_length(some), self._micro_batch_size):
-                num_places += len(group) * max(self._length(some[at]) for at in group)
+                num_places += self._num_places([some[at] for at in group])
         return f"padding {1 - num_tokens / num_places:.1%}"
 
-    def _batch(self, rows: list[tuple[int, ...]]) -> Batch:
-        collate = concatenate_batch if self._is_flat else pad_batch
-        batch = collate([self._examples[i] for row in rows for i in row], self._pad_token_id)
-        return replace(batch, examples=tuple(rows))
+    def _groups(self, step: int) -> list[list[Row]]:
+        """The rows in each of this rank's micro-batches."""
+        rows = self.rows(step)
+        order = self._by_length(rows)
+        groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
+        return [[rows[at] for at in group] for group in groups]
 
-    def _length(self, row: tuple[int, ...]) -> int:
+    def _batch(self, rows: list[Row]) -> Batch:
+        collate = concatenate_batch if self._is_flat else pad_batch
+        numbers = [i for row in rows for i in row]
+        batch = collate([self._examples[i] for i in numbers], self._pad_token_id)
+        is_packed = self._max_length is not None
+        return replace(batch, examples=tuple(rows) if is_packed else tuple((i,) for i in numbers))
+
+    def _length(self, row: Row) -> int:
         return sum(self._lengths[i] for i in row)
 
-    def _by_length(self, rows: list[tuple[int, ...]]) -> list[int]:
+    def _num_places(self, rows: list[Row]) -> int:
+        """Tokens of the rows as one batch, padding included."""
+        sizes = [self._lengths[i] for row in rows for i in row] or [0]
+        return sum(sizes) if self._is_flat else len(sizes) * max(sizes)
+
+    def _by_length(self, rows: list[Row]) -> list[int]:
         return longest_first([self._length(row) for row in rows])
-
-    def _row(self, position: int) -> tuple[int, ...]:
-        if self._max_length is None:
-            index, place = divmod(position, self._pass_size)
-        else:
-            while self._starts[-1] <= position:
-                self._starts.append(self._starts[-1] + len(self._pass(len(self._starts) - 1)))
-            index = bisect_right(self._starts, position) - 1
-            place = position - self._starts[index]
-        return self._pass(index)[place]
-
-    def _rows_before(self, epochs: float) -> float:
-        whole = math.floor(epochs)
-        if self._max_length is None:
-            return epochs * self._pass_size
-        sizes = [len(self._pass(index)) for index in range(math.ceil(epochs))]
-        return sum(sizes[:whole]) + (epochs - whole) * sum(sizes[whole:])
-
-    @property
-    def _pass_size(self) -> int:
-        """Examples of a pass."""
-        return sum(_share_of_pass(number, weight) for number, weight in self._parts)
-
-    def _pass(self, index: int) -> list[tuple[int, ...]]:
-        """The rows of a pass, in order."""
-        # One pass is kept: rows are asked for in sequence, so a pass that is left is over.
-        if index not in self._kept:
-            chosen = self._choose(index)
-            order = [chosen[i] for i in _permutation(len(chosen), f"{self._seed} {index}")]
-            rows: list[tuple[int, ...]] = [(i,) for i in order]
-            if self._max_length is not None:
-                packed = pack_in_windows(order, self._lengths, self._max_length)
-                shuffled = _permutation(len(packed), f"{self._seed} rows {index}")
-                rows = [packed[i] for i in shuffled]
-            self._kept = {index: rows}
-        return self._kept[index]
-
-    def _choose(self, index: int) -> list[int]:
-        """The examples of a pass: of each source the next part of its own endless permutation."""
-        chosen: list[int] = []
-        first = 0
-        for source, (number, weight) in enumerate(self._parts):
-            if number == 0:  # nothing of it was left to learn
-                continue
-            rounds, rest = divmod(_share_of_pass(number, weight), number)
-            # In the order of the source, as all of them would be: a weight of 1 changes nothing.
-            picked = list(range(number)) * rounds
-            for position in range(index * rest, (index + 1) * rest):
-                turn, place = divmod(position, number)
-                picked.append(self._turn(source, turn)[place])
-            chosen += [first + i for i in sorted(picked)]
-            first += number
-        return chosen
-
-    def _turn(self, source: int, turn: int) -> list[int]:
-        key = source, turn
-        if key not in self._turns:
-            self._turns = {k: v for k, v in self._turns.items() if k[0] != source}
-            name = f"{self._seed} source {source} {turn}"
-            self._turns[key] = _permutation(self._parts[source][0], name)
-        return self._turns[key]
-
-
-def _share_of_pass(number: int, weight: float) -> int:
-    """Rows of a source in a pass: a source that is named is not left out."""
-    return max(min(1, number), round(weight * number))
 
 
 def eval_batches(
@@ -241,26 +180,36 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """This rank's share of all examples, the longest first (so memory runs out at once or never).
+    """Yield this rank's share of all examples, the longest first: an out-of-memory error comes at
+    once or never.
 
     Args:
-        batch_size: most rows per batch, on one rank.
+        batch_size: maximum examples per batch on one rank; links, if examples are linked.
     """
-    order = longest_first(lengths(examples))
+    links = Links(examples)
+    order = longest_first(links.totals(lengths(examples)))
     for group in _share(order, batch_size, rank, world_size):
-        yield pad_batch([examples[i] for i in group], pad_token_id)
-
-
-def _permutation(length: int, name: str) -> list[int]:
-    # Python promises that random() repeats itself for a seed in later versions, and a string is
-    # hashed by SHA-512; of shuffle() it promises nothing.
-    generator = random.Random(name)
-    keys = [generator.random() for _ in range(length)]
-    return sorted(range(length), key=keys.__getitem__)
+        yield pad_batch([examples[i] for link in group for i in links[link]], pad_token_id)
 
 
 def _share(order: list[int], size: int, rank: int, world_size: int) -> list[list[int]]:
-    """The groups of up to `size` that fall to a rank; as many for each rank, so some are empty."""
+    """Return a rank's groups of up to `size`. All ranks have the same number; some are empty."""
     groups = chunks(order, size)
     groups += [[]] * (-len(groups) % world_size)
     return groups[rank::world_size]
+
+
+def _refuse_long_links(
+    examples: Sequence[Example], links: Links, sizes: Sequence[int], max_length: int
+) -> None:
+    for link, size in enumerate(links.totals(sizes)):
+        if size > max_length and len(links[link]) > 1:
+            first, *_, last = links[link]
+            place = f"examples {first} to {last}"
+            if isinstance(examples, MmapDataset):
+                place = examples.place(first)
+            raise DataError(
+                f"{place}: {last - first + 1} linked rows have {size:,} tokens together, but a "
+                f"packed row holds data.max_length {max_length:,}",
+                hint=f"raise data.max_length to {size} or more, or set data.packing: false",
+            )

@@ -1,14 +1,15 @@
-"""A prepared set on disk: a folder of flat arrays that are read where they lie.
+"""A prepared dataset on disk: a folder of flat arrays, memory-mapped for reading.
 
-input_ids.bin      int32, the tokens of all examples one after the other
-learnt.bin         one byte a token: whether it is learnt
-ends.bin           int64 for each example: tokens up to its end
-sources.bin        int32 for each example: which of the sources it is from
-places.txt         utf-8, the place of each example's row, one a line
-place_ends.bin     int64 for each example: bytes of places.txt up to its end
-facts.json         what is known about the whole
+input_ids.bin      int32 per token: the tokens of all examples one after the other
+supervised.bin     uint8 per token: 1 if it is supervised
+ends.bin           int64 per example: number of tokens up to its end
+sources.bin        int32 per example: index of its source
+linked.bin         uint8 per example: 1 if it stays with the example before it
+places.txt         utf-8: the place of each example's row, one per line
+place_ends.bin     int64 per example: number of bytes of places.txt up to its end
+facts.json         what is known about the whole dataset
 
-So a set that is larger than memory is trained on like a small one.
+So a dataset larger than memory can be trained on like a small one.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 
 _COLUMNS = {
     "input_ids.bin": "int32",
-    "learnt.bin": "uint8",
+    "supervised.bin": "uint8",
     "ends.bin": "int64",
     "sources.bin": "int32",
+    "linked.bin": "uint8",
     "places.txt": "uint8",
     "place_ends.bin": "int64",
 }
@@ -42,7 +44,7 @@ _FACTS = "facts.json"
 
 
 class DatasetWriter:
-    """Writes examples to a folder, one after the other. `close` makes it a prepared set."""
+    """Write examples to a folder, one after the other. `close` completes the dataset."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -59,30 +61,32 @@ class DatasetWriter:
         """Append an example.
 
         Args:
-            source: index of the source that it is from.
-            place: where its row stands, as messages to the user say it.
+            source: index of its source.
+            place: where its row was read, as messages to the user show it.
         """
         line = f"{place}\n".encode("utf-8", "surrogateescape")
         self._num_tokens += len(example.input_ids)
         self._num_place_bytes += len(line)
-        learnt = bytes(map(IGNORE_INDEX.__ne__, example.labels))
+        supervised = bytes(map(IGNORE_INDEX.__ne__, example.labels))
         input_ids = array("i", example.input_ids)
-        self._digest.update(array("q", [source, len(input_ids)]).tobytes() + input_ids.tobytes())
-        self._digest.update(learnt)
+        # The complement of a source is negative, so a linked example never hashes like another one.
+        head = array("q", [~source if example.is_linked else source, len(input_ids)])
+        self._digest.update(head.tobytes() + input_ids.tobytes() + supervised)
         self._write("input_ids.bin", input_ids)
-        self._write("learnt.bin", learnt)
+        self._write("supervised.bin", supervised)
         self._write("ends.bin", array("q", [self._num_tokens]))
         self._write("sources.bin", array("i", [source]))
+        self._write("linked.bin", bytes([example.is_linked]))
         self._write("places.txt", line)
         self._write("place_ends.bin", array("q", [self._num_place_bytes]))
 
     @property
     def digest(self) -> str:
-        """sha256 of the examples so far: tokens, what of them is learnt, and sources, in order."""
+        """sha256 of the examples so far, in order: tokens, loss mask, sources and links."""
         return self._digest.hexdigest()
 
     def close(self, facts: dict[str, Any]) -> None:
-        """Finish the set, with what is known about the whole of it."""
+        """Complete the dataset, with facts about the whole of it."""
         self._stack.close()
         sizes = {name: (self._folder / name).stat().st_size for name in _COLUMNS}
         text = json.dumps({"facts": facts, "bytes": sizes}, indent=2)
@@ -104,7 +108,7 @@ class DatasetWriter:
 
 
 class MmapDataset(Sequence[Example]):
-    """The examples of a folder, read when they are asked for."""
+    """The examples in a folder, read on access."""
 
     def __init__(self, folder: Path) -> None:
         import numpy as np
@@ -114,13 +118,15 @@ class MmapDataset(Sequence[Example]):
             name: np.memmap(folder / name, dtype=dtype, mode="r")
             for name, dtype in _COLUMNS.items()
         }
-        self._input_ids, self._learnt = columns["input_ids.bin"], columns["learnt.bin"]
+        self._input_ids, self._supervised = columns["input_ids.bin"], columns["supervised.bin"]
         self._ends, self._sources = columns["ends.bin"], columns["sources.bin"]
         self._places, self._place_ends = columns["places.txt"], columns["place_ends.bin"]
+        self.is_linked: NDArray[np.uint8] = columns["linked.bin"]
+        """1 for each example that stays with the example before it."""
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, without reading any of them."""
+        """Number of tokens in each example, without reading any of them."""
         import numpy as np
 
         lengths: NDArray[np.int64] = np.diff(self._ends, prepend=0)
@@ -128,27 +134,27 @@ class MmapDataset(Sequence[Example]):
 
     @cached_property
     def num_supervised(self) -> NDArray[np.int64]:
-        """Tokens of each example that are learnt. The first has no predecessor."""
+        """Supervised tokens in each example, except the first, which has no predecessor."""
         import numpy as np
 
         starts = self._ends - self.lengths
-        whole: NDArray[np.int64] = np.add.reduceat(self._learnt, starts, dtype=np.int64)
-        counts: NDArray[np.int64] = whole - self._learnt[starts]
+        whole: NDArray[np.int64] = np.add.reduceat(self._supervised, starts, dtype=np.int64)
+        counts: NDArray[np.int64] = whole - self._supervised[starts]
         return counts
 
     def num_by_source(self, num_sources: int) -> list[int]:
-        """Examples of each of the sources, which follow one another."""
+        """Count the examples of each source. Sources follow one another."""
         import numpy as np
 
         counts: list[int] = np.bincount(self._sources, minlength=num_sources).tolist()
         return counts
 
     def source(self, index: int) -> int:
-        """Which of the sources an example is from."""
+        """Return the index of an example's source."""
         return int(self._sources[index])
 
     def place(self, index: int) -> str:
-        """Where the row of an example stands: `train.jsonl:17`."""
+        """Return where the row of an example was read: `train.jsonl:17`."""
         start, end = self._span(self._place_ends, index)
         return self._places[start : end - 1].tobytes().decode("utf-8", "surrogateescape")
 
@@ -164,9 +170,10 @@ class MmapDataset(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = self._span(self._ends, range(len(self))[index])
         ids = self._input_ids[start:end].tolist()
-        learnt = self._learnt[start:end].tolist()
-        pairs = zip(ids, learnt, strict=True)
-        return Example(ids, [token if is_learnt else IGNORE_INDEX for token, is_learnt in pairs])
+        supervised = self._supervised[start:end].tolist()
+        pairs = zip(ids, supervised, strict=True)
+        labels = [token if is_supervised else IGNORE_INDEX for token, is_supervised in pairs]
+        return Example(ids, labels, bool(self.is_linked[index]))
 
     @staticmethod
     def _span(ends: NDArray[np.int64], index: int) -> tuple[int, int]:
@@ -174,7 +181,7 @@ class MmapDataset(Sequence[Example]):
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What was given to `SetWriter.close`; None if there is no whole prepared set."""
+    """Return the facts given to `DatasetWriter.close`; None if the dataset is not complete."""
     try:
         known = read_object(folder / _FACTS)
         sizes = {name: (folder / name).stat().st_size for name in _COLUMNS}
