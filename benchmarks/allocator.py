@@ -1,7 +1,8 @@
-"""Trace the bytes that torch's allocator hands out on the CPU.
+"""Bytes that torch's allocator gave out on the CPU, moment by moment.
 
-This includes allocations that no operation shows: those of compiled code and those inside kernels.
-Tracing takes memory itself, so resident memory is meaningless meanwhile.
+It sees what no operation shows: compiled code, which makes its tensors without an operation, and
+what kernels allocate inside. Watching takes memory itself, so that the resident set says nothing
+meanwhile.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from qlora_cli.plan.trace.memory_counter import Count
 
 
 class Marked(Count):
-    """A counter that marks its stages in a profiler's trace and need not be entered."""
+    """A count that need not be entered: its stages are to be seen in what a profiler notes."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Attribute everything inside to a stage."""
+        """What happens in here belongs to this stage."""
         with torch.profiler.record_function(_mark(name)), super().stage(name):
             yield
 
 
 class Allocator:
-    """Record allocations while entered.
+    """Notes while it is entered.
 
     Args:
-        held: bytes allocated before, which are counted too.
+        held: bytes that were given out before, and are counted too.
     """
 
     def __init__(self, held: int = 0) -> None:
@@ -57,7 +58,7 @@ class Allocator:
         self._totals = list(zip((when for when, _ in changes), totals, strict=True))
 
     def peak(self, stage: str | None = None) -> int:
-        """Return the peak of allocated bytes in the stages of this name (of a `Marked` counter)."""
+        """The most that was given out at once, in the stages of this name (of a `Marked` count)."""
         spans = [(e.start_ns(), e.end_ns()) for e in self._events if e.name() == _mark(stage or "")]
         return max(
             total

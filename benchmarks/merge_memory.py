@@ -1,10 +1,10 @@
-"""Merge a model many times larger than the memory it may use.
+"""Merge a model that is many times larger than the memory that it may take.
 
     python -m benchmarks.merge_memory /somewhere/with/10/GB
 
 Writes a random sharded model of 4.2 GB and an adapter on all of its linear layers, then runs
 `qlora merge --no-logits` on them in a process whose data segment (private writable memory, touched
-or not: RLIMIT_DATA) is limited to 1 GiB. Prints the peak memory of that process.
+or not: RLIMIT_DATA) the kernel holds below 1 GiB; prints that process's peak figures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ finally:
 def make_base(
     folder: Path, *, hidden: int, layers: int, shard: int, vocabulary: int = 32000
 ) -> int:
-    """Write a random bfloat16 Llama in shards of about `shard` bytes. Returns its size."""
+    """A random bfloat16 Llama, layer by layer into shards of about so many bytes. Returns bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -78,7 +78,7 @@ def make_base(
 
 
 def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
-    """Write a run folder with a random adapter, as training does."""
+    """A run folder with a random adapter, as training leaves it."""
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -123,10 +123,10 @@ def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
 
 
 def merge(run: Path, output: Path, *options: str, limit: int = LIMIT) -> str:
-    """Merge in a process of its own. Returns its standard error.
+    """Merge in a process of its own. Returns what it wrote to standard error.
 
     Raises:
-        CalledProcessError: the merge failed, or needed more than `limit` bytes (0: no limit).
+        CalledProcessError: it failed, or needed more than `limit` bytes of data (0: no limit).
     """
     command = [sys.executable, "-c", CHILD, str(limit), "merge", str(run), "--output", str(output)]
     done = subprocess.run(
@@ -138,7 +138,7 @@ def merge(run: Path, output: Path, *options: str, limit: int = LIMIT) -> str:
 
 
 def main() -> None:
-    """Write, merge, measure and delete the models."""
+    """Make, merge, measure, delete."""
     place = Path(sys.argv[1]) / "merge-memory"
     try:
         size = make_base(place / "base", hidden=2048, layers=36, shard=2**29)

@@ -1,9 +1,9 @@
-"""Compare our merge of each LoRA variant with PEFT's merge in memory.
+"""Each variant of LoRA: merged tensor by tensor, beside PEFT's merge in memory.
 
     python benchmarks/merge_parity.py > benchmarks/merge_parity.md
 
-The models are tiny and in bfloat16; all trained tensors are random, none is zero. For a quantized
-base, the reference is PEFT's merge over an unquantized model with the dequantized weights.
+Tiny random bfloat16 models; every trained tensor is drawn, none is zero. The reference for a
+quantized base is PEFT's merge over the unquantized model that holds the dequantized weights.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kind": "qwen2_moe", "target_modules": ["q_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     },
-    # PEFT converts this to target_parameters, the router's included.
+    # PEFT turns it into target_parameters, with the router's among them.
     "all-linear (Mixtral)": {"kind": "mixtral", "target_modules": "all-linear"},
 }  # fmt: skip
 BASES: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "int8": Int8()}
@@ -77,7 +77,7 @@ BASES: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "in
 
 @dataclass(frozen=True)
 class Outcome:
-    """Comparison of one merge."""
+    """How one merge compares."""
 
     note: str = ""
     tensors: int = 0
@@ -90,7 +90,7 @@ class Outcome:
 
 
 def make_model(kind: str, *, tied: bool) -> Any:
-    """Make a random two-layer model."""
+    """A random model of two layers."""
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
@@ -132,7 +132,7 @@ def make_model(kind: str, *, tied: bool) -> Any:
 
 
 def save_adapter(base: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """Save an adapter with PEFT, with random values in every trained tensor."""
+    """An adapter that PEFT wrote, with something drawn in every trained tensor."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -148,12 +148,12 @@ def save_adapter(base: Path, folder: Path, settings: dict[str, Any]) -> None:
 
 
 def reference(base: Path, adapter: Path, rounded: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Load base plus adapter with PEFT, with the weights in `rounded` where given."""
+    """Base plus adapter by PEFT, over the weights in `rounded` where there are such."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    # Weights are stored in and dequantized to bfloat16, except in 8-bit.
+    # The weights are stored in bfloat16, and dequantized to it, but for 8 bit.
     for name, value in rounded.items():
         parameter = model.get_parameter(name)
         parameter.data = value.float() if value.dtype == torch.float32 else value.to(dtype)
@@ -172,7 +172,7 @@ def reference(base: Path, adapter: Path, rounded: dict[str, Tensor], dtype: torc
 def examine(
     settings: dict[str, Any], folder: Path, *, tied: bool, config: QuantizationConfig
 ) -> Outcome:
-    """Merge one variant both ways and compare."""
+    """Merge one variant in both ways."""
     from transformers import AutoModelForCausalLM
 
     settings = {"r": 8, "lora_alpha": 12, "target_modules": LINEAR, **settings}

@@ -1,9 +1,9 @@
-"""Run zero-shot MMLU with `qlora eval` and lm-evaluation-harness, on the same file and prompt.
+"""MMLU without examples, by `qlora eval` and lm-evaluation-harness: the same file and prompt.
 
     python benchmarks/mmlu_parity.py MODEL zero_shot_val.jsonl --limit 400
 
-Rows have `input` (ends in "Answer:") and `output` (a letter). The harness loads the model itself.
-Needs `pip install "qlora[harness]"`; prints a line of JSON.
+Rows have `input` (ends in "Answer:") and `output` (a letter). The harness loads the model by
+itself. Needs `pip install "qlora[harness]"`; prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LETTERS = ["A", "B", "C", "D"]
 
 
 def write_recipe(folder: Path, model: str, rows: Path) -> Path:
-    """Write the recipe for `qlora eval`."""
+    """What `qlora eval` is asked."""
     task = {
         "type": "multiple_choice", "name": "mmlu", "question": "{{ input }}", "options": LETTERS,
         "answer": "{{ output }}", "as_chat": False, "data": {"path": str(rows)},
@@ -42,7 +42,7 @@ def write_recipe(folder: Path, model: str, rows: Path) -> Path:
 
 
 def write_task(folder: Path, rows: Path) -> None:
-    """Write the same task for lm-evaluation-harness."""
+    """The same for lm-evaluation-harness."""
     task = {
         "task": "mmlu_file",
         "dataset_path": "json",
@@ -58,7 +58,7 @@ def write_task(folder: Path, rows: Path) -> None:
 
 
 def by_harness(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str, Any], list[int]]:
-    """Return the harness's figures, and 1 for each correct answer, else 0."""
+    """Its figures, and whether each question was answered rightly."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -77,7 +77,7 @@ def by_harness(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str,
 
 
 def by_qlora(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str, Any], list[int]]:
-    """Return the same from `qlora eval`."""
+    """The same of `qlora eval`."""
     records = folder / "records.jsonl"
     overrides = [] if limit is None else [f"evaluation.limit={limit}"]
     report = evaluate(recipe, overrides, tasks=["mmlu"], records=records)
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="as model.path in a recipe")
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--limit", type=int, help="use only the first rows")
+    parser.add_argument("--limit", type=int, help="the first rows alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, rows = Path(name), arguments.rows.resolve()

@@ -156,7 +156,7 @@ def given_out(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, int]:
     import torch
 
     from benchmarks.allocator import Allocator, Marked
-    from qlora_cli.kernels.device_capabilities import DeviceCapabilities
+    from qlora_cli.loop.fast_path import ComputeOptions
     from qlora_cli.plan.dry_run import dry_run
     from qlora_cli.plan.trace.meta_model import hold_model
 
@@ -165,9 +165,8 @@ def given_out(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, int]:
     hold_model(base, count)
     with Allocator(count.total) as allocator:
         dry_run(
-            base, recipe, dtype, count,
-            steps=rows.steps, held_out=rows.held_out, means=DeviceCapabilities(),
-            kernels=recipe.training.kernels,
+            base, recipe, count, ComputeOptions(dtype, recipe.training.kernels),
+            steps=rows.steps, held_out=rows.held_out,
         )  # fmt: skip
     return {stage: allocator.peak(stage) for stage in STAGES}
 
@@ -206,7 +205,7 @@ def take(
     """
     import torch
 
-    from qlora_cli.kernels.device_capabilities import DeviceCapabilities
+    from qlora_cli.loop.fast_path import ComputeOptions
     from qlora_cli.plan.dry_run import dry_run
     from qlora_cli.plan.trace.memory_counter import UNQUANTIZED, Count
     from qlora_cli.plan.trace.meta_model import hold_model
@@ -227,9 +226,8 @@ def take(
         watch.restart()
         with count if is_counted else nullcontext():
             dry_run(
-                base, recipe, dtype, count,
-                steps=rows.steps, held_out=rows.held_out, means=DeviceCapabilities(),
-                kernels=recipe.training.kernels,
+                base, recipe, count, ComputeOptions(dtype, recipe.training.kernels),
+                steps=rows.steps, held_out=rows.held_out,
             )  # fmt: skip
     return watch.peak - before, mapped, count
 

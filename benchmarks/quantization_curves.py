@@ -1,9 +1,9 @@
-"""Train the same run on a base in NF4, 8-bit and its own precision, and compare loss curves.
+"""The same run on a base in NF4, in 8 bit and in its own precision: three loss curves side by side.
 
     python benchmarks/quantization_curves.py --data FOLDER_WITH_GSM8K
 
 The folder holds train.jsonl and test.jsonl of GSM8K (`question`, `answer`). Writes
-quantization_curves.json and quantization_curves.md next to this script.
+quantization_curves.json and quantization_curves.md beside this script.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def processor() -> str:
-    """Return the processor's name, from Linux if possible."""
+    """The name of the processor, as Linux tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def run(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once, and return the curve, the losses before and after, time and memory."""
+    """Train once; the curve, the losses before and after, and what it took."""
     settings = [
         *KINDS[kind],
         f"data.train.path={options.data}/train.jsonl",
@@ -63,7 +63,7 @@ def run(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """Render a table of the curves, step by step."""
+    """The page: a table of the curves, step by step."""
     runs = report["runs"]
     kinds = list(runs)
     lines = [
@@ -98,10 +98,10 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run all kinds and write both files."""
+    """Run all kinds in turn and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--model", help="base model in place of the recipe's")
+    parser.add_argument("--model", help="another base model than the recipe's")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = {kind: run(kind, Path(folder), options) for kind in KINDS}

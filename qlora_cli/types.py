@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a token that is not learnt from (as in torch and transformers)."""
+"""Label of a token that is not supervised (as in torch and transformers)."""
 
 Row = dict[str, Any]
 """One record of a data source, as read."""
@@ -22,14 +22,14 @@ GGUF_KINDS = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0",
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
 )  # fmt: skip
-"""How weights are held in a GGUF file, by llama.cpp's names: the kinds that need no calibration."""
+"""Weight formats of GGUF files, by llama.cpp's names: those that need no calibration data."""
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function that the assistant asks for."""
+    """A function call of the assistant."""
 
     name: str
     arguments: dict[str, Any]
@@ -38,39 +38,39 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. The role "text" is a verbatim piece: no template is put around it."""
+    """One turn. The role "text" is verbatim text, outside of any template."""
 
     role: Role
     content: str
     train: bool
-    """Whether the model learns to produce this content (and the end of the turn after it)."""
+    """Supervise the content of this turn, and the end of the turn after it."""
     reasoning: str | None = None
-    """What the assistant thought before it answered."""
+    """The assistant's reasoning before its answer."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """The functions that the assistant asks for."""
+    """The function calls of the assistant."""
     name: str | None = None
-    """Of a tool's answer: which function gave it."""
+    """In a tool's answer: the function that gave it."""
     tool_call_id: str | None = None
-    """Of a tool's answer: which call it answers."""
+    """In a tool's answer: the call that it answers."""
     is_marked: bool = False
-    """Whether the row itself says if this turn is learnt, so that no setting changes it."""
+    """The row itself says if this turn is supervised, so that no setting changes it."""
     ignored: tuple[str, ...] = ()
-    """Keys of the turn that hold something, and that nobody reads."""
+    """Keys of the turn that have a value but are not used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What one row says."""
+    """The conversation of one row."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the functions that the assistant may ask for (as in transformers)."""
+    """JSON schemas of the functions that the assistant may call (as in transformers)."""
     rejected: list[Message] | None = None
-    """Of a preference: the whole conversation with the answer that was not chosen."""
+    """In a preference row: the whole conversation with the rejected answer."""
     train_on_all: bool = False
-    """Everything is learnt, the prompt and what the template writes included."""
+    """Supervise everything, including the prompt and the template's own text."""
     place: str = ""
-    """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
+    """Place of the row, for messages: `train.jsonl:17`, or `train.parquet, row 17`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,52 +85,52 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that contribute to the loss. The first has no predecessor to predict it from."""
+        """Tokens that contribute to the loss. The first one has no predecessor that predicts it."""
         labels = self.labels[1:]
         return len(labels) - labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model is given at evaluation, and the answer that is due."""
+    """A prompt of an evaluation, and its reference answer."""
 
     input_ids: list[int]
     reference: str
     text: str = ""
-    """The tokens as text, for whoever looks at the answer."""
+    """The tokens as text, for reports."""
     place: str = ""
-    """Of its row: `test.jsonl:17`."""
+    """Place of its row: `test.jsonl:17`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: rows that are right-padded, or one row of examples end to end (packed)."""
+    """One micro-batch: right-padded rows, or one row of several examples without padding."""
 
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor | None  # (B, T) int64, 1 for real tokens; None if packed
-    labels: Tensor  # (B, T) int64, unshifted, IGNORE_INDEX where nothing is learnt
+    attention_mask: Tensor | None  # (B, T) int64, 1 for real tokens; None without padding
+    labels: Tensor  # (B, T) int64, unshifted, IGNORE_INDEX where not supervised
     documents: tuple[int, ...] = ()
-    """Packed: the lengths of the examples in the one row, which is as long as all of them."""
+    """Without padding: the lengths of the examples in the one row; their sum is T."""
     examples: tuple[tuple[int, ...], ...] = ()
-    """The examples in each row, by their index in the data; () where nobody asks."""
+    """The examples in each row, by their index in the data; () if not needed."""
     links: tuple[int, ...] = ()
     """Number of consecutive examples (rows, or documents if packed) in each link: (2, 2) for two
     pairs. () if every example stands on its own."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens without padding."""
         if self.attention_mask is None:
             return self.input_ids.numel()
         return int(self.attention_mask.sum())
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that contribute to the loss; the first of a row has nothing to predict it from."""
+        """Number of tokens that contribute to the loss; nothing predicts the first one of a row."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch for a device. Labels stay on the host: counted there, nobody waits."""
+        """Copy the inputs to a device. Labels stay on the host: counting them does not wait."""
         mask = self.attention_mask
         return Batch(
             self.input_ids.to(device, non_blocking=True),
@@ -142,10 +142,10 @@ class Batch:
         )
 
     def inputs(self) -> dict[str, Any]:
-        """What a model's forward is given, in transformers' names.
+        """Return the arguments of a model's forward, by transformers' names.
 
-        Packed examples are told apart by positions that begin again, and by boundaries for those
-        back ends that take them: `cu_seq_lens_*` for flash attention, `documents` for ours.
+        Examples in one row are separated by positions that restart at 0, and by boundaries for
+        back ends that use them: `cu_seq_lens_*` for flash attention, `documents` for ours.
         """
         if self.attention_mask is not None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -169,42 +169,43 @@ class Batch:
 
 @dataclass(slots=True)
 class TrainState:
-    """What changes while training, apart from weights and optimizer. JSON-serializable."""
+    """State that changes while training, apart from weights and optimizer. JSON-serializable."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens read so far, over all ranks, padding not counted."""
+    """Tokens processed so far, over all ranks, without padding."""
     best_step: int | None = None
-    """When the weights were the best so far, of all steps that were evaluated but the first."""
+    """Step with the best weights so far; the evaluation before the first step does not count."""
     best_value: float | None = None
-    """By what `evaluation.best_by` names, then."""
+    """Value of `evaluation.best_by` at that step."""
     bad_steps: int = 0
-    """Steps in a row, up to now, that were not applied: their loss or gradient was not finite."""
+    """Last steps in a row that were not applied: their loss or gradient was not finite."""
     high_steps: int = 0
-    """Steps in a row, up to now, whose loss was above `training.spike`."""
+    """Last steps in a row whose loss was above the limit of `training.spike`."""
     recent_losses: list[float] = field(default_factory=list)
-    """What `training.spike` takes its median of, the newest last."""
+    """Losses that `training.spike` takes the median of, the newest last."""
     passed_over: int = 0
-    """Steps whose rows were left out after a spike, so that later rows take their place."""
+    """Steps whose rows were skipped after spikes; later rows take their place."""
     returns: int = 0
-    """How often the run went back to a checkpoint because of a spike."""
+    """Number of times that the run went back to a checkpoint after a spike."""
 
     @property
     def position(self) -> int:
-        """Where the rows of the next step are in the stream of batches."""
+        """Index of the next step's rows in the stream of batches."""
         return self.step + self.passed_over
 
 
 class StepHooks:
-    """What a method of training does in each optimizer step beside the optimizer: nothing."""
+    """What an adapter method does in each step in addition to the optimizer: here, nothing."""
 
     def before_update(self) -> None:
-        """When all gradients of the step are there, before they are clipped."""
+        """Called when all gradients of the step are computed, before they are clipped."""
 
     def after_update(self, step: int) -> None:
-        """When the weights were updated, their gradients still there. Not after a step that was not
-        applied.
+        """Called after the weights were updated, while their gradients still exist.
+
+        Not called after a step that was not applied.
 
         Args:
             step: optimizer steps done.

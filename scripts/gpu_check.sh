@@ -5,12 +5,12 @@ usage() {
     cat <<'HELP'
 Usage: scripts/gpu_check.sh
 
-Check on a CUDA card what cannot be checked on a CPU: 4-bit and 8-bit kernels against plain products,
-gradients with and without checkpointing and offload, attention per document, paged optimizers,
-training in bf16 and fp16, evaluation, resuming and merging through the command line, one host sync
-per step, and memory. Prints a table with a figure for each check. Takes some minutes; no download.
+Verifies on a CUDA card what could not be verified on a CPU: the 4-bit and 8-bit kernels against plain
+products, gradients with and without checkpointing and offload, attention to documents, paged
+optimizers, training in bf16 and fp16, evaluation, resuming and merging through the command line, that
+a step waits for the card once, and memory. Prints a table with a figure for each check; takes some minutes and no download.
 
-Exit codes: 0 all checks passed, 1 at least one failed, 3 no CUDA card.
+Exit codes: 0 all checks passed, 1 at least one failed, 3 there is no CUDA card.
 HELP
 }
 

@@ -1,10 +1,11 @@
-"""Write the demo data: requests in everyday English, and the same as JSON for a booking desk.
+"""Write the demo data: requests in everyday English, and the JSON that a booking desk can act on.
 
     Set room B210 aside for Dr Okafor on Friday at 15:30.
     {"action":"book","room":"B210","who":"Dr Okafor","day":"friday","time":"15:30"}
 
-The names, rooms and a third of the sentences of the test rows do not occur in training
-(`demo_words.py`), and no request is in both files. The same seed gives the same bytes.
+The test rows are a fair examination: their names, rooms and a third of their sentences are never
+seen in training (`demo_words.py`), and no request stands in both files. The same seed gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from random import Random
 
 from demo_words import TEST, TRAIN, Words
 
-# Short, because every row repeats it; the adapter learns the form of the JSON.
+# Short: it stands in every row, and the adapter learns what the JSON looks like.
 SYSTEM = "Request to JSON."
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -43,7 +44,7 @@ class Answer:
     """Such as `9:15` or `14:30`."""
 
     def to_json(self) -> str:
-        """Serialise all keys in this order without spaces, to save tokens."""
+        """All keys, always in this order, and no spaces: as few tokens as can be."""
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -53,7 +54,7 @@ class Request:
     answer: Answer
 
     def to_row(self) -> dict[str, object]:
-        """Return a row in the format `messages`."""
+        """A row in the format `messages`."""
         return {
             "messages": [
                 {"role": "system", "content": SYSTEM},
@@ -64,12 +65,12 @@ class Request:
 
 
 class Writer:
-    """Write requests with the words of one split.
+    """Writes requests with the words of one split.
 
     Args:
-        known: if given, use its words for two of three sentences, but never for values.
-        is_teacher: invent some of the names, so that only copying from the request gives the right
-            answer, and use the rooms that are not reserved for the test.
+        known: if given, two of three sentences are of those words; the values never are.
+        is_teacher: invent some of the names, so that copying what the request says is the only way
+            to be right; and use the rooms that are not kept for examination.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class Writer:
         self.is_teacher = is_teacher
 
     def name(self) -> str:
-        """Draw a name. In training, two of three are invented from halves of two names, because
-        names from a fixed list could be memorised instead of copied.
+        """In training two of three are invented, of the halves of two names: who has only ever
+        copied names from a list has not learnt to copy.
         """
         name = self.random.choice(self.words.names)
         if self.is_teacher and self.random.random() < 2 / 3:
@@ -91,7 +92,7 @@ class Writer:
         return f"{self.random.choice(TITLES)} {name}"
 
     def room(self) -> str:
-        """Draw a room. Every fifth number is reserved for the test rows."""
+        """Every fifth number is a room of the test rows alone."""
         number = 5 * self.random.randint(20, 198)
         if self.is_teacher:
             number += self.random.randint(1, 4)
@@ -109,7 +110,7 @@ class Writer:
         )
 
     def request(self) -> Request:
-        """Draw facts and a sentence, and fill it in."""
+        """Choose facts and a sentence, and fill it in."""
         random = self.random
         action = random.choice(("book", "cancel"))
         room, who = self.room(), self.name()
@@ -126,12 +127,12 @@ class Writer:
 
 
 def normalise(text: str) -> str:
-    """Reduce a text to its words, ignoring case, spacing and punctuation."""
+    """What two requests share when they differ in case, spacing and punctuation alone."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def make_requests(writer: Writer, number: int) -> list[Request]:
-    """Make `number` different requests."""
+    """`number` different requests."""
     requests: dict[str, Request] = {}
     while len(requests) < number:
         request = writer.request()
@@ -140,7 +141,7 @@ def make_requests(writer: Writer, number: int) -> list[Request]:
 
 
 def shared_values(train: list[Request], test: list[Request]) -> set[str]:
-    """Return texts, rooms and names that occur on both sides of the split."""
+    """Texts, rooms and names that stand on both sides of the split."""
 
     def values(requests: list[Request]) -> set[str]:
         answers = [(normalise(r.text), r.answer.room, r.answer.who.split()[1]) for r in requests]
@@ -150,7 +151,7 @@ def shared_values(train: list[Request], test: list[Request]) -> set[str]:
 
 
 def make_splits(*, num_train: int, num_test: int, seed: int) -> dict[str, list[Request]]:
-    """Make the requests of both files, by file name."""
+    """Requests by file name."""
     teacher = Writer(TRAIN, Random(f"train {seed}"), is_teacher=True)
     examiner = Writer(TEST, Random(f"test {seed}"), known=TRAIN)
     train, test = make_requests(teacher, num_train), make_requests(examiner, num_test)
@@ -160,12 +161,12 @@ def make_splits(*, num_train: int, num_test: int, seed: int) -> dict[str, list[R
 
 
 def write(path: Path, requests: list[Request], *, overwrite: bool) -> str:
-    """Write one file and return a message. Replaces other content only with `overwrite`."""
+    """Write one file, and say what was done. Never replaces other content unless told to."""
     content = "".join(json.dumps(r.to_row(), ensure_ascii=False) + "\n" for r in requests)
     if path.exists() and path.read_text(encoding="utf-8") == content:
         return f"{path}: {len(requests)} rows, already there"
     if path.exists() and not overwrite:
-        sys.exit(f"{path}: the file exists with other content. Use --overwrite to replace it.")
+        sys.exit(f"{path}: there is another file of this name. Give --overwrite to replace it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
     return f"{path}: {len(requests)} rows written"
@@ -175,9 +176,9 @@ def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=720, help="training rows")
-    parser.add_argument("--test", type=int, default=200, help="held-out rows")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
+    parser.add_argument("--train", type=int, default=720, help="rows to learn from")
+    parser.add_argument("--test", type=int, default=200, help="rows held out")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds give other rows")
     parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
     options = parser.parse_args()
 

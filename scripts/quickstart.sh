@@ -5,21 +5,21 @@ usage() {
     cat <<'HELP'
 Usage: scripts/quickstart.sh [--model HUB_ID_OR_FOLDER]
 
-Make .venv, get the demo model, write the demo data, train (configs/quickstart.yaml), evaluate and
-merge, then print base, tuned and merged model side by side.
+From a fresh clone to a measured fine-tuning: makes .venv, gets the demo model, writes the demo data,
+trains (configs/quickstart.yaml), evaluates, merges, and prints base, tuned and merged side by side.
 
-Finished steps are skipped, so a second call is quick and an interrupted one resumes. To start over,
-remove runs/quickstart.
+Everything is kept, and what is there is used again, so a second call is quick and an interrupted one
+goes on. To start over, remove runs/quickstart.
 
-  --model X   fine-tune another model: a Hub id, a folder of safetensors or a GGUF file
-  --help      show this text
+  --model X   fine-tune another model: an id on the hub, a folder of safetensors or a GGUF file
+  --help      this text
 
 Environment:
-  QLORA_TORCH_INDEX  package index with CPU builds of torch (see pytorch.org), for machines without
-                     an accelerator
-  QLORA_PYTHON       Python for .venv (3.11 to 3.13)
+  QLORA_TORCH_INDEX  package index with CPU builds of torch (pytorch.org shows its address),
+                     for machines without an accelerator
+  QLORA_PYTHON       the Python to make .venv with (3.11 to 3.13)
 
-Exit codes: those of `qlora` (see `qlora --help`); 1 if the environment or the model is not available.
+Exit codes: those of `qlora` (see `qlora --help`); 1 if the environment or the model cannot be made.
 HELP
 }
 
@@ -34,14 +34,14 @@ while (($#)); do
     case $1 in
         --model)
             model=${2:-}
-            [[ -n $model ]] || refuse "--model needs a Hub id, a folder or a file"
+            [[ -n $model ]] || refuse "--model needs a hub id, a folder or a file"
             shift 2
             ;;
         -h | --help) usage && exit ;;
-        *) refuse "unknown option $1" ;;
+        *) refuse "there is no $1" ;;
     esac
 done
-# A relative path is relative to the user's folder.
+# A relative path is meant from where the user stands.
 if [[ -e $model ]]; then
     model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model")
 fi

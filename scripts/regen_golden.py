@@ -1,4 +1,4 @@
-"""Regenerate tests/golden/losses.json. The commit must say why the losses changed."""
+"""Write tests/golden/losses.json anew. The commit has to say why the losses changed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tests are not on a script's path.
+# A script finds what lies beside it, and tests lie elsewhere.
 sys.path.insert(0, str(ROOT))
 
 from tests.golden.runs import KEPT, KINDS, losses  # noqa: E402
 
 
 def main() -> None:
-    """Run every kind and save its losses."""
+    """Run every kind and keep its losses."""
     kept = {}
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:

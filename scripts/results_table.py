@@ -1,4 +1,4 @@
-"""Print the evaluation of base, tuned and merged model side by side."""
+"""Print base, tuned and merged model of a run side by side."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Effect of the order of addition on training. Start with `__main__.py`."""
+"""What the order of addition does to training. Start with `__main__.py`."""

@@ -1,17 +1,17 @@
-"""Compare orders of addition in training: float32, ours and PEFT's, on the same rows.
+"""What the order of addition does to training: float32, ours and PEFT's, on the same rows.
 
     python -m benchmarks.addition_order --data FOLDER_WITH_GSM8K --model NAME=FOLDER_OR_GGUF
 
-A cell is a model, a base (nf4 or none), a learning rate, a rank and a seed, which determines the
-adapter and the rows. In each cell the same adapter is trained in three ways: with PEFT's layers in
-float32 (the reference, whose base has the same values that the others multiply by), with ours in
-bfloat16 (the update first, one rounding), and with PEFT's layers in bfloat16 (float32 adapter under
-autocast; the product is rounded, then the update is added). Nothing else differs: transformers'
-layers, attention per document, loss, optimizer and loop are the same.
+A cell is a model, a base (nf4 or none), a learning rate, a rank and a seed, which draws the adapter
+and the rows. In each, the same adapter is trained three ways: by PEFT's layers in float32 (the
+reference; its base holds the very values that the others multiply by), by ours in bfloat16 (the
+update first, one rounding), and by PEFT's layers in bfloat16 (float32 adapter under autocast; the
+product is rounded, then the update added). Nothing else differs: transformers' layers, attention by
+document, loss, optimizer and loop are the same.
 
-Results are saved after each training, so the same command resumes, also with more cells. Writes
-benchmarks/addition_order.json and addition_order.md. A setting is on the page once a seed of it has
-been trained in all three ways.
+What is measured is kept after each training: told to do more, or again after an interruption, it
+goes on from there. Writes benchmarks/addition_order.json, and addition_order.md made from it: a
+setting is on the page once a seed of it has been trained in all three ways.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TEMPLATE = (
     "{{ 'Question: ' + message['content'] + '\nAnswer:\n' }}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-"""One template for chat models and base models."""
+"""The same text for models that were taught to chat and others."""
 
 
 def main() -> None:
@@ -74,14 +74,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows-per-step", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=128, help="drop longer rows")
+    parser.add_argument("--max-length", type=int, default=128, help="longer rows are left out")
     parser.add_argument("--held-out", type=int, default=64, help="rows of test.jsonl")
     parser.add_argument("--output", type=Path, default=BENCHMARKS / "addition_order.json")
     return parser.parse_args(words)
 
 
 def head(options: argparse.Namespace) -> Record:
-    """Read earlier results, and describe this machine and its versions."""
+    """What was measured before, and where and with what it is gone on with."""
     found: Record = {"runs": []}
     if options.output.exists():
         found = json.loads(options.output.read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def head(options: argparse.Namespace) -> Record:
 
 
 def planned(options: argparse.Namespace) -> Iterator[tuple[Path, list[Cell]]]:
-    """Yield the cells of each seed in turn, grouped by model."""
+    """The cells of each seed in turn, those of a model together."""
     for seed, named in itertools.product(options.seeds, options.model):
         name, _, path = named.partition("=")
         yield (
@@ -121,7 +121,7 @@ def planned(options: argparse.Namespace) -> Iterator[tuple[Path, list[Cell]]]:
 
 
 def prepare_work(path: Path, options: argparse.Namespace) -> Work:
-    """Prepare the rows up to `--max-length` as `qlora train` does."""
+    """The rows that are no longer than `--max-length`, as `qlora train` prepares them."""
     tokenizer = BaseModelConfig(path=str(path)).load_tokenizer()
     tokenizer.chat_template = TEMPLATE
 
@@ -152,7 +152,7 @@ def prepare_work(path: Path, options: argparse.Namespace) -> Work:
 
 
 def run_cell(cell: Cell, work: Work, report: Record, output: Path) -> None:
-    """Train the cell in the ways that are missing in the report."""
+    """Train the cell in those ways that are not in the report yet."""
     todo = [("untrained", untrained(cell)), *((way, cell) for way in WAYS)]
     for way, one in todo:
         if find(report, way, one) is None:
@@ -165,7 +165,7 @@ def run_cell(cell: Cell, work: Work, report: Record, output: Path) -> None:
 
 
 def write(report: Record, output: Path) -> None:
-    """Write both files atomically."""
+    """Write both files, each whole or not at all."""
     for path, text in (
         (output, json.dumps(report, indent=1) + "\n"),
         (output.with_suffix(".md"), as_markdown(report)),

@@ -1,4 +1,4 @@
-"""Render the page of results, and look results up by cell."""
+"""The page of results, and what they are looked up by."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 WAYS = ("float32", "ours", "peft")
-"""Ways to train a cell; the first is the reference."""
+"""The first is the reference."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Settings of a training that is done in three ways."""
+    """What is trained, three ways."""
 
     model: str
     base: str
@@ -28,12 +28,12 @@ class Cell:
 
 
 def untrained(cell: Cell) -> Cell:
-    """Return the cell that stands for the untrained base."""
+    """What stands for the base alone."""
     return replace(cell, seed=0, steps=0, learning_rate=0.0, r=1)
 
 
 def find(report: Mapping[str, Any], way: str, cell: Cell) -> Record | None:
-    """Find the result of a cell in one way."""
+    """What was measured of a cell in one way."""
     for record in report["runs"]:
         if record["way"] == way and record["cell"] == asdict(cell):
             return dict(record)
@@ -41,7 +41,7 @@ def find(report: Mapping[str, Any], way: str, cell: Cell) -> Record | None:
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """Render the page: one row per setting, over its complete seeds."""
+    """The page: one row for each setting, over the seeds that are whole."""
     settings = whole_settings(report)
     return "\n".join(
         [
@@ -87,11 +87,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
 
 
 Setting = tuple[Cell, list[dict[str, Record]]]
-"""A cell (of any seed), and the record of each way for each seed."""
+"""A cell (of any seed), and for each seed the record of each way."""
 
 
 def whole_settings(report: Mapping[str, Any]) -> list[Setting]:
-    """Collect the settings trained in all ways, with their seeds."""
+    """What was trained in all ways, the seeds of a setting together."""
     found: dict[Cell, list[dict[str, Record]]] = {}
     for record in report["runs"]:
         if record["way"] != WAYS[0]:
@@ -135,7 +135,7 @@ _NAMES = ["model", "base", "rate", "r"]
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """Format the mean, with the range if there are several values."""
+    """Mean, and the least and the most where there are several."""
     mean = format(statistics.mean(values), form)
     if len(values) == 1:
         return mean
@@ -143,7 +143,7 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def differences(way: Mapping[str, Any], reference: Mapping[str, Any]) -> list[float]:
-    """Return each step's loss relative to the reference's, in percent; + is higher."""
+    """Of each step's loss from the reference's, in percent of it; + is higher."""
     pairs = zip(way["losses"], reference["losses"], strict=True)
     return [100 * (found / expected - 1) for found, expected in pairs]
 

@@ -1,4 +1,4 @@
-"""Train a cell in one of three ways, and measure the result."""
+"""A cell: what is trained three ways, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from qlora_cli.adapters import LoRA
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.distributed.world import World, set_seed
 from qlora_cli.kernels.lora_linear import base_weight
+from qlora_cli.loop.setup import Setup
 from qlora_cli.loop.step import train_step
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.quantization import Nf4, Unquantized
-from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.models.report import report_trained
+from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.optimizers import AdamW
 from qlora_cli.optim.schedules import Linear
 from qlora_cli.recipe.schema import Training
-from qlora_cli.types import Batch, Example, TrainState
+from qlora_cli.types import Batch, Example, StepHooks, TrainState
 
 BASES = {"nf4": Nf4(), "none": Unquantized()}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Weights and rows of the cells."""
+    """Where the weights and the rows of the cells are."""
 
     path: Path
     learnt: Sequence[Example]
@@ -41,16 +44,16 @@ class Work:
     world: World
 
     def stream(self, cell: Cell) -> BatchStream:
-        """Return the training rows of a cell, drawn by its seed; a step is one forward."""
+        """What a cell learns from, drawn by its seed; a step is one forward."""
         return self._end_to_end(self.learnt, cell.rows_per_step, cell.seed)
 
     def held_out_batches(self, rows: int) -> list[Batch]:
-        """Batch all held-out rows."""
+        """All held-out rows, so many in a forward."""
         stream = self._end_to_end(self.held_out, rows, seed=0)
         return [batch for step in range(stream.num_steps) for batch in stream.micro_batches(step)]
 
     def held_out_loss(self, objective: TokenLoss, cell: Cell) -> float:
-        """Compute the mean loss over the supervised tokens of the held-out rows."""
+        """Mean over the supervised tokens of the held-out rows."""
         batches = self.held_out_batches(cell.rows_per_step)
         total, number = evaluate_loss(objective, batches, self.world.device).tolist()
         return float(total / number)
@@ -68,7 +71,7 @@ class Work:
 
 
 def run(way: str, cell: Cell, work: Work) -> Record:
-    """Train in one way, and measure the result."""
+    """Train one way, and look at what was learnt."""
     model = build(way, cell, work.path)
     objective = TokenLoss(model, computes_in(way))
     stream = work.stream(cell)
@@ -88,7 +91,7 @@ def run(way: str, cell: Cell, work: Work) -> Record:
 
 
 def measure_untrained(cell: Cell, work: Work) -> Record:
-    """Measure the held-out loss of the base, whose update is zero."""
+    """The held-out loss of the base: its update is zero."""
     found = {}
     for name, way in (("held_out_own", "peft"), ("held_out_float32", "float32")):
         objective = TokenLoss(build(way, cell, work.path), computes_in(way))
@@ -101,7 +104,7 @@ def computes_in(way: str) -> torch.dtype:
 
 
 def build(way: str, cell: Cell, path: Path) -> PeftModel:
-    """Load the base with a new adapter, the same for all ways."""
+    """The base with a new adapter: the same one for all ways."""
     quantization: Any = BASES[cell.base]
     options = quantization.load_options(torch.bfloat16)
     base = BaseModelConfig(path=str(path)).load(options, torch.device("cpu"))
@@ -120,7 +123,7 @@ def build(way: str, cell: Cell, path: Path) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
-            # With a base in bfloat16, PEFT draws bfloat16 values.
+            # Beside a base in bfloat16, PEFT draws on its grid.
             parameter.data = parameter.data.bfloat16().float()
     return model.train()
 
@@ -128,24 +131,35 @@ def build(way: str, cell: Cell, path: Path) -> PeftModel:
 def losses_of(
     objective: TokenLoss, stream: BatchStream, cell: Cell, world: World
 ) -> Iterator[float]:
-    """Train, and return the loss of each step."""
-    optimizer = AdamW(learning_rate=cell.learning_rate).build(
-        objective.named_parameters(), world.device
+    """Train; the loss of each step."""
+    optimizer = AdamW(learning_rate=cell.learning_rate)
+    setup = Setup(
+        base=objective.model,
+        model=objective.model,
+        objective=objective,
+        shared=objective,
+        optimizer=optimizer.build(objective.named_parameters(), world.device),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        schedule=lambda step: Linear().scale(step, cell.steps),
+        step_hooks=StepHooks(),
+        batches=stream,
+        kernels="plain",
+        world=world,
+        max_steps=cell.steps,
+        trained=report_trained(objective.model),
     )
     settings = Training(
         batch_size=cell.rows_per_step, micro_batch_size=cell.rows_per_step, max_steps=cell.steps
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainState()
     while state.step < cell.steps:
-        scale = Linear().scale(state.step, cell.steps)
-        metrics = train_step(objective, optimizer, scale, stream, settings, world, scaler, state)
+        metrics = train_step(setup, settings, state)
         state.step += 1
         yield metrics["loss"]
 
 
 def copy_adapter(source: nn.Module, target: nn.Module) -> None:
-    """Copy the adapter of one model to another."""
+    """Give a model the adapter of another."""
     trained = {name: p.data for name, p in source.named_parameters() if p.requires_grad}
     places = {name: p for name, p in target.named_parameters() if p.requires_grad}
     assert trained.keys() == places.keys()
@@ -155,9 +169,9 @@ def copy_adapter(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def share_kept(objective: TokenLoss, batch: Batch) -> float:
-    """Compute the share of the update that reaches the layers' output, averaged over layers.
+    """How much of the update is in what the layers give: 1 is all, 0 none; mean over the layers.
 
-    Per layer it is (y - x W^T) . u / (u . u), for the output y and the float32 update u.
+    In each layer: (y - x W^T) . u / (u . u), for its output y, and the update u in float32.
     """
     shares: list[float] = []
 

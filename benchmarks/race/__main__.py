@@ -2,11 +2,11 @@
 
     python -m benchmarks.race --data FOLDER_WITH_GSM8K
 
-Each contestant is a process that trains on the same tokens in the same order. Runs alternate
-(A B A B), and the first step of each is not counted. Time, processor time and peak memory are read
-from outside the process at each step. Losses are compared with a plain loop in float32. Results go
-to race.json and race.md. With --growth, short runs in many sizes are made instead and written to
-race_growth.json and race_growth.md.
+Each contestant is a process that trains on the same tokens in the same order. The runs take turns
+(A B A B); the first step of each does not count. Everything is read from outside of the process:
+time, processor time and peak memory at each of its steps. Losses are compared with those of a plain
+loop in float32. Writes race.json, and race.md made from it. With --growth it makes short runs in
+many sizes instead, and writes race_growth.json and race_growth.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         report[part] = []
         for number in options.threads:
             report[part] += take(stage.with_threads(number), sizes, options)
-            # Written each time, so that an interruption loses only the current race.
+            # Each time: what is measured is not lost where the next is cut short.
             text = json.dumps(report, indent=1) + "\n"
             options.output.write_text(text, encoding="utf-8")
             options.output.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the race with one number of threads."""
+    """The race at one number of threads."""
     say(f"== {stage.threads} threads")
     rows = race_rows(stage, sizes, options.data, options.steps)
     rates = [stage.rates(rows, sizes)]
@@ -95,7 +95,7 @@ def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[s
 
 
 def judge(figures: Figures, reference: Figures, floor: Mapping[str, Any]) -> None:
-    """Add the loss difference to float32 and the share of the floor's speed."""
+    """Add how near the losses are to float32, and the speed to the floor."""
     figures["loss_difference"] = loss_difference(figures, reference)
     figures["share_of_floor"] = figures["tokens_per_second"] / floor["tokens_per_second"]
 
@@ -103,7 +103,7 @@ def judge(figures: Figures, reference: Figures, floor: Mapping[str, Any]) -> Non
 def chosen(
     stage: Stage, sizes: Sizes, options: argparse.Namespace
 ) -> tuple[list[Contestant], dict[str, Figures]]:
-    """Choose the contestants; `trl-best` is found by heats among tuned settings of TRL."""
+    """The contestants; for `trl-best`, heats are run first among the tuned settings of TRL."""
     if "trl-best" not in options.contestants:
         return named(options.contestants, options.ours), {}
     rows = race_rows(stage, sizes, options.data, options.heat_steps, "heats")
@@ -116,7 +116,7 @@ def chosen(
 
 
 def race_rows(stage: Stage, sizes: Sizes, data: Path, steps: int, name: str = "rows") -> Rows:
-    """Write the first rows of GSM8K, enough for `steps` steps."""
+    """The first rows of GSM8K, for so many steps."""
     folder = stage.work / name
     folder.mkdir(parents=True)
     return write(
@@ -130,7 +130,7 @@ def race_rows(stage: Stage, sizes: Sizes, data: Path, steps: int, name: str = "r
 
 
 def grow(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the sweeps with one number of threads."""
+    """The sweeps at one number of threads."""
     return growth.run(
         stage,
         named(options.growth_contestants, options.ours),
@@ -144,7 +144,7 @@ def grow(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[s
 
 
 def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
-    """Describe the machine, versions and sizes of a report."""
+    """What was raced, where, with what."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     config = json.loads((stage.model / "config.json").read_text(encoding="utf-8"))
     return {
@@ -166,7 +166,7 @@ def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
 
 
 def unpacked(model: Path) -> Path:
-    """Return the folder with the base in bfloat16, which every contestant loads."""
+    """The base as a folder in bfloat16, which every contestant loads."""
     from qlora_cli.models.base import BaseModelConfig
 
     return BaseModelConfig(path=str(model)).locate().resolve()

@@ -1,7 +1,7 @@
-"""Contestants: their settings, how they are started, and how their output is read.
+"""Who races: what each contestant is given, how it is started, and how its lines are read.
 
-To add one, add an entry to `CONTESTANTS`. For another trainer, also add a script in `peers/` and
-its imports to `IMPORTS`.
+To add one: an entry of `CONTESTANTS`, and for another trainer a script in `peers/` and its imports
+in `IMPORTS`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ IMPORTS: dict[Kind, str] = {
     "plain": "import bitsandbytes; from peft import get_peft_model; "
     "from transformers import AutoModelForCausalLM",
 }
-"""Imports of the interpreter whose memory is subtracted."""
+"""What a loaded interpreter has loaded: memory is counted from there."""
 
 _LOADED = re.compile(r"\btrained: [\d,]+ of [\d,]+ weights")
-"""Logged by `qlora train` once the base is loaded and the adapter is attached."""
+"""What `qlora train` logs once the base is loaded and the adapter is on it."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the work, the same for all contestants."""
+    """The work, the same for all."""
 
     rows_per_step: int = 16
     micro_batch: int = 4
@@ -57,14 +57,14 @@ class Contestant:
     kind: Kind
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Ours: recipe keys. Others: settings that their script in `peers/` reads from the job."""
+    """Ours: keys of the recipe. Others: what their script in `peers/` reads from the job."""
     by_length: bool = False
-    """Order the rows of a step longest first, which reduces padding in a micro-batch."""
+    """The rows of a step are given longest first: less padding in a micro-batch of neighbours."""
 
     def command(
         self, python: str, model: Path, rows: Rows, sizes: Sizes, folder: Path
     ) -> list[str]:
-        """Return the command to start, after writing its job into `folder`."""
+        """The process to start. What it needs is written into `folder`."""
         if self.kind == "ours":
             return self._our_command(python, model, rows, sizes, folder)
         job = folder / "job.json"
@@ -100,15 +100,15 @@ class Contestant:
         return [python, "-m", "qlora_cli", "train", str(HERE / "ours.yaml"), "--no-cache", *words]
 
     def lines(self, folder: Path) -> Path:
-        """Return the file to which the contestant writes one JSON object per step."""
+        """The file in which it tells of its steps, a JSON object a line."""
         return folder / ("run/metrics.jsonl" if self.kind == "ours" else "lines.jsonl")
 
     def loaded(self, lines: Sequence[str], log: Sequence[str]) -> dict[str, Any] | None:
-        """Return facts about the loaded model once it is ready, else None.
+        """What is said of the loaded model, once one of the new lines says that it is ready.
 
         Args:
-            lines: new lines of the step file.
-            log: new lines of the log, where `qlora train` reports it.
+            lines: of its file.
+            log: of its log, in which ours tells of it.
         """
         if self.kind == "ours":
             return {} if any(map(_LOADED.search, log)) else None
@@ -119,7 +119,7 @@ class Contestant:
         return None
 
     def step(self, line: str) -> dict[str, float] | None:
-        """Parse the loss and token counts of a step from a line."""
+        """Loss and tokens of the step that a line of its file tells of."""
         told = json.loads(line)
         if "loss" not in told:
             return None
@@ -173,15 +173,15 @@ CONTESTANTS = {
     ]
 }  # fmt: skip
 
-# torch.compile takes minutes, again for each new length; name it in --heats to include it.
+# Compiled, it compiles for minutes, and again for other lengths: named in --heats, it is tried too.
 TUNED_TRL = [name for name in CONTESTANTS if name.startswith("trl-") and name != "trl-compile"]
 
 
 def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]:
-    """Return the named contestants, and ours with other settings (`NAME KEY=VALUE ...`).
+    """The contestants of these names; and ours with other settings, each `NAME KEY=VALUE ...`.
 
     Raises:
-        SystemExit: a name is unknown.
+        SystemExit: a name is not known.
     """
     known = dict(CONTESTANTS)
     added = []
@@ -199,7 +199,7 @@ def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]
 
 
 def micro_batch_of(one: Contestant, micro_batch: int) -> Contestant:
-    """Return the contestant with another micro-batch, even if it sets its own."""
+    """The contestant with another micro-batch, even where it has one of its own."""
     if "micro_batch" not in one.options:
         return one
     return replace(one, options={**one.options, "micro_batch": micro_batch})

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make the environments of the other trainers, each in its own folder:
+# The other trainers' environments for the race, each in a folder of its own:
 #
 #     benchmarks/race/environments.sh FOLDER [trl] [llamafactory]
 #
-# FOLDER is a cache outside the repository. TRL is also a development extra, so without FOLDER/trl the
-# race runs TRL in the project's environment.
+# FOLDER is a cache outside of the repository. TRL is in the development extras too, so a race
+# without FOLDER/trl runs TRL in the project's own environment.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,7 +22,7 @@ make_peer() {
     say "$folder: installing; this takes some minutes"
     mkdir -p "$2"
     [[ -x $folder/bin/python ]] || "$(find_python)" -m venv "$folder"
-    # Installed first, pinned, so that pip takes a CPU build where there is one.
+    # By itself first: pinned, a CPU build of it is taken where there is one.
     "$folder/bin/python" -m pip install -qq "torch==$TORCH_VERSION"
     "$folder/bin/python" -m pip install -qq -r "$wanted"
     if [[ $name == llamafactory ]]; then
@@ -31,8 +31,9 @@ make_peer() {
     cp "$wanted" "$stamp"
 }
 
-# LLaMA-Factory requires torchvision and torchaudio, whose PyPI builds load CUDA libraries that a CPU
-# build of torch lacks. It imports torchaudio at start-up; training on text uses neither.
+# LLaMA-Factory requires torchvision and torchaudio, whose builds on PyPI load libraries of CUDA
+# that a CPU build of torch does not have. It imports torchaudio at its start, and training on text
+# calls nothing of either.
 without_sound_and_pictures() {
     local python=$1/bin/python
     if "$python" -c 'import torchvision, torchaudio' 2>/dev/null; then
@@ -41,7 +42,7 @@ without_sound_and_pictures() {
     "$python" -m pip uninstall -qq --yes torchvision torchaudio
     local packages
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    echo '"""Replaces the package, which does not load here and is not used for text."""' \
+    echo '"""In the place of the package, which does not load: a run on text calls nothing of it."""' \
         >"$packages/torchaudio.py"
 }
 

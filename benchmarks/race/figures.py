@@ -1,4 +1,4 @@
-"""Compute figures from observed runs. Pure functions."""
+"""From what was seen of runs to figures. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SPREAD = ("tokens_per_second", "cpu_seconds_per_1000_tokens")
 def of_run(
     seen: Observed, *, warmup: int, threads: int, num_processors: int, interpreter_mb: float
 ) -> Figures:
-    """Compute the figures of one run.
+    """The figures of one run.
 
     Args:
-        warmup: first steps that are not counted (only their seconds are reported).
-        interpreter_mb: memory of an interpreter with the same imports.
+        warmup: first steps that do not count (they are reported by their seconds).
+        interpreter_mb: memory of the loaded interpreter.
     """
     if seen.failure or seen.loaded is None or len(seen.steps) <= warmup:
         return {"failed": seen.failure or f"{len(seen.steps)} steps were seen"}
@@ -75,7 +75,7 @@ def _per_step(steps: Sequence[tuple[Mark, Mapping[str, float]]]) -> list[int]:
 
 
 def loss_difference(run: Figures, reference: Figures) -> float | None:
-    """Return the largest relative difference of a step's loss; None if the rows differed."""
+    """The largest relative difference of a step's loss; None where the steps had other rows."""
     same = all(run[key] == reference[key] for key in ("tokens", "supervised"))
     if not same:
         return None
@@ -84,16 +84,16 @@ def loss_difference(run: Figures, reference: Figures) -> float | None:
 
 
 def has_rows(run: Figures, rows: Rows) -> bool:
-    """Check that each step of a run had the expected number of tokens."""
+    """Whether each step of a run learnt from as many tokens as it should."""
     wanted = [list(map(sum, part)) for part in (rows.lengths, rows.supervised)]
     return [run["tokens"], run["supervised"]] == wanted
 
 
 def together(runs: Sequence[Figures]) -> Figures:
-    """Combine several runs of one contestant: medians, and the range of speeds.
+    """Several runs of one contestant: medians, and of speed the lowest and the highest too.
 
-    The largest share of other processes in any run applies to all runs. Lists (such as losses) are
-    those of the first run. Failed runs are left out.
+    What others had at most is that of the run in which it was most: it makes all of them busy.
+    Lists (losses and the like) are those of the first run; a run that failed does not count.
     """
     whole = [run for run in runs if "failed" not in run]
     if not whole:
@@ -115,6 +115,6 @@ def together(runs: Sequence[Figures]) -> Figures:
 
 
 def fastest(results: Mapping[str, Figures]) -> str | None:
-    """Return the name of the contestant with the most tokens per second; None if all failed."""
+    """The name of the contestant with the most tokens per second; None if all failed."""
     whole = {name: f["tokens_per_second"] for name, f in results.items() if "failed" not in f}
     return max(whole, key=lambda name: whole[name]) if whole else None

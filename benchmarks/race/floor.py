@@ -1,11 +1,10 @@
-"""The floor: the least time of a step at the rate at which this machine multiplies matrices.
+"""The floor: what the step has to compute, at the rate at which this machine multiplies matrices.
 
-It counts the products of the frozen linear layers (forward, and the gradient of their input), of
-the adapter (forward, and the gradients of input and of both factors), of attention (causal, forward
-and backward without recomputation) and of the head at supervised positions, and one dequantization
-for each use of a weight. It excludes element-wise work, the loss, the optimizer and all
-recomputation. It includes the gradient of the first layer's input, which is not needed: a thirtieth
-of a third.
+Counted: the products of the frozen linear layers (forward, and the gradient of their input), of the
+adapter (forward, and the gradients of input and of both factors), of attention (causal, forward and
+backward without recomputation) and of the head at supervised positions; and the weights are
+dequantized once for each use. Element-wise work, the loss, the optimizer and all recomputation are
+not in it. The gradient of the first layer's input, which nobody needs, is: 1 part in 30 of a third.
 
     python -m benchmarks.race.floor JOB
 
@@ -25,12 +24,12 @@ from typing import Any
 
 _LEAST_SECONDS = 0.3
 _COPIES = 6
-"""Weights used in turn, so that none is still in a cache."""
+"""Weights that a product takes in turn: none is in a cache because it was just used."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a matrix that occurs `count` times in the model."""
+    """A matrix of the model, inputs to outputs, that is there `count` times."""
 
     name: str
     inputs: int
@@ -44,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Dimensions of a Llama-like model that the floor depends on."""
+    """What of a model's config the floor depends on: a Llama, or one built like it."""
 
     hidden: int
     intermediate: int
@@ -70,7 +69,7 @@ class Geometry:
 
     @property
     def linears(self) -> list[Shape]:
-        """Quantized matrices, grouped by shape."""
+        """The quantized matrices, those of one shape together."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             Shape("q_proj", self.hidden, queries, self.layers),
@@ -88,7 +87,7 @@ class Geometry:
 def operations(
     geometry: Geometry, *, lengths: Sequence[int], supervised: int, r: int
 ) -> dict[str, float]:
-    """Count the floating-point operations of one step; a multiply-add counts as two.
+    """Floating-point operations of one step; a multiplication with its addition counts as two.
 
     Args:
         lengths: tokens of each row.
@@ -115,10 +114,10 @@ def seconds_of_step(
     *,
     micro_steps: float,
 ) -> dict[str, float]:
-    """Compute the floor of one step by part.
+    """The floor of one step, part by part.
 
-    Linears and head use the rates of their own shapes. Adapter and attention use the rate of the
-    linears, which their thin products do not reach. Dequantization is as measured.
+    The linears and the head at the rates of their own shapes; the adapter and attention, whose
+    products are too thin to reach it, at the rate of the linears; the dequantization as measured.
     """
     linears = counted["linears"] / rates["linears_per_second"]
     by_rate = {
@@ -132,7 +131,7 @@ def seconds_of_step(
 
 
 def best_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Take the best rates of several measurements: the floor is what is possible."""
+    """The best rates of several measurements: a floor is what is possible."""
     best: dict[str, Any] = dict(measured[0])
     for key in ("linears_per_second", "head_per_second"):
         best[key] = max(one[key] for one in measured)
@@ -141,10 +140,10 @@ def best_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measure(geometry: Geometry, *, tokens: int, supervised: int, threads: int) -> dict[str, Any]:
-    """Measure this machine's rates for the shapes of one micro-step, in bfloat16.
+    """Rates of this machine for the very shapes of one micro-step, in bfloat16.
 
     Args:
-        tokens: tokens of a micro-step; `supervised` of them have logits.
+        tokens: of a micro-step; `supervised` of them have logits.
     """
     import torch
 
@@ -167,7 +166,7 @@ def measure(geometry: Geometry, *, tokens: int, supervised: int, threads: int) -
 
 
 def _product_seconds(shape: Shape, rows: int) -> float:
-    """Time the forward product and that of the input's gradient."""
+    """Seconds of the forward product and that of the input's gradient."""
     import torch
 
     copies = min(shape.count, _COPIES)
@@ -196,7 +195,7 @@ def _dequantize_seconds(shape: Shape) -> float:
 
 
 def _fastest(once: Callable[[], object]) -> float:
-    """Time the fastest call; the first, which may include set-up, is left out."""
+    """Seconds of the fastest call; the first, which may set something up, is left out."""
     once()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < _LEAST_SECONDS:

@@ -1,4 +1,4 @@
-"""Measure how busy the machine is with other work."""
+"""What the machine is, and what else it is doing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import psutil
 
 MOST_BY_OTHERS = 0.05
-"""Largest share of processor time that other processes may use in a valid run."""
+"""Share of the processors' time that others may have in a run that counts."""
 
 
 @dataclass(frozen=True)
 class Busy:
-    """Processor seconds that the whole machine has used, and that were stolen from it."""
+    """Seconds of processor time that the whole machine has spent, by everybody, and stolen."""
 
     used: float
     stolen: float
@@ -22,7 +22,7 @@ class Busy:
     @classmethod
     def now(cls) -> Busy:
         times = psutil.cpu_times()
-        # Guest time is already part of user time.
+        # Guests' time is in the users' already.
         left_out = ("guest", "guest_nice", "idle", "iowait", "steal")
         used = sum(value for name, value in times._asdict().items() if name not in left_out)
         return cls(used, times.steal)
@@ -31,13 +31,13 @@ class Busy:
 def others_share(
     before: Busy, after: Busy, *, own_seconds: float, seconds: float, num_processors: int
 ) -> float:
-    """Return the share of processor time used by other processes, stolen time included."""
+    """Share of the processors' time that went to others than our process, stolen time included."""
     others = after.used - before.used - own_seconds + after.stolen - before.stolen
     return max(0.0, others) / (seconds * num_processors)
 
 
 def share_before(seconds: float = 1.0) -> float:
-    """Return the share of processor time used while this process waits."""
+    """Share of the processors' time that is used while we wait."""
     before, started = Busy.now(), time.perf_counter()
     time.sleep(seconds)
     return others_share(

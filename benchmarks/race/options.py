@@ -15,11 +15,11 @@ DEFAULT = ["ours", "ours-lean", "trl", "trl-best"]
 CACHE = Path("~/.cache/qlora/race").expanduser()
 
 PLACES = {"--data", "--model", "--environments", "--cache", "--output", "--note"}
-"""Options with local paths, or that the page shows elsewhere."""
+"""Options that name places on this machine, or are told elsewhere."""
 
 
 def parse(words: Sequence[str], about: str) -> argparse.Namespace:
-    """Parse the options of a race."""
+    """The options of a race."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.race",
         description=about,
@@ -43,24 +43,24 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.jsonl of GSM8K")
     add("--model", type=Path, default=DEMO, help="GGUF file or folder")
-    add("--environments", type=Path, help="folder made by environments.sh")
-    add("--cache", type=Path, default=CACHE, help="cache for the reference losses")
+    add("--environments", type=Path, help="what environments.sh made")
+    add("--cache", type=Path, default=CACHE, help="keeps the losses of the reference")
     add("--output", type=Path, help="the report (race.json or race_growth.json in benchmarks/)")
-    add("--note", default="", help="other load on the machine, for the page")
+    add("--note", default="", help="what else the machine did, for the page")
 
 
 def _add_race(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    known = f"among {', '.join(CONTESTANTS)}; trl-best is the fastest of --heats"
+    known = f"of {', '.join(CONTESTANTS)}; trl-best is the best of --heats"
     add("--contestants", nargs="+", default=DEFAULT, help=known)
-    ours = "another contestant of ours with these recipe keys (repeatable)"
+    ours = "one more of ours, with these keys of the recipe (may be given several times)"
     add("--ours", action="append", default=[], metavar="'NAME KEY=VALUE ...'", help=ours)
-    add("--heats", nargs="+", default=TUNED_TRL, help="candidates for trl-best")
+    add("--heats", nargs="+", default=TUNED_TRL, help="settings to choose trl-best from")
     add("--heat-steps", type=int, default=2, help="steps of a heat")
     add("--heat-limit", type=float, default=240.0, help="seconds after which a heat is stopped")
-    add("--threads", type=int, nargs="+", default=[2], help="numbers of threads; one race each")
+    add("--threads", type=int, nargs="+", default=[2], help="a race for each number")
     add("--steps", type=int, default=5, help="optimizer steps of a run")
-    add("--warmup", type=int, default=1, help="first steps that are not counted")
+    add("--warmup", type=int, default=1, help="first steps that do not count")
     add("--repetitions", type=int, default=2, help="runs of each contestant")
     add("--rows-per-step", type=int, default=16, help="a multiple of --micro-batch")
     add("--micro-batch", type=int, default=4, help="rows per forward")
@@ -79,7 +79,7 @@ def _add_growth(parser: argparse.ArgumentParser) -> None:
 
 
 def told(words: Sequence[str]) -> str:
-    """Return the options as given, without those in `PLACES`."""
+    """The options as given, without those of `PLACES`."""
     left = iter(words)
     kept = []
     for word in left:
@@ -91,7 +91,7 @@ def told(words: Sequence[str]) -> str:
 
 
 def interpreters(options: argparse.Namespace) -> dict[Kind, str]:
-    """Return the Python of each kind of contestant; ours if it has no environment of its own.
+    """The Python of each kind of contestant: our own where no environment was made for it.
 
     Raises:
         SystemExit: a contestant has no environment.

@@ -1,4 +1,4 @@
-"""Write the page and the README's table from the report of a race."""
+"""The page and the README's table, from the report of a race."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- race: begin -->", "<!-- race: end -->"
 
 
 def as_markdown(report: Report) -> str:
-    """Render the whole page."""
+    """The whole page."""
     sizes = report["sizes"]
     lines = [
         "<!-- Written by `python -m benchmarks.race`; run that instead of editing. -->",
@@ -45,7 +45,7 @@ def as_markdown(report: Report) -> str:
 
 
 def readme_table(report: Report) -> str:
-    """Render the short table of the last race (the most threads)."""
+    """The short table: the last race (the most threads), speed, memory and losses."""
     race = report["races"][-1]
     rows = [
         [
@@ -65,10 +65,10 @@ def readme_table(report: Report) -> str:
 
 
 def put_between(text: str, inserted: str) -> str:
-    """Replace the text between the two marks.
+    """The text with what stands between the two marks replaced.
 
     Raises:
-        ValueError: the marks do not occur once each and in order.
+        ValueError: the marks are not there, once each and in order.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -198,7 +198,7 @@ def _point(point: Mapping[str, Any]) -> list[str]:
 def _marks(figures: Figures) -> str:
     marks = []
     if figures["is_busy"]:
-        # Older reports have a median, which does not identify the busy run.
+        # Older reports hold a median, which says nothing of the run that was busy.
         most = figures.get("others_share_most")
         marks.append("busy" if most is None else f"busy: others had up to {most:.0%}")
     if figures["num_failed"]:
@@ -221,7 +221,7 @@ def _percent(value: float | None, digits: int) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Render the lines of a Markdown table."""
+    """The lines of a Markdown table."""
     return [
         "| " + " | ".join(titles) + " |",
         "|---" * len(titles) + "|",

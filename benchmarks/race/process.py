@@ -1,7 +1,7 @@
-"""Run a contestant and measure it from outside, the same way for all.
+"""Run a contestant and watch it from outside: all are measured in the same way.
 
-A contestant writes a line per step to a file. Within `_PAUSE` seconds of a new line, the time, the
-processor time and the memory of its process are read here.
+A contestant tells of its steps in a file. When a line comes, the time, the processor time and the
+memory of its process are read here, within `_PAUSE` seconds.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ _PAUSE = 0.02
 
 @dataclass(frozen=True)
 class Mark:
-    """Readings at one moment. Seconds count from the start of the process."""
+    """What was read at one moment. Seconds count from the start of the process."""
 
     at: float
     cpu_seconds: float
-    """Processor seconds of the process and its children."""
+    """Of the process and all that it started."""
     machine: Busy
     resident_mb: float
     peak_mb: float
-    """Peak since the start, or since the model was loaded."""
+    """Since the start, or since the model was loaded."""
 
 
 @dataclass
 class Observed:
-    """Observations of one run."""
+    """All that was seen of one run."""
 
     start: Mark
     loaded: Mark | None = None
     steps: list[tuple[Mark, dict[str, float]]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """Facts that a peer reported when the model was loaded."""
+    """What a peer said when the model was loaded."""
     load_average: float = 0.0
     others_before: float = 0.0
     failure: str = ""
-    """Last lines of the log if it failed."""
+    """The end of its log if it failed."""
 
 
 class Tail:
-    """Read complete new lines of a growing file."""
+    """The lines that a file gains, once they are whole."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,7 +71,7 @@ class Tail:
 
 
 def environment(threads: int, *, project: Path | None) -> dict[str, str]:
-    """Return environment variables: the same threads for all, no Hub; our sources only for ours."""
+    """Variables of a contestant: the same threads for all, no hub; our sources for ours alone."""
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     variables |= {
         name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -93,7 +93,7 @@ def watch(
     """Run a command to its end, or for `limit` seconds.
 
     Args:
-        folder: output folder of the contestant, and of its log.
+        folder: where the contestant writes, and its log is kept.
     """
     others, load = share_before(), os.getloadavg()[0]
     log = folder / "log.txt"
@@ -114,7 +114,7 @@ def watch(
                     break
         finally:
             if process.poll() is None:
-                # A process group of its own, so that its children end with it.
+                # A group of its own: what it started ends with it.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode and not seen.failure:
@@ -129,7 +129,7 @@ def look(
     tails: tuple[Tail, Tail],
     seen: Observed,
 ) -> None:
-    """Record the events in new lines."""
+    """Take down what the new lines tell of."""
     lines, log = (tail.read() for tail in tails)
     if not lines and not log:
         return
@@ -145,7 +145,7 @@ def look(
 
 
 def read(process: psutil.Process, started: float) -> Mark:
-    """Read time, processor time and memory now."""
+    """Time, processor time and memory at this moment."""
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     kib = {
         name: int(value.split()[0])
@@ -172,12 +172,12 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def reset_peak(pid: int) -> None:
-    """Reset the kernel's peak (man 5 proc, clear_refs), to exclude loading."""
+    """Have the kernel count the peak from now on (man 5 proc, clear_refs): loading is left out."""
     Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
 
 
 def interpreter_mb(python: str, imports: str, variables: dict[str, str]) -> float:
-    """Measure the resident memory of an interpreter with a contestant's imports."""
+    """Resident memory of an interpreter that has imported all that a contestant imports."""
     script = f"{imports}\nprint(open('/proc/self/status').read())"
     done = subprocess.run(
         [python, "-c", script], capture_output=True, text=True, env=variables, check=True

@@ -1,7 +1,7 @@
-"""Rows of a race: conversations for `qlora train`, the same as tokens for the others.
+"""The rows of a race: one file of conversations for us, and the same as tokens for the others.
 
-`qlora` prepares and orders them. The others get exactly these tokens and labels in the same order,
-so that each step of every contestant has the same rows.
+Ours prepares and orders them; the others are given the very tokens and labels, in the very order
+in which ours takes them, so that each step of all contestants learns from the same rows.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Files with the rows of a race, and token counts per step."""
+    """Files with the rows of a race, and what the rows of each step come to."""
 
     conversations: Path
     in_order: Path
-    """File of tokens and labels in training order."""
+    """Tokens and labels, in the order in which they are learnt."""
     by_length: Path
-    """The same, with the longest rows of each step first."""
+    """The same, the longest of each step first."""
     lengths: list[list[int]]
     """Tokens of each row, step by step."""
     supervised: list[list[int]]
@@ -40,7 +40,7 @@ class Rows:
 
 
 def gsm8k(folder: Path, number: int, name: str = "train.jsonl") -> list[Conversation]:
-    """Read the first rows of a split as question and answer."""
+    """The first rows of a split: a question, and the answer to learn."""
     with (folder / name).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, number)]
     return [_conversation(row["question"], row["answer"]) for row in rows]
@@ -49,7 +49,7 @@ def gsm8k(folder: Path, number: int, name: str = "train.jsonl") -> list[Conversa
 def of_length(
     folder: Path, model: Path, length: int, number: int, *, available: int = 2048
 ) -> list[Conversation]:
-    """Make rows of almost exactly `length` tokens, half of them supervised, from GSM8K."""
+    """Rows of almost exactly `length` tokens, half of them learnt, from the words of GSM8K."""
     from qlora_cli.models.base import load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -59,7 +59,7 @@ def of_length(
     )
 
     def row(i: int) -> Conversation:
-        # Each row starts at another word.
+        # Each begins elsewhere.
         ask, answer = (words[i * len(words) // number :] * 2 for words in (questions, answers))
 
         def of_words(num_asked: int, num_answered: int) -> Conversation:
@@ -77,9 +77,9 @@ def of_length(
 
 
 def fitting(size_of: Callable[[int], int], most: int) -> int:
-    """Find the largest n with size_of(n) <= most, for a size_of that grows at least as fast as n.
+    """The largest n for which size_of(n) <= most, where size_of grows with n and at least as fast.
 
-    A word has at least one token, so at most `most` words fit into `most` tokens.
+    A word is a token at least, so no more than `most` words fit into `most` tokens.
     """
     low, high = 0, most
     while low < high:
@@ -103,7 +103,7 @@ def write(
     """Prepare the conversations as `qlora train` does, and write the files of a race.
 
     Args:
-        folder: empty folder to write to.
+        folder: an empty one to write to.
         model: folder with the tokenizer.
     """
     path = folder / "conversations.jsonl"
@@ -128,7 +128,7 @@ def write(
 def in_our_order(
     examples: Sequence[Example], *, rows_per_step: int, seed: int
 ) -> list[list[Example]]:
-    """Return the examples of each step of one epoch, in our order."""
+    """The examples of each step of one pass, as our stream of batches takes them."""
     from qlora_cli.data.batching.sampler import BatchStream
 
     stream = BatchStream(

@@ -1,4 +1,4 @@
-"""Run contestants one after the other, each in its own process."""
+"""Where the runs of a race take place: one contestant after the other, each in its own process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from benchmarks.race.rows import Rows
 
 @dataclass
 class Stage:
-    """Settings shared by all runs of a race."""
+    """What all runs of a race share."""
 
     work: Path
-    """Folder for the output of runs, emptied after each."""
+    """A folder for what the runs write; emptied as they end."""
     kept: Path
-    """Folder for the reference losses, which are computed once."""
+    """A folder for losses of the reference, which are computed once."""
     model: Path
     pythons: Mapping[Kind, str]
     threads: int
@@ -68,7 +68,7 @@ class Stage:
     def in_turn(
         self, several: Sequence[Contestant], rows: Rows, sizes: Sizes, *, repetitions: int
     ) -> dict[str, Figures]:
-        """Run all contestants in turn, `repetitions` times: A B A B."""
+        """All of them, one after the other, and again: A B A B."""
         runs: dict[str, list[Figures]] = {one.name: [] for one in several}
         for _ in range(repetitions):
             for one in several:
@@ -76,7 +76,7 @@ class Stage:
         return {name: together(each) for name, each in runs.items()}
 
     def reference(self, rows: Rows, sizes: Sizes) -> Figures:
-        """Return the losses of the same work in float32, computed once per rows and versions."""
+        """Losses of the same work in float32; computed once for the same rows and versions."""
         facts = [vars(sizes), versions(self.pythons["plain"]), rows.by_length.read_text()]
         peer = Path(__file__).parent / "peers" / "with_transformers.py"
         facts += [peer.read_text(), (self.model / "config.json").read_text(), str(self.model)]
@@ -94,7 +94,7 @@ class Stage:
         return figures
 
     def rates(self, rows: Rows, sizes: Sizes) -> dict[str, Any]:
-        """Measure how fast this machine computes the products of one micro-step."""
+        """How quickly this machine computes the products of one micro-step."""
         steps = len(rows.lengths)
         micro_steps = sizes.rows_per_step / sizes.micro_batch
         job = self.work / "floor.json"
@@ -116,7 +116,7 @@ class Stage:
     def floor(
         self, measured: Sequence[Mapping[str, Any]], rows: Rows, sizes: Sizes
     ) -> dict[str, Any]:
-        """Compute the floor of a mean step, and the tokens per second that it allows."""
+        """The floor of a mean step, and the tokens per second that it would allow."""
         steps = len(rows.lengths)
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         geometry, rates = Geometry.of(config), best_of(measured)
@@ -147,7 +147,7 @@ class Stage:
 
 
 def versions(python: str) -> dict[str, str]:
-    """Return the versions of the relevant packages in an environment."""
+    """The packages of an environment that have a part in the race."""
     names = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "llamafactory"]
     script = (
         "import importlib.metadata as m, json, sys\n"
@@ -162,7 +162,7 @@ def versions(python: str) -> dict[str, str]:
 
 
 def summary(figures: Figures) -> str:
-    """Summarise a run in one line for the log."""
+    """One line for whoever waits."""
     if "failed" in figures:
         return f"failed: {figures['failed'].splitlines()[-1]}"
     busy = ", the machine was busy" if figures["is_busy"] else ""

@@ -1,4 +1,4 @@
-"""Command line of the experiment."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "random_kills.json"
 
 
 def main() -> int:
-    """Run a form and write its report. Returns 0 if the killed run equals the undisturbed one."""
+    """Run a form and write what came of it: 0 if it came to the same."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.random_kills",
         description=benchmarks.random_kills.__doc__,
@@ -25,12 +25,12 @@ def main() -> int:
     )
     parser.add_argument("form", choices=["tiny", "gsm8k"])
     parser.add_argument("--data", type=Path, help="folder with train.jsonl and test.jsonl of GSM8K")
-    parser.add_argument("--model", type=Path, default=MODEL, help="the demo model by default")
+    parser.add_argument("--model", type=Path, default=MODEL, help="another model than the demo's")
     parser.add_argument("--kills", type=int, help="50 for tiny, 20 for gsm8k")
     parser.add_argument("--steps", type=int, help="60 for tiny, 30 for gsm8k; not below the kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="working folder, which is kept")
-    parser.add_argument("--note", default="nothing else ran.", help="other load on the machine")
+    parser.add_argument("--folder", type=Path, help="where to work, and leave what was made")
+    parser.add_argument("--note", default="nothing else ran.", help="what else the machine did")
     options = parser.parse_args()
     if (options.form == "gsm8k") != (options.data is not None):
         parser.error("gsm8k needs --data, and tiny takes none")

@@ -1,4 +1,4 @@
-"""Kill a run, run it undisturbed, and compare the two."""
+"""A run that is killed, the undisturbed one beside it, and what is not the same."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from qlora_cli.common.atomic_files import describe_file
 
 CLOCKS = ("tokens_per_second", "peak_memory_bytes")
 RESULTS = ("status", "steps", "tokens", "untrained", "best", "fingerprint", "base", "tasks")
-"""Keys of the record that do not depend on the clock or on resuming."""
+"""What the record says of the run itself, and not of the clock or of how it was resumed."""
 KEEP = 2
-"""Number of checkpoints that the killed run keeps."""
+"""Checkpoints that the killed run keeps."""
 STEP = re.compile(r"(?:^|: )step (\d+)(?:/\d+  loss|  eval_| of )")
 
 
@@ -40,59 +40,59 @@ class Form:
 
 @dataclass(frozen=True)
 class Aim:
-    """Moment of a kill: a share of a stretch of the run.
+    """When to kill: so much of a stretch of the run after its beginning.
 
     The stretch is from the start of the process to the first step, or to the end of preparation if
-    it is needed (`step` is None, `is_cold`); from one step to the next; or from the last step to
-    the end.
+    that has to be done (`step` is None, `is_cold`); from a step to the next; or from the last step
+    to the end.
     """
 
     step: int | None
     share: float
     is_cold: bool = False
-    """Data must be prepared and the model unpacked."""
+    """Data have to be prepared, and the model unpacked."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A process that has ended or was killed."""
+    """A process that ended, or was killed."""
 
     lines: list[tuple[float, str]]
-    """Log lines, with seconds since the start."""
+    """What it said, with the seconds since its start."""
     seconds: float
     exit_code: int
-    """Exit code; -9 if killed."""
+    """-9 if it was killed."""
     began: float
-    """Start time, in seconds since 1970."""
+    """In seconds since 1970."""
 
     @property
     def step(self) -> int | None:
-        """Last reported step; None before the first."""
+        """The last step that it told of; None before the first."""
         steps = [step for _, line in self.lines if (step := step_of(line)) is not None]
         return steps[-1] if steps else None
 
 
 def step_of(line: str) -> int | None:
-    """Parse the step from a line of the console."""
+    """The step that a line of the console is about."""
     found = STEP.search(line)
     return int(found[1]) if found else None
 
 
 def draw_aims(kills: int, max_steps: int, seed: int) -> list[Aim]:
-    """Draw moments, in an order that lets the run advance."""
+    """Moments in an order that lets the run advance."""
     draw = random.Random(seed)
     num_starts, num_ends = round(kills / 4), max(1, round(kills / 10))
     later = draw.sample(range(1, max_steps), kills - num_starts - num_ends - 1)
     aims = [Aim(step, draw.random()) for step in (0, *sorted(later))]
     for number in range(num_starts):
-        # This includes the first start.
+        # The first start is among them.
         place = draw.randrange(len(aims) + 1) if number else 0
         aims.insert(place, Aim(None, draw.random(), is_cold=number % 2 == 0))
     return aims + [Aim(max_steps, draw.random()) for _ in range(num_ends)]
 
 
 def until(heard: Iterator[tuple[float, str]], step: int) -> Iterator[tuple[float, str]]:
-    """Read lines until one reports this step or a later one."""
+    """Listen until there is a line about that step, or a later one."""
     for moment, line in heard:
         yield moment, line
         told = step_of(line)
@@ -103,8 +103,8 @@ def until(heard: Iterator[tuple[float, str]], step: int) -> Iterator[tuple[float
 def kill_within(
     process: subprocess.Popen[str], heard: Iterator[tuple[float, str]], seconds: float, step: int
 ) -> Iterator[tuple[float, str]]:
-    """Send SIGKILL after `seconds`, unless the process ends first, or as soon as it reports `step`,
-    which it reaches earlier on an idle machine."""
+    """SIGKILL after so many seconds, unless it ends before; or as soon as it tells of that step,
+    which it comes to earlier on a machine with less to do."""
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     for moment, line in heard:
@@ -117,7 +117,7 @@ def kill_within(
 
 
 class Clock:
-    """Durations of the stretches of the undisturbed run, and of a start with prepared data."""
+    """How long the stretches of the undisturbed run took, and a start with data at hand."""
 
     def __init__(self, attempt: Attempt, warm: Attempt, max_steps: int) -> None:
         self._warm = warm.seconds
@@ -137,12 +137,12 @@ class Clock:
         return aim.share * self.turn(aim.step)
 
     def turn(self, step: int) -> float:
-        """Return the time from the end of a step to that of the next, or of the process."""
+        """From the end of a step to that of the next; from the last one, to that of the process."""
         return self._told[step + 1] - self._told[step]
 
 
 class Experiment:
-    """Experiment with one form, in a folder of its own."""
+    """One form, in a folder of its own."""
 
     def __init__(self, form: Form, folder: Path) -> None:
         self.form = form
@@ -152,7 +152,7 @@ class Experiment:
         self.manifests: dict[int, bytes] = {}
 
     def undisturbed(self) -> Attempt:
-        """Train the run to compare with, keeping all of its checkpoints."""
+        """The run to compare with; it keeps all of its checkpoints."""
         done = self.start(self.whole, keep=10**6)
         if done.exit_code:
             sys.exit("the undisturbed run failed:\n" + "\n".join(line for _, line in done.lines))
@@ -160,7 +160,7 @@ class Experiment:
         return done
 
     def warm(self) -> Attempt:
-        """Time a start with prepared data and model, until its first reported step."""
+        """A start with data and model prepared, ended when it tells of its first step."""
         began = self.start(self.run, step=0, seconds=0)
         shutil.rmtree(self.run)
         return began
@@ -173,7 +173,7 @@ class Experiment:
         step: int | None = None,
         seconds: float | None = None,
     ) -> Attempt:
-        """Train to the end, or until `seconds` after the start or after a step."""
+        """Train until the end, or until so many seconds after the start, or after a step."""
         command = [sys.executable, "-m", "qlora_cli", "train", str(self.form.recipe), *words]
         command += ["--set", f"output.dir={run}", "--set", f"output.keep_checkpoints={keep}"]
         environment = os.environ | {"QLORA_CACHE": str(self.cache), "HF_HUB_OFFLINE": "1"}
@@ -197,8 +197,8 @@ class Experiment:
             lines += heard
         return Attempt(lines, time.monotonic() - started, process.returncode, began)
 
-    def resume_options(self) -> list[str]:
-        """Return the options to resume; remove the run if nothing was saved, as the hints say."""
+    def how_to_go_on(self) -> list[str]:
+        """As the hints of the errors say: from what was saved, or else anew."""
         if whole_checkpoints(self.run):
             return ["--resume", "auto"]
         if (self.run / "run.json").exists():
@@ -206,13 +206,13 @@ class Experiment:
         return []
 
     def forget_prepared(self) -> None:
-        """Delete finished preparation; leftovers of a kill stay, for the next process to clear."""
+        """What preparation finished; what a kill left behind stays, for the next one to clear."""
         for path in self.cache.glob("*/[!.]*"):
             if path.is_dir():
                 shutil.rmtree(path)
 
     def where(self, attempt: Attempt) -> str:
-        """Describe where a kill fell."""
+        """Where a kill fell."""
         marks = [
             (self.run / "checkpoints", ".step-*.unfinished", "save: writing"),
             (self.run / "checkpoints", ".step-*.removed", "save: removing an older one"),
@@ -223,7 +223,7 @@ class Experiment:
             (self.cache / "prepared", ".*", "preparing data"),
         ]
         for folder, pattern, words in marks:
-            # Ignore files of an earlier process.
+            # Not what an earlier process left.
             if any(path.lstat().st_ctime >= attempt.began for path in folder.glob(pattern)):
                 return words
         return self._where_in_the_run(attempt)
@@ -248,10 +248,10 @@ class Experiment:
         return "writing the last weights" if step == form.max_steps else "step"
 
     def kill(self, aim: Aim, clock: Clock) -> dict[str, Any] | None:
-        """Kill once and describe the result; None if the process had already ended."""
+        """One kill, and what it left; None if the process had ended before."""
         if aim.is_cold:
             self.forget_prepared()
-        words = self.resume_options()
+        words = self.how_to_go_on()
         before = max(whole_checkpoints(self.run), default=None) if words else None
         attempt = self.start(self.run, *words, step=aim.step, seconds=clock.seconds(aim))
         if attempt.exit_code == 0:
@@ -273,7 +273,7 @@ class Experiment:
         }
 
     def kill_all(self, aims: list[Aim], clock: Clock) -> list[dict[str, Any]]:
-        """Do all kills; one that comes too late is repeated at half of the time."""
+        """All of them; where one came too late, another at half of the time."""
         kills: list[dict[str, Any]] = []
         for aim in aims:
             while (found := self.kill(aim, clock)) is None:
@@ -283,7 +283,7 @@ class Experiment:
         return kills
 
     def compare(self) -> dict[str, Any]:
-        """Return the names of what differs from the undisturbed run, by kind."""
+        """What is not as in the undisturbed run: for each kind of thing, the names."""
         kept = sorted(self.manifests)[-KEEP:]
         mine, theirs = whole_checkpoints(self.run), {s: self.manifests[s] for s in kept}
         names = {name for name in files(self.whole) if not name.startswith("checkpoints/")}
@@ -298,7 +298,7 @@ class Experiment:
             "weights": [
                 name
                 for name in weights
-                # The model card contains the time.
+                # The model card tells the time.
                 if not name.endswith("README.md") and not self._is_same(name)
             ],
             "checkpoints": sorted(s for s in {*mine, *theirs} if mine.get(s) != theirs.get(s)),
@@ -318,13 +318,13 @@ def files(folder: Path) -> set[str]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the metrics, without those that depend on the clock."""
+    """What was logged, but for the clock."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
     return [{name: v for name, v in row.items() if name not in CLOCKS} for row in rows]
 
 
 def whole_checkpoints(run: Path) -> dict[int, bytes]:
-    """Return the manifests of intact checkpoints, by step."""
+    """The manifests of the checkpoints whose files are what these say, by their step."""
     found = {}
     for path in (run / "checkpoints").glob("step-*"):
         try:

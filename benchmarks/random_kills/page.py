@@ -1,4 +1,4 @@
-"""Render the page of results."""
+"""The page of results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def as_markdown(reports: dict[str, dict[str, Any]]) -> str:
-    """Render the result of each form, where kills fell, and each kill."""
+    """The page: for each form what came of it, where kills fell, and each of them."""
     lines = [
         "<!-- Written by benchmarks/random_kills/; run that instead of editing. -->",
         "# Runs that are killed at random moments",

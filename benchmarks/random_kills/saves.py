@@ -1,4 +1,4 @@
-"""Measure the cost of a save."""
+"""What a save costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.random_kills.experiment import KEEP, Clock, Experiment
 
 
 def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> dict[str, Any]:
-    """Measure a save of the undisturbed run's state, by itself and within the run."""
+    """What a checkpoint of the undisturbed run takes: by itself, and within the run."""
     import torch
 
     from qlora_cli.distributed.world import World

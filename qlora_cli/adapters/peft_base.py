@@ -13,6 +13,7 @@ from pydantic import Field
 
 from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.errors import ModelError
+from qlora_cli.models.heads import CAUSAL_LM
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -136,7 +137,7 @@ class PeftMethod(OfPeft):
     def shared_settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """What every config of PEFT that has targets takes under the same name."""
         return {
-            "task_type": "CAUSAL_LM",
+            "task_type": CAUSAL_LM.task_type,
             "target_modules": self.target_modules,
             "modules_to_save": self.modules_to_save or None,
         }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.adapters.peft_base import OfPeft
+from qlora_cli.models.heads import CAUSAL_LM
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -21,7 +22,7 @@ class _VirtualTokens(OfPeft):
     """How many stand before each row. The context has room for so many tokens less."""
 
     def _settings(self) -> dict[str, Any]:
-        return {"task_type": "CAUSAL_LM", "num_virtual_tokens": self.num_virtual_tokens}
+        return {"task_type": CAUSAL_LM.task_type, "num_virtual_tokens": self.num_virtual_tokens}
 
 
 class PromptTuning(_VirtualTokens):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from qlora_cli.adapters.files import WEIGHTS, read_config, refuse_slow_patterns
 from qlora_cli.common.untrusted_files import refuse_no_safetensors
 from qlora_cli.errors import ModelError
+from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames, WeightPart
 
@@ -41,14 +42,14 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
         ModelError: its config cannot be used.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
-            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+            skeleton: PreTrainedModel = CAUSAL_LM.auto_class().from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     # Settings that do not belong together fail in any way, wherever they are used first.

@@ -1,4 +1,4 @@
-"""What a plan is made for: a card or a machine, by its name or its memory."""
+"""Target devices of a plan: a GPU or a machine, by its name or its memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Target:
-    """A device with some memory."""
+    """A device that a plan is made for."""
 
     name: str
     kind: Device
     memory_bytes: int | None
-    """What there is; None if nothing is known."""
+    """Memory of the device; None if unknown."""
     teraflops: float | None = None
-    """Dense products in 16 bit, 10^12 operations a second, as its maker says."""
+    """Dense 16-bit products, 10^12 operations per second, from the data sheet."""
     bandwidth: float | None = None
-    """Of its memory, 10^9 bytes a second."""
+    """Memory bandwidth, 10^9 bytes per second."""
     has_bfloat16: bool = True
     number: int = 1
-    """Devices that train together."""
+    """Number of devices that train together."""
 
 
 def _card(
@@ -37,7 +37,7 @@ def _card(
 
 
 CARDS = (
-    # Memory is what the driver reports, a little less than what is printed on the box.
+    # Memory as the driver reports it, a little less than the nominal size.
     _card("T4", 14.6, 65, 320, has_bfloat16=False),
     _card("V100 16GB", 15.8, 125, 900, has_bfloat16=False),
     _card("V100 32GB", 31.7, 125, 900, has_bfloat16=False),
@@ -62,16 +62,16 @@ CARDS = (
     _card("H200", 139.7, 989, 4800),
     _card("B200", 178.0, 2250, 8000),
 )
-"""Cards that are often trained on: makers' data sheets."""
+"""Common GPUs; figures from their data sheets."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(gib|gb|g)", re.IGNORECASE)
 
 
 def find_target(name: str, number: int = 1) -> Target:
-    """What `--device` names.
+    """Find the device that `--device` names.
 
     Raises:
-        RecipeError: nothing of that name is known.
+        RecipeError: the name is unknown.
     """
     wanted = _plain(name)
     if wanted == "cpu":
@@ -85,8 +85,8 @@ def find_target(name: str, number: int = 1) -> Target:
         if _plain(card.name) in (wanted, wanted.removeprefix("nvidia").removeprefix("geforce")):
             return replace(card, number=number)
     raise RecipeError(
-        f"--device: {name} is not known",
-        hint="it takes cpu, cuda, an amount of memory such as 24GiB, or one of "
+        f"--device: {name} is unknown",
+        hint="use cpu, cuda, an amount of memory such as 24GiB, or one of "
         + ", ".join(card.name for card in CARDS),
     )
 
@@ -96,14 +96,14 @@ def _plain(name: str) -> str:
 
 
 def this_machine() -> Target:
-    """The CPU here, and the memory that is free."""
+    """Return this CPU, with its free memory."""
     import psutil
 
     return Target("CPU", "cpu", psutil.virtual_memory().available)
 
 
 def this_card() -> Target | None:
-    """The first CUDA device here, and the memory that it has."""
+    """Return the first CUDA device of this machine, with its memory."""
 
     if not torch.cuda.is_available():
         return None
@@ -116,15 +116,14 @@ def this_card() -> Target | None:
 
 
 _OTHERS = {"ti", "super", "laptop", "mobile", "d"}
-"""Words with which a name is that of another card."""
+"""Words in a name that make it a different GPU."""
 
 
 def known_card(name: str, memory_bytes: int) -> Target | None:
-    """The card that a driver calls by this name, such as `NVIDIA A100-SXM4-80GB`; None if it is not
-    in the table.
+    """Find a GPU by the driver's name, such as `NVIDIA A100-SXM4-80GB`; None if not in the table.
 
-    Each word of the table's name has to be there: an A100 is no A10. Of cards that differ in their
-    memory alone it is the nearest.
+    Every word of the table's name must occur, so that an A100 is not taken for an A10. Among GPUs
+    that differ only in memory, the nearest size wins.
     """
     words = _words(name)
     found = [
@@ -136,7 +135,7 @@ def known_card(name: str, memory_bytes: int) -> Target | None:
 
 
 def _words(name: str) -> set[str]:
-    """Without the size of the memory, which some names have and some have not."""
+    """Split a name into words, without the memory size, which only some names contain."""
     return {w for w in re.findall(r"[a-z0-9]+", name.lower()) if not re.fullmatch(r"\d+gb", w)}
 
 

@@ -1,4 +1,4 @@
-"""Compute dtypes: names, and which of them a device is fast in."""
+"""Compute dtypes: their names, and which of them is fast on a CPU."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import torch
 from qlora_cli.errors import RecipeError
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-"""What a step computes in, and how `training.precision` calls it."""
+"""Compute dtypes and their names in `training.precision`."""
 
 
 def no_bfloat16(device: str) -> RecipeError:
-    """What to raise where bf16 was asked for by name and a device has none."""
+    """Return the error for a recipe that says bf16 on a device without it."""
     return RecipeError(
-        f"training.precision: bf16 was asked for, and {device} has none",
-        hint="--set training.precision=auto takes the best that the device has",
+        f"training.precision: bf16 is not available on {device}",
+        hint="--set training.precision=auto uses the best that the device has",
     )
 
 
 def cpu_is_fast_in_bfloat16() -> bool:
-    """By its name and not by a trial: a run that is resumed has to find the same answer.
+    """Tell if bfloat16 products are faster than float32 ones on this CPU.
 
-    Of the instructions of AVX-512, products in bfloat16 have twice the rate of those in float32 on
-    AMD's and half the rate on Intel's; AMX is many times as fast (`dev/LOG.md`).
+    Decided by the CPU's name and not by a timing, so that a resumed run gets the same answer. With
+    AVX-512, bfloat16 products run at twice the rate of float32 on AMD and half the rate on Intel;
+    AMX is many times faster (`dev/LOG.md`).
     """
     has = torch.cpu.get_capabilities()
     is_amd = str(has.get("cpu_name", "")).startswith("AMD")

@@ -21,11 +21,11 @@ class World:
     """Device, rank and sums over ranks. One process is a world of size 1."""
 
     def __init__(self) -> None:
-        # Asked for by name, several CPU processes form a group; otherwise each would be alone.
+        # With `cpu=True` several CPU processes form a group; otherwise each would be alone.
         self._accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            # What is exchanged is as large as all gradients, and stays: otherwise they are there
-            # twice during an update.
+            # Gradients are views of the exchange buckets: otherwise they would be in memory twice
+            # during an update.
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.device: torch.device = self._accelerator.device
@@ -34,49 +34,49 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and logs."""
+        """Tell if this process writes files and logs."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
+        """Return the sum of a tensor over all ranks."""
         if self.size == 1:
             return value
         total: Tensor = self._accelerator.reduce(value.clone(), reduction="sum")
         return total
 
     def sum_on_host(self, counts: Tensor) -> list[int]:
-        """The sums of host counters over all ranks. Alone, it does not touch the device."""
+        """Return the sums of host counters over all ranks. One process does not use the device."""
         if self.size == 1:
             return [int(count) for count in counts]
         return [int(count) for count in self.sum(counts.to(self.device))]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on some rank. Alone, it does not touch the device."""
+        """Tell if the flag is set on any rank. One process does not use the device."""
         return self.sum_on_host(torch.tensor([int(flag)]))[0] > 0
 
     def gather(self, value: T) -> list[T]:
-        """A value (of plain Python and tensors) of each rank, in their order."""
+        """Return the values of all ranks (plain Python and tensors), in rank order."""
         from accelerate.utils import gather_object
 
         found: list[T] = gather_object([value]) if self.size > 1 else [value]
         return found
 
     def share(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are averaged over the ranks in the backward pass."""
+        """Wrap a module so that its backward pass averages gradients over ranks."""
         if self.size == 1:
             return module
         shared: nn.Module = self._accelerator.prepare_model(module, device_placement=False)
         return shared
 
     def no_sync(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-        """Leave out the exchange of gradients unless it is the last micro-batch of the step."""
+        """Skip the exchange of gradients unless it is the last micro-batch of the step."""
         if last or self.size == 1:
             return contextlib.nullcontext()
         waiting: AbstractContextManager[object] = self._accelerator.no_sync(module)
         return waiting
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
@@ -84,10 +84,10 @@ class World:
         self._accelerator.end_training()
 
     def compute_dtype(self, precision: Literal["auto", "bf16", "fp16", "fp32"]) -> torch.dtype:
-        """What `training.precision` means on this device.
+        """Return the dtype that `training.precision` means on this device.
 
         Raises:
-            RecipeError: bf16 was asked for by name and the GPU computes in none.
+            RecipeError: the recipe says bf16, and the GPU does not have it.
         """
         if precision == "auto":
             return self._best_dtype()
@@ -101,16 +101,16 @@ class World:
         return torch.bfloat16 if self._has_bfloat16() else torch.float16
 
     def _has_bfloat16(self) -> bool:
-        # Any CPU has it, if only by emulation.
+        # Every CPU has it, some by emulation.
         return self.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
     def free_memory(self) -> None:
-        """Give what the allocator keeps for later back to the device."""
+        """Return the allocator's cached memory to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def peak_memory_bytes(self) -> int:
-        """Highest memory of this process so far: allocated on the GPU, else resident."""
+        """Return the peak memory of this process: allocated on the GPU, else resident."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -121,14 +121,14 @@ class World:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or of Python says that there is no memory left."""
-    # On a CPU torch has no class of its own for it.
+    """Tell if an error of torch or Python means that memory ran out."""
+    # Torch has no class of its own for it on a CPU.
     is_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def set_seed(seed: int) -> None:
-    """Seed every generator that a run draws from."""
+    """Seed every random generator that a run uses."""
     import numpy as np
 
     random.seed(seed)

@@ -17,6 +17,7 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
 from qlora_cli.export.report import PackedModel, TrainedAgreement
 from qlora_cli.models.base import load_model, load_tokenizer
+from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.quantization import Nf4
 from qlora_cli.runs.run_folder import RunFolder, recipe_of_run
 
@@ -90,8 +91,6 @@ def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tens
 
 def _packed_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
     """Of the packed weights, in float32: so that what differs is the packing alone."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = CAUSAL_LM.auto_class().from_pretrained(folder, local_files_only=True)
     model.dequantize(torch.float32)
     return logits_of(model.float().eval(), rows)

@@ -1,11 +1,12 @@
-"""What makes a step fast and lean: no padding, layers as one function, what is computed again."""
+"""Make a step fast and lean: no padding, fused layers, recomputed activations."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -22,12 +23,14 @@ from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.base import start_checkpointing
 from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, prove_packing
-from qlora_cli.recipe.schema import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora")
+
+Checkpointing = bool | Literal["mlp", "offload"]
+"""The values of `training.gradient_checkpointing`."""
 
 _RECOMPUTE: dict[bool | str, Recompute] = {
     True: "all",
@@ -37,27 +40,48 @@ _RECOMPUTE: dict[bool | str, Recompute] = {
 }
 
 
+@dataclass(frozen=True)
+class CompiledKernels:
+    """Compiled kernels, or what stands for them in a trace."""
+
+    elementwise: Elementwise
+    cross_entropy: CrossEntropy
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How a step computes."""
+
+    dtype: torch.dtype
+    """Autocast dtype; float32 means no autocast."""
+    kernels: Kernels = "fused"
+    """The kernels that the layers get, where the model's layers can have them."""
+    device: DeviceCapabilities = field(default_factory=DeviceCapabilities)
+    compiled: CompiledKernels | None = None
+    """The kernels of `compiled`; None compiles them on this machine."""
+
+
 def use_padding_free(
     model: PreTrainedModel,
-    learnt: PreparedData,
+    training: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
     device: torch.device,
     *,
     packing: bool,
 ) -> bool:
-    """Let the model attend to each example of a row by itself, and show that it does.
+    """Make the model attend within each example of a row, and prove that it does.
 
     Returns:
-        Whether it does, so that examples need no padding.
+        True if examples can share a row without padding.
 
     Raises:
-        ModelError: it does not, and the recipe packs.
+        ModelError: they cannot, and the recipe packs.
     """
     is_ours = attend_by_document(model)
-    if not (is_ours or packing):  # eager attention would compute what is between examples too
+    if not (is_ours or packing):  # eager attention would compute scores between examples too
         return False
-    packed, padded = proof_batches(learnt.examples, pad_token_id=tokenizer.pad_token_id)
+    packed, padded = proof_batches(training.examples, pad_token_id=tokenizer.pad_token_id)
     try:
         proof = prove_packing(model, packed.to(device), padded.to(device), dtype)
     except ModelError as error:
@@ -73,36 +97,29 @@ def use_padding_free(
 def prepare_layers(
     model: nn.Module,
     base: PreTrainedModel,
-    settings: Training,
-    kernels: Kernels,
-    dtype: torch.dtype,
-    means: DeviceCapabilities,
-    compiled: Elementwise | None = None,
+    checkpointing: Checkpointing,
+    options: ComputeOptions,
 ) -> Kernels:
-    """Put faster layers in place, and decide what is computed again in the backward pass.
+    """Replace decoder layers by faster ones, and set up gradient checkpointing.
 
     Args:
         model: the base with its adapter.
-        compiled: what compiled kernels are made of; by default what torch compiles here.
 
     Returns:
-        The kernels that it has then.
+        The kernels that the layers got: "plain" if none could be replaced.
     """
-    fused = 0
-    if kernels != "plain" and base.get_input_embeddings().weight.dtype == dtype:
+    fused, kernels = 0, options.kernels
+    if kernels != "plain" and base.get_input_embeddings().weight.dtype == options.dtype:
         ops = Elementwise()
         if kernels == "compiled":
-            ops = compiled or compile_elementwise(
-                base.device, dtype, norms_heads=has_head_norms(model)
-            )
-        recompute = _RECOMPUTE[settings.gradient_checkpointing]
-        fused = fuse_layers(model, recompute, ops, means.attention)
+            ops = _compiled_elementwise(model, base.device, options)
+        fused = fuse_layers(model, _RECOMPUTE[checkpointing], ops, options.device.attention)
     num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
-    # Fused layers see to it themselves; a method may have left some, or all, as they were.
-    if settings.gradient_checkpointing and fused < num_layers:
+    # Fused layers recompute by themselves. A method may have left some or all layers unfused.
+    if checkpointing and fused < num_layers:
         start_checkpointing(base)
-    if settings.gradient_checkpointing == "offload":
-        _offload(base, means.host)
+    if checkpointing == "offload":
+        _offload(base, options.device.host)
     if fused == 0:
         return "plain"
     log.info("kernels: %d layers as one function each, %s", fused, kernels)
@@ -113,27 +130,31 @@ def _offload(base: PreTrainedModel, host: Host | None) -> None:
     if host is None:
         log.warning(
             "training.gradient_checkpointing: offload moves inputs of layers from CUDA memory to "
-            "the host; no CUDA here, so true"
+            "the host; there is no CUDA device here, so it acts as true"
         )
         return
     keep_on_host(base.get_decoder() or base, base.get_input_embeddings(), host)
 
 
-def compile_elementwise(
-    device: torch.device, dtype: torch.dtype, *, norms_heads: bool
+def _compiled_elementwise(
+    model: nn.Module, device: torch.device, options: ComputeOptions
 ) -> Elementwise:
-    """Compiled element-wise work; plain, with a warning, if it cannot be compiled here."""
-    ops = Elementwise.compiled()
-    can = _can_compile(lambda: ops.try_out(device, dtype, norms_heads=norms_heads))
+    """Return compiled element-wise work; plain, with a warning, if it cannot be compiled here."""
+    if options.compiled is not None:
+        return options.compiled.elementwise
+    ops, norms_heads = Elementwise.compiled(), has_head_norms(model)
+    can = _can_compile(lambda: ops.try_out(device, options.dtype, norms_heads=norms_heads))
     return ops if can else Elementwise()
 
 
-def loss_kernel(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> CrossEntropy:
-    """Cross-entropy with its gradient, for the kernels that a run has."""
+def loss_kernel(kernels: Kernels, device: torch.device, options: ComputeOptions) -> CrossEntropy:
+    """Return the cross-entropy with its gradient for a run with these kernels."""
     if kernels != "compiled":
         return cross_entropy
-    compiled = compiled_cross_entropy()
-    # As large as in a step, almost: several threads are used only if they pay for this size.
+    if options.compiled is not None:
+        return options.compiled.cross_entropy
+    compiled, dtype = compiled_cross_entropy(), options.dtype
+    # Almost as large as in a step: several threads are used only if they pay for this size.
     logits = torch.rand(64, 8192, device=device, dtype=dtype)
     targets = torch.arange(64, device=device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as in a step
@@ -143,7 +164,7 @@ def loss_kernel(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> C
 def _can_compile(run: Callable[[], object]) -> bool:
     started = time.monotonic()
     try:
-        with torch.no_grad():  # as in a step: another state would compile it again
+        with torch.no_grad():  # as in a step: another grad mode would compile it again
             run()
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).split("\n")[0]

@@ -1,88 +1,79 @@
-"""The training loop. It reads from top to bottom; what each part does is in the part."""
+"""The training loop. It reads from top to bottom; helpers are in `step.py` and `monitor.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
-
-from qlora_cli.distributed.world import World
 from qlora_cli.loop.meter import Meter
 from qlora_cli.loop.monitor import TrainingMonitor, is_finite
-from qlora_cli.loop.step import Batches, train_step
+from qlora_cli.loop.setup import Batches, Setup
+from qlora_cli.loop.step import train_step
 from qlora_cli.loop.trackers import Tracker
 from qlora_cli.recipe.schema import Training
-from qlora_cli.types import StepHooks, TrainState
+from qlora_cli.types import TrainState
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does between steps."""
+
+    evaluate: Callable[[TrainState], dict[str, float]]
+    """Returns the metrics of an evaluation; the model is in training mode again afterwards."""
+    save: Callable[[TrainState], None]
+    """Saves a checkpoint."""
+    should_stop: Callable[[TrainState], bool]
+    """Called before each step; the run ends early if it returns True."""
 
 
 def fit(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int], float],
-    batches: Batches,
+    setup: Setup[Batches],
     settings: Training,
-    *,
-    max_steps: int,
-    world: World,
-    scaler: torch.amp.GradScaler,
     state: TrainState,
+    hooks: Hooks,
     monitor: TrainingMonitor,
-    method: StepHooks,
-    evaluate: Callable[[], dict[str, float]],
-    is_over: Callable[[TrainState], bool],
-    save: Callable[[TrainState], None],
     tracker: Tracker,
 ) -> None:
-    """Train until `max_steps`, or until it `is_over` early. One turn is one optimizer step.
+    """Train until `max_steps`, or until `should_stop`. One iteration is one optimizer step.
 
     Raises:
         TrainingError: the loss is not finite for some steps in a row, or jumps again and again.
-        OutOfMemory: in a step; what was learnt before it is saved.
+        OutOfMemory: in a step; a checkpoint of the steps before it has been saved.
     """
-    # Before the first step; and again where a run that is resumed may have been cut short in it.
+    setup, max_steps = replace(setup, shared=setup.world.share(setup.objective)), setup.max_steps
+    # Before the first step, and again where a resumed run may have been cut short in it.
     if is_evaluated(settings, state.step) or state.step in (0, max_steps):
-        tracker.log(evaluate(), state.step)
-    objective.train()
+        tracker.log(hooks.evaluate(state), state.step)
+    setup.shared.train()
     meter = Meter(state)
     is_saved = True
-    while state.step < max_steps and not is_over(state):
-        with monitor.out_of_memory(state, save):
-            metrics = train_step(
-                objective,
-                optimizer,
-                schedule(state.step),
-                batches,
-                settings,
-                world,
-                scaler,
-                state,
-                method,
-            )
+    while state.step < max_steps and not hooks.should_stop(state):
+        with monitor.out_of_memory(state, hooks.save):
+            metrics = train_step(setup, settings, state)
         state.step += 1
         if monitor.goes_back(metrics, state):
             continue
         is_last = state.step == max_steps
 
         if is_due(settings.log_every, state.step) or is_last or not is_finite(metrics):
-            tracker.log(meter.read(metrics, state, world), state.step)
-        # While numbers are bad, nothing takes the place of what was saved when they were good.
+            tracker.log(meter.read(metrics, state, setup.world), state.step)
+        # While numbers are bad, no checkpoint replaces one that was saved when they were good.
         is_sound = state.bad_steps == state.high_steps == 0
         is_saved = (is_due(settings.save_every, state.step) and is_sound) or is_last
         if is_saved:
-            save(state)  # after the step: state.step steps are done
+            hooks.save(state)  # `state.step` counts the steps that are done
         if is_evaluated(settings, state.step) or is_last:
-            tracker.log(evaluate(), state.step)  # it restores training mode itself
+            tracker.log(hooks.evaluate(state), state.step)
             meter.restart(state)
     if not is_saved:
-        save(state)
+        hooks.save(state)
 
 
 def is_evaluated(settings: Training, step: int) -> bool:
-    """Whether the model is measured after this step."""
+    """Tell if the model is evaluated after this step."""
     return is_due(settings.eval_every, step) or is_due(settings.tasks_every, step)
 
 
 def is_due(every: int | None, step: int) -> bool:
-    """Whether something done every so many steps is done after this one."""
+    """Tell if something done every `every` steps is done after this one."""
     return every is not None and step % every == 0

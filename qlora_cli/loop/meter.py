@@ -9,18 +9,18 @@ from qlora_cli.types import TrainState
 
 
 class Meter:
-    """Adds to a step's numbers what only the clock and the machine know."""
+    """Add speed and memory to the metrics of a step."""
 
     def __init__(self, state: TrainState) -> None:
         self.restart(state)
 
     def restart(self, state: TrainState) -> None:
-        """Forget the time that was spent on anything but steps."""
+        """Start a new interval, without the time spent on anything but steps."""
         self._tokens = state.tokens
         self._since = time.monotonic()
 
     def read(self, metrics: dict[str, float], state: TrainState, world: World) -> dict[str, float]:
-        """The metrics of the last step, with speed (since the last reading), memory and tokens."""
+        """Return the metrics with speed (since the last reading), tokens so far and peak memory."""
         values = dict(metrics)
         seconds = time.monotonic() - self._since
         values["tokens_per_second"] = (state.tokens - self._tokens) / seconds

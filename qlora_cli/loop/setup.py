@@ -2,15 +2,160 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
 
 from qlora_cli.data.batching.sampler import BatchStream, eval_batches
 from qlora_cli.data.prepared.prepare import PreparedData
+from qlora_cli.distributed.world import World, set_seed
+from qlora_cli.kernels.device_capabilities import DeviceCapabilities
+from qlora_cli.kernels.selection import Kernels, choose_kernels
+from qlora_cli.loop.fast_path import ComputeOptions, loss_kernel, prepare_layers, use_padding_free
+from qlora_cli.loop.run_data import RecipeData
+from qlora_cli.models.base import set_stop_tokens
+from qlora_cli.models.loading import compute_dtype, load_base
+from qlora_cli.models.report import TrainedReport, report_trained, warn_of_untrained
+from qlora_cli.objectives.base import Objective
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.types import Batch
+from qlora_cli.types import Batch, StepHooks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
+
+
+class Batches(Protocol):
+    """The micro-batches of this rank for any step: a pure function of the step."""
+
+    def micro_batches(self, step: int) -> list[Batch]: ...
+
+
+BatchesT = TypeVar("BatchesT", bound=Batches)
+BatchesT_co = TypeVar("BatchesT_co", bound=Batches, covariant=True)
+
+
+@dataclass(frozen=True)
+class Setup(Generic[BatchesT_co]):
+    """Everything that a training step needs; on real tensors, or on the traced ones of a plan."""
+
+    base: PreTrainedModel
+    """The base model, with the layers that the adapter put in."""
+    model: Any
+    """The base model in its adapter's wrapper, if the adapter has one."""
+    objective: Objective
+    shared: nn.Module
+    """The objective, wrapped so that its backward pass averages gradients over ranks."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Callable[[int], float]
+    """Factor on the learning rate for a step."""
+    step_hooks: StepHooks
+    batches: BatchesT_co
+    kernels: Kernels
+    """The kernels that the layers got, which may be slower than those asked for."""
+    world: World
+    max_steps: int
+    trained: TrainedReport
+
+
+def build_setup(
+    recipe: Recipe,
+    data: RecipeData,
+    world: World,
+    *,
+    init_weights: Callable[[Any], None] | None = None,
+    kernels: Kernels | None = None,
+) -> Setup[BatchStream]:
+    """Load the base model, attach the adapter, and build what trains it.
+
+    Args:
+        recipe: `training.micro_batch_size` is a number by now.
+        init_weights: loads the weights of an earlier adapter into the model (a warm start).
+        kernels: those that a resumed run had; None chooses.
+
+    Raises:
+        QloraError: the model, the adapter or the device does not suit the recipe.
+    """
+    settings = recipe.training
+    dtype = compute_dtype(recipe.quantization, settings.precision, world)
+    base = load_base(recipe.model, recipe.quantization, dtype, world.device)
+    set_stop_tokens(base, data.training.stop_token_ids)
+    padding_free = not recipe.adapter.no_packing and use_padding_free(
+        base, data.training, data.tokenizer, dtype, world.device, packing=recipe.data.packing
+    )
+    batches = stream_batches(
+        recipe,
+        data.training,
+        data.tokenizer,
+        padding_free=padding_free,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    log.info("one epoch: %s", batches.summary())
+    max_steps = settings.max_steps or batches.num_steps
+
+    set_seed(settings.seed)  # the same adapter on every rank
+    model = recipe.adapter.attach(base)
+    if init_weights is not None:
+        init_weights(model)
+    set_seed(settings.seed + world.rank)  # but not the same dropout
+    stops = data.training.stops, data.training.stop_token_ids
+    warn_of_untrained(base, dict(zip(*stops, strict=True)))
+    trained = report_trained(model)
+    log.info(trained.summary())
+
+    options = ComputeOptions(
+        dtype,
+        kernels
+        or choose_kernels(
+            # Fused layers leave padded rows to the layers that they replace.
+            settings.kernels if padding_free else "plain",
+            world.device.type,
+            work=trained.total * batches.tokens(max_steps),
+        ),
+        DeviceCapabilities.of(world.device, dtype),
+    )
+    return assemble(recipe, base, model, options, batches, world, max_steps)
+
+
+def assemble(
+    recipe: Recipe,
+    base: PreTrainedModel,
+    model: nn.Module,
+    options: ComputeOptions,
+    batches: BatchesT,
+    world: World,
+    max_steps: int,
+) -> Setup[BatchesT]:
+    """Put kernels into a model that has its adapter, and build objective and optimizer over it.
+
+    A run calls this through `build_setup`; a plan calls it on traced tensors.
+    """
+    kernels = prepare_layers(model, base, recipe.training.gradient_checkpointing, options)
+    cross_entropy = loss_kernel(kernels, world.device, options)
+    objective = recipe.objective.build(model, options.dtype, cross_entropy)
+    is_scaled = options.dtype == torch.float16
+    return Setup(
+        base=base,
+        model=model,
+        objective=objective,
+        shared=objective,
+        optimizer=recipe.optimizer.build(model.named_parameters(), world.device),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=is_scaled),
+        schedule=lambda step: recipe.schedule.scale(step, max_steps),
+        step_hooks=recipe.adapter.step_hooks(model, max_steps),
+        batches=batches,
+        kernels=kernels,
+        world=world,
+        max_steps=max_steps,
+        trained=report_trained(model),
+    )
 
 
 def stream_batches(
@@ -32,7 +177,7 @@ def stream_batches(
     return BatchStream(
         training.examples,
         batch_size=settings.batch_size,
-        micro_batch_size=settings.rows_per_forward,
+        micro_batch_size=settings.fixed_micro_batch_size,
         seed=settings.seed,
         epochs=settings.passes,
         pad_token_id=tokenizer.pad_token_id,

@@ -3,80 +3,94 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.monitor import is_finite
+from qlora_cli.loop.setup import Batches, Setup
 from qlora_cli.recipe.schema import Training
-from qlora_cli.types import Batch, StepHooks, TrainState
+from qlora_cli.types import Batch, TrainState
 
 
-class Batches(Protocol):
-    """The micro-batches of this rank for any step: a pure function of the step."""
-
-    def micro_batches(self, step: int) -> list[Batch]: ...
-
-
-_NOTHING = StepHooks()
-
-
-def train_step(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scale: float,
-    batches: Batches,
-    settings: Training,
-    world: World,
-    scaler: torch.amp.GradScaler,
-    state: TrainState,
-    method: StepHooks = _NOTHING,
-) -> dict[str, float]:
-    """Forward, backward, update. The loss is the mean over the supervised tokens of the whole step.
+def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> dict[str, float]:
+    """Run forward, backward and update. The loss is the mean over the weight of the whole step.
 
     Averaging each micro-batch's own mean would over-weight short answers and make the result
-    depend on how the batch was cut; summing and dividing once does not.
+    depend on how the batch was cut. Summing and dividing once does not.
 
     A step whose loss or gradient is not finite is not applied: no weight would survive it.
+
+    Returns:
+        "loss", "grad_norm", "learning_rate", the weight under the objective's `unit`, and the
+        objective's own metrics.
     """
-    micro_batches = batches.micro_batches(state.position)
+    world, objective, optimizer = setup.world, setup.objective, setup.optimizer
+    micro_batches = setup.batches.micro_batches(state.position)
     counts = torch.tensor(
-        [[batch.num_supervised, batch.num_tokens] for batch in micro_batches]
+        [[objective.weight(batch), batch.num_tokens] for batch in micro_batches]
     ).sum(0)
-    num_supervised, num_tokens = world.sum_on_host(counts)
+    weight, num_tokens = world.sum_on_host(counts)
 
     loss = torch.zeros((), device=world.device)
+    means: dict[str, Tensor] = {}
     for i, micro_batch in enumerate(micro_batches):
-        with world.no_sync(objective, last=i == len(micro_batches) - 1):
-            micro_loss = objective(micro_batch.to(world.device)) / num_supervised
-            # DDP averages over ranks; we want the sum.
-            scaler.scale(micro_loss * world.size).backward()
-        loss += micro_loss.detach()
+        is_last = i == len(micro_batches) - 1
+        micro_loss, sums = _forward_backward(setup, micro_batch, weight, is_last=is_last)
+        loss += micro_loss
+        for name, value in sums.items():
+            means[name] = means.get(name, 0.0) + value.detach() / weight
 
-    scaler.unscale_(optimizer)
-    method.before_update()
+    setup.scaler.unscale_(optimizer)
+    setup.step_hooks.before_update()
     grad_norm = clip_gradients(optimizer, settings.max_grad_norm)
-    # The only time that the host waits for the device: it has to know whether to go on.
-    values = torch.stack([world.sum(loss), grad_norm]).tolist()
-    metrics = dict(zip(("loss", "grad_norm"), values, strict=True))
+    metrics = _read_metrics(world, {"loss": loss, **means}, grad_norm)
+    scale = setup.schedule(state.step)  # pure function of the step: nothing to resume
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_scale  # pure function of the step: nothing to resume
+        group["lr"] = group["initial_lr"] * scale
     if is_finite(metrics):
-        scaler.step(optimizer)
-        method.after_update(state.step + 1)
-    scaler.update()
+        setup.scaler.step(optimizer)
+        setup.step_hooks.after_update(state.step + 1)
+    setup.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     state.tokens += num_tokens
-    return {
-        **metrics,
-        "learning_rate": optimizer.param_groups[0]["lr"],
-        "supervised_tokens": num_supervised,
-    }
+    return {**metrics, "learning_rate": optimizer.param_groups[0]["lr"], objective.unit: weight}
+
+
+def _forward_backward(
+    setup: Setup[Batches], batch: Batch, weight: int, *, is_last: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradients of a micro-batch to those of the step.
+
+    Args:
+        weight: of the whole step, on all ranks.
+        is_last: exchange gradients with the other ranks; those of earlier micro-batches wait.
+
+    Returns:
+        Its share of the step's loss, and the sums of its metrics.
+    """
+    world = setup.world
+    with world.no_sync(setup.shared, last=is_last):
+        loss, sums = setup.shared(batch.to(world.device))
+        loss = loss / weight
+        # DDP averages over ranks; we want the sum.
+        setup.scaler.scale(loss * world.size).backward()
+    return loss.detach(), sums
+
+
+def _read_metrics(world: World, shares: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
+    """Add up the loss and the other metrics over ranks, and read them with the gradient's norm.
+
+    This is the only time that the host waits for the device: it has to know whether to go on.
+    """
+    totals = world.sum(torch.stack(list(shares.values())))
+    *values, norm = torch.cat([totals, grad_norm[None]]).tolist()
+    found = dict(zip(shares, values, strict=True))
+    return {"loss": found.pop("loss"), "grad_norm": norm, **found}
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
-    """Scale the gradients down to a joint norm of `max_norm`; the norm before, as a tensor."""
+    """Scale the gradients down to a joint norm of `max_norm`. Returns the norm before."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)

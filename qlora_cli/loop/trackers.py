@@ -1,4 +1,4 @@
-"""Where metrics go. To add a tracker: one class here, and its name in `open_trackers`."""
+"""Log metrics. To add a tracker: one class here, and its name in `open_trackers`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Metrics = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Receives the metrics of a step, as numbers on the host."""
+    """Log the metrics of a step, as numbers on the host."""
 
     def log(self, metrics: Metrics, step: int) -> None: ...
 
@@ -29,11 +29,11 @@ class Tracker(Protocol):
 
 
 class Console:
-    """A live line on a terminal; elsewhere one plain line for each logged step.
+    """Show a live line on a terminal; elsewhere print one line per logged step.
 
     Args:
-        stream: where to write (standard error: standard output is for results).
-        max_steps: steps of the whole run, for the time left.
+        stream: usually standard error, as standard output is for results.
+        max_steps: steps of the whole run, to estimate the time left.
     """
 
     def __init__(self, stream: IO[str], max_steps: int, first_step: int = 0) -> None:
@@ -76,17 +76,17 @@ class Console:
         if not self._is_live:
             print(line, file=self._stream, flush=True)
             return
-        # Blanks wipe what is left of a longer line before.
+        # Padded with blanks, to erase the rest of a longer line before.
         self._stream.write("\r" + line.ljust(self._width) + ("\n" if stays else ""))
         self._stream.flush()
         self._width = 0 if stays else len(line)
 
 
 class Jsonl:
-    """One JSON object a line: `{"step": ..., metric: value, ...}`.
+    """Write one JSON object per line: `{"step": ..., metric: value, ...}`.
 
-    Lines of steps after `first_step` are dropped, and evaluations of that step: a resumed run does
-    them again.
+    Lines of steps after `first_step` are dropped, and so are evaluations of that step: a resumed
+    run repeats them.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -97,10 +97,10 @@ class Jsonl:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics, step: int) -> None:
-        # JSON has no infinity; the first steps in fp16 may have one as their gradient norm.
+        # JSON has no infinity, which the first steps in fp16 may have as their gradient norm.
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        # Whoever follows the run reads it now, and a killed run has lost nothing.
+        # So that others can follow the run, and a killed run loses nothing.
         self._file.flush()
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Jsonl:
 def _is_done(line: str, first_step: int) -> bool:
     try:
         row: dict[str, float] = json.loads(line)
-    except ValueError:  # the last one, cut short with the process or by a full disk
+    except ValueError:  # the last line, cut short by a kill or a full disk
         return False
     return row["step"] < first_step or (row["step"] == first_step and "loss" in row)
 
@@ -132,10 +132,10 @@ class TensorBoard:
 
 
 class Fanout:
-    """Several trackers as one. One that fails is warned of once: no run is worth less than its log.
+    """Log to several trackers. One that fails causes one warning, and does not end the run.
 
-    It is asked again at the next step, so that a disk with room again, or a server that is back,
-    has the rest.
+    It is tried again at the next step, because a disk may have space again and a server may be
+    back.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
@@ -153,12 +153,12 @@ class Fanout:
     def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
         try:
             act()
-        # Whatever a library for logging raises: full disks, closed pipes, servers that are away.
+        # Logging libraries raise anything: full disks, closed pipes, unreachable servers.
         except Exception as error:
             if tracker not in self._failed:
                 self._failed.add(tracker)
                 log.warning(
-                    "%s: metrics cannot be logged (%s: %s); training goes on",
+                    "%s: metrics cannot be logged (%s: %s); training continues",
                     type(tracker).__name__,
                     type(error).__name__,
                     error,
@@ -168,7 +168,7 @@ class Fanout:
 def open_trackers(
     names: Sequence[str] | None, folder: Path, *, max_steps: int, first_step: int
 ) -> Tracker:
-    """The console (unless the log is quiet), `metrics.jsonl` in `folder`, and those named.
+    """Open the console (unless the log is quiet), `metrics.jsonl` in `folder`, and those named.
 
     Args:
         names: None for a process that must not write.

@@ -26,6 +26,7 @@ from qlora_cli.common.untrusted_files import (
     refuse_no_safetensors,
 )
 from qlora_cli.errors import ModelError
+from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.known_configs import find_known
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def _unpacked_folder(path: Path) -> Path:
 
 def _write_unpacked(path: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
     try:
         with atomic_folder(folder) as unfinished, TemporaryDirectory(prefix="qlora-") as made:
@@ -261,7 +262,7 @@ def _write_unpacked(path: Path, folder: Path) -> None:
             (alone / path.name).symlink_to(path.resolve())
             # Its progress bar cannot be switched off, and is not an error.
             with contextlib.redirect_stderr(io.StringIO()):
-                model = AutoModelForCausalLM.from_pretrained(
+                model = CAUSAL_LM.auto_class().from_pretrained(
                     alone,
                     gguf_file=path.name,
                     quantization_config=GgufConfig(dequantize=True),
@@ -318,13 +319,11 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     Raises:
         ModelError: the weights or the architecture cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     refuse_foreign(folder)
     refuse_no_safetensors(folder, f"model.path: {folder}")
     refuse_prequantized(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = CAUSAL_LM.auto_class().from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,

@@ -1,9 +1,9 @@
-"""Token cross-entropy at the supervised positions alone."""
+"""Supervised fine-tuning: token cross-entropy, at the supervised positions only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,44 +11,52 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
+from qlora_cli.objectives.base import Objective
 from qlora_cli.types import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Float32 logits of one chunk. Larger saves nothing once the product fills the machine; on a CPU
-# a chunk that is no larger than its caches is read from there, and the C library keeps its memory.
+# Float32 logits of one chunk. A larger chunk saves no time once the product fills the machine. On a
+# CPU, a chunk that fits the caches is read from there, and the C library keeps its memory.
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
 
 
-class TokenLoss(nn.Module):
-    """Sum of the cross-entropy over the supervised tokens of a micro-batch.
+class TokenLoss(Objective):
+    """Cross-entropy, summed over the supervised tokens of a micro-batch.
 
-    The decoder runs on all tokens, the head on supervised positions only, chunk by chunk: the peak
-    is one chunk of logits and not B x T x V of them.
+    The decoder runs on all tokens. The head runs on supervised positions only, chunk by chunk, so
+    the peak is one chunk of logits and not B x T x V of them.
 
     Args:
         model: a causal language model, with or without PEFT around it.
         dtype: autocast dtype; float32 means no autocast.
-        cross_entropy: of a chunk of logits, with its gradient.
+        cross_entropy: kernel for the loss of a chunk of logits, with its gradient.
     """
+
+    unit: ClassVar[str] = "supervised_tokens"
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, cross_entropy: CrossEntropy = cross_entropy
     ) -> None:
-        super().__init__()
+        super().__init__(model, dtype)
         self._cross_entropy = cross_entropy
-        self.model = model
-        self.dtype = dtype
         causal: Any = _without_adapter(model)
-        # Kept out of the registered modules: both are inside the model already.
+        # In a tuple, so that they are not registered again: both are inside the model already.
         self._halves = causal.get_decoder(), causal.get_output_embeddings()
         self.is_split = self._can_split(causal)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Loss sum, a float32 scalar."""
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss sum; there are no metrics."""
+        return self._loss_sum(batch), {}
+
+    def weight(self, batch: Batch) -> int:
+        """Count the supervised tokens."""
+        return batch.num_supervised
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
         device = batch.input_ids.device
-        # The labels are read where they lie: on the host, no wait.
+        # Labels stay on the host, so finding the positions does not wait for the device.
         positions, targets = (
             index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
         )
@@ -60,16 +68,16 @@ class TokenLoss(nn.Module):
             return _chunked_cross_entropy(states, targets)
 
     def of_rows(self, batch: Batch) -> Tensor:
-        """Loss sum of each row (B,), in float64; without a gradient."""
+        """Return the loss sum of each row, (B,) in float64, without a gradient."""
         return self.of_labels(batch, batch.labels, torch.arange(len(batch.labels)))
 
     @torch.no_grad()
     def of_labels(self, batch: Batch, labels: Tensor, rows: Tensor) -> Tensor:
-        """As `of_rows`, for any number of labels on the same rows.
+        """Return the loss sum of several label sequences on the same rows, (L,) in float64.
 
         Args:
-            labels: (R, T), on the host.
-            rows: (R,), which row of the batch each of the labels is on.
+            labels: (L, T), on the host.
+            rows: (L,), the row of the batch that each label sequence belongs to.
         """
         device, length = batch.input_ids.device, batch.input_ids.shape[1]
         positions, targets = supervised_positions(labels)
@@ -81,7 +89,7 @@ class TokenLoss(nn.Module):
             head: Any = self._halves[1] if self.is_split else nn.Identity()
             width = head.out_features if self.is_split else states.shape[-1]
             sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
-            # With no label at all (a rank without rows) there is no chunk.
+            # Without any label (on a rank without rows) there is no chunk.
             for at in _chunks(len(targets), width, device):
                 losses = F.cross_entropy(
                     head(states[index[at]]).float(), targets[at], reduction="none"
@@ -93,17 +101,17 @@ class TokenLoss(nn.Module):
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _states(self, batch: Batch, positions: Tensor) -> Tensor:
-        """What the head is given (N, D), or logits (N, V) where the model cannot be split.
+        """Return the input of the head (N, D), or logits (N, V) if the model cannot be split.
 
         Args:
-            positions: (N,), ascending: which of the B * T tokens predict something.
+            positions: (N,), ascending: the positions, of B * T, that predict a supervised token.
         """
         if self.is_split:
             decoder, _ = self._halves
             hidden = decoder(**batch.inputs(), use_cache=False).last_hidden_state  # (B, T, D)
             states: Tensor = hidden.flatten(0, 1)[positions]
             return states
-        # The model's own forward, asked for these positions alone.
+        # The model's own forward, with logits at these positions only.
         keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         keep.view(-1)[positions] = True
         logits: Tensor = self.model(**batch.inputs(), use_cache=False, logits_to_keep=keep).logits
@@ -111,7 +119,7 @@ class TokenLoss(nn.Module):
 
     @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:
-        """Whether the model is decoder and head, with nothing (such as a soft cap) after them."""
+        """Check that the model is decoder and head, with nothing (such as a soft cap) after."""
         decoder, head = self._halves
         if decoder is None or head is None:
             return False
@@ -127,21 +135,21 @@ class TokenLoss(nn.Module):
 
 
 def _without_adapter(model: nn.Module) -> Any:
-    """The causal language model that PEFT is around, if it is."""
+    """Return the causal language model inside PEFT's wrapper, or the model itself."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a supervised token is predicted, and which one it is.
+    """Find the positions that predict a supervised token.
 
     Args:
         labels: (B, T), unshifted.
 
     Returns:
-        Indices (N,) into the B * T flattened positions, each one before its target, and the
-        targets (N,).
+        The N positions, as indices into the flattened B * T (each is one before its target), and
+        the N targets.
     """
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # token t predicts token t + 1
     positions = (shifted != IGNORE_INDEX).flatten().nonzero().squeeze(-1)
@@ -154,15 +162,15 @@ def head_loss(
     head: nn.Linear,
     cross_entropy: CrossEntropy = cross_entropy,
 ) -> Tensor:
-    """Cross-entropy sum of `head(hidden)` against `targets`, its gradient found in the same pass.
+    """Sum the cross-entropy of `head(hidden)` against `targets`; compute its gradient on the way.
 
     Args:
-        hidden: (N, D), the states that predict the targets.
+        hidden: (N, D), the hidden states that predict the targets.
         targets: (N,)
         head: D -> V; its trainable weights get their gradients too.
     """
     weights = [p for p in head.parameters() if p.requires_grad]
-    # torch leaves `apply` without types.
+    # torch does not type `apply`.
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden, targets, head, cross_entropy, *weights
     )
@@ -170,7 +178,7 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Logits of a chunk live from their birth to their gradient, and never again in backward."""
+    """Compute logits once per chunk: they are freed after their gradient, before backward."""
 
     @staticmethod
     def forward(
@@ -203,8 +211,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *weight_grads = ctx.saved_tensors
-        # The scale stays a tensor: reading it on the host would make it wait for the device.
-        # And it is a float32 one: rounded, it would scale the whole step wrongly.
+        # The scale stays a tensor, because reading it would make the host wait for the device. It
+        # stays float32, because a rounded one would scale the whole step wrongly.
         scaled = [
             (grad.float() * grad_loss).to(grad.dtype) for grad in (hidden_grad, *weight_grads)
         ]
@@ -212,7 +220,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy sum of logits (N, V), with no more than a chunk of them in float32 at once."""
+    """Sum the cross-entropy of logits (N, V), with one chunk of them in float32 at a time."""
 
     def of_rows(rows: Tensor, row_targets: Tensor) -> Tensor:
         return F.cross_entropy(rows.float(), row_targets, reduction="sum")
@@ -228,16 +236,3 @@ def _chunks(num_rows: int, vocabulary_size: int, device: torch.device) -> Iterab
     size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
     step = max(1, size // (4 * vocabulary_size))
     return (slice(start, start + step) for start in range(0, num_rows, step))
-
-
-@torch.no_grad()
-def evaluate_loss(objective: TokenLoss, batches: Iterable[Batch], device: torch.device) -> Tensor:
-    """Loss sum and number of supervised tokens over all batches: (2,) float64, on `device`."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    was_training = objective.training
-    objective.eval()
-    for batch in batches:
-        totals[0] += objective.of_rows(batch.to(device)).sum()
-        totals[1] += batch.num_supervised
-    objective.train(was_training)
-    return totals

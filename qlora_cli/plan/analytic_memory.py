@@ -27,7 +27,7 @@ from torch import nn
 
 from qlora_cli.distributed.devices import Device
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
-from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, layers_of, rehearse_update
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_update, layers_of
 from qlora_cli.plan.trace.libraries import load_libraries
 from qlora_cli.plan.trace.memory_counter import (
     BATCH,
@@ -231,7 +231,7 @@ def by_formula(
             base = load_traced(config, recipe.quantization.load_options(dtype), count, **options)
         weights = report_weights(base)
         refuse_unquantized(weights, recipe.quantization.max_unquantized)
-        model = rehearse_update(base, recipe, count)
+        model = dry_update(base, recipe, count)
     sizes = _sizes(recipe, config, dtype, model, device)
     peaks = {s: p for s, p in count.peaks.items() if s.stage == LOAD or s.part == "update"}
     update = next(peak for segment, peak in peaks.items() if segment.stage == STEP)

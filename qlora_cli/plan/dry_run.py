@@ -1,4 +1,4 @@
-"""The steps of a run for the sake of what they take: with real tensors or with traced ones."""
+"""Dry-run training steps, on real or on traced tensors, to measure their memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qlora_cli.distributed.world import World
-from qlora_cli.kernels.device_capabilities import DeviceCapabilities
-from qlora_cli.kernels.selection import Kernels
-from qlora_cli.loop.fast_path import loss_kernel, prepare_layers
+from qlora_cli.loop.fast_path import CompiledKernels, ComputeOptions
+from qlora_cli.loop.setup import assemble
 from qlora_cli.loop.step import clip_gradients, train_step
 from qlora_cli.models.packed_attention import attend_by_document
-from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.plan.trace.compiled_ops import as_compiled, compiled_loss
 from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, Count
 from qlora_cli.plan.trace.meta_model import hold_model
@@ -35,111 +34,93 @@ FIRST, STEP, EVALUATION = "first step", "step", "evaluation"
 
 
 class SingleProcess(World):
-    """One process on the CPU, without a group or a look at what devices there are."""
+    """One process on the CPU; makes no process group and asks for no device."""
 
     def __init__(self) -> None:
         self.device, self.rank, self.size = torch.device("cpu"), 0, 1
 
 
 @dataclass(frozen=True)
-class Repeated:
+class FixedBatches:
     """The same micro-batches in every step."""
 
     batches: Sequence[Batch]
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Whatever the step."""
+        """Return them, whatever the step."""
         return list(self.batches)
 
 
 def dry_run(
     base: PreTrainedModel,
     recipe: Recipe,
-    dtype: torch.dtype,
     count: Count,
+    options: ComputeOptions,
     *,
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
-    means: DeviceCapabilities,
-    kernels: Kernels = "fused",
 ) -> nn.Module:
-    """Attach the adapter, make the steps and an evaluation. Returns the model.
+    """Attach the adapter, then run some training steps and an evaluation. Returns the model.
 
-    Before the steps there is one of one micro-batch: what it differs in from the others is that the
-    optimizer makes its states.
+    The steps are those of `qlora train`, on real or on traced tensors. The first stage is a step of
+    one micro-batch: it differs from the others in that the optimizer makes its states.
 
     Args:
-        base: as it was loaded.
-        dtype: autocast dtype; float32 means no autocast.
+        base: the model as it was loaded.
         count: counts all of it.
-        steps: the micro-batches of each.
+        options: for traced tensors, the device is the one that the plan is made for.
+        steps: the micro-batches of each step.
         held_out: a batch of the evaluation.
-        means: of the device that it is for, as far as they can be traced.
-        kernels: that the layers get, as far as they can be had.
     """
     if steps[0][0].documents:
         attend_by_document(base)
+    else:
+        options = replace(options, kernels="plain")
     is_traced = _is_traced(base)
     model = _attach(base, recipe, count)
-    ops = as_compiled(count) if is_traced else None
-    kernels = kernels if steps[0][0].documents else "plain"
-    # What there is no CUDA for here says nothing about where it will be.
-    with _quietly() if is_traced else nullcontext():
-        kernels = prepare_layers(model, base, recipe.training, kernels, dtype, means, ops)
-    loss = loss_kernel("fused" if is_traced else kernels, torch.device("cpu"), dtype)
-    if is_traced and kernels == "compiled":
-        loss = compiled_loss
-    objective = TokenLoss(model, dtype, loss)
-    optimizer = _build_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    world, state = SingleProcess(), TrainState()
-    method = recipe.adapter.step_hooks(model, max_steps=1)
-    objective.train()
-    with _told(count, base, model, optimizer):
+    if is_traced:
+        options = replace(options, compiled=CompiledKernels(as_compiled(count), compiled_loss))
+    with _quietly():  # paging or offloading missing here says nothing about the planned device
+        setup = assemble(
+            recipe, base, model, options, FixedBatches([]), SingleProcess(), max_steps=1
+        )
+    setup.objective.train()
+    with _classify(count, base, model, setup.optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:
-            gc.collect()  # of what is in cycles, some more would be alive here or not, by chance
+            gc.collect()  # otherwise garbage in reference cycles is counted or not, by chance
             with count.stage(stage):
-                train_step(
-                    objective,
-                    optimizer,
-                    1.0,
-                    Repeated(batches),
-                    recipe.training,
-                    world,
-                    scaler,
-                    state,
-                    method,
-                )
+                one = replace(setup, batches=FixedBatches(batches))
+                train_step(one, recipe.training, TrainState())
         if held_out is not None:
-            with count.stage(EVALUATION), recipe.optimizer.evaluation_weights(optimizer):
-                evaluate_loss(objective, [held_out], world.device)
+            with count.stage(EVALUATION), recipe.optimizer.evaluation_weights(setup.optimizer):
+                evaluate_loss(setup.objective, [held_out], setup.world.device)
     return model
 
 
-def rehearse_update(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
-    """Attach the adapter, and update it with gradients that nothing computed, in two steps.
+def dry_update(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
+    """Attach the adapter, and update it twice with gradients of no value. Returns the model.
 
-    The first makes the optimizer's states. What is held between steps, and what an update takes,
-    goes by the shapes of the weights alone: this is the same as in `rehearse`. Returns the model.
+    The first update makes the optimizer's states. The memory between steps and in an update depends
+    on the shapes of the weights only, so it is the same as in `dry_run`.
 
     Args:
-        base: of traced tensors.
+        base: the model, of traced tensors.
         count: counts all of it.
     """
     model = _attach(base, recipe, count)
     optimizer = _build_optimizer(model, recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    method = recipe.adapter.step_hooks(model, max_steps=1)
-    with _told(count, base, model, optimizer):
+    hooks = recipe.adapter.step_hooks(model, max_steps=1)
+    with _classify(count, base, model, optimizer):
         for stage in (FIRST, STEP):
             with count.stage(stage):
                 for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
                 count.hold((parameter.grad for parameter in trained), GRADIENTS)
-                method.before_update()
+                hooks.before_update()
                 clip_gradients(optimizer, recipe.training.max_grad_norm)
                 optimizer.step()
-                method.after_update(1)
+                hooks.after_update(1)
                 optimizer.zero_grad(set_to_none=True)
     return model
 
@@ -151,19 +132,19 @@ def _is_traced(model: nn.Module) -> bool:
 def _attach(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
     with Blank() if _is_traced(base) else nullcontext():
         model = recipe.adapter.attach(base)
-    gc.collect()  # modules that PEFT replaced are in cycles, and hold weights until then
+    gc.collect()  # modules that PEFT replaced are in reference cycles that hold weights
     hold_model(model, count)
     return model
 
 
 def _build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    with _quietly():  # that states are not paged here says nothing about where they will be
+    with _quietly():  # states not paged here may be paged on the planned device
         return recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
 
 
 @torch.no_grad()
 def understands_documents(base: PreTrainedModel) -> bool:
-    """Whether a model takes examples that lie end to end, and keeps them apart by our attention."""
+    """Check that a model accepts several examples in one row and separates them by attention."""
     if not attend_by_document(base):
         return False
     batch = Batch(torch.ones(1, 8, dtype=torch.long), None, torch.ones(1, 8), (4, 4))
@@ -185,10 +166,10 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _told(
+def _classify(
     count: Count, base: PreTrainedModel, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[None]:
-    """Tell the count what gradients and states are, and what is at work."""
+    """Report gradients and optimizer states to the count, and which part is running."""
 
     def after(*_: Any) -> None:
         count.updating(False)
@@ -211,7 +192,7 @@ def _told(
 
 
 def layers_of(base: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the decoder; none if it has no such list."""
+    """Return the layers of the decoder; none if it has no list of them."""
     number = base.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     return list(lists[0]) if lists else []

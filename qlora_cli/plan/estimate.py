@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.data.batching.collate import full_batch
-from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.devices import Target
 from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels
+from qlora_cli.loop.run_data import RecipeData, read_recipe_data
 from qlora_cli.loop.setup import largest_eval_batch, stream_batches
 from qlora_cli.plan.analytic_memory import RANGE, SOURCE, by_formula
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, SingleProcess
@@ -65,35 +64,41 @@ class PlanRows:
     """Where this is known from."""
 
 
-def read_rows(recipe: Recipe, *, padding_free: bool, gpus: int = 1) -> PlanRows:
-    """The largest batches of the data; if that is not at hand, the largest that there can be.
+def read_rows(
+    recipe: Recipe, *, padding_free: bool, gpus: int = 1, data: RecipeData | None = None
+) -> PlanRows:
+    """Find the largest batches of the data; full ones if the data is not local.
 
     Args:
-        is_flat: whether examples lie end to end rather than being padded.
+        padding_free: examples share a row without padding.
+        data: the recipe's data, where it has been read already.
     """
-    data = recipe.data
-    learnt_from, held_out_from = data.train_sources, data.evaluation_sources
-    if not recipe.model.is_at_hand():
-        return assume_rows(
-            recipe, "the model's tokenizer is not at hand", padding_free=padding_free
-        )
-    if missing := [one.path for one in [*learnt_from, *held_out_from] if not one.is_at_hand()]:
-        return assume_rows(recipe, f"{missing[0]} is not at hand", padding_free=padding_free)
-    tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    learnt = read_data("training", data, learnt_from, tokenizer)
-    batches = stream_batches(recipe, learnt, tokenizer, padding_free=padding_free, world_size=gpus)
+    if why := missing_locally(recipe):
+        return assume_rows(recipe, why, padding_free=padding_free)
+    data = data or read_recipe_data(recipe)
+    batches = stream_batches(
+        recipe, data.training, data.tokenizer, padding_free=padding_free, world_size=gpus
+    )
     num_steps = recipe.training.max_steps or batches.num_steps
-    prepared = read_data("evaluation", data, held_out_from, tokenizer) if held_out_from else None
-    held_out = largest_eval_batch(prepared, recipe.eval_batch_size, tokenizer)
+    held_out = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
     tokens = batches.tokens(num_steps)
     return PlanRows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
+
+
+def missing_locally(recipe: Recipe) -> str:
+    """Say what of a recipe would have to be downloaded to plan with its rows; empty if nothing."""
+    if not recipe.model.is_at_hand():
+        return "the model's tokenizer is not at hand"
+    sources = [*recipe.data.train_sources, *recipe.data.evaluation_sources]
+    missing = [source.path for source in sources if not source.is_at_hand()]
+    return f"{missing[0]} is not at hand" if missing else ""
 
 
 def assume_rows(recipe: Recipe, why: str, *, padding_free: bool) -> PlanRows:
     """Rows of `data.max_length` throughout."""
     data, settings = recipe.data, recipe.training
-    num_micro_batches = min(2, -(-settings.batch_size // settings.rows_per_forward))
-    full = full_batch(settings.rows_per_forward, data.max_length, padding_free=padding_free)
+    num_micro_batches = min(2, -(-settings.batch_size // settings.fixed_micro_batch_size))
+    full = full_batch(settings.fixed_micro_batch_size, data.max_length, padding_free=padding_free)
     held_out = None
     if data.evaluation_sources:
         held_out = full_batch(recipe.eval_batch_size, data.max_length, padding_free=False)
@@ -113,14 +118,15 @@ def estimate(
         rows: what is learnt, if that is known already.
     """
     if rows is None:
-        flat = not recipe.adapter.no_packing and (
-            recipe.data.packing or _can_lie_end_to_end(recipe, config, target)
-        )
-        rows = read_rows(recipe, padding_free=flat, gpus=target.number)
+        padding_free = is_padding_free(recipe, config, target)
+        rows = read_rows(recipe, padding_free=padding_free, gpus=target.number)
     return describe(recipe, forecast_recipe(recipe, config, target, rows), target, rows)
 
 
-def _can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, target: Target) -> bool:
+def is_padding_free(recipe: Recipe, config: PretrainedConfig, target: Target) -> bool:
+    """Tell if examples can share a row without padding."""
+    if recipe.adapter.no_packing or recipe.data.packing:
+        return not recipe.adapter.no_packing
     try:
         return can_lie_end_to_end(recipe, config, compute_dtype(recipe, target))
     except Untraceable:
@@ -427,7 +433,9 @@ def _work(recipe: Recipe, found: Forecast, rows: PlanRows, target: Target) -> di
         kinds = found.peak(STEP)[1].kinds
         weights = sum(kinds.get(kind, 0) for kind in (QUANTIZED, UNQUANTIZED))
         settings = recipe.training
-        turns = rows.num_steps * settings.batch_size / settings.rows_per_forward / target.number
+        turns = (
+            rows.num_steps * settings.batch_size / settings.fixed_micro_batch_size / target.number
+        )
         reading = 2 * weights * turns / (target.bandwidth * 1e9)
         slow, fast = max(slow, reading), max(fast, reading)
     return {

@@ -39,6 +39,8 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
     # What of the adapter has a learning rate of its own takes the same memory, and in full training
     # there is no such thing.
     document["optimizer"] |= {"groups": [], "lora_plus_ratio": None}
+    if recipe.training.micro_batch_size == "auto":
+        document["training"]["micro_batch_size"] = 1
     if not isinstance(recipe.adapter, LoRA):
         document["adapter"] = {"type": "lora"}
     methods: dict[str, dict[int, dict[str, Any]]] = {}
@@ -89,7 +91,7 @@ def plan(
         report["changes"] = changes
     else:
         report = estimate(recipe, config, target)
-    report["micro_batch"] = {"rows": recipe.training.rows_per_forward, "is_auto": is_auto}
+    report["micro_batch"] = {"rows": recipe.training.fixed_micro_batch_size, "is_auto": is_auto}
     report["model"] = {"path": recipe.model.path, "dimensions": source, **report["model"]}
     report["seconds"] = round(time.monotonic() - started, 1)
     return report

@@ -9,8 +9,9 @@ from qlora_cli.common.config import Config
 from qlora_cli.data.prepared.prepare import TooManyLost
 from qlora_cli.distributed.devices import Target
 from qlora_cli.errors import RecipeError
+from qlora_cli.loop.run_data import RecipeData, read_recipe_data
 from qlora_cli.optim.optimizers import lighter_twin
-from qlora_cli.plan.estimate import estimate
+from qlora_cli.plan.estimate import estimate, is_padding_free, missing_locally, read_rows
 from qlora_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -77,11 +78,16 @@ def fit_to(
     return None, report
 
 
-def resolve_micro_batch_size(recipe: Recipe, config: PretrainedConfig, target: Target) -> Recipe:
-    """The recipe with a number where `training.micro_batch_size` is auto.
+def resolve_micro_batch_size(
+    recipe: Recipe, config: PretrainedConfig, target: Target, data: RecipeData | None = None
+) -> Recipe:
+    """Replace `training.micro_batch_size: auto` by a number.
 
-    It is the largest divisor of the batch that fits for sure (1 if none does): what a larger one
-    takes is never less, so half of them are ruled out at a time.
+    It is the largest divisor of the batch that is sure to fit (1 if none is). A larger one never
+    takes less memory, so a binary search finds it.
+
+    Args:
+        data: the recipe's data, where it has been read already; otherwise it is read once.
 
     Raises:
         RecipeError: it is not known how much memory the device has.
@@ -96,10 +102,20 @@ def resolve_micro_batch_size(recipe: Recipe, config: PretrainedConfig, target: T
     batch = recipe.training.batch_size
     sizes = [size for size in range(1, max(1, batch // target.number) + 1) if batch % size == 0]
     tried = [with_changes(recipe, {"training.micro_batch_size": size}) for size in sizes]
+    if len(tried) == 1:
+        return tried[0]
+    if data is None and not missing_locally(recipe):
+        data = read_recipe_data(recipe)
+    padding_free = is_padding_free(recipe, config, target)
+
+    def fits(one: Recipe) -> bool:
+        rows = read_rows(one, padding_free=padding_free, gpus=target.number, data=data)
+        return _fits(estimate(one, config, target, rows))
+
     low, high = 0, len(tried)
     while high - low > 1:
         middle = (low + high) // 2
-        if _fits(estimate(tried[middle], config, target)):
+        if fits(tried[middle]):
             low = middle
         else:
             high = middle
@@ -162,7 +178,7 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
 def _micro_batch_sizes(recipe: Recipe) -> list[int]:
     """Those of which the batch is a multiple, from the present one down."""
     settings = recipe.training
-    sizes = range(settings.rows_per_forward, 0, -1)
+    sizes = range(settings.fixed_micro_batch_size, 0, -1)
     return [size for size in sizes if settings.batch_size % size == 0]
 
 

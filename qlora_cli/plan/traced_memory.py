@@ -16,6 +16,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.kernels.attention import PerDocumentAttention, VarlenAttention
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
+from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
 from qlora_cli.plan.dry_run import dry_run, understands_documents
 from qlora_cli.plan.trace.libraries import collect_new_garbage_only, load_libraries
@@ -143,12 +144,10 @@ def _trace(
         model = dry_run(
             base,
             recipe,
-            dtype,
             count,
+            ComputeOptions(dtype, kernels, _means(device, dtype, count)),
             steps=steps,
             held_out=held_out,
-            means=_means(device, dtype, count),
-            kernels=kernels,
         )
     return Forecast(
         peaks=count.peaks,

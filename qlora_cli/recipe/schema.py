@@ -14,6 +14,7 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import QuantizationConfig, Unquantized
+from qlora_cli.objectives import ObjectiveConfig, Supervised
 from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.tasks import Loss, TaskConfig
@@ -101,10 +102,10 @@ class Training(Config):
         return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
     @property
-    def rows_per_forward(self) -> int:
-        """`micro_batch_size` as a number. A run settles what `auto` is before it begins; where
-        nothing is trained it is 1, which fits if any does."""
-        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+    def fixed_micro_batch_size(self) -> int:
+        """`micro_batch_size`, where `auto` has been resolved to a number."""
+        assert self.micro_batch_size != "auto", "resolved before anything is built"
+        return self.micro_batch_size
 
     @property
     def passes(self) -> float | None:
@@ -126,7 +127,7 @@ class Training(Config):
                 f"training.epochs ({self.epochs:g}) and training.max_steps ({self.max_steps}) "
                 "are both given; give one of them"
             )
-        if self.batch_size % self.rows_per_forward:
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             problems.append(
                 f"training.batch_size ({self.batch_size}) must be a multiple of "
                 f"training.micro_batch_size ({self.micro_batch_size})"
@@ -153,9 +154,11 @@ class Evaluation(Config):
     limit: int | None = Field(None, ge=1)
     """Ask only about the first rows; the loss is always over all of them."""
     batch_size: int | None = Field(None, ge=1)
-    """Rows per forward for the loss; null takes `training.micro_batch_size`."""
+    """Rows per forward for the loss; null takes `training.micro_batch_size` (1 where that is `auto`
+    and nothing has been trained)."""
     generation_batch_size: int | None = Field(None, ge=1)
-    """Prompts answered at once; null takes four times `training.micro_batch_size`."""
+    """Prompts answered at once; null takes four times `training.micro_batch_size` (4 where that is
+    `auto` and nothing has been trained)."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer."""
     forgetting: GeneralText | None = None
@@ -177,6 +180,9 @@ class Output(Config):
     """Besides the console and metrics.jsonl."""
 
 
+_ROWS_BEFORE_TRAINING = 1
+"""Rows per forward that fit any device, where `auto` has not been resolved by training."""
+
 _OWN_TASKS = ("loss", "forgetting", "kl")
 """What `qlora eval` measures without being told to."""
 
@@ -192,6 +198,8 @@ class Recipe(Config):
     """What is trained."""
     data: Data
     """What is learnt."""
+    objective: ObjectiveConfig = Supervised()
+    """What training minimizes."""
     training: Training = Training()
     """The loop."""
     optimizer: OptimizerConfig = AdamW()
@@ -304,9 +312,15 @@ class Recipe(Config):
     @property
     def eval_batch_size(self) -> int:
         """Rows per forward when the loss is measured."""
-        return self.evaluation.batch_size or self.training.rows_per_forward
+        return self.evaluation.batch_size or self._training_rows
 
     @property
     def generation_batch_size(self) -> int:
         """Prompts answered at once: without a backward pass more of them fit than in training."""
-        return self.evaluation.generation_batch_size or 4 * self.training.rows_per_forward
+        return self.evaluation.generation_batch_size or 4 * self._training_rows
+
+    @property
+    def _training_rows(self) -> int:
+        """Rows per forward in training. A recipe with `auto` that was never trained says 1."""
+        size = self.training.micro_batch_size
+        return _ROWS_BEFORE_TRAINING if size == "auto" else size

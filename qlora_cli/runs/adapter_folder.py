@@ -65,7 +65,7 @@ class AdapterFolder:
         return str(self.config().get("base_model_name_or_path") or "")
 
     def base_identity(self) -> dict[str, str] | None:
-        """Architecture and digest of its base (`models/identity.py`); None if nobody knows."""
+        """Architecture and digest of its base (`model/identity.py`); None if nobody knows."""
         return self.run.read_record().get("base") if self.run else None
 
     def recipe(self) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""What a recipe's steps cost on this machine: a few of them, through `train`, and no files."""
+"""Measure speed and memory of a recipe's steps on this machine; leave no files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from qlora_cli.train.train import train
 
 
 def bench(recipe: Recipe, *, steps: int) -> dict[str, Any]:
-    """Train for some steps, and measure them. The first, which warms up, does not count.
+    """Train for some steps and measure them. The first step is a warm-up and does not count.
 
     Args:
-        steps: how many, 2 at the least.
+        steps: at least 2.
 
     Returns:
-        {"tokens_per_second": {"median", "least", "most"} (padding is no token),
-        "processor_seconds_per_1000_tokens" (of the whole process, its start and end included),
-        "peak_memory_bytes", "seconds_to_first_step" (with reading the data and loading),
+        {"tokens_per_second": {"median", "least", "most"} (padding does not count),
+        "processor_seconds_per_1000_tokens" (of the whole process, start and end included),
+        "peak_memory_bytes", "seconds_to_first_step" (reading data and loading included),
         "losses", "kernels", "steps", "threads", "gpus", "packages"}.
 
     Raises:
@@ -59,7 +59,7 @@ def _tokens(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def _short(recipe: Recipe, steps: int, folder: Path) -> Recipe:
-    """The recipe with nothing but its first steps."""
+    """Return the recipe with only its first steps: no evaluation, no checkpoints."""
     document = recipe.model_dump(mode="json")
     document["training"] |= {
         "max_steps": steps, "epochs": None, "log_every": 1, "eval_every": None,

@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a run will keep: asked before it trains for hours."""
+"""Check that the disk has room for what a run will keep, before it trains for hours."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qlora_cli.errors import TrainingError
 
 @dataclass(frozen=True, slots=True)
 class DiskBudget:
-    """What a run writes, in bytes. Tokenizers, cards and logs are small beside it."""
+    """What a run writes, in bytes. Tokenizers, cards and logs are small and not counted."""
 
     weights: int
-    """Of the trained weights, as `last` and `best` hold them."""
+    """Bytes of the trained weights, as `last` and `best` hold them."""
     state: int
-    """Of the optimizer."""
+    """Bytes of the optimizer's states."""
     keep: int
-    """Checkpoints that are kept (`output.keep_checkpoints`)."""
+    """Number of checkpoints kept (`output.keep_checkpoints`)."""
     saves: int
-    """Checkpoints that are written in all."""
+    """Number of checkpoints written in all."""
     has_best: bool
-    """Whether the best weights are kept beside the last."""
+    """The best weights are kept too."""
 
     @property
     def checkpoint(self) -> int:
@@ -31,22 +31,25 @@ class DiskBudget:
         return self.weights + self.state
 
     def most(self, keep: int) -> int:
-        """Bytes at the fullest moment. A new checkpoint is whole before an old one goes."""
+        """Bytes at the fullest moment: a new checkpoint is complete before an old one goes."""
         return self.checkpoint * min(keep + 1, self.saves) + self.weights * (1 + self.has_best)
 
     def require(self, free: int, folder: Path) -> None:
-        """Raises TrainingError if it is more than the `free` bytes, those that the run has already
-        included, on the disk of `folder`."""
+        """Raise TrainingError if more than `free` bytes are needed on the disk of `folder`.
+
+        Args:
+            free: bytes, including those that the run already uses.
+        """
         if self.most(self.keep) <= free:
             return
         copies = "last and best" if self.has_best else "last"
-        hint = "make room, or write to another disk (--set output.dir=...)"
+        hint = "free some space, or write to another disk (--set output.dir=...)"
         if self.most(1) <= free:
-            hint += f"; --set output.keep_checkpoints=1 would do with {size_text(self.most(1))}"
+            hint += f"; --set output.keep_checkpoints=1 needs only {size_text(self.most(1))}"
         raise TrainingError(
             f"output.dir: {folder} has room for {size_text(free)}, and the run needs "
             f"{size_text(self.most(self.keep))}: {min(self.keep + 1, self.saves):,} checkpoints of "
-            f"{size_text(self.checkpoint)} at once (output.keep_checkpoints is {self.keep:,}, and "
+            f"{size_text(self.checkpoint)} (output.keep_checkpoints is {self.keep:,}, and "
             f"one more while it is written), and {copies} weights of "
             f"{size_text(self.weights)} each",
             hint=hint,
@@ -54,5 +57,5 @@ class DiskBudget:
 
 
 def count_saves(max_steps: int, save_every: int | None) -> int:
-    """Checkpoints that a run writes: one after every so many steps, and one after the last."""
+    """Count the checkpoints of a run: one every `save_every` steps, and one after the last."""
     return 1 if save_every is None else math.ceil(max_steps / save_every)

@@ -1,41 +1,93 @@
-"""Evaluate a model while it trains."""
+"""Evaluate a model while it trains, and keep its best weights."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
 
+from qlora_cli.common.signals import StopSignals
 from qlora_cli.data.batching.sampler import eval_batches
-from qlora_cli.data.prepared.prepare import PreparedData
-from qlora_cli.distributed.world import World
-from qlora_cli.errors import TrainingError
-from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.errors import Interrupted, TrainingError
+from qlora_cli.evaluate.scorer import ModelScorer, ask
+from qlora_cli.loop.fit import is_due
+from qlora_cli.loop.run_data import RunData
+from qlora_cli.loop.setup import Batches, Setup
+from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train.saver import CheckpointManager
+from qlora_cli.types import TrainState
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
+class RunEvaluator:
+    """Evaluate the model of a run: its loss on the evaluation rows, and its tasks."""
 
-def measure(
-    objective: TokenLoss,
-    evaluation: PreparedData,
-    tokenizer: PreTrainedTokenizerFast,
-    batch_size: int,
-    world: World,
-) -> dict[str, float]:
-    """Measure loss (mean over all supervised tokens) and perplexity on the evaluation rows.
+    def __init__(
+        self,
+        setup: Setup[Batches],
+        data: RunData,
+        recipe: Recipe,
+        saver: CheckpointManager,
+        stop: StopSignals,
+    ) -> None:
+        self._setup = setup
+        self._data = data
+        self._recipe = recipe
+        self._saver = saver
+        self._stop = stop
 
-    Raises:
-        TrainingError: the loss is not finite.
-    """
-    batches = eval_batches(
-        evaluation.examples,
-        batch_size=batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    totals = world.sum(evaluate_loss(objective, batches, world.device))
-    loss = float(totals[0] / totals[1])
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss on held-out rows is {loss}: the weights are damaged")
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Evaluate, and keep the weights if they are the best so far.
+
+        A signal ends the evaluation; the metrics are empty then, and a resumed run repeats it.
+
+        Raises:
+            TrainingError: the loss is not finite, or the weights cannot be written.
+        """
+        with self._saver.rescuing(state):
+            try:
+                # Several processes cannot leave an evaluation at different places.
+                is_alone = self._setup.world.size == 1
+                with (
+                    self._recipe.optimizer.evaluation_weights(self._setup.optimizer),
+                    self._stop.at_once() if is_alone else nullcontext(),
+                ):
+                    metrics = {**self._measure_loss(), **self._ask_tasks(state)}
+            except Interrupted:
+                return {}
+            self._saver.keep_best(metrics, state)
+            return metrics
+
+    def _measure_loss(self) -> dict[str, float]:
+        """Return loss (the mean over all that the objective counts) and perplexity."""
+        rows, world = self._data.evaluation, self._setup.world
+        if rows is None:
+            return {}
+        batches = eval_batches(
+            rows.examples,
+            batch_size=self._recipe.eval_batch_size,
+            pad_token_id=self._data.tokenizer.pad_token_id,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        totals = world.sum(evaluate_loss(self._setup.objective, batches, world.device))
+        loss = float(totals[0] / totals[1])
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss on the evaluation rows is {loss}: the weights are bad")
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+    def _ask_tasks(self, state: TrainState) -> dict[str, float]:
+        """Ask the tasks every `training.tasks_every` steps, and after the last one."""
+        setup, every = self._setup, self._recipe.training.tasks_every
+        is_last = state.step == setup.max_steps and every is not None
+        if not (is_due(every, state.step) or is_last):
+            return {}
+        scorer = ModelScorer(
+            "tasks",
+            setup.model,
+            self._recipe,
+            self._data.tokenizer,
+            setup.objective.dtype,
+            setup.world,
+        )
+        found = ask(self._data.tasks, scorer, setup.world)
+        return {f"eval_{name}": value for name, value in found.items()}

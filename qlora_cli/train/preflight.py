@@ -1,4 +1,4 @@
-"""The largest batches before the first step: memory runs out in the first minute or never."""
+"""Try the largest batches before the first step: memory runs out in the first minute or never."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from qlora_cli.distributed.devices import Target, this_card, this_machine
 from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.kernels.selection import Kernels
-from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.loop.run_data import RecipeData
+from qlora_cli.loop.setup import Batches, Setup, largest_eval_batch
+from qlora_cli.objectives.base import Objective, evaluate_loss
 from qlora_cli.plan.estimate import PlanRows, estimate
 from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, with_changes
 from qlora_cli.plan.trace.memory_counter import Count
@@ -29,105 +31,96 @@ from qlora_cli.types import Batch
 
 log = logging.getLogger("qlora")
 
-_SHARE = 0.05
-"""Of a run that the trial may take."""
-_WORTH_PLANNING = 50_000_000
-"""Weights of a model that a plan is made of; a smaller one fits anywhere."""
-_WORTH_FORETELLING = 10
-"""Steps of a run that a plan is made of; a shorter one is over when its plan has been read."""
+_MAX_SHARE = 0.05
+"""Maximum share of the run that the preflight may use."""
+_MIN_WEIGHTS = 50_000_000
+"""Smaller models are not planned: they fit anywhere."""
+_MIN_STEPS = 10
+"""Shorter runs are not planned."""
 
 
-def resolve_auto(recipe: Recipe, world: World, before: RunFolder | None) -> Recipe:
-    """The recipe with a number where `training.micro_batch_size` is auto, by what is free here.
+def resolve_auto(
+    recipe: Recipe, data: RecipeData, world: World, resumed: RunFolder | None
+) -> Recipe:
+    """Replace `training.micro_batch_size: auto` by the number that fits the free memory here.
 
     Args:
-        before: the run that goes on, which keeps what it had.
+        data: the rows of the recipe, which the search lays out in micro-batches of each size.
+        resumed: the run that is resumed, which keeps its number; None for a new run.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        QloraError: the model cannot be planned, or the record of the run cannot be read.
     """
     if recipe.training.micro_batch_size != "auto":
         return recipe
-    if before is not None:
-        size = recorded_recipe(before).training.rows_per_forward
-        settled, why = with_changes(recipe, {"training.micro_batch_size": size}), "as it was"
+    if resumed is not None:
+        size = recorded_recipe(resumed).training.fixed_micro_batch_size
+        why = "as when the run was started"
     else:
         config, _ = recipe.model.read_config()
         target = replace(_target(world), number=world.size)
-        found = resolve_micro_batch_size(recipe, config, target).training.rows_per_forward
-        size = min(world.gather(found))
-        settled = with_changes(recipe, {"training.micro_batch_size": size})
+        found = resolve_micro_batch_size(recipe, config, target, data)
+        size = min(world.gather(found.training.fixed_micro_batch_size))
         why = f"the largest that fits {target.name} ({size_text(target.memory_bytes or 0)})"
     log.info("training.micro_batch_size: auto is %d, %s", size, why)
-    return settled
+    return with_changes(recipe, {"training.micro_batch_size": size})
 
 
-def preflight(
-    recipe: Recipe,
-    objective: TokenLoss,
-    optimizer: torch.optim.Optimizer,
-    batches: BatchStream,
-    held_out: Batch | None,
-    world: World,
-    *,
-    max_steps: int,
-    num_weights: int,
-    kernels: Kernels,
-) -> dict[str, int]:
-    """Say what the plan of a run is, and try its largest batches, if the run is long enough.
-
-    Args:
-        held_out: the largest batch of the evaluation.
-        num_weights: of the model.
-        kernels: that the model has.
+def preflight(recipe: Recipe, setup: Setup[BatchStream], data: RecipeData) -> dict[str, int]:
+    """Log the plan of a run, and try its largest batches, if the run is long enough.
 
     Returns:
-        {"planned_memory_bytes", "tried_memory_bytes" (of tensors), "planned_process_low_bytes",
-        "planned_process_high_bytes"}, as far as they are known.
+        {"planned_memory_bytes", "tried_memory_bytes" (both of tensors),
+        "planned_process_low_bytes", "planned_process_high_bytes"}, without those not known.
 
     Raises:
         OutOfMemory: with what to change.
     """
+    world, batches, max_steps = setup.world, setup.batches, setup.max_steps
     steps, settings = batches.largest(max_steps), recipe.training
-    num_micro_steps = max_steps * -(-settings.batch_size // settings.rows_per_forward)
-    rows = PlanRows(steps, held_out, max_steps, batches.tokens(max_steps), "the data")
-    is_planned = num_weights >= _WORTH_PLANNING and max_steps >= _WORTH_FORETELLING
-    found = foretell(recipe, rows, world, kernels) if is_planned and world.is_main else {}
-    if sum(map(len, steps)) > _SHARE * num_micro_steps:
-        return found
-    is_counted = world.device.type == "cpu" and kernels != "compiled"
-    tried = try_largest(objective, optimizer, rows, world, is_counted=is_counted)
-    return found if tried is None else {**found, "tried_memory_bytes": tried}
+    num_micro_steps = max_steps * -(-settings.batch_size // settings.fixed_micro_batch_size)
+    evaluation = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
+    rows = PlanRows(steps, evaluation, max_steps, batches.tokens(max_steps), "the data")
+    is_planned = setup.trained.total >= _MIN_WEIGHTS and max_steps >= _MIN_STEPS
+    planned = {}
+    if is_planned and world.is_main:
+        planned = log_plan(recipe, rows, world, setup.kernels)
+    if sum(map(len, steps)) > _MAX_SHARE * num_micro_steps:
+        return planned
+    is_counted = world.device.type == "cpu" and setup.kernels != "compiled"
+    tried = try_largest(setup, rows, is_counted=is_counted)
+    return planned if tried is None else {**planned, "tried_memory_bytes": tried}
 
 
 def memory_summary(memory: Mapping[str, int], peak: int, *, is_resident: bool) -> str:
-    """What was planned and what was taken, beside each other (`memory` as of `try_first`).
+    """Return one line with planned and measured memory.
 
     Args:
-        peak: the most that the run took, as it was measured.
-        is_resident: whether that is all of the process, or its tensors on a card.
+        memory: what `preflight` returned.
+        peak: bytes that the run used at most, as measured.
+        is_resident: `peak` is the whole process, rather than its tensors on a GPU.
     """
 
-    def beside(*planned: str) -> str:
+    def planned_text(*planned: str) -> str:
         sizes = [size_text(memory[name]) for name in planned if name in memory]
         return f" (planned {' to '.join(sizes)})" if sizes else ""
 
     names = ("planned_process_low_bytes", "planned_process_high_bytes")
-    tensors = beside("planned_memory_bytes")
-    told = f"the process took {size_text(peak)} at its peak{beside(*names)}"
+    tensors = planned_text("planned_memory_bytes")
+    text = f"the process took {size_text(peak)} at its peak{planned_text(*names)}"
     if not is_resident:
-        told = f"tensors took {size_text(peak)} at their peak{tensors}"
+        text = f"tensors took {size_text(peak)} at their peak{tensors}"
     if "tried_memory_bytes" in memory:
         tried = size_text(memory["tried_memory_bytes"])
-        told += f"; the largest batches took {tried} of tensors{tensors * is_resident}"
-    return told
+        text += f"; the largest batches took {tried} of tensors{tensors * is_resident}"
+    return text
 
 
-def foretell(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> dict[str, int]:
-    """Log what the plan of a run says, and return the bytes of tensors and process at its peak.
+def log_plan(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> dict[str, int]:
+    """Log the plan of a run, and return the bytes of tensors and process at its peak.
 
-    Nothing where the code of the model cannot be traced: what a formula says is logged as such, and
-    not set beside what is measured.
+    Empty if the model's code cannot be traced: an estimate by a formula is logged, and not compared
+    with the measurement afterwards.
     """
     started = time.monotonic()
     try:
@@ -158,22 +151,15 @@ def foretell(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> 
     }
 
 
-def try_largest(
-    objective: TokenLoss,
-    optimizer: torch.optim.Optimizer,
-    rows: PlanRows,
-    world: World,
-    *,
-    is_counted: bool,
-) -> int | None:
-    """Forward, backward and update on the largest batches, and leave everything as it was.
+def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> int | None:
+    """Run forward, backward and update on the largest batches, and leave everything as it was.
 
     Args:
-        is_counted: count the tensors where no allocator does. Compiled code cannot be: what is met
-            for the first time while its operations are watched is never compiled afterwards.
+        is_counted: count the tensors, where no allocator does. Not possible with compiled kernels:
+            a function first called while its operations are watched is never compiled afterwards.
 
     Returns:
-        Bytes of tensors at the peak, as the allocator of the GPU says or as they are counted.
+        Bytes of tensors at the peak, from the GPU's allocator or from the count.
 
     Raises:
         OutOfMemory: with what to change.
@@ -181,46 +167,50 @@ def try_largest(
     count = Count()
     shapes = ", ".join("x".join(map(str, b.input_ids.shape)) for step in rows.steps for b in step)
     try:
-        with _unchanged(objective, optimizer), count if is_counted else nullcontext():
-            hold_model(objective.model, count)
-            _take(objective, optimizer, rows, world)
+        with _unchanged(setup), count if is_counted else nullcontext():
+            hold_model(setup.objective.model, count)
+            _run_batches(setup, rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"out of memory with the largest batches of the run ({shapes} tokens), which were "
-            "tried before its first step; nothing was learnt yet",
+            "tried before its first step",
             hint="qlora plan RECIPE --fit looks for the least harmful changes with which it fits",
         ) from error
     taken = None
     if is_counted:
         taken = max(peak.total for peak in count.peaks.values())
-    elif world.device.type != "cpu":
-        taken = world.peak_memory_bytes()
-    told = "fit" if taken is None else f"take {size_text(taken)} of tensors"
-    log.info("the largest batches (%s tokens) %s", shapes, told)
+    elif setup.world.device.type != "cpu":
+        taken = setup.world.peak_memory_bytes()
+    result = "fit" if taken is None else f"take {size_text(taken)} of tensors"
+    log.info("the largest batches (%s tokens) %s", shapes, result)
     return taken
 
 
-def _take(
-    objective: TokenLoss, optimizer: torch.optim.Optimizer, rows: PlanRows, world: World
-) -> None:
-    # States that are there (of a run that goes on) are in memory as they are. Paged ones would be
-    # kept by bitsandbytes when they are dropped here.
+def _run_batches(setup: Setup[Batches], rows: PlanRows) -> None:
+    objective, optimizer, device = setup.objective, setup.optimizer, setup.world.device
+    # States that exist (in a resumed run) stay in memory. Paged ones are not made here, because
+    # bitsandbytes would keep them when they are dropped afterwards.
     makes_states = not optimizer.state and not getattr(optimizer, "is_paged", False)
-    # The first makes the states, which are there in all later steps.
+    # The first micro-batch makes the states, which exist in all later steps.
     for step in ([rows.steps[0][:1]] if makes_states else []) + rows.steps:
         for batch in step:
-            (objective(batch.to(world.device)) / max(1, batch.num_supervised)).backward()
+            _mean_loss(objective, batch, device).backward()
         if makes_states:
             _update(optimizer)
         optimizer.zero_grad(set_to_none=True)
     if rows.held_out is not None:
-        evaluate_loss(objective, [rows.held_out], world.device)
+        evaluate_loss(objective, [rows.held_out], device)
+
+
+def _mean_loss(objective: Objective, batch: Batch, device: torch.device) -> torch.Tensor:
+    loss: torch.Tensor = objective(batch.to(device))[0]
+    return loss / max(1, objective.weight(batch))
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make its states: without gradient and rate no weight changes."""
+    """Make the optimizer's states; with zero gradients and rates no weight changes."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
@@ -230,10 +220,11 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _unchanged(objective: TokenLoss, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Weights, states, rates and random generators are as before afterwards."""
+def _unchanged(setup: Setup[Batches]) -> Iterator[None]:
+    """Restore optimizer states, rates and random generators afterwards."""
+    objective, optimizer = setup.objective, setup.optimizer
     generators, was_training = random_states(), objective.training
-    # All of them: schedule-free ones count their steps there.
+    # All settings of the groups: schedule-free optimizers count their steps there.
     settings = [dict(group) for group in optimizer.param_groups]
     is_new = not optimizer.state
     objective.train()

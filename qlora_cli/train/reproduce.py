@@ -1,4 +1,4 @@
-"""A run once more, from its record: is the result the same, and if not, what is different?"""
+"""Repeat a run from its record, and compare the results bit for bit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, get_args
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.atomic_files import describe_file
-from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
+from qlora_cli.loop.run_data import read_recipe_data
 from qlora_cli.models.identity import identify
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import (
@@ -29,32 +28,32 @@ from qlora_cli.train.train import train
 log = logging.getLogger("qlora")
 
 _CLOCKS = ("tokens_per_second", "peak_memory_bytes")
-"""Metrics that are of the machine and of the moment."""
+"""Metrics that depend on the machine and its load."""
 
 
 def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
     """Train again as a run was trained, and compare weights and metrics bit for bit.
 
     Args:
-        path: folder of the run. It is only read.
-        output: folder of the new run; None puts it beside the other, as `NAME-again`.
+        path: folder of the run; only read.
+        output: folder of the new run; None makes `NAME-again` next to the other.
 
     Returns:
         {"run", "again", "is_same", "different": {name: [old, new]}, "weights": {"last" or "best":
-        W}, "metrics": M}: `different` is what was not the same before training began; W is
-        {"is_same", "largest_difference"} (null where tensors cannot be compared); M is
+        W}, "metrics": M}: `different` lists what had changed before training began; W is
+        {"is_same", "largest_difference"} (null if the tensors cannot be compared); M is
         {"is_same", "rows", "first": null or {"step", name: [old, new]}}.
 
     Raises:
-        RecipeError: it is no run that has finished, or `output` is taken.
-        QloraError: in training.
+        RecipeError: the run has not finished, or `output` is taken.
+        QloraError: training fails.
     """
     quiet_libraries()
     run = RunFolder(path)
     record = run.read_record()
     if record.get("status") != "finished":
         raise RecipeError(
-            f"{path}: the run has not finished, so there is no result to compare with",
+            f"{path}: the run has not finished, so it has no result to compare with",
             hint=f"qlora train {run.recipe} --resume auto finishes it",
         )
     again = RunFolder(output or path.absolute().with_name(f"{path.absolute().name}-again"))
@@ -66,7 +65,7 @@ def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
 
 
 def _elsewhere(recipe: Recipe, folder: Path) -> Recipe:
-    """The same run in another folder; a deadline of a scheduler has no part in the result."""
+    """Return the same run in another folder, without its deadline (which affects no result)."""
     document = recipe.model_dump(mode="json")
     document["output"]["dir"] = str(folder)
     document["training"]["stop_after"] = None
@@ -74,13 +73,10 @@ def _elsewhere(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _find_different(record: dict[str, Any], recipe: Recipe) -> Changes:
-    """What is not as the record says, in the log too: it explains a result that differs."""
-    tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
-    learnt = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
-    held_out = None
-    if sources := recipe.data.evaluation_sources:
-        held_out = read_data("evaluation", recipe.data, sources, tokenizer)
-    now = take_fingerprint(identify(recipe.model.locate()), tokenizer, learnt, held_out)
+    """Find and log what differs from the record: it explains a different result."""
+    data = read_recipe_data(recipe)
+    base = identify(recipe.model.locate())
+    now = take_fingerprint(base, data.tokenizer, data.training, data.evaluation)
     different = {
         **compare_environments(record),
         **compare({"processes": record["processes"]}, {"processes": World().size}),
@@ -90,9 +86,9 @@ def _find_different(record: dict[str, Any], recipe: Recipe) -> Changes:
         for key, pair in resumed["changes"].items():
             different[f"{key}, since step {resumed['step']} of the first run"] = pair
     for name, (old, new) in different.items():
-        log.warning("not as it was: %s: %s -> %s", name, old, new)
+        log.warning("changed: %s: %s -> %s", name, old, new)
     if not different:
-        log.info("versions, hardware, base model and rows are those of the record")
+        log.info("versions, hardware, base model and rows are unchanged")
     return different
 
 

@@ -1,22 +1,20 @@
-"""What is kept of a run while it goes on: record, checkpoints, best and last weights."""
+"""Save and restore a run: record, checkpoints, best and last weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from qlora_cli.common.atomic_files import replace_file
-from qlora_cli.distributed.world import World, set_seed
+from qlora_cli.distributed.world import set_seed
 from qlora_cli.errors import Interrupted, TrainingError
+from qlora_cli.loop.setup import Batches, Setup
 from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.checkpoint import (
@@ -30,83 +28,69 @@ from qlora_cli.runs.checkpoint import (
 )
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.runs.run_folder import RunFolder, environment
-from qlora_cli.train.disk_space import DiskBudget
+from qlora_cli.train.disk_space import DiskBudget, count_saves
 from qlora_cli.types import TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora")
 
 
 class CheckpointManager:
-    """Keeps a run. Only the main process writes; the others wait where they must not run ahead.
+    """Save and restore a run. Only the main process writes.
 
-    Args:
-        write_weights: writes the trained weights, with their tokenizer, into a folder.
-        best_by: name of the measure that decides which weights are the best.
+    The others wait for it where they must not run ahead.
     """
 
     def __init__(
         self,
         run: RunFolder,
-        world: World,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scaler: GradScaler,
-        *,
-        keep_checkpoints: int,
-        write_weights: Callable[[Path], None],
-        best_by: str,
-        lower_is_better: bool,
+        setup: Setup[Batches],
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
     ) -> None:
         self._run = run
-        self._world = world
-        self._model = model
-        self._optimizer = optimizer
-        self._scaler = scaler
-        self._keep_checkpoints = keep_checkpoints
-        self._write_weights = write_weights
-        self._best_by = best_by
-        self._lower_is_better = lower_is_better
+        self._setup = setup
+        self._recipe = recipe
+        self._tokenizer = tokenizer
+        self._world = setup.world
+        self._best_by = recipe.evaluation.best_by
+        self._lower_is_better = bool(recipe.measures[self._best_by].lower_is_better)
         self._saved_step = 0
 
-    def require_disk_space(
-        self, *, num_trained: int, state_bytes: int, saves: int, has_best: bool
-    ) -> None:
-        """Raises TrainingError if the disk has no room for what will be kept.
-
-        Args:
-            num_trained: trained weights.
-            state_bytes: of the optimizer, for each of them.
-            saves: checkpoints that will be written.
-        """
+    def require_disk_space(self, *, has_best: bool) -> None:
+        """Raise TrainingError if the disk has no room for what the run will keep."""
+        num_trained = self._setup.trained.trained
         room = DiskBudget(
-            # They are float32, whatever is computed in.
+            # Trained weights are float32, whatever the step computes in.
             weights=4 * num_trained,
-            state=state_bytes * num_trained,
-            keep=self._keep_checkpoints,
-            saves=saves,
+            state=self._recipe.optimizer.state_bytes * num_trained,
+            keep=self._recipe.output.keep_checkpoints,
+            saves=count_saves(self._setup.max_steps, self._recipe.training.save_every),
             has_best=has_best,
         )
         room.require(self._run.room(), self._run.root)
 
-    def resume(
-        self, which: str, max_steps: int, seed: int, changes: Mapping[str, object]
-    ) -> TrainState:
-        """Put a checkpoint in place: "auto" is the newest that is whole, or its step, or its path.
+    def resume(self, which: str, changes: Mapping[str, object]) -> TrainState:
+        """Load a checkpoint: the newest complete one ("auto"), or one by its step or path.
 
         Args:
-            changes: what is not as it was when the run was started; it is recorded.
+            changes: what differs from the start of the run; it is recorded.
 
         Raises:
-            TrainingError: there is none, it is of another model, or of a step beyond `max_steps`.
+            TrainingError: there is no such checkpoint, it belongs to another model, or its step is
+                beyond `max_steps`.
         """
         path = find_checkpoint(self._run.checkpoints, which)
         state, is_same_world = self._load(path)
+        max_steps = self._setup.max_steps
         if state.step > max_steps:
             raise TrainingError(f"--resume: {path} is beyond the last step, {max_steps}")
         if not is_same_world:
-            log.warning("saved on another number of processes: dropout is drawn anew")
-            set_seed(seed + self._world.rank + state.step)
-        why = "the newest that is whole" if which == "auto" else "as it was asked"
+            log.warning("saved with another number of processes: dropout draws other numbers")
+            set_seed(self._recipe.training.seed + self._world.rank + state.step)
+        why = "the newest complete one" if which == "auto" else "requested"
         log.info("resuming from %s (%s): step %d of %d", path, why, state.step, max_steps)
         if self._world.is_main:
             before = self._run.read_record().get("resumed", [])
@@ -114,51 +98,51 @@ class CheckpointManager:
         return state
 
     def go_back(self, state: TrainState) -> None:
-        """Put the newest checkpoint in place, and what it says into `state`.
+        """Load the newest checkpoint, and its state into `state`.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is no checkpoint.
         """
         path = newest_checkpoint(self._run.checkpoints)
         saved, _ = self._load(path)
         for field in dataclasses.fields(saved):
             setattr(state, field.name, getattr(saved, field.name))
 
-    def record(self, recipe: Recipe, **values: object) -> None:
-        """The recipe as it is run, and facts about the run."""
+    def record(self, **values: object) -> None:
+        """Write the resolved recipe, and facts about the run."""
         if self._world.is_main:
-            # First: a folder without a record is no run, and may hold nothing else.
+            # First: a folder without a record is not a run, and may not hold anything else.
             self._run.update_record(
-                recipe=recipe.model_dump(mode="json"),
-                seed=recipe.training.seed,
+                recipe=self._recipe.model_dump(mode="json"),
+                seed=self._recipe.training.seed,
                 processes=self._world.size,
                 **values,
                 **environment(),
             )
-            # Whole or not at all: it may be the only recipe that the user has.
-            replace_file(self._run.recipe, dump_recipe(recipe))
+            # Atomically: it may be the only copy of the recipe that the user has.
+            replace_file(self._run.recipe, dump_recipe(self._recipe))
 
     def note(self, **values: object) -> None:
-        """More facts about the run."""
+        """Add facts to the record."""
         if self._world.is_main:
             self._run.update_record(**values)
 
     def checkpoint(self, state: TrainState) -> None:
-        """Save all that is needed to go on from here."""
+        """Save everything that is needed to resume here."""
         self._save(state, self._world.gather(random_states()))
         self._world.wait()
 
     @contextmanager
     def rescuing(self, state: TrainState) -> Iterator[None]:
-        """If an error in here is about to end the run, save what no checkpoint has yet.
+        """If an error in here is about to end the run, save the steps since the last checkpoint.
 
-        The other processes may be anywhere by then, so nobody waits for them, and where there are
-        some, dropout will be drawn anew.
+        The other processes may be anywhere by then, so nobody waits for them. With several
+        processes dropout therefore draws other numbers after a resume.
         """
         try:
             yield
         except Exception:
-            # As in the loop: what may be bad takes the place of nothing that is good.
+            # As in the loop: a state that may be bad does not replace a good one.
             is_sound = state.bad_steps == state.high_steps == 0
             if is_sound and state.step > self._saved_step:
                 self._save(state, [random_states()])
@@ -168,20 +152,20 @@ class CheckpointManager:
         if self._world.is_main:
             save_checkpoint(
                 self._run.checkpoints,
-                model=self._model,
-                optimizer=self._optimizer,
-                scaler=self._scaler,
+                model=self._setup.model,
+                optimizer=self._setup.optimizer,
+                scaler=self._setup.scaler,
                 state=state,
                 random_states=states,
-                keep=self._keep_checkpoints,
+                keep=self._recipe.output.keep_checkpoints,
             )
         self._saved_step = state.step
 
     def keep_best(self, metrics: dict[str, float], state: TrainState) -> None:
-        """Keep the weights if no earlier ones were so good. The untrained start is none.
+        """Keep the weights if they are the best so far. The untrained start does not count.
 
         Args:
-            metrics: `eval_loss` and its like; what decides may not be among them.
+            metrics: of an evaluation; the one that decides may be missing.
         """
         value = metrics.get(f"eval_{self._best_by}")
         if value is None:
@@ -197,32 +181,39 @@ class CheckpointManager:
             with _written("best weights", self._run.root):
                 self._run.update_record(best={"step": state.step, **found, **metrics})
                 self._run.replace("best", self._write_weights)
-        # Last: a run that ends in here and goes on has to find them better again.
+        # Last: a run that is killed in here and resumed has to find them better again.
         state.best_step, state.best_value = state.step, value
 
     def _load(self, path: Path) -> tuple[TrainState, bool]:
         state, is_same_world = load_checkpoint(
             path,
-            model=self._model,
-            optimizer=self._optimizer,
-            scaler=self._scaler,
+            model=self._setup.model,
+            optimizer=self._setup.optimizer,
+            scaler=self._setup.scaler,
             rank=self._world.rank,
             world_size=self._world.size,
         )
         self._saved_step = state.step
         return state, is_same_world
 
+    def _write_weights(self, folder: Path) -> None:
+        """Write the trained weights and their tokenizer."""
+        with self._recipe.optimizer.evaluation_weights(self._setup.optimizer):
+            self._recipe.adapter.save(self._setup.model, folder)
+        self._tokenizer.save_pretrained(folder)
+        self._setup.base.generation_config.save_pretrained(folder)
+
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._lower_is_better else value > than
 
     def finish(self, state: TrainState, *, seconds: float) -> None:
-        """Keep the last weights and close the record.
+        """Write the last weights and complete the record.
 
         Raises:
             TrainingError: they are not finite.
         """
         if self._world.is_main:
-            refuse_non_finite(self._model, state.step)
+            refuse_non_finite(self._setup.model, state.step)
             with _written("last weights", self._run.root):
                 self._run.replace("last", self._write_weights)
             self._run.update_record(
@@ -234,28 +225,29 @@ class CheckpointManager:
             )
             self._run.write_readme()
             write_cards(self._run)
-            # The last save may have been cut short after its checkpoint was there.
-            drop_old_checkpoints(self._run.checkpoints, state.step, self._keep_checkpoints)
-            self._warn_if_nothing_was_learnt()
+            # The last save may have been cut short after its checkpoint was written.
+            keep = self._recipe.output.keep_checkpoints
+            drop_old_checkpoints(self._run.checkpoints, state.step, keep)
+            self._warn_if_untrained_is_best()
         self._world.wait()
         self._world.close()
 
     def interrupted(self, state: TrainState, why: Interrupted) -> None:
-        """Say what is left of a run that was asked to end after `state.step` steps."""
-        then = "nothing had been learnt yet"
+        """Log what was saved of a run that was interrupted after `state.step` steps."""
+        then = "no step had been done yet"
         if state.step:
-            then = "all that was learnt is saved, and --resume auto goes on from it"
+            then = "it is saved, and --resume auto continues from here"
         log.warning("stopped after step %d (%s): %s", state.step, why, then)
 
-    def _warn_if_nothing_was_learnt(self) -> None:
+    def _warn_if_untrained_is_best(self) -> None:
         record = self._run.read_record()
         if "best" not in record or "untrained" not in record:
             return
         best, untrained = record["best"]["value"], record["untrained"]["value"]
         if not self._is_better(best, untrained):
             log.warning(
-                "%s on held-out rows was never better than that of the untrained model (%.4f; the "
-                "best since is %.4f): the result is no better than what it began with. Try a lower "
+                "%s on the evaluation rows was never better than that of the untrained model "
+                "(%.4f; the best since is %.4f): training did not improve it. Try a lower "
                 "optimizer.learning_rate",
                 self._best_by,
                 untrained,
@@ -270,5 +262,6 @@ def _written(what: str, folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"the {what} cannot be written into {folder}: {error}; the checkpoints are untouched",
-            hint="make room (or see who may write there), then go on with --resume auto",
+            hint="free some space (or check the folder's permissions), then continue with "
+            "--resume auto",
         ) from error

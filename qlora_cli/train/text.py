@@ -9,10 +9,10 @@ from qlora_cli.common.formatting import size_text
 
 
 def run_text(folder: str, record: Mapping[str, Any]) -> str:
-    """Where a finished run lies, and what to do with it (`record` is its run.json)."""
+    """Describe a finished run and the next command (`record` is its run.json)."""
     lines = [f"{folder}: {record['status']} after {record['steps']} steps"]
     if record["steps"] < record["max_steps"]:
-        lines[0] += f" of {record['max_steps']}: training.patience was at its end"
+        lines[0] += f" of {record['max_steps']}: stopped early by training.patience"
     if best := record.get("best"):
         lines.append(f"best {best['by']}: {best['value']:.4f} at step {best['step']}")
     next_command = f"qlora eval {folder}"
@@ -22,7 +22,7 @@ def run_text(folder: str, record: Mapping[str, Any]) -> str:
 
 
 def bench_text(report: Mapping[str, Any]) -> str:
-    """What steps cost (`report` as `bench` returns it)."""
+    """Describe speed and memory (`report` as `bench` returns it)."""
     speed = report["tokens_per_second"]
     return "\n".join(
         (
@@ -37,22 +37,22 @@ def bench_text(report: Mapping[str, Any]) -> str:
 
 
 def rerun_text(report: Mapping[str, Any]) -> str:
-    """What was different, then whether the result is (`report` as `rerun` returns it)."""
+    """List what changed, then say if the result did (`report` as `rerun` returns it)."""
     different = report["different"].items()
-    lines = [f"not as it was: {name}: {old} -> {new}" for name, (old, new) in different]
+    lines = [f"changed: {name}: {old} -> {new}" for name, (old, new) in different]
     if not lines:
-        lines = ["versions, hardware, base model and rows: as they were"]
+        lines = ["versions, hardware, base model and rows: unchanged"]
     for name, found in report["weights"].items():
         apart = found["largest_difference"]
-        told = "cannot be compared" if apart is None else f"differ by up to {apart:.1e}"
-        lines.append(f"{name} weights: {'the same, bit for bit' if found['is_same'] else told}")
+        found_text = "cannot be compared" if apart is None else f"differ by up to {apart:.1e}"
+        lines.append(f"{name} weights: {'bit-identical' if found['is_same'] else found_text}")
     metrics, first = report["metrics"], report["metrics"]["first"]
     if metrics["is_same"]:
-        lines.append(f"metrics: the same in all {metrics['rows']} rows")
+        lines.append(f"metrics: identical in all {metrics['rows']} rows")
     elif first is None:
-        lines.append("metrics: other rows were logged")
+        lines.append("metrics: different rows were logged")
     else:
         pairs = [f"{k} {pair[0]} -> {pair[1]}" for k, pair in first.items() if k != "step"]
-        lines.append(f"metrics: first otherwise at step {first['step']}: {', '.join(pairs)}")
-    verdict = "the same" if report["is_same"] else "NOT the same"
-    return "\n".join([*lines, f"{report['again']} is {verdict} as {report['run']}"])
+        lines.append(f"metrics: first different at step {first['step']}: {', '.join(pairs)}")
+    verdict = "identical to" if report["is_same"] else "NOT identical to"
+    return "\n".join([*lines, f"{report['again']} is {verdict} {report['run']}"])

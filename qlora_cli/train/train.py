@@ -1,46 +1,34 @@
-"""Training, from a recipe to a run folder. Read this first, then `loop.py`."""
+"""Train a recipe into a run folder. Read this first, then `loop/fit.py`."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.signals import StopSignals
-from qlora_cli.data.prepared.audit import check_data
-from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.render.chat_template import read_chat_template
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.distributed.precision import PRECISIONS
-from qlora_cli.distributed.world import World, set_seed
-from qlora_cli.errors import Interrupted, RecipeError
-from qlora_cli.evaluate.scorer import ModelScorer, ask
-from qlora_cli.kernels.device_capabilities import DeviceCapabilities
-from qlora_cli.kernels.selection import choose_kernels
-from qlora_cli.loop.fast_path import loss_kernel, prepare_layers, use_padding_free
-from qlora_cli.loop.fit import fit, is_due
+from qlora_cli.distributed.world import World
+from qlora_cli.errors import RecipeError
+from qlora_cli.kernels.selection import Kernels
+from qlora_cli.loop.fit import Hooks, fit
 from qlora_cli.loop.monitor import TrainingMonitor
-from qlora_cli.loop.setup import largest_eval_batch, stream_batches
-from qlora_cli.loop.trackers import open_trackers
-from qlora_cli.models.base import set_stop_tokens
-from qlora_cli.models.identity import identify
-from qlora_cli.models.loading import compute_dtype, load_base
-from qlora_cli.models.report import report_trained, warn_of_untrained
-from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.loop.run_data import RunData, prepare_data
+from qlora_cli.loop.setup import Batches, Setup, build_setup
+from qlora_cli.loop.trackers import Tracker, open_trackers
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.resume_check import refuse_changes, refuse_unsafe, take_fingerprint
+from qlora_cli.runs.resume_check import Changes, refuse_changes, refuse_unsafe
 from qlora_cli.runs.run_folder import RunFolder
-from qlora_cli.tasks.task import read_tasks
-from qlora_cli.train.disk_space import count_saves
-from qlora_cli.train.evaluation import measure
+from qlora_cli.train.evaluation import RunEvaluator
 from qlora_cli.train.preflight import memory_summary, preflight, resolve_auto
 from qlora_cli.train.saver import CheckpointManager
-from qlora_cli.train.warm_start import find_warm_start
+from qlora_cli.train.warm_start import WarmStart, find_warm_start
 from qlora_cli.types import TrainState
 
 log = logging.getLogger("qlora")
@@ -54,233 +42,192 @@ def train(
     use_cache: bool = True,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe. The returned record is also in the run folder, as run.json.
+    """Train a recipe. Returns the record of the run, which is also in its folder, as run.json.
 
     Args:
-        resume: go on from a checkpoint in `output.dir`: "auto" is the newest that is whole, or its
-            step, or its path.
-        allow: keys of the recipe that may have another value than when the run was started.
-        use_cache: keep the prepared data, and take what was kept before.
+        resume: continue from a checkpoint in `output.dir`: the newest complete one ("auto"), or
+            one by its step or path.
+        allow: keys of the recipe whose values may differ from those that the run started with.
+        use_cache: keep the prepared data, and reuse what was kept before.
         origins: where each value of the recipe comes from, for the record.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
-        Interrupted: by a signal or `training.stop_after`; what was learnt is saved.
+        QloraError: of one of its kinds, with its exit code.
+        Interrupted: by a signal or `training.stop_after`; a checkpoint has been saved.
+    """
+    with open_run(recipe, resume, allow) as run:
+        # Data first: a bad row is found before a large model is loaded.
+        data = prepare_data(recipe, use_cache=use_cache)
+        is_auto = recipe.training.micro_batch_size == "auto"
+        recipe = resolve_auto(recipe, data, run.world, run.folder if run.is_resumed else None)
+        # A resumed run has its weights in the checkpoint, wherever they came from at first.
+        warm_start = None if run.is_resumed else find_warm_start(recipe, data.base)
+        changes = run.refuse_changes(recipe, data)
+        setup = build_setup(
+            recipe,
+            data,
+            run.world,
+            init_weights=None if warm_start is None else warm_start.load_into,
+            kernels=run.recorded_kernels(),
+        )
+        saver = CheckpointManager(run.folder, setup, recipe, data.tokenizer)
+        saver.require_disk_space(has_best=data.evaluation is not None)
+        state = TrainState() if run.resume is None else saver.resume(run.resume, changes)
+        saver.record(
+            status="training",
+            origins=origins,
+            is_micro_batch_auto=is_auto,
+            **_facts(setup, data, warm_start),
+        )
+        memory = preflight(recipe, setup, data)
+        monitor = _monitor(setup, data, recipe, saver)
+        hooks = _hooks(setup, data, recipe, saver, run)
+        started = time.monotonic()
+        with run.stop.after_the_step(), _tracker(run, recipe, setup, state) as tracker:
+            if memory:
+                saver.note(**memory)
+                tracker.log(memory, state.step)
+            fit(setup, recipe.training, state, hooks, monitor, tracker)
+        return _finish(run, recipe, setup, saver, state, memory, started)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that holds the lock of its folder, and that signals and a deadline can end."""
+
+    folder: RunFolder
+    world: World
+    stop: StopSignals
+    resume: str | None
+    """The checkpoint to continue from; None for a new run."""
+    allow: Sequence[str]
+    """Keys of the recipe that may differ from the start of the run."""
+
+    @property
+    def is_resumed(self) -> bool:
+        """The run continues from a checkpoint."""
+        return self.resume is not None
+
+    def refuse_changes(self, recipe: Recipe, data: RunData) -> Changes:
+        """Return what differs from the start of a resumed run and may.
+
+        Raises:
+            RecipeError: something differs that may not.
+        """
+        if not self.is_resumed:
+            return {}
+        return refuse_changes(self.folder, recipe, data.fingerprint, self.allow)
+
+    def recorded_kernels(self) -> Kernels | None:
+        """Return the kernels of a resumed run, which it keeps: others round differently."""
+        return self.folder.read_record().get("kernels") if self.is_resumed else None
+
+    def is_asked_to_stop(self) -> bool:
+        """Tell if a signal or the deadline has reached one of the processes."""
+        return self.world.any(self.stop.asked is not None)
+
+
+@contextmanager
+def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterator[OpenRun]:
+    """Make or reopen the run folder, lock it, and take signals.
+
+    Raises:
+        RecipeError: the folder is taken, or `allow` names keys that cannot be allowed.
+        DataError: the recipe's data cannot be trained on.
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
     if allow and resume is None:
-        raise RecipeError("--allow is for a run that goes on", hint="give --resume too")
+        raise RecipeError("--allow is for a run that is resumed", hint="add --resume")
     refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
-    run = RunFolder(Path(recipe.output.dir))
-    run.start(resume=resume is not None)
+    folder = RunFolder(Path(recipe.output.dir))
+    folder.start(resume=resume is not None)
     with (
         StopSignals(recipe.training.stop_after_seconds) as stop,
-        run.locked() if world.is_main else nullcontext(),
+        folder.locked() if world.is_main else nullcontext(),
     ):
         world.wait()  # a rank that is late must not find the run of its own main process
-        return _train(recipe, run, world, stop, resume, allow, use_cache=use_cache, origins=origins)
+        yield OpenRun(folder, world, stop, resume, allow)
 
 
-def _train(
-    recipe: Recipe,
-    run: RunFolder,
-    world: World,
-    stop: StopSignals,
-    resume: str | None,
-    allow: Sequence[str],
-    *,
-    use_cache: bool,
-    origins: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    is_auto = recipe.training.micro_batch_size == "auto"
-    recipe = resolve_auto(recipe, world, None if resume is None else run)
-    settings = recipe.training
+def _facts(setup: Setup[Batches], data: RunData, warm_start: WarmStart | None) -> dict[str, Any]:
+    """Facts about a run that begins, for its record."""
+    rows = data.evaluation
+    return {
+        "max_steps": setup.max_steps,
+        "trained_weights": setup.trained.trained,
+        "total_weights": setup.trained.total,
+        "base": data.base,
+        "fingerprint": data.fingerprint,
+        "precision": PRECISIONS[setup.objective.dtype],
+        "kernels": setup.kernels,
+        "data": {"training": data.training.record(), "evaluation": rows and rows.record()},
+        "audit": data.audit,
+        **({} if warm_start is None else {"parent": warm_start.record()}),
+        "tasks": ["loss"] * (rows is not None) + [task.label for task, _ in data.tasks],
+    }
 
-    # Data first: a bad row is found before a large model is loaded.
-    tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
-    learnt = read_data(
-        "training", recipe.data, recipe.data.train_sources, tokenizer, use_cache=use_cache
-    )
-    held_out = None
-    if sources := recipe.data.evaluation_sources:
-        held_out = read_data("evaluation", recipe.data, sources, tokenizer, use_cache=use_cache)
-    # Before a large model is loaded: rows that cannot be asked about are found here too.
-    exam = read_tasks(
-        recipe.evaluation.tasks, recipe.data, tokenizer, limit=recipe.evaluation.limit
-    )
-    audit = check_data(recipe.data, learnt, held_out, tokenizer)
-    identity = identify(recipe.model.locate())
-    fingerprint = take_fingerprint(identity, tokenizer, learnt, held_out)
-    # What goes on has its weights in the checkpoint, wherever they once came from.
-    parent = find_warm_start(recipe, identity) if resume is None else None
-    changes = {} if resume is None else refuse_changes(run, recipe, fingerprint, allow)
-    dtype = compute_dtype(recipe.quantization, settings.precision, world)
-    base = load_base(recipe.model, recipe.quantization, dtype, world.device)
-    set_stop_tokens(base, learnt.stop_token_ids)
-    padding_free = not recipe.adapter.no_packing and use_padding_free(
-        base, learnt, tokenizer, dtype, world.device, packing=recipe.data.packing
-    )
-    batches = stream_batches(
-        recipe, learnt, tokenizer, padding_free=padding_free, rank=world.rank, world_size=world.size
-    )
-    log.info("a pass over them: %s", batches.summary())
-    max_steps = settings.max_steps or batches.num_steps
 
-    set_seed(settings.seed)  # the same adapter on every rank
-    model = recipe.adapter.attach(base)
-    if parent is not None:
-        parent.load_into(model)
-    set_seed(settings.seed + world.rank)  # but not the same dropout
-    warn_of_untrained(base, dict(zip(learnt.stops, learnt.stop_token_ids, strict=True)))
-    trained = report_trained(model)
-    log.info(trained.summary())
-    # A run that goes on keeps its kernels: others round otherwise.
-    kernels = (run.read_record() if resume else {}).get("kernels") or choose_kernels(
-        # Fused layers leave padded rows to the layers that they replace.
-        settings.kernels if padding_free else "plain",
-        world.device.type,
-        work=trained.total * batches.tokens(max_steps),
-    )
-    means = DeviceCapabilities.of(world.device, dtype)
-    kernels = prepare_layers(model, base, settings, kernels, dtype, means)
-
-    def write_weights(folder: Path) -> None:
-        with recipe.optimizer.evaluation_weights(optimizer):
-            recipe.adapter.save(model, folder)
-        tokenizer.save_pretrained(folder)
-        base.generation_config.save_pretrained(folder)
-
-    objective = TokenLoss(model, dtype, loss_kernel(kernels, world.device, dtype))
-    optimizer = recipe.optimizer.build(model.named_parameters(), world.device)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    saver = CheckpointManager(
-        run,
-        world,
-        model,
-        optimizer,
-        scaler,
-        keep_checkpoints=recipe.output.keep_checkpoints,
-        write_weights=write_weights,
-        best_by=recipe.evaluation.best_by,
-        lower_is_better=bool(recipe.measures[recipe.evaluation.best_by].lower_is_better),
-    )
-    saver.require_disk_space(
-        num_trained=trained.trained,
-        state_bytes=recipe.optimizer.state_bytes,
-        saves=count_saves(max_steps, settings.save_every),
-        has_best=held_out is not None,
-    )
-    state = TrainState()
-    if resume is not None:
-        state = saver.resume(resume, max_steps, settings.seed, changes)
-    saver.record(
-        recipe,
-        status="training",
-        origins=origins,
-        max_steps=max_steps,
-        trained_weights=trained.trained,
-        total_weights=trained.total,
-        base=identity,
-        fingerprint=fingerprint,
-        precision=PRECISIONS[dtype],
-        kernels=kernels,
-        is_micro_batch_auto=is_auto,
-        data={"training": learnt.record(), "evaluation": held_out and held_out.record()},
-        audit=audit,
-        **({} if parent is None else {"parent": parent.record()}),
-        tasks=["loss"] * (held_out is not None) + [task.label for task, _ in exam],
-    )
-
-    monitor = TrainingMonitor(
-        settings,
-        objective=objective,
-        optimizer=optimizer,
-        scaler=scaler,
-        batches=batches,
-        world=world,
-        place=learnt.examples.place,
+def _monitor(
+    setup: Setup[BatchStream], data: RunData, recipe: Recipe, saver: CheckpointManager
+) -> TrainingMonitor:
+    return TrainingMonitor(
+        setup,
+        recipe.training,
+        row_name=data.training.examples.place,
         max_length=recipe.data.max_length,
         is_packed=recipe.data.packing,
         go_back=saver.go_back,
     )
 
-    memory = preflight(
-        recipe,
-        objective,
-        optimizer,
-        batches,
-        largest_eval_batch(held_out, recipe.eval_batch_size, tokenizer),
-        world,
-        max_steps=max_steps,
-        num_weights=trained.total,
-        kernels=kernels,
-    )
 
-    def evaluate() -> dict[str, float]:
-        metrics = {}
-        if held_out is not None:
-            metrics = measure(objective, held_out, tokenizer, recipe.eval_batch_size, world)
-        is_last = state.step == max_steps and settings.tasks_every is not None
-        if is_due(settings.tasks_every, state.step) or is_last:
-            scorer = ModelScorer("tasks", model, recipe, tokenizer, dtype, world)
-            metrics |= {f"eval_{k}": v for k, v in ask(exam, scorer, world).items()}
-        return metrics
+def _hooks(
+    setup: Setup[Batches], data: RunData, recipe: Recipe, saver: CheckpointManager, run: OpenRun
+) -> Hooks:
+    def should_stop(state: TrainState) -> bool:
+        return run.is_asked_to_stop() or recipe.is_over(state.step, state.best_step)
 
-    def evaluate_and_keep_best() -> dict[str, float]:
-        with saver.rescuing(state):
-            try:
-                # Several processes cannot leave it in different places.
-                at_once = stop.at_once() if world.size == 1 else nullcontext()
-                with recipe.optimizer.evaluation_weights(optimizer), at_once:
-                    metrics = evaluate()
-            except Interrupted:
-                return {}  # a run that is resumed evaluates here again
-            saver.keep_best(metrics, state)
-            return metrics
+    evaluator = RunEvaluator(setup, data, recipe, saver, run.stop)
+    return Hooks(evaluator.evaluate, saver.checkpoint, should_stop)
 
-    started = time.monotonic()
-    names = recipe.output.trackers if world.is_main else None
-    with (
-        stop.after_the_step(),
-        closing(
-            open_trackers(names, run.root, max_steps=max_steps, first_step=state.step)
-        ) as tracker,
-    ):
-        if memory:
-            saver.note(**memory)
-            tracker.log(memory, state.step)
-        fit(
-            world.share(objective),
-            optimizer,
-            lambda step: recipe.schedule.scale(step, max_steps),
-            batches,
-            settings,
-            max_steps=max_steps,
-            world=world,
-            scaler=scaler,
-            state=state,
-            monitor=monitor,
-            method=recipe.adapter.step_hooks(model, max_steps),
-            evaluate=evaluate_and_keep_best,
-            is_over=lambda state: (
-                world.any(stop.asked is not None) or recipe.is_over(state.step, state.best_step)
-            ),
-            save=saver.checkpoint,
-            tracker=tracker,
-        )
-    if stop.asked is not None:
-        saver.interrupted(state, stop.asked)
-        raise stop.asked
-    if state.step < max_steps:
+
+def _tracker(
+    run: OpenRun, recipe: Recipe, setup: Setup[Batches], state: TrainState
+) -> closing[Tracker]:
+    names = recipe.output.trackers if run.world.is_main else None
+    folder = run.folder.root
+    return closing(open_trackers(names, folder, max_steps=setup.max_steps, first_step=state.step))
+
+
+def _finish(
+    run: OpenRun,
+    recipe: Recipe,
+    setup: Setup[Batches],
+    saver: CheckpointManager,
+    state: TrainState,
+    memory: Mapping[str, int],
+    started: float,
+) -> dict[str, Any]:
+    """Write the last weights, and return the record.
+
+    Args:
+        memory: what `preflight` returned.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    if run.stop.asked is not None:
+        saver.interrupted(state, run.stop.asked)
+        raise run.stop.asked
+    if state.step < setup.max_steps:
         log.info(
             "stopped early: no better %s since step %d", recipe.evaluation.best_by, state.best_step
         )
     saver.finish(state, seconds=time.monotonic() - started)
-    record = run.read_record()
+    record = run.folder.read_record()
     if memory:
-        is_resident = world.device.type == "cpu"
+        is_resident = run.world.device.type == "cpu"
         log.info(memory_summary(memory, record["peak_memory_bytes"], is_resident=is_resident))
     return record

@@ -1,4 +1,4 @@
-"""Where a run begins that does not begin at zero: with the weights of an earlier adapter."""
+"""Warm start: initialise a run from an existing adapter."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class WarmStart:
     """The adapter that `adapter.init_from` names."""
 
     adapter: LoRA
-    """As the new run has it."""
+    """The adapter's settings in the new run."""
     place: AdapterFolder
 
     def load_into(self, model: PeftModel) -> None:
-        """Let training begin with its weights.
+        """Load its weights into the model.
 
         Raises:
             ModelError: it was trained with other settings, or does not fit tensor for tensor.
@@ -34,7 +34,7 @@ class WarmStart:
         self.adapter.load_weights_from(model, self.place.folder)
 
     def record(self) -> dict[str, Any]:
-        """Its name, the sum of its weights, and what it began from itself, for the new run."""
+        """Return its name, the digest of its weights and its own parent, for the new record."""
         run = self.place.run
         return {
             "name": (self.place.folder if run is None else run.root).resolve().name,
@@ -45,13 +45,13 @@ class WarmStart:
 
 
 def find_warm_start(recipe: Recipe, base: Mapping[str, str]) -> WarmStart | None:
-    """What a new run begins from; None if it begins with an update of zero.
+    """Find the adapter that `adapter.init_from` names; None if the recipe names none.
 
     Args:
-        base: what `identify` says of the recipe's base model.
+        base: the identity of the recipe's base model.
 
     Raises:
-        RecipeError: there is no adapter where `adapter.init_from` says.
+        RecipeError: there is no adapter at `adapter.init_from`.
         ModelError: it was trained on another base.
     """
     adapter = recipe.adapter

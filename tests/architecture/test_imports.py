@@ -77,3 +77,15 @@ def at_load_time(tree: ast.Module) -> ast.Module:
     """Drop functions, and what only type checkers see."""
     kept = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return ast.Module([node for node in kept if not isinstance(node, ast.If)], [])
+
+
+def test_only_heads_names_transformers_auto_class_and_pefts_task_type() -> None:
+    named = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for node in ast.walk(parse(path))
+        if (isinstance(node, ast.alias) and node.name.startswith("AutoModelFor"))
+        or (isinstance(node, ast.Attribute) and node.attr.startswith("AutoModelFor"))
+        or (isinstance(node, ast.Constant) and node.value in ("AutoModelForCausalLM", "CAUSAL_LM"))
+    }
+    assert named == {"models/heads.py"}

@@ -23,10 +23,11 @@ from qlora_cli.evaluate.divergence import compare
 from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
 from qlora_cli.inference.sampling import Sampling, answers
-from qlora_cli.kernels.device_capabilities import DeviceCapabilities
+from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.models.loading import load_base
-from qlora_cli.objectives.supervised import TokenLoss, evaluate_loss
+from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
 from qlora_cli.plan.trace.libraries import load_libraries
 from qlora_cli.plan.trace.memory_counter import Count
@@ -312,7 +313,7 @@ def _trains_in_bfloat16(case: Case, recipe: Recipe, model: Any) -> Path:
     weights = trained_weights(model)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     objective = TokenLoss(model, dtype)
-    train_a_little(model, lambda: objective(_batch()) / _batch().num_supervised)
+    train_a_little(model, lambda: objective(_batch())[0] / _batch().num_supervised)
     for name, weight in trained_weights(model).items():
         assert weight.dtype == torch.float32, name
         assert not torch.equal(weight, before[name]), name
@@ -406,7 +407,7 @@ def is_planned_right(case: Case) -> str:
     hold_model(base, count)
     torch.manual_seed(0)
     with count:
-        dry_run(base, recipe, torch.float32, count, means=DeviceCapabilities(), **batches)
+        dry_run(base, recipe, count, ComputeOptions(torch.float32), **batches)
     try:
         planned = forecast(recipe, config, torch.float32, device="cpu", **batches)
     except ModelError as error:

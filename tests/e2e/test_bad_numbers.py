@@ -1,4 +1,4 @@
-"""Real runs with bad numbers or too little memory: a damaged base, an odd row, a long row."""
+"""Runs in which numbers or memory go wrong, for real: a damaged base, an odd row, a long row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import exit_code, save_tiny_model
 
 ODD = "~"
-"""A letter that occurs in some rows only."""
+"""A letter that only some rows have."""
 
 
 def rows_file(folder: Path, answers: list[str]) -> dict[str, Any]:
@@ -34,10 +34,10 @@ def rows_file(folder: Path, answers: list[str]) -> dict[str, Any]:
 
 
 def damaged_base(folder: Path) -> Path:
-    """A model whose output is not finite for rows with the odd letter."""
+    """A model that gives no number for any row with the odd letter in it."""
     base = save_tiny_model(folder / "damaged")
     weights = load_file(base / "model.safetensors")
-    # The tokenizer's vocabulary is the sorted alphabet of bytes, starting with "!".
+    # The tokenizer's vocabulary is the sorted alphabet of bytes, which begins with "!".
     weights["model.embed_tokens.weight"][ord(ODD) - ord("!")] = float("nan")
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     return base
@@ -60,7 +60,7 @@ def state(run: Path, step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_non_finite_step_is_not_applied_and_its_row_is_named(
+def test_a_step_without_numbers_is_not_applied_and_its_row_is_named(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -82,7 +82,7 @@ def test_a_non_finite_step_is_not_applied_and_its_row_is_named(
     assert "the loss is nan, the gradient's norm nan" in told
     named = told.split("not applied; rows: ")[1].splitlines()[0].split(", ")
     assert f"{tmp_path}/answers.jsonl:5" in named
-    # With packing, all rows of the forward are named.
+    # Packed, a row is named with those that share its forward.
     assert len(named) == 1 or packing
     rows = metrics(tmp_path / "run")
     assert sum(row["loss"] is None for row in rows) == 1, "logged as it is, and though not due"
@@ -90,10 +90,10 @@ def test_a_non_finite_step_is_not_applied_and_its_row_is_named(
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_training_around_a_bad_step_is_as_without_it(
+def test_the_rows_around_a_bad_step_are_learnt_as_if_it_were_not_there(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Not among the first rows, which the packing proof uses.
+    # Not among the first, on which the model has to show what it does with several in a row.
     answers = ["cd cd"] * 3 + [f"ab {ODD}"]
     sections = {
         "data": rows_file(tmp_path, answers),
@@ -104,14 +104,14 @@ def test_training_around_a_bad_step_is_as_without_it(
     losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
     assert losses.count(None) == 2
     (tmp_path / "run").rename(tmp_path / "with")
-    # All good rows are equal, so six steps without the bad one are the same steps.
+    # All rows that can be learnt are equal, so without the bad one six steps are the same steps.
     sections["data"] = rows_file(tmp_path, ["cd cd"] * 4)
     sections["training"] = {**sections["training"], "max_steps": 6}
     assert exit_code("train", write_recipe(**sections)) == 0
     assert adapter(tmp_path / "run") == adapter(tmp_path / "with")
 
 
-def test_too_many_bad_steps_in_a_row_end_a_run_and_keep_its_checkpoints(
+def test_too_many_bad_steps_in_a_row_end_a_run_and_leave_what_was_saved(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -129,7 +129,7 @@ def test_too_many_bad_steps_in_a_row_end_a_run_and_keep_its_checkpoints(
 
 
 def spiking(tmp_path: Path, **spike: Any) -> dict[str, Any]:
-    """Seventy equal rows and a very different one, one row per step."""
+    """Seventy equal rows and one that is quite another, a row a step."""
     return {
         "data": rows_file(tmp_path, ["ab ab ab"] * 70 + ["QXZ%&?@" * 4]),
         "adapter": {"dropout": 0.1},
@@ -141,7 +141,7 @@ def spiking(tmp_path: Path, **spike: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_spike_is_reported_with_its_rows(
+def test_a_spike_is_told_with_its_rows(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe(**spiking(tmp_path))) == 0
@@ -150,7 +150,7 @@ def test_a_spike_is_reported_with_its_rows(
     assert f"rows: {tmp_path}/answers.jsonl:71" in told[0]
 
 
-def test_a_run_rolls_back_and_skips_the_rows_of_a_spike(
+def test_a_run_goes_back_and_passes_over_the_rows_of_a_spike(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = spiking(tmp_path, action="go_back")
@@ -162,13 +162,13 @@ def test_a_run_rolls_back_and_skips_the_rows_of_a_spike(
     assert (ended["passed_over"], ended["returns"]) == (1, 1)
     (tmp_path / "run").rename(tmp_path / "whole")
 
-    # Equal to a run without that row, with its own dropout from there on.
+    # The same as a run over rows without it, with its own dropout from there on.
     sections["data"] = rows_file(tmp_path, ["ab ab ab"] * 71)
     assert exit_code("train", write_recipe(**sections)) == 0
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     (tmp_path / "run").rename(tmp_path / "equal")
 
-    # A run that is interrupted on the way resumes to the same result.
+    # And a run that ends on the way there goes on in the same way.
     sections = spiking(tmp_path, action="go_back")
     sections["training"] |= {"epochs": None, "max_steps": step + 2}
     assert exit_code("train", write_recipe(**sections)) == 0
@@ -177,7 +177,7 @@ def test_a_run_rolls_back_and_skips_the_rows_of_a_spike(
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
-def test_the_number_of_rollbacks_is_limited(
+def test_a_run_does_not_go_back_for_ever(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = spiking(tmp_path, action="go_back", returns=1)
@@ -199,7 +199,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_an_out_of_memory_step_saves_the_weights_before_it(
+def test_a_step_without_memory_saves_what_was_learnt(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = save_tiny_model(tmp_path / "base", max_position_embeddings=16384)
@@ -227,7 +227,7 @@ def test_an_out_of_memory_step_saves_the_weights_before_it(
     assert "--set training.gradient_checkpointing=true" in error
     assert "Traceback" not in ended.stderr
 
-    # The saved weights are those of a run without the long row.
+    # What was saved is what a run without the long row had then.
     run = tmp_path / "run"
     saved = run / "checkpoints" / f"step-{done:08d}" / "trained.safetensors"
     kept = saved.read_bytes()

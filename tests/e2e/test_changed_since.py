@@ -1,4 +1,4 @@
-"""Changes between start and resume: refused by name, or allowed by name and recorded."""
+"""What has changed since a run was started: refused by name, or allowed by name and recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = "last/adapter_model.safetensors"
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Losses of the logged steps."""
+    """Of the steps that were logged."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
 
@@ -27,7 +27,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def start(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., tuple[Path, Path, Path]]:
-    """Train two steps. Returns the recipe, the run and its own copy of the base model."""
+    """Train two steps. Returns the recipe, the run and the base model, which is the run's own."""
 
     def make(**sections: Any) -> tuple[Path, Path, Path]:
         base = save_tiny_model(tmp_path / "base")
@@ -40,7 +40,7 @@ def start(
 
 
 def other_weights(base: Path) -> None:
-    """Another model of the same shapes, like an instruction-tuned version of a base."""
+    """Of the same shapes, as the instruction-tuned brother of a base has them."""
     shutil.rmtree(base)
     save_tiny_model(base, initializer_range=0.1)
 
@@ -52,7 +52,7 @@ def other_tokens(base: Path) -> None:
 
 
 def other_template(base: Path) -> None:
-    """Another template text that renders the same."""
+    """The same for all rows of the test, and not for those with a system message."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHATML + "{% if false %}{% endif %}"
     tokenizer.save_pretrained(base)
@@ -96,7 +96,7 @@ def test_other_held_out_rows_are_refused(
     assert "the rows of data.train" not in told
 
 
-def test_an_edited_recipe_in_the_run_folder_is_not_taken_for_the_record(
+def test_a_recipe_that_was_edited_in_the_folder_of_the_run_is_not_taken_for_what_was_run(
     start: Callable[..., tuple[Path, Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, run, _ = start()
@@ -111,7 +111,7 @@ def test_an_edited_recipe_in_the_run_folder_is_not_taken_for_the_record(
     assert "--allow optimizer.weight_decay goes on with the new values" in told
 
 
-def test_allowed_changes_apply_from_the_resume_on_and_are_recorded(
+def test_what_is_allowed_holds_from_there_on_and_is_recorded(
     start: Callable[..., tuple[Path, Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run, _ = start(optimizer={"weight_decay": 0.1})
@@ -143,7 +143,7 @@ def test_allowed_changes_apply_from_the_resume_on_and_are_recorded(
     assert '["weight_decay", 0.1]' not in state
 
 
-def test_moved_models_and_rows_resume_bit_for_bit(
+def test_a_model_and_rows_that_were_moved_go_on_bit_for_bit(
     start: Callable[..., tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
     recipe, run, base = start()
@@ -166,7 +166,7 @@ def test_moved_models_and_rows_resume_bit_for_bit(
 
 
 @pytest.mark.parametrize("key", ["adapter.r", "quantization.type", "data.max_length", "nonsense"])
-def test_unsafe_changes_cannot_be_allowed(
+def test_what_is_not_safe_cannot_be_allowed(
     start: Callable[..., tuple[Path, Path, Path]], capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     recipe, _, _ = start()
@@ -176,7 +176,7 @@ def test_unsafe_changes_cannot_be_allowed(
     assert "optimizer.learning_rate" in told
 
 
-def test_allow_needs_resume(
+def test_allow_is_for_a_run_that_goes_on(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe(), "--allow", "model.path") == 2
@@ -185,7 +185,7 @@ def test_allow_needs_resume(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_an_extended_run_follows_the_schedule_of_the_longer_run(
+def test_a_run_that_is_made_longer_takes_the_schedule_of_the_longer_one(
     start: Callable[..., tuple[Path, Path, Path]], schedule: str
 ) -> None:
     recipe, run, _ = start(schedule={"type": schedule})
@@ -199,7 +199,7 @@ def test_an_extended_run_follows_the_schedule_of_the_longer_run(
     assert rates[2] > rates[1], "it had fallen lower at the end of the shorter run"
 
 
-def test_more_epochs_continue_as_if_they_had_been_set_at_the_start(
+def test_more_passes_go_on_through_the_rows_as_if_there_had_been_more_at_first(
     start: Callable[..., tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
     passes = {"max_steps": None, "epochs": 1}

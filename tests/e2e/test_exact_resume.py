@@ -1,4 +1,4 @@
-"""A run stopped after any step and resumed equals, bit for bit, one that never stopped."""
+"""A run that is stopped after any step and goes on is, bit for bit, the run that never stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qlora_cli.train.train import train
 
 
 def variants(union: Any) -> list[str]:
-    """Return all types of a recipe section, so that a new one is tested automatically."""
+    """The types that a section of the recipe comes in: a new one is tested by itself."""
     return [part.model_fields["type"].default for part in get_args(get_args(union)[0])]
 
 
@@ -29,12 +29,12 @@ OPTIMIZERS = get_args(get_args(OptimizerConfig)[0])
 QUANTIZATIONS = variants(QuantizationConfig)
 CLOCKS = {"tokens_per_second", "peak_memory_bytes"}
 
-# Half of the factors have over 4096 weights; below that, bitsandbytes keeps 32-bit states.
+# Half of its factors have more than 4096 weights: below that bitsandbytes keeps 32-bit states.
 WIDE = {"type": "lora", "r": 80, "alpha": 8, "dropout": 0.1}
 
 
 def manifests(run: Path) -> dict[int, str]:
-    """Return digests of weights, optimizer and random states in each checkpoint."""
+    """The sums of all that the checkpoint of each step holds: weights, optimizer, random states."""
     return {
         int(path.parent.name[5:]): path.read_text(encoding="utf-8")
         for path in (run / "checkpoints").glob("step-*/manifest.json")
@@ -42,7 +42,7 @@ def manifests(run: Path) -> dict[int, str]:
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """Read all metrics except times."""
+    """All metrics but those of a clock."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {name: value for name, value in json.loads(line).items() if name not in CLOCKS}
@@ -51,7 +51,7 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 
 def check_resumes(recipe: Recipe, stops: list[int], *, use_cache: bool = True) -> None:
-    """Train without interruption, then resume from each of `stops` as after a kill."""
+    """Run it in one go, then go on from each of `stops` as after a kill there."""
     run = Path(recipe.output.dir)
     record = train(recipe)
     assert record["steps"] > max(stops)
@@ -70,7 +70,7 @@ def check_resumes(recipe: Recipe, stops: list[int], *, use_cache: bool = True) -
 
 @pytest.fixture
 def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
-    """Make a recipe with dropout and accumulation that saves every step."""
+    """A recipe with dropout and accumulation that saves each step."""
 
     def recipe(**sections: Any) -> Recipe:
         training = {
@@ -102,7 +102,7 @@ def test_with_each_optimizer_in_4_bit_and_unquantized(
 
 
 @pytest.mark.parametrize("quantization", sorted({*QUANTIZATIONS} - {"nf4", "none"}))
-def test_with_the_other_quantizations(make: Callable[..., Recipe], quantization: str) -> None:
+def test_with_each_other_quantization(make: Callable[..., Recipe], quantization: str) -> None:
     check_resumes(make(quantization={"type": quantization}), [2])
 
 
@@ -117,7 +117,7 @@ def test_with_all_weights_trained(make: Callable[..., Recipe], optimizer: str) -
     check_resumes(make(adapter={"type": "full"}, optimizer=settings), [2])
 
 
-def test_schedule_free_saves_the_average_and_evaluation_changes_nothing(
+def test_schedule_free_saves_the_average_and_evaluating_changes_nothing(
     make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     def trained(every: int | None) -> tuple[bytes, Path]:
@@ -149,14 +149,14 @@ def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:
     check_resumes(make(training={"gradient_checkpointing": True}), [2])
 
 
-def test_within_an_epoch_at_its_end_and_over_several(make: Callable[..., Recipe]) -> None:
-    # 16 rows in steps of 6 (micro-batches of 2): an epoch ends within a step, and the third epoch
-    # in a short step.
+def test_in_the_middle_of_a_pass_at_its_end_and_over_several(make: Callable[..., Recipe]) -> None:
+    # 16 rows in steps of 6 (micro-batches of 2): a pass ends inside of a step, and the third pass
+    # in a step that is cut short.
     settings = {"max_steps": None, "epochs": 2.8, "batch_size": 6, "micro_batch_size": 2}
     check_resumes(make(training=settings), [1, 2, 3, 5, 7])
 
 
-def test_at_the_end_of_an_epoch(make: Callable[..., Recipe]) -> None:
+def test_at_the_border_of_a_pass(make: Callable[..., Recipe]) -> None:
     settings = {"max_steps": None, "epochs": 3, "batch_size": 8, "micro_batch_size": 4}
     check_resumes(make(training=settings), [2, 4, 5])
 
@@ -165,7 +165,7 @@ def test_at_the_end_of_an_epoch(make: Callable[..., Recipe]) -> None:
 def test_from_several_weighted_sources_prepared_anew(
     make: Callable[..., Recipe], tmp_path: Path, tiny_rows: list[dict[str, Any]], packing: bool
 ) -> None:
-    """One source is compressed and shuffled, and read from disk like a large one."""
+    """One of them compressed and in a drawn order, read from the disk as a large set is."""
     plain, packed = tmp_path / "plain.jsonl", tmp_path / "packed.jsonl.gz"
     lines = [json.dumps(row) + "\n" for row in tiny_rows]
     plain.write_text("".join(lines[:7]), encoding="utf-8")
@@ -182,7 +182,7 @@ def test_from_several_weighted_sources_prepared_anew(
     check_resumes(recipe, [1, 2, 3, 4, 5, 6], use_cache=False)
 
 
-def test_the_record_does_not_depend_on_the_stop(make: Callable[..., Recipe]) -> None:
+def test_the_stop_leaves_no_trace_in_the_record(make: Callable[..., Recipe]) -> None:
     recipe = make()
     check_resumes(recipe, [3])
     record = RunFolder(Path(recipe.output.dir)).read_record()

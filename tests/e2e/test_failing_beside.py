@@ -1,4 +1,4 @@
-"""Failures of trackers and evaluations do not cost training steps."""
+"""What fails beside the training (trackers, evaluations) costs none of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEP = {"loss": 1.0}
 
 
 class Broken:
-    """A tracker that fails after a while, like one whose server goes away."""
+    """A tracker that works at first, as one whose server goes away."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -35,7 +35,7 @@ class Broken:
         raise TimeoutError("the server is away")
 
 
-def test_a_failing_tracker_is_reported_once_and_the_others_continue(
+def test_a_tracker_that_fails_is_warned_of_once_and_the_others_go_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, whole = Broken(), Jsonl(tmp_path / "metrics.jsonl", 0)
@@ -49,11 +49,11 @@ def test_a_failing_tracker_is_reported_once_and_the_others_continue(
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
     [warning] = [record.message for record in caplog.records]
     assert warning == (
-        "Broken: metrics cannot be logged (ConnectionError: the server is away); training goes on"
+        "Broken: metrics cannot be logged (ConnectionError: the server is away); training continues"
     )
 
 
-def test_a_truncated_metrics_line_is_dropped_on_resume(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_short_is_dropped_when_the_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo', encoding="utf-8")
     tracker = Jsonl(path, 2)
@@ -62,10 +62,10 @@ def test_a_truncated_metrics_line_is_dropped_on_resume(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
-def test_a_run_continues_after_its_output_pipe_is_closed(
+def test_a_run_whose_reader_went_away_goes_on(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """`qlora train recipe.yaml 2>&1 | head -n 1`: the console becomes a closed pipe."""
+    """`qlora train recipe.yaml 2>&1 | head -n 1`: the console is a closed pipe from then on."""
     recipe = write_recipe()
     assert exit_code("train", recipe, "--set", f"output.dir={tmp_path / 'whole'}") == 0
     command = [sys.executable, "-m", "qlora_cli", "train", str(recipe)]
@@ -79,7 +79,7 @@ def test_a_run_continues_after_its_output_pipe_is_closed(
     assert (run / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
-def test_no_step_is_lost_when_the_best_weights_cannot_be_written(
+def test_best_weights_that_cannot_be_written_cost_no_step(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -99,7 +99,7 @@ def test_no_step_is_lost_when_the_best_weights_cannot_be_written(
     def log_and_block(self: Any, metrics: Any, step: int) -> None:
         log(self, metrics, step)
         if step == 2:
-            # A file in place of a folder cannot be written to, like a full disk.
+            # A file where a folder has to be: as little to be written to as a full disk.
             (run / ".best.unfinished").write_text("", encoding="utf-8")
 
     monkeypatch.setattr(Console, "log", log_and_block)
@@ -115,15 +115,15 @@ def test_no_step_is_lost_when_the_best_weights_cannot_be_written(
         assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_no_step_is_lost_when_an_evaluation_fails(
+def test_an_evaluation_that_fails_costs_no_step(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Finite weights that are large enough for a non-finite held-out loss.
+    # Weights that are finite, and so large that the loss on the held-out rows is not.
     recipe = write_recipe(
         optimizer={"learning_rate": 1e25},
         training={"max_steps": 2, "eval_every": 1, "save_every": None},
     )
     assert exit_code("train", recipe) == 4
-    assert "the loss on held-out rows is nan" in capsys.readouterr().err
+    assert "the loss on the evaluation rows is nan" in capsys.readouterr().err
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]

@@ -1,4 +1,4 @@
-"""Warm start: a new run with the weights of an earlier adapter."""
+"""A new run that begins with the weights of an earlier adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluated(run: Path) -> list[float]:
 
 @pytest.fixture
 def begin(write_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """Write a recipe for the run `name`, with these adapter settings."""
+    """Write a recipe whose run is called `name`, with an adapter of these settings."""
 
     def make(name: str, parent: Path | None = None, **sections: Any) -> Path:
         start = {} if parent is None else {"init_from": str(parent)}
@@ -44,7 +44,7 @@ def parent(begin: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {}])
-def test_a_warm_start_continues_from_the_weights_of_its_parent(
+def test_a_new_run_begins_where_its_parent_ended(
     begin: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -58,7 +58,7 @@ def test_a_warm_start_continues_from_the_weights_of_its_parent(
     before, after = evaluated(first), evaluated(second)
     assert after[0] == before[-1]
     assert after[-1] < after[0] < before[0]
-    # With a new optimizer, from step 0.
+    # With an optimizer of its own, from step 0.
     assert record["steps"] == 4
     digest = hashlib.sha256((first / WEIGHTS).read_bytes()).hexdigest()
     assert record["parent"] == {
@@ -66,7 +66,7 @@ def test_a_warm_start_continues_from_the_weights_of_its_parent(
     }  # fmt: skip
 
 
-def test_the_chain_of_parents_is_recorded_without_paths(
+def test_a_chain_is_in_the_record_and_in_the_card_without_paths(
     begin: Callable[..., Path], parent: Path, tmp_path: Path
 ) -> None:
     assert exit_code("train", begin("second", parent / "best")) == 0
@@ -82,7 +82,7 @@ def test_the_chain_of_parents_is_recorded_without_paths(
     assert str(tmp_path) not in card
 
 
-def test_a_warm_start_from_an_adapter_that_is_not_a_run(
+def test_an_adapter_that_is_no_run_can_be_begun_from(
     begin: Callable[..., Path], parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(parent / "last", tmp_path / "alone")
@@ -91,7 +91,7 @@ def test_a_warm_start_from_an_adapter_that_is_not_a_run(
     assert (record["parent"]["name"], record["parent"]["weights"]) == ("alone", None)
 
 
-def test_a_resume_does_not_need_the_parent(
+def test_what_goes_on_does_not_need_its_parent_any_more(
     begin: Callable[..., Path], parent: Path, tmp_path: Path
 ) -> None:
     recipe = begin("second", parent, training={"save_every": 1})
@@ -107,7 +107,7 @@ def test_a_resume_does_not_need_the_parent(
     assert again["parent"] == record["parent"]
 
 
-def test_all_differing_settings_are_refused_together(
+def test_other_settings_are_refused_all_at_once(
     begin: Callable[..., Path], parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = {"r": 8, "alpha": 4, "use_rslora": True, "target_modules": ["q_proj"]}
@@ -121,7 +121,7 @@ def test_all_differing_settings_are_refused_together(
     ):
         assert line in told
     assert not (tmp_path / "second" / "metrics.jsonl").exists()
-    # Another spelling of the same modules is not a difference.
+    # The same modules, named in another way, are no difference.
     named = {"target_modules": r".*\.(self_attn|mlp)\.\w+_proj"}
     assert exit_code("train", begin("third", parent, adapter=named)) == 0
 
@@ -177,7 +177,7 @@ def test_tensors_that_do_not_fit_are_refused(
     assert "Traceback" not in told
 
 
-def test_a_missing_parent_is_named(
+def test_nothing_to_begin_from_is_named(
     begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", begin("second", tmp_path / "nowhere")) == 2

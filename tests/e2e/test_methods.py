@@ -1,4 +1,4 @@
-"""Methods beyond plain low-rank weights: resuming, evaluation, merging and generation."""
+"""Methods that are more than weights beside a layer: resumed, measured, merged and asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"type": "lora", "r": 4, "init": "pissa_fast", "dropout": 0.1},
     "olora": {"type": "lora", "r": 4, "init": "olora"},
     "lora-fa": {"type": "lora", "r": 4, "freeze_a": True},
-    # Of 6 steps, the first keeps all ranks and the last changes none.
+    # Of 6 steps the first keeps all ranks, and the last one changes none.
     "adalora": {"type": "adalora", "r": 4, "target_r": 2, "begin_at": 0.2, "end_at": 0.8},
     "prompt": {"type": "prompt", "num_virtual_tokens": 3},
     "prefix": {"type": "prefix", "num_virtual_tokens": 3},
@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_resumes_bit_for_bit(
+def test_a_method_goes_on_where_it_was(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
 ) -> None:
     recipe = tiny_recipe(
@@ -51,7 +51,7 @@ def test_a_method_resumes_bit_for_bit(
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_evaluates_merges_and_generates(
+def test_what_was_trained_is_measured_merged_and_asked(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
 ) -> None:
     recipe = tiny_recipe(
@@ -63,7 +63,7 @@ def test_each_method_evaluates_merges_and_generates(
     planned = plan(recipe, device="cpu")
     record = train(recipe)
     assert planned["model"]["trained"] == record["trained_weights"]
-    # The same numbers in another form; int8 rounds them depending on neighbouring tokens.
+    # Another way to put the same numbers, which int8 rounds by the tokens beside them.
     run, tolerance = tmp_path / "run", 1e-4 if quantization == "none" else 2e-2
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in metrics if "eval_loss" in line]

@@ -1,4 +1,4 @@
-"""Short form of benchmarks/random_kills: SIGKILL at random moments changes nothing."""
+"""The short form of benchmarks/random_kills: SIGKILL at random moments changes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.random_kills.page import as_markdown
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_at_random_moments_comes_to_the_same(tmp_path: Path) -> None:
     form = tiny_form(tmp_path, kills=4, max_steps=8)
     report = examine(form, tmp_path, seed=5)
     assert len(report["kills"]) == 4
@@ -21,7 +21,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tmp_path: P
     assert is_same(report), report
     assert "| in all | 4 |" in as_markdown({"tiny": report | {"note": "other work ran."}})
 
-    # The comparison detects a difference.
+    # What is compared is seen, if it differs.
     experiment = Experiment(form, tmp_path)
     experiment.manifests = whole_checkpoints(experiment.whole)
     assert not any(experiment.compare().values())
@@ -44,7 +44,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tmp_path: P
 
 
 @pytest.mark.parametrize(("kills", "max_steps"), [(4, 8), (20, 30), (50, 60)])
-def test_kills_let_the_run_advance_to_its_end(kills: int, max_steps: int) -> None:
+def test_kills_are_aimed_so_that_the_run_advances_to_its_end(kills: int, max_steps: int) -> None:
     aims = draw_aims(kills, max_steps, seed=1)
     assert aims == draw_aims(kills, max_steps, seed=1) != draw_aims(kills, max_steps, seed=2)
     assert len(aims) == kills
@@ -61,10 +61,10 @@ def test_kills_let_the_run_advance_to_its_end(kills: int, max_steps: int) -> Non
     [
         ("step 3/12  loss 6.7248  lr 2.00e-04  766 tokens/s", 3),
         ("step 12  eval_loss 6.2509  eval_perplexity 518.5026", 12),
-        ("resuming from runs/step-9/step-00000004 (the newest that is whole): step 4 of 12", 4),
+        ("resuming from runs/step-9/step-00000004 (the newest complete one): step 4 of 12", 4),
         ("evaluation data: 6 rows (0 too long, 0 left out), step 1 of none", None),
-        ("a pass over them: padding 1.0%", None),
+        ("one epoch: padding 1.0%", None),
     ],
 )
-def test_the_step_is_parsed_from_the_console(line: str, step: int | None) -> None:
+def test_the_console_tells_the_step(line: str, step: int | None) -> None:
     assert step_of(line) == step

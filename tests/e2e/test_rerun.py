@@ -1,4 +1,4 @@
-"""`qlora rerun`: the same result, or a list of the differences."""
+"""A run once more: the same result, or what is different."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def change_record(run: Path, **values: Any) -> None:
     (run / "run.json").write_text(json.dumps({**record, **values}), encoding="utf-8")
 
 
-def test_a_repeated_run_has_the_same_result(
+def test_a_run_that_is_repeated_has_the_same_result(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -48,14 +48,14 @@ def test_a_repeated_run_has_the_same_result(
         "metrics": {"is_same": True, "rows": 7, "first": None},
     }
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    # A repeated run can be repeated, into any folder, and is not overwritten.
+    # What was repeated can be repeated, to any place, and is not written over.
     assert exit_code("rerun", tmp_path / "run-again", "--output", tmp_path / "third") == 0
-    assert "third is the same as" in capsys.readouterr().out
+    assert "third is identical to" in capsys.readouterr().out
     assert exit_code("rerun", run) == 2
     assert "run-again already holds a run" in capsys.readouterr().err
 
 
-def test_a_resumed_run_is_repeated_without_interruption(
+def test_a_run_that_was_cut_and_went_on_is_repeated_in_one_go(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", run / "recipe.yaml", "--resume", "2") == 0
@@ -78,10 +78,10 @@ def test_another_base_is_listed_first_and_the_result_differs(
     assert report["metrics"]["first"]["step"] == 0
     old, new = report["metrics"]["first"]["eval_loss"]
     assert old != new
-    assert told.err.index("not as it was: the weights of model.path") < told.err.index("step 1/4")
+    assert told.err.index("changed: the weights of model.path") < told.err.index("step 1/4")
 
 
-def test_other_versions_are_listed_even_if_the_result_is_equal(
+def test_other_versions_are_listed_and_need_not_matter(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packages = json.loads((run / "run.json").read_text(encoding="utf-8"))["packages"]
@@ -94,10 +94,10 @@ def test_other_versions_are_listed_even_if_the_result_is_equal(
     }
     assert report["is_same"]
     assert exit_code("rerun", run, "--output", tmp_path / "text") == 0
-    assert "not as it was: packages.torch: 1.0 -> " in capsys.readouterr().out
+    assert "changed: packages.torch: 1.0 -> " in capsys.readouterr().out
 
 
-def test_settings_changed_by_a_resume_are_listed(
+def test_settings_that_changed_on_the_way_are_listed(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = ("--set", "optimizer.learning_rate=1e-3", "--allow", "optimizer.learning_rate")
@@ -110,7 +110,7 @@ def test_settings_changed_by_a_resume_are_listed(
     assert report["metrics"]["first"]["step"] == 1
 
 
-def test_an_unfinished_run_is_not_repeated(
+def test_a_run_that_has_not_finished_is_not_repeated(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_record(run, status="training")

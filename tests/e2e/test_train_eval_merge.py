@@ -1,4 +1,4 @@
-"""Train, evaluate, resume and merge through the command line, on a tiny model."""
+"""The whole way through the command line, on a tiny model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_train_eval_merge(
 
     report = output_of(capsys, "eval", run)
     assert set(report["models"]) == {"base", "tuned"}
-    # The same rows in the same batches: the logged loss, up to the order of a sum.
+    # The same rows in the same batches: what training logged, but for the order of a sum.
     for model, expected in (("base", logged[0]), ("tuned", logged[-1])):
         assert report["models"][model]["loss"]["value"] == pytest.approx(expected, rel=1e-12)
     assert report["measures"]["exact_match"]["n"] == 6
@@ -78,7 +78,7 @@ def test_train_eval_merge(
     assert alone["models"]["merged"]["loss"]["value"] == pytest.approx(logged[-1], abs=0.02)
 
 
-def test_a_run_folder_is_self_describing(
+def test_a_run_folder_explains_itself(
     write_recipe: Callable[..., Path], tmp_path: Path, tiny_model: Path
 ) -> None:
     qlora("train", write_recipe())
@@ -92,7 +92,7 @@ def test_a_run_folder_is_self_describing(
     assert len(record["data"]["training"]["digest"]) == 64
     assert "qlora merge" in (run / "README.md").read_text(encoding="utf-8")
 
-    # Plain PEFT loads the adapter, and plain transformers its tokenizer.
+    # Plain PEFT loads the adapter, and plain transformers the tokenizer beside it.
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = peft.PeftModel.from_pretrained(base, run / "last")
     tokenizer = AutoTokenizer.from_pretrained(run / "last")
@@ -130,7 +130,7 @@ def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        # A clean run prints no library warning.
+        # A clean run has no warning of any library in it.
         assert "warning" not in done.stderr.lower()
         assert "warning" not in done.stdout.lower()
         adapters.append((tmp_path / name / "last" / "adapter_model.safetensors").read_bytes())
@@ -138,7 +138,7 @@ def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_
     assert adapters[0] != adapters[2]
 
 
-def test_gradients_do_not_depend_on_micro_batches(
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     curves = []
@@ -193,7 +193,7 @@ def test_a_folder_with_a_run_is_not_overwritten(
     ],
     ids=["model", "adapter", "data", "nan"],
 )
-def test_each_kind_of_error_has_its_exit_code(
+def test_what_goes_wrong_has_its_own_exit_code(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     sections: dict[str, Any],
@@ -222,15 +222,15 @@ def test_local_paths_open_no_socket(
     qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
 
 
-def test_two_ranks_train_like_one(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe(
         quantization={"type": "nf4"},
-        # 16 rows in steps of 6: the last step is short, and one rank has fewer of its rows.
+        # 16 rows in steps of 6: the last step is short, and one rank has fewer rows in it.
         training={
             "batch_size": 6, "micro_batch_size": 1, "max_steps": None, "epochs": 1,
             "tasks_every": 2,
         },
-        # 6 held-out rows in batches of 2: one rank has an empty batch.
+        # 6 held-out rows in batches of 2: one rank has a batch without rows.
         evaluation={
             "tasks": [{"type": "chrf"}], "limit": 3, "max_new_tokens": 4, "batch_size": 2,
         },
@@ -275,8 +275,8 @@ world.close()
 """
 
 
-def test_gradients_are_views_of_the_exchanged_buffers(tmp_path: Path) -> None:
-    """No second copy exists once the last micro-batch of a step is done."""
+def test_gradients_of_ranks_lie_in_what_is_exchanged(tmp_path: Path) -> None:
+    """And not beside it, once the last micro-batch of a step is done."""
     script = tmp_path / "shares.py"
     script.write_text(_SHARES, encoding="utf-8")
     command = [
@@ -339,7 +339,7 @@ def test_a_run_is_not_resumed_with_other_rows(
     assert "the rows of data.train" in capsys.readouterr().err
 
 
-def test_a_finished_run_can_be_extended_but_not_shortened(
+def test_a_finished_run_can_be_made_longer_and_not_shorter(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(training={"max_steps": 2})
@@ -351,7 +351,7 @@ def test_a_finished_run_can_be_extended_but_not_shortened(
     assert "beyond the last step, 3" in capsys.readouterr().err
 
 
-def test_a_run_killed_in_its_last_evaluation_evaluates_again(
+def test_what_was_cut_short_in_its_last_evaluation_evaluates_again(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = write_recipe(training={"max_steps": 2})
@@ -359,7 +359,7 @@ def test_a_run_killed_in_its_last_evaluation_evaluates_again(
     run = tmp_path / "run"
     expected = metrics(run)
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    # State after a kill between the last checkpoint and the end of the evaluation.
+    # As after a kill between the last checkpoint and the end of the evaluation after it.
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in expected[:-1]), encoding="utf-8"
     )
@@ -367,7 +367,7 @@ def test_a_run_killed_in_its_last_evaluation_evaluates_again(
     (run / "last").rename(tmp_path / "lost-last")
     del record["best"]
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    # The kill also left an older checkpoint that the save would have removed.
+    # And in that checkpoint's save, which had an older one still to remove.
     (run / "checkpoints" / ".step-00000001.removed").mkdir()
     qlora("train", recipe, "--resume", "auto")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
@@ -376,7 +376,7 @@ def test_a_run_killed_in_its_last_evaluation_evaluates_again(
     assert (run / "last").is_dir()
 
 
-def test_non_finite_weights_are_never_saved(
+def test_weights_that_are_not_finite_are_never_saved(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -391,7 +391,7 @@ def test_non_finite_weights_are_never_saved(
     assert not (tmp_path / "run" / "last").exists()
 
 
-def test_fp16_trains_with_a_scaler_and_valid_json_metrics(
+def test_fp16_trains_with_a_scaler_and_its_metrics_are_json(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     qlora("train", write_recipe(training={"max_steps": 8, "precision": "fp16"}))
@@ -406,7 +406,7 @@ def test_fp16_trains_with_a_scaler_and_valid_json_metrics(
     assert '"scale"' in states
 
 
-def test_generation_stops_at_every_stop_token(
+def test_generation_stops_at_every_token_that_ends_an_answer(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     qlora("train", write_recipe(training={"max_steps": 1}))
@@ -429,7 +429,7 @@ def test_only_the_newest_checkpoints_are_kept(
     assert kept == ["step-00000003", "step-00000004", "step-00000005"]
 
 
-def test_merge_takes_the_new_path_of_a_moved_base(
+def test_merge_finds_a_base_that_was_moved(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = save_tiny_model(tmp_path / "base")
@@ -446,7 +446,7 @@ def test_merge_takes_the_new_path_of_a_moved_base(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_a_merge_that_differs_from_the_trained_model_leaves_nothing(
+def test_a_merge_that_is_not_the_trained_model_is_refused_and_leaves_nothing(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -459,7 +459,7 @@ def test_a_merge_that_differs_from_the_trained_model_leaves_nothing(
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_a_base_without_a_weight_is_refused_by_name(
+def test_a_base_that_lacks_a_weight_is_refused_by_name(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = save_tiny_model(tmp_path / "damaged")
@@ -482,7 +482,7 @@ def test_an_update_of_a_tied_head_is_refused(
     assert "lm_head shares its weights" in capsys.readouterr().err
 
 
-def test_generation_settings_of_the_base_do_not_affect_greedy_answers(
+def test_a_setting_of_the_base_does_not_change_what_greedy_means(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = []
@@ -510,7 +510,7 @@ def test_generation_settings_of_the_base_do_not_affect_greedy_answers(
 
 
 @pytest.mark.parametrize("where", ["a-file/run", "a-file"])
-def test_an_output_folder_that_cannot_be_created_is_a_user_error(
+def test_a_folder_that_cannot_be_made_is_the_users_error(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -522,7 +522,7 @@ def test_an_output_folder_that_cannot_be_created_is_a_user_error(
     assert "output.dir" in capsys.readouterr().err
 
 
-def test_references_that_a_task_cannot_score_stop_the_run_before_training(
+def test_references_that_a_task_cannot_score_are_found_before_training(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(evaluation={"tasks": [{"type": "json_match"}]})
@@ -535,7 +535,7 @@ def test_references_that_a_task_cannot_score_stop_the_run_before_training(
 def test_packed_rows_train_like_padded_ones(
     write_recipe: Callable[..., Path], tmp_path: Path, quantization: str
 ) -> None:
-    """One step covers all rows either way, so the steps are the same."""
+    """One step sees all of the data either way, so that the steps are the same."""
     found = {}
     for packing, batch in ((True, 1), (False, 16)):
         run = tmp_path / f"run-{packing}"
@@ -552,7 +552,7 @@ def test_packed_rows_train_like_padded_ones(
             ),
         )  # fmt: skip
         found[packing] = metrics(run)
-    # LLM.int8() quantizes the rows of a batch together, padding included.
+    # LLM.int8() quantizes the rows of a batch together, with the padding.
     tolerance = 2e-2 if quantization == "int8" else 1e-5
     for packed, padded in zip(found[True], found[False], strict=True):
         for name in {"loss", "eval_loss"} & set(packed):
@@ -561,7 +561,7 @@ def test_packed_rows_train_like_padded_ones(
             assert packed[name] == padded[name]
 
 
-def test_a_model_trained_with_packing_merges_and_generates_as_usual(
+def test_a_model_trained_on_packed_rows_is_an_ordinary_one(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -575,7 +575,7 @@ def test_a_model_trained_with_packing_merges_and_generates_as_usual(
     assert report["models"]["tuned"]["loss"]["value"] == pytest.approx(logged, rel=1e-12)
 
 
-def test_the_weight_of_a_source_sets_its_share_of_an_epoch(
+def test_the_weight_of_a_source_says_how_often_it_is_learnt(
     write_recipe: Callable[..., Path], tmp_path: Path, tiny_rows: list[dict[str, Any]]
 ) -> None:
     paths = [tmp_path / f"{name}.jsonl" for name in ("much", "little")]
@@ -615,7 +615,7 @@ def test_packed_training_resumes_where_it_stopped(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_packing_is_refused_for_a_model_that_leaks_state_between_rows(
+def test_packing_is_refused_for_a_model_whose_state_crosses_the_seam(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import MambaConfig, MambaForCausalLM
@@ -635,7 +635,7 @@ def test_packing_is_refused_for_a_model_that_leaks_state_between_rows(
     assert "--set data.packing=false" in shown
 
 
-def test_a_run_is_not_written_into_a_folder_with_other_files(
+def test_a_run_is_not_written_among_the_files_of_somebody(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe()
@@ -647,7 +647,7 @@ def test_a_run_is_not_written_into_a_folder_with_other_files(
     assert recipe.read_bytes() == before
 
 
-def test_a_run_killed_while_writing_its_record_can_start_again(
+def test_a_kill_while_the_record_is_written_is_in_nobodys_way(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = write_recipe(training={"max_steps": 2, "save_every": 1}), tmp_path / "run"
@@ -656,7 +656,7 @@ def test_a_run_killed_while_writing_its_record_can_start_again(
     def kill_at(name: str) -> None:
         def replace_or_end(unfinished: Path, path: Path) -> None:
             if path == run / name:
-                raise KeyboardInterrupt  # none of our code catches it
+                raise KeyboardInterrupt  # nothing of ours catches it
             replace(unfinished, path)
 
         monkeypatch.setattr(os, "replace", replace_or_end)
@@ -679,7 +679,7 @@ def test_a_run_killed_while_writing_its_record_can_start_again(
 
 
 def send(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, step: int, key: str) -> None:
-    """Send this process a signal when a step (or its evaluation) is logged."""
+    """Send this process a signal when a step (or its evaluation) is on the console."""
     from qlora_cli.loop.trackers import Console
 
     log = Console.log
@@ -697,7 +697,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_its_step_without_loss(
+def test_a_signal_ends_a_run_after_its_step_and_nothing_is_lost(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -724,25 +724,25 @@ def test_a_signal_ends_a_run_after_its_step_without_loss(
     assert weights[0] == weights[1]
 
 
-def test_a_signal_in_an_evaluation_ends_the_run_immediately_after_saving(
+def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qlora_cli.train.train
+    import qlora_cli.train.evaluation
 
     recipe = write_recipe(training={"max_steps": 4, "eval_every": 2})
     qlora("train", recipe)
     expected = metrics(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "whole")
-    measure, times = qlora_cli.train.train.measure, []
+    evaluate_loss, times = qlora_cli.train.evaluation.evaluate_loss, []
 
-    def measure_and_send(*arguments: Any) -> Any:
+    def evaluate_and_send(*arguments: Any) -> Any:
         times.append(1)
         if len(times) == 2:  # after step 2
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("the evaluation went on")
-        return measure(*arguments)
+        return evaluate_loss(*arguments)
 
-    monkeypatch.setattr(qlora_cli.train.train, "measure", measure_and_send)
+    monkeypatch.setattr(qlora_cli.train.evaluation, "evaluate_loss", evaluate_and_send)
     assert exit_code("train", recipe) == 143
     monkeypatch.undo()
     steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -752,7 +752,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_immediately_after_saving(
         assert [r.get(name) for r in metrics(tmp_path / "run")] == [r.get(name) for r in expected]
 
 
-def test_a_second_signal_ends_a_run_immediately(
+def test_a_second_signal_ends_a_run_at_once(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import qlora_cli.loop.fit
@@ -769,21 +769,21 @@ def test_a_second_signal_ends_a_run_immediately(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_signal_before_the_first_step_ends_a_run_immediately(
+def test_a_signal_before_the_first_step_ends_a_run_at_once(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qlora_cli.train.train
+    import qlora_cli.loop.setup
 
     def load(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("loading went on")
 
-    monkeypatch.setattr(qlora_cli.train.train, "load_base", load)
+    monkeypatch.setattr(qlora_cli.loop.setup, "load_base", load)
     assert exit_code("train", write_recipe()) == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_stop_after_saves_and_ends_a_run(
+def test_a_run_ends_saved_when_its_time_is_over(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -814,7 +814,7 @@ def test_stop_after_saves_and_ends_a_run(
     assert losses(tmp_path / "run") == expected
 
 
-def test_a_run_resumes_from_a_named_checkpoint(
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -846,10 +846,10 @@ def test_two_processes_do_not_train_in_one_folder(
     with filelock.FileLock(tmp_path / "run" / ".lock"):
         assert exit_code("train", recipe, "--resume", "auto") == 2
     assert "another process is training in" in capsys.readouterr().err
-    qlora("train", recipe, "--resume", "auto")  # the lock is released with the process or the run
+    qlora("train", recipe, "--resume", "auto")  # released with the process, or the run
 
 
-def test_a_run_that_never_improved_warns(
+def test_a_run_that_only_got_worse_says_so(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unsure = save_tiny_model(tmp_path / "unsure", initializer_range=0.02)
@@ -858,7 +858,7 @@ def test_a_run_that_never_improved_warns(
     assert "was never better than that of the untrained model" in capsys.readouterr().err
 
 
-def test_written_files_have_the_permissions_of_their_folder(
+def test_what_was_trained_can_be_read_by_whoever_reads_its_folder(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     qlora("train", write_recipe(training={"max_steps": 1}))

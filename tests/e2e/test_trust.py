@@ -1,4 +1,4 @@
-"""Untrusted files, secrets and the network, through the command line."""
+"""Files of others, through the command line: nothing is unpickled, nothing leaks, no socket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Break = Callable[[Path], None]
 
 
 class Payload:
-    """Creates a file when it is unpickled."""
+    """Unpickled, it makes a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -32,7 +32,7 @@ class Payload:
 
 
 class Trap:
-    """A pickle to plant, and a record of whether it was opened."""
+    """A pickle to plant, and whether anybody fell into it."""
 
     def __init__(self, folder: Path) -> None:
         self.mark = folder / "unpickled"
@@ -44,7 +44,7 @@ class Trap:
         self.planted.append(path)
 
     def opened(self, watch: Watch) -> list[str]:
-        """Planted files that were opened."""
+        """The planted files that were opened."""
         seen = {str(Path(path).absolute()) for path in watch.opened}
         return [str(path) for path in self.planted if str(path.absolute()) in seen]
 
@@ -56,7 +56,7 @@ def trap(tmp_path: Path) -> Iterator[Trap]:
     assert not trap.mark.exists(), "a pickle was unpickled"
 
 
-def test_the_trap_detects_unpickling(tmp_path: Path) -> None:
+def test_the_trap_works(tmp_path: Path) -> None:
     trap = Trap(tmp_path)
     trap.plant(tmp_path / "x.pkl")
     with watching() as watch:
@@ -94,7 +94,7 @@ RECIPE = {
 
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a copy of `finished` that tests may damage."""
+    """The working folder: a copy of `finished`, to be spoilt."""
     folder = tmp_path / "work"
     shutil.copytree(finished, folder)
     monkeypatch.chdir(folder)
@@ -190,7 +190,7 @@ def test_a_pickled_file_as_the_model_is_refused(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_pickles_next_to_safetensors_are_ignored(here: Path, trap: Trap) -> None:
+def test_pickles_beside_safetensors_are_left_alone(here: Path, trap: Trap) -> None:
     for folder in (here / "base", here / "run" / "last"):
         for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "x.pkl"):
             trap.plant(folder / name)
@@ -354,7 +354,7 @@ COMMANDS: list[list[str]] = [
     ["cache"],
     ["cache", "--clear"],
 ]  # fmt: skip
-"""Every command, in an order that gives each its inputs."""
+"""Every command, in an order in which each has what it needs."""
 
 CHILD = """
 import io, json, sys
@@ -378,7 +378,7 @@ Path("kernels.found").touch()
 def get_kernel(*arguments, **options):
     Path("kernels.fetched").touch()
 """
-"""Replace the package with which libraries fetch code from the Hub."""
+"""In the place of the package with which libraries fetch code from the hub."""
 
 SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD",
@@ -392,7 +392,7 @@ CANARY = "canary5f1e7c0d9b"
 def all_commands(
     tmp_path_factory: pytest.TempPathFactory, finished: Path
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Run every command in its own process, online, with secrets in its environment."""
+    """Every command in a process of its own, which nothing keeps offline, with secrets about it."""
     import os
 
     folder = tmp_path_factory.mktemp("all")
@@ -414,7 +414,7 @@ def all_commands(
     return folder, done
 
 
-def test_every_command_is_covered() -> None:
+def test_every_command_is_tried() -> None:
     from typer.main import get_command
 
     from qlora_cli.cli import app
@@ -439,7 +439,7 @@ def test_with_local_paths_no_command_opens_a_socket(
 def test_with_local_paths_no_library_fetches_code_from_the_hub(
     all_commands: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    """bitsandbytes does so on some CPUs if the package for it is installed."""
+    """bitsandbytes does on some CPUs, where the package for it is installed."""
     folder, done = all_commands
     assert done.returncode == 0, done.stderr
     assert not list(folder.glob("kernels.f*"))

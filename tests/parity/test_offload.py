@@ -12,9 +12,8 @@ from torch import Tensor
 
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.offload import PinnedHost, keep_on_host
-from qlora_cli.loop.fast_path import prepare_layers
+from qlora_cli.loop.fast_path import ComputeOptions, prepare_layers
 from qlora_cli.models.base import start_checkpointing
-from qlora_cli.recipe.schema import Training
 from tests.parity.tiny_layers import DOCUMENTS, adapted, base, batch, distance, fused, learnt
 
 
@@ -89,10 +88,10 @@ def test_where_there_is_no_cuda_it_is_true_and_says_so_in_one_line(
 ) -> None:
     def step(checkpointing: Any) -> tuple[Tensor, dict[str, Tensor]]:
         model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True)
-        settings = Training(gradient_checkpointing=checkpointing)
-        means = DeviceCapabilities.of(torch.device("cpu"), torch.float32)
+        device = DeviceCapabilities.of(torch.device("cpu"), torch.float32)
+        options = ComputeOptions(torch.float32, kernels, device)
         inner = model.get_base_model()
-        assert prepare_layers(model, inner, settings, kernels, torch.float32, means) == kernels
+        assert prepare_layers(model, inner, checkpointing, options) == kernels
         return learnt(model, torch.float32)
 
     expected, gradients = step(True)
@@ -101,7 +100,7 @@ def test_where_there_is_no_cuda_it_is_true_and_says_so_in_one_line(
     warnings = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
     assert warnings == [
         "training.gradient_checkpointing: offload moves inputs of layers from CUDA memory to the "
-        "host; no CUDA here, so true"
+        "host; there is no CUDA device here, so it acts as true"
     ]
     assert torch.equal(found, expected)
     assert distance(ours, gradients) == 0

@@ -13,8 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora_cli.adapters import Freeze
 from qlora_cli.kernels.decoder_layer import FusedLayer
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
-from qlora_cli.loop.fast_path import prepare_layers
-from qlora_cli.recipe.schema import Training
+from qlora_cli.loop.fast_path import ComputeOptions, prepare_layers
 from tests.parity.tiny_layers import adapted, base, distance, learnt
 
 
@@ -47,9 +46,8 @@ def test_what_is_to_be_computed_again_is_not_kept(
 ) -> None:
     def step(checkpointing: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
         model, inner = make(tmp_path)
-        settings = Training(gradient_checkpointing=checkpointing)
-        means = DeviceCapabilities.of(torch.device("cpu"), torch.float32)
-        prepare_layers(model, inner, settings, "fused", torch.float32, means)
+        device = DeviceCapabilities.of(torch.device("cpu"), torch.float32)
+        prepare_layers(model, inner, checkpointing, ComputeOptions(torch.float32, device=device))
         assert sum(isinstance(one, FusedLayer) for one in inner.modules()) == number
         weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
         kept: dict[int, int] = {}

@@ -105,7 +105,7 @@ def learnt(
     model: Any, dtype: torch.dtype, loss_kernel: CrossEntropy = cross_entropy
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and the gradients by name."""
-    loss = TokenLoss(model, dtype, loss_kernel)(batch())
+    loss, _ = TokenLoss(model, dtype, loss_kernel)(batch())
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 

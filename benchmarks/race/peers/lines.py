@@ -1,4 +1,4 @@
-"""Shared by all peer scripts. Runs in the peer's own environment, so it imports nothing of ours."""
+"""What every peer's script shares. It runs in the peer's own environment: no import of ours."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import Any
 
 
 def read_job() -> dict[str, Any]:
-    """Read the job from the file named on the command line."""
+    """What the race asks for, from the file that is named on the command line."""
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     return job
 
 
 def read_rows(job: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Read tokens and labels of each row, in training order."""
+    """Tokens and labels of each row, in the order in which they are to be learnt."""
     lines = Path(job["rows"]).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def packs_per_step(rows: list[dict[str, list[int]]], rows_per_step: int, length: int) -> int:
-    """Count the packs of `length` that hold about as many tokens as `rows_per_step` rows."""
+    """How many packs of `length` hold about as many tokens as `rows_per_step` rows."""
     tokens = sum(len(row["input_ids"]) for row in rows) / len(rows)
     return max(1, round(tokens * rows_per_step / length))
 
 
 class Lines:
-    """Write one JSON object per line, unbuffered: the race measures when it reads a line."""
+    """One JSON object a line, written out at once: the race measures when it reads them."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self._path = Path(job["lines"])
         self._tokens = 0
 
     def loaded(self, model: Any) -> None:
-        """Report that the model is ready to be trained."""
+        """The model is ready to be trained."""
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._write(
             event="loaded",
             trained_weights=sum(p.numel() for _, p in trained),
             trained_dtypes=sorted({str(p.dtype).removeprefix("torch.") for _, p in trained}),
-            # Equal if the adapters started equal.
+            # Equal where the adapters began equal.
             sum_of_a=sum(p.double().abs().sum().item() for n, p in trained if "lora_A" in n),
         )
 
     def step(self, loss: float, rows: list[dict[str, list[int]]]) -> None:
-        """Report a finished step on these rows."""
+        """A step is over that learnt from these rows."""
         self._tokens += sum(len(row["input_ids"]) for row in rows)
         supervised = sum(label != -100 for row in rows for label in row["labels"][1:])
         self._write(event="step", loss=loss, tokens_so_far=self._tokens, supervised=supervised)
@@ -56,10 +56,10 @@ class Lines:
 
 
 def trainer_callback(lines: Lines, rows: list[dict[str, list[int]]], rows_per_step: int) -> Any:
-    """Make a callback for a transformers Trainer that logs every step and keeps the row order.
+    """For a Trainer of transformers that logs every step and takes the rows in order.
 
     Args:
-        rows: rows as the trainer forwards them, packed if it packs.
+        rows: as it forwards them, so packed if it packs.
     """
     from transformers import TrainerCallback
 
@@ -68,7 +68,7 @@ def trainer_callback(lines: Lines, rows: list[dict[str, list[int]]], rows_per_st
             lines.loaded(kwargs["model"])
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # The last line summarises the training and has no loss of a step.
+            # The last line is about the whole of training, and has no loss of a step.
             if "loss" in kwargs["logs"]:
                 first = (state.global_step - 1) * rows_per_step
                 lines.step(kwargs["logs"]["loss"], rows[first : first + rows_per_step])

@@ -1,4 +1,4 @@
-"""Do the race's work with LLaMA-Factory, in its environment: `with_llamafactory.py JOB`."""
+"""The race's work by LLaMA-Factory. Runs in an environment with it: `with_llamafactory.py JOB`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
         "quantization_bit": 4,
         "quantization_type": "nf4",
         "double_quantization": True,
-        # Rows are given as tokens: no data set is read by name, and the template adds nothing.
+        # The rows come as tokens: no data set is read by name, and the template writes nothing.
         "dataset": "none",
         "tokenized_path": str(tokens),
         "template": "empty",

@@ -1,6 +1,6 @@
-"""Do the race's work with a plain loop of transformers and PEFT: `with_transformers.py JOB`.
+"""The race's work by a plain loop of transformers and PEFT: `with_transformers.py JOB`.
 
-In float32 it is the reference for losses: the same 4-bit base, all computed in float32.
+In float32 it is the reference for the losses: the same 4-bit base, everything computed in float32.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def build(job: dict[str, Any], dtype: torch.dtype) -> Any:
-    """Load the 4-bit base with a new float32 adapter."""
+    """The 4-bit base with a new adapter on it, in float32."""
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=dtype,
@@ -57,7 +57,7 @@ def build(job: dict[str, Any], dtype: torch.dtype) -> Any:
         ),
         device_map={"": "cpu"},
     )
-    torch.manual_seed(job["seed"])  # the same adapter for all
+    torch.manual_seed(job["seed"])  # the same adapter as everybody's
     config = LoraConfig(
         r=job["r"],
         lora_alpha=job["alpha"],
@@ -73,7 +73,7 @@ def chunks(rows: list[Row], size: int) -> Iterator[list[Row]]:
 
 
 def loss_sum(model: Any, rows: list[Row]) -> torch.Tensor:
-    """Sum the cross-entropy over supervised tokens, with logits only at their positions."""
+    """Cross-entropy, summed over the supervised tokens: logits are made at their places alone."""
     width = max(len(row["input_ids"]) for row in rows)
     ids, mask, labels = (
         torch.tensor([part(row) + [fill] * (width - len(row["input_ids"])) for row in rows])

@@ -1,4 +1,4 @@
-"""Do the race's work with TRL's SFTTrainer, in an environment with TRL: `with_trl.py JOB`."""
+"""The race's work by TRL's SFTTrainer. Runs in an environment with TRL: `with_trl.py JOB`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     options: dict[str, Any] = {"max_length": max(1024, job["max_length"])} | job["sft"]
     rows_per_step, micro_batch = job["rows_per_step"], job["micro_batch"]
     if options.get("packing"):
-        # A row is then a pack: one per forward, and about as many tokens per step.
+        # A row of the trainer is then a pack: one a forward, and about as many tokens in a step.
         rows_per_step = packs_per_step(rows, rows_per_step, options["max_length"])
         micro_batch = 1
     config = SFTConfig(
@@ -49,7 +49,7 @@ def main() -> None:
         device_map={"": "cpu"},
         attn_implementation=job.get("attention"),
     )
-    torch.manual_seed(job["seed"])  # the same adapter for all
+    torch.manual_seed(job["seed"])  # the same adapter as everybody's
     trainer = SFTTrainer(
         model,
         config,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.plan.trace.memory_counter import ADAPTER, CONSTANTS, QUANTIZED, UNQUANTIZED, Count
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
 
@@ -51,10 +52,8 @@ def load_traced(
 
 def outline(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model on the meta device: modules and shapes."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = CAUSAL_LM.auto_class().from_config(config, dtype=dtype, **options)
     model.tie_weights()
     return model
 

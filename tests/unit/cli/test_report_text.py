@@ -93,7 +93,7 @@ def test_run_text_names_the_best_step_if_there_is_one() -> None:
     ]
     assert "best" not in run_text("runs/x", {**record, "best": None})
     early = run_text("runs/x", {**record, "steps": 7})
-    assert early.startswith("runs/x: finished after 7 steps of 8: training.patience")
+    assert early.startswith("runs/x: finished after 7 steps of 8: stopped early by training")
 
 
 def test_run_text_does_not_send_to_eval_what_cannot_be_measured() -> None:

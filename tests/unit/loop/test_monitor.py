@@ -1,11 +1,11 @@
-"""What is advised when memory ends."""
+"""Advice when memory runs out."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qlora_cli.loop.monitor import shorter
+from qlora_cli.loop.monitor import halved_max_length
 from qlora_cli.types import Batch
 
 
@@ -29,17 +29,17 @@ def padded(rows: int, length: int) -> Batch:
     ],
     ids=["full", "short", "padded", "no-shorter"],
 )
-def test_rows_are_to_be_half_as_long_as_the_longest(
+def test_the_advised_length_is_half_of_the_longest_row(
     batches: list[Batch], expected: int | None
 ) -> None:
-    assert shorter(batches, max_length=2048, is_packed=False) == expected
+    assert halved_max_length(batches, max_length=2048, is_packed=False) == expected
 
 
-def test_packed_rows_are_as_long_as_they_may_be_whatever_is_in_them() -> None:
+def test_packed_rows_count_as_long_as_max_length() -> None:
     batch = end_to_end(*[64] * 32)
-    assert shorter([batch], max_length=2048, is_packed=True) == 1024
+    assert halved_max_length([batch], max_length=2048, is_packed=True) == 1024
 
 
-def test_it_is_never_more_than_the_recipe_has() -> None:
+def test_the_advised_length_never_exceeds_the_recipes() -> None:
     # Virtual tokens come on top.
-    assert shorter([padded(1, 80)], max_length=32, is_packed=False) == 16
+    assert halved_max_length([padded(1, 80)], max_length=32, is_packed=False) == 16

@@ -8,12 +8,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from qlora_cli.adapters import LoRA
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.objectives import supervised
-from qlora_cli.objectives.supervised import (
-    TokenLoss,
-    evaluate_loss,
-    head_loss,
-    supervised_positions,
-)
+from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
 
 
@@ -59,7 +55,7 @@ def test_equals_the_plain_loss_and_its_gradients(
 
     objective = TokenLoss(model, torch.float32)
     assert objective.is_split
-    loss = objective(batch)
+    loss, _ = objective(batch)
     (loss * 0.5).backward()
     found = gradients(model)
 
@@ -86,7 +82,7 @@ def test_a_soft_cap_after_the_head_is_noticed_and_kept() -> None:
     objective = TokenLoss(model, torch.float32)
     assert not objective.is_split
     batch = make_batch()
-    torch.testing.assert_close(objective(batch), plain_loss(model, batch), rtol=1e-6, atol=0)
+    torch.testing.assert_close(objective(batch)[0], plain_loss(model, batch), rtol=1e-6, atol=0)
 
 
 def test_logits_are_made_at_supervised_positions_alone(tiny_model: Path) -> None:
@@ -106,7 +102,8 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradients(tiny_model: Path
     model = LoRA(r=4).attach(model.requires_grad_(False))
     batch = make_batch()
     objective = TokenLoss(model, torch.float32)
-    loss = objective(Batch(batch.input_ids, batch.attention_mask, batch.labels.fill_(IGNORE_INDEX)))
+    batch.labels.fill_(IGNORE_INDEX)
+    loss, _ = objective(batch)
     loss.backward()
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in gradients(model).values())

@@ -33,6 +33,7 @@ from qlora_cli.distributed.devices import Device, find_target, known_card
 from qlora_cli.errors import DataError, ModelError, RecipeError
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
+from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.models.known_configs import KNOWN, find_known
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan.analytic_memory import FORMULA, RANGE, Layer, by_formula
@@ -101,7 +102,7 @@ def counted(recipe: Recipe, dtype: torch.dtype, **batches: Any) -> Count:
     count = Count(vocabulary_size=base.config.vocab_size)
     hold_model(base, count)
     with collect_new_garbage_only(), count:
-        dry_run(base, recipe, dtype, count, means=DeviceCapabilities(), **batches)
+        dry_run(base, recipe, count, ComputeOptions(dtype), **batches)
     return count
 
 
@@ -195,11 +196,10 @@ def test_real_inputs_are_counted_on_the_host(tiny_recipe: Callable[..., Recipe])
         dry_run(
             base,
             recipe,
-            torch.bfloat16,
             count,
+            ComputeOptions(torch.bfloat16, device=DeviceCapabilities(host=CountedHost(count))),
             steps=[[full]],
             held_out=None,
-            means=DeviceCapabilities(host=CountedHost(count)),
         )
     assert count.host_bytes == 2 * 2**14  # two layers of 192 x 32 values in two bytes, rounded up
 
@@ -516,7 +516,7 @@ def test_a_device_is_a_card_or_an_amount_of_memory(name: str, gibibytes: float) 
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(RecipeError, match="--device: abacus is not known"):
+    with pytest.raises(RecipeError, match="--device: abacus is unknown"):
         find_target("abacus")
 
 
@@ -549,7 +549,7 @@ def test_a_card_is_known_by_the_words_of_its_name(
 
 def test_bf16_by_name_is_refused_for_a_card_without_it(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe(training={"precision": "bf16"})
-    with pytest.raises(RecipeError, match="bf16 was asked for, and T4 has none"):
+    with pytest.raises(RecipeError, match="bf16 is not available on T4"):
         plan(recipe, device="T4")
     assert plan(recipe, device="A10")["fits"]["verdict"] == "yes"
 

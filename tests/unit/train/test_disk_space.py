@@ -41,9 +41,9 @@ def test_the_error_has_the_figures_and_a_way_out_that_works() -> None:
     with pytest.raises(TrainingError) as caught:
         ROOM.require(100 * MIB, Path("run"))
     assert "run has room for 100.0 MiB, and the run needs 110.0 MiB" in str(caught.value)
-    assert "3 checkpoints of 30.0 MiB at once (output.keep_checkpoints is 2" in str(caught.value)
+    assert "3 checkpoints of 30.0 MiB (output.keep_checkpoints is 2" in str(caught.value)
     assert "last and best weights of 10.0 MiB each" in str(caught.value)
-    assert "output.keep_checkpoints=1 would do with 80.0 MiB" in str(caught.value.hint)
+    assert "output.keep_checkpoints=1 needs only 80.0 MiB" in str(caught.value.hint)
     with pytest.raises(TrainingError) as caught:
         ROOM.require(79 * MIB, Path("run"))
     assert "keep_checkpoints" not in str(caught.value.hint)
@@ -59,7 +59,7 @@ def test_a_run_that_no_disk_could_hold_is_refused_before_it_trains(
     assert exit_code("train", recipe) == 4
     told = capsys.readouterr().err
     assert "1,000,000,000,001 checkpoints of 0.0 MiB at once" in told
-    assert "output.keep_checkpoints=1 would do with 0.1 MiB" in told
+    assert "output.keep_checkpoints=1 needs only 0.1 MiB" in told
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""The largest batches come first, and leave a run as it was."""
+"""Try the largest batches first, and leave the run as it was."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_cli.common.formatting import size_text
 from qlora_cli.data.batching.collate import full_batch
+from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.errors import OutOfMemory
-from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.loop import run_data
+from qlora_cli.loop.fast_path import ComputeOptions
+from qlora_cli.loop.run_data import read_recipe_data
+from qlora_cli.loop.setup import assemble
 from qlora_cli.optim.optimizers import OptimizerConfig
-from qlora_cli.plan.dry_run import SingleProcess
+from qlora_cli.plan.dry_run import FixedBatches, SingleProcess
 from qlora_cli.plan.estimate import PlanRows
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.load import load_recipe
@@ -46,12 +50,12 @@ def run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Pat
 @pytest.mark.parametrize(
     "optimizer", ["adamw", "adamw_8bit", "ademamix", "schedule_free_adamw", "muon"]
 )
-def test_a_run_learns_the_same_with_its_largest_batches_tried_first(
+def test_a_run_is_the_same_with_its_largest_batches_tried_first(
     run: Callable[..., Path], optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = {"optimizer": {"type": optimizer}, "adapter": {"dropout": 0.2}}
     tried = run("tried", **sections)
-    monkeypatch.setattr(preflight, "_SHARE", 0.0)
+    monkeypatch.setattr(preflight, "_MAX_SHARE", 0.0)
     plain = run("plain", **sections)
     weights = [load_file(one / "last" / "adapter_model.safetensors") for one in (tried, plain)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
@@ -60,7 +64,7 @@ def test_a_run_learns_the_same_with_its_largest_batches_tried_first(
     assert "tried_memory_bytes" not in records[1]
 
 
-def test_auto_is_settled_once_and_kept(
+def test_auto_is_resolved_once_and_recorded(
     run: Callable[..., Path],
     tiny_recipe: Callable[..., Recipe],
     monkeypatch: pytest.MonkeyPatch,
@@ -80,17 +84,36 @@ def test_auto_is_settled_once_and_kept(
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=2**40))
     recipe = tiny_recipe(**auto)
-    assert resolve_auto(recipe, SingleProcess(), None).training.micro_batch_size == 4
-    assert resolve_auto(recipe, SingleProcess(), RunFolder(folder)).training.micro_batch_size == 1
+    data, world = read_recipe_data(recipe), SingleProcess()
+    assert resolve_auto(recipe, data, world, None).training.micro_batch_size == 4
+    assert resolve_auto(recipe, data, world, RunFolder(folder)).training.micro_batch_size == 1
 
 
-def test_what_was_tried_takes_what_was_planned(
+def test_the_search_for_auto_reads_the_data_once_and_keeps_no_cache_with_no_cache(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    reads = []
+
+    def read(name: str, *arguments: Any, **settings: Any) -> Any:
+        reads.append((name, settings))
+        return read_data(name, *arguments, **settings)
+
+    monkeypatch.setattr(run_data, "read_data", read)
+    recipe = tiny_recipe(training={"batch_size": 4, "micro_batch_size": "auto"})
+    train(recipe, use_cache=False)
+    once = {"use_cache": False}
+    assert reads == [("training", once), ("evaluation", once)]
+    assert not (tmp_path / "cache" / "prepared").exists()
+
+
+def test_the_preflight_uses_the_planned_memory(
     run: Callable[..., Path],
     tiny_recipe: Callable[..., Recipe],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(preflight, "_WORTH_PLANNING", 0)
+    monkeypatch.setattr(preflight, "_MIN_WEIGHTS", 0)
     record = json.loads((run("planned") / "run.json").read_text())
     planned, tried = record["planned_memory_bytes"], record["tried_memory_bytes"]
     report = plan(tiny_recipe(**LONG), device="cpu")
@@ -112,7 +135,7 @@ def test_what_was_tried_takes_what_was_planned(
     assert f"of tensors (planned {size_text(planned)})" in ended
 
 
-def test_a_card_is_measured_by_its_tensors() -> None:
+def test_on_a_gpu_the_tensors_are_compared() -> None:
     memory = {"planned_memory_bytes": 2**20, "tried_memory_bytes": 3 * 2**20}
     assert memory_summary(memory, 2**21, is_resident=False) == (
         "tensors took 2.0 MiB at their peak (planned 1.0 MiB); the largest batches took 3.0 MiB of "
@@ -120,10 +143,10 @@ def test_a_card_is_measured_by_its_tensors() -> None:
     )
 
 
-def test_a_run_of_code_that_cannot_be_traced_says_so_and_goes_on(
+def test_a_run_of_untraceable_code_says_so_and_continues(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(preflight, "_WORTH_PLANNING", 0)
+    monkeypatch.setattr(preflight, "_MIN_WEIGHTS", 0)
     plain = LlamaMLP.forward
 
     def forward(self: LlamaMLP, rows: torch.Tensor) -> torch.Tensor:
@@ -139,31 +162,38 @@ def test_a_run_of_code_that_cannot_be_traced_says_so_and_goes_on(
     assert "planned_memory_bytes" not in record
 
 
-def test_memory_that_ends_in_the_trial_ends_the_run_with_advice(
+def test_out_of_memory_in_the_preflight_ends_the_run_with_advice(
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
     recipe = tiny_recipe()
     model = recipe.adapter.attach(
         recipe.model.load(recipe.quantization.load_options(torch.float32), torch.device("cpu"))
     )
-    optimizer = recipe.optimizer.build(model.named_parameters(), torch.device("cpu"))
+    setup = assemble(
+        recipe,
+        model.get_base_model(),
+        model,
+        ComputeOptions(torch.float32, "plain"),
+        FixedBatches([]),
+        SingleProcess(),
+        max_steps=1,
+    )
     before = {name: p.clone() for name, p in model.named_parameters()}
 
     def end(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
     rows = PlanRows([[full_batch(1, 16, padding_free=False)]], None, 1, 1, "here")
-    objective = TokenLoss(model, torch.float32)
     model.get_input_embeddings().register_forward_hook(end)
     with pytest.raises(OutOfMemory, match="1x16 tokens") as caught:
-        try_largest(objective, optimizer, rows, SingleProcess(), is_counted=True)
+        try_largest(setup, rows, is_counted=True)
     assert "--fit" in (caught.value.hint or "")
-    assert not optimizer.state
+    assert not setup.optimizer.state
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_short_run_is_not_held_up(
+def test_a_short_run_has_no_preflight(
     tiny_recipe: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="qlora"):
@@ -173,7 +203,7 @@ def test_a_short_run_is_not_held_up(
 
 
 @pytest.mark.parametrize("kind", get_args(get_args(OptimizerConfig)[0]), ids=lambda k: k.__name__)
-def test_making_the_states_changes_no_weight(kind: Any) -> None:
+def test_making_the_optimizer_states_does_not_change_weights(kind: Any) -> None:
     torch.manual_seed(0)
     weights = {
         "model.layers.0.a.weight": nn.Parameter(torch.randn(32, 16)),
