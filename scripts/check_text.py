@@ -34,7 +34,6 @@ STIFF = {
     r"\blearn[t]\b": "write 'trained on', 'supervised' or 'learned'",
     r"\b(go|goes|went) o[n]\b": "write 'continue' or 'resume'",
     r"\bso man[y] (?!as\b)(steps|times|rows|tokens)\b": "write 'N'",
-    r"\bwhateve[r] is\b": "say what it is",
 }
 HISTORY = {"CHANGELOG.md", "dev/LOG.md"}
 """Written as it happened, and not rewritten."""

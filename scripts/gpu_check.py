@@ -513,7 +513,7 @@ Check = Callable[[Bench], str]
 
 
 def checks() -> Iterator[tuple[str, Check]]:
-    """What is checked, in order: name and function."""
+    """Yield the checks in order: name and function."""
     for kind in ("nf4", "fp4"):
         yield f"{kind}: product against dequantized", lambda b, k=kind: four_bit_product(b, k)
         yield f"{kind}: values as on the CPU", lambda b, k=kind: four_bit_values(b, k)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# A script finds what lies beside it, and tests lie elsewhere.
+# A script finds what lies next to it, and tests lie elsewhere.
 sys.path.insert(0, str(ROOT))
 
 from tests.golden.templates import GOLDEN, names, outcomes  # noqa: E402

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 """The quickstart's model: `scripts/get_demo_model.py` brings it."""
 DATA = Path(os.environ.get("QLORA_TEST_DATA", ROOT.parent / "shared" / "data"))
-"""Real data sets, where there are any."""
+"""Real data sets, if present."""
 
 needs_model = pytest.mark.skipif(
     not MODEL.exists(), reason=f"no demo model at {MODEL.relative_to(ROOT)}"
@@ -77,7 +77,7 @@ def save_tiny_model(
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        # Large enough that a gradient through two layers is no rounding noise.
+        # Large enough that a gradient through two layers is more than rounding noise.
         "initializer_range": 0.2,
         **changes,
     }
@@ -90,7 +90,7 @@ def save_tiny_model(
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests prepare and unpack is not kept for the user."""
+    """Keep prepared and unpacked files out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -104,7 +104,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_rows() -> list[dict[str, Any]]:
-    """Conversations whose answers follow a rule that a tiny model can begin to learn."""
+    """Conversations whose answers follow a rule that a tiny model can start to learn."""
     return [
         {
             "messages": [
@@ -157,7 +157,7 @@ def tiny_recipe(
 
 @pytest.fixture
 def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
-    """Write what `tiny_recipe` makes to a file."""
+    """Write a recipe of `tiny_recipe` to a file."""
     import yaml
 
     def write(**sections: Any) -> Path:
@@ -179,7 +179,7 @@ def exit_code(*arguments: object) -> int:
 
 
 def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """What a command prints with --json; a non-zero exit code is an error."""
+    """Return what a command prints with --json; a non-zero exit code is an error."""
     capsys.readouterr()
     assert exit_code(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)

@@ -1,10 +1,10 @@
-"""Inputs that nobody meant: whatever is in them, the answer is a result or a `QloraError`.
+"""Fuzz everything that reads files: each input must end in a result or a `QloraError`.
 
-    python -m tests.fuzz --inputs 20000 --seed 0        # all kinds, shared out evenly
+    python -m tests.fuzz --inputs 20000 --seed 0        # all kinds, evenly
     python -m tests.fuzz --inputs 2000 --kind adapters
 
-An input fails that ends in another exception, that takes more than five seconds, or that has
-something written outside of its own folder. What is found is made small and shown.
+An input fails if it ends in another exception, takes more than five seconds, or makes something be
+written outside its own folder. A failing input is shrunk and shown.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HangError(BaseException):
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """End what runs longer."""
+    """Raise HangError in what runs longer."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise HangError(f"more than {seconds:g} s")
@@ -128,13 +128,13 @@ def _near(value: Any) -> st.SearchStrategy[Any]:
 
 
 def as_json(value: Any) -> bytes:
-    """The text of a value, as far as it has one: NaN and lone surrogates are written too."""
+    """Write a value as JSON, NaN and lone surrogates included."""
     return json.dumps(value).encode()
 
 
 @st.composite
 def documents(draw: st.DrawFn, document: Any) -> bytes:
-    """A mutated document as text; now and then with other damage, or nothing of the kind."""
+    """A mutated document as text, sometimes damaged in other ways too."""
     text = as_json(draw(mutated(document)))
     damage = draw(st.integers(0, 19))
     if damage == 0:
@@ -151,7 +151,7 @@ def documents(draw: st.DrawFn, document: Any) -> bytes:
 
 
 class Kind(ABC):
-    """A kind of input: what is drawn, and what is done with it in a folder of its own."""
+    """A kind of input: how it is drawn, and how it is used in a folder of its own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -164,11 +164,11 @@ class Kind(ABC):
 
     @abstractmethod
     def whole(self) -> list[Any]:
-        """Inputs that are as they should be."""
+        """Return valid inputs."""
 
     @abstractmethod
     def inputs(self) -> st.SearchStrategy[Any]:
-        """What to draw from."""
+        """Return the strategy that draws inputs."""
 
     @abstractmethod
     def attempt(self, drawn: Any) -> None:
@@ -379,7 +379,7 @@ def headers(draw: st.DrawFn, path: Path) -> bytes:
 
 
 class _OnAdapter(Kind):
-    """What is done with an adapter folder of which one file is drawn."""
+    """Uses of an adapter folder with one file drawn at random."""
 
     name: str
 
@@ -431,7 +431,7 @@ class _OnAdapter(Kind):
 
 
 class Adapters(_OnAdapter):
-    """Settings of an adapter: listed, inspected, put on a model."""
+    """Settings of an adapter: listed, inspected, loaded on a model."""
 
     name = "adapter_config.json"
 
@@ -458,7 +458,7 @@ KINDS: dict[str, type[Kind]] = {
 
 
 class Outcome:
-    """What became of the inputs of a kind."""
+    """Results of the inputs of one kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

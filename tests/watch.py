@@ -1,4 +1,4 @@
-"""What this process opens, writes and connects to, as Python itself reports it (PEP 578)."""
+"""Record what this process opens, writes and connects to, by audit hooks (PEP 578)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHANGES = {
 
 
 class Watch:
-    """What was seen."""
+    """Files and sockets that were used while watching."""
 
     def __init__(self) -> None:
         self.opened: set[str] = set()
@@ -28,7 +28,7 @@ class Watch:
         self.sockets: list[str] = []
 
     def written_outside(self, *folders: Path) -> list[str]:
-        """What was written and lies in none of the folders."""
+        """List what was written outside all of the folders."""
         allowed = [folder.resolve() for folder in folders]
         return sorted(
             path
@@ -62,7 +62,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Watch this process. (A hook cannot be taken out again: there is one, for all watches.)"""
+    """Watch this process. (A hook cannot be removed, so all watches share one.)"""
     if not getattr(sys, "_qlora_is_watched", False):
         sys.addaudithook(_hook)
         sys._qlora_is_watched = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""benchmarks/addition_order: three trainings of one adapter, and what is said of them."""
+"""Test benchmarks/addition_order: three trainings of one adapter, and their report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of claims: what its sentences say of figures, and the recipes that it is made with."""
+"""Test the page of claims: its sentences follow its figures, and its recipes are valid."""
 
 from __future__ import annotations
 

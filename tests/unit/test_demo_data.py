@@ -1,4 +1,4 @@
-"""The demo data is fair: nothing of its test rows was learnt from, and its answers are right."""
+"""Check the demo data: training never shows its test rows, and its answers are right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-# Scripts are no package; they find each other by the folder that they are started from.
+# Scripts are not a package; they import each other from the folder that they are started in.
 sys.path.insert(0, str(SCRIPTS))
 
 import make_demo_data as demo  # noqa: E402

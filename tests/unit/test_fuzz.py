@@ -1,4 +1,4 @@
-"""A few inputs of the fuzzer, and that it would notice. `python -m tests.fuzz` tries 20,000."""
+"""Try some inputs of the fuzzer, and check that it notices faults. See `python -m tests.fuzz`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_no_input_ends_in_a_traceback_a_hang_or_a_write_elsewhere(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_inputs_are_made_of_is_read(tmp_path: Path, name: str) -> None:
+def test_valid_inputs_are_read(tmp_path: Path, name: str) -> None:
     kind = KINDS[name](tmp_path)
     for whole in kind.whole():
         kind.empty_folder()

@@ -408,17 +408,17 @@ def test_a_contestant_without_its_environment_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when one of them is started: its folder is where it imports from."""
+    """Import from their folder, as when one of them is started."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "race" / "peers")
 
 
 @pytest.mark.usefixtures("peers")
-def test_lines_tell_what_a_step_learnt_from(tmp_path: Path) -> None:
+def test_lines_report_the_supervised_tokens_of_a_step(tmp_path: Path) -> None:
     from lines import Lines
 
     one, job = CONTESTANTS["plain"], {"lines": str(CONTESTANTS["plain"].lines(tmp_path))}
     told = Lines(job)
-    # A label on the first token is not learnt: nothing comes before it.
+    # A label on the first token is not supervised: no token comes before it.
     told.step(1.5, [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}])
     told.step(1.0, [{"input_ids": [4, 5], "labels": [-100, 5]}] * 2)
     steps = [one.step(line) for line in one.lines(tmp_path).read_text().splitlines()]
