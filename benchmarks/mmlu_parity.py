@@ -80,7 +80,7 @@ def by_qlora(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str, A
     """The same of `qlora eval`."""
     records = folder / "records.jsonl"
     overrides = [] if limit is None else [f"evaluation.limit={limit}"]
-    report = evaluate(recipe, overrides, tasks=["mmlu"], records=records)
+    report = evaluate(recipe, overrides, tasks=["mmlu"], records=records).to_json()
     base = report["models"]["base"]
     rows = [json.loads(line) for line in records.read_text(encoding="utf-8").strip().split("\n")]
     figures = {"acc": base["mmlu"]["value"], "acc_norm": base["mmlu.normalized"]["value"]}

@@ -15,7 +15,8 @@ from typing import Any
 
 from qlora_cli.compare.svg_plots import Interval, interval_plot
 from qlora_cli.compare.text import failures, results_title, tables
-from qlora_cli.evaluate.evaluate import choose_tasks, summarize
+from qlora_cli.evaluate.evaluate import choose_tasks
+from qlora_cli.evaluate.report import summarize
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.tasks.task import Outcome
 
@@ -78,7 +79,7 @@ class Comparisons:
         recipe = load_recipe(Path(first["run"]) / "recipe.yaml").recipe
         tasks = choose_tasks(recipe, None, is_tuned=True)
         answers = {key: self._answers(name, one) for key, one in (("a", first), ("b", other))}
-        found: Estimate = summarize(tasks, answers)["differences"][measure]
+        found: Estimate = summarize(tasks, answers).to_json()["differences"][measure]
         return found
 
     def _answers(self, name: str, cell: Cell) -> dict[str, list[Outcome]]:

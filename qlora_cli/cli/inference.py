@@ -56,17 +56,11 @@ def chat(
     """
     from qlora_cli.inference.chat import chat
     from qlora_cli.inference.sampling import Sampling
+    from qlora_cli.inference.session import open_session
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
-    chat(
-        target,
-        overrides,
-        weights=weights,
-        adapters=adapters,
-        system=system,
-        sampling=sampling,
-        as_json=as_json,
-    )
+    session = open_session(target, overrides, weights=weights, adapters=adapters)
+    chat(session, sampling, system=system, as_json=as_json)
 
 
 def generate(
@@ -111,19 +105,14 @@ def generate(
     Example:
       qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
     """
-    from qlora_cli.inference.batch import generate
+    from qlora_cli.inference.batch import generate, refuse_existing
     from qlora_cli.inference.sampling import Sampling
+    from qlora_cli.inference.session import open_session
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
+    refuse_existing(output)
+    session = open_session(target, overrides, weights=weights, adapters=adapters)
     report = generate(
-        target,
-        prompts,
-        output,
-        overrides,
-        weights=weights,
-        adapters=adapters,
-        system=system,
-        sampling=sampling,
-        batch_size=batch_size,
+        session, prompts, output, sampling=sampling, batch_size=batch_size, system=system
     )
     show(report, as_json, generate_text(report))

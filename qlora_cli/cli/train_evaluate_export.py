@@ -220,7 +220,7 @@ def evaluate(
         found = evaluate_by_harness(
             target, overrides, tasks=_names(harness), task_folder=harness_path,
             as_chat=not harness_plain, weights=weights, recipe=recipe,
-        )  # fmt: skip
+        ).to_json()  # fmt: skip
         show(found, as_json, harness_text(found))
         return
     from qlora_cli.evaluate.evaluate import evaluate
@@ -233,7 +233,7 @@ def evaluate(
         compare=compare,
         recipe=recipe,
         records=records,
-    )
+    ).to_json()
     show(report, as_json, evaluation_table(report))
 
 

@@ -17,7 +17,7 @@ from qlora_cli.compare.html import comparison_page
 from qlora_cli.compare.optuna_search import Search, run_search
 from qlora_cli.compare.report import make_report
 from qlora_cli.compare.store import ResultStore
-from qlora_cli.compare.subprocess_runner import take_turn
+from qlora_cli.compare.subprocess_runner import run_in_subprocess
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks
@@ -28,7 +28,7 @@ __all__ = ["CompareRequest", "Search", "compare"]
 log = logging.getLogger("qlora")
 
 
-def compare(asked: CompareRequest, folder: Path, search: Search | None = None) -> dict[str, Any]:
+def compare(request: CompareRequest, folder: Path, search: Search | None = None) -> dict[str, Any]:
     """Train and measure every cell that is not done yet, one after the other.
 
     A cell that fails is a row with its reason, and is tried again by the next call.
@@ -50,7 +50,7 @@ def compare(asked: CompareRequest, folder: Path, search: Search | None = None) -
             "qlora compare is one process, which starts its runs one after the other",
             hint="without torchrun",
         )
-    grid = Grid(asked, folder)
+    grid = Grid(request, folder)
     check = partial(_check, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _run_grid(grid: Grid, folder: Path, check: Callable[[Cell], None], cells: li
     cells += found
     for number, cell in enumerate(cells, start=1):
         log.info("cell %d of %d", number, len(cells))
-        take_turn(cell, folder)
+        run_in_subprocess(cell, folder)
 
 
 def _check(folder: Path, cell: Cell) -> None:

@@ -72,7 +72,7 @@ class CompareRequest:
     vary: Sequence[str] = ()
     learning_rates: Sequence[str] = ()
     overrides: Sequence[str] = ()
-    speaks: bool = True
+    with_latency: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Cell:
     """None where there can be none: `error` says why."""
     origins: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
-    speaks: bool = True
+    with_latency: bool = True
     """Whether its speed in generation is measured."""
 
     @property
@@ -108,36 +108,36 @@ class Grid:
         RecipeError: it cannot be understood, whatever the recipes say.
     """
 
-    def __init__(self, asked: CompareRequest, folder: Path) -> None:
-        self._asked = asked
+    def __init__(self, request: CompareRequest, folder: Path) -> None:
+        self._request = request
         self._folder = folder
-        self.axes = [_axis(text) for text in asked.vary]
-        rates = [_rate(text) for text in asked.learning_rates]
+        self.axes = [_axis(text) for text in request.vary]
+        rates = [_rate(text) for text in request.learning_rates]
         self._rates = dict(rates)
-        _refuse_twice("--learning-rate", [method for method, _ in rates])
-        for method in asked.methods or ("",):
+        _refuse_duplicates("--learning-rate", [method for method, _ in rates])
+        for method in request.methods or ("",):
             keys = [axis.key for axis in self.axes if axis.method in (None, method)]
-            _refuse_twice("--vary", keys)
-        _refuse_one_name(asked.recipes)
+            _refuse_duplicates("--vary", keys)
+        _refuse_same_stem(request.recipes)
         named = {axis.method for axis in self.axes} | self._rates.keys()
-        if unknown := named - {None, *asked.methods}:
+        if unknown := named - {None, *request.methods}:
             raise RecipeError(
                 f"{sorted(map(str, unknown))[0]} is none of the methods that are compared "
-                f"({', '.join(asked.methods) or 'none'})",
+                f"({', '.join(request.methods) or 'none'})",
                 hint="name it in --methods too",
             )
-        for method in asked.methods:
+        for method in request.methods:
             method_keys(method)
         keys = [axis.key for axis in self.axes]
-        for key in [*keys, *(_key(text) for text in asked.overrides)]:
+        for key in [*keys, *(_key(text) for text in request.overrides)]:
             _refuse_unknown(key)
         self._labels = {key: _label(key, keys) for key in keys}
 
     @property
     def choices(self) -> list[tuple[Path, str | None]]:
         """Recipes by methods."""
-        methods: list[str | None] = [*self._asked.methods] or [None]
-        return list(product(self._asked.recipes, methods))
+        methods: list[str | None] = [*self._request.methods] or [None]
+        return list(product(self._request.recipes, methods))
 
     @property
     def names(self) -> list[str]:
@@ -155,12 +155,12 @@ class Grid:
         varied = {key for cell in found for key in cell.settings}
         recipes = [cell.recipe for cell in found if cell.recipe is not None]
         if len(recipes) == len(found):
-            asked = [("--vary", axis.key) for axis in self.axes]
-            asked += [("--set", _key(text)) for text in self._asked.overrides]
-            for option, key in asked:
+            request = [("--vary", axis.key) for axis in self.axes]
+            request += [("--set", _key(text)) for text in self._request.overrides]
+            for option, key in request:
                 if not any(has_key(recipe, key) for recipe in recipes):
                     raise RecipeError(f"{option}: {key} is a key of no method compared here")
-        _refuse_unequal(found, varied)
+        _refuse_different_budgets(found, varied)
         return found
 
     def axes_of(self, recipe: Path, method: str | None) -> list[Axis]:
@@ -182,16 +182,16 @@ class Grid:
 
     def cell(self, recipe: Path, method: str | None, settings: Mapping[str, str]) -> Cell:
         """One of them; a recipe that cannot be is a cell with an error."""
-        stems = [recipe.stem] if len(self._asked.recipes) > 1 else []
+        stems = [recipe.stem] if len(self._request.recipes) > 1 else []
         values = [f"{self._labels[key]}={value}" for key, value in settings.items()]
         name = " ".join([*stems, *([method] if method else []), *values]) or recipe.stem
-        cell = Cell(name, recipe.stem, method, settings, speaks=self._asked.speaks)
+        cell = Cell(name, recipe.stem, method, settings, with_latency=self._request.with_latency)
         overrides = [] if method is None else method_keys(method)
         try:
             base = load_recipe(recipe, overrides).recipe
-            chosen = dict(map(_setting, self._asked.overrides))
+            chosen = dict(map(_setting, self._request.overrides))
             overrides += [
-                o for o in self._asked.overrides if _has_once_chosen(base, chosen, _key(o))
+                o for o in self._request.overrides if _has_key_with_types(base, chosen, _key(o))
             ]
             if method in self._rates:
                 overrides.append(f"{_RATE}={self._rates[method]}")
@@ -212,7 +212,7 @@ def _key(override: str) -> str:
     return _setting(override)[0]
 
 
-def _has_once_chosen(recipe: Recipe, chosen: Mapping[str, str], key: str) -> bool:
+def _has_key_with_types(recipe: Recipe, chosen: Mapping[str, str], key: str) -> bool:
     """Whether a recipe has a key once the types among `chosen` are chosen.
 
     It is not read with some of them alone: only all together need to go with each other.
@@ -304,7 +304,7 @@ def _refuse_unknown(key: str) -> None:
         )
 
 
-def _refuse_twice(option: str, names: Sequence[str]) -> None:
+def _refuse_duplicates(option: str, names: Sequence[str]) -> None:
     """Raises RecipeError: of two that say the same, one would be lost."""
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise RecipeError(
@@ -312,7 +312,7 @@ def _refuse_twice(option: str, names: Sequence[str]) -> None:
         )
 
 
-def _refuse_one_name(recipes: Sequence[Path]) -> None:
+def _refuse_same_stem(recipes: Sequence[Path]) -> None:
     """Raises RecipeError: cells are called after the files, and would be called the same."""
     paths: dict[str, Path] = {}
     for path in recipes:
@@ -334,7 +334,7 @@ _EQUAL = ("data", "evaluation")
 _EQUAL_IN_TRAINING = ("seed", "epochs", "max_steps", "batch_size")
 
 
-def _refuse_unequal(cells: Sequence[Cell], varied: set[str]) -> None:
+def _refuse_different_budgets(cells: Sequence[Cell], varied: set[str]) -> None:
     """Other data, another seed or budget, or other questions would compare these, not methods."""
     known = [(cell, _shared(cell.recipe, varied)) for cell in cells if cell.recipe is not None]
     for cell, values in known[1:]:

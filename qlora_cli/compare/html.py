@@ -11,15 +11,15 @@ from qlora_cli.common.formatting import MIB, size_text
 from qlora_cli.common.html import page, render, template
 from qlora_cli.compare.svg_plots import (
     Interval,
-    Line,
-    Stack,
+    LineSeries,
+    StackedBar,
     interval_plot,
     line_plot,
     stack_plot,
 )
 from qlora_cli.compare.text import failures, numbers, tables
 
-Row = Mapping[str, Any]
+CellReport = Mapping[str, Any]
 
 _STYLE = """\
 table { white-space: nowrap; }
@@ -54,7 +54,7 @@ _BODY = template("""\
 """)
 
 
-def comparison_page(report: Row) -> str:
+def comparison_page(report: CellReport) -> str:
     """Return the tables and plots of a report as a page."""
     body = render(
         _BODY,
@@ -65,14 +65,14 @@ def comparison_page(report: Row) -> str:
     return page(f"Comparison: {report['folder']}", body, style=_STYLE)
 
 
-def _plots(report: Row) -> Iterator[tuple[str, str]]:
+def _plots(report: CellReport) -> Iterator[tuple[str, str]]:
     cells = report["cells"]
     for key, axis, form in (
         ("tokens", "tokens", "{:,.0f}".format),
         ("seconds", "seconds of training", "{:,.0f}".format),
     ):
         lines = [
-            Line(cell["name"], [(p[key], p["loss"]) for p in cell["curve"]])
+            LineSeries(cell["name"], [(p[key], p["loss"]) for p in cell["curve"]])
             for cell in cells
             if cell["curve"]
         ]
@@ -91,21 +91,21 @@ def _plots(report: Row) -> Iterator[tuple[str, str]]:
             yield from _varied(report, name, measure)
 
 
-def _stacks(cells: Sequence[Row]) -> Iterator[Stack]:
+def _stacks(cells: Sequence[CellReport]) -> Iterator[StackedBar]:
     """In MiB, so that the ticks are round."""
     for cell in cells:
         memory = cell["memory"]
         if kinds := memory["planned_kinds"]:
             parts = {kind: size / MIB for kind, size in kinds.items()}
             measured = memory["measured_bytes"]
-            yield Stack(cell["name"], parts, measured and measured / MIB)
+            yield StackedBar(cell["name"], parts, measured and measured / MIB)
 
 
 def _mib_text(size: float) -> str:
     return size_text(size * MIB)
 
 
-def _estimates(cells: Sequence[Row], name: str) -> Iterator[tuple[Row, Row]]:
+def _estimates(cells: Sequence[CellReport], name: str) -> Iterator[tuple[CellReport, CellReport]]:
     """Cells whose figure is known, and finite."""
     for cell in cells:
         estimate = (cell["results"] or {}).get(name)
@@ -113,11 +113,11 @@ def _estimates(cells: Sequence[Row], name: str) -> Iterator[tuple[Row, Row]]:
             yield cell, estimate
 
 
-def _form(measure: Row) -> Any:
+def _form(measure: CellReport) -> Any:
     return "{:.1%}".format if measure["is_share"] else "{:.4g}".format
 
 
-def _varied(report: Row, name: str, measure: Row) -> Iterator[tuple[str, str]]:
+def _varied(report: CellReport, name: str, measure: CellReport) -> Iterator[tuple[str, str]]:
     """Each varied key with numbers against the outcome: a line for what else is the same."""
     for key in report["varied"]:
         found = [(c, e) for c, e in _estimates(report["cells"], name) if key in c["settings"]]
@@ -128,12 +128,12 @@ def _varied(report: Row, name: str, measure: Row) -> Iterator[tuple[str, str]]:
         for x, (cell, estimate) in zip(values, found, strict=True):
             several = len({one["recipe"] for one in report["cells"]}) > 1
             lines.setdefault(_rest(cell, key, several=several), []).append((x, estimate["value"]))
-        drawn = [Line(rest, sorted(points)) for rest, points in lines.items()]
+        drawn = [LineSeries(rest, sorted(points)) for rest, points in lines.items()]
         text = f"{name} by {key}"
         yield line_plot(text, drawn, x=key, y=name, form="{:g}".format), text
 
 
-def _rest(cell: Row, key: str, *, several: bool) -> str:
+def _rest(cell: CellReport, key: str, *, several: bool) -> str:
     """What a cell is, but for one key; with its recipe, where there are several."""
     method = cell["method"] or cell["recipe"]
     others = [f"{k}={v}" for k, v in cell["settings"].items() if k != key]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_cli.evaluate.divergence import TEXTS
-from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
@@ -44,20 +44,10 @@ def measure_latency(
 
     def seconds(number: int) -> float:
         started = time.perf_counter()
-        list(
-            answers(
-                model,
-                [prompt],
-                tokenizer,
-                stop_token_ids=_NEVER,
-                sampling=Sampling(max_new_tokens=number),
-                batch_size=1,
-                dtype=dtype,
-                device=device,
-            )
-        )
+        list(generator.complete([prompt], Sampling(max_new_tokens=number), batch_size=1))
         return time.perf_counter() - started
 
+    generator = TextGenerator(model, tokenizer, _NEVER, dtype, device)
     prompt = Prompt(prompt_ids(tokenizer), reference="")
     seconds(new_tokens)
     pairs = [(seconds(1), seconds(new_tokens)) for _ in range(repeats)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.compare.grid import Axis, Cell, Grid
 from qlora_cli.compare.report import find_measure, value_of
 from qlora_cli.compare.store import ResultStore
-from qlora_cli.compare.subprocess_runner import take_turn
+from qlora_cli.compare.subprocess_runner import run_in_subprocess
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks
 from qlora_cli.recipe.schema import Recipe
@@ -48,7 +48,7 @@ def run_search(
     study = open_study(grid, search, root)
     for known in study.get_trials(deepcopy=False):
         if _CELL in known.user_attrs:
-            _add(cells, _propose(grid, _Told(known.params)))
+            _add(cells, _propose(grid, _ReplayedTrial(known.params)))
     while _num_trials(study) < search.trials:
         trial = study.ask()
         cell = _propose(grid, trial)
@@ -56,9 +56,9 @@ def run_search(
         check(cell)
         _add(cells, cell)
         log.info("trial %d of %d: %s", _num_trials(study) + 1, search.trials, cell.name)
-        place = ResultStore(root, cell)
-        take_turn(cell, root, Pruning(trial, place, f"eval_{search.objective}"))
-        _tell(study, trial, cell, place, search.objective)
+        store = ResultStore(root, cell)
+        run_in_subprocess(cell, root, Pruning(trial, store, f"eval_{search.objective}"))
+        _tell_optuna(study, trial, cell, store, search.objective)
 
 
 def _add(cells: list[Cell], cell: Cell) -> None:
@@ -102,7 +102,7 @@ def open_study(grid: Grid, search: Search, root: Path) -> Study:
     seed = recipe.training.seed + len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=seed)
     _refuse_other_space(study, grid)
-    _take_up(study)
+    _requeue_interrupted(study)
     return study
 
 
@@ -136,7 +136,7 @@ def _direction(recipe: Recipe, objective: str) -> bool:
     return bool(find_measure(tasks, objective)[1].lower_is_better)
 
 
-def _take_up(study: Study) -> None:
+def _requeue_interrupted(study: Study) -> None:
     """Trials that were cut short are proposed again, and go on from what was saved."""
     from optuna.trial import TrialState
 
@@ -158,13 +158,15 @@ def _num_trials(study: Study) -> int:
     return len(done) - len(study.user_attrs.get(_CUT_SHORT, []))
 
 
-def _tell(study: Study, trial: Trial, cell: Cell, place: ResultStore, objective: str) -> None:
+def _tell_optuna(
+    study: Study, trial: Trial, cell: Cell, store: ResultStore, objective: str
+) -> None:
     from optuna.trial import TrialState
 
-    failure = place.failure()
+    failure = store.failure()
     if failure and failure.get("is_pruned"):
         study.tell(trial, state=TrialState.PRUNED)
-    elif (value := value_of(cell, place, objective)) is None or failure:
+    elif (value := value_of(cell, store, objective)) is None or failure:
         study.tell(trial, state=TrialState.FAIL)
     else:
         study.tell(trial, value)
@@ -191,7 +193,7 @@ def _value(trial: Any, axis: Axis) -> str:
 
 
 @dataclass
-class _Told:
+class _ReplayedTrial:
     """A trial of an earlier call, which answers as it did."""
 
     params: dict[str, Any]
@@ -210,7 +212,7 @@ class Pruning:
     """Reports the evaluations of a run to its trial as they come, and asks whether to end it."""
 
     trial: Trial
-    place: ResultStore
+    store: ResultStore
     key: str
     """Of the measure in metrics.jsonl."""
     _told: set[int] = field(default_factory=set)
@@ -224,8 +226,8 @@ class Pruning:
         return bool(self._told) and self._is_training() and self.trial.should_prune()
 
     def _is_training(self) -> bool:
-        return self.place.record().get("status") == "training"
+        return self.store.record().get("status") == "training"
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         # Step 0 is the untrained model, equal for all.
-        return (r for r in self.place.metrics() if r["step"] and r.get(self.key) is not None)
+        return (r for r in self.store.metrics() if r["step"] and r.get(self.key) is not None)

@@ -9,22 +9,23 @@ from statistics import median
 from typing import Any
 
 from qlora_cli.compare.grid import Cell
-from qlora_cli.compare.store import Answers, ResultStore
-from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns
-from qlora_cli.evaluate.evaluate import choose_tasks, summarize
+from qlora_cli.compare.store import ResultStore
+from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, value_columns
+from qlora_cli.evaluate.evaluate import choose_tasks
+from qlora_cli.evaluate.report import summarize
 from qlora_cli.runs.run_folder import environment
-from qlora_cli.tasks.task import Measure, Task
+from qlora_cli.tasks.task import Measure, Task, TaskOutcomes
 
-Row = dict[str, Any]
+CellReport = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Examined:
+class ReferenceCell:
     """The first cell that was asked: all others are told by their difference from it."""
 
     name: str
     tasks: Sequence[Task]
-    answers: Answers
+    answers: TaskOutcomes
 
 
 def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
         difference from it), "curve": [{"step", "tokens", "seconds", "loss"}]}. What is not known
         is null.
     """
-    first = _first_examined(cells, root)
+    first = _reference_cell(cells, root)
     told: dict[str, Any] = {"measures": {}, "bases": {}}
     rows = [_row(cell, ResultStore(root, cell), first, told) for cell in cells]
     return {
@@ -57,13 +58,13 @@ def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
     }
 
 
-def value_of(cell: Cell, place: ResultStore, name: str) -> float | None:
+def value_of(cell: Cell, store: ResultStore, name: str) -> float | None:
     """One measure of a cell; None if it was not asked."""
-    answers = place.answers()
+    answers = store.answers()
     if answers is None or cell.recipe is None:
         return None
     task, measure = find_measure(choose_tasks(cell.recipe, None, is_tuned=True), name)
-    return float(measure.aggregate(columns(answers[task.label])))
+    return float(measure.aggregate(value_columns(answers[task.label])))
 
 
 def find_measure(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
@@ -76,49 +77,51 @@ def find_measure(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
     return named[name]
 
 
-def _first_examined(cells: Sequence[Cell], root: Path) -> Examined | None:
+def _reference_cell(cells: Sequence[Cell], root: Path) -> ReferenceCell | None:
     for cell in cells:
         answers = ResultStore(root, cell).answers()
         if cell.recipe is not None and answers is not None:
-            return Examined(cell.name, choose_tasks(cell.recipe, None, is_tuned=True), answers)
+            return ReferenceCell(cell.name, choose_tasks(cell.recipe, None, is_tuned=True), answers)
     return None
 
 
-def _row(cell: Cell, place: ResultStore, first: Examined | None, told: dict[str, Any]) -> Row:
-    record, figures = place.record(), place.figures() or {}
-    curve = loss_curve(place.metrics())
+def _row(
+    cell: Cell, store: ResultStore, first: ReferenceCell | None, told: dict[str, Any]
+) -> CellReport:
+    record, measurements = store.record(), store.measurements() or {}
+    curve = loss_curve(store.metrics())
     trained, total = record.get("trained_weights"), record.get("total_weights")
     return {
         "name": cell.name,
         "recipe": cell.recipe_name,
         "method": cell.method,
         "settings": dict(cell.settings),
-        **_status(cell, place),
-        "run": str(place.run.root) if record else None,
+        **_status(cell, store),
+        "run": str(store.run.root) if record else None,
         "trained_weights": trained,
         "total_weights": total,
         "trained_share": trained / total if trained and total else None,
         **{key: record.get(key) for key in ("steps", "tokens", "seconds")},
-        "tokens_per_second": training_speed(place.metrics()),
-        **{key: figures.get(key) for key in ("weights_bytes", "run_bytes")},
-        "memory": _memory(record, figures.get("plan")),
-        "generation": figures.get("generation"),
-        **_results(cell, place, first, told),
+        "tokens_per_second": training_speed(store.metrics()),
+        **{key: measurements.get(key) for key in ("weights_bytes", "run_bytes")},
+        "memory": _memory(record, measurements.get("plan")),
+        "generation": measurements.get("generation"),
+        **_results(cell, store, first, told),
         "curve": curve,
     }
 
 
-def _status(cell: Cell, place: ResultStore) -> Row:
+def _status(cell: Cell, store: ResultStore) -> CellReport:
     if cell.recipe is None:
         return {"status": "failed", "failure": {"error": cell.error, "hint": None}}
-    failure = place.failure()
+    failure = store.failure()
     if failure is None:
-        return {"status": "finished" if place.is_done else "waiting", "failure": None}
+        return {"status": "finished" if store.is_done else "waiting", "failure": None}
     told = {key: failure[key] for key in ("error", "hint")}
     return {"status": "pruned" if failure.get("is_pruned") else "failed", "failure": told}
 
 
-def _memory(record: Row, plan: Row | None) -> Row:
+def _memory(record: CellReport, plan: CellReport | None) -> CellReport:
     """Bytes: planned (of tensors by kind, and of the process) and measured (of the process)."""
     planned = {key: (plan or {}).get(key) for key in ("tensor_bytes", "process_bytes", "kinds")}
     return {
@@ -129,37 +132,39 @@ def _memory(record: Row, plan: Row | None) -> Row:
     }
 
 
-def _results(cell: Cell, place: ResultStore, first: Examined | None, told: dict[str, Any]) -> Row:
+def _results(
+    cell: Cell, store: ResultStore, first: ReferenceCell | None, told: dict[str, Any]
+) -> CellReport:
     """Figures with intervals, and paired differences from the first cell and from the base.
 
     Args:
         told: is given what is not of this cell alone.
     """
-    answers, base = place.answers(), place.answers(of_base=True) if place.has_base else None
-    found: Row = dict.fromkeys(("results", "differences", "base", "from_base"))
+    answers, base = store.answers(), store.answers(of_base=True) if store.has_base else None
+    found: CellReport = dict.fromkeys(("results", "differences", "base", "from_base"))
     if answers is None or first is None:
         return found
-    against_first = summarize(first.tasks, {"first": first.answers, "this": answers})
+    against_first = summarize(first.tasks, {"first": first.answers, "this": answers}).to_json()
     told["measures"] |= against_first["measures"]
     found["results"] = against_first["models"]["this"]
     if cell.name != first.name:
         found["differences"] = against_first["differences"]
     if base is not None:
-        against_base = summarize(first.tasks, {"base": base, "this": answers})
-        told["bases"][place.base_name] = against_base["models"]["base"]
-        found |= {"base": place.base_name, "from_base": against_base["differences"]}
+        against_base = summarize(first.tasks, {"base": base, "this": answers}).to_json()
+        told["bases"][store.base_name] = against_base["models"]["base"]
+        found |= {"base": store.base_name, "from_base": against_base["differences"]}
     return found
 
 
-def training_speed(metrics: Sequence[Row]) -> float | None:
+def training_speed(metrics: Sequence[CellReport]) -> float | None:
     """Tokens a second: the median of the logged stretches, without the first, which warms up."""
     speeds = [row["tokens_per_second"] for row in metrics if "loss" in row]
     return median(speeds[1:] or speeds) if speeds else None
 
 
-def loss_curve(metrics: Sequence[Row]) -> list[Row]:
+def loss_curve(metrics: Sequence[CellReport]) -> list[CellReport]:
     """The logged losses by tokens and by seconds of training (evaluations do not count)."""
-    curve: list[Row] = []
+    curve: list[CellReport] = []
     tokens, seconds = 0, 0.0
     for row in metrics:
         # A loss that was not finite is null there.

@@ -22,12 +22,10 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import compare, recorded_recipe
 from qlora_cli.runs.run_folder import RunFolder, is_run
-from qlora_cli.tasks.task import Outcome
+from qlora_cli.tasks.task import Outcome, TaskOutcomes
 
 if TYPE_CHECKING:
     from qlora_cli.compare.grid import Cell
-
-Answers = dict[str, list[Outcome]]
 
 
 class ResultStore:
@@ -41,7 +39,7 @@ class ResultStore:
         self.run = RunFolder(root / "runs" / cell.slug)
         self._measured = root / "measured"
         self._slug = cell.slug
-        self._speaks = cell.speaks
+        self._speaks = cell.with_latency
         self._base = root / "bases" / f"{_base_name(cell.recipe)}.json" if cell.recipe else None
 
     @property
@@ -64,26 +62,26 @@ class ResultStore:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
-    def figures(self) -> dict[str, Any] | None:
+    def measurements(self) -> dict[str, Any] | None:
         """What was measured beside the answers; None before that."""
         return _read(self._file(""))
 
-    def keep_figures(self, figures: Mapping[str, Any]) -> None:
+    def save_measurements(self, measurements: Mapping[str, Any]) -> None:
         """Remember them."""
-        _write(self._file(""), figures)
+        _write(self._file(""), measurements)
 
     def failure(self) -> dict[str, Any] | None:
         """Why the cell failed, if it did."""
         return _read(self._file(".failed"))
 
-    def keep_failure(self, failure: Mapping[str, Any] | None) -> None:
+    def save_failure(self, failure: Mapping[str, Any] | None) -> None:
         """Remember it, or that there is none any more."""
         if failure is None:
             self._file(".failed").unlink(missing_ok=True)
         else:
             _write(self._file(".failed"), failure)
 
-    def answers(self, *, of_base: bool = False) -> Answers | None:
+    def answers(self, *, of_base: bool = False) -> TaskOutcomes | None:
         """Outcomes of each task, with what is counted alone; None before the model was asked."""
         known = _read(self._answers(of_base))
         if known is None:
@@ -93,7 +91,7 @@ class ResultStore:
             for task, rows in known.items()
         }
 
-    def keep_answers(self, answers: Answers, *, of_base: bool = False) -> None:
+    def save_outcomes(self, answers: TaskOutcomes, *, of_base: bool = False) -> None:
         """Remember them."""
         rows = {task: [[o.place, o.values] for o in found] for task, found in answers.items()}
         _write(self._answers(of_base), rows)
@@ -101,10 +99,10 @@ class ResultStore:
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to do."""
-        figures = self.figures()
-        if figures is None or self.answers() is None:
+        measurements = self.measurements()
+        if measurements is None or self.answers() is None:
             return False
-        return not self._speaks or figures["generation"] is not None
+        return not self._speaks or measurements["generation"] is not None
 
     def refuse_other(self, recipe: Recipe) -> None:
         """Raises RecipeError if the cell was run with another recipe."""

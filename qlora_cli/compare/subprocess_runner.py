@@ -13,7 +13,7 @@ from types import FrameType
 
 from qlora_cli.compare.grid import Cell
 from qlora_cli.compare.store import ResultStore
-from qlora_cli.compare.worker import work
+from qlora_cli.compare.worker import run_worker
 from qlora_cli.errors import EXIT_DEADLINE, EXIT_SIGNAL, Interrupted
 
 log = logging.getLogger("qlora")
@@ -28,7 +28,7 @@ def never() -> bool:
     return False
 
 
-def take_turn(cell: Cell, root: Path, is_enough: Callable[[], bool] = never) -> None:
+def run_in_subprocess(cell: Cell, root: Path, should_prune: Callable[[], bool] = never) -> None:
     """Run a cell, as far as that is not done. What fails is written down beside it.
 
     Args:
@@ -38,22 +38,22 @@ def take_turn(cell: Cell, root: Path, is_enough: Callable[[], bool] = never) -> 
     Raises:
         Interrupted: by a signal, or by `training.stop_after`; what was learnt is saved.
     """
-    place = ResultStore(root, cell)
-    if cell.recipe is None or place.is_done:
+    store = ResultStore(root, cell)
+    if cell.recipe is None or store.is_done:
         log.info("%s: %s", cell.name, cell.error or "done before")
         return
     log.info("%s: begins", cell.name)
-    place.keep_failure(None)
+    store.save_failure(None)
     # Never by fork: threads of libraries do not live on in a copy, and the locks they held do.
     process = multiprocessing.get_context("spawn").Process(
-        target=work, args=(cell, root, log.level), name=cell.slug
+        target=run_worker, args=(cell, root, log.level), name=cell.slug
     )
     process.start()
     is_pruned = False
-    with _sending_on(process.terminate) as asked:
+    with _forward_signals(process.terminate) as asked:
         while process.is_alive():
             process.join(_LOOK_SECONDS)
-            if not is_pruned and not asked and is_enough():
+            if not is_pruned and not asked and should_prune():
                 is_pruned = True
                 process.terminate()
     if asked:
@@ -61,14 +61,14 @@ def take_turn(cell: Cell, root: Path, is_enough: Callable[[], bool] = never) -> 
     if process.exitcode == EXIT_DEADLINE:
         raise Interrupted("training.stop_after is over", EXIT_DEADLINE)
     if is_pruned:
-        place.keep_failure({"error": "no promise at this step", "hint": None, "is_pruned": True})
-    elif process.exitcode and place.failure() is None:
-        place.keep_failure(_death(process.exitcode))
-    if failure := place.failure():
+        store.save_failure({"error": "no promise at this step", "hint": None, "is_pruned": True})
+    elif process.exitcode and store.failure() is None:
+        store.save_failure(_exit_failure(process.exitcode))
+    if failure := store.failure():
         log.warning("%s: %s", cell.name, failure["error"])
 
 
-def _death(code: int) -> dict[str, object]:
+def _exit_failure(code: int) -> dict[str, object]:
     """Of a process that had no time to say anything."""
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     hint = "the system may have ended it for want of memory: qlora plan says what it takes"
@@ -80,7 +80,7 @@ def _death(code: int) -> dict[str, object]:
 
 
 @contextmanager
-def _sending_on(end: Callable[[], None]) -> Iterator[list[signal.Signals]]:
+def _forward_signals(end: Callable[[], None]) -> Iterator[list[signal.Signals]]:
     """Signals in here ask the run to end; again, at once. Yields those that came."""
     asked: list[signal.Signals] = []
 

@@ -21,11 +21,11 @@ DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 _FEW = 12
 """Points that are marked one by one."""
 
-Form = Callable[[float], str]
+NumberFormat = Callable[[float], str]
 
 
 @dataclass(frozen=True)
-class Line:
+class LineSeries:
     """A series of points (x, y)."""
 
     name: str
@@ -43,7 +43,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedBar:
     """Parts of a whole, and beside them one figure for all of it."""
 
     name: str
@@ -75,7 +75,9 @@ class Scale:
         return [round(i * step, 12) for i in range(first, math.floor(self.high / step) + 1)]
 
 
-def line_plot(title: str, lines: Sequence[Line], *, x: str, y: str, form: Form) -> str:
+def line_plot(
+    title: str, lines: Sequence[LineSeries], *, x: str, y: str, form: NumberFormat
+) -> str:
     """Lines over a common axis, told apart by colour and dashes; few points are marked too."""
     points = [point for line in lines for point in line.points]
     values = sorted({p[0] for p in points})
@@ -104,7 +106,7 @@ def line_plot(title: str, lines: Sequence[Line], *, x: str, y: str, form: Form) 
     return _svg(title, found, [*body, *legend], HEIGHT + _legend_height(len(lines)))
 
 
-def interval_plot(title: str, intervals: Sequence[Interval], *, form: Form) -> str:
+def interval_plot(title: str, intervals: Sequence[Interval], *, form: NumberFormat) -> str:
     """A row for each value, with its interval as a bar through it."""
     ends = [
         end for one in intervals for end in (one.value, one.low, one.high) if end is not None
@@ -130,7 +132,7 @@ def interval_plot(title: str, intervals: Sequence[Interval], *, form: Form) -> s
     return _svg(title, found, body, height + BOTTOM)
 
 
-def stack_plot(title: str, stacks: Sequence[Stack], *, mark: str, form: Form) -> str:
+def stack_plot(title: str, stacks: Sequence[StackedBar], *, mark: str, form: NumberFormat) -> str:
     """A row for each stack of parts; the mark is a line across it."""
     kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.parts))
     wholes = [sum(stack.parts.values()) for stack in stacks]
@@ -147,13 +149,13 @@ def stack_plot(title: str, stacks: Sequence[Stack], *, mark: str, form: Form) ->
 
 
 def _stack_row(
-    stack: Stack,
+    stack: StackedBar,
     kinds: Sequence[str],
     y: float,
     left: float,
     across: Scale,
     mark: str,
-    form: Form,
+    form: NumberFormat,
 ) -> Iterator[str]:
     yield _name(stack.name, left, y + 13)
     before = 0.0
@@ -186,7 +188,7 @@ def _svg(title: str, description: str, body: Sequence[str], height: float) -> st
 
 
 def _axes(
-    across: Scale, up: Scale, ticks: Sequence[float], form: Form, *, x: str, y: str
+    across: Scale, up: Scale, ticks: Sequence[float], form: NumberFormat, *, x: str, y: str
 ) -> Iterator[str]:
     yield from _ticks_across(across, ticks, HEIGHT - BOTTOM, form)
     for tick in up.ticks():
@@ -202,7 +204,7 @@ def _axes(
 
 
 def _ticks_across(
-    across: Scale, ticks: Sequence[float], bottom: float, form: Form
+    across: Scale, ticks: Sequence[float], bottom: float, form: NumberFormat
 ) -> Iterator[str]:
     for tick in ticks:
         place = across(tick)

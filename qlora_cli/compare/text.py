@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_cli.common.formatting import align_table, duration_text, interval_text, size_text
 
-Row = Mapping[str, Any]
+CellReport = Mapping[str, Any]
 Table = list[list[str]]
 
 UNKNOWN = "-"
@@ -15,7 +15,7 @@ MODELS = ("base", "tuned", "merged")
 """In generation: as it was loaded, with what was trained beside it, and merged into one."""
 
 
-def comparison_text(report: Row) -> str:
+def comparison_text(report: CellReport) -> str:
     """The tables one below the other, then what failed."""
     parts = [f"{report['folder']}: the same data, seed and budget for all"]
     for title, table in tables(report):
@@ -25,7 +25,7 @@ def comparison_text(report: Row) -> str:
     return "\n".join([*parts, "", f"with plots: {report['folder']}/comparison.html"])
 
 
-def tables(report: Row) -> Iterator[tuple[str, Table]]:
+def tables(report: CellReport) -> Iterator[tuple[str, Table]]:
     """Title and cells of each table, the head first."""
     yield "training", training_table(report)
     yield "generation, one prompt at a time", generation_table(report)
@@ -35,33 +35,33 @@ def tables(report: Row) -> Iterator[tuple[str, Table]]:
         yield "difference from the base as each holds it", results_table(report, "from_base")
 
 
-def results_title(report: Row) -> str:
+def results_title(report: CellReport) -> str:
     """What the figures are."""
     return f"results, with {report['confidence']:.0%} intervals (bootstrap over the examples)"
 
 
-def training_table(report: Row) -> Table:
+def training_table(report: CellReport) -> Table:
     """What was trained, and what it took."""
     head = ["", "status", "trained", "share", "files", "planned", "measured", "tokens/s", "took"]
     return [head, *([cell["name"], *_training(cell)] for cell in report["cells"])]
 
 
-def _training(cell: Row) -> list[str]:
+def _training(cell: CellReport) -> list[str]:
     memory = cell["memory"]
     planned = memory["planned_process_bytes"]
     return [
         cell["status"],
-        said(cell["trained_weights"], "{:,}".format),
-        said(cell["trained_share"], "{:.3%}".format),
-        said(cell["weights_bytes"], size_text),
-        said(planned, lambda ends: " to ".join(map(size_text, ends))),
-        said(memory["measured_bytes"], size_text),
-        said(cell["tokens_per_second"], "{:,.0f}".format),
-        said(cell["seconds"], duration_text),
+        or_unknown(cell["trained_weights"], "{:,}".format),
+        or_unknown(cell["trained_share"], "{:.3%}".format),
+        or_unknown(cell["weights_bytes"], size_text),
+        or_unknown(planned, lambda ends: " to ".join(map(size_text, ends))),
+        or_unknown(memory["measured_bytes"], size_text),
+        or_unknown(cell["tokens_per_second"], "{:,.0f}".format),
+        or_unknown(cell["seconds"], duration_text),
     ]
 
 
-def generation_table(report: Row) -> Table:
+def generation_table(report: CellReport) -> Table:
     """Time to the first token, and tokens a second after it."""
     first = [f"first token, {model}" for model in MODELS]
     rest = [f"tokens/s, {model}" for model in MODELS]
@@ -69,17 +69,19 @@ def generation_table(report: Row) -> Table:
     return [["", *first, *rest], *rows]
 
 
-def _speeds(cell: Row) -> Iterator[str]:
+def _speeds(cell: CellReport) -> Iterator[str]:
     found = cell["generation"] or {}
     speeds = [found.get(model) or {} for model in MODELS]
     for key, form in (
         ("first_token_seconds", lambda value: f"{1000 * value:,.0f} ms"),
         ("tokens_per_second", "{:,.1f}".format),
     ):
-        yield from ("refused" if "error" in one else said(one.get(key), form) for one in speeds)
+        yield from (
+            "refused" if "error" in one else or_unknown(one.get(key), form) for one in speeds
+        )
 
 
-def results_table(report: Row, which: str) -> Table:
+def results_table(report: CellReport, which: str) -> Table:
     """Every measure of every cell, or its difference from another."""
     measures = report["measures"]
     sign = "" if which == "results" else "+"
@@ -94,12 +96,12 @@ def results_table(report: Row, which: str) -> Table:
     return [["", *head], *rows]
 
 
-def _estimate(found: Row | None, name: str, measure: Row, sign: str) -> str:
+def _estimate(found: CellReport | None, name: str, measure: CellReport, sign: str) -> str:
     estimate = (found or {}).get(name)
-    return said(estimate, lambda e: interval_text(e, is_share=measure["is_share"], sign=sign))
+    return or_unknown(estimate, lambda e: interval_text(e, is_share=measure["is_share"], sign=sign))
 
 
-def failures(report: Row) -> Iterator[tuple[str, str]]:
+def failures(report: CellReport) -> Iterator[tuple[str, str]]:
     """What went wrong, and where: runs, plans and merges."""
     for cell in report["cells"]:
         found = {
@@ -113,7 +115,7 @@ def failures(report: Row) -> Iterator[tuple[str, str]]:
                 yield cell["name"], f"{what}: {one['error']}{hint}"
 
 
-def said(value: Any, form: Callable[[Any], str]) -> str:
+def or_unknown(value: Any, form: Callable[[Any], str]) -> str:
     """A value in its form, or that it is not known."""
     return UNKNOWN if value is None else form(value)
 

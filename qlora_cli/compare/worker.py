@@ -20,7 +20,8 @@ from qlora_cli.compare.latency import measure_latency
 from qlora_cli.compare.store import ResultStore
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import Interrupted, QloraError
-from qlora_cli.evaluate.evaluate import choose_tasks, examine, find_subject
+from qlora_cli.evaluate.evaluate import choose_tasks, evaluate_model
+from qlora_cli.evaluate.target import find_model
 from qlora_cli.export.merge import merge
 from qlora_cli.models.base import load_tokenizer
 from qlora_cli.models.loading import compute_dtype, load_base
@@ -32,7 +33,7 @@ from qlora_cli.train.train import train
 log = logging.getLogger("qlora")
 
 
-def work(cell: Cell, root: Path, level: int) -> None:
+def run_worker(cell: Cell, root: Path, level: int) -> None:
     """Train a cell and measure it, as far as that is not done; what fails is written down.
 
     Args:
@@ -40,30 +41,30 @@ def work(cell: Cell, root: Path, level: int) -> None:
         level: of the log.
     """
     os.setpgrp()  # a signal of the terminal reaches the process that waits, which sends it on
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter())
     log.addHandler(handler)
     log.setLevel(level)
     quiet_libraries()
-    place = ResultStore(root, cell)
+    store = ResultStore(root, cell)
     try:
-        run_cell(cell, place)
-        place.keep_failure(None)
+        run_cell(cell, store)
+        store.save_failure(None)
     except Interrupted as ended:
         sys.exit(ended.exit_code)
     except QloraError as error:
-        place.keep_failure(
+        store.save_failure(
             {"error": masked(str(error)), "hint": error.hint, "exit_code": error.exit_code}
         )
         sys.exit(error.exit_code)
     except Exception as error:
         message = masked(f"{type(error).__name__}: {error}")
-        place.keep_failure({"error": message, "hint": None, "exit_code": 1})
+        store.save_failure({"error": message, "hint": None, "exit_code": 1})
         raise  # an error of ours: its traceback is for the report
 
 
-def run_cell(cell: Cell, place: ResultStore) -> None:
+def run_cell(cell: Cell, store: ResultStore) -> None:
     """All of it, in this process.
 
     Raises:
@@ -71,16 +72,16 @@ def run_cell(cell: Cell, place: ResultStore) -> None:
         Interrupted: what was learnt is saved.
     """
     assert cell.recipe is not None
-    _train(cell.recipe, dict(cell.origins), place)
-    if place.answers() is None:
-        _examine(cell.recipe, place)
-    if not place.is_done:
-        place.keep_figures(_measure(cell.recipe, place.run, speaks=cell.speaks))
+    _train(cell.recipe, dict(cell.origins), store)
+    if store.answers() is None:
+        _evaluate(cell.recipe, store)
+    if not store.is_done:
+        store.save_measurements(_measure(cell.recipe, store.run, with_latency=cell.with_latency))
 
 
-def _train(recipe: Recipe, origins: dict[str, str], place: ResultStore) -> None:
-    run = place.run
-    if place.record().get("status") == "finished":
+def _train(recipe: Recipe, origins: dict[str, str], store: ResultStore) -> None:
+    run = store.run
+    if store.record().get("status") == "finished":
         return
     if any(run.checkpoints.glob("step-*")):
         train(recipe, resume="auto", origins=origins)
@@ -92,20 +93,20 @@ def _train(recipe: Recipe, origins: dict[str, str], place: ResultStore) -> None:
     train(recipe, origins=origins)
 
 
-def _examine(recipe: Recipe, place: ResultStore) -> None:
+def _evaluate(recipe: Recipe, store: ResultStore) -> None:
     """Ask the tuned model all that the recipe asks, and its base where nobody did yet."""
-    subject = find_subject(place.run.root, (), "last", None)
+    evaluated = find_model(store.run.root, (), "last", None)
     tasks = choose_tasks(recipe, None, is_tuned=True)
-    alone = place.has_base
-    for name, answers in examine(subject, recipe, tasks, World(), alone=alone):
-        place.keep_answers(answers, of_base=name == "base" and not alone)
+    alone = store.has_base
+    for name, answers in evaluate_model(evaluated, recipe, tasks, World(), alone=alone):
+        store.save_outcomes(answers, of_base=name == "base" and not alone)
 
 
-def _measure(recipe: Recipe, run: RunFolder, *, speaks: bool) -> dict[str, Any]:
+def _measure(recipe: Recipe, run: RunFolder, *, with_latency: bool) -> dict[str, Any]:
     weights = run.weights("last")
     return {
         "plan": _plan(recipe),
-        "generation": _speak(recipe, run) if speaks else None,
+        "generation": _measure_generation(recipe, run) if with_latency else None,
         "weights_bytes": sum(file.stat().st_size for file in weights.glob("*.safetensors")),
         "run_bytes": sum(f.stat().st_size for f in run.root.rglob("*") if f.is_file()),
     }
@@ -128,7 +129,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _speak(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+def _measure_generation(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """How quickly base, adapted and merged model answer; or why one of them does not."""
     world = World()
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
@@ -164,7 +165,7 @@ def _plain(recipe: Recipe, model: Path) -> Recipe:
     return Recipe.model_validate({**document, "quantization": {"type": "none"}})
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_parent() -> None:
     """A run that nobody waits for is saved and ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None

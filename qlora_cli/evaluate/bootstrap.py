@@ -1,4 +1,4 @@
-"""Intervals by the bootstrap over examples (percentile method, Efron & Tibshirani 1993, ch. 13)."""
+"""Bootstrap intervals over the examples (percentile method, Efron & Tibshirani 1993, ch. 13)."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ RESAMPLES = 2000
 SEED = 0
 
 _CHUNK_VALUES = 2**22
-"""Values drawn at once, so that memory does not grow with the examples."""
+"""Maximum values drawn at a time, so that memory does not grow with the number of examples."""
 
 _TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its interval, which is None for fewer than two examples."""
+    """A measured value and its confidence interval."""
 
     value: float
+    """null in JSON if it is not finite."""
     low: float | None
+    """Lower end of the interval; null for fewer than two examples."""
     high: float | None
+    """Upper end of the interval; null for fewer than two examples."""
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether zero is outside of the interval."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
-
-    def record(self) -> dict[str, float | None]:
-        """As JSON, which has no infinity."""
+    def to_json(self) -> dict[str, float | None]:
+        """Return the JSON form, in which a value that is not finite is null."""
         found: dict[str, float | None] = asdict(self)
         return {k: v if v is not None and math.isfinite(v) else None for k, v in found.items()}
 
 
-def columns(outcomes: Sequence[Outcome]) -> Values:
-    """The values of outcomes by name, each (n,)."""
+def value_columns(outcomes: Sequence[Outcome]) -> Values:
+    """Collect the values of outcomes by name, each as an array (n,)."""
     names = outcomes[0].values
     return {name: np.array([o.values[name] for o in outcomes], np.float64) for name in names}
 
 
-def estimates(measure: Measure, models: Sequence[Values]) -> tuple[list[Estimate], list[Estimate]]:
-    """A measure of each model, and its difference from the first for each other model.
+def estimate_measure(
+    measure: Measure, models: Sequence[Values]
+) -> tuple[list[Estimate], list[Estimate]]:
+    """Estimate a measure of each model, and the difference of each later model from the first.
 
-    The same examples are drawn for all models, so the differences are paired: what makes an example
-    hard for all of them does not widen their interval.
+    All models use the same resamples, so the differences are paired: an example that is hard for
+    every model does not widen their interval.
 
     Args:
-        models: for each, the values of the same n examples in the same order.
+        models: for each model, the values of the same n examples in the same order.
     """
     values = [float(measure.aggregate(model)) for model in models]
     (number,) = {len(column) for model in models for column in model.values()}
     drawn = np.concatenate(
         [
-            np.stack([measure.aggregate(_taken(model, rows)) for model in models])
+            np.stack([measure.aggregate(_resample(model, rows)) for model in models])
             for rows in _resamples(number)
         ],
         axis=1,
@@ -77,14 +77,14 @@ def estimates(measure: Measure, models: Sequence[Values]) -> tuple[list[Estimate
 
 
 def _resamples(number: int) -> Iterator[NDArray[np.int64]]:
-    """Indices of the examples drawn, (resamples, n): the same at every call."""
+    """Yield indices of the drawn examples, (resamples, n): the same in every call."""
     generator = np.random.default_rng(SEED)
     step = max(1, _CHUNK_VALUES // number)
     for start in range(0, RESAMPLES, step):
         yield generator.integers(number, size=(min(step, RESAMPLES - start), number))
 
 
-def _taken(values: Values, rows: NDArray[np.int64]) -> Values:
+def _resample(values: Values, rows: NDArray[np.int64]) -> Values:
     return {name: column[rows] for name, column in values.items()}
 
 
@@ -95,8 +95,9 @@ def _estimate(
         return Estimate(value, None, None)
     low, high = (float(end) for end in np.quantile(drawn, [_TAIL, 1 - _TAIL]))
     if measure.is_share and low == high:
-        # Nothing varied, which a bootstrap takes for certainty. Of n examples without an exception
-        # the share of exceptions is still only known to be below this (Clopper & Pearson 1934).
+        # All examples agree, so every resample does too, and the bootstrap interval is empty. With
+        # no exception in n examples, the exact upper bound on the share of exceptions is this
+        # margin (Clopper & Pearson 1934).
         margin = 1 - _TAIL ** (1 / number)
         low, high = max(lowest, value - margin), min(1.0, value + margin)
     return Estimate(value, low, high)

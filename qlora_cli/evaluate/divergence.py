@@ -1,4 +1,4 @@
-"""Holding two forms of a model against each other: on which texts, by which figures."""
+"""Compare two models' logits on fixed texts (KL divergence, top-1 agreement)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = (
 
 
 def without_begin(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """A rendered conversation without the begin token that tokenizing it adds again."""
+    """Remove the BOS token from a rendered conversation if tokenizing adds it again."""
     begin = tokenizer.bos_token_id
     is_added = begin is not None and tokenizer("a")["input_ids"][0] == begin
     return text.removeprefix(str(tokenizer.bos_token)) if is_added else text
@@ -29,16 +29,16 @@ def without_begin(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
 
 @torch.no_grad()
 def logits_of(model: Any, input_ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Float32 logits (T, V) of a model on the CPU, for each row of token ids."""
+    """Compute float32 logits (T, V) for each row of token ids, with a model on the CPU."""
     return [
         model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float() for row in input_ids
     ]
 
 
 def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
-    """Mean KL(reference || found) in nats a token, and how often the likeliest token agrees."""
+    """Compute the mean KL(reference || found) in nats per token, and the top-1 agreement."""
     divergence, agreed, tokens = 0.0, 0, 0
-    # Text by text: of all together, the distributions would take many times the memory.
+    # One text at a time: the distributions of all texts together would need many times the memory.
     for expected, given in zip(reference, found, strict=True):
         p = torch.log_softmax(expected, -1)  # (T, V)
         q = torch.log_softmax(given[:, : p.shape[1]], -1)

@@ -1,4 +1,4 @@
-"""What came out: base and tuned model, or any two models, on the same examples."""
+"""Evaluate one or two models on the same examples."""
 
 from __future__ import annotations
 
@@ -6,40 +6,34 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.atomic_files import atomic_file
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
-from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES, columns, estimates
+from qlora_cli.evaluate.report import EvaluationReport, summarize, warn_of_regressions
 from qlora_cli.evaluate.scorer import ModelScorer
-from qlora_cli.models.base import load_tokenizer, set_stop_tokens, stop_token_ids
+from qlora_cli.evaluate.target import EvaluatedModel, find_model, own_recipe
+from qlora_cli.models.base import set_stop_tokens, stop_token_ids
 from qlora_cli.models.loading import compute_dtype, load_base
-from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import write_cards
-from qlora_cli.runs.run_folder import RunFolder, Weights, is_run, recipe_of_run
+from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
 from qlora_cli.tasks import Loss, TaskConfig
-from qlora_cli.tasks.forgetting import Drift, Forgetting
-from qlora_cli.tasks.task import Outcome, Task, Values, read_tasks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from qlora_cli.tasks.forgetting import Divergence, Forgetting
+from qlora_cli.tasks.task import Outcome, Task, TaskOutcomes, read_tasks
 
 log = logging.getLogger("qlora")
 
-AsBase = Callable[[], AbstractContextManager[Any]]
-
-Answers = dict[str, list[Outcome]]
-"""Name of a task -> outcomes of one model, in the order of the questions."""
+BaseContext = Callable[[], AbstractContextManager[Any]]
+"""Switches a tuned model to its base for the length of a `with` block."""
 
 
 def evaluate(
@@ -51,142 +45,80 @@ def evaluate(
     compare: Path | None = None,
     recipe: Path | None = None,
     records: Path | None = None,
-) -> dict[str, Any]:
-    """Measure a run beside its base, or two models beside each other.
+) -> EvaluationReport:
+    """Evaluate a run against its base, or against any other model.
 
     Args:
-        target: a run, a model folder, or a recipe (whose base is then measured alone).
-        weights: which of a run's weights.
-        tasks: names of tasks, `loss` among them; None for all that the recipe has.
-        compare: a run or a model folder to measure `target` beside, in place of the base.
-        recipe: what says what to ask, where `target` is a model folder.
-        records: file for the answers, one example a line; None writes them into the folder of a
-            run that is measured as its recipe says.
-
-    Returns:
-        {"target", "compare", "weights", "models": {name: {measure: E}}, "differences": {measure:
-        E}, "measures": {measure: {"n", "is_share", "lower_is_better"}}, "confidence",
-        "resamples", "records"}, where E is {"value", "low", "high"}. A difference is the second
-        model minus the first; where only one is measured there are none.
+        target: a run, a model folder, or a recipe (whose base is evaluated alone).
+        weights: which weights of a run.
+        tasks: names of tasks, `loss` among them; None runs all tasks of the recipe.
+        compare: a run or a model folder to compare with, instead of the base.
+        recipe: evaluation data and tasks, if `target` is a model folder.
+        records: file for prompts and answers, one example per line. None writes them into the run
+            folder if a run is evaluated exactly as its recipe says.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        QloraError: the model, the data or a task cannot be used.
     """
     quiet_libraries()
-    asked = _recipe_of(target) or (compare and _recipe_of(compare))
-    if recipe is not None and asked is not None:
-        raise RecipeError(
-            f"--recipe: {asked} says what is asked already",
-            hint="--recipe is for model folders; --set changes what a run or a recipe says",
-        )
-    asked = asked or recipe
-    subjects = [find_subject(target, overrides, weights, asked)]
-    if compare is not None:
-        subjects.insert(0, find_subject(compare, overrides, weights, asked))
-        if subjects[0].name == subjects[1].name:
-            paths = str(compare), str(target)
-            subjects = [replace(s, name=path) for s, path in zip(subjects, paths, strict=True)]
-    settings = subjects[-1].recipe
-    is_tuned = all(subject.trained for subject in subjects)
-    chosen = choose_tasks(settings, tasks, is_tuned=is_tuned)
-    world = World()
-    models: dict[str, Answers] = {}
-    for subject in subjects:
-        for name, answers in examine(subject, settings, chosen, world, alone=bool(compare)):
-            models[name] = answers
-
     is_as_trained = is_run(target) and not (overrides or tasks or compare or recipe)
     if is_as_trained and records is None:
         records = RunFolder(target).answers
-    report = {
-        "target": str(target),
-        "compare": compare and str(compare),
-        "weights": weights if subjects[-1].trained else None,
-        **summarize(chosen, models),
-        "confidence": CONFIDENCE,
-        "resamples": RESAMPLES,
-        "records": records and str(records),
-    }
+    found = _find_models(target, overrides, weights, compare, recipe)
+    settings = found[-1].recipe
+    is_tuned = all(model.trained for model in found)
+    chosen = choose_tasks(settings, tasks, is_tuned=is_tuned)
+    world = World()
+    outcomes: dict[str, TaskOutcomes] = {}
+    for model in found:
+        outcomes |= evaluate_model(model, settings, chosen, world, alone=bool(compare))
+    summary = summarize(chosen, outcomes)
+    report = EvaluationReport(
+        target=str(target),
+        compare=None if compare is None else str(compare),
+        weights=weights if found[-1].trained else None,
+        summary=summary,
+        records=None if records is None else str(records),
+    )
     if records is not None:
-        write_records(records, chosen, models)
+        write_records(records, chosen, outcomes)
     if is_as_trained:
-        # Anything else is a measurement of something else, and belongs to whoever asked.
-        RunFolder(target).update_record(evaluation=report)
+        # An evaluation with other settings describes something else, so the run does not keep it.
+        RunFolder(target).update_record(evaluation=report.to_json())
         write_cards(RunFolder(target))
-    warn_of_losses(report)
+    warn_of_regressions(summary)
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured: a base model, with trained weights on it or without."""
-
-    name: str
-    recipe: Recipe
-    """Says how the model is loaded."""
-    trained: Path | None = None
-
-    def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The one that it was trained with, where it was."""
-        if self.trained is None:
-            template = read_chat_template(self.recipe.data.chat_template)
-            return self.recipe.model.load_tokenizer(template)
-        return load_tokenizer(self.trained, trust_remote_code=self.recipe.model.trust_remote_code)
-
-
-def _recipe_of(path: Path) -> Path | None:
-    """The recipe that a path brings along; a model folder brings none."""
-    if is_run(path):
-        return RunFolder(path).recipe
-    return None if path.is_dir() or path.suffix == ".gguf" else path
-
-
-def find_subject(
-    path: Path, overrides: Sequence[str], weights: Weights, asked: Path | None
-) -> Subject:
-    """A run, a model folder or a recipe, as what is measured.
-
-    Args:
-        asked: the recipe that says what a model folder is asked.
-
-    Raises:
-        RecipeError: it is none of them, or a run without the weights.
-    """
-    if is_run(path):
-        run = RunFolder(path)
-        trained = run.weights(weights)
-        return Subject(path.resolve().name, recipe_of_run(run, overrides), trained)
-    if not path.exists():
-        raise RecipeError(f"{path}: no such file or folder")
-    own = _recipe_of(path)
-    if own is not None:
-        return Subject("base", load_recipe(own, overrides).recipe)
-    if path.is_dir() and not (path / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+def _find_models(
+    target: Path,
+    overrides: Sequence[str],
+    weights: Weights,
+    compare: Path | None,
+    recipe: Path | None,
+) -> list[EvaluatedModel]:
+    """Find the target, preceded by the model to compare it with, if there is one."""
+    known = own_recipe(target) or (compare and own_recipe(compare))
+    if recipe is not None and known is not None:
         raise RecipeError(
-            f"{path} holds neither a run nor a model (found: {found})",
-            hint="give the output.dir of a run, a model folder or a recipe; a run that failed "
-            "before its first step leaves nothing to measure",
+            f"--recipe: {known} already has evaluation data and tasks",
+            hint="--recipe is for model folders; use --set to change a run or a recipe",
         )
-    if asked is None:
-        raise RecipeError(
-            f"{path} is a model, which does not say what it is to be asked",
-            hint="--recipe names the recipe whose evaluation data and tasks are taken",
-        )
-    # The model is measured as it is written, unless it is asked for otherwise.
-    place = f"model.path={json.dumps(str(path))}"
-    loaded = load_recipe(asked, ["quantization.type=none", *overrides, place])
-    return Subject(path.resolve().name, loaded.recipe)
+    paths = [target] if compare is None else [compare, target]
+    models = [find_model(path, overrides, weights, known or recipe) for path in paths]
+    if len({model.name for model in models}) < len(models):
+        return [replace(m, name=str(path)) for m, path in zip(models, paths, strict=True)]
+    return models
 
 
 def choose_tasks(recipe: Recipe, names: Sequence[str] | None, *, is_tuned: bool) -> list[Task]:
-    """The tasks of these names, or all that the recipe has; the loss is the first of them.
+    """Choose tasks by name, or all that the recipe has. The loss comes first.
 
     Args:
-        is_tuned: all models have a base that they can be told from.
+        is_tuned: every model has a base to measure its divergence from.
 
     Raises:
-        RecipeError: there is no such task, or none at all.
+        RecipeError: a name is unknown, or the recipe has nothing to evaluate.
     """
     has_rows = bool(recipe.data.evaluation_sources)
     tasks: list[Task] = [Loss()] if has_rows else []
@@ -194,13 +126,13 @@ def choose_tasks(recipe: Recipe, names: Sequence[str] | None, *, is_tuned: bool)
     if recipe.evaluation.forgetting is not None:
         tasks.append(Forgetting(text=recipe.evaluation.forgetting))
         if has_rows and is_tuned:
-            tasks.append(Drift())
+            tasks.append(Divergence())
     known = {task.label: task for task in tasks}
     if names is not None:
-        return [known.get(name) or _plain_task(name, known, has_rows) for name in names]
+        return [known.get(name) or _default_task(name, known, has_rows) for name in names]
     if not known:
         raise RecipeError(
-            "there is nothing to measure: the recipe has neither data.evaluation nor "
+            "there is nothing to evaluate: the recipe has neither data.evaluation nor "
             "evaluation.tasks",
             hint="--set data.evaluation.path=held_out.jsonl (and data.evaluation.format if it is "
             "not messages)",
@@ -208,117 +140,77 @@ def choose_tasks(recipe: Recipe, names: Sequence[str] | None, *, is_tuned: bool)
     return tasks
 
 
-def _plain_task(name: str, known: dict[str, Task], has_rows: bool) -> Task:
-    """A task that the recipe does not have, with the defaults of its type."""
+def _default_task(name: str, known: dict[str, Task], has_rows: bool) -> Task:
+    """Make a task that is not in the recipe, with the default settings of its type."""
     try:
         task: Task = TypeAdapter(TaskConfig).validate_python({"type": name})
     except ValidationError as error:
         raise RecipeError(
-            f"--tasks: {name} is no task here; there are {', '.join(known) or 'none'}",
-            hint="a type that needs no settings can be named too; one that does is written down "
-            "in evaluation.tasks",
+            f"--tasks: unknown task {name}; the recipe has {', '.join(known) or 'none'}",
+            hint="a task type that needs no settings can be named too; add one that needs "
+            "settings to evaluation.tasks",
         ) from error
     if not has_rows:
         raise RecipeError(f"--tasks: {name} needs data.evaluation: rows to answer")
     return task
 
 
-def examine(
-    subject: Subject, settings: Recipe, tasks: Sequence[Task], world: World, *, alone: bool
-) -> Iterator[tuple[str, Answers]]:
-    """Ask the model of a subject all questions; before it, unless it is `alone`, its base.
+def evaluate_model(
+    evaluated: EvaluatedModel, settings: Recipe, tasks: Sequence[Task], world: World, *, alone: bool
+) -> Iterator[tuple[str, TaskOutcomes]]:
+    """Run all tasks on a model and, unless it is `alone`, on its base before it.
 
     Args:
-        settings: the recipe that says what is asked.
+        settings: recipe with the evaluation data and settings.
+
+    Yields:
+        The name of a model, and the outcomes of each task.
     """
-    tokenizer = subject.load_tokenizer()
-    exam = read_tasks(tasks, settings.data, tokenizer, limit=settings.evaluation.limit)
-    stops = stop_token_ids(subject.trained) if subject.trained else []
+    tokenizer = evaluated.load_tokenizer()
+    task_items = read_tasks(tasks, settings.data, tokenizer, limit=settings.evaluation.limit)
+    stops = stop_token_ids(evaluated.trained) if evaluated.trained else []
     if sources := settings.data.evaluation_sources:
         held_out = read_data("evaluation", settings.data, sources, tokenizer)
         stops = [*stops, *held_out.stop_token_ids]
-    dtype = compute_dtype(subject.recipe.quantization, subject.recipe.training.precision, world)
-    model = load_base(subject.recipe.model, subject.recipe.quantization, dtype, world.device)
+    recipe = evaluated.recipe
+    dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
+    model = load_base(recipe.model, recipe.quantization, dtype, world.device)
     set_stop_tokens(model, stops)
 
-    def answers_of(name: str, model: Any, as_base: AsBase | None = None) -> Answers:
+    def run_tasks(name: str, model: Any, as_base: BaseContext | None = None) -> TaskOutcomes:
         scorer = ModelScorer(name, model, settings, tokenizer, dtype, world, as_base)
-        answers: Answers = {}
-        for task, questions in exam:
-            log.info("%s: %s, %d examples", name, task.label, len(questions))
-            answers[task.label] = task.examine(scorer, questions)
-        return answers
+        outcomes: TaskOutcomes = {}
+        for task, items in task_items:
+            log.info("%s: %s, %d examples", name, task.label, len(items))
+            outcomes[task.label] = task.evaluate(scorer, items)
+        return outcomes
 
-    if subject.trained is None:
-        yield subject.name, answers_of(subject.name, model)
+    if evaluated.trained is None:
+        yield evaluated.name, run_tasks(evaluated.name, model)
         return
     if not alone:
-        yield "base", answers_of("base", model)
-    name = subject.name if alone else "tuned"
-    tuned: Any = subject.recipe.adapter.load(model, subject.trained)
+        yield "base", run_tasks("base", model)
+    name = evaluated.name if alone else "tuned"
+    tuned: Any = recipe.adapter.load(model, evaluated.trained)
 
     @contextmanager
     def as_base() -> Iterator[Any]:
-        if subject.recipe.adapter.trains_base:
-            yield base_again()
+        if recipe.adapter.trains_base:
+            yield load_base_again()
         else:
             with tuned.disable_adapter():
                 yield tuned
 
     @cache
-    def base_again() -> Any:
-        # Its weights are gone: the trained ones are in their place.
-        return load_base(subject.recipe.model, subject.recipe.quantization, dtype, world.device)
+    def load_base_again() -> Any:
+        # The trained weights have replaced those of the base.
+        return load_base(recipe.model, recipe.quantization, dtype, world.device)
 
-    yield name, answers_of(name, tuned, as_base)
-
-
-def summarize(tasks: Sequence[Task], models: dict[str, Answers]) -> dict[str, Any]:
-    """The figures of each model with their intervals, and the differences of the second."""
-    report: dict[str, Any] = {"models": {m: {} for m in models}, "differences": {}, "measures": {}}
-    for task in tasks:
-        outcomes = [answers[task.label] for answers in models.values()]
-        first, *others = ([outcome.place for outcome in one] for one in outcomes)
-        values = [columns(one) for one in outcomes]
-        is_same = all(places == first for places in others)
-        if not is_same:
-            log.warning(
-                "%s: the models were not asked about the same rows, so there is no difference to "
-                "give; data.max_length may be too short for one of their tokenizers",
-                task.label,
-            )
-        is_same_text = is_same and all(_have_equal_tokens(values[0], one) for one in values)
-        if is_same and not is_same_text:
-            log.warning(
-                "%s: the models have different tokenizers, and what is counted by the token cannot "
-                "be compared",
-                task.label,
-            )
-        for name, measure in task.named_measures():
-            is_paired = is_same_text if measure.is_per_token else is_same
-            groups = [values] if is_paired else [[one] for one in values]
-            found = [estimates(measure, group) for group in groups]
-            singles = [one for single, _ in found for one in single]
-            for model, estimate in zip(models, singles, strict=True):
-                report["models"][model][name] = estimate.record()
-            for _, differences in found:
-                for difference in differences:
-                    report["differences"][name] = difference.record()
-            report["measures"][name] = {
-                "n": len(first),
-                "is_share": measure.is_share,
-                "lower_is_better": measure.lower_is_better,
-            }
-    return report
+    yield name, run_tasks(name, tuned, as_base)
 
 
-def _have_equal_tokens(first: Values, second: Values) -> bool:
-    """Whether the same texts came to as many tokens."""
-    return "tokens" not in first or bool((first["tokens"] == second["tokens"]).all())
-
-
-def write_records(path: Path, tasks: Sequence[Task], models: dict[str, Answers]) -> None:
-    """One JSON object a line for each example, with the answers of all models.
+def write_records(path: Path, tasks: Sequence[Task], models: dict[str, TaskOutcomes]) -> None:
+    """Write one JSON line per example, with the answers of all models.
 
     Raises:
         RecipeError: the file cannot be written.
@@ -336,7 +228,7 @@ def write_records(path: Path, tasks: Sequence[Task], models: dict[str, Answers])
 
 def _record(task: Task, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     one = next(iter(outcomes.values()))
-    asked = {"prompt": one.prompt, "reference": one.reference} if one.prompt else {}
+    shown = {"prompt": one.prompt, "reference": one.reference} if one.prompt else {}
     models = {
         name: {
             **({"answer": outcome.answer} if one.prompt else {}),
@@ -344,34 +236,4 @@ def _record(task: Task, outcomes: dict[str, Outcome]) -> dict[str, Any]:
         }
         for name, outcome in outcomes.items()
     }
-    return {"task": task.label, "row": one.place, **asked, "models": models}
-
-
-def warn_of_losses(report: dict[str, Any]) -> None:
-    """What the second model is worse at than the first, beyond chance."""
-    told = set()
-    for name, difference in report["differences"].items():
-        ends = difference["low"], difference["high"]
-        task = name.partition(".")[0]
-        if None in ends or task in told:
-            continue
-        lower_is_better = report["measures"][name]["lower_is_better"]
-        if lower_is_better is None or (ends[0] <= 0 if lower_is_better else ends[1] >= 0):
-            continue
-        told.add(task)  # its other measures are made of the same answers
-        first, second = report["models"]
-        log.warning(
-            "%s: %s is worse than %s, %.4g against %.4g (difference %.4g to %.4g)%s",
-            name,
-            second,
-            first,
-            *(report["models"][model][name]["value"] for model in (second, first)),
-            *ends,
-            _ADVICE if task == "forgetting" else "",
-        )
-
-
-_ADVICE = (
-    ": it lost some of what the base could do. Fewer steps, a lower optimizer.learning_rate, a "
-    "smaller adapter.r, or general rows among data.train keep more of it"
-)
+    return {"task": task.label, "row": one.place, **shown, "models": models}

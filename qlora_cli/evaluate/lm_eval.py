@@ -1,20 +1,41 @@
-"""Hands a model to lm-evaluation-harness: as it was trained, with its tokenizer and template."""
+"""Evaluate a model with lm-evaluation-harness, with its own tokenizer and chat template."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
-from qlora_cli.evaluate.evaluate import find_subject
+from qlora_cli.evaluate.target import find_model
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.runs.run_folder import Weights
 
 log = logging.getLogger("qlora")
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessReport:
+    """Result of `qlora eval --harness`."""
+
+    target: str
+    """The run, model folder or recipe that was evaluated."""
+    weights: Weights | None
+    """Which weights of the run; null if nothing was trained."""
+    as_chat: bool
+    """Prompts went through the chat template."""
+    harness: str
+    """Version of lm-evaluation-harness."""
+    tasks: dict[str, dict[str, float]]
+    """Task -> metric -> value."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
 
 
 def evaluate_by_harness(
@@ -26,50 +47,38 @@ def evaluate_by_harness(
     as_chat: bool = True,
     weights: Weights = "last",
     recipe: Path | None = None,
-) -> dict[str, Any]:
-    """Measure a run, a model folder, or the base of a recipe, by tasks of lm-evaluation-harness.
+) -> HarnessReport:
+    """Run tasks of lm-evaluation-harness on a run, a model folder, or the base of a recipe.
 
     Args:
-        tasks: their names, as the harness has them.
-        task_folder: with tasks (YAML files) of the user's own.
-        as_chat: put the prompts through the chat template, where there is one.
-        recipe: how a model folder is loaded.
-
-    Returns:
-        {"target", "weights", "as_chat", "harness": its version, "tasks": {name: {metric: value}}}.
+        tasks: task names of the harness.
+        task_folder: folder with more tasks, as YAML files of the harness.
+        as_chat: put prompts through the chat template, if the model has one.
+        recipe: how to load a model folder.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        QloraError: the harness is not installed, has no such task, or the model cannot be loaded.
     """
     quiet_libraries()
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RecipeError(
             "--harness needs the package lm-eval, which is not installed",
             hint='pip install "qlora[harness]"',
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if task_folder is not None and not task_folder.is_dir():
-        raise RecipeError(f"--harness-path: no such folder: {task_folder}")
-    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise RecipeError(
-            f"--harness: lm-evaluation-harness has no task {', '.join(unknown)}",
-            hint="--harness-path names a folder with tasks of your own; `lm-eval ls tasks` shows "
-            "those that there are",
-        )
-    subject = find_subject(target, overrides, weights, recipe)
-    settings, world = subject.recipe, World()
-    tokenizer = subject.load_tokenizer()
+    manager = _task_manager(tasks, task_folder)
+    evaluated = find_model(target, overrides, weights, recipe)
+    settings, world = evaluated.recipe, World()
+    tokenizer = evaluated.load_tokenizer()
     dtype = compute_dtype(settings.quantization, settings.training.precision, world)
     model: Any = load_base(settings.model, settings.quantization, dtype, world.device)
-    if subject.trained is not None:
-        model = settings.adapter.load(model, subject.trained)
+    if evaluated.trained is not None:
+        model = settings.adapter.load(model, evaluated.trained)
     as_chat = as_chat and tokenizer.chat_template is not None
-    log.info("%s: %s by lm-evaluation-harness", subject.name, ", ".join(tasks))
+    log.info("%s: %s by lm-evaluation-harness", evaluated.name, ", ".join(tasks))
     found = lm_eval.simple_evaluate(
         HFLM(
             pretrained=model.eval(),
@@ -83,13 +92,29 @@ def evaluate_by_harness(
         limit=settings.evaluation.limit,
         log_samples=False,
     )
-    return {
-        "target": str(target),
-        "weights": weights if subject.trained else None,
-        "as_chat": as_chat,
-        "harness": lm_eval.__version__,
-        "tasks": {
+    return HarnessReport(
+        target=str(target),
+        weights=weights if evaluated.trained else None,
+        as_chat=as_chat,
+        harness=lm_eval.__version__,
+        tasks={
             name: {key: value for key, value in one.items() if isinstance(value, float | int)}
             for name, one in found["results"].items()
         },
-    }
+    )
+
+
+def _task_manager(tasks: Sequence[str], folder: Path | None) -> Any:
+    """Find the tasks among those of the harness and of a folder."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None and not folder.is_dir():
+        raise RecipeError(f"--harness-path: no such folder: {folder}")
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise RecipeError(
+            f"--harness: lm-evaluation-harness has no task {', '.join(unknown)}",
+            hint="list its tasks with `lm-eval ls tasks`, or add a folder of your own with "
+            "--harness-path",
+        )
+    return manager

@@ -1,4 +1,4 @@
-"""A model under examination."""
+"""Score a model on tasks: generated answers, likelihoods and divergence from the base."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from qlora_cli.common.progress import Progress
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.distributed.world import World
-from qlora_cli.evaluate.bootstrap import columns
-from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.evaluate.bootstrap import value_columns
+from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.task import TaskPrompts
+from qlora_cli.tasks.task import TaskItems
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 
 class ModelScorer:
-    """A model that answers the questions of tasks (`Examinee`), each question once.
+    """A model behind the `Scorer` protocol of tasks. It generates once for each distinct prompt.
 
     Args:
-        name: of the model, for the log.
-        as_base: gives the base of a tuned model for a while; None for a base itself.
+        name: name of the model in the log.
+        as_base: switches a tuned model to its base for the length of a `with` block; None for a
+            base itself.
     """
 
     def __init__(
@@ -51,70 +52,83 @@ class ModelScorer:
         self._tokenizer = tokenizer
         self._dtype = dtype
         self._world = world
-        self._written: dict[tuple[int, ...], str] = {}
+        self._generated: dict[tuple[int, ...], str] = {}
 
-    def write(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The greedy answer to each prompt."""
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the greedy answer to each prompt."""
         keys = [tuple(prompt.input_ids) for prompt in prompts]
         new = dict(zip(keys, prompts, strict=True))
-        waiting = [key for key in new if key not in self._written]
+        waiting = [key for key in new if key not in self._generated]
         progress = Progress(f"{self.name}: answers", len(waiting))
-        for index, found in answers(
+        generator = TextGenerator(
             self._model,
-            [new[key] for key in waiting],
             self._tokenizer,
-            stop_token_ids=self._model.generation_config.eos_token_id,
-            sampling=Sampling(max_new_tokens=self._recipe.evaluation.max_new_tokens),
+            self._model.generation_config.eos_token_id,
+            self._dtype,
+            self._world.device,
+        )
+        for index, found in generator.complete(
+            [new[key] for key in waiting],
+            Sampling(max_new_tokens=self._recipe.evaluation.max_new_tokens),
             batch_size=self._recipe.generation_batch_size,
-            dtype=self._dtype,
-            device=self._world.device,
         ):
-            self._written[waiting[index]] = found.text
+            self._generated[waiting[index]] = found.text
             progress.add(1)
-        return [self._written[key] for key in keys]
+        return [self._generated[key] for key in keys]
 
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
-        """For each example, the sum of log p over its supervised tokens, in nats."""
+        """Return the sum of log p over the supervised tokens of each example, in nats."""
         objective = TokenLoss(self._model, self._dtype)
         was_training = objective.training
         objective.eval()
         found = [0.0] * len(examples)
-        # Options of one token differ in the last alone, which no state depends on: one forward.
+        # Examples that differ only in their last token share one forward pass, because no hidden
+        # state depends on the last token. Options of one token are such examples.
         same: dict[tuple[int, ...], list[int]] = {}
         for i, example in enumerate(examples):
             same.setdefault(tuple(example.input_ids[:-1]), []).append(i)
-        # Where no two rows begin alike, the very batches of the training's evaluation, so that it
-        # finds the very same loss.
+        # If no two examples share a prefix, these are the batches of the evaluation during
+        # training, so both compute exactly the same loss.
         order = sorted(same.values(), key=lambda group: (-len(examples[group[0]].labels), group))
         progress = Progress(f"{self.name}: likelihoods", len(examples))
         size = self._recipe.eval_batch_size
         for start in range(0, len(order), size):
             groups = order[start : start + size]
-            [batch] = eval_batches(
-                [examples[group[0]] for group in groups],
-                batch_size=size,
-                pad_token_id=self._tokenizer.pad_token_id,
-            )
             indices = [i for group in groups for i in group]
-            rows = torch.tensor([row for row, group in enumerate(groups) for _ in group])
-            labels = torch.full((len(indices), batch.labels.shape[1]), IGNORE_INDEX)
-            for at, i in enumerate(indices):
-                labels[at, : len(examples[i].labels)] = torch.tensor(examples[i].labels)
-            losses = objective.of_labels(batch.to(self._world.device), labels, rows)
-            for i, loss in zip(indices, losses.tolist(), strict=True):
+            losses = self._losses(objective, examples, groups)
+            for i, loss in zip(indices, losses, strict=True):
                 found[i] = -loss
             progress.add(len(indices))
         objective.train(was_training)
         return found
 
+    def _losses(
+        self, objective: TokenLoss, examples: Sequence[Example], groups: Sequence[list[int]]
+    ) -> list[float]:
+        """Compute the loss of each example, with one row of the batch for each group."""
+        [batch] = eval_batches(
+            [examples[group[0]] for group in groups],
+            batch_size=self._recipe.eval_batch_size,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        indices = [i for group in groups for i in group]
+        rows = torch.tensor([row for row, group in enumerate(groups) for _ in group])
+        labels = torch.full((len(indices), batch.labels.shape[1]), IGNORE_INDEX)  # (N, T)
+        for at, i in enumerate(indices):
+            labels[at, : len(examples[i].labels)] = torch.tensor(examples[i].labels)
+        losses: list[float] = objective.of_labels(
+            batch.to(self._world.device), labels, rows
+        ).tolist()
+        return losses
+
     @torch.no_grad()
     def divergences(self, examples: Sequence[Example]) -> list[float]:
-        """For each example, the sum over all positions of KL(base || model), in nats."""
+        """Return the sum of KL(base || model) over all positions of each example, in nats."""
         if self._as_base is None:
             return [0.0] * len(examples)
         progress = Progress(f"{self.name}: divergence from the base", len(examples))
         found = []
-        # One by one: the distributions of a batch over a large vocabulary would fill the memory.
+        # One at a time: a batch of distributions over a large vocabulary would fill the memory.
         for example in examples:
             ids = torch.tensor([example.input_ids], device=self._world.device)  # (1, T)
             q = self._log_probabilities(self._model, ids)
@@ -125,7 +139,7 @@ class ModelScorer:
         return found
 
     def _log_probabilities(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
-        """Of the next token at each position, (T, V) in float32."""
+        """Compute log p of the next token at each position, (T, V) in float32."""
         was_training = model.training
         model.eval()
         with torch.autocast(ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -134,23 +148,23 @@ class ModelScorer:
         return torch.log_softmax(logits.float(), -1)
 
 
-def ask(exam: TaskPrompts, scorer: ModelScorer, world: World) -> dict[str, float]:
-    """The measures of all tasks by their names. Each rank asks a share of the questions."""
+def score_tasks(task_items: TaskItems, scorer: ModelScorer, world: World) -> dict[str, float]:
+    """Compute the measures of all tasks, by name. Each rank scores its share of the items."""
     found: dict[str, float] = {}
-    for task, questions in exam:
-        mine = list(range(world.rank, len(questions), world.size))
-        # A rank with nothing to ask still learns the names of the values.
-        outcomes = task.examine(scorer, [questions[i] for i in mine or [0]])
+    for task, items in task_items:
+        mine = list(range(world.rank, len(items), world.size))
+        # A rank without items scores the first one, to learn the names of the values.
+        outcomes = task.evaluate(scorer, [items[i] for i in mine or [0]])
         values = {
-            name: _of_all(column[: len(mine)], mine, len(questions), world)
-            for name, column in columns(outcomes).items()
+            name: _gather(column[: len(mine)], mine, len(items), world)
+            for name, column in value_columns(outcomes).items()
         }
         found |= {name: float(one.aggregate(values)) for name, one in task.named_measures()}
     return found
 
 
-def _of_all(values: Column, rows: list[int], number: int, world: World) -> Column:
-    """The values of all ranks (n,), from those of the rows of this one."""
+def _gather(values: Column, rows: list[int], number: int, world: World) -> Column:
+    """Combine the values of the rows of each rank into the values of all rows, (n,)."""
     whole = torch.zeros(number, dtype=torch.float64)
     whole[rows] = torch.from_numpy(values)
     column: Column = world.sum(whole.to(world.device)).cpu().numpy()

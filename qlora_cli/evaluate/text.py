@@ -1,4 +1,4 @@
-"""Evaluation reports as text."""
+"""Report of lm-evaluation-harness as text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def harness_text(report: Mapping[str, Any]) -> str:
-    """A line for each metric of each task (`report` as `evaluate_by_harness` returns it)."""
+    """Format the JSON of a `HarnessReport`: one line for each metric of each task."""
     template = "with" if report["as_chat"] else "without"
-    lines = [f"{report['target']}: lm-evaluation-harness {report['harness']}, {template} template"]
+    version = report["harness"]
+    lines = [f"{report['target']}: lm-evaluation-harness {version}, {template} chat template"]
     for task, metrics in report["tasks"].items():
         lines += [f"{task}  {name.partition(',')[0]}  {value:g}" for name, value in metrics.items()]
     return "\n".join(lines)

@@ -16,13 +16,16 @@ from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
-from qlora_cli.evaluate.evaluate import Answers, Subject, choose_tasks, examine, summarize
-from qlora_cli.inspect.adapters import over, read_lora, refuse_two_bases, refuse_two_shapes
+from qlora_cli.evaluate.evaluate import choose_tasks, evaluate_model
+from qlora_cli.evaluate.report import summarize
+from qlora_cli.evaluate.target import EvaluatedModel
+from qlora_cli.inspect.adapters import check_same_base, check_same_shapes, ratio, read_lora
 from qlora_cli.inspect.adapters_text import combine_card
 from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import CONFIG, AdapterFolder
 from qlora_cli.runs.run_folder import RunFolder, environment, recipe_of_run
+from qlora_cli.tasks.task import TaskOutcomes
 
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 
@@ -68,9 +71,9 @@ def combine(
     if METHODS[method] and density == 0:
         raise RecipeError(f"--density: 0 leaves nothing over; {method} needs more than 0, up to 1")
     places = [AdapterFolder.find(path) for path in paths]
-    refuse_two_bases(places)
+    check_same_base(places)
     read = [read_lora(place) for place in places]
-    refuse_two_shapes(places, [updates for _, _, updates in read])
+    check_same_shapes(places, [updates for _, _, updates in read])
     config, saved = combine_adapters(
         [(config, saved) for config, saved, _ in read],
         shares,
@@ -140,7 +143,7 @@ def _error(
         some = [(one[name], w) for one, w in zip(parents, weights, strict=True) if name in one]
         wanted[name] = weighted_sum([update for update, _ in some], [weight for _, weight in some])
     norm = math.hypot(*(update.norm() for update in wanted.values()))
-    return over(math.hypot(*(wanted[name].distance(made[name]) for name in names)), norm)
+    return ratio(math.hypot(*(wanted[name].distance(made[name]) for name in names)), norm)
 
 
 def _recipe_of(places: Sequence[AdapterFolder], overrides: Sequence[str]) -> Recipe | None:
@@ -195,15 +198,15 @@ def _evaluate(
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     folders = [*(place.folder for place in places), output]
-    answers: dict[str, Answers] = {}
+    answers: dict[str, TaskOutcomes] = {}
     for name, folder in zip(names, folders, strict=True):
-        subject = Subject(name, recipe, folder)
-        answers |= examine(subject, recipe, tasks, world, alone=True)
+        evaluated = EvaluatedModel(name, recipe, folder)
+        answers |= evaluate_model(evaluated, recipe, tasks, world, alone=True)
     *parents, made = names
     return [
         {
             "target": str(output),
-            **summarize(tasks, {parent: answers[parent], made: answers[made]}),
+            **summarize(tasks, {parent: answers[parent], made: answers[made]}).to_json(),
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
         }

@@ -1,4 +1,4 @@
-"""Answers to prompts: greedy or drawn, in batches or as they come; and those to a whole file."""
+"""Complete all prompts of a file."""
 
 from __future__ import annotations
 
@@ -6,81 +6,74 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.progress import Progress
 from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.inference.sampling import Answer, Sampling, answers
-from qlora_cli.inference.session import open_session
+from qlora_cli.inference.sampling import Completion, Sampling
+from qlora_cli.inference.session import InferenceSession
 
-if TYPE_CHECKING:
-    pass
+
+def refuse_existing(output: Path) -> None:
+    """Raise RecipeError if the output file exists. Call it before loading a model."""
+    if output.exists():
+        raise RecipeError(f"--output: {output} exists", hint="choose another file, or remove it")
 
 
 def generate(
-    target: str,
+    session: InferenceSession,
     prompts: Path,
     output: Path,
-    overrides: Sequence[str] = (),
     *,
-    weights: Literal["last", "best"],
-    adapters: Sequence[str] = (),
-    system: str | None = None,
     sampling: Sampling,
     batch_size: int,
+    system: str | None = None,
 ) -> dict[str, Any]:
-    """Answer every row of a file, and write a line of JSON for each, in their order.
+    """Complete every row of a file and write one JSON line per row, in the order of the file.
+
+    Args:
+        system: system message for conversations without one.
 
     Returns:
-        {"output", "model", "prompts", "tokens", "unfinished", "seconds"}: `unfinished` answers did
-        not end before `max_new_tokens`.
+        {"output", "model", "prompts", "tokens", "unfinished", "seconds"}: `unfinished` counts
+        completions that reached `max_new_tokens` before a stop token.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        DataError: a row has no prompt, or a prompt does not fit into the context.
     """
-    if output.exists():
-        raise RecipeError(f"--output: {output} exists", hint="choose another file, or remove it")
-    session = open_session(target, overrides, weights=weights, adapters=adapters)
-    voice = session.first
-    questions = read_questions(
-        prompts, voice.encoder, formats=session.formats, is_plain=session.is_plain, system=system
+    model = session.default
+    rows = read_questions(
+        prompts, model.encoder, formats=session.formats, is_plain=session.is_plain, system=system
     )
-    for question in questions:
-        session.refuse_longer(question.prompt)
+    for row in rows:
+        session.check_length(row.prompt)
     started = time.monotonic()
-    progress = Progress("answers", len(questions))
-    found: dict[int, Answer] = {}
-    with session.speaking(voice) as model:
-        for index, one in answers(
-            model,
-            [question.prompt for question in questions],
-            voice.tokenizer,
-            stop_token_ids=voice.stop_token_ids,
-            sampling=sampling,
-            batch_size=batch_size,
-            dtype=session.dtype,
-            device=session.device,
+    progress = Progress("completions", len(rows))
+    found: dict[int, Completion] = {}
+    with session.use(model) as generator:
+        for index, completion in generator.complete(
+            [row.prompt for row in rows], sampling, batch_size=batch_size
         ):
-            found[index] = one
+            found[index] = completion
             progress.add(1)
     lines = [
         {
-            "place": question.prompt.place,
-            "prompt": question.prompt.text,
+            "place": row.prompt.place,
+            "prompt": row.prompt.text,
             "answer": found[index].text,
-            "reference": question.reference,
+            "reference": row.reference,
             "num_tokens": found[index].num_tokens,
             "ended": found[index].ended,
         }
-        for index, question in enumerate(questions)
+        for index, row in enumerate(rows)
     ]
     _write_lines(output, lines)
     return {
         "output": str(output),
-        "model": voice.name,
-        "prompts": len(questions),
+        "model": model.name,
+        "prompts": len(rows),
         "tokens": sum(one.num_tokens for one in found.values()),
         "unfinished": sum(one.ended == "length" for one in found.values()),
         "seconds": round(time.monotonic() - started, 1),

@@ -1,4 +1,4 @@
-"""Talk to a model: at a terminal, or line by line through a pipe."""
+"""Chat with a model: in a terminal, or line by line through a pipe."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from qlora_cli.errors import DataError, QloraError, RecipeError
-from qlora_cli.inference.sampling import Answer, Sampling, stream
-from qlora_cli.inference.session import BASE, InferenceSession, SessionModel, open_session
-from qlora_cli.runs.run_folder import Weights
+from qlora_cli.inference.sampling import Completion, Sampling
+from qlora_cli.inference.session import BASE, InferenceSession, SessionModel
 from qlora_cli.types import Message
 
 HELP = """\
-/swap NAME        let another adapter answer; without a name, list them
-/base             let the base model answer, without any adapter
-/compare [TEXT]   TEXT (or the last message again) to the base and to the one that answers now; the
-                  conversation goes on as if it had not been asked
-/reset            forget the conversation
-/help             this
-/quit             end (as Ctrl-D); Ctrl-C ends an answer
-A message that begins with a slash is written with two."""
+/swap NAME        switch to another adapter; without a name, list them
+/base             switch to the base model, without any adapter
+/compare [TEXT]   send TEXT (or the last message again) to the base and to the current model; the
+                  conversation itself does not change
+/reset            clear the conversation
+/help             show this help
+/quit             end the chat (like Ctrl-D); Ctrl-C ends an answer
+Start a message with two slashes to send one that begins with a slash."""
 
 _MIN_WIDTH = 80
-"""Columns of a terminal from which answers are put side by side."""
+"""Terminal columns from which answers are shown side by side."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How the chat shows itself.
+    """Input and output of a chat.
 
     Attributes:
-        write: puts out answers.
-        note: puts out what is not said by a model.
-        is_strict: an error ends the chat, as a script wants it.
-        width: columns; answers are put side by side in no fewer than 80.
+        write: writes answers.
+        note: writes everything else.
+        is_strict: an error ends the chat, as scripts need.
+        width: terminal columns; from 80 on, answers are shown side by side.
     """
 
     write: Callable[[str], None]
@@ -51,36 +50,36 @@ class ChatSettings:
 
 
 class Chat:
-    """A conversation: what was said, and who answers now."""
+    """A conversation and the model that currently answers."""
 
     def __init__(
         self,
         session: InferenceSession,
         sampling: Sampling,
-        manner: ChatSettings,
+        settings: ChatSettings,
         system: str | None = None,
     ) -> None:
-        self._speaker = session
+        self._session = session
         self._sampling = sampling
-        self._manner = manner
+        self._settings = settings
         system = session.system if system is None else system
-        self._start = [] if system is None else [Message("system", system, train=False)]
-        self._said: list[Message] = []
+        self._system = [] if system is None else [Message("system", system, train=False)]
+        self._history: list[Message] = []
         self._turn = 0
-        self.voice = session.first
+        self.model = session.default
         self._commands: dict[str, Callable[[str], None]] = {
             "/swap": self._swap,
-            "/base": self._to_base,
+            "/base": self._switch_to_base,
             "/compare": self._compare,
             "/reset": self._reset,
-            "/help": lambda _: manner.note(HELP),
+            "/help": lambda _: settings.note(HELP),
         }
 
-    def take(self, line: str) -> bool:
-        """Answer a message or follow a command. False ends the chat.
+    def handle(self, line: str) -> bool:
+        """Answer a message or run a command. Return False to end the chat.
 
         Raises:
-            QloraError: in a strict chat, whatever is wrong.
+            QloraError: in a strict chat, for anything that goes wrong.
             KeyboardInterrupt: in a strict chat.
         """
         line = line.strip()
@@ -89,122 +88,114 @@ class Chat:
             return False
         try:
             if not line.startswith("/") or line.startswith("//"):
-                self._say(line.removeprefix("/") if line.startswith("//") else line)
+                self._send(line.removeprefix("/") if line.startswith("//") else line)
             elif command in self._commands:
                 self._commands[command](rest.strip())
             else:
                 raise RecipeError(f"{command}: no such command", hint="/help lists them")
         except QloraError as error:
-            if self._manner.is_strict:
+            if self._settings.is_strict:
                 raise
-            self._manner.note(f"{error}" + (f" ({error.hint})" if error.hint else ""))
+            self._settings.note(f"{error}" + (f" ({error.hint})" if error.hint else ""))
         return True
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if not text:
             return
         message = Message("user", text, train=False)
-        answer = self._answer(self.voice, [*self._said, message], self._manner.write)
-        # What was cut off before its first word is no answer to go on from.
+        answer = self._answer(self.model, [*self._history, message], self._settings.write)
+        # An answer that was interrupted before its first word does not join the conversation.
         if answer.text:
-            self._said += [message, Message("assistant", answer.text, train=False)]
-        self._put_line(self.voice, text, answer)
-        self._note_end(answer)
+            self._history += [message, Message("assistant", answer.text, train=False)]
+        self._write_json(self.model, text, answer)
+        self._report_end(answer)
 
     def _compare(self, text: str) -> None:
-        last = next((m.content for m in reversed(self._said) if m.role == "user"), "")
-        before = self._said if text else self._said[:-2]
+        last = next((m.content for m in reversed(self._history) if m.role == "user"), "")
+        before = self._history if text else self._history[:-2]
         text = text or last
-        tuned = self._speaker.first if self.voice.name == BASE else self.voice
-        base = self._speaker.voices.get(BASE)
+        tuned = self._session.default if self.model.name == BASE else self.model
+        base = self._session.models.get(BASE)
         if base is None or tuned.name == BASE:
-            reason = "the base's weights were trained" if base is None else "there is no adapter"
+            reason = "all weights were trained" if base is None else "there is no adapter"
             raise RecipeError(f"/compare: only one model is in memory: {reason}")
         if not text:
-            raise RecipeError("/compare: nothing was said yet", hint="/compare TEXT")
+            raise RecipeError("/compare: there is no message yet", hint="/compare TEXT")
         messages = [*before, Message("user", text, train=False)]
-        turn, voices, answers = self._turn, [base, tuned], []
-        for voice in voices:
-            self._turn = turn  # the same draws for both
-            answers.append(self._answer(voice, messages, lambda _: None))
-            self._put_line(voice, text, answers[-1])
-        if not self._manner.as_json:
-            titles = [voice.name for voice in voices]
+        turn, models, answers = self._turn, [base, tuned], []
+        for model in models:
+            self._turn = turn  # both sample with the same seed
+            answers.append(self._answer(model, messages, lambda _: None))
+            self._write_json(model, text, answers[-1])
+        if not self._settings.as_json:
+            titles = [model.name for model in models]
             texts = [answer.text for answer in answers]
-            self._manner.write(beside(titles, texts, self._manner.width) + "\n")
+            self._settings.write(side_by_side(titles, texts, self._settings.width) + "\n")
         for answer in answers:
-            self._note_end(answer)
+            self._report_end(answer)
 
     def _answer(
-        self, voice: SessionModel, messages: Sequence[Message], write: Callable[[str], None]
-    ) -> Answer:
-        prompt = self._speaker.prompt(voice, [*self._start, *messages])
-        sampling, room = self._sampling, self._room(len(prompt.input_ids))
+        self, model: SessionModel, messages: Sequence[Message], write: Callable[[str], None]
+    ) -> Completion:
+        prompt = self._session.prompt(model, [*self._system, *messages])
+        sampling, room = self._sampling, self._remaining_tokens(len(prompt.input_ids))
         if room is not None and room < sampling.max_new_tokens:
             sampling = replace(sampling, max_new_tokens=room)
-        is_streamed = not self._manner.as_json
-        with self._speaker.speaking(voice) as model:
-            answer = stream(
-                model,
-                prompt,
-                voice.tokenizer,
-                stop_token_ids=voice.stop_token_ids,
-                sampling=sampling,
-                turn=self._turn,
-                dtype=self._speaker.dtype,
-                device=self._speaker.device,
-                write=write if is_streamed else lambda _: None,
+        is_streamed = not self._settings.as_json
+        with self._session.use(model) as generator:
+            answer = generator.stream(
+                prompt, sampling, turn=self._turn, write=write if is_streamed else lambda _: None
             )
         self._turn += 1
         if is_streamed:
             write("\n")
         if answer.ended == "length" and sampling.max_new_tokens == room:
-            self._manner.note("the context is full; /reset begins anew")
+            self._settings.note("the context is full; /reset clears the conversation")
         return answer
 
-    def _room(self, length: int) -> int | None:
-        limit = self._speaker.context_length
+    def _remaining_tokens(self, length: int) -> int | None:
+        limit = self._session.context_length
         return None if limit is None else limit - length
 
-    def _put_line(self, voice: SessionModel, text: str, answer: Answer) -> None:
-        if self._manner.as_json:
+    def _write_json(self, model: SessionModel, text: str, answer: Completion) -> None:
+        if self._settings.as_json:
             line = {
-                "model": voice.name,
+                "model": model.name,
                 "message": text,
                 "answer": answer.text,
                 "num_tokens": answer.num_tokens,
                 "ended": answer.ended,
             }
-            self._manner.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._settings.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _note_end(self, answer: Answer) -> None:
-        if answer.ended == "interrupted" and self._manner.is_strict:
+    def _report_end(self, answer: Completion) -> None:
+        if answer.ended == "interrupted" and self._settings.is_strict:
             raise KeyboardInterrupt
         if answer.ended == "length" and answer.num_tokens == self._sampling.max_new_tokens:
-            self._manner.note(f"cut off after {answer.num_tokens} tokens (--max-new-tokens)")
+            self._settings.note(f"cut off after {answer.num_tokens} tokens (--max-new-tokens)")
 
     def _swap(self, name: str) -> None:
-        voices = self._speaker.voices
-        if name and name not in voices:
-            raise RecipeError(f"/swap {name}: there is {', '.join(voices)}")
+        models = self._session.models
+        if name and name not in models:
+            raise RecipeError(f"/swap {name}: no such model; choose from {', '.join(models)}")
         if name:
-            self.voice = voices[name]
-        self._manner.note(
-            ", ".join(f"{one} (answers)" if one == self.voice.name else one for one in voices)
+            self.model = models[name]
+        self._settings.note(
+            ", ".join(f"{one} (current)" if one == self.model.name else one for one in models)
         )
 
-    def _to_base(self, _: str) -> None:
-        if BASE not in self._speaker.voices:
-            raise RecipeError("/base: every weight was trained, so the base is not in memory")
+    def _switch_to_base(self, _: str) -> None:
+        if BASE not in self._session.models:
+            raise RecipeError("/base: all weights were trained, so the base is not in memory")
         self._swap(BASE)
 
     def _reset(self, _: str) -> None:
-        self._said.clear()
-        self._manner.note("forgotten")
+        self._history.clear()
+        self._settings.note("conversation cleared")
 
 
-def beside(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
-    """Texts in columns, if there is room for that; else one below the other."""
+def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
+    """Format texts in columns, or one below the other if the terminal is narrow."""
     if width < _MIN_WIDTH:
         return "\n".join(f"{title}: {text}" for title, text in zip(titles, texts, strict=True))
     each = (width - 3 * (len(texts) - 1)) // len(texts)
@@ -221,36 +212,35 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def chat(
-    target: str,
-    overrides: Sequence[str] = (),
-    *,
-    weights: Weights = "last",
-    adapters: Sequence[str] = (),
-    system: str | None = None,
+    session: InferenceSession,
     sampling: Sampling,
+    *,
+    system: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Talk on standard input and output, until the input or the user ends it.
+    """Chat on standard input and output until the input or the user ends it.
 
     Raises:
-        QloraError: the model cannot be loaded; or, in a pipe, whatever is wrong with a line.
+        QloraError: in a pipe, for anything that is wrong with a line.
     """
     is_terminal = sys.stdin.isatty()
-    session = open_session(target, overrides, weights=weights, adapters=adapters)
-    manner = ChatSettings(
+    settings = ChatSettings(
         write=_write,
         note=lambda text: print(text, file=sys.stderr, flush=True),
         is_strict=not is_terminal,
         as_json=as_json,
         width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 0,
     )
-    talk = Chat(session, sampling, manner, system)
+    conversation = Chat(session, sampling, settings, system)
     if session.is_plain:
-        manner.note("no chat template: each message is continued as it is, without those before it")
+        settings.note("no chat template: each message is continued verbatim, without earlier ones")
     if is_terminal:
-        manner.note(f"{', '.join(session.voices)}; {talk.voice.name} answers. /help, Ctrl-D ends")
-    for line in _typed(manner) if is_terminal else _piped():
-        if not talk.take(line):
+        settings.note(
+            f"models: {', '.join(session.models)}; current: {conversation.model.name}. "
+            "/help lists the commands, Ctrl-D ends the chat"
+        )
+    for line in _read_terminal(settings) if is_terminal else _read_pipe():
+        if not conversation.handle(line):
             return
 
 
@@ -259,7 +249,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _piped() -> Iterator[str]:
+def _read_pipe() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
@@ -268,9 +258,9 @@ def _piped() -> Iterator[str]:
         raise DataError(f"standard input: not UTF-8: {error}") from error
 
 
-def _typed(manner: ChatSettings) -> Iterator[str]:
-    """What is typed, line by line, until Ctrl-D."""
-    # Importing it is all: input() then lets lines be edited and called back. Windows has none.
+def _read_terminal(settings: ChatSettings) -> Iterator[str]:
+    """Yield typed lines until Ctrl-D."""
+    # Importing readline gives input() line editing and a history. Windows has no such module.
     with suppress(ImportError):
         import readline  # noqa: F401
     while True:
@@ -278,7 +268,7 @@ def _typed(manner: ChatSettings) -> Iterator[str]:
             # A terminal may send bytes that are not UTF-8.
             yield input("> ").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         except EOFError:
-            manner.note("")
+            settings.note("")
             return
         except KeyboardInterrupt:
-            manner.note("\n(Ctrl-D or /quit ends the chat)")
+            settings.note("\n(Ctrl-D or /quit ends the chat)")

@@ -1,4 +1,4 @@
-"""Generate answers: greedy or sampled, in batches or streamed."""
+"""Generate completions: greedy or sampled, in batches or streamed."""
 
 from __future__ import annotations
 
@@ -28,114 +28,128 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """0 takes the likeliest token each time; 1 draws from what the model says."""
+    """0 takes the most likely token (greedy decoding); 1 samples from the model's distribution."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     top_k: int = 0
-    """Draw among so many of the likeliest tokens; 0 is all."""
+    """Sample from the K most likely tokens (0 = all)."""
     max_new_tokens: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise RecipeError(
-                "--top-p and --top-k choose among what may be drawn, and nothing is drawn at "
-                "temperature 0",
+                "--top-p and --top-k have no effect at temperature 0, where the most likely token "
+                "is always taken",
                 hint="give a --temperature, such as 0.7",
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model wrote."""
+class Completion:
+    """Text that a model generated for a prompt."""
 
     text: str
     """Without special tokens."""
     num_tokens: int
-    """The stop token not counted."""
+    """Generated tokens; the stop token is not counted."""
     ended: Literal["stop", "length", "interrupted"]
-    """By a stop token, by the number of tokens allowed, or by the user."""
+    """By a stop token, by `max_new_tokens`, or by the user."""
 
 
-@torch.no_grad()
-def answers(
-    model: Any,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    stop_token_ids: Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Iterator[tuple[int, Answer]]:
-    """Which prompt, and its answer; batch by batch, the longest prompts first.
+@dataclass(frozen=True, slots=True)
+class TextGenerator:
+    """A loaded model, and what it takes to generate text with it."""
 
-    What is drawn for a prompt depends on the seed and the prompt's place among all of them, and not
-    on its companions in the batch.
-    """
-    was_training = model.training
-    model.eval()
-    with _rows_without_gaps(model):
-        for batch in prompt_batches(
-            prompts, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
-        ):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                output = model.generate(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=batch.attention_mask.to(device),
-                    generation_config=_config(sampling, stop_token_ids, tokenizer),
-                    logits_processor=_draws(sampling, batch.indices),
-                )  # (B, T + new)
-            new = output[:, batch.input_ids.shape[1] :].tolist()
-            for index, ids in zip(batch.indices, new, strict=True):
-                yield index, _read(ids, tokenizer, stop_token_ids)
-    model.train(was_training)
+    model: Any
+    tokenizer: PreTrainedTokenizerFast
+    stop_token_ids: Sequence[int]
+    dtype: torch.dtype
+    """Autocast dtype; float32 turns autocast off."""
+    device: torch.device
 
+    @torch.no_grad()
+    def complete(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (index of the prompt, completion), batch by batch, longest prompts first.
 
-@torch.no_grad()
-def stream(
-    model: Any,
-    prompt: Prompt,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    stop_token_ids: Sequence[int],
-    sampling: Sampling,
-    turn: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    write: Callable[[str], None],
-) -> Answer:
-    """One answer, written piece by piece as it comes. Ctrl-C ends it and keeps what was said.
+        Each prompt samples with its own generator, seeded by `sampling.seed` and the prompt's
+        index, so its completion does not depend on the other prompts in its batch.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        with _contiguous_head_inputs(self.model):
+            for batch in prompt_batches(
+                prompts, batch_size=batch_size, pad_token_id=self.tokenizer.pad_token_id
+            ):
+                with self._autocast():
+                    output = self.model.generate(
+                        input_ids=batch.input_ids.to(self.device),
+                        attention_mask=batch.attention_mask.to(self.device),
+                        generation_config=self._generation_config(sampling),
+                        logits_processor=_logits_processors(sampling, batch.indices),
+                    )  # (B, T + new)
+                new = output[:, batch.input_ids.shape[1] :].tolist()
+                for index, ids in zip(batch.indices, new, strict=True):
+                    yield index, self._completion(ids)
+        self.model.train(was_training)
 
-    Args:
-        turn: number of the answer; with the seed it fixes what is drawn.
-    """
-    pieces = _Pieces(tokenizer, stop_token_ids, write)
-    input_ids = torch.tensor([prompt.input_ids], device=device)
-    try:
-        with (
-            _rows_without_gaps(model),
-            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        ):
-            model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=_config(sampling, stop_token_ids, tokenizer),
-                logits_processor=_draws(sampling, [turn]),
-                streamer=pieces,
-            )
-    except KeyboardInterrupt:
-        pieces.end()
-        return replace(_read(pieces.ids, tokenizer, stop_token_ids), ended="interrupted")
-    return _read(pieces.ids, tokenizer, stop_token_ids)
+    @torch.no_grad()
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, *, turn: int, write: Callable[[str], None]
+    ) -> Completion:
+        """Generate one completion and write it while it grows. Ctrl-C ends it and keeps its text.
+
+        Args:
+            turn: number of the completion in the conversation; it seeds the sampling together with
+                `sampling.seed`.
+        """
+        streamer = TextStream(self.tokenizer, self.stop_token_ids, write)
+        input_ids = torch.tensor([prompt.input_ids], device=self.device)  # (1, T)
+        try:
+            with _contiguous_head_inputs(self.model), self._autocast():
+                self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    generation_config=self._generation_config(sampling),
+                    logits_processor=_logits_processors(sampling, [turn]),
+                    streamer=streamer,
+                )
+        except KeyboardInterrupt:
+            streamer.end()
+            return replace(self._completion(streamer.ids), ended="interrupted")
+        return self._completion(streamer.ids)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _generation_config(self, sampling: Sampling) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            # `GumbelSampler` samples, if anything does.
+            do_sample=False,
+            num_beams=1,
+            # transformers fills settings left out here from the model's own generation config.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_length=0,
+            eos_token_id=list(self.stop_token_ids),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def _completion(self, ids: Sequence[int]) -> Completion:
+        return _to_completion(ids, self.tokenizer, self.stop_token_ids)
 
 
 @contextmanager
-def _rows_without_gaps(model: Any) -> Iterator[None]:
-    """Generation gives the head the last position of each row, a view with gaps between the rows.
+def _contiguous_head_inputs(model: Any) -> Iterator[None]:
+    """Make the input of the language model head contiguous.
 
-    torch multiplies such a view in bfloat16 on a CPU by a copy of the weights for each row.
+    `generate` gives the head the last position of each row, a view with gaps between the rows. For
+    such a view in bfloat16 on a CPU, torch copies the head's weights once per row.
     """
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -145,36 +159,23 @@ def _rows_without_gaps(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _config(
-    sampling: Sampling, stop_token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast
-) -> Any:
-    from transformers import GenerationConfig
+def _logits_processors(sampling: Sampling, indices: Sequence[int]) -> Any:
+    from transformers import LogitsProcessorList
 
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        # Drawn by `_Draws`, if at all.
-        do_sample=False,
-        num_beams=1,
-        # What is not said here, transformers takes from the model's own generation config.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        eos_token_id=list(stop_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
+    return LogitsProcessorList(
+        [GumbelSampler(sampling, indices)] if sampling.temperature > 0 else []
     )
 
 
-def _draws(sampling: Sampling, indices: Sequence[int]) -> Any:
-    from transformers import LogitsProcessorList
+class GumbelSampler:
+    """Sample the next token of each row with a generator of that row.
 
-    return LogitsProcessorList([_Draws(sampling, indices)] if sampling.temperature > 0 else [])
+    The argmax of logits plus Gumbel noise is a sample from their softmax (Gumbel 1954). After this
+    logits processor a greedy choice is therefore a sample, and one that does not depend on the
+    other rows of the batch.
 
-
-class _Draws:
-    """Draws the next token of each row by a generator of the row's own.
-
-    The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954), so a greedy
-    choice after this is a draw: one that no companion in the batch has a part in.
+    Args:
+        indices: seed of each row, together with `sampling.seed`.
     """
 
     def __init__(self, sampling: Sampling, indices: Sequence[int]) -> None:
@@ -190,35 +191,37 @@ class _Draws:
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._generators = [
-            torch.Generator().manual_seed(_seed_of(sampling.seed, index)) for index in indices
+            torch.Generator().manual_seed(_row_seed(sampling.seed, index)) for index in indices
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()  # (B, V)
         for warper in self._warpers:
             scores = warper(input_ids, scores)
-        waits = torch.stack(
+        # -log of an exponential variable is Gumbel noise.
+        exponential = torch.stack(
             [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self._generators]
         )
-        return scores - waits.clamp_min(torch.finfo(waits.dtype).tiny).log().to(scores.device)
+        smallest = torch.finfo(exponential.dtype).tiny
+        return scores - exponential.clamp_min(smallest).log().to(scores.device)
 
 
-def _seed_of(seed: int, index: int) -> int:
+def _row_seed(seed: int, index: int) -> int:
     return int(hash_text(f"{seed} {index}")[:14], 16)
 
 
-def _read(
+def _to_completion(
     ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, stop_token_ids: Sequence[int]
-) -> Answer:
-    """The answer in what was generated; after a stop token comes padding."""
+) -> Completion:
+    """Decode generated tokens up to the stop token; padding follows it."""
     stops = set(stop_token_ids)
     length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text = str(tokenizer.decode(list(ids[:length]), skip_special_tokens=True))
-    return Answer(text, length, "stop" if length < len(ids) else "length")
+    return Completion(text, length, "stop" if length < len(ids) else "length")
 
 
-class _Pieces:
-    """What generation gives its tokens to: writes the text that they add."""
+class TextStream:
+    """A streamer for transformers' `generate` that writes the text which new tokens add."""
 
     def __init__(
         self,
@@ -234,25 +237,25 @@ class _Pieces:
         self.ids: list[int] = []
 
     def put(self, tokens: Tensor) -> None:
-        """New tokens; the first call brings the prompt."""
+        """Take new tokens. The first call brings the prompt, which is not written."""
         if not self._has_prompt:
             self._has_prompt = True
             return
         self.ids += tokens.flatten().tolist()
         text = self._text()
-        # The bytes of one character may be in several tokens; what is shown cannot be taken back.
+        # One character may span several tokens, and written text cannot be taken back.
         if not text.endswith("\ufffd"):
             self._flush(text)
 
     def end(self) -> None:
-        """No more tokens."""
+        """Write the rest of the text."""
         self._flush(self._text())
 
     def _text(self) -> str:
-        # A stop token need not be a special one.
-        return _read(self.ids, self._tokenizer, self._stop_token_ids).text
+        # A stop token need not be a special token.
+        return _to_completion(self.ids, self._tokenizer, self._stop_token_ids).text
 
     def _flush(self, text: str) -> None:
         if len(text) > self._written:
-            piece, self._written = text[self._written :], len(text)
-            self._write(piece)  # Ctrl-C may come here, and what was written is not to come twice
+            new, self._written = text[self._written :], len(text)
+            self._write(new)  # after the count: Ctrl-C in here must not write the text twice

@@ -1,4 +1,4 @@
-"""Reports of batch generation as text."""
+"""Report of batch generation as text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def generate_text(report: Mapping[str, Any]) -> str:
-    """What was answered (`report` as `generate` returns it)."""
+    """Summarize a `generate` report in one line."""
     cut = report["unfinished"]
     return (
-        f"{report['output']}: {report['prompts']} answers of {report['model']}, "
+        f"{report['output']}: {report['prompts']} answers by {report['model']}, "
         f"{report['tokens']:,} tokens in {report['seconds']:.1f} s"
         + (f"; {cut} were cut off (--max-new-tokens)" if cut else "")
     )

@@ -110,8 +110,8 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
     quiet_libraries()
     places = AdapterFolder.find(first), AdapterFolder.find(second)
     (config, _, mine), (other_config, _, other) = map(read_lora, places)
-    refuse_two_bases(places)
-    refuse_two_shapes(places, [mine, other])
+    check_same_base(places)
+    check_same_shapes(places, [mine, other])
     shared = [name for name in mine if name in other]
     rows = [_compare(name, mine[name], other[name]) for name in shared]
     dots = math.fsum(mine[name].dot(other[name]) for name in shared)
@@ -124,9 +124,9 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
         "first": str(first),
         "second": str(second),
         "settings": _changed(config.to_dict(), other_config.to_dict()),
-        "cosine": over(dots, norms[0] * norms[1]),
-        "norm_ratio": over(norms[1], norms[0]),
-        "distance": over(distance, norms[0]),
+        "cosine": ratio(dots, norms[0] * norms[1]),
+        "norm_ratio": ratio(norms[1], norms[0]),
+        "distance": ratio(distance, norms[0]),
         "modules": rows,
         "only_first": [name for name in mine if name not in other],
         "only_second": [name for name in other if name not in mine],
@@ -200,13 +200,13 @@ def _compare(name: str, one: Update, other: Update) -> dict[str, Any]:
     norms = one.norm(), other.norm()
     return {
         "name": name,
-        "cosine": over(one.dot(other), norms[0] * norms[1]),
-        "norm_ratio": over(norms[1], norms[0]),
-        "distance": over(one.distance(other), norms[0]),
+        "cosine": ratio(one.dot(other), norms[0] * norms[1]),
+        "norm_ratio": ratio(norms[1], norms[0]),
+        "distance": ratio(one.distance(other), norms[0]),
     }
 
 
-def over(value: float, by: float) -> float | None:
+def ratio(value: float, by: float) -> float | None:
     """A quotient; None where there is none."""
     return value / by if by else None
 
@@ -221,7 +221,7 @@ def _changed(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def refuse_two_bases(places: Sequence[AdapterFolder]) -> None:
+def check_same_base(places: Sequence[AdapterFolder]) -> None:
     """Raises ModelError if it is known that the adapters were trained on different weights."""
     known = [(place, one) for place in places if (one := place.base_identity()) is not None]
     for place, one in known[1:]:
@@ -237,7 +237,7 @@ def refuse_two_bases(places: Sequence[AdapterFolder]) -> None:
         log.warning("the adapters name different bases (%s); are they the same weights?", names)
 
 
-def refuse_two_shapes(
+def check_same_shapes(
     places: Sequence[AdapterFolder], updates: Sequence[dict[str, Update]]
 ) -> None:
     """Raises ModelError if the adapters change weights of one name and different shapes."""

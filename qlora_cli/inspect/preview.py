@@ -17,7 +17,7 @@ from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inspect.preview_html import preview_page
-from qlora_cli.inspect.preview_model import SideView, SourceView, make_sample
+from qlora_cli.inspect.preview_model import SourceView, SplitView, make_sample
 from qlora_cli.inspect.preview_text import preview_text
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Example
@@ -39,19 +39,19 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     quiet_libraries()
     data = recipe.data
     sources = {"train": data.train_sources, "evaluation": data.evaluation_sources}
-    names = {side: _names(side, len(some)) for side, some in sources.items() if some}
-    known = dict.fromkeys([*names, *(name for side in names.values() for name in side)])
+    names = {split: _names(split, len(some)) for split, some in sources.items() if some}
+    known = dict.fromkeys([*names, *(name for split in names.values() for name in split)])
     if source is not None and source not in known:
         raise RecipeError(f"--source: found {source}; it takes {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    crossed: list[TooManyLost] = []
+    lost_errors: list[TooManyLost] = []
 
     def read(name: str, some: list[Source]) -> PreparedData:
         try:
             return read_data(name, data, some, tokenizer, use_cache=use_cache)
         except TooManyLost as error:
             # Shown all the same, to see why; where nothing at all is left, this raises again.
-            crossed.append(error)
+            lost_errors.append(error)
             tolerant = data.model_copy(update={"max_lost": 1.0})
             return read_data(name, tolerant, some, tokenizer, use_cache=use_cache)
 
@@ -60,15 +60,15 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     if found := sources["evaluation"]:
         held_out = read("evaluation", found)
     audited = audit_data(data, learnt, held_out, tokenizer)
-    sides = [
-        _Side(side, names[side], sources[side], result)
-        for side, result in zip(names, audited, strict=True)
+    splits = [
+        _Split(split, names[split], sources[split], result)
+        for split, result in zip(names, audited, strict=True)
     ]
-    return Preview(recipe, tokenizer, sides, source, crossed)
+    return Preview(recipe, tokenizer, splits, source, lost_errors)
 
 
-def _names(side: str, num_sources: int) -> list[str]:
-    return [side] if num_sources == 1 else [f"{side}.{i}" for i in range(num_sources)]
+def _names(split: str, num_sources: int) -> list[str]:
+    return [split] if num_sources == 1 else [f"{split}.{i}" for i in range(num_sources)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ class Preview:
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerFast
-    sides: list[_Side]
+    splits: list[_Split]
     """Training, then evaluation."""
     source: str | None
     """The one source or side whose rows are shown."""
-    crossed: list[TooManyLost]
+    lost_errors: list[TooManyLost]
     """Where more is lost than `data.max_lost` allows."""
 
     def text(self, num_samples: int, *, colour: bool) -> str:
@@ -102,11 +102,11 @@ class Preview:
         Args:
             num_rows: of each source; None gives all.
         """
-        for side in self.sides:
-            for source in range(len(side.names)):
-                for row in self._rows(side, source, num_rows):
+        for split in self.splits:
+            for source in range(len(split.names)):
+                for row in self._rows(split, source, num_rows):
                     yield {
-                        "source": side.names[source],
+                        "source": split.names[source],
                         "row": row.place,
                         **({"answer": row.answer} if row.answer else {}),
                         "input_ids": row.example.input_ids,
@@ -116,22 +116,22 @@ class Preview:
 
     def check(self) -> None:
         """Raises DataError if `qlora train` would stop at `data.max_lost` or `data.audit`."""
-        for error in self.crossed:
+        for error in self.lost_errors:
             raise error
-        check_limits(self.recipe.data, [side.audited for side in self.sides])
+        check_limits(self.recipe.data, [split.audited for split in self.splits])
 
-    def _rows(self, side: _Side, source: int, num_rows: int | None) -> Iterator[_Row]:
+    def _rows(self, split: _Split, source: int, num_rows: int | None) -> Iterator[_PreviewRow]:
         """The first rows of a source, if it is one to be shown; of a preference, both answers."""
-        if self.source is not None and self.source not in (side.name, side.names[source]):
+        if self.source is not None and self.source not in (split.name, split.names[source]):
             return
-        examples = side.audited.prepared.examples
-        indices = side.audited.scan.first_rows(source, num_rows)
+        examples = split.audited.prepared.examples
+        indices = split.audited.scan.first_rows(source, num_rows)
         places = [examples.place(i) for i in indices]
-        rejected = self._rejected(side.sources[source], places)
+        rejected = self._rejected(split.sources[source], places)
         for i, place in zip(indices, places, strict=True):
-            yield _Row(place, examples[i], "chosen" if place in rejected else None)
+            yield _PreviewRow(place, examples[i], "chosen" if place in rejected else None)
             if place in rejected:
-                yield _Row(place, rejected[place], "rejected")
+                yield _PreviewRow(place, rejected[place], "rejected")
 
     def _rejected(self, source: Source, places: list[str]) -> dict[str, Example]:
         """Of preferences: the answer that was not chosen, by the place of its row."""
@@ -152,12 +152,12 @@ class Preview:
                 found.update((row.place, example) for example in encoded.examples)
         return found
 
-    def views(self, num_samples: int) -> list[SideView]:
+    def views(self, num_samples: int) -> list[SplitView]:
         """Figures and findings of each side, and the first rows of each source."""
-        return [self._view(side, num_samples) for side in self.sides]
+        return [self._view(split, num_samples) for split in self.splits]
 
-    def _view(self, side: _Side, num_samples: int) -> SideView:
-        audited, tokenizer = side.audited, self.tokenizer
+    def _view(self, split: _Split, num_samples: int) -> SplitView:
+        audited, tokenizer = split.audited, self.tokenizer
         prepared = audited.prepared
         sources = [
             SourceView(
@@ -171,20 +171,20 @@ class Preview:
                 figures=audited.audit.sources[i],
                 samples=[
                     make_sample(row.example, row.place, tokenizer, row.answer)
-                    for row in self._rows(side, i, num_samples)
+                    for row in self._rows(split, i, num_samples)
                 ],
             )
-            for i, name in enumerate(side.names)
+            for i, name in enumerate(split.names)
         ]
         stops = [
             (str(tokenizer.convert_ids_to_tokens(token_id)), count)
             for token_id, count in audited.audit.ends.items()
         ]
-        return SideView(audited.name, audited.audit, stops, audited.findings, sources)
+        return SplitView(audited.name, audited.audit, stops, audited.findings, sources)
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _PreviewRow:
     place: str
     example: Example
     answer: str | None
@@ -192,7 +192,7 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class _Split:
     name: str
     names: list[str]
     """Of its sources, as they stand in the recipe."""

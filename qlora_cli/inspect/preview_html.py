@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qlora_cli.common.html import page, render, template
 from qlora_cli.data.sources import counted
-from qlora_cli.inspect.preview_model import SideView
+from qlora_cli.inspect.preview_model import SplitView
 from qlora_cli.inspect.preview_text import visible
 
 _STYLE = """\
@@ -21,16 +21,16 @@ pre { color: var(--quiet); }
 _BODY = template("""\
 <p><span class="learnt">learnt</span>, not learnt, <span class="special">special token</span>, \
 ⏎ line break</p>
-{% for side in sides %}
-{% set total = side.audit.total %}
-<h2>{{ side.name }}: {{ counted(total.num_rows, "row") }}</h2>
+{% for split in splits %}
+{% set total = split.audit.total %}
+<h2>{{ split.name }}: {{ counted(total.num_rows, "row") }}</h2>
 <p>Lengths {{ total.shortest|comma }} to {{ total.longest|comma }} tokens, median \
 {{ total.median|comma }}; {{ total.num_tokens|comma }} tokens, \
 {{ total.supervised_share|percent }} learnt.</p>
 <h3>Lengths</h3>
 <table>
-{% set most = side.audit.bars|map(attribute="num_rows")|max %}
-{% for bar in side.audit.bars %}
+{% set most = split.audit.bars|map(attribute="num_rows")|max %}
+{% for bar in split.audit.bars %}
 <tr><td class="number">{{ bar.first|comma }} to {{ bar.last|comma }}</td>
 <td class="bars"><div class="bar" style="width: {{ (bar.num_rows / most)|percent }}"></div></td>
 <td class="number">{{ bar.num_rows|comma }}</td></tr>
@@ -38,20 +38,20 @@ _BODY = template("""\
 </table>
 <h3>Checks</h3>
 <table>
-{% for finding in side.findings %}
+{% for finding in split.findings %}
 <tr{% if finding.count %} class="suspect"{% endif %}><td>{{ finding.what }}</td>\
 <td>{{ finding.found }}\
 {% for name in finding.named %}<br/>{{ name }}{% endfor %}</td></tr>
 {% endfor %}
 <tr><td>learnt turns</td><td>{{ total.num_turns|comma }}, ended by \
-{% for token, count in side.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\
+{% for token, count in split.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\
 {% else %}nothing{% endfor %}</td></tr>
 </table>
 <h3>Sources</h3>
 <div class="wide"><table>
 <tr><th>source</th><th>rows</th><th>bad</th><th>dropped</th><th>cut</th><th>tokens</th>\
 <th>learnt</th></tr>
-{% for source in side.sources %}
+{% for source in split.sources %}
 <tr><td>{{ source.name }}: {{ source.path }}</td>
 {% for number in (source.num_read, source.num_bad, source.num_dropped, source.num_cut,
                   source.figures.num_tokens) %}
@@ -60,7 +60,7 @@ _BODY = template("""\
 <td class="number">{{ source.figures.supervised_share|percent }}</td></tr>
 {% endfor %}
 </table></div>
-{% for source in side.sources %}
+{% for source in split.sources %}
 <h3>{{ source.name }}: {{ source.path }}</h3>
 {% if source.ignored %}
 <p>Not read in messages: {{ source.ignored }}</p>
@@ -68,16 +68,16 @@ _BODY = template("""\
 {% for sample in source.samples %}
 <p>{{ sample.place }}{% if sample.answer %}, {{ sample.answer }}{% endif %}: \
 {{ sample.num_tokens|comma }} tokens, {{ sample.num_supervised|comma }} learnt</p>
-<pre>{% for piece in sample.pieces %}{% set kinds = ["learnt"] * piece.is_learnt + \
-["special"] * piece.is_special %}{% if kinds %}<span class="{{ kinds|join(" ") }}">\
-{{ visible(piece.text) }}</span>{% else %}{{ visible(piece.text) }}{% endif %}{% endfor %}</pre>
+<pre>{% for span in sample.spans %}{% set kinds = ["learnt"] * span.is_supervised + \
+["special"] * span.is_special %}{% if kinds %}<span class="{{ kinds|join(" ") }}">\
+{{ visible(span.text) }}</span>{% else %}{{ visible(span.text) }}{% endif %}{% endfor %}</pre>
 {% endfor %}
 {% endfor %}
 {% endfor %}
 """)
 
 
-def preview_page(sides: Sequence[SideView], *, title: str) -> str:
+def preview_page(splits: Sequence[SplitView], *, title: str) -> str:
     """Return the samples, figures and findings as a page."""
-    body = render(_BODY, sides=sides, counted=counted, visible=visible)
+    body = render(_BODY, splits=splits, counted=counted, visible=visible)
     return page(title, body, style=_STYLE)

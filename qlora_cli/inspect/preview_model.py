@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextSpan:
     """Neighbouring tokens of one kind, as text. A special token is a piece of its own."""
 
     text: str
-    is_learnt: bool
+    is_supervised: bool
     is_special: bool
 
 
@@ -30,7 +30,7 @@ class Sample:
     place: str
     num_tokens: int
     num_supervised: int
-    pieces: list[Piece]
+    spans: list[TextSpan]
     answer: str | None = None
     """Of a preference: which of the two answers this is."""
 
@@ -57,7 +57,7 @@ class SourceView:
 
 
 @dataclass(frozen=True, slots=True)
-class SideView:
+class SplitView:
     """What is learnt, or what is held out."""
 
     name: str
@@ -76,24 +76,24 @@ def make_sample(
         place=place,
         num_tokens=len(example.input_ids),
         num_supervised=example.num_supervised,
-        pieces=_pieces(example, tokenizer),
+        spans=_spans(example, tokenizer),
         answer=answer,
     )
 
 
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[Piece]:
+def _spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[TextSpan]:
     added = tokenizer.added_tokens_decoder
     ids = example.input_ids
 
     def kind(i: int) -> tuple[bool, int | None]:
         return example.labels[i] != IGNORE_INDEX, i if ids[i] in added else None
 
-    pieces = []
-    for (is_learnt, special), group in groupby(range(len(ids)), kind):
+    spans = []
+    for (is_supervised, special), group in groupby(range(len(ids)), kind):
         places = list(group)
         text = _decode(ids, places[0], places[-1] + 1, tokenizer)
-        pieces.append(Piece(text, is_learnt, special is not None))
-    return pieces
+        spans.append(TextSpan(text, is_supervised, special is not None))
+    return spans
 
 
 def _decode(ids: list[int], first: int, after: int, tokenizer: PreTrainedTokenizerFast) -> str:

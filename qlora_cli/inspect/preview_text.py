@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from qlora_cli.data.prepared.statistics import LengthBar
 from qlora_cli.data.sources import counted
-from qlora_cli.inspect.preview_model import Sample, SideView, SourceView
+from qlora_cli.inspect.preview_model import Sample, SourceView, SplitView
 
 _OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
 _MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
@@ -16,17 +16,17 @@ _LEARNT, _MASKED, _BOLD, _WARN, _OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[3
 _LEARNT_SPECIAL, _MASKED_SPECIAL = "\x1b[1;7;32m", "\x1b[2;7m"
 
 
-def preview_text(sides: Sequence[SideView], *, colour: bool) -> str:
+def preview_text(splits: Sequence[SplitView], *, colour: bool) -> str:
     """Samples, figures and findings.
 
     Args:
         colour: tell learnt tokens from the others by colour, and not by marks.
     """
     lines = [_legend(colour)]
-    for side in sides:
-        for source in side.sources:
+    for split in splits:
+        for source in split.sources:
             lines += ["", *_source(source, colour)]
-        lines += ["", *_side(side, colour)]
+        lines += ["", *_side(split, colour)]
     return "\n".join(lines)
 
 
@@ -65,17 +65,17 @@ def _title(sample: Sample) -> str:
 def _draw(sample: Sample, colour: bool) -> str:
     """The pieces, with a line break after each mark of one."""
     drawn, was_learnt = "", False
-    for piece in sample.pieces:
-        text = visible(piece.text, _BREAK if colour else _MARKS)
+    for span in sample.spans:
+        text = visible(span.text, _BREAK if colour else _MARKS)
         if colour:
-            style = _STYLES[piece.is_learnt, piece.is_special]
+            style = _STYLES[span.is_supervised, span.is_special]
             # A style ends with its line: pagers forget it there.
             drawn += "\n".join(f"{style}{line}{_OFF}" if line else "" for line in text.split("\n"))
             continue
-        if piece.is_learnt != was_learnt:
-            drawn += _OPEN if piece.is_learnt else _CLOSE
-        drawn += f"{_SPECIAL}{text}" if piece.is_special else text
-        was_learnt = piece.is_learnt
+        if span.is_supervised != was_learnt:
+            drawn += _OPEN if span.is_supervised else _CLOSE
+        drawn += f"{_SPECIAL}{text}" if span.is_special else text
+        was_learnt = span.is_supervised
     return drawn + (_CLOSE if was_learnt else "")
 
 
@@ -104,18 +104,18 @@ def _visible(character: str, marks: str) -> str:
     return character
 
 
-def _side(side: SideView, colour: bool) -> Iterator[str]:
-    total = side.audit.total
-    yield _heading(f"{side.name}: {counted(total.num_rows, 'row')}", colour)
+def _side(split: SplitView, colour: bool) -> Iterator[str]:
+    total = split.audit.total
+    yield _heading(f"{split.name}: {counted(total.num_rows, 'row')}", colour)
     yield (
         f"lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
         f"{total.num_tokens:,} tokens, {total.supervised_share:.1%} learnt"
     )
-    yield from _histogram(side.audit.bars)
-    stops = ", ".join(f"{token} {count:,}" for token, count in side.stops)
+    yield from _histogram(split.audit.bars)
+    stops = ", ".join(f"{token} {count:,}" for token, count in split.stops)
     yield f"learnt turns: {total.num_turns:,}, ended by {stops or 'nothing'}"
-    width = max(len(finding.what) for finding in side.findings)
-    for finding in side.findings:
+    width = max(len(finding.what) for finding in split.findings)
+    for finding in split.findings:
         line = f"{finding.what:<{width}}  {finding.found}"
         yield f"{_WARN}{line}{_OFF}" if colour and finding.count else line
         yield from (f"  {name}" for name in finding.named)

@@ -13,7 +13,7 @@ from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.models.identity import identify
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import take_fingerprint
-from qlora_cli.tasks.task import TaskPrompts, read_tasks
+from qlora_cli.tasks.task import TaskItems, read_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ class RecipeData:
 class RunData(RecipeData):
     """Everything that a run reads, checked."""
 
-    tasks: TaskPrompts
+    tasks: TaskItems
     """The tasks that are asked during training, with their questions."""
     audit: dict[str, dict[str, Any]]
     """Figures about the training and the evaluation rows, for the record."""

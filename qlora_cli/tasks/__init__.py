@@ -1,4 +1,4 @@
-"""Evaluation tasks. To add one: a file here, and its class in the union."""
+"""Evaluation tasks. To add one, write a module here and add its class to the union."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tasks share that let a model choose: of the options, it takes the likeliest."""
+"""Base of tasks in which the model chooses the most likely of several options."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A question with its options."""
+class ChoiceItem:
+    """A question and its options."""
 
     place: str
     prompt: str
     options: list[str]
     answer: int
-    """Which of the options is right."""
+    """Index of the correct option."""
     examples: list[Example]
-    """For each option: the prompt, and its tokens, which are supervised."""
+    """One per option: the tokens of the prompt and of the option; the option's are supervised."""
 
 
 class ChoiceTask(Task):
-    """A task whose questions have options."""
+    """A task whose items have options."""
 
-    def examine(self, model: Scorer, questions: Sequence[Choice]) -> list[Outcome]:
-        found = iter(model.log_likelihoods([e for q in questions for e in q.examples]))
+    def evaluate(self, scorer: Scorer, items: Sequence[ChoiceItem]) -> list[Outcome]:
+        found = iter(scorer.log_likelihoods([e for q in items for e in q.examples]))
         outcomes = []
-        for question in questions:
-            log_p = [next(found) for _ in question.options]
-            chosen = question.options[log_p.index(max(log_p))]
-            right = question.options[question.answer]
-            values = self.values(question, log_p)
-            outcomes.append(Outcome(question.place, question.prompt, right, chosen, values))
+        for item in items:
+            log_p = [next(found) for _ in item.options]
+            chosen = item.options[log_p.index(max(log_p))]
+            right = item.options[item.answer]
+            values = self.values(item, log_p)
+            outcomes.append(Outcome(item.place, item.prompt, right, chosen, values))
         return outcomes
 
     @abstractmethod
-    def values(self, question: Choice, log_p: list[float]) -> dict[str, float]:
-        """What is counted, given the log-likelihood of each option in nats."""
+    def values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
+        """Return the values of an item, given the log-likelihood of each option in nats."""
 
 
 def encode_choice(
@@ -57,46 +57,45 @@ def encode_choice(
     options: list[str],
     answer: int,
     place: str,
-    *,
-    separator: str = "",
-) -> Choice:
-    """The tokens of each option after what comes before, as in training but without their end.
+) -> ChoiceItem:
+    """Encode each option after the prompt, as in training but without the end of the turn.
 
     Args:
-        turn: whose content an option takes the place of.
-        separator: what precedes each option in it.
+        before: the turns of the prompt.
+        turn: the turn to complete; each option is appended to its content.
+        answer: index of the correct option.
 
     Raises:
-        DataError: it cannot be told exactly which tokens an option has.
+        DataError: the tokens of an option are ambiguous.
     """
     examples = []
     for option in options:
-        answered = replace(turn, content=separator + option)
-        encoded = encoder.encode([*before, answered], max_length=sys.maxsize)
+        completed = replace(turn, content=turn.content + option)
+        encoded = encoder.encode([*before, completed], max_length=sys.maxsize)
         if encoded.lost is not None:
             raise DataError(encoded.lost)
         examples.append(_without_end(encoded.example, encoded.turn_ends[-1].token_id))
     first = examples[0]
     start = next(i for i, label in enumerate(first.labels) if label != IGNORE_INDEX)
     prompt = str(tokenizer.decode(first.input_ids[:start]))
-    return Choice(place, prompt, options, answer, examples)
+    return ChoiceItem(place, prompt, options, answer, examples)
 
 
 def _without_end(example: Example, end: int | None) -> Example:
-    """Up to the last token of the option; the same end after each would tell nothing of them."""
+    """Cut the end of the turn, which is the same for every option."""
     last = max(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
     stop = last + 1 if end is None else last
     return Example(example.input_ids[:stop], example.labels[:stop])
 
 
-def asked(conversation: Conversation) -> tuple[list[Message], Message]:
-    """What precedes the last learnt turn of a row, and that turn.
+def split_at_answer(conversation: Conversation) -> tuple[list[Message], Message]:
+    """Split a conversation into its prompt and its last supervised turn.
 
     Raises:
-        DataError: nothing precedes it.
+        DataError: there is no prompt.
     """
     messages = conversation.messages
     last = max((i for i, message in enumerate(messages) if message.train), default=0)
     if last == 0:
-        raise DataError("nothing precedes the answer, so nothing is asked")
+        raise DataError("the row has no prompt: nothing precedes its answer")
     return [replace(message, train=False) for message in messages[:last]], messages[last]

@@ -1,4 +1,4 @@
-"""Character n-grams that the generated answer shares with the reference, by sacrebleu."""
+"""chrF: character n-gram overlap of the generated answer with the reference, by sacrebleu."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.tasks.task import Measure, Values, WrittenTask
+from qlora_cli.tasks.task import GenerationTask, Measure, Values
 
 if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
 _CHARACTERS = 6
-"""Longest n-gram."""
+"""Longest character n-gram."""
 _BETA = 2
-"""Weight of recall against precision."""
+"""Weight of recall relative to precision."""
 
 
-class ChrF(WrittenTask):
-    """chrF of the whole set (Popović 2015, https://aclanthology.org/W15-3049/), in any script.
+class ChrF(GenerationTask):
+    """chrF of all examples together (Popović 2015, https://aclanthology.org/W15-3049/).
 
-    Matches are summed over the examples before they are divided, as `sacrebleu` does. Needs the
-    extra `scores`.
+    It works in any script. Like `sacrebleu`, it sums the matches over all examples before it
+    divides. Needs the extra `scores`.
     """
 
     type: Literal["chrf"] = "chrf"
     word_order: int = Field(0, ge=0, le=4)
-    """Longest n-gram of words that counts too: 2 is chrF++."""
+    """Longest word n-gram that counts in addition; 2 is chrF++."""
     ignore_case: bool = False
-    """Capital and small letters are the same."""
+    """Compare without regard to case."""
 
     def score(self, reference: str, answer: str) -> float:
-        """chrF of one answer, from 0 to 1."""
+        """Compute chrF of one answer, from 0 to 1."""
         library = _library(self.word_order, self.ignore_case)
         return float(library.sentence_score(answer, [reference]).score) / 100
 
     def values(self, reference: str, answer: str) -> dict[str, float]:
-        """Its score, and for each n-gram order how many the answer has, the reference, and both."""
+        """Return chrF, and the n-gram counts of answer, reference and both, for each order."""
         library = _library(self.word_order, self.ignore_case)
         [counts] = library._extract_corpus_statistics([answer], [[reference]])
         named = zip(self._names(), counts, strict=True)

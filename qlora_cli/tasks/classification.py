@@ -1,8 +1,9 @@
-"""Does the model find the right label likeliest?"""
+"""Choose the most likely label of a row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.choice import Choice, ChoiceTask, asked, encode_choice
+from qlora_cli.tasks.choice import ChoiceItem, ChoiceTask, encode_choice, split_at_answer
 from qlora_cli.tasks.task import Measure, Values, mean_of, read_rows
 from qlora_cli.types import Conversation
 
@@ -22,31 +23,31 @@ if TYPE_CHECKING:
 
 
 class Classification(ChoiceTask):
-    """The likeliest of the labels is the answer in the row: accuracy, and F1 averaged over labels.
+    """The most likely label is the row's answer: accuracy, and F1 averaged over labels.
 
-    Rows are those of a training on labels; the label is the last answer.
+    Rows have the same form as for training on labels: the last answer is the label.
     """
 
     type: Literal["classification"] = "classification"
     labels: list[str] | None = Field(None, min_length=2)
-    """All labels; null takes those that the rows have."""
+    """All labels; null takes the labels found in the rows."""
 
     def measures(self) -> Sequence[Measure]:
         return [mean_of("classification"), Measure("macro_f1", macro_f1)]
 
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
         settings: Data,
         *,
         limit: int | None,
-    ) -> list[Choice]:
+    ) -> list[ChoiceItem]:
         rows = [row for source in sources for row in read_rows(source, settings)]
         labels = self.labels or sorted({_label(row) for row in rows})
         if len(labels) < 2:
             raise DataError(
-                f"{self.label}: all rows have one label, {labels[0]!r}",
+                f"{self.label}: all rows have the same label, {labels[0]!r}",
                 hint="name the labels in the task: labels: [positive, negative]",
             )
         encoder = Encoder(tokenizer)
@@ -58,17 +59,17 @@ class Classification(ChoiceTask):
                 raise DataError(f"{row.place}: {error}", hint=error.hint) from error
         return choices
 
-    def values(self, question: Choice, log_p: list[float]) -> dict[str, float]:
+    def values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
         chosen = log_p.index(max(log_p))
         return {
-            "classification": float(chosen == question.answer),
+            "classification": float(chosen == item.answer),
             "_chosen": chosen,
-            "_label": question.answer,
+            "_label": item.answer,
         }
 
 
 def macro_f1(values: Values) -> NDArray[float64]:
-    """The mean of F1 over the labels that are right, or chosen, for at least one example."""
+    """Average F1 over the labels that are correct or chosen for at least one example."""
     import numpy as np
 
     chosen, label = values["_chosen"], values["_label"]
@@ -83,25 +84,24 @@ def macro_f1(values: Values) -> NDArray[float64]:
 
 
 def _label(row: Conversation) -> str:
-    return asked(row)[1].content.strip()
+    return split_at_answer(row)[1].content.strip()
 
 
 def _choice(
     encoder: Encoder, tokenizer: PreTrainedTokenizerFast, row: Conversation, labels: list[str]
-) -> Choice:
-    before, turn = asked(row)
+) -> ChoiceItem:
+    before, turn = split_at_answer(row)
     label = turn.content.strip()
     if label not in labels:
-        raise DataError(f"the answer {label[:80]!r} is none of the labels {', '.join(labels)}")
-    # Of a verbatim completion, the space before it belongs to each of them.
-    separator = turn.content[: turn.content.index(label)] if turn.role == "text" else ""
+        raise DataError(f"the answer {label[:80]!r} is not one of the labels {', '.join(labels)}")
+    # In verbatim text, the space before the label belongs to every option.
+    start = turn.content[: turn.content.index(label)] if turn.role == "text" else ""
     return encode_choice(
         encoder,
         tokenizer,
         before,
-        turn,
+        replace(turn, content=start),
         labels,
         labels.index(label),
         row.place,
-        separator=separator,
     )

@@ -1,4 +1,4 @@
-"""Does the generated answer equal the reference, as text?"""
+"""Compare the generated answer with the reference as text."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ import unicodedata
 from typing import Literal
 
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.pattern import Pattern, last_match
-from qlora_cli.tasks.task import WrittenTask
+from qlora_cli.tasks.pattern import AnswerPattern, last_match
+from qlora_cli.tasks.task import GenerationTask
 
 
-class ExactMatch(WrittenTask):
-    """The answer equals the reference, white space at both ends aside."""
+class ExactMatch(GenerationTask):
+    """The answer equals the reference, apart from white space at both ends."""
 
     type: Literal["exact_match"] = "exact_match"
-    pattern: Pattern | None = None
-    """Regular expression for what of the answer is compared: its last match, or the first group of
-    that. An answer without a match is wrong; a reference without one is compared whole."""
+    pattern: AnswerPattern | None = None
+    """Regular expression for the part of the answer to compare: its last match, or the first group
+    of that match. An answer without a match is wrong; a reference without one is compared whole."""
     ignore_case: bool = False
-    """Capital and small letters are the same."""
+    """Compare without regard to case."""
     ignore_punctuation: bool = False
-    """Punctuation does not count, in the sense of Unicode."""
+    """Ignore all Unicode punctuation."""
     ignore_space: bool = False
-    """Any run of white space is one space."""
+    """Treat any run of white space as one space."""
     anywhere: bool = False
-    """It is enough that the reference stands somewhere in the answer."""
+    """Accept an answer that contains the reference anywhere."""
 
     def score(self, reference: str, answer: str) -> float:
-        """1.0 for a match, else 0.0."""
+        """Return 1.0 for a match, else 0.0."""
         found: str | None = answer
         if self.pattern is not None:
             found = last_match(self.pattern, answer)
             reference = last_match(self.pattern, reference) or reference
         expected = self._normal(reference)
         if reference and not expected:
-            raise DataError(f"exact_match: nothing is left to compare of {reference[:80]!r}")
+            raise DataError(
+                f"exact_match: nothing is left to compare of the reference {reference[:80]!r}"
+            )
         if found is None:
             return 0.0
         found = self._normal(found)

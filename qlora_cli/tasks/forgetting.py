@@ -1,4 +1,4 @@
-"""What a tuned model lost of its base: perplexity of general text, and how far it drifted."""
+"""Forgetting: perplexity of general text, and divergence from the base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from qlora_cli.data.config import Data
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity
+from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity, token_measure
 from qlora_cli.tasks.perplexity import PlainText, bos, read_texts, slide
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, read_prompts
 from qlora_cli.types import Example
@@ -19,32 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PROMPTS = 64
-"""Most prompts on which distributions are compared: each has hundreds of them."""
+"""Maximum number of prompts to compare; each has hundreds of positions."""
 
 
 class GeneralText(PlainText):
-    """Text that has nothing to do with what is learnt, such as an encyclopedia."""
+    """Text unrelated to the training data, such as an encyclopedia."""
 
     window: int = Field(512, ge=16)
-    """The rows are joined, and cut into pieces of so many tokens."""
+    """Tokens per window; the rows are joined and cut into windows."""
     max_windows: int | None = Field(64, ge=2)
-    """Read only the first pieces; null reads all."""
+    """Maximum number of windows; null reads all."""
 
 
 class Forgetting(TokenTask):
-    """Perplexity of general text, in windows that do not overlap: before and after."""
+    """Perplexity of general text, in windows that do not overlap."""
 
     type: Literal["forgetting"] = "forgetting"
     text: GeneralText
 
     def measures(self) -> Sequence[Measure]:
-        return [
-            Measure(
-                "perplexity", perplexity, lower_is_better=True, is_share=False, is_per_token=True
-            )
-        ]
+        return [token_measure("perplexity", perplexity)]
 
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
@@ -52,13 +48,13 @@ class Forgetting(TokenTask):
         *,
         limit: int | None,
     ) -> list[tuple[str, Example]]:
-        """The windows, each with its number."""
+        """Cut the text into windows, each with its number."""
         source = self.text
         text = "\n".join(text for _, text in read_texts(source, settings))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         start = bos(tokenizer)
         windows = [one for _, one in slide(ids, source.window, source.window, start)]
-        # The rest at the end is shorter, and one token alone predicts nothing.
+        # Drop the shorter rest at the end; a single token would have nothing to predict.
         length = source.window + len(start)
         whole = [window for window in windows if len(window.input_ids) == length]
         if len(whole) < 2:
@@ -73,16 +69,16 @@ class Forgetting(TokenTask):
         ]
 
 
-class Drift(Task):
-    """KL divergence of the next token from the base's, in nats, on the prompts of held-out rows."""
+class Divergence(Task):
+    """KL divergence of the next-token distribution from the base's, on held-out prompts."""
 
     type: Literal["kl"] = "kl"
 
     def measures(self) -> Sequence[Measure]:
-        # To move away from the base is what training is for: no number is better or worse.
+        # Training is meant to move the model away from its base, so neither direction is better.
         return [Measure("kl", mean_per_token, lower_is_better=None, is_share=False)]
 
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
@@ -94,9 +90,9 @@ class Drift(Task):
         prompts = read_prompts(sources, tokenizer, settings, limit=most)
         return [(prompt.place, Example(prompt.input_ids, prompt.input_ids)) for prompt in prompts]
 
-    def examine(self, model: Scorer, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
-        sums = model.divergences([example for _, example in questions])
+    def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        sums = scorer.divergences([example for _, example in items])
         return [
             Outcome(place, "", "", "", {"nats": nats, "tokens": len(example.input_ids)})
-            for (place, example), nats in zip(questions, sums, strict=True)
+            for (place, example), nats in zip(items, sums, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Is the generated answer the same JSON value as the reference?"""
+"""Compare the generated answer with the reference as JSON values."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from typing import Literal
 
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.task import WrittenTask
+from qlora_cli.tasks.task import GenerationTask
 
 
-class JsonMatch(WrittenTask):
-    """The answer parses as JSON and equals the reference: key order and spacing do not count."""
+class JsonMatch(GenerationTask):
+    """The answer is the same JSON value as the reference; key order and spacing do not count."""
 
     type: Literal["json_match"] = "json_match"
 
     def score(self, reference: str, answer: str) -> float:
-        """1.0 for a match, else 0.0.
+        """Return 1.0 for a match, else 0.0.
 
         Raises:
-            DataError: the reference itself is not JSON.
+            DataError: the reference is not JSON.
         """
         try:
             expected = _canonical(reference)
@@ -34,7 +34,10 @@ class JsonMatch(WrittenTask):
 
 
 def _canonical(text: str) -> str:
-    """A JSON value written in one way: 5.0 is 5. (Python's True == 1, which in JSON are two.)"""
+    """Write a JSON value in one canonical way: 5.0 becomes 5.
+
+    Comparing texts keeps true and 1 apart, which are equal in Python.
+    """
     return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
 
 

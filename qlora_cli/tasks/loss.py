@@ -1,4 +1,4 @@
-"""How likely a model finds the answers of held-out rows."""
+"""Loss and perplexity on held-out rows."""
 
 from __future__ import annotations
 
@@ -18,36 +18,32 @@ if TYPE_CHECKING:
 
 
 class TokenTask(Task):
-    """A task that scores given tokens by their likelihood; its questions are (place, example)."""
+    """A task that scores given tokens by their likelihood; its items are (place, example)."""
 
-    def examine(self, model: Scorer, questions: Sequence[tuple[str, Example]]) -> list[Outcome]:
-        sums = model.log_likelihoods([example for _, example in questions])
+    def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        sums = scorer.log_likelihoods([example for _, example in items])
         return [
             Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
-            for (place, example), log_p in zip(questions, sums, strict=True)
+            for (place, example), log_p in zip(items, sums, strict=True)
         ]
 
 
 class Loss(TokenTask):
-    """Cross-entropy in nats a learnt token, over all tokens of all rows together.
+    """Cross-entropy in nats per supervised token, over all tokens of all rows together.
 
-    Rows are prepared as for training, and `evaluation.limit` does not shorten them. On
-    `data.evaluation` it is measured in any case.
+    Rows are prepared as for training, and `evaluation.limit` does not apply to them. The loss on
+    `data.evaluation` is always measured; it needs no entry here.
     """
 
     type: Literal["loss"] = "loss"
 
     def measures(self) -> Sequence[Measure]:
         return [
-            Measure(
-                "loss", mean_per_token, lower_is_better=True, is_share=False, is_per_token=True
-            ),
-            Measure(
-                "perplexity", perplexity, lower_is_better=True, is_share=False, is_per_token=True
-            ),
+            token_measure("loss", mean_per_token),
+            token_measure("perplexity", perplexity),
         ]
 
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
@@ -55,24 +51,24 @@ class Loss(TokenTask):
         *,
         limit: int | None,
     ) -> list[tuple[str, Example]]:
-        """All examples, each with the place of its row."""
+        """Prepare all examples, each with the location of its row."""
         prepared, _ = load_or_prepare(sources, tokenizer, settings)
         return [(prepared.examples.place(i), one) for i, one in enumerate(prepared.examples)]
 
 
 def token_measure(name: str, aggregate: Callable[[Values], NDArray[float64]]) -> Measure:
-    """A figure by the token, the less the better."""
+    """Make a measure per token, of which lower is better."""
     return Measure(name, aggregate, lower_is_better=True, is_share=False, is_per_token=True)
 
 
 def mean_per_token(values: Values) -> NDArray[float64]:
-    """Nats over tokens, both summed over the examples first."""
+    """Divide nats by tokens, each summed over the examples first."""
     mean: NDArray[float64] = values["nats"].sum(-1) / values["tokens"].sum(-1)
     return mean
 
 
 def perplexity(values: Values) -> NDArray[float64]:
-    """The exponential of that."""
+    """Compute the exponential of `mean_per_token`."""
     import numpy as np
 
     found: NDArray[float64] = np.exp(np.minimum(mean_per_token(values), 700.0))

@@ -1,4 +1,4 @@
-"""Does the generated answer come to the number of the reference?"""
+"""Compare the last number of the generated answer with that of the reference."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.pattern import Pattern, last_match
-from qlora_cli.tasks.task import WrittenTask
+from qlora_cli.tasks.pattern import AnswerPattern, last_match
+from qlora_cli.tasks.task import GenerationTask
 
-# A minus is a sign where nothing precedes it that could be subtracted from.
+# A minus is a sign unless it follows something to subtract from.
 _SIGN = r"(?:(?<![\w)])[-−][$€£]?)?"
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = rf"({_SIGN}(?:{_WHOLE}(?:\.\d+)?|(?<!\d)\.\d+))"
 
 
-class Numeric(WrittenTask):
+class Numeric(GenerationTask):
     """The last number of the answer equals the last number of the reference, as in GSM8K.
 
-    `1,234.50`, `$1234.5` and `1234.5` are one number.
+    `1,234.50`, `$1234.5` and `1234.5` are the same number.
     """
 
     type: Literal["numeric"] = "numeric"
-    pattern: Pattern | None = None
+    pattern: AnswerPattern | None = None
     """Regular expression that finds the number, such as `#### (.+)`; an answer without a match is
-    wrong. Null takes all of the answer."""
+    wrong. null searches the whole answer."""
     tolerance: float = Field(0.0, ge=0)
-    """Largest difference that still counts as equal."""
+    """Maximum difference that counts as equal."""
 
     def score(self, reference: str, answer: str) -> float:
-        """1.0 for the same number, else 0.0."""
-        # References may hold the number alone.
+        """Return 1.0 for the same number, else 0.0."""
+        # A reference may consist of the number only.
         expected = last_number(self._marked(reference) or reference)
         if expected is None:
             raise DataError(
@@ -47,7 +47,7 @@ class Numeric(WrittenTask):
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, thousands with or without commas."""
+    """Find the last number in a text, with or without commas between thousands."""
     found = last_match(_NUMBER, text)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""A regular expression that says where in an answer the point is."""
+"""Regular expressions that extract the relevant part of an answer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def _checked(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     return pattern
 
 
-Pattern = Annotated[str, AfterValidator(_checked)]
+AnswerPattern = Annotated[str, AfterValidator(_checked)]
 
 
 @lru_cache
@@ -26,6 +26,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def last_match(pattern: str, text: str) -> str | None:
-    """The last match: its first group, if there is one. None without a match."""
+    """Return the last match, or its first group if the pattern has one; None without a match."""
     found = list(_compiled(pattern).finditer(text))
     return found[-1][min(1, _compiled(pattern).groups)] if found else None

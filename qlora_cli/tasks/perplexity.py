@@ -1,4 +1,4 @@
-"""How likely a model finds plain text, each token with as much of what precedes it as fits."""
+"""Perplexity of plain text, with as much context for each token as the window allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.formats import FormatConfig, Text
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.loss import perplexity
+from qlora_cli.tasks.loss import perplexity, token_measure
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values, read_rows
 from qlora_cli.types import IGNORE_INDEX, Example
 
@@ -27,45 +27,43 @@ class PlainText(Source):
     """Rows of plain text."""
 
     format: FormatConfig = Text()
-    """How a row becomes text."""
+    """How to turn a row into text."""
 
 
 class Perplexity(Task):
-    """Perplexity of plain text, over all tokens of all documents together, and bits per byte.
+    """Perplexity and bits per byte of plain text, over all tokens of all documents together.
 
-    A window slides over each document, and each token is counted once, in the first window that
-    reaches it.
+    A window slides over each document. Each token counts once, in the first window that contains
+    it.
     """
 
     type: Literal["perplexity"] = "perplexity"
     data: PlainText
-    """The text; a row is a document."""
+    """The text; each row is a document."""
     window: int = Field(512, ge=16)
-    """Tokens of text that the model sees at once."""
+    """Tokens of text in a window."""
     stride: int = Field(256, ge=1)
-    """Tokens that the window moves on; less gives more context, and takes longer."""
+    """Tokens by which the window moves; fewer give each token more context and take longer."""
     join: bool = False
-    """All rows are one document, such as the lines of a text file. What is counted, and drawn for
-    intervals, is then what each window adds."""
+    """Join all rows into one document, as for the lines of a text file. Each window is then an
+    example, also in the bootstrap intervals."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stride >= self.window:
             raise ValueError(
-                f"stride ({self.stride}) must be less than window ({self.window}): the first token "
-                "of a window that overlaps no other has nothing before it"
+                f"stride ({self.stride}) must be less than window ({self.window}): without "
+                "overlap, the first token of a window has no context"
             )
         return self
 
     def measures(self) -> Sequence[Measure]:
         return [
-            Measure(
-                "perplexity", perplexity, lower_is_better=True, is_share=False, is_per_token=True
-            ),
+            token_measure("perplexity", perplexity),
             Measure("bits_per_byte", bits_per_byte, lower_is_better=True, is_share=False),
         ]
 
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
@@ -73,9 +71,9 @@ class Perplexity(Task):
         *,
         limit: int | None,
     ) -> list[Document]:
-        """The documents, or, joined, the windows of the one; each has at least one token to count.
+        """Prepare the documents or, if joined, the windows of the single document.
 
-        `limit` takes the first of them.
+        Items without a token to count are left out before `limit` applies.
         """
         rows = read_texts(self.data, settings)
         if self.join:
@@ -87,17 +85,17 @@ class Perplexity(Task):
             found = [Document(place, self._windows(text, tokenizer)) for place, text in rows]
         found = [one for one in found if one.num_tokens][:limit]
         if not found:
-            raise DataError(f"{self.data.path}: no text of two tokens or more")
+            raise DataError(f"{self.data.path}: no text has two tokens or more")
         return found
 
-    def examine(self, model: Scorer, questions: Sequence[Document]) -> list[Outcome]:
-        sums = iter(model.log_likelihoods([w.example for q in questions for w in q.windows]))
+    def evaluate(self, scorer: Scorer, items: Sequence[Document]) -> list[Outcome]:
+        sums = iter(scorer.log_likelihoods([w.example for q in items for w in q.windows]))
         outcomes = []
-        for question in questions:
-            nats = -sum(next(sums) for _ in question.windows)
-            num_bytes = sum(window.num_bytes for window in question.windows)
-            values = {"nats": nats, "tokens": question.num_tokens, "bytes": num_bytes}
-            outcomes.append(Outcome(question.place, "", "", "", values))
+        for item in items:
+            nats = -sum(next(sums) for _ in item.windows)
+            num_bytes = sum(window.num_bytes for window in item.windows)
+            values = {"nats": nats, "tokens": item.num_tokens, "bytes": num_bytes}
+            outcomes.append(Outcome(item.place, "", "", "", values))
         return outcomes
 
     def _windows(self, text: str, tokenizer: PreTrainedTokenizerFast) -> list[Window]:
@@ -113,37 +111,37 @@ class Perplexity(Task):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What the model is given at once."""
+    """Tokens for one forward pass; the supervised ones count."""
 
     example: Example
     num_bytes: int
-    """Of the text that is counted in it."""
+    """Bytes of the text that counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Windows that are counted together."""
+    """Windows that form one example."""
 
     place: str
     windows: list[Window]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are counted."""
+        """Number of tokens that count."""
         return sum(window.example.num_supervised for window in self.windows)
 
 
 def bits_per_byte(values: Values) -> NDArray[float64]:
-    """Nats over bytes, both summed over the examples first, as bits: whatever the tokenizer."""
+    """Divide bits by bytes, each summed over the examples first. Comparable across tokenizers."""
     bits: NDArray[float64] = values["nats"].sum(-1) / values["bytes"].sum(-1) / math.log(2)
     return bits
 
 
 def read_texts(source: Source, settings: Data) -> list[tuple[str, str]]:
-    """The texts of a source, each with its place.
+    """Read the texts of a source, each with the location of its row.
 
     Raises:
-        DataError: no rows, or bad rows (all are counted).
+        DataError: there are no rows, or some are bad (the message counts them).
     """
     return [
         (row.place, "".join(message.content for message in row.messages))
@@ -152,18 +150,19 @@ def read_texts(source: Source, settings: Data) -> list[tuple[str, str]]:
 
 
 def bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What each window begins with: the BOS, where the tokenizer has one."""
+    """Return the BOS token, which starts each window, if the tokenizer has one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def slide(
     ids: list[int], window: int, stride: int, start: list[int]
 ) -> Iterator[tuple[int, Example]]:
-    """Windows over tokens: where each ends, and the tokens, of which those are supervised that no
-    window before it had.
+    """Slide a window over tokens. Yield the end of each window and its tokens.
+
+    The tokens that no earlier window contains are supervised.
 
     Args:
-        start: what is put before each window.
+        start: tokens before each window.
     """
     done = 0
     while done < len(ids):

@@ -1,4 +1,4 @@
-"""How much of the reference's wording is in the generated answer, by the library rouge-score."""
+"""ROUGE: overlap of the generated answer with the reference, by the library rouge-score."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.tasks.task import WrittenTask
+from qlora_cli.tasks.task import GenerationTask
 
 
-class Rouge(WrittenTask):
-    """ROUGE, F-measure (Lin 2004, https://aclanthology.org/W04-1013/): for English alone.
+class Rouge(GenerationTask):
+    """ROUGE F-measure (Lin 2004, https://aclanthology.org/W04-1013/), for English only.
 
-    The library takes nothing but the letters a to z and digits for words. Needs the extra `scores`.
+    The library finds only words of the letters a to z and digits. Needs the extra `scores`.
     """
 
     type: Literal["rouge"] = "rouge"
     variant: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"] = "rougeL"
-    """Words, pairs of words, the longest common sequence, or that of each line."""
+    """Words, word pairs, longest common subsequence, or longest common subsequence per line."""
     stem: bool = False
-    """Take words of one stem for the same (Porter's algorithm)."""
+    """Treat words with the same stem as equal (Porter's algorithm)."""
 
     def score(self, reference: str, answer: str) -> float:
-        """The F-measure, from 0 to 1."""
+        """Compute the F-measure, from 0 to 1."""
         if not any(c.isascii() and c.isalnum() for c in reference):
             raise DataError(
-                f"rouge finds no word in the reference {reference[:80]!r}: it knows a to z and "
-                "digits alone",
-                hint="use the task chrf, which takes any script",
+                f"rouge finds no word in the reference {reference[:80]!r}: it reads only "
+                "the letters a to z and digits",
+                hint="use the task chrf, which works in any script",
             )
         score = _scorer(self.variant, self.stem).score(reference, answer)[self.variant]
         return float(score.fmeasure)

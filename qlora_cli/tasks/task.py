@@ -1,4 +1,4 @@
-"""What all evaluation tasks share: what is asked, of which rows, and how answers are counted."""
+"""Base classes of evaluation tasks, and the values they exchange."""
 
 from __future__ import annotations
 
@@ -17,84 +17,84 @@ from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Example, Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
 
 class Scorer(Protocol):
-    """A model under examination."""
+    """A model that tasks can score."""
 
-    def write(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The greedy answer to each prompt. It is remembered, so that tasks share answers."""
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the greedy answer to each prompt. Answers are cached, so tasks share them."""
         ...
 
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
-        """For each example, the sum of log p over its supervised tokens, in nats."""
+        """Return the sum of log p over the supervised tokens of each example, in nats."""
         ...
 
     def divergences(self, examples: Sequence[Example]) -> list[float]:
-        """For each example, the sum over all positions of KL(base || model), in nats."""
+        """Return the sum of KL(base || model) over all positions of each example, in nats."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One example after it was asked: what a user looks at, and what is counted."""
+    """Result of one example: the texts that a user reads, and the values that measures count."""
 
     place: str
-    """Of the row: `test.jsonl:17`."""
+    """Location of the row, such as `test.jsonl:17`."""
     prompt: str
     reference: str
     answer: str
     values: dict[str, float]
-    """What a `Measure` is made of. All outcomes of a task have the same names; one that begins
-    with `_` is for counting alone, and not shown."""
+    """Input of the measures. All outcomes of a task have the same names. A name that begins with
+    `_` is not shown to the user."""
 
 
 Values = Mapping[str, "NDArray[float64]"]
-"""Name -> the values of all examples, (..., n): leading axes are resamples."""
+"""Name -> values of all n examples, (..., n); leading axes are bootstrap resamples."""
+
+TaskOutcomes = dict[str, list[Outcome]]
+"""Name of a task -> outcomes of one model, in the order of the items."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A figure for all examples together."""
+    """A number computed from all examples of a task."""
 
     name: str
     aggregate: Callable[[Values], NDArray[float64]]
-    """From (..., n) to (...), so that a bootstrap can resample the examples."""
+    """Maps (..., n) to (...), so that a bootstrap can resample the examples."""
     lower_is_better: bool | None = False
-    """None: neither is."""
+    """None if neither direction is better."""
     is_share: bool = True
     """Shown as a percentage."""
     is_per_token: bool = False
-    """Over `tokens` of the model's own: another thing for each tokenizer."""
+    """Divided by the number of tokens, so it cannot be compared across tokenizers."""
 
 
 def mean_of(name: str, *, lower_is_better: bool = False, is_share: bool = True) -> Measure:
-    """The mean of one value over the examples."""
+    """Make a measure that is the mean of one value over the examples."""
     return Measure(name, lambda values: values[name].mean(-1), lower_is_better, is_share)
 
 
 class Task(Config):
-    """One evaluation. A kind of its own says what it asks, how, and what it counts."""
+    """One evaluation. A subclass prepares items, runs a model on them, and defines measures."""
 
     type: str
     name: str | None = Field(None, min_length=1)
-    """What it is called in tables, in records and by `--tasks`; null takes the type."""
+    """Name in tables, records and `--tasks`; null takes the type."""
     data: Source | None = None
-    """Rows to ask about; null takes those of `data.evaluation`."""
+    """Rows to evaluate on; null takes those of `data.evaluation`."""
 
     @property
     def label(self) -> str:
-        """Its name."""
+        """Name of the task in tables."""
         return self.name or self.type
 
     @abstractmethod
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
@@ -102,37 +102,37 @@ class Task(Config):
         *,
         limit: int | None,
     ) -> Sequence[Any]:
-        """What is asked, one for each example, in the order of the rows.
+        """Read the rows and prepare one item per example, in the order of the rows.
 
         Args:
-            sources: `data`, or what `data.evaluation` names.
-            settings: the recipe's section `data`: how long rows may be, what becomes of bad ones.
-            limit: ask about the first rows alone.
+            sources: the task's own `data`, or those of `data.evaluation`.
+            settings: section `data` of the recipe (maximum length, handling of bad rows).
+            limit: use only this many rows, from the start.
 
         Raises:
-            DataError: no rows, or rows that cannot be asked about (all are counted).
+            DataError: there are no rows, or some cannot be used (the message counts them).
         """
 
     @abstractmethod
-    def examine(self, model: Scorer, questions: Sequence[Any]) -> list[Outcome]:
-        """Ask a model all questions."""
+    def evaluate(self, scorer: Scorer, items: Sequence[Any]) -> list[Outcome]:
+        """Run a model on all items."""
 
     @abstractmethod
     def measures(self) -> Sequence[Measure]:
-        """What the outcomes come to. The first is what the task is known by."""
+        """Return the measures of the task, the main one first."""
 
     def named_measures(self) -> Iterator[tuple[str, Measure]]:
-        """The measures by their names in tables; one of the task's type has the task's own name."""
+        """Yield measures with their names in tables. The main measure has the name of the task."""
         for measure in self.measures():
             is_main = measure.name == self.type
             yield self.label if is_main else f"{self.label}.{measure.name}", measure
 
 
 def read_rows(source: Source, settings: Data) -> list[Conversation]:
-    """What the rows of a source say.
+    """Read the conversations of a source.
 
     Raises:
-        DataError: no rows, or bad rows (all are counted).
+        DataError: there are no rows, or some are bad (the message counts them).
     """
     bad = BadRows()
     rows = list(source.conversations(bad))
@@ -147,10 +147,10 @@ def read_prompts(
     *,
     limit: int | None,
 ) -> list[Prompt]:
-    """The prompts of the first rows of all sources together.
+    """Prepare prompts from the first `limit` rows of all sources together.
 
     Raises:
-        DataError: no rows, or rows that cannot be asked about (all are counted).
+        DataError: there are no rows, or some have no prompt (the message counts them).
     """
     skip = settings.on_bad_row == "skip"
     return [
@@ -160,25 +160,25 @@ def read_prompts(
     ][:limit]
 
 
-class WrittenTask(Task):
-    """A task that scores text which the model writes, on prompts made of rows as in training."""
+class GenerationTask(Task):
+    """A task that scores generated text, on prompts prepared from rows as in training."""
 
     @abstractmethod
     def score(self, reference: str, answer: str) -> float:
-        """How good an answer is.
+        """Score an answer against a reference.
 
         Raises:
-            DataError: no answer can be scored against this reference.
+            DataError: the reference cannot be scored against.
         """
 
     def values(self, reference: str, answer: str) -> dict[str, float]:
-        """What is counted of one answer."""
+        """Return the values of one answer."""
         return {self.type: self.score(reference, answer)}
 
     def measures(self) -> Sequence[Measure]:
         return [mean_of(self.type)]
 
-    def questions(
+    def read_items(
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerFast,
@@ -194,33 +194,33 @@ class WrittenTask(Task):
                 raise DataError(f"{prompt.place}: {error}", hint=error.hint) from error
         return prompts
 
-    def examine(self, model: Scorer, questions: Sequence[Prompt]) -> list[Outcome]:
+    def evaluate(self, scorer: Scorer, items: Sequence[Prompt]) -> list[Outcome]:
         return [
             Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
-            for q, answer in zip(questions, model.write(questions), strict=True)
+            for q, answer in zip(items, scorer.generate(items), strict=True)
         ]
 
 
-TaskPrompts = list[tuple[Task, Sequence[Any]]]
-"""Tasks, each with its questions."""
+TaskItems = list[tuple[Task, Sequence[Any]]]
+"""Tasks, each with its items."""
 
 
 def read_tasks(
     tasks: Sequence[Task], data: Data, tokenizer: PreTrainedTokenizerFast, *, limit: int | None
-) -> TaskPrompts:
-    """Read the questions of each task, from its own rows or from `data.evaluation`.
+) -> TaskItems:
+    """Read the items of each task, from its own rows or from `data.evaluation`.
 
     Args:
-        limit: use only the first rows; None for all.
+        limit: use only this many rows, from the start; None for all.
 
     Raises:
-        DataError: a row cannot be turned into a question, or its reference cannot be scored.
+        DataError: a row cannot be turned into an item, or its reference cannot be scored.
     """
     shared = data.evaluation_sources
     return [
         (
             task,
-            task.questions(
+            task.read_items(
                 shared if task.data is None else [task.data], tokenizer, data, limit=limit
             ),
         )

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from qlora_cli.common.signals import StopSignals
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.errors import Interrupted, TrainingError
-from qlora_cli.evaluate.scorer import ModelScorer, ask
+from qlora_cli.evaluate.scorer import ModelScorer, score_tasks
 from qlora_cli.loop.fit import is_due
 from qlora_cli.loop.run_data import RunData
 from qlora_cli.loop.setup import Batches, Setup
@@ -89,5 +89,5 @@ class RunEvaluator:
             setup.objective.dtype,
             setup.world,
         )
-        found = ask(self._data.tasks, scorer, setup.world)
+        found = score_tasks(self._data.tasks, scorer, setup.world)
         return {f"eval_{name}": value for name, value in found.items()}

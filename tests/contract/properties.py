@@ -22,7 +22,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.evaluate.divergence import compare
 from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
-from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
 from qlora_cli.models.loading import load_base
@@ -359,16 +359,8 @@ def on_a_16_bit_base(case: Case) -> str:
 def _written(model: Any, case: Case, dtype: torch.dtype) -> list[str]:
     tokenizer = load_tokenizer(case.base())
     prompts = [Prompt([70, 71, 72], ""), Prompt([80, 81], "")]
-    found = answers(
-        model.eval(),
-        prompts,
-        tokenizer,
-        stop_token_ids=[tokenizer.eos_token_id],
-        sampling=Sampling(max_new_tokens=3),
-        batch_size=2,
-        dtype=dtype,
-        device=CPU,
-    )
+    generator = TextGenerator(model.eval(), tokenizer, [tokenizer.eos_token_id], dtype, CPU)
+    found = generator.complete(prompts, Sampling(max_new_tokens=3), batch_size=2)
     return [answer.text for _, answer in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -53,7 +53,7 @@ def demo_recipe(tmp_path: Path, *overrides: str) -> Path:
 
 def test_two_steps_of_qlora_lower_the_loss_and_merge(tmp_path: Path) -> None:
     run = demo_recipe(tmp_path)
-    report = evaluate(run, weights="last")
+    report = evaluate(run, weights="last").to_json()
     assert report["models"]["base"]["loss"]["value"] > 1.5
     assert report["differences"]["loss"]["high"] < -0.3
     proof = merge(run, tmp_path / "merged", weights="last")

@@ -143,7 +143,7 @@ def test_tasks_are_chosen_by_name_or_type(
     assert report["measures"]["loss"]["n"] == 6, "the limit is for questions alone"
 
     assert exit_code("eval", recipe, "--tasks", "rough") == 2
-    assert "rough is no task here; there are loss, exact_match, near" in capsys.readouterr().err
+    assert "unknown task rough; the recipe has loss, exact_match, near" in capsys.readouterr().err
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(
@@ -190,11 +190,11 @@ def test_what_cannot_be_measured_is_called_what_it_is(
     assert "holds neither a run nor a model (found: nothing)" in error(tmp_path / "empty")
     assert "no such file or folder" in error(tmp_path / "nowhere")
     found = error(tiny_model)
-    assert "is a model, which does not say what it is to be asked" in found
+    assert "is a model folder, which has no evaluation data or tasks" in found
     assert "--recipe" in found
 
     recipe = write_recipe()
-    assert "says what is asked already" in error(recipe, "--recipe", recipe)
+    assert "already has evaluation data and tasks" in error(recipe, "--recipe", recipe)
 
     # A run that died in its first steps.
     recipe = write_recipe(optimizer={"learning_rate": 1e30})
@@ -204,7 +204,7 @@ def test_what_cannot_be_measured_is_called_what_it_is(
     assert "--resume" not in found
 
     recipe = write_recipe(data={"evaluation": None})
-    assert "there is nothing to measure" in error(recipe)
+    assert "there is nothing to evaluate" in error(recipe)
     assert "exact_match needs data.evaluation" in error(recipe, "--tasks", "exact_match")
 
 

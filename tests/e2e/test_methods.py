@@ -14,6 +14,7 @@ from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
 from qlora_cli.inference.batch import generate
 from qlora_cli.inference.sampling import Sampling
+from qlora_cli.inference.session import open_session
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
@@ -68,7 +69,7 @@ def test_what_was_trained_is_measured_merged_and_asked(
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in metrics if "eval_loss" in line]
     assert losses[-1] < losses[0]
-    report = evaluate(run)
+    report = evaluate(run).to_json()
     assert report["models"]["tuned"]["loss"]["value"] == pytest.approx(losses[-1], rel=tolerance)
     merged = tmp_path / "merged"
     if method in ("prompt", "prefix"):
@@ -80,6 +81,6 @@ def test_what_was_trained_is_measured_merged_and_asked(
     rows = tmp_path / "rows.jsonl"
     answers = tmp_path / "answers.jsonl"
     sampling = Sampling(max_new_tokens=8)
-    told = generate(str(run), rows, answers, weights="last", sampling=sampling, batch_size=4)
+    told = generate(open_session(str(run)), rows, answers, sampling=sampling, batch_size=4)
     assert told["prompts"] == 16
     assert told["tokens"] > 0

@@ -20,10 +20,10 @@ from tests.conftest import save_tiny_model
 
 LOGITS = """
 import sys, torch
-from qlora_cli.inference.session import open_speaker
-speaker = open_speaker(sys.argv[1])
-with torch.no_grad(), speaker.speaking(speaker.first) as model:
-    torch.save(model(input_ids=torch.arange(5, 45)[None]).logits, sys.argv[2])
+from qlora_cli.inference.session import open_session
+session = open_session(sys.argv[1])
+with torch.no_grad(), session.use(session.default) as generator:
+    torch.save(generator.model(input_ids=torch.arange(5, 45)[None]).logits, sys.argv[2])
 """
 
 
@@ -66,8 +66,8 @@ def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their
     session = open_session(str(runs[0]), adapters=[f"other={runs[1]}"])
     swapped = {}
     for name in ("other", "tuned", "other", "tuned"):
-        with torch.no_grad(), session.speaking(session.voices[name]) as model:
-            swapped[name] = model(input_ids=torch.arange(5, 45)[None]).logits
+        with torch.no_grad(), session.use(session.models[name]) as generator:
+            swapped[name] = generator.model(input_ids=torch.arange(5, 45)[None]).logits
     for name, run in zip(("tuned", "other"), runs, strict=True):
         out = tmp_path / f"{name}.pt"
         subprocess.run([sys.executable, "-c", LOGITS, run, out], check=True, capture_output=True)
@@ -217,8 +217,8 @@ def test_what_can_be_named_to_talk_to(
     qlora(capsys, "train", recipe)
     alone = tmp_path / "alone"
     shutil.copytree(runs[0] / "last", alone)
-    voices = {
-        name: list(open_session(str(path)).voices)
+    models = {
+        name: list(open_session(str(path)).models)
         for name, path in {
             "run": runs[0],
             "weights of a run": runs[0] / "best",
@@ -228,7 +228,7 @@ def test_what_can_be_named_to_talk_to(
             "model": tiny_model,
         }.items()
     }
-    assert voices == {
+    assert models == {
         "run": ["base", "tuned"],
         "weights of a run": ["base", "tuned"],
         "adapter": ["base", "tuned"],

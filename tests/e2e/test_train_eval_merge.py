@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.cli import main
-from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.types import Prompt
 from tests.conftest import exit_code, output_of, save_tiny_model
@@ -495,16 +495,10 @@ def test_a_setting_of_the_base_does_not_change_what_greedy_means(
         model = loaded.model.load(
             loaded.quantization.load_options(torch.float32), torch.device("cpu")
         )
-        found = answers(
-            model,
-            [Prompt([5, 6, 7], ""), Prompt([9, 8], "")],
-            loaded.model.load_tokenizer(),
-            stop_token_ids=[259],
-            sampling=Sampling(max_new_tokens=12),
-            batch_size=2,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
+        tokenizer = loaded.model.load_tokenizer()
+        generator = TextGenerator(model, tokenizer, [259], torch.float32, torch.device("cpu"))
+        prompts = [Prompt([5, 6, 7], ""), Prompt([9, 8], "")]
+        found = generator.complete(prompts, Sampling(max_new_tokens=12), batch_size=2)
         written.append(dict(found))
     assert written[0] == written[1]
 

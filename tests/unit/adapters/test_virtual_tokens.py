@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from qlora_cli.adapters import LoRA, PrefixTuning, PromptTuning
 from qlora_cli.adapters.switch import AdapterSet
-from qlora_cli.inference.sampling import Sampling, answers
+from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import IGNORE_INDEX, Batch
@@ -118,16 +118,8 @@ def test_answers_are_those_of_repeated_forwards(tiny_model: Path, method: Any) -
     model = method.attach(load(tiny_model)).eval()
     tokenizer = make_tokenizer()
     questions = [Question(IDS[0].tolist(), "", ""), Question(IDS[1, :3].tolist(), "", "")]
-    found = answers(
-        model,
-        questions,
-        tokenizer,
-        stop_token_ids=[259],
-        sampling=Sampling(max_new_tokens=6),
-        batch_size=2,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    generator = TextGenerator(model, tokenizer, [259], torch.float32, torch.device("cpu"))
+    found = generator.complete(questions, Sampling(max_new_tokens=6), batch_size=2)
     for index, answer in found:
         ids = list(questions[index].input_ids)
         for _ in range(6):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qlora_cli.evaluate.bootstrap import Estimate, columns, estimates
+from qlora_cli.evaluate.bootstrap import Estimate, estimate_measure, value_columns
 from qlora_cli.tasks import Loss
 from qlora_cli.tasks.task import Measure, Outcome, Values, mean_of
 
@@ -17,7 +17,7 @@ SHARE = mean_of("x")
 
 
 def one(measure: Measure, *samples: object) -> Estimate:
-    [estimate], _ = estimates(measure, [{"x": np.array(samples, float)}])
+    [estimate], _ = estimate_measure(measure, [{"x": np.array(samples, float)}])
     return estimate
 
 
@@ -63,7 +63,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(
 def test_a_difference_is_of_the_same_examples() -> None:
     """Base and tuned vary much, and their difference not at all."""
     base = np.random.default_rng(3).normal(0.0, 10.0, 100)
-    singles, [difference] = estimates(MEAN, [{"x": base}, {"x": base + 0.5}])
+    singles, [difference] = estimate_measure(MEAN, [{"x": base}, {"x": base + 0.5}])
     assert difference.value == pytest.approx(0.5)
     assert difference.low == pytest.approx(0.5)
     assert difference.high == pytest.approx(0.5)
@@ -74,7 +74,7 @@ def test_the_difference_of_shares_has_the_spread_of_discordant_pairs() -> None:
     """The variance of a paired difference is (b + c - (b - c)^2 / n) / n^2 (McNemar's counts)."""
     base = np.repeat([1.0, 1.0, 0.0, 0.0], [500, 60, 100, 340])
     tuned = np.repeat([1.0, 0.0, 1.0, 0.0], [500, 60, 100, 340])
-    _, [difference] = estimates(SHARE, [{"x": base}, {"x": tuned}])
+    _, [difference] = estimate_measure(SHARE, [{"x": base}, {"x": tuned}])
     error = 1.96 * math.sqrt(100 + 60 - 40**2 / 1000) / 1000
     assert difference.value == pytest.approx(0.04)
     assert difference.low == pytest.approx(0.04 - error, abs=0.002)
@@ -87,13 +87,13 @@ def test_what_never_happened_may_still_happen() -> None:
     assert one(SHARE, *[0.0] * 20) == Estimate(0.0, 0.0, pytest.approx(bound))
     assert one(SHARE, *[1.0] * 20) == Estimate(1.0, pytest.approx(1 - bound), 1.0)
     zeros = {"x": np.zeros(20)}
-    _, [difference] = estimates(SHARE, [zeros, zeros])
+    _, [difference] = estimate_measure(SHARE, [zeros, zeros])
     assert difference == Estimate(0.0, pytest.approx(-bound), pytest.approx(bound))
 
 
 def test_one_example_has_no_interval() -> None:
     assert one(MEAN, 4.0) == Estimate(4.0, None, None)
-    assert Estimate(math.inf, None, None).record() == {"value": None, "low": None, "high": None}
+    assert Estimate(math.inf, None, None).to_json() == {"value": None, "low": None, "high": None}
 
 
 def test_the_same_call_gives_the_same_interval() -> None:
@@ -114,6 +114,6 @@ def test_a_ratio_of_sums_is_resampled_as_one() -> None:
         Outcome("", "", "", "", {"nats": 2.0 * n, "tokens": float(n)}) for n in (1, 10, 100)
     ]
     loss, perplexity = Loss().measures()
-    values: Values = columns(outcomes)
-    assert estimates(loss, [values])[0] == [Estimate(2.0, 2.0, 2.0)]
-    assert estimates(perplexity, [values])[0][0].value == pytest.approx(math.exp(2.0))
+    values: Values = value_columns(outcomes)
+    assert estimate_measure(loss, [values])[0] == [Estimate(2.0, 2.0, 2.0)]
+    assert estimate_measure(perplexity, [values])[0][0].value == pytest.approx(math.exp(2.0))

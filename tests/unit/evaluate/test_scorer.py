@@ -113,7 +113,7 @@ def test_a_prompt_is_answered_once(
     monkeypatch.setattr(model, "generate", count)
     student = scorer(tiny_recipe(evaluation={"max_new_tokens": 3}), model)
     prompts = [Prompt([5, 6], "a"), Prompt([7], "b"), Prompt([5, 6], "c")]
-    first = student.write(prompts)
+    first = student.generate(prompts)
     assert first[0] == first[2]
-    assert student.write(prompts[:2]) == first[:2]
+    assert student.generate(prompts[:2]) == first[:2]
     assert sum(asked) == 2

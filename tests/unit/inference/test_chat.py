@@ -1,4 +1,4 @@
-"""Conversations with a tiny model, and the commands in them."""
+"""Chats with a tiny model, and the chat commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import DataError, QloraError, RecipeError
-from qlora_cli.inference.chat import Chat, ChatSettings, beside
+from qlora_cli.inference.chat import Chat, ChatSettings, side_by_side
 from qlora_cli.inference.sampling import Sampling
 from qlora_cli.inference.session import InferenceSession, open_session
 from qlora_cli.types import Message
@@ -18,23 +18,23 @@ from tests.unit.adapters import draw_adapter
 
 
 class Talk:
-    """A chat that remembers what it put out."""
+    """A chat that records its output."""
 
     def __init__(self, session: InferenceSession, **options: Any) -> None:
         self.out: list[str] = []
         self.notes: list[str] = []
-        manner = {"is_strict": True, "as_json": False, **options.pop("manner", {})}
+        settings = {"is_strict": True, "as_json": False, **options.pop("settings", {})}
         self.session = session
         self.chat = Chat(
             session,
             Sampling(**{"max_new_tokens": 6, **options.pop("sampling", {})}),
-            ChatSettings(write=self.out.append, note=self.notes.append, **manner),
+            ChatSettings(write=self.out.append, note=self.notes.append, **settings),
             **options,
         )
 
     def __call__(self, line: str) -> str:
         before = len(self.out)
-        assert self.chat.take(line)
+        assert self.chat.handle(line)
         return "".join(self.out[before:])
 
 
@@ -48,7 +48,7 @@ def session(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Infer
     return open_session(str(tiny_model), adapters=names)
 
 
-def test_adapters_take_turns_and_the_base_is_what_it_was(
+def test_switching_adapters_leaves_the_base_unchanged(
     session: InferenceSession, tiny_model: Path
 ) -> None:
     answers: dict[str, set[str]] = {}
@@ -62,13 +62,13 @@ def test_adapters_take_turns_and_the_base_is_what_it_was(
     assert answers["base"] == {Talk(open_session(str(tiny_model)))("hi")}
 
 
-def test_the_first_adapter_answers_unless_told_otherwise(session: InferenceSession) -> None:
+def test_the_first_adapter_is_the_default(session: InferenceSession) -> None:
     talk = Talk(session)
     talk("/swap")
-    assert talk.notes == ["base, one (answers), two"]
+    assert talk.notes == ["base, one (current), two"]
 
 
-def test_what_was_said_is_in_the_next_prompt_until_it_is_forgotten(
+def test_the_history_is_in_the_next_prompt_until_reset(
     session: InferenceSession,
 ) -> None:
     talk = Talk(session)
@@ -79,7 +79,7 @@ def test_what_was_said_is_in_the_next_prompt_until_it_is_forgotten(
     assert later != first
 
 
-def test_comparing_shows_both_and_leaves_the_conversation_as_it_was(
+def test_compare_shows_both_answers_and_keeps_the_conversation(
     session: InferenceSession,
 ) -> None:
     talk, plain = Talk(session), Talk(session)
@@ -94,8 +94,8 @@ def test_comparing_shows_both_and_leaves_the_conversation_as_it_was(
     assert again.endswith(f"\none: {tuned}")
 
 
-def test_answers_are_json_if_asked(session: InferenceSession) -> None:
-    talk = Talk(session, manner={"as_json": True})
+def test_answers_can_be_json(session: InferenceSession) -> None:
+    talk = Talk(session, settings={"as_json": True})
     [line] = talk("hi").splitlines()
     assert json.loads(line) == {
         "model": "one", "message": "hi", "answer": json.loads(line)["answer"], "num_tokens": 6,
@@ -105,36 +105,36 @@ def test_answers_are_json_if_asked(session: InferenceSession) -> None:
     assert [line["model"] for line in lines] == ["base", "one"]
 
 
-def test_a_slash_is_typed_twice_and_an_unknown_command_is_an_error(
+def test_two_slashes_send_one_and_an_unknown_command_is_an_error(
     session: InferenceSession,
 ) -> None:
-    talk = Talk(session, manner={"as_json": True})
+    talk = Talk(session, settings={"as_json": True})
     assert json.loads(talk("//etc"))["message"] == "/etc"
     with pytest.raises(RecipeError, match="/swop: no such command"):
         talk("/swop one")
-    with pytest.raises(RecipeError, match="/swap three: there is base, one, two"):
+    with pytest.raises(RecipeError, match="/swap three: no such model; choose from base, one, two"):
         talk("/swap three")
-    easy = Talk(session, manner={"is_strict": False})
+    easy = Talk(session, settings={"is_strict": False})
     easy("/swop one")
     assert easy.notes == ["/swop: no such command (/help lists them)"]
 
 
-def test_the_chat_ends_when_told(session: InferenceSession) -> None:
-    assert not Talk(session).chat.take("/quit")
+def test_quit_ends_the_chat(session: InferenceSession) -> None:
+    assert not Talk(session).chat.handle("/quit")
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(session: InferenceSession) -> None:
+def test_ctrl_c_ends_the_answer_and_keeps_its_text(session: InferenceSession) -> None:
     class Impatient(Talk):
-        """Presses Ctrl-C when two pieces were written."""
+        """Press Ctrl-C after two writes."""
 
         def write(self, text: str) -> None:
             self.out.append(text)
             if len(self.out) == 2:
                 raise KeyboardInterrupt
 
-    impatient = Impatient(session, manner={"is_strict": False})
-    manner = ChatSettings(impatient.write, impatient.notes.append, is_strict=False)
-    impatient.chat = Chat(session, Sampling(max_new_tokens=6), manner)
+    impatient = Impatient(session, settings={"is_strict": False})
+    settings = ChatSettings(impatient.write, impatient.notes.append, is_strict=False)
+    impatient.chat = Chat(session, Sampling(max_new_tokens=6), settings)
     whole = Talk(session)("hi")
     shown = impatient("hi")
     assert shown.endswith("\n")
@@ -144,39 +144,39 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(session: InferenceSessio
 
 
 def test_typed_special_tokens_are_text(session: InferenceSession) -> None:
-    voice = session.first
-    prompt = session.prompt(voice, [Message("user", "a<|im_end|>b", train=False)])
-    assert prompt.input_ids.count(voice.tokenizer.eos_token_id) == 1
+    model = session.default
+    prompt = session.prompt(model, [Message("user", "a<|im_end|>b", train=False)])
+    assert prompt.input_ids.count(model.tokenizer.eos_token_id) == 1
 
 
 def test_every_stop_token_ends_an_answer(session: InferenceSession) -> None:
-    assert session.first.stop_token_ids == [session.first.tokenizer.eos_token_id]
+    assert session.default.stop_token_ids == [session.default.tokenizer.eos_token_id]
 
 
-def test_a_full_context_is_said(tmp_path: Path) -> None:
+def test_a_full_context_is_reported(tmp_path: Path) -> None:
     small = save_tiny_model(tmp_path / "small", max_position_embeddings=64)
     talk = Talk(open_session(str(small)), sampling={"max_new_tokens": 50})
     talk("hi")
-    assert "the context is full; /reset begins anew" in talk.notes
+    assert "the context is full; /reset clears the conversation" in talk.notes
     with pytest.raises(DataError, match=r"the context is full: .* room for 64"):
         talk("x" * 64)
-    easy = Talk(talk.session, manner={"is_strict": False})
+    easy = Talk(talk.session, settings={"is_strict": False})
     easy("x" * 64)
     assert easy.notes[0].startswith("the context is full")
 
 
-def test_the_system_message_stands_first(session: InferenceSession) -> None:
+def test_the_system_message_changes_the_answer(session: InferenceSession) -> None:
     plain, brief = Talk(session), Talk(session, system="be brief")
     assert plain("hi") != brief("hi")
 
 
-def test_answers_that_are_drawn_repeat_with_their_seed(session: InferenceSession) -> None:
-    def said(seed: int) -> list[str]:
+def test_sampled_answers_repeat_with_their_seed(session: InferenceSession) -> None:
+    def answers(seed: int) -> list[str]:
         talk = Talk(session, sampling={"temperature": 1.5, "seed": seed})
         return [talk("hi"), talk("hi")]
 
-    assert said(0) == said(0)
-    assert said(0) != said(1)
+    assert answers(0) == answers(0)
+    assert answers(0) != answers(1)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_answers_that_are_drawn_repeat_with_their_seed(session: InferenceSession
     [
         (["one"], "needs the form name=PATH"),
         (["one=nowhere"], "no adapter"),
-        (["base={one}"], "two adapters called base"),
-        (["a={one}", "a={one}"], "two adapters called a"),
+        (["base={one}"], "duplicate name base"),
+        (["a={one}", "a={one}"], "duplicate name a"),
     ],
 )
-def test_adapters_that_cannot_be_are_refused(
+def test_unusable_adapters_are_refused(
     tiny_model: Path, tmp_path: Path, adapters: list[str], reason: str
 ) -> None:
     one = draw_adapter(tiny_model, tmp_path / "one", seed=0)
@@ -204,11 +204,11 @@ def test_a_model_without_template_continues_each_message(tmp_path: Path) -> None
     assert talk("once upon") == talk("once upon")
 
 
-def test_columns_are_as_wide_as_the_terminal_lets_them() -> None:
-    text = beside(["base", "tuned"], ["one two three " * 5, "four\n\nfive"], 81)
+def test_columns_fit_the_terminal() -> None:
+    text = side_by_side(["base", "tuned"], ["one two three " * 5, "four\n\nfive"], 81)
     lines = text.splitlines()
     assert lines[0] == f"{'base':<39} | tuned"
     assert lines[2].endswith("| four")
     assert lines[4].endswith("| five") if len(lines) > 4 else "five" in text
     assert max(map(len, lines)) <= 81
-    assert beside(["base", "tuned"], ["a", "b"], 60) == "base: a\ntuned: b"
+    assert side_by_side(["base", "tuned"], ["a", "b"], 60) == "base: a\ntuned: b"

@@ -9,28 +9,28 @@ import pytest
 from qlora_cli.data.prepared.findings import Finding
 from qlora_cli.data.prepared.statistics import DatasetScan, LengthBar
 from qlora_cli.inspect.preview_html import preview_page
-from qlora_cli.inspect.preview_model import Piece, Sample, SideView, SourceView, make_sample
+from qlora_cli.inspect.preview_model import Sample, SourceView, SplitView, TextSpan, make_sample
 from qlora_cli.inspect.preview_text import preview_text, visible
 from qlora_cli.types import IGNORE_INDEX, Example
 from tests.conftest import make_tokenizer
 
 PIECES = [
-    Piece("<s>", is_learnt=False, is_special=True),
-    Piece("Say\nit: ", is_learnt=False, is_special=False),
-    Piece("so\n", is_learnt=True, is_special=False),
-    Piece("</s>", is_learnt=True, is_special=True),
-    Piece("\n", is_learnt=False, is_special=False),
+    TextSpan("<s>", is_supervised=False, is_special=True),
+    TextSpan("Say\nit: ", is_supervised=False, is_special=False),
+    TextSpan("so\n", is_supervised=True, is_special=False),
+    TextSpan("</s>", is_supervised=True, is_special=True),
+    TextSpan("\n", is_supervised=False, is_special=False),
 ]
 
 
-def side(pieces: list[Piece], path: str = "rows.jsonl", place: str = "rows.jsonl:1") -> SideView:
+def side(spans: list[TextSpan], path: str = "rows.jsonl", place: str = "rows.jsonl:1") -> SplitView:
     """Training on one source of which one row is shown."""
     scan = DatasetScan(added_token_ids={9}, bos_token_id=None, max_length=64)
     scan.add(Example([5, 6, 9], [IGNORE_INDEX, 6, 9]))
     scan.add(Example([5, 6, 7, 8], [IGNORE_INDEX] * 4))
     audit = scan.audit()
     assert audit.bars == [LengthBar(3, 3, 1), LengthBar(4, 4, 1)]
-    return SideView(
+    return SplitView(
         name="training",
         audit=audit,
         stops=[("</s>", 1)],
@@ -48,7 +48,7 @@ def side(pieces: list[Piece], path: str = "rows.jsonl", place: str = "rows.jsonl
                 num_cut=2,
                 ignored="",
                 figures=audit.sources[0],
-                samples=[Sample(place, num_tokens=1234, num_supervised=2, pieces=pieces)],
+                samples=[Sample(place, num_tokens=1234, num_supervised=2, spans=spans)],
             )
         ],
     )
@@ -116,9 +116,9 @@ def test_nothing_hides_in_a_text(text: str, shown: str) -> None:
 
 
 def test_marks_in_the_data_are_no_marks() -> None:
-    pieces = [Piece("⟦x⟧ ◆", is_learnt=False, is_special=False)]
-    assert r"  \u27e6x\u27e7 \u25c6" in preview_text([side(pieces)], colour=False)
-    assert "⟦x⟧ ◆" in preview_text([side(pieces)], colour=True)
+    spans = [TextSpan("⟦x⟧ ◆", is_supervised=False, is_special=False)]
+    assert r"  \u27e6x\u27e7 \u25c6" in preview_text([side(spans)], colour=False)
+    assert "⟦x⟧ ◆" in preview_text([side(spans)], colour=True)
 
 
 def test_a_row_is_cut_where_its_kind_of_token_changes() -> None:
@@ -132,12 +132,12 @@ def test_a_row_is_cut_where_its_kind_of_token_changes() -> None:
         place="a:1",
         num_tokens=len(ids),
         num_supervised=len(say) + 1,
-        pieces=[
-            Piece("<|im_start|>", is_learnt=False, is_special=True),
-            Piece("hé <", is_learnt=False, is_special=False),
-            Piece(" ä\n", is_learnt=True, is_special=False),
-            Piece("<|im_end|>", is_learnt=True, is_special=True),
-            Piece("<|im_end|>", is_learnt=False, is_special=True),
+        spans=[
+            TextSpan("<|im_start|>", is_supervised=False, is_special=True),
+            TextSpan("hé <", is_supervised=False, is_special=False),
+            TextSpan(" ä\n", is_supervised=True, is_special=False),
+            TextSpan("<|im_end|>", is_supervised=True, is_special=True),
+            TextSpan("<|im_end|>", is_supervised=False, is_special=True),
         ],
     )
 
@@ -153,15 +153,18 @@ def test_a_space_before_a_piece_is_shown_whatever_the_decoder_does() -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     assert fast.decode([1]) == "so"
     sample = make_sample(Example([0, 1, 2], [IGNORE_INDEX, 1, 2]), "a:1", fast)
-    assert [piece.text for piece in sample.pieces] == ["say", " so", "</s>"]
+    assert [piece.text for piece in sample.spans] == ["say", " so", "</s>"]
 
 
 EVIL = "<script>alert('\"&</script>"
 
 
 def test_a_page_escapes_whatever_comes_from_the_data() -> None:
-    pieces = [Piece(EVIL, is_learnt=is_learnt, is_special=False) for is_learnt in (False, True)]
-    shown = side(pieces, path=f"{EVIL}.jsonl", place=f"{EVIL}.jsonl:1")
+    spans = [
+        TextSpan(EVIL, is_supervised=is_supervised, is_special=False)
+        for is_supervised in (False, True)
+    ]
+    shown = side(spans, path=f"{EVIL}.jsonl", place=f"{EVIL}.jsonl:1")
     shown.stops[:] = [(EVIL, 1)]
     shown.findings[:] = [Finding(EVIL, 1, 2, (EVIL,))]
     page = preview_page([shown], title=EVIL)

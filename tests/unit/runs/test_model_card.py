@@ -67,7 +67,7 @@ def test_an_evaluation_is_added_to_the_card_of_the_weights_that_were_measured(
     make_run: Callable[..., RunFolder],
 ) -> None:
     run = make_run()
-    report = evaluate(run.root, weights="best")
+    report = evaluate(run.root, weights="best").to_json()
     last, best = ((run.root / name / "README.md").read_text() for name in ("last", "best"))
     assert f"{report['models']['tuned']['loss']['value']:.4f}" in best.partition("## Evaluation")[2]
     assert "## Evaluation" not in last

@@ -39,7 +39,7 @@ def ask(recipe: Any, model: Any, **settings: Any) -> tuple[Any, list[Any], list[
     [(task, questions)] = read_tasks(
         recipe.evaluation.tasks, recipe.data, tokenizer, limit=recipe.evaluation.limit
     )
-    return task, list(questions), task.examine(student, questions)
+    return task, list(questions), task.evaluate(student, questions)
 
 
 @pytest.fixture
@@ -120,7 +120,9 @@ def test_a_row_whose_answer_names_no_option_is_told_with_its_place(
     rows = [*QUESTIONS, {**QUESTIONS[0], "answer": 3}, {**QUESTIONS[0], "answer": "Z"}]
     data = {"path": write_rows(tmp_path / "own.jsonl", rows)}
     recipe = tiny_recipe(evaluation={"tasks": [{"type": "multiple_choice", "data": data}]})
-    with pytest.raises(DataError, match=r"2 bad rows\n.*own\.jsonl:3: answer '3' names none of 3"):
+    with pytest.raises(
+        DataError, match=r"2 bad rows\n.*own\.jsonl:3: answer '3' is not the letter or number"
+    ):
         ask(recipe, model)
     skipping = tiny_recipe(
         data={"on_bad_row": "skip"},
@@ -158,7 +160,7 @@ def test_settings_of_multiple_choice_that_cannot_be_are_refused(
 
     refused("line 1 of the template", question="{{ question")
     refused("system needs as_chat", system="Be brief.", as_chat=False)
-    refused("format says nothing", data={"path": "a.jsonl", "format": {"type": "text"}})
+    refused("format has no effect", data={"path": "a.jsonl", "format": {"type": "text"}})
 
 
 @pytest.mark.parametrize("as_chat", [True, False])
@@ -204,7 +206,7 @@ def test_a_label_that_is_not_listed_is_told_with_its_place(
 ) -> None:
     task = {"type": "classification", "labels": ["yes", "no"]}
     recipe = tiny_recipe(evaluation={"tasks": [task]})
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the answer 'ab' is none of the labels"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the answer 'ab' is not one of the labels"):
         ask(recipe, model)
 
 

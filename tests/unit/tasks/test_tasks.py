@@ -21,7 +21,7 @@ class Parrot:
     def __init__(self, answers: dict[str, str]) -> None:
         self._answers = answers
 
-    def write(self, prompts: Sequence[Prompt]) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         return [self._answers.get(prompt.reference, "?") for prompt in prompts]
 
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
@@ -54,7 +54,7 @@ def test_a_task_asks_about_held_out_rows_or_about_rows_of_its_own(
     assert [first.label, second.label] == ["exact_match", "sums"]
     assert len(held_out) == 6
     assert [question.reference for question in sums] == ["2", "3"]
-    outcomes = second.examine(Parrot({"2": " 2\n", "3": "4"}), sums)
+    outcomes = second.evaluate(Parrot({"2": " 2\n", "3": "4"}), sums)
     assert [outcome.values for outcome in outcomes] == [{"exact_match": 1}, {"exact_match": 0}]
     assert outcomes[1].place.endswith("own.jsonl:2")
     assert "1 + 2" in outcomes[1].prompt
@@ -63,10 +63,10 @@ def test_a_task_asks_about_held_out_rows_or_about_rows_of_its_own(
     limited = recipe.model_copy(
         update={"evaluation": recipe.evaluation.model_copy(update={"limit": 1})}
     )
-    exam = read_tasks(
+    task_items = read_tasks(
         limited.evaluation.tasks, limited.data, tokenizer, limit=limited.evaluation.limit
     )
-    assert [len(questions) for _, questions in exam] == [1, 1]
+    assert [len(questions) for _, questions in task_items] == [1, 1]
 
 
 def test_a_task_with_rows_of_its_own_needs_no_held_out_rows(

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.evaluate.bootstrap import columns
+from qlora_cli.evaluate.bootstrap import value_columns
 from qlora_cli.tasks import ChrF, ExactMatch, Numeric, Rouge
 from qlora_cli.tasks.numeric import last_number
 from qlora_cli.tasks.task import Outcome
@@ -86,14 +86,14 @@ def test_exact_match_options(settings: dict[str, Any], answer: str, score: float
 
 
 def test_a_reference_of_which_nothing_is_left_is_refused() -> None:
-    with pytest.raises(DataError, match=r"nothing is left to compare of '\?!'"):
+    with pytest.raises(DataError, match=r"nothing is left to compare of the reference '\?!'"):
         ExactMatch(ignore_punctuation=True, anywhere=True).score("?!", "whatever")
 
 
 def test_a_pattern_that_is_none_is_refused_when_the_recipe_is_read(
     tiny_recipe: Callable[..., Any],
 ) -> None:
-    with pytest.raises(ValidationError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ValidationError, match=r"'\(' is not a regular expression"):
         tiny_recipe(evaluation={"tasks": [{"type": "numeric", "pattern": "("}]})
 
 
@@ -135,12 +135,14 @@ def test_chrf_is_that_of_sacrebleu(settings: dict[str, Any]) -> None:
         expected = library.sentence_score(outcome.answer, [outcome.reference]).score
         assert 100 * outcome.values["chrf"] == pytest.approx(expected)
     [measure] = task.measures()
-    found = measure.aggregate(columns(outcomes))
+    found = measure.aggregate(value_columns(outcomes))
     expected = library.corpus_score([a for _, a in PAIRS], [[r for r, _ in PAIRS]]).score
     assert 100 * float(found) == pytest.approx(expected)
     # The same for each of several resamples at once.
     rows = np.array([[0, 0, 1, 1, 4], [0, 1, 2, 3, 4]])
-    both = measure.aggregate({name: column[rows] for name, column in columns(outcomes).items()})
+    both = measure.aggregate(
+        {name: column[rows] for name, column in value_columns(outcomes).items()}
+    )
     assert both[1] == pytest.approx(float(found))
 
 
@@ -148,7 +150,7 @@ def test_nothing_in_common_is_a_chrf_of_zero() -> None:
     task = ChrF()
     [measure] = task.measures()
     outcome = Outcome("", "", "a", "", task.values("a", ""))
-    assert measure.aggregate(columns([outcome])) == 0
+    assert measure.aggregate(value_columns([outcome])) == 0
 
 
 @pytest.mark.parametrize(
