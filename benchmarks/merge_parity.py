@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.adapters.weight_edits import AdapterEdits, build_skeleton
+from qlora_cli.adapters.peft_edits import PeftEdits
+from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.errors import ModelError
 from qlora_cli.export.dequantize import RoundTrip
 from qlora_cli.export.merge_shards import Merge
@@ -191,7 +192,7 @@ def examine(
         build_skeleton(base, trust_remote_code=False), config.load_options(BFLOAT16)
     )
     try:
-        edits = AdapterEdits(skeleton, names, adapter)
+        edits = PeftEdits(skeleton, names, adapter)
         merge = Merge(shards, names, edits, rounding, tied_keys, as_trained=bool(rounding.names))
         merge.verify(output, merge.write(output))
     except ModelError as error:

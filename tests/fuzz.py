@@ -349,7 +349,7 @@ class Checkpoints(Kind):
     def _fresh() -> tuple[Any, Any, Any]:
         import torch
 
-        from qlora_cli.optim.optimizers import AdamW
+        from qlora_cli.optim.families import AdamW
 
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)

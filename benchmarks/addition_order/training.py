@@ -25,7 +25,7 @@ from qlora_cli.models.quantization import Nf4, Unquantized
 from qlora_cli.models.report import report_trained
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.optim.optimizers import AdamW
+from qlora_cli.optim.families import AdamW
 from qlora_cli.optim.schedules import Linear
 from qlora_cli.recipe.schema import Training
 from qlora_cli.types import Batch, Example, StepHooks, TrainState

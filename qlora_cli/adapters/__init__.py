@@ -1,4 +1,4 @@
-"""What is trained. To add a method: one class in a file here, and its name in the union."""
+"""Training methods. To add one: a class in a file of this folder, and its name in the union."""
 
 from __future__ import annotations
 

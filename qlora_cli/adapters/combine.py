@@ -1,7 +1,7 @@
-"""Several LoRA adapters made into one, by PEFT's methods.
+"""Combine several LoRA adapters into one, by PEFT's methods.
 
-PEFT combines adapters that are on a model. Nothing of the model but the shapes of the adapted
-modules has a part in that, so they are put on modules of these shapes whose weights take no memory.
+PEFT combines adapters that are attached to a model, but uses only the shapes of the adapted
+modules. So they are attached to modules of these shapes whose weights take no memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ METHODS = {
     "magnitude_prune": True,
     "magnitude_prune_svd": True,
 }
-"""PEFT's methods, and whether they drop a share of the values."""
+"""PEFT's methods -> whether they drop a share of the values (`density`)."""
 
-_ALIKE = ("layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out", "bias")
-"""What the outcome has from the first adapter, and so must be the same in all."""
+_MUST_AGREE = ("layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out", "bias")
+"""Settings that the result takes from the first adapter, so they must agree in all."""
 
 _PREFIX = "base_model.model."
 
@@ -47,7 +47,15 @@ def combine_adapters(
     rank: int | None,
     seed: int,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The settings and tensors of the outcome; its scale is 1 everywhere.
+    """Return the settings and tensors of the combined adapter, whose scale is 1 everywhere.
+
+    Args:
+        adapters: settings and tensors of each.
+        weights: one for each adapter.
+        method: a key of `METHODS`.
+        density: share of values that methods with dropping keep.
+        rank: rank of the result for the `svd` methods; None takes the largest of the adapters'.
+        seed: seed of random dropping.
 
     Raises:
         ModelError: the adapters cannot be combined in this way.
@@ -68,8 +76,8 @@ def combine_adapters(
                 model.add_adapter(name, config)
             whole = {key: tensor.float() for key, tensor in saved.items()}
             set_peft_model_state_dict(model, whole, adapter_name=name)
-        # The outcome takes its settings from the first adapter, and PEFT writes factors that need
-        # no scale; with rsLoRA's alpha / sqrt(r) its scale would not be 1.
+        # The result takes its settings from the first adapter, and PEFT writes factors for a scale
+        # of 1; with rsLoRA's alpha / sqrt(r) the scale would be another.
         model.peft_config[names[0]] = replace(model.peft_config[names[0]], use_rslora=False)
         torch.manual_seed(seed)
         model.base_model.add_weighted_adapter(
@@ -93,8 +101,8 @@ def combine_adapters(
     return config, {key: tensor.contiguous() for key, tensor in made.items()}
 
 
-def save_adapter(config: LoraConfig, saved: dict[str, Tensor], folder: Path) -> None:
-    """Write them as PEFT does."""
+def write_adapter(config: LoraConfig, saved: dict[str, Tensor], folder: Path) -> None:
+    """Write an adapter into `folder`, in PEFT's format."""
     from safetensors.torch import save_file
 
     config.save_pretrained(str(folder))
@@ -102,26 +110,29 @@ def save_adapter(config: LoraConfig, saved: dict[str, Tensor], folder: Path) -> 
 
 
 def _refuse(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> None:
+    """Raises ModelError if the adapters cannot be combined by any method."""
     first = adapters[0][0]
     for config, _ in adapters:
         if config.use_dora:
             raise ModelError(
-                "an adapter with use_dora (true) cannot be combined: PEFT's methods know nothing "
-                "of its magnitudes"
+                "an adapter with use_dora (true) cannot be combined: PEFT's methods ignore its "
+                "magnitudes"
             )
         if config.modules_to_save:
             raise ModelError(
                 f"an adapter with modules_to_save ({', '.join(config.modules_to_save)}) cannot be "
-                "combined: those are whole matrices, and no updates"
+                "combined: they are whole matrices, not updates"
             )
-        for name in _ALIKE:
+        for name in _MUST_AGREE:
             mine, other = getattr(first, name), getattr(config, name)
             if mine != other:
-                raise ModelError(f"adapters with different {name} ({mine} and {other})")
+                raise ModelError(
+                    f"adapters with different {name} ({mine} and {other}) cannot be combined"
+                )
 
 
 def _skeleton(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> nn.Module:
-    """A tree of the adapted modules, in the shapes of their factors."""
+    """Build a tree of the adapted modules, with the shapes that their factors imply."""
     from torch import nn
 
     root = nn.Module()
@@ -130,10 +141,10 @@ def _skeleton(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> nn.Mo
             path, _, factor = key.removeprefix(_PREFIX).partition(".lora_")
             if factor == "A.weight":
                 b = saved[f"{_PREFIX}{path}.lora_B.weight"]
-                _put(root, path, _linear(a.shape[1], b.shape[0]))
+                _add_module(root, path, _linear(a.shape[1], b.shape[0]))
             elif factor == "embedding_A":
                 b = saved[f"{_PREFIX}{path}.lora_embedding_B"]
-                _put(root, path, _embedding(a.shape[1], b.shape[0]))
+                _add_module(root, path, _embedding(a.shape[1], b.shape[0]))
     return root
 
 
@@ -157,7 +168,7 @@ def _embedding(num: int, width: int) -> nn.Module:
     return module
 
 
-def _put(root: nn.Module, path: str, leaf: nn.Module) -> None:
+def _add_module(root: nn.Module, path: str, leaf: nn.Module) -> None:
     from torch import nn
 
     *parents, name = path.split(".")

@@ -1,4 +1,4 @@
-"""The two files of an adapter folder in PEFT's format, which somebody else may have written."""
+"""Read the two files of an adapter folder in PEFT's format. They are untrusted input."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-"""The file with the tensors; pickled ones are never read."""
+"""The file with the tensors. Pickled files are never read."""
 
-_ELSEWHERE = (
+_OUTSIDE = (
     "megatron_config",
     "adapters",
     "tokenizer_name_or_path",
     "prompt_tuning_init_state_dict_path",
 )
-"""Settings for which PEFT imports a module, or opens files, that the config names."""
+"""Settings that make PEFT import modules or open files named in the config."""
 
-_NO_SIZES = ("alpha", "seed", "prng_key")
-"""Endings of numbers by which PEFT makes no tensor."""
+_NOT_SIZES = ("alpha", "seed", "prng_key")
+"""Endings of the names of numbers that are not sizes of tensors."""
 _SMALL = 64
-"""No number up to it takes memory worth a word."""
+"""Sizes up to this take a negligible amount of memory."""
 
 _NAMES = ("target_modules", "exclude_modules")
 _LISTS = ("modules_to_save", "target_parameters")
@@ -38,14 +38,14 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConfig:
-    """The settings of an adapter.
+    """Read the settings of an adapter.
 
     Args:
-        shapes: of its tensors. No rank is larger than theirs, whatever the settings say: a rank
-            that no tensor has would only make PEFT take memory for a module that is then missing.
+        shapes: shapes of its tensors. Ranks are limited by them: for a larger rank in the settings
+            PEFT would only allocate memory for a tensor that is then missing.
 
     Raises:
-        ModelError: they cannot be read, or name code or files elsewhere.
+        ModelError: they cannot be read, or name code or files outside of the folder.
     """
     from peft import PeftConfig
 
@@ -55,16 +55,18 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
     refuse_foreign(folder)
     path = folder / CONFIG
     try:
-        # Before PEFT, which asks the hub for what it does not find.
+        # Read here first: PEFT would look on the Hub for a missing file.
         settings = read_object(path)
-        if named := [key for key in _ELSEWHERE if settings.get(key)]:
-            raise ValueError(f"{named[0]} names code or files elsewhere, which are not opened")
+        if named := [key for key in _OUTSIDE if settings.get(key)]:
+            raise ValueError(
+                f"{named[0]} names code or files outside of the folder: they are not opened"
+            )
         if settings.get("peft_type") == "LORA":
             _check_lora(settings)
         else:
             _check_sizes(settings, max((max(one) for one in shapes.values() if one), default=1))
         config: Any = PeftConfig.from_pretrained(str(folder))
-    # PEFT checks no types: what is wrong fails wherever it is used first.
+    # PEFT checks no types: a wrong setting fails in any way, wherever it is used first.
     except Exception as error:
         raise ModelError(f"{path} cannot be read as the settings of an adapter: {error}") from error
     if config.peft_type == "LORA":
@@ -76,10 +78,10 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter.
+    """Read the tensors of an adapter.
 
     Raises:
-        ModelError: there are none in safetensors, or they cannot be read.
+        ModelError: the safetensors file is missing, or cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,20 +96,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """The settings and tensors of an adapter.
+    """Read the settings and tensors of an adapter.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: a file is missing, or cannot be read.
     """
     saved = read_tensors(folder)
     return read_config(folder, {name: tuple(one.shape) for name, one in saved.items()}), saved
 
 
 def refuse_slow_patterns(config: PeftConfig, modules: Iterable[str], folder: Path) -> None:
-    """Refuse settings whose regular expressions take for ever on the names of a model's modules.
+    """Refuse settings whose regular expressions take too long on the names of a model's modules.
 
     Raises:
-        ModelError: they do, or are none.
+        ModelError: matching takes more than half a second, or an expression is not valid.
     """
     settings: Any = config
     found = [getattr(settings, name, None) for name in _NAMES]
@@ -121,24 +123,24 @@ def refuse_slow_patterns(config: PeftConfig, modules: Iterable[str], folder: Pat
                 for module in modules:
                     compiled.fullmatch(module)
     except re.error as error:
-        raise ModelError(f"{folder / CONFIG}: no regular expression: {error}") from error
+        raise ModelError(f"{folder / CONFIG}: not a valid regular expression: {error}") from error
 
 
 def _check_sizes(settings: Mapping[str, Any], largest: int) -> None:
-    """Raises ValueError if a number says more than the tensors do.
+    """Raises ValueError if a size is larger than any side of the tensors.
 
-    What PEFT makes of it would only take memory, for a module that is then missing.
+    PEFT would only allocate memory for a tensor that is then missing.
     """
     for key, value in settings.items():
         is_large = type(value) is int and value > max(largest, _SMALL)
-        if is_large and not key.endswith(_NO_SIZES):
-            raise ValueError(f"{key} ({value}) is more than any side of the tensors ({largest})")
+        if is_large and not key.endswith(_NOT_SIZES):
+            raise ValueError(f"{key} ({value}) is larger than any side of the tensors ({largest})")
     for key in _NAMES:
         _require(key, settings.get(key), _are_names)
 
 
 def _check_lora(settings: dict[str, Any]) -> None:
-    """Raises ValueError if a setting that we or PEFT compute with is of another type."""
+    """Raises ValueError if a setting that enters a computation has a wrong type or value."""
     _require("r", settings.get("r", 8), _is_rank)
     _require("lora_alpha", settings.get("lora_alpha", 8), _is_number)
     for key in _NAMES:
@@ -148,12 +150,12 @@ def _check_lora(settings: dict[str, Any]) -> None:
     for key, is_value in zip(_PATTERNS, (_is_rank, _is_number), strict=True):
         pattern = settings.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(is_value, pattern.values())):
-            raise ValueError(f"{key} ({pattern!r}) is no mapping of names to numbers")
+            raise ValueError(f"{key} ({pattern!r}) is not a mapping of names to numbers")
 
 
 def _require(key: str, value: Any, holds: Any) -> None:
     if not holds(value):
-        raise ValueError(f"{key} ({value!r}) is none that an adapter can have")
+        raise ValueError(f"{key} ({value!r}) is not a valid setting of an adapter")
 
 
 def _is_rank(value: Any) -> bool:

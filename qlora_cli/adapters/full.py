@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -27,7 +27,7 @@ class FullFineTune(AdapterMethod):
     )
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Make every weight trainable, in float32: bfloat16 loses updates below its grid."""
+        """Make every weight trainable, in float32: bfloat16 loses small updates."""
         model.float().requires_grad_(True)
         return model
 
@@ -35,29 +35,22 @@ class FullFineTune(AdapterMethod):
         """Write the weights as an ordinary model folder."""
         model.save_pretrained(folder)
 
-    def weight_edits(
-        self, skeleton: PreTrainedModel, names: WeightNames, folder: Path
-    ) -> WeightEdits:
-        """What a saved training changed in the base (`skeleton`: on the meta device)."""
-        from qlora_cli.adapters.weight_edits import FullModelEdits
-
-        return FullModelEdits(skeleton, folder)
-
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-        """Put saved weights in place of the base's. `model` itself is changed.
+        """Replace the base's weights by saved ones. `model` is changed in place.
 
         Raises:
-            ModelError: they cannot be read, or are of another model.
+            ModelError: they cannot be read, or belong to another model.
         """
         import torch
 
+        from qlora_cli.adapters.saved_tensors import mismatch
         from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
 
         refuse_foreign(folder)
         refuse_no_safetensors(folder, str(folder))
         kind: Any = type(self.attach(model))
         try:
-            # Not the files themselves: they may hold in several tensors what the model has in one.
+            # The files themselves may split a tensor of the model into several.
             saved, found = kind.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -65,20 +58,19 @@ class FullFineTune(AdapterMethod):
                 local_files_only=True,
                 output_loading_info=True,
             )
-        # Settings that do not belong together fail in any way, wherever they are used first.
+        # Inconsistent settings fail in any way, wherever they are used first.
         except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
         if missing or found["unexpected_keys"]:
-            raise ModelError(key_mismatch(folder, missing, found["unexpected_keys"]))
+            raise mismatch(folder, missing=missing, unexpected=found["unexpected_keys"])
         model.load_state_dict(saved.state_dict())
         return model
 
+    def weight_edits(
+        self, skeleton: PreTrainedModel, names: WeightNames, folder: Path
+    ) -> WeightEdits:
+        """Return the changes to the base: every weight is replaced."""
+        from qlora_cli.adapters.weight_edits import ReplacedWeights
 
-def key_mismatch(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    parts = [
-        f"{title} {', '.join(sorted(keys)[:5])}"
-        for title, keys in (("missing:", missing), ("unexpected:", unexpected))
-        if keys
-    ]
-    return f"{folder} does not fit the base model; " + "; ".join(parts)
+        return ReplacedWeights(skeleton, folder)

@@ -1,7 +1,7 @@
-"""What a low-rank update does to its weight, from its two factors and never from their product.
+"""Norms, products and singular values of low-rank updates, without computing the update itself.
 
 Shapes: A (R, I) and B (O, R); the update is scale * B @ A, (O, I). For O = I = 4096 and R = 16 the
-product has 128 times the numbers of the factors. All arithmetic is in float64.
+update has 128 times as many values as the factors. All arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an adapter adds to one weight."""
+    """The update that an adapter adds to one weight."""
 
     a: Tensor  # (R, I) float64
     b: Tensor  # (O, R) float64, scaled
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, scale: float) -> Update:
-        """From the factors as they are saved."""
+        """Make an update from the saved factors."""
         return cls(a.double(), b.double() * scale)
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The number of rows of A."""
         return self.a.shape[0]
 
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Return the Frobenius norm."""
         return math.sqrt(max(0.0, self.dot(self)))
 
     def dot(self, other: Update) -> float:
-        """Sum of the products of all entries: <B A, B' A'> = <Bt B', A At'>, of R x R' each."""
+        """Return the sum of the products of all entries: <B A, B' A'> = <B^T B', A A'^T>."""
         return float(((self.b.T @ other.b) * (self.a @ other.a.T)).sum())
 
     def distance(self, other: Update) -> float:
-        """Frobenius norm of the difference.
+        """Return the Frobenius norm of the difference.
 
-        As the norm of one update [B, -B'] [A; A'], since the difference of three large products
-        would lose what is small.
+        It is the norm of the update [B, -B'] [A; A']: computed from three large products, a small
+        difference would be lost to cancellation.
         """
         return float(weighted_sum([self, other], [1.0, -1.0]).singular_values().norm())
 
     def singular_values(self) -> Tensor:
-        """Of the update, the largest first (R,): those of the R x R core between two QRs."""
+        """Return the singular values (R,), largest first: those of the R x R core of two QRs."""
         import torch
 
         core = torch.linalg.qr(self.b).R @ torch.linalg.qr(self.a.T).R.T
@@ -64,7 +64,7 @@ class Update:
 
 
 def weighted_sum(updates: Sequence[Update], weights: Sequence[float]) -> Update:
-    """The weighted sum, as one update whose rank is the sum of theirs."""
+    """Return the weighted sum as one update whose rank is the sum of theirs."""
     import torch
 
     return Update(
@@ -74,9 +74,9 @@ def weighted_sum(updates: Sequence[Update], weights: Sequence[float]) -> Update:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy & Vetterli 2007); 0 of nothing.
+    """Return exp of the entropy of the singular values' shares (Roy & Vetterli 2007).
 
-    R equal ones give R, and one that outweighs all others gives 1.
+    R equal values give R; one that outweighs all others gives 1; zeros give 0.
     """
     total = singular_values.sum()
     if float(total) == 0:
@@ -87,11 +87,10 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def read_updates(config: LoraConfig, saved: dict[str, Tensor]) -> dict[str, Update]:
-    """Module path -> its update. Tensors that are no factors (modules trained in full) are left
-    out.
+    """Return the update of each module, by its path. Modules trained in full are left out.
 
     Raises:
-        ModelError: a factor is alone, or the two do not belong together.
+        ModelError: a factor lacks its counterpart, or their shapes do not match.
     """
     updates = {}
     for key, tensor in saved.items():
@@ -100,7 +99,7 @@ def read_updates(config: LoraConfig, saved: dict[str, Tensor]) -> dict[str, Upda
                 name = key.removesuffix(first).removeprefix("base_model.model.")
                 other = saved.get(key.removesuffix(first) + second)
                 if other is None or not _are_factors(tensor, other):
-                    raise ModelError(f"{key} has no factor beside it of the same rank")
+                    raise ModelError(f"{key}: the other factor is missing or has another rank")
                 scale = update_scale(config, name, tensor.shape[0])
                 updates[name] = Update.of(tensor.flatten(1), other.flatten(1), scale)
     return updates
@@ -112,7 +111,7 @@ def _are_factors(a: Tensor, b: Tensor) -> bool:
 
 
 def update_scale(config: LoraConfig, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the alpha of this module."""
+    """Return alpha / r (rsLoRA: alpha / sqrt(r)) with the alpha of this module."""
     from peft.utils.other import get_pattern_key
 
     key = get_pattern_key(config.alpha_pattern.keys(), module)

@@ -1,57 +1,72 @@
-"""Virtual tokens before each row, and nothing else."""
+"""Methods that train virtual tokens before each row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_cli.adapters.peft_base import OfPeft
+from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.models.heads import CAUSAL_LM
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+_NO_MERGE = "virtual tokens are not a weight of the base"
+_NO_PACKING = "each example needs its own virtual tokens before it"
+_FIRST_CHANGE = "Initially it acts as if random words stood before each row."
 
-class _VirtualTokens(OfPeft):
-    no_merge: ClassVar[str] = "virtual tokens are no weight of the base"
-    no_packing: ClassVar[str] = "each example needs virtual tokens of its own before it"
-    first_change: ClassVar[str] = "It begins as if words drawn at random stood before each row."
-    num_virtual_tokens: int = Field(20, ge=1)
-    """How many stand before each row. The context has room for so many tokens less."""
-
-    def _settings(self) -> dict[str, Any]:
-        return {"task_type": CAUSAL_LM.task_type, "num_virtual_tokens": self.num_virtual_tokens}
+NumVirtualTokens = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="Virtual tokens before each row. They take this many tokens of the context.",
+    ),
+]
 
 
-class PromptTuning(_VirtualTokens):
+class PromptTuning(AdapterMethod):
     """Embeddings of virtual tokens are trained (prompt tuning, Lester et al. 2021,
     https://arxiv.org/abs/2104.08691)."""
 
+    no_merge: ClassVar[str] = _NO_MERGE
+    no_packing: ClassVar[str] = _NO_PACKING
+    first_change: ClassVar[str] = _FIRST_CHANGE
     type: Literal["prompt"] = "prompt"
+    num_virtual_tokens: NumVirtualTokens = 20
 
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
-        """The settings in PEFT's own terms."""
+        """Return the settings as PEFT's config for `model`."""
         from peft import PromptTuningConfig
 
-        return PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **self._settings())
+        return PromptTuningConfig(
+            task_type=CAUSAL_LM.task_type,
+            num_virtual_tokens=self.num_virtual_tokens,
+            prompt_tuning_init="SAMPLE_VOCAB",
+        )
 
 
-class PrefixTuning(_VirtualTokens):
+class PrefixTuning(AdapterMethod):
     """Keys and values of virtual tokens are trained, in every layer (prefix tuning, Li & Liang
     2021, https://arxiv.org/abs/2101.00190)."""
 
+    no_merge: ClassVar[str] = _NO_MERGE
+    no_packing: ClassVar[str] = _NO_PACKING
+    first_change: ClassVar[str] = _FIRST_CHANGE
     type: Literal["prefix"] = "prefix"
+    num_virtual_tokens: NumVirtualTokens = 20
 
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
-        """The settings in PEFT's own terms."""
+        """Return the settings as PEFT's config for `model`."""
         from peft import PrefixTuningConfig
 
-        return PrefixTuningConfig(**self._settings())
+        return PrefixTuningConfig(
+            task_type=CAUSAL_LM.task_type, num_virtual_tokens=self.num_virtual_tokens
+        )
 
     def initialize(self, adapted: PeftModel) -> None:
-        """With the keys and values of words."""
+        """Start with the keys and values of random words."""
         from qlora_cli.adapters.layers.virtual_tokens import initialize_from_words
 
         initialize_from_words(adapted)

@@ -29,8 +29,11 @@ class Config(BaseModel):
 def field_docs(part: type[Config]) -> dict[str, str]:
     """The docstrings of a part's fields, its own and those it has from parts above it.
 
+    A field without a docstring has the description of its type, for types that several parts share.
+
     Read from the source when they are asked for: pydantic's `use_attribute_docstrings` reads it
     whenever a class is made, and takes a quarter of the time of `qlora validate`.
     """
-    docs = attribute_docs(part, Config)
+    docs = {name: info.description for name, info in part.model_fields.items() if info.description}
+    docs |= attribute_docs(part, Config)
     return {name: docs[name] for name in part.model_fields if name in docs}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
-from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
+from qlora_cli.adapters.combine import METHODS, combine_adapters, write_adapter
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.low_rank import Update, read_updates, weighted_sum
 from qlora_cli.common.atomic_files import atomic_folder
@@ -95,7 +95,7 @@ def combine(
         "error": _error(made, [updates for _, _, updates in read], shares),
     }
     recipe = _recipe_of(places, overrides)
-    _write(output, places, lambda folder: save_adapter(config, saved, folder), report, recipe)
+    _write(output, places, lambda folder: write_adapter(config, saved, folder), report, recipe)
     evaluations = _evaluate(output, recipe, places) if measure and recipe else []
     if evaluations:
         RunFolder(output).update_record(evaluations=evaluations)

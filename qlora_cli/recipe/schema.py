@@ -15,7 +15,8 @@ from qlora_cli.data.sources import Source
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import QuantizationConfig, Unquantized
 from qlora_cli.objectives import ObjectiveConfig, Supervised
-from qlora_cli.optim.optimizers import AdamW, OptimizerConfig
+from qlora_cli.optim.families import AdamW
+from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.tasks import Loss, TaskConfig
 from qlora_cli.tasks.forgetting import GeneralText

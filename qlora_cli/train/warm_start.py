@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.adapters import LoRA
 from qlora_cli.adapters.files import WEIGHTS
+from qlora_cli.adapters.warm_start import load_initial_weights
 from qlora_cli.common.atomic_files import describe_file
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import AdapterFolder
@@ -31,7 +32,7 @@ class WarmStart:
         Raises:
             ModelError: it was trained with other settings, or does not fit tensor for tensor.
         """
-        self.adapter.load_weights_from(model, self.place.folder)
+        load_initial_weights(model, self.place.folder)
 
     def record(self) -> dict[str, Any]:
         """Return its name, the digest of its weights and its own parent, for the new record."""

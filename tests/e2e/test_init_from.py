@@ -157,7 +157,7 @@ def damage_value(tensors: dict[str, torch.Tensor]) -> None:
     [
         (damage_missing, "missing: "),
         (damage_unexpected, "3 down_proj"),
-        (damage_shape, "of another shape: "),
+        (damage_shape, "wrong shape: "),
         (damage_value, "not finite"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Methods that PEFT does not have, written as tuners of PEFT."""
+"""Modules that the adapter methods add to a model, where PEFT has none."""

@@ -1,4 +1,4 @@
-"""Biases that are trained beside quantized weights."""
+"""Train the biases of quantized linear layers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class TrainedBias(nn.Module):
-    """A quantized linear layer and its bias, which is added to what the layer gives.
+    """A quantized linear layer whose bias is added to the layer's output.
 
-    Left to bitsandbytes, a bias is rounded in place to the dtype of the input: what is trained in
+    bitsandbytes rounds a bias in place to the dtype of the input, so a bias that is trained in
     float32 would lose its updates in the first forward.
     """
 
@@ -29,10 +29,12 @@ class TrainedBias(nn.Module):
 
 
 def keep_biases_unrounded(model: nn.Module, names: Iterable[str]) -> None:
-    """Take the biases among these weights out of the hands of bitsandbytes. They keep their names.
+    """Wrap the quantized layers whose bias is trained, so that bitsandbytes does not round it.
+
+    The biases keep their names. `model` is changed in place.
 
     Args:
-        names: of what is trained. `model` is changed.
+        names: names of the trained weights.
     """
     for name in names:
         owner, _, leaf = name.rpartition(".")

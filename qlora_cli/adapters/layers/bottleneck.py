@@ -1,8 +1,8 @@
-"""The adapter of Houlsby et al. (2019, https://arxiv.org/abs/1902.00751): after a layer's output
-comes a small network with a narrow middle, whose result is added to that output.
+"""The adapter of Houlsby et al. (2019, https://arxiv.org/abs/1902.00751): a small network with a
+narrow middle takes a layer's output, and its result is added to that output.
 
-Registered with PEFT, it is saved, loaded, switched off and put on quantized layers like the methods
-of PEFT's own.
+It is registered with PEFT, which saves, loads and disables it and puts it on quantized layers like
+its own methods.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _DEVIATION = 1e-2
-"""Of the first weights of the way down: section 2.1 of the paper."""
+"""Standard deviation of the initial weights of the down projection (section 2.1)."""
 _PREFIX = "bottleneck_"
 
 
 class _Kind(StrEnum):
-    """PEFT's own enumeration of kinds is closed."""
+    """An addition to `peft.PeftType`, which cannot be extended."""
 
     BOTTLENECK = "BOTTLENECK"
 
 
 @dataclass
 class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT is not typed
-    """What is in adapter_config.json."""
+    """The settings in adapter_config.json."""
 
     size: int = 64
     """Width of the middle."""
     activation: str = "gelu"
     target_modules: list[str] | str | None = None
-    """Modules whose output goes through an adapter."""
+    """Modules whose output goes through the adapter."""
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | None = None
@@ -56,14 +56,15 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT is not typed
         super().__post_init__()
         self.peft_type = _Kind.BOTTLENECK
         if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation ({self.activation}) is none of {', '.join(_ACTIVATIONS)}")
+            known = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"activation ({self.activation}) must be one of {known}")
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # as above
-    """A layer, and what its output goes through: y + up(activation(down(y)))."""
+    """A layer with output y, followed by the adapter: y + up(activation(down(y)))."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
-    # torch answers for what a module does not have, so its type would be that of a tensor.
+    # PEFT's attributes; without these lines mypy would take them for tensors or modules.
     get_base_layer: Any
     set_adapter: Any
     active_adapters: Any
@@ -82,7 +83,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # as ab
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Add an adapter. Its way up is zero at first, so that the output stays as it is."""
+        """Add an adapter. Its up projection is initially zero, so that the output is unchanged."""
         _, width = _get_in_out_features(self.get_base_layer())
         down, up = nn.Linear(width, config.size), nn.Linear(config.size, width)
         nn.init.normal_(down.weight, std=_DEVIATION)
@@ -106,12 +107,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # as ab
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises NotImplementedError: a non-linearity is no weight of the base."""
-        raise NotImplementedError("a bottleneck adapter has a non-linearity, which no weight has")
+        """Raises NotImplementedError: weights of the base cannot express the non-linearity."""
+        raise NotImplementedError("weights of the base cannot express the adapter's non-linearity")
 
 
 class BottleneckModel(BaseTuner):  # type: ignore[misc]  # as above
-    """Puts adapters after the modules that a config names."""
+    """PEFT's tuner: puts adapters after the modules that a config names."""
 
     prefix = _PREFIX
     tuner_layer_cls = BottleneckLayer
@@ -137,10 +138,10 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]  # as above
 
 
 def register() -> None:
-    """Make the method known to PEFT, where those of its own are registered.
+    """Add the method to the tables in which PEFT keeps its own.
 
-    `peft.utils.register_peft_method` fills the same tables, but takes no kind that PEFT's own
-    enumeration does not have.
+    `peft.utils.register_peft_method` fills the same tables, but accepts only members of
+    `peft.PeftType`.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[_Kind.BOTTLENECK] = BottleneckConfig
     PEFT_TYPE_TO_TUNER_MAPPING[_Kind.BOTTLENECK] = BottleneckModel

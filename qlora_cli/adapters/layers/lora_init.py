@@ -1,7 +1,7 @@
-"""Factors of a low-rank update that are more than one trained matrix.
+"""Factors of low-rank updates that are computed from several tensors, and their initial values.
 
-Each takes the place of `lora_A` or `lora_B` in a layer of PEFT, which asks it for its `weight`: so
-the update is an ordinary one for whoever computes it, and ordinary LoRA when it is saved.
+Such a factor replaces `lora_A` or `lora_B` in a PEFT layer, which reads only its `weight`: the
+update is computed like any other, and saved as ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora_cli.errors import ModelError
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -21,7 +23,7 @@ _PREFIX = "base_model.model."
 
 
 class Factor(nn.Module):
-    """In the place of a linear layer without a bias."""
+    """A replacement for a linear layer without a bias."""
 
     bias = None
 
@@ -36,15 +38,15 @@ class Factor(nn.Module):
 
 
 class OffsetFactor(Factor):
-    """A trained factor, and beside it what it began as.
+    """A trained factor, concatenated with its initial value.
 
-    With A0 and B0 for what they began as, the update is B A - B0 A0 = [B, -B0] [A; A0]. It is zero
-    at first, although neither factor is, and the base need not be changed.
+    With initial values A0 and B0, the update is B A - B0 A0 = [B, -B0] [A; A0]. It is initially
+    zero although neither factor is, so the base need not be changed.
 
     Args:
         first: A0 (R, in), or B0 (out, R).
-        dim: 0 for A0 below A, 1 for B0 beside B.
-        sign: -1 on one of the two.
+        dim: 0 stacks A0 below A, 1 puts B0 to the right of B.
+        sign: sign of the initial value: -1 in one of the two factors.
     """
 
     first: Tensor
@@ -52,7 +54,7 @@ class OffsetFactor(Factor):
     def __init__(self, first: Tensor, *, dim: int, sign: int) -> None:
         super().__init__()
         self.trained = nn.Parameter(first.clone())
-        # A checkpoint keeps it: another machine would find it with another rounding.
+        # Saved in checkpoints: another machine would compute it with other rounding.
         self.register_buffer("first", first * sign)
         self._dim = dim
 
@@ -63,9 +65,9 @@ class OffsetFactor(Factor):
 
 
 class ScaledFactor(Factor):
-    """The factor A of rows with a weight each: the update is B diag(values) directions.
+    """The factor A of AdaLoRA, with a scale for each row: the update is B diag(values) directions.
 
-    Beside it is what AdaLoRA knows of the importance of both factors.
+    Its buffers hold the running statistics of the importance of both factors.
 
     Args:
         directions: (R, in).
@@ -73,7 +75,7 @@ class ScaledFactor(Factor):
     """
 
     kept: Tensor
-    """(R, 1), 0 for what was taken away last."""
+    """(R, 1): 0 for ranks that were removed in the last allocation, otherwise 1."""
 
     def __init__(self, directions: Tensor, num_out: int) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class ScaledFactor(Factor):
 
 
 def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers with a low-rank update of a linear layer, by their names in the base."""
+    """Yield PEFT's layers with a low-rank update of a linear layer, by their names in the base."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -101,8 +103,28 @@ def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix(_PREFIX), module
 
 
+def linear_updates(adapted: PeftModel, setting: str) -> dict[str, Any]:
+    """Return the PEFT layers with a low-rank update, by their names in the base.
+
+    Args:
+        setting: the setting that works only for linear layers, for the message.
+
+    Raises:
+        ModelError: one of the updates is not of a linear layer.
+    """
+    layers = dict(low_rank_layers(adapted))
+    for parameter, _ in adapted.named_parameters():
+        name = parameter.partition(".lora_")[0].removeprefix(_PREFIX)
+        if ".lora_" in parameter and name not in layers:
+            raise ModelError(
+                f"{setting} works only for linear layers, and {name} is not one",
+                hint="leave it out of adapter.target_modules; adapter.modules_to_save trains it",
+            )
+    return layers
+
+
 def plain_lora_state(model: PeftModel) -> dict[str, Any]:
-    """The state of a model as if all factors were plain matrices."""
+    """Return the state of a model with each `Factor` as a plain matrix."""
     state: dict[str, Any] = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, Factor):
@@ -113,7 +135,7 @@ def plain_lora_state(model: PeftModel) -> dict[str, Any]:
 
 
 def set_factors(layer: Any, a: Tensor, b: Tensor) -> None:
-    """Have a layer of PEFT, of rank 2R, train factors of rank R that begin as `a` and `b`."""
+    """Make a PEFT layer of rank 2R train factors of rank R with initial values `a` and `b`."""
     layer.lora_A[ADAPTER] = OffsetFactor(a, dim=0, sign=1)
     layer.lora_B[ADAPTER] = OffsetFactor(b, dim=1, sign=-1)
 
@@ -122,15 +144,16 @@ def set_factors(layer: Any, a: Tensor, b: Tensor) -> None:
 def pissa_factors(
     weight: Tensor, rank: int, scale: float, steps: int | None
 ) -> tuple[Tensor, Tensor]:
-    """PiSSA: scale * B A is the best approximation of a weight of this rank (Meng et al. 2024,
-    equations 2 and 3).
+    """Compute PiSSA's factors: scale * B A is the best approximation of `weight` of this rank.
+
+    (Meng et al. 2024, equations 2 and 3.)
 
     Args:
         weight: (out, in) float32.
-        steps: of a subspace iteration, in place of the whole decomposition.
+        steps: steps of a subspace iteration; None computes the full decomposition.
 
     Returns:
-        A (R, in) and B (out, R), which share the singular values.
+        A (R, in) and B (out, R), each with the square roots of the singular values.
     """
     if steps is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -143,7 +166,9 @@ def pissa_factors(
 
 @torch.no_grad()
 def olora_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """OLoRA: the first rows of R and columns of Q of a weight (Buyukakyuz 2024, algorithm 1).
+    """Compute OLoRA's factors: the first rows of R and columns of Q of `weight = Q R`.
+
+    (Buyukakyuz 2024, algorithm 1.)
 
     Args:
         weight: (out, in) float32.
@@ -157,14 +182,15 @@ def olora_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dequantized_base_weight(layer: Any) -> Tensor:
-    """What a layer of PEFT is beside, (out, in) float32, dequantized where it is quantized."""
+    """Return the base weight of a PEFT layer, (out, in) float32, dequantized if necessary."""
     from bitsandbytes.nn import Linear8bitLt
 
     from qlora_cli.kernels.lora_linear import base_weight
 
     base = layer.get_base_layer()
     if isinstance(base, Linear8bitLt):
-        # Each row has its largest value as 127; the first forward takes the scales to the state.
+        # The largest value of each row is stored as 127. The first forward moves the scales from
+        # the weight to the state.
         weight: Any = base.weight
         scales = base.state.SCB if weight.SCB is None else weight.SCB
         whole: Tensor = weight.data.float() * (scales.float()[:, None] / 127)

@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import pytest
@@ -10,10 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from qlora_cli.adapters import BitFit, Bottleneck, Freeze, LoRA, OtherPeft
+from qlora_cli.adapters.base import AdapterMethod
+from qlora_cli.adapters.peft_edits import MERGEABLE
+from qlora_cli.common.config import Config
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.decoder_layer import can_fuse
 from tests.conftest import save_tiny_model
-from tests.contract.subjects import BASES, SUBJECTS, Subject
+from tests.contract.subjects import BASES, CLASSES, SUBJECTS, Subject
 
 INPUT = torch.arange(1, 13)[None]
 
@@ -70,7 +73,7 @@ def test_plain_peft_loads_a_saved_adapter(tiny_model: Path, tmp_path: Path) -> N
         ({"target_modules": ["q_porj"]}, "adapter.target_modules: 'q_porj' matches no", "q_proj"),
         ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no module", None),
         ({"target_modules": r".*\.qproj"}, r"'.*\\.qproj' matches no module", None),
-        ({"target_modules": "*broken"}, "is no regular expression", None),
+        ({"target_modules": "*broken"}, "is not a valid regular expression", None),
         ({"exclude_modules": ["dwn_proj"]}, "adapter.exclude_modules: 'dwn_proj'", "down_proj"),
         ({"modules_to_save": ["lm_haed"]}, "adapter.modules_to_save: 'lm_haed'", "lm_head"),
         ({"rank_pattern": {"k_prj": 2}}, "adapter.rank_pattern: 'k_prj'", "k_proj"),
@@ -154,27 +157,30 @@ def test_a_bottleneck_has_as_many_weights_as_the_paper_says(after: list[Any]) ->
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (OtherPeft(peft_type="miss", target_modules=["q_proj"], config={"rr": 2}), "no 'rr'"),
-        (OtherPeft(peft_type="miss", config={"peft_type": "LORA"}), "no 'peft_type'"),
+        (
+            OtherPeft(peft_type="miss", target_modules=["q_proj"], config={"rr": 2}),
+            "'rr' is not a setting",
+        ),
+        (OtherPeft(peft_type="miss", config={"peft_type": "LORA"}), "'peft_type' is not a setting"),
         (BitFit(), "trains biases, and this model has none"),
         (Freeze(last_layers=3), "the model has 2 layers"),
         (Freeze(last_layers=0), "nothing would be trained"),
-        (Freeze(patterns=["nomr"]), "'nomr' is found in no weight"),
-        (LoRA(layers_to_transform=[2]), "the model has no layer 2; it has 0 to 1"),
+        (Freeze(patterns=["nomr"]), "'nomr' matches no weight"),
+        (LoRA(layers_to_transform=[2]), "the model has no layer 2; its layers are 0 to 1"),
         (
             LoRA(layers_to_transform=[1], target_modules=".*q_proj"),
-            "counts layers for a list of names alone",
+            "selects layers only for a list of names",
         ),
         (
             Bottleneck(layers_to_transform=[1], target_modules=".*o_proj"),
-            "counts layers for a list of names alone",
+            "selects layers only for a list of names",
         ),
         (
             LoRA(layers_to_transform=[1], target_parameters=["q_proj.weight"]),
-            "counts layers for modules alone",
+            "selects layers only for modules",
         ),
-        (LoRA(freeze_a=True, target_modules=["q_proj", "embed_tokens"]), "embed_tokens is none"),
-        (LoRA(trainable_token_indices=[999]), "there is no token 999"),
+        (LoRA(freeze_a=True, target_modules=["q_proj", "embed_tokens"]), "embed_tokens is not one"),
+        (LoRA(trainable_token_indices=[999]), "the model has no token 999"),
         (LoRA(target_parameters=["experts.up"]), "'experts.up' matches no"),
         (Bottleneck(target_modules=["q_porj"]), "'q_porj' matches no module"),
     ],
@@ -194,8 +200,22 @@ def test_a_number_beyond_the_tensors_is_refused_before_it_takes_memory(
     config = tmp_path / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**settings, "size": 2**40}), encoding="utf-8")
-    with pytest.raises(ModelError, match="more than any side of the tensors"):
+    with pytest.raises(ModelError, match="larger than any side of the tensors"):
         adapter.load(load(tiny_model), tmp_path)
+
+
+def test_each_method_of_peft_that_can_be_merged_is_listed() -> None:
+    fields = [
+        method.model_fields.get("peft_type") or method.model_fields["type"]
+        for method in CLASSES
+        if method.peft_config is not AdapterMethod.peft_config and not method.no_merge
+    ]
+    assert sorted(n.upper() for f in fields for n in get_args(f.annotation)) == list(MERGEABLE)
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_a_method_inherits_from_the_base_of_methods_and_no_other(method: type[Config]) -> None:
+    assert method.__mro__[1:3] == (AdapterMethod, Config)
 
 
 def test_the_page_of_methods_is_what_the_classes_say() -> None:

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.adapters.combine import METHODS, combine_adapters, save_adapter
+from qlora_cli.adapters.combine import METHODS, combine_adapters, write_adapter
 from qlora_cli.adapters.low_rank import read_updates
 from qlora_cli.adapters.switch import read_adapter
 from qlora_cli.errors import ModelError
-from tests.unit.adapters import draw_adapter
+from tests.random_adapter import draw_adapter
 
 DEFAULTS: dict[str, Any] = {"density": 0.5, "rank": None, "seed": 0}
 
@@ -103,7 +103,7 @@ def test_the_outcome_is_an_ordinary_adapter(
     adapters = [read_adapter(parent) for parent in parents]
     made = combine_adapters(adapters, [0.5, 0.5], method="svd", **{**DEFAULTS, "rank": 6})
     (tmp_path / "made").mkdir()
-    save_adapter(*made, tmp_path / "made")
+    write_adapter(*made, tmp_path / "made")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded = PeftModel.from_pretrained(base, tmp_path / "made")
     config = loaded.peft_config["default"]

@@ -15,7 +15,7 @@ from qlora_cli.adapters.low_rank import Update, effective_rank, read_updates, we
 from qlora_cli.adapters.switch import read_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.inspect.adapters import inspect
-from tests.unit.adapters import draw_adapter
+from tests.random_adapter import draw_adapter
 
 
 def drawn(rank: int, seed: int) -> Update:

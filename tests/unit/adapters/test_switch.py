@@ -13,7 +13,7 @@ from qlora_cli.adapters import LoRA
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.errors import ModelError
 from tests.conftest import save_tiny_model
-from tests.unit.adapters import draw_adapter
+from tests.random_adapter import draw_adapter
 
 IDS = torch.arange(5, 25)[None]
 
@@ -64,7 +64,7 @@ def test_an_adapter_of_a_model_of_another_shape_is_refused(
     folder = draw_adapter(other, tmp_path / "adapter", seed=0)
     adapters = AdapterSet(AutoModelForCausalLM.from_pretrained(tiny_model))
     with pytest.raises(
-        ModelError, match=r"does not fit .* of another shape: .* \(64, 4\), and not \(32, 4\)"
+        ModelError, match=r"does not fit .* wrong shape: .* \(64, 4\) instead of \(32, 4\)"
     ):
         adapters.add("other", folder)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import TrainingError
-from qlora_cli.optim.optimizers import AdamW
+from qlora_cli.optim.families import AdamW
 from qlora_cli.runs.checkpoint import (
     load_checkpoint,
     newest_checkpoint,

@@ -14,7 +14,7 @@ from qlora_cli.inference.sampling import Sampling
 from qlora_cli.inference.session import InferenceSession, open_session
 from qlora_cli.types import Message
 from tests.conftest import save_tiny_model
-from tests.unit.adapters import draw_adapter
+from tests.random_adapter import draw_adapter
 
 
 class Talk:

@@ -9,7 +9,7 @@ import pytest
 from qlora_cli.adapters import FullFineTune, LoRA
 from qlora_cli.errors import RecipeError
 from qlora_cli.models.quantization import Int8, Nf4
-from qlora_cli.optim.optimizers import AdamW
+from qlora_cli.optim.families import AdamW
 from qlora_cli.recipe.load import (
     MAX_EXTENDS,
     LoadedRecipe,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import TrainingError
-from qlora_cli.optim.optimizers import AdamW, AdamW8bit
+from qlora_cli.optim.families import AdamW, AdamW8bit
 from qlora_cli.runs.checkpoint import (
     drop_old_checkpoints,
     load_checkpoint,

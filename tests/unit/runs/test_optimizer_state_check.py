@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from qlora_cli.optim.optimizers import AdamW, AdamW8bit, OptimizerConfig
+from qlora_cli.optim.families import AdamW, AdamW8bit
+from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.runs.optimizer_state_check import check_optimizer
 
 OPTIMIZERS = [config_class() for config_class in get_args(get_args(OptimizerConfig)[0])]

@@ -128,15 +128,15 @@ def test_the_saved_adapter_says_its_rank(tiny_model: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": "pissa", "use_dora": True}, "does not go with use_dora"),
-        ({"init": "olora", "freeze_a": True}, "does not go with freeze_a"),
-        ({"init": "pissa", "init_from": "runs/x"}, "does not go with init_from"),
-        ({"freeze_a": True, "init_from": "runs/x"}, "freeze_a does not go with init_from"),
-        ({"init": "loftq"}, "needs the unquantized weights beside the quantized ones"),
+        ({"init": "pissa", "use_dora": True}, "does not work with use_dora"),
+        ({"init": "olora", "freeze_a": True}, "does not work with freeze_a"),
+        ({"init": "pissa", "init_from": "runs/x"}, "does not work with init_from"),
+        ({"freeze_a": True, "init_from": "runs/x"}, "freeze_a does not work with init_from"),
+        ({"init": "loftq"}, "needs the unquantized weights in addition to the quantized ones"),
         ({"init": "eva"}, "needs activations of the training data"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_conflicting_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         LoRA(**settings)
     assert message in str(caught.value)
@@ -145,9 +145,9 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (LoRA(r=20, init="pissa"), r"adapter.r \(20\) is more than .*k_proj has: 16"),
-        (LoRA(init="olora", target_modules=["embed_tokens"]), "embed_tokens is none"),
-        (AdaLoRA(target_modules=["embed_tokens"]), "embed_tokens is none"),
+        (LoRA(r=20, init="pissa"), r"adapter.r \(20\) is larger than the rank of .*k_proj \(16\)"),
+        (LoRA(init="olora", target_modules=["embed_tokens"]), "embed_tokens is not one"),
+        (AdaLoRA(target_modules=["embed_tokens"]), "embed_tokens is not one"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(

@@ -1,4 +1,4 @@
-"""Adapters that do something, without training: both factors are drawn."""
+"""LoRA adapters with random factors, which change the model without training."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""The base of all optimizers: their shared settings, and parameter groups."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from qlora_cli.common.config import Config
+from qlora_cli.optim.groups import NamedParameters, ParameterGroup, group_parameters
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("qlora")
+
+Groups = list[dict[str, Any]]
+"""Parameter groups of torch's optimizers."""
+
+
+class Optimizer(Config):
+    """The base of all optimizers."""
+
+    state_bytes: ClassVar[int]
+    """Bytes in a checkpoint for each trained weight."""
+    unpaged: ClassVar[type[Optimizer] | None] = None
+    """The class that replaces a paged optimizer without CUDA. (With CUDA, states of 100,000 values
+    or more are in memory that the host and the GPU share.)"""
+    in_32_bit: ClassVar[type[Optimizer] | None] = None
+    """The same algorithm with 32-bit states, for an optimizer with 8-bit states."""
+    is_schedule_free: ClassVar[bool] = False
+    """The optimizer averages weights over the steps instead of decaying the learning rate."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate; the schedule scales it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of trained matrices (never of biases and norms)."""
+    groups: list[ParameterGroup] = Field([])
+    """Parameters with their own learning rate or weight decay."""
+    lora_plus_ratio: float | None = Field(None, gt=0)
+    """LoRA+ (https://arxiv.org/abs/2402.12354): learning rate of the factors B, as a multiple of
+    `learning_rate`, which the factors A get. Null gives both the same."""
+
+    @property
+    def is_paged(self) -> bool:
+        """Tell whether states may move to the host when CUDA is used."""
+        return self.unpaged is not None
+
+    def build(self, parameters: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
+        """Build the optimizer of those `parameters` that require a gradient.
+
+        Without CUDA, a paged optimizer is replaced by the same one without paging.
+
+        Raises:
+            RecipeError: a group has no parameter, or the optimizer cannot train any of them.
+        """
+        if self.unpaged is None or device.type == "cuda":
+            return self._make(self._grouped(parameters))
+        plain = self.unpaged(**{name: value for name, value in self if name != "type"})
+        log.warning(
+            "optimizer.type: %s needs CUDA for paging; using %s instead",
+            *(one.model_fields["type"].default for one in (type(self), self.unpaged)),
+        )
+        return plain.build(parameters, device)
+
+    def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Return a context in which the trained weights are those to evaluate and to save."""
+        return nullcontext()
+
+    def _grouped(self, parameters: NamedParameters) -> Groups:
+        groups = {f"optimizer.groups[{i}]": group for i, group in enumerate(self.groups)}
+        if self.lora_plus_ratio is not None:
+            groups["optimizer.lora_plus_ratio"] = ParameterGroup(
+                match=r"\.lora_(embedding_)?B\.",
+                learning_rate=self.lora_plus_ratio * self.learning_rate,
+            )
+        return group_parameters(
+            parameters, groups, learning_rate=self.learning_rate, weight_decay=self.weight_decay
+        )
+
+    def _make(self, groups: Groups) -> torch.optim.Optimizer:
+        """Build the library's optimizer of these groups."""
+        raise NotImplementedError
