@@ -1,9 +1,10 @@
-"""Write docs/contract.md: run every check of the contract for every method.
+"""Write docs/contract.md: run the contract's checks for training methods.
 
-    python scripts/gen_contract.py
+    python scripts/gen_contract.py [METHOD...]
 
-It takes a few minutes, so there is no --check: `tests/contract/` runs the same checks, one by one,
-against what the page says.
+A METHOD is the name of a row, such as "lora, one layer", or an `adapter.type`, which selects all
+of its rows. Only these rows are made anew. Without names all are, which takes a few minutes. There
+is no --check: `tests/contract/` runs the same checks one by one and compares them with the page.
 """
 
 from __future__ import annotations
@@ -14,22 +15,41 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# A script finds what lies beside it, and tests lie elsewhere.
+# Python finds modules next to a script, and the tests are elsewhere.
 sys.path.insert(0, str(ROOT))
 
 from qlora_cli._compat import quiet_libraries  # noqa: E402
-from tests.contract.page import PAGE, Outcomes, write  # noqa: E402
+from tests.contract.page import PAGE, Outcomes, read, write  # noqa: E402
 from tests.contract.properties import PROPERTIES, Case  # noqa: E402
 from tests.contract.subjects import SUBJECTS  # noqa: E402
 
 
+def select(names: list[str]) -> list[str]:
+    """Return the rows of these names or types; all rows without names.
+
+    Exits with a message if a name selects nothing.
+    """
+    types = {name: subject.adapter.type for name, subject in SUBJECTS.items()}
+    for name in names:
+        if name not in types and name not in types.values():
+            sys.exit(f"{name!r} is not a method; the methods are {', '.join(types)}")
+    return [name for name, kind in types.items() if not names or name in names or kind in names]
+
+
 def main() -> None:
-    """Run them all. What neither holds nor is refused ends it, and no page is written."""
+    """Run the checks, and write the page. A failed check ends the script without writing."""
     quiet_libraries()
     warnings.simplefilter("ignore")
+    selected = select(sys.argv[1:])
+    kept = read(PAGE.read_text(encoding="utf-8")) if len(selected) < len(SUBJECTS) else {}
+    if missing := [name for name in SUBJECTS if name not in (*kept, *selected)]:
+        sys.exit(f"the page has no row for {', '.join(missing)}: name them too")
     outcomes: Outcomes = {}
     with tempfile.TemporaryDirectory() as bases:
         for name, subject in SUBJECTS.items():
+            if name not in selected:
+                outcomes[name] = kept[name]
+                continue
             outcomes[name] = {}
             for prop in PROPERTIES:
                 with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""docs/contract.md: what the checks found, as a table, and read back from it."""
+"""Write the results of the checks as a table, docs/contract.md, and read them back."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from tests.contract.properties import PROPERTIES
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"
 
 Outcomes = dict[str, dict[str, str]]
-"""Subject -> property -> the reason of the refusal; nothing, where the property holds."""
+"""Subject -> property -> reason of the refusal, or an empty string if the property holds."""
 
 _HEAD = """\
-# What each method is held to
+# The contract of training methods
 
-Written by `python scripts/gen_contract.py`, which runs every check below (`tests/contract/`) on a
-tiny random model for every method, on a CPU, and writes down what came of it. The tests run the
-same checks, and fail where one of them comes to something else than this page says. What a method
-is, is in [methods.md](methods.md).
+`python scripts/gen_contract.py` writes this page: it runs every check below (`tests/contract/`) for
+every [training method](methods.md), on a tiny random model on a CPU. The tests run the same checks,
+and fail if a result differs from this page.
 
-| property | what is checked |
+| property | check |
 |---|---|
 """
 _YES = "yes"
 
 
 def write(outcomes: Outcomes) -> str:
-    """The page."""
+    """Return the page."""
     reasons = list(dict.fromkeys(r for one in outcomes.values() for r in one.values() if r))
-    lines = [f"| {prop.name} | {prop.says} |" for prop in PROPERTIES]
-    lines += ["", "A number is a refusal: the reasons are below, as the product gives them.", ""]
+    lines = [f"| {prop.name} | {prop.description} |" for prop in PROPERTIES]
+    lines += [
+        "",
+        "`no` with a number is a refusal: the reasons, as `qlora` reports them, are at the end.",
+        "",
+    ]
     lines += ["| method | " + " | ".join(prop.name for prop in PROPERTIES) + " |"]
     lines += ["|---" * (len(PROPERTIES) + 1) + "|"]
     for name, found in outcomes.items():
@@ -44,7 +47,7 @@ def write(outcomes: Outcomes) -> str:
 
 
 def read(text: str) -> Outcomes:
-    """What a page says."""
+    """Return the results that a page lists."""
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
     table = text.partition("| method |")[2].splitlines()
     names = [cell.strip() for cell in table[0].strip(" |").split("|")]

@@ -1,7 +1,7 @@
-"""What each method is held to: one list, for the tests and for the table in docs/contract.md.
+"""The properties that every training method must have, for the tests and docs/contract.md.
 
-A check returns nothing where the property holds, or the reason that the product gives for its
-refusal; anything else is an AssertionError, or whatever went wrong.
+A check returns an empty string if the property holds, or the reason if the package refuses the
+combination. Otherwise it raises.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ INPUT = torch.arange(1, 13)[None]  # (1, T)
 
 @dataclass(frozen=True)
 class Case:
-    """A subject, and room for its files."""
+    """A subject, with folders for its files."""
 
     subject: Subject
     bases: Path
-    """Folder of the tiny models: each is made once for all subjects."""
+    """Folder of the tiny models, each made once for all subjects."""
     folder: Path
-    """Empty."""
+    """An empty folder."""
 
     @property
     def adapter(self) -> Any:
-        """The method."""
+        """The method with its settings."""
         return self.subject.adapter
 
     def base(self, *, tied: bool = False, dtype: str = "float32") -> Path:
-        """Folder of the subject's tiny model."""
+        """Return the folder of the subject's tiny model."""
         folder = self.bases / f"{self.subject.base}-{dtype}{'-tied' * tied}"
         if not folder.exists():
             changes = BASES[self.subject.base]
@@ -67,7 +67,7 @@ class Case:
         return folder
 
     def recipe(self, *, tied: bool = False, dtype: str = "float32", **sections: Any) -> Recipe:
-        """A recipe for it, of four steps, in float32."""
+        """Return a recipe of four steps in float32."""
         rows = self.bases / "rows.jsonl"
         if not rows.exists():
             rows.write_text("".join(_rows()), encoding="utf-8")
@@ -92,17 +92,17 @@ class Case:
         )
 
     def load(self, **base: Any) -> Any:
-        """The tiny model in float32, frozen."""
+        """Load the tiny model in float32, frozen."""
         model = load_model(self.base(**base), dtype=torch.float32)
         return model.requires_grad_(False).eval()
 
     def attach(self, **base: Any) -> Any:
-        """The tiny model with the method put on it."""
+        """Load the tiny model and attach the method."""
         torch.manual_seed(0)
         return self.adapter.attach(self.load(**base))
 
     def save(self, model: Any) -> Path:
-        """Write what was trained, as a run does."""
+        """Save the trained weights, as a run does."""
         folder = self.folder / "trained"
         folder.mkdir()
         self.adapter.save(model, folder)
@@ -110,7 +110,7 @@ class Case:
         return folder
 
     def merge(self, recipe: Recipe, trained: Path) -> Any:
-        """What the product's merge writes, in float32."""
+        """Merge as `qlora merge` does, and load the result in float32."""
         located, folder = recipe.model.locate(), self.folder / "merged"
         plan = prepare(recipe, located, trained, None)
         folder.mkdir()
@@ -129,21 +129,21 @@ def _rows() -> Iterator[str]:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """(1, T, V) in float32."""
+    """Return the logits (1, T, V) of `INPUT` in float32."""
     found: Tensor = model(input_ids=INPUT, use_cache=False).logits
     return found.float()
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that get a gradient, by their names."""
+    """Return the weights that get a gradient, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def train_a_little(model: nn.Module, loss: Callable[[], Tensor] | None = None) -> set[str]:
-    """Two steps. Returns the names of the weights that had a gradient other than zero."""
+    """Train two steps. Return the names of the weights that had a gradient other than zero."""
     weights = trained_weights(model)
-    # Its steps are of one length, whatever the gradient: small updates would be lost beside
-    # a base in bfloat16, and very large ones would say more of rounding than of the method.
+    # Adam's steps have one size, whatever the gradient is: bfloat16 would round small updates
+    # away, and with very large ones the test would measure rounding instead of the method.
     optimizer = torch.optim.Adam(weights.values(), lr=0.05)
     reached: set[str] = set()
     for _ in range(2):
@@ -161,24 +161,24 @@ def _batch() -> Batch:
 
 
 def _loss(model: Any, dtype: torch.dtype) -> float:
-    """As an evaluation measures it."""
+    """Return the loss as an evaluation measures it."""
     return evaluate_loss(TokenLoss(model, dtype), [_batch()], CPU)[0].item()
 
 
-def begins_as_the_base(case: Case) -> str:
-    """Before the first step the outputs are those of the base."""
+def starts_as_the_base(case: Case) -> str:
+    """Before the first step, the outputs are those of the base."""
     before, after = logits(case.load()), logits(case.attach().eval())
     if reason := case.adapter.first_change:
         is_same = before.shape == after.shape and torch.allclose(after, before, rtol=0, atol=1e-5)
-        assert not is_same, "it begins as the base, and says that it does not"
+        assert not is_same, "it starts as the base, but declares a `first_change`"
         return reason
     # DoRA recomputes the norm of each weight row: float32 rounding.
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
     return ""
 
 
-def trains_its_weights_alone(case: Case) -> str:
-    """Steps change no weight or buffer but those that are trained."""
+def trains_only_its_weights(case: Case) -> str:
+    """Training changes only trained weights; other weights and all buffers stay the same."""
     model = case.attach()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = trained_weights(model)
@@ -190,7 +190,7 @@ def trains_its_weights_alone(case: Case) -> str:
 
 
 def reaches_each_weight(case: Case) -> str:
-    """Each trained weight gets a gradient within two steps, and is changed by it."""
+    """Each trained weight gets a gradient and changes within two steps."""
     model = case.attach()
     weights = trained_weights(model)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -202,8 +202,8 @@ def reaches_each_weight(case: Case) -> str:
     return ""
 
 
-def is_saved_whole(case: Case) -> str:
-    """What is saved gives the same logits, bit for bit, when it is loaded."""
+def is_saved_completely(case: Case) -> str:
+    """After saving and loading, the logits are the same bit for bit."""
     model = case.attach()
     train_a_little(model)
     restored = case.adapter.load(case.load(), case.save(model)).eval()
@@ -212,8 +212,8 @@ def is_saved_whole(case: Case) -> str:
 
 
 def resumes_exactly(case: Case) -> str:
-    """Four steps, and two steps that are gone on from, have the same losses and write the same
-    bytes; with dropout, where the method has it."""
+    """A run of four steps, and one resumed after two, have the same losses and write the same
+    bytes; with dropout if the method has it."""
     recipe = case.recipe(training={"save_every": 2})
     adapter = case.adapter
     if "dropout" in type(adapter).model_fields and not getattr(adapter, "target_parameters", []):
@@ -237,12 +237,12 @@ def resumes_exactly(case: Case) -> str:
 
 
 def is_merged(case: Case) -> str:
-    """The plain model that is written has the logits of base plus adapter."""
+    """The merged model has the logits of base plus adapter."""
     return _merges(case, tied=False)
 
 
 def keeps_tied_weights(case: Case) -> str:
-    """A model whose head is its embedding is trained, saved, loaded and merged alike."""
+    """The same holds for a model whose head is tied to its embedding: saving, loading, merging."""
     model = case.attach(tied=True)
     train_a_little(model)
     trained = case.save(model)
@@ -262,14 +262,14 @@ def _merges(case: Case, *, tied: bool) -> str:
         except ModelError as error:
             assert reason in str(error)  # noqa: PT017
             return f"no merge: {reason}"
-        raise AssertionError("it was merged, and says that it cannot be")
+        raise AssertionError("it was merged, but declares `no_merge`")
     found = case.merge(recipe, trained)
     torch.testing.assert_close(logits(found), logits(model.eval()), rtol=0, atol=5e-5)
     return ""
 
 
 def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
-    """The check for a `quantization.type`."""
+    """Return the check for a `quantization.type`."""
 
     def check(case: Case) -> str:
         try:
@@ -277,7 +277,9 @@ def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
         except ValidationError as error:
             reason: str = case.adapter.no_quantization[kind]
             assert reason in str(error)  # noqa: PT017
-            assert _fails_without_refusal(case, kind), "the refusal is for nothing"
+            assert _fails_without_refusal(case, kind), (
+                "the recipe is refused although training works"
+            )
             return reason
         try:
             model = _attached(case, recipe)
@@ -294,21 +296,21 @@ def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
         return ""
 
     check.__doc__ = (
-        f"On a base in `{kind}` it trains in bfloat16, its own weights stay in float32, it is "
-        "measured and writes answers, alike when it is loaded again; its merge has the logits of "
-        "the dequantized base plus adapter."
+        f"On a base in `{kind}` it trains in bfloat16 with its own weights in float32; loss and "
+        "answers are the same after saving and loading; the merged model has the logits of the "
+        "dequantized base plus adapter."
     )
     return check
 
 
 def _attached(case: Case, recipe: Recipe) -> Any:
-    """The method on the base as the recipe has it held, for steps in bfloat16."""
+    """Attach the method to the base, quantized as the recipe says, for steps in bfloat16."""
     torch.manual_seed(0)
     return case.adapter.attach(load_base(recipe.model, recipe.quantization, torch.bfloat16, CPU))
 
 
 def _trains_in_bfloat16(case: Case, recipe: Recipe, model: Any) -> Path:
-    """Under autocast, as it is mostly done. Returns the folder of what was trained."""
+    """Train under autocast, as most runs do. Return the folder of the saved weights."""
     dtype = torch.bfloat16
     weights = trained_weights(model)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -325,7 +327,7 @@ def _trains_in_bfloat16(case: Case, recipe: Recipe, model: Any) -> Path:
 
 
 def _fails_without_refusal(case: Case, kind: str) -> bool:
-    """Whether what a recipe refuses would have gone wrong: else there is no need to refuse it."""
+    """Tell whether training fails for a refused combination; otherwise the refusal is wrong."""
     other = case.recipe().model_dump(mode="json")
     changes = {"adapter": {"type": "lora"}, "quantization": {"type": kind}}
     recipe = Recipe.model_validate({**other, **changes})
@@ -334,18 +336,17 @@ def _fails_without_refusal(case: Case, kind: str) -> bool:
             load_base(recipe.model, recipe.quantization, torch.float32, CPU)
         )
         train_a_little(model)
-    # Whatever a library says to shapes and dtypes that it was not made for.
+    # Libraries raise all of these for shapes and dtypes that they do not support.
     except (ModelError, RuntimeError, TypeError, ValueError):
         return True
     return False
 
 
 def on_a_16_bit_base(case: Case) -> str:
-    """The same on a base in bfloat16, whatever the device is quick in; its merge is base plus
-    adapter but for the rounding."""
+    """The same holds on a base in bfloat16; the merged model is base plus adapter, rounded."""
     held = {"type": "none", "dtype": "bfloat16"}
     recipe = case.recipe(dtype="bfloat16", quantization=held, training={"precision": "auto"})
-    # What a CPU that is slow in bfloat16 computes in, and what it comes to beside such a base.
+    # A CPU that is slow in bfloat16 computes in float32, but not on such a base.
     assert recipe.quantization.compute_in(torch.float32) == torch.bfloat16
     trained = _trains_in_bfloat16(case, recipe, _attached(case, recipe))
     if not case.adapter.no_merge:
@@ -365,13 +366,13 @@ def _written(model: Any, case: Case, dtype: torch.dtype) -> list[str]:
 
 
 def is_recomputed_alike(case: Case) -> str:
-    """Gradients are the same with `training.gradient_checkpointing` and without."""
+    """Gradients are the same with and without `training.gradient_checkpointing`."""
 
     def gradients(*, checkpointing: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         base = case.load().train()
         model = case.adapter.attach(base)
-        train_a_little(model)  # else some are still zero
+        train_a_little(model)  # otherwise some gradients are zero
         if checkpointing:
             start_checkpointing(base)
         model(input_ids=INPUT, labels=INPUT).loss.backward()
@@ -386,9 +387,9 @@ def is_recomputed_alike(case: Case) -> str:
 
 
 def is_planned_right(case: Case) -> str:
-    """`qlora plan` says, to a hundredth, how many bytes of tensors the steps and an evaluation
-    take."""
-    # With LoKr it says half a hundredth too much.
+    """`qlora plan` predicts the peak bytes of tensors, in steps and in an evaluation, to within
+    1 %."""
+    # The largest deviation is LoKr's: half a per cent too much.
     recipe = case.recipe()
     full = full_batch(2, 24, padding_free=False)
     batches: dict[str, Any] = {"steps": [[full, full]], "held_out": full}
@@ -412,22 +413,22 @@ def is_planned_right(case: Case) -> str:
 
 @dataclass(frozen=True)
 class Property:
-    """A column of the table."""
+    """A property: a column of the table."""
 
     name: str
     check: Callable[[Case], str]
 
     @property
-    def says(self) -> str:
-        """What is shown, in a sentence."""
+    def description(self) -> str:
+        """The property in one sentence."""
         return " ".join((self.check.__doc__ or "").split())
 
 
 _CHECKS: dict[str, Callable[[Case], str]] = {
-    "start": begins_as_the_base,
-    "alone": trains_its_weights_alone,
+    "start": starts_as_the_base,
+    "alone": trains_only_its_weights,
     "gradient": reaches_each_weight,
-    "saved": is_saved_whole,
+    "saved": is_saved_completely,
     "resumed": resumes_exactly,
     "merged": is_merged,
     "tied": keeps_tied_weights,
@@ -439,4 +440,4 @@ _CHECKS: dict[str, Callable[[Case], str]] = {
     "planned": is_planned_right,
 }
 PROPERTIES = [Property(name, check) for name, check in _CHECKS.items()]
-"""In the order of the columns."""
+"""All properties, in the order of the columns."""

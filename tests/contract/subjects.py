@@ -1,4 +1,4 @@
-"""What is under contract: each method, and each option that changes its mathematics."""
+"""The subjects of the contract: each method, with each option that changes its mathematics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qlora_cli.adapters import (
 )
 
 CLASSES: tuple[Any, ...] = get_args(get_args(AdapterConfig)[0])
-"""The union: all there are."""
+"""All classes of the union."""
 
 BASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -39,12 +39,12 @@ BASES: dict[str, dict[str, Any]] = {
         "family": "GptOss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
     },
 }  # fmt: skip
-"""Tiny models, as changes of the usual one."""
+"""Tiny models, as changes to the default one."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A method with its settings, and the model that it is tried on."""
+    """A method with its settings, and the tiny model it is tested on."""
 
     adapter: Any
     base: str = "llama"
@@ -56,13 +56,13 @@ def _peft(peft_type: Any, **config: Any) -> Subject:
 
 
 def _experts() -> LoRA:
-    """Two stacks of matrices, each one parameter of three dimensions."""
+    """Return a LoRA of two stacks of expert matrices, each one parameter of three dimensions."""
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     return LoRA(r=4, target_modules=["q_proj"], target_parameters=stacks)
 
 
-# Small enough for the tiny model. A class that is missing here is taken with its defaults.
-_WRITTEN = {
+# Settings small enough for the tiny model. A class that is missing here gets its defaults.
+_LISTED = {
     "full": Subject(FullFineTune()),
     "lora": Subject(LoRA(r=4)),
     "lora, by a pattern": Subject(LoRA(r=4, target_modules=r".*self_attn\.(q|v)_proj")),
@@ -80,7 +80,7 @@ _WRITTEN = {
     "lora, experts of Mixtral": Subject(_experts(), "mixtral"),
     "lora, experts of Qwen3-MoE": Subject(_experts(), "qwen3-moe"),
     "lora, experts of GPT-OSS": Subject(_experts(), "gpt-oss"),
-    # Two steps change little; the merge on a base of 16 bit refuses what is below its grid.
+    # A large alpha: two steps change little, and a merge into 16 bit refuses updates that vanish.
     "adalora": Subject(AdaLoRA(r=4, target_r=2, alpha=2000)),
     "freeze": Subject(Freeze(last_layers=1, patterns=["norm", "lm_head"])),
     "freeze, norms alone": Subject(Freeze(last_layers=0, patterns=["norm"])),
@@ -102,7 +102,7 @@ _WRITTEN = {
 
 
 def _choices(kind: Any) -> Iterator[tuple[str, Any]]:
-    """Each option of a class that is one of a few values, with each of them."""
+    """Yield each option of a class that takes one of a few values, with each of these values."""
     for name, field in kind.model_fields.items():
         if field.annotation is bool:
             yield from ((name, value) for value in (False, True))
@@ -111,10 +111,10 @@ def _choices(kind: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _subjects() -> Iterator[tuple[str, Subject]]:
-    written = {type(one.adapter): one for one in reversed(_WRITTEN.values())}
+    written = {type(one.adapter): one for one in reversed(_LISTED.values())}
     for kind in CLASSES:
         name = kind.model_fields["type"].default
-        mine = {n: one for n, one in _WRITTEN.items() if type(one.adapter) is kind}
+        mine = {n: one for n, one in _LISTED.items() if type(one.adapter) is kind}
         first = written.get(kind) or Subject(kind())
         yield from mine.items() if mine else [(name, first)]
         for option, value in _choices(kind):
@@ -126,4 +126,4 @@ def _subjects() -> Iterator[tuple[str, Subject]]:
 
 
 SUBJECTS = dict(_subjects())
-"""By the names that the table of the contract has."""
+"""All subjects, by their names in the table."""

@@ -1,4 +1,4 @@
-"""Each method, each property: it holds, or is refused with the reason, as docs/contract.md says."""
+"""Check that each property holds for each method, or is refused, as docs/contract.md says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.contract.properties import PROPERTIES, Case, Property
 from tests.contract.subjects import CLASSES, SUBJECTS
 
 TEXT = PAGE.read_text(encoding="utf-8")
-SAID = read(TEXT)
+EXPECTED = read(TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -25,23 +25,23 @@ def test_every_class_of_the_union_is_under_contract() -> None:
     assert {type(one.adapter) for one in SUBJECTS.values()} == set(CLASSES)
 
 
-def test_the_example_of_a_method_is_the_method() -> None:
+def test_the_example_in_contributing_is_the_code() -> None:
     page = (PAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert f"```python\n{inspect.getsource(OFT)}```" in page
 
 
-# PEFT warns of any adapter near tied weights; that they stay tied is what is shown.
+# PEFT warns of adapters on models with tied weights; the property `tied` covers them.
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-# PEFT warns of patterns that it makes itself.
+# PEFT warns of patterns that it writes itself.
 @pytest.mark.filterwarnings("ignore:.*_pattern keys")
 @pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.name)
-def test_what_the_page_says_is_so(name: str, prop: Property, bases: Path, tmp_path: Path) -> None:
-    said = SAID.get(name, {}).get(prop.name)
+def test_the_page_is_true(name: str, prop: Property, bases: Path, tmp_path: Path) -> None:
+    expected = EXPECTED.get(name, {}).get(prop.name)
     found = prop.check(Case(SUBJECTS[name], bases, tmp_path))
-    assert found == said, "docs/contract.md is old: python scripts/gen_contract.py"
+    assert found == expected, "docs/contract.md is not current: run scripts/gen_contract.py"
 
 
-def test_the_page_is_written_by_the_script_alone() -> None:
-    assert list(SAID) == list(SUBJECTS)
-    assert write(SAID) == TEXT
+def test_the_page_is_what_the_script_writes() -> None:
+    assert list(EXPECTED) == list(SUBJECTS)
+    assert write(EXPECTED) == TEXT
