@@ -209,13 +209,13 @@ def our_adalora() -> AdaLoRA:
     )
 
 
-def train(model: Any, follower: Any, steps: int) -> None:
+def train(model: Any, hooks: Any, steps: int) -> None:
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
     for step in range(steps):
         loss_of(model).backward()
-        follower.before_update()
+        hooks.before_update()
         optimizer.step()
-        follower.after_update(step + 1)
+        hooks.after_update(step + 1)
         optimizer.zero_grad()
 
 
@@ -230,17 +230,17 @@ def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
         b.data.copy_(other.lora_B["default"])
         other.ranknum["default"].data.fill_(4 - 1e-5)  # which PEFT adds to it
         pairs.append((factor, b, other))
-    follower = our_adalora().step_hooks(ours, STEPS)
+    hooks = our_adalora().step_hooks(ours, STEPS)
     optimizers = [torch.optim.SGD(trained(model), lr=0.5) for model in (theirs, ours)]
     left = []
     for step in range(STEPS):
         loss_of(theirs).backward()  # with the penalty
         loss_of(ours).backward()
-        follower.before_update()
+        hooks.before_update()
         for optimizer in optimizers:
             optimizer.step()
         theirs.base_model.update_and_allocate(step + 1)
-        follower.after_update(step + 1)
+        hooks.after_update(step + 1)
         for optimizer in optimizers:
             optimizer.zero_grad()
         for factor, b, other in pairs:
@@ -276,15 +276,15 @@ def test_a_checkpoint_has_all_of_the_allocation(tiny_model: Path) -> None:
     """Twin models, one of which is put back in the middle and goes on, end as one."""
     adapter = our_adalora()
     model = adapter.attach(load(tiny_model))
-    follower = adapter.step_hooks(model, STEPS)
+    hooks = adapter.step_hooks(model, STEPS)
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
 
     def go(steps: range) -> None:
         for step in steps:
             loss_of(model).backward()
-            follower.before_update()
+            hooks.before_update()
             optimizer.step()
-            follower.after_update(step + 1)
+            hooks.after_update(step + 1)
             optimizer.zero_grad()
 
     go(range(5))
@@ -295,7 +295,7 @@ def test_a_checkpoint_has_all_of_the_allocation(tiny_model: Path) -> None:
 
     torch.manual_seed(1)
     model = adapter.attach(load(tiny_model))
-    follower = adapter.step_hooks(model, STEPS)
+    hooks = adapter.step_hooks(model, STEPS)
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
     for name, tensor in _trained(model).items():
         tensor.copy_(kept[name])
@@ -307,7 +307,7 @@ def test_a_checkpoint_has_all_of_the_allocation(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 4, "target_r": 4}, "target_r (4) is what is left of r (4)"),
+        ({"r": 4, "target_r": 4}, "target_r (4) must be less than r (4)"),
         ({"begin_at": 0.8}, "begin_at (0.8) must be before end_at (0.7)"),
     ],
 )
