@@ -23,7 +23,7 @@ INPUT = torch.arange(1, 13)[None]
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """What is drawn does not depend on the tests before."""
+    """Make random values independent of earlier tests."""
     torch.manual_seed(0)
 
 
@@ -47,7 +47,7 @@ def train_a_little(model: torch.nn.Module) -> None:
         optimizer.zero_grad()
 
 
-def test_names_are_saved_in_an_order_that_each_process_comes_to(
+def test_names_are_saved_in_the_same_order_in_each_process(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = LoRA(exclude_modules=["lm_head", "up_proj", "embed_tokens"])
@@ -80,7 +80,7 @@ def test_plain_peft_loads_a_saved_adapter(tiny_model: Path, tmp_path: Path) -> N
         ({"alpha_pattern": {"k_prj": 2}}, "adapter.alpha_pattern: 'k_prj'", "k_proj"),
     ],
 )
-def test_a_name_that_matches_nothing_stops_and_lists_near_names(
+def test_a_name_that_matches_nothing_is_refused_with_similar_names(
     tiny_model: Path, changes: dict[str, object], message: str, hint: str | None
 ) -> None:
     with pytest.raises(ModelError) as caught:
@@ -94,7 +94,7 @@ def test_a_name_that_matches_nothing_stops_and_lists_near_names(
     ("targets", "message"),
     [(["q_proj"], "unexpected: .*v_proj"), (["q_proj", "v_proj", "k_proj"], "missing: .*k_proj")],
 )
-def test_an_adapter_whose_tensors_and_config_disagree_is_refused(
+def test_an_adapter_whose_tensors_do_not_match_its_config_is_refused(
     tiny_model: Path, tmp_path: Path, targets: list[str], message: str
 ) -> None:
     adapter = LoRA(r=4, target_modules=["q_proj", "v_proj"])
@@ -127,7 +127,7 @@ LLAMAS = {name: one for name, one in SUBJECTS.items() if one.base in ("llama", "
 
 
 @pytest.mark.parametrize("subject", LLAMAS.values(), ids=LLAMAS)
-def test_fused_layers_are_for_ordinary_lora_alone(subject: Subject, tmp_path: Path) -> None:
+def test_only_ordinary_lora_uses_fused_layers(subject: Subject, tmp_path: Path) -> None:
     adapter = subject.adapter
     model = adapter.attach(load(save_tiny_model(tmp_path / "model", **BASES[subject.base])))
     layers = [layer for layer in model.modules() if type(layer).__name__ == "LlamaDecoderLayer"]
@@ -142,8 +142,8 @@ def test_fused_layers_are_for_ordinary_lora_alone(subject: Subject, tmp_path: Pa
 
 @pytest.mark.parametrize("after", [["attention", "feed_forward"], ["feed_forward"]])
 def test_a_bottleneck_has_as_many_weights_as_the_paper_says(after: list[Any]) -> None:
-    """Section 2.1 of Houlsby et al.: 2md + d + m for each adapter, on 24 layers of width 1024. With
-    64 units that is the paper's 2.1 % (table 1) of what such layers have."""
+    """Houlsby et al., section 2.1: 2md + d + m weights per adapter, on 24 layers of width 1024.
+    With 64 units that is the paper's 2.1 % (table 1) of the weights of such layers."""
     config = GPT2Config(n_layer=24, n_embd=1024, n_head=16)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
@@ -185,14 +185,14 @@ def test_a_bottleneck_has_as_many_weights_as_the_paper_says(after: list[Any]) ->
         (Bottleneck(target_modules=["q_porj"]), "'q_porj' matches no module"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused(
+def test_settings_that_do_not_fit_the_model_are_refused(
     adapter: LoRA, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=message):
         adapter.attach(load(save_tiny_model(tmp_path / "model")))
 
 
-def test_a_number_beyond_the_tensors_is_refused_before_it_takes_memory(
+def test_a_size_beyond_the_tensors_is_refused_before_it_takes_memory(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = Bottleneck(size=4)
@@ -204,7 +204,7 @@ def test_a_number_beyond_the_tensors_is_refused_before_it_takes_memory(
         adapter.load(load(tiny_model), tmp_path)
 
 
-def test_each_method_of_peft_that_can_be_merged_is_listed() -> None:
+def test_the_list_of_mergeable_types_matches_the_methods() -> None:
     fields = [
         method.model_fields.get("peft_type") or method.model_fields["type"]
         for method in CLASSES
@@ -214,10 +214,10 @@ def test_each_method_of_peft_that_can_be_merged_is_listed() -> None:
 
 
 @pytest.mark.parametrize("method", CLASSES)
-def test_a_method_inherits_from_the_base_of_methods_and_no_other(method: type[Config]) -> None:
+def test_a_method_inherits_only_from_the_base_of_methods(method: type[Config]) -> None:
     assert method.__mro__[1:3] == (AdapterMethod, Config)
 
 
-def test_the_page_of_methods_is_what_the_classes_say() -> None:
+def test_the_page_of_methods_is_current() -> None:
     script = Path(__file__).parents[3] / "scripts" / "gen_methods.py"
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0

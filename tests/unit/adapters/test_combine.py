@@ -1,4 +1,4 @@
-"""Adapters made into one."""
+"""Combine several adapters into one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parents(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [draw_adapter(tiny_model, folder / str(i), seed=i) for i in range(2)]
 
 
-def test_linear_with_weights_one_and_zero_is_the_first(parents: list[Path]) -> None:
+def test_linear_with_weights_one_and_zero_gives_the_first(parents: list[Path]) -> None:
     adapters = [read_adapter(parent) for parent in parents]
     made = products(*combine_adapters(adapters, [1, 0], method="linear", **DEFAULTS))
     first = products(*adapters[0])
@@ -42,7 +42,7 @@ def test_linear_with_weights_one_and_zero_is_the_first(parents: list[Path]) -> N
 def test_cat_is_the_weighted_sum(
     tmp_path: Path, tiny_model: Path, settings: dict[str, Any]
 ) -> None:
-    """PEFT leaves rsLoRA on for the outcome, whose scale is then not 1."""
+    """PEFT leaves rsLoRA on in the result, whose scale would then not be 1."""
     adapters = [
         read_adapter(draw_adapter(tiny_model, tmp_path / str(i), seed=i, r=3 + i, **settings))
         for i in range(2)
@@ -57,10 +57,10 @@ def test_cat_is_the_weighted_sum(
 
 @pytest.mark.filterwarnings("ignore:The density 1.0")
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_gives_what_peft_gives_on_the_model_itself(
+def test_each_method_gives_the_result_of_peft_on_the_model_itself(
     parents: list[Path], tiny_model: Path, method: str
 ) -> None:
-    # What is dropped by lot depends on the order of the modules, which is another here.
+    # Random dropping depends on the order of the modules, which differs here.
     density = 1.0 if "dare" in method else 0.5
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     model: Any = PeftModel.from_pretrained(base, parents[0], adapter_name="first")
@@ -84,7 +84,7 @@ def test_each_method_gives_what_peft_gives_on_the_model_itself(
         torch.testing.assert_close(product, delta, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_dropped_by_lot_is_fixed_by_the_seed(parents: list[Path]) -> None:
+def test_the_seed_fixes_random_dropping(parents: list[Path]) -> None:
     adapters = [read_adapter(parent) for parent in parents]
 
     def drawn(seed: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_what_is_dropped_by_lot_is_fixed_by_the_seed(parents: list[Path]) -> Non
     assert not torch.equal(drawn(0), drawn(1))
 
 
-def test_the_outcome_is_an_ordinary_adapter(
+def test_the_result_is_an_ordinary_adapter(
     parents: list[Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     adapters = [read_adapter(parent) for parent in parents]
@@ -120,7 +120,7 @@ def test_the_outcome_is_an_ordinary_adapter(
         ({"exclude_modules": ["q_proj"]}, "different exclude_modules"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(
+def test_adapters_that_cannot_be_combined_are_refused(
     parents: list[Path], tiny_model: Path, tmp_path: Path, settings: dict[str, Any], reason: str
 ) -> None:
     other = draw_adapter(tiny_model, tmp_path / "other", seed=1, **settings)

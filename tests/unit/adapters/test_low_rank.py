@@ -1,4 +1,4 @@
-"""Norms, angles and ranks of updates, from their factors."""
+"""Compute norms, angles and ranks of updates from their factors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn(rank: int, seed: int) -> Update:
     return Update.of(a, b, 0.5)
 
 
-def test_figures_from_factors_are_those_of_the_product() -> None:
+def test_figures_from_factors_equal_those_of_the_product() -> None:
     one, other = drawn(3, 0), drawn(5, 1)
     first, second = one.b @ one.a, other.b @ other.a
     assert one.norm() == pytest.approx(float(first.norm()), rel=1e-12)
@@ -36,7 +36,7 @@ def test_figures_from_factors_are_those_of_the_product() -> None:
     torch.testing.assert_close(both.b @ both.a, 0.25 * first - 2.0 * second)
 
 
-def test_an_update_is_at_no_distance_from_itself() -> None:
+def test_the_distance_of_an_update_from_itself_is_zero() -> None:
     one = drawn(4, 0)
     assert one.distance(one) < 1e-12 * one.norm()
 
@@ -51,12 +51,10 @@ def test_an_update_is_at_no_distance_from_itself() -> None:
         ([3.0, 1.0], 1.7547653506033522),
     ],
 )
-def test_the_effective_rank_of_singular_values_that_are_known(
-    values: list[float], rank: float
-) -> None:
+def test_the_effective_rank_of_known_singular_values(values: list[float], rank: float) -> None:
     left = torch.linalg.qr(torch.randn(40, len(values), dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(24, len(values), dtype=torch.float64)).Q.T
-    # A rotation between the factors changes neither of them as a product.
+    # A rotation between the factors does not change their product.
     turn = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64)).Q
     update = Update(
         turn.T @ right,
@@ -75,7 +73,7 @@ def test_the_effective_rank_of_singular_values_that_are_known(
     ],
     ids=str,
 )
-def test_updates_are_what_peft_adds_to_the_weights(
+def test_updates_equal_what_peft_adds_to_the_weights(
     tmp_path: Path, tiny_model: Path, settings: dict[str, Any]
 ) -> None:
     if "target_modules" in settings:
@@ -96,12 +94,12 @@ def test_updates_are_what_peft_adds_to_the_weights(
         torch.testing.assert_close(product, delta, rtol=1e-5, atol=1e-6)
 
 
-# PEFT warns of patterns that it makes itself.
+# PEFT warns of patterns that it writes itself.
 @pytest.mark.filterwarnings("ignore:.*_pattern keys")
-def test_factors_of_experts_are_not_taken_for_those_of_one_matrix(
+def test_factors_of_experts_are_not_read_as_those_of_one_matrix(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """The rows of their A are those of all experts together, so the scale would be another."""
+    """Their A has the rows of all experts together, so the scale would be wrong."""
     settings = json.loads((tiny_model / "config.json").read_text("utf-8"))
     config = MixtralConfig(**{**settings, "model_type": "mixtral"}, num_local_experts=4)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "base")

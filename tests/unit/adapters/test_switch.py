@@ -1,4 +1,4 @@
-"""Several adapters over one base in memory."""
+"""Switch between several adapters on one base in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def alone(model: Path, adapter: Path | None) -> torch.Tensor:
     return logits(base if adapter is None else LoRA().load(base, adapter))
 
 
-def test_swapped_adapters_compute_bit_for_bit_what_each_does_alone(
+def test_swapped_adapters_compute_bit_for_bit_the_same_as_alone(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     kinds: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def test_swapped_adapters_compute_bit_for_bit_what_each_does_alone(
     assert not torch.equal(plain, expected["plain"])
 
 
-def test_an_adapter_of_a_model_of_another_shape_is_refused(
+def test_an_adapter_of_a_base_with_other_shapes_is_refused(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
@@ -83,7 +83,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path: Path, tiny_model: P
         adapters.add("torn", folder)
 
 
-def test_an_adapter_that_takes_a_part_out_of_the_base_is_refused(
+def test_an_adapter_whose_initialization_changed_the_base_is_refused(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     folder = draw_adapter(tiny_model, tmp_path / "adapter", seed=0)

@@ -1,4 +1,4 @@
-"""Virtual tokens inside of the decoder: what asks the model need not know of them."""
+"""Virtual tokens at the decoder: callers of the model need not know of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None = MASK
 
 
 @each_method
-def test_a_folder_means_to_plain_peft_what_it_means_here(
+def test_plain_peft_computes_the_same_from_a_saved_folder(
     tiny_model: Path, method: Any, tmp_path: Path
 ) -> None:
     model = method.attach(load(tiny_model)).eval()
@@ -60,13 +60,13 @@ def test_a_folder_means_to_plain_peft_what_it_means_here(
 
 
 @each_method
-def test_a_row_without_a_mask_and_among_others_is_the_same(tiny_model: Path, method: Any) -> None:
+def test_a_row_without_a_mask_equals_the_row_in_a_batch(tiny_model: Path, method: Any) -> None:
     model = method.attach(load(tiny_model)).eval()
     alone = logits(model, IDS[1:, :4], None)
     torch.testing.assert_close(logits(model)[1:, :4], alone, rtol=0, atol=1e-5)
 
 
-def test_a_prompt_of_words_is_those_words(tiny_model: Path) -> None:
+def test_a_prompt_of_words_acts_like_those_words(tiny_model: Path) -> None:
     base = load(tiny_model)
     model = PromptTuning(num_virtual_tokens=3).attach(load(tiny_model)).eval()
     words = torch.tensor([7, 70, 170])
@@ -77,12 +77,12 @@ def test_a_prompt_of_words_is_those_words(tiny_model: Path) -> None:
     torch.testing.assert_close(logits(model, IDS, None), expected, rtol=0, atol=1e-5)
 
 
-def test_a_prefix_begins_as_words_before_the_row(tiny_model: Path) -> None:
+def test_a_prefix_starts_as_words_before_the_row(tiny_model: Path) -> None:
     base = load(tiny_model)
     torch.manual_seed(3)
     model = PrefixTuning(num_virtual_tokens=3).attach(load(tiny_model)).eval()
     torch.manual_seed(3)
-    # PEFT draws what is then replaced.
+    # PEFT first draws values that are then replaced.
     torch.nn.Embedding(3, 2 * 2 * 16)
     words = torch.randint(260, (1, 3))
     written = torch.cat([words.expand(2, -1), IDS], 1)
@@ -91,7 +91,7 @@ def test_a_prefix_begins_as_words_before_the_row(tiny_model: Path) -> None:
 
 
 @each_method
-def test_switched_off_it_is_the_base(tiny_model: Path, method: Any) -> None:
+def test_disabled_it_is_the_base(tiny_model: Path, method: Any) -> None:
     expected = logits(load(tiny_model))
     model = method.attach(load(tiny_model)).eval()
     with model.disable_adapter():
@@ -100,7 +100,7 @@ def test_switched_off_it_is_the_base(tiny_model: Path, method: Any) -> None:
 
 
 @each_method
-def test_the_loss_is_that_of_the_labels_as_they_are(tiny_model: Path, method: Any) -> None:
+def test_the_loss_uses_the_labels_unchanged(tiny_model: Path, method: Any) -> None:
     model = method.attach(load(tiny_model))
     labels = torch.where(MASK.bool(), IDS, IGNORE_INDEX)
     objective = TokenLoss(model, torch.float32)
@@ -113,8 +113,8 @@ def test_the_loss_is_that_of_the_labels_as_they_are(tiny_model: Path, method: An
 
 
 @each_method
-def test_answers_are_those_of_repeated_forwards(tiny_model: Path, method: Any) -> None:
-    """In a batch with padding on the left, and with the cache that generation keeps."""
+def test_answers_equal_those_of_repeated_forwards(tiny_model: Path, method: Any) -> None:
+    """Generate in a batch with left padding and a cache, and compare with plain forwards."""
     model = method.attach(load(tiny_model)).eval()
     tokenizer = make_tokenizer()
     questions = [Question(IDS[0].tolist(), "", ""), Question(IDS[1, :3].tolist(), "", "")]
@@ -132,7 +132,7 @@ def test_answers_are_those_of_repeated_forwards(tiny_model: Path, method: Any) -
 
 
 @each_method
-def test_several_take_turns_on_one_base(tiny_model: Path, method: Any, tmp_path: Path) -> None:
+def test_several_can_be_swapped_on_one_base(tiny_model: Path, method: Any, tmp_path: Path) -> None:
     expected, base = {}, load(tiny_model)
     plain = logits(base)
     for name in ("one", "two"):
@@ -163,15 +163,15 @@ def test_another_architecture(method: Any) -> None:
 def test_packed_rows_are_refused(
     tiny_model: Path, tiny_recipe: Callable[..., Recipe], method: Any
 ) -> None:
-    with pytest.raises(ValidationError, match="each example needs virtual tokens of its own"):
+    with pytest.raises(ValidationError, match="each example needs its own virtual tokens"):
         tiny_recipe(adapter={"type": method.type}, data={"packing": True})
     model = method.attach(load(tiny_model))
     packed = Batch(IDS.view(1, -1), None, IDS.view(1, -1), (6, 6))
-    with pytest.raises(ValueError, match="this one has several examples"):
+    with pytest.raises(ValueError, match="this row has several examples"):
         model(**packed.inputs())
 
 
-def test_virtual_tokens_do_not_take_turns_with_lora(tiny_model: Path, tmp_path: Path) -> None:
+def test_virtual_tokens_cannot_be_swapped_with_lora(tiny_model: Path, tmp_path: Path) -> None:
     for name, method in {"a": LoRA(r=2), "b": PromptTuning(num_virtual_tokens=2)}.items():
         (tmp_path / name).mkdir()
         method.save(method.attach(load(tiny_model)), tmp_path / name)

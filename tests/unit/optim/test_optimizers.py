@@ -26,7 +26,7 @@ CLASSES = get_args(get_args(OptimizerConfig)[0])
 
 
 def named(parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.nn.Parameter]]:
-    """The names that they would have in a model."""
+    """Name parameters as in a model."""
     names = ("layers.0.weight", "layers.0.bias", "layers.1.weight")
     return list(zip(names, parameters, strict=True))
 
@@ -49,7 +49,7 @@ def run(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], 
 
 
 @pytest.mark.parametrize("config_class", CLASSES)
-def test_every_optimizer_lowers_the_loss_and_leaves_frozen_weights_alone(config_class) -> None:
+def test_every_optimizer_lowers_the_loss_and_keeps_frozen_weights(config_class) -> None:
     parameters = make_parameters()
     before = [p.detach().clone() for p in parameters]
     optimizer = config_class(learning_rate=1e-2).build(named(parameters), CPU)
@@ -60,7 +60,7 @@ def test_every_optimizer_lowers_the_loss_and_leaves_frozen_weights_alone(config_
 
 
 @pytest.mark.parametrize("config_class", CLASSES)
-def test_weight_decay_is_for_matrices_alone(config_class) -> None:
+def test_weight_decay_applies_only_to_matrices(config_class) -> None:
     parameters = make_parameters()
     optimizer = config_class(weight_decay=0.5).build(named(parameters), CPU)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -102,8 +102,8 @@ LIBRARIES: list[tuple[Any, Callable[..., torch.optim.Optimizer], dict[str, Any]]
 ]
 
 
-def test_each_optimizer_is_held_against_its_library() -> None:
-    """Paged ones are unpaged here; Muon has two libraries, below."""
+def test_each_optimizer_is_compared_with_its_library() -> None:
+    """Paged optimizers run unpaged here. Muon has two libraries, and is tested below."""
     tested = {type(config) for config, _, _ in LIBRARIES} | {Muon}
     assert {c for c in CLASSES if c().unpaged is None} == tested
     assert {c().unpaged for c in CLASSES} - {None} <= tested
@@ -112,7 +112,7 @@ def test_each_optimizer_is_held_against_its_library() -> None:
 @pytest.mark.parametrize(
     ("config", "library", "options"), LIBRARIES, ids=lambda one: getattr(one, "type", "")
 )
-def test_twenty_steps_are_those_of_the_library(config, library, options) -> None:
+def test_twenty_steps_equal_those_of_the_library(config, library, options) -> None:
     ours, theirs = make_parameters(), make_parameters()
     optimizer = config.build(named(ours), CPU)
     run(optimizer, ours, 20)
@@ -126,12 +126,12 @@ def test_twenty_steps_are_those_of_the_library(config, library, options) -> None
     if config.is_schedule_free:
         reference.train()
     run(reference, theirs, 20)
-    # Fused kernels and references order float32 operations otherwise, on weights of up to 4.
+    # Fused kernels and references order float32 operations differently, on weights of up to 4.
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=5e-6)
 
 
-def test_muon_is_torchs_in_the_layers_and_adamw_elsewhere() -> None:
+def test_muon_is_torchs_muon_in_the_layers_and_adamw_elsewhere() -> None:
     def make() -> torch.nn.ModuleDict:
         torch.manual_seed(0)
         layers = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 6))
@@ -171,7 +171,7 @@ def test_muon_without_a_matrix_in_a_layer_is_refused() -> None:
     assert "adamw" in (caught.value.hint or "")
 
 
-def test_warm_up_of_the_schedule_is_that_of_schedule_free_itself() -> None:
+def test_the_schedules_warmup_equals_that_of_schedulefree() -> None:
     ours, theirs = make_parameters(), make_parameters()
     optimizer = ScheduleFreeAdamW(learning_rate=RATE).build(named(ours), CPU)
     reference = schedulefree.AdamWScheduleFree(theirs[:2], lr=RATE, warmup_steps=5, foreach=False)
@@ -184,7 +184,7 @@ def test_warm_up_of_the_schedule_is_that_of_schedule_free_itself() -> None:
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
 
 
-def test_the_weights_in_use_are_the_average_and_training_goes_on_as_if_never_looked_at() -> None:
+def test_evaluation_uses_the_average_and_does_not_change_training() -> None:
     ours, theirs = make_parameters(), make_parameters()
     config = ScheduleFreeAdamW(learning_rate=1e-2)
     optimizer = config.build(named(ours), CPU)
@@ -198,11 +198,11 @@ def test_the_weights_in_use_are_the_average_and_training_goes_on_as_if_never_loo
         torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
         assert not torch.equal(ours[0], before)
     assert torch.equal(ours[0], before)
-    run(optimizer, ours, 1)  # which it does in its training mode alone
+    run(optimizer, ours, 1)  # which is possible only in training mode
 
 
 @pytest.mark.parametrize("config_class", CLASSES)
-def test_each_goes_on_bit_for_bit_from_its_saved_state(config_class) -> None:
+def test_each_resumes_bit_for_bit_from_its_saved_state(config_class) -> None:
     config = config_class(learning_rate=1e-2, weight_decay=0.1)
     whole, cut = make_parameters(), make_parameters()
     run(config.build(named(whole), CPU), whole, 6)
@@ -223,7 +223,7 @@ def lora() -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def settings(optimizer: torch.optim.Optimizer, parameters: Any) -> dict[str, tuple[float, float]]:
-    """Learning rate and weight decay of each parameter by its name."""
+    """Return learning rate and weight decay of each parameter by name."""
     names = {id(p): name for name, p in parameters}
     return {
         names[id(p)]: (group["initial_lr"], group["weight_decay"])
@@ -245,7 +245,7 @@ def test_groups_have_their_own_learning_rate_and_weight_decay(config_class) -> N
 
 
 @pytest.mark.parametrize("config_class", CLASSES)
-def test_lora_plus_is_one_key_or_a_group(config_class, caplog: pytest.LogCaptureFixture) -> None:
+def test_lora_plus_is_a_key_or_a_group(config_class, caplog: pytest.LogCaptureFixture) -> None:
     parameters = lora()
     short = config_class(learning_rate=0.125, lora_plus_ratio=4)
     long = config_class(
@@ -261,7 +261,7 @@ def test_lora_plus_is_one_key_or_a_group(config_class, caplog: pytest.LogCapture
     ) in [record.getMessage() for record in caplog.records]
 
 
-def test_a_group_that_matches_nothing_is_refused_with_what_is_near() -> None:
+def test_a_group_that_matches_nothing_is_refused_with_similar_names() -> None:
     with pytest.raises(RecipeError, match="'lora_C' matches none of the") as caught:
         AdamW(groups=[ParameterGroup(match="lora_C", weight_decay=1)]).build(lora(), CPU)
     assert "lora_A" in (caught.value.hint or "")
@@ -277,7 +277,7 @@ def test_a_group_that_matches_nothing_is_refused_with_what_is_near() -> None:
         AdamW(lora_plus_ratio=2).build(lora()[2:], CPU)
 
 
-def test_8bit_states_stay_near_the_32_bit_ones() -> None:
+def test_8bit_states_stay_close_to_32_bit_ones() -> None:
     exact, rounded = make_parameters(), make_parameters()
     start = make_parameters()[0]
     run(AdamW(learning_rate=1e-2).build(named(exact), CPU), exact, 20)
@@ -286,7 +286,7 @@ def test_8bit_states_stay_near_the_32_bit_ones() -> None:
     assert 0 < error < 0.1
 
 
-def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
+def test_paged_falls_back_without_cuda_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="qlora"):
@@ -304,7 +304,7 @@ def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
             "{type: adamw, groups: [{match: '(', weight_decay: 1}]}",
             "4:36  optimizer.groups[0].match: ( is not a valid regular expression: missing )",
         ),
-        ("{type: adamw, groups: [{match: a}]}", "4:35  optimizer.groups[0]: sets nothing; give it"),
+        ("{type: adamw, groups: [{match: a}]}", "4:35  optimizer.groups[0]: sets nothing: give it"),
         ("{type: adamw, groups: [{weight_decay: 1}]}", "optimizer.groups[0].match: is missing"),
         ("{type: adamw, lora_plus_ratio: 0}", "optimizer.lora_plus_ratio: found 0; it takes a"),
         ("{type: sgd, momentum: 0, nesterov: true}", "optimizer: nesterov needs a momentum"),
@@ -319,7 +319,7 @@ def test_paged_falls_back_off_cuda_and_says_so_in_one_line(
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_its_place(
+def test_conflicting_settings_are_refused_with_their_place(
     problems: Callable[..., list[str]], minimal: str, section: str, told: str
 ) -> None:
     [problem] = problems(f"{minimal}optimizer: {section}\n")

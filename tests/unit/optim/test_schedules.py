@@ -30,12 +30,12 @@ def test_every_schedule_is_within_bounds_and_never_wastes_a_step(
 
 
 @pytest.mark.parametrize("config_class", CLASSES)
-def test_warmup_reaches_the_full_rate_at_its_last_step(config_class) -> None:
+def test_warmup_reaches_the_peak_at_its_last_step(config_class) -> None:
     schedule = config_class(warmup_steps=4)
     assert [schedule.scale(step, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_linear_falls_in_equal_parts_to_one_above_zero() -> None:
+def test_linear_falls_in_equal_parts_and_stays_above_zero() -> None:
     scales = [Linear().scale(step, 10) for step in range(10)]
     assert scales == pytest.approx([1 - step / 10 for step in range(10)])
 
@@ -46,7 +46,7 @@ def test_cosine_is_half_way_down_in_the_middle_and_ends_at_its_final_scale() -> 
     assert schedule.scale(109, 110) == pytest.approx(0.1 + 0.45 * (1 + math.cos(0.99 * math.pi)))
 
 
-def test_constant_stays() -> None:
+def test_constant_does_not_change() -> None:
     assert {Constant().scale(step, 7) for step in range(50)} == {1.0}
 
 
@@ -79,12 +79,12 @@ PAIRS = [
 ]
 
 
-def test_each_schedule_has_its_twin_in_transformers() -> None:
+def test_each_schedule_is_compared_with_transformers() -> None:
     assert {type(ours) for ours, _, _ in PAIRS} == set(CLASSES)
 
 
 @pytest.mark.parametrize(("ours", "name", "options"), PAIRS)
-def test_after_warmup_each_schedule_is_that_of_transformers(ours, name, options) -> None:
+def test_after_warmup_each_schedule_equals_that_of_transformers(ours, name, options) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     theirs = transformers.get_scheduler(
         name,

@@ -1,4 +1,4 @@
-"""Factors that are more than one trained matrix: PiSSA, OLoRA, LoRA-FA and AdaLoRA."""
+"""Factors computed from several tensors: PiSSA, OLoRA, LoRA-FA and AdaLoRA."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_it_learns_what_peft_learns_on_a_changed_base(
+def test_training_equals_that_of_peft_on_a_changed_base(
     tiny_model: Path, init: Any, rslora: bool
 ) -> None:
     adapter = LoRA(r=4, alpha=8, init=init, target_modules=TARGETS, use_rslora=rslora)
@@ -74,11 +74,11 @@ def test_it_learns_what_peft_learns_on_a_changed_base(
         found.append(logits(model))
     assert sum(map(torch.numel, trained(ours))) == sum(map(torch.numel, trained(theirs)))
     learnt = found[0] - logits(load(tiny_model))
-    # PEFT rounds what is left of the base to float32, and the factors are large.
+    # PEFT rounds the residual of the base to float32, and the factors are large.
     assert (found[0] - found[1]).norm() < 1e-3 * learnt.norm()
 
 
-def test_the_first_factors_are_the_largest_part_of_a_weight() -> None:
+def test_the_initial_factors_are_the_best_approximation_of_a_weight() -> None:
     weight = torch.randn(12, 8) @ torch.diag(torch.logspace(0, -3, 8)) @ torch.randn(8, 8)
     best = torch.linalg.svd(weight)
     expected = best.U[:, :3] @ torch.diag(best.S[:3]) @ best.Vh[:3]
@@ -91,7 +91,7 @@ def test_the_first_factors_are_the_largest_part_of_a_weight() -> None:
     torch.testing.assert_close(b.T @ b, torch.eye(8), rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_has_what_the_factors_began_as(tiny_model: Path) -> None:
+def test_a_checkpoint_has_the_initial_factors(tiny_model: Path) -> None:
     model = LoRA(r=4, init="pissa", target_modules=["q_proj"]).attach(load(tiny_model))
     kept = _trained(model)
     layers = dict(low_rank_layers(model))
@@ -104,14 +104,14 @@ def test_a_checkpoint_has_what_the_factors_began_as(tiny_model: Path) -> None:
             assert torch.equal(kept[place], factor.first)
 
 
-def test_dropout_leaves_the_beginning_alone(tiny_model: Path) -> None:
+def test_dropout_does_not_change_the_initial_model(tiny_model: Path) -> None:
     expected = logits(load(tiny_model))
     model = LoRA(r=4, init="pissa", dropout=0.5).attach(load(tiny_model)).train()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
 
 
-def test_the_saved_adapter_says_its_rank(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_saved_config_has_the_saved_rank(tiny_model: Path, tmp_path: Path) -> None:
     adapter = LoRA(r=4, alpha=8, init="olora", rank_pattern={"q_proj": 2})
     adapter.save(adapter.attach(load(tiny_model)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -150,22 +150,22 @@ def test_conflicting_settings_are_refused(settings: dict[str, Any], message: str
         (AdaLoRA(target_modules=["embed_tokens"]), "embed_tokens is not one"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused(
+def test_settings_that_do_not_fit_the_model_are_refused(
     tiny_model: Path, adapter: LoRA, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
         adapter.attach(load(tiny_model))
 
 
-def test_with_frozen_a_half_of_the_factors_is_trained(tiny_model: Path) -> None:
+def test_with_frozen_a_half_of_the_factors_are_trained(tiny_model: Path) -> None:
     model = LoRA(r=4, freeze_a=True, target_modules=TARGETS).attach(load(tiny_model))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(names) == 4
     assert all("lora_B" in name for name in names)
 
 
-def test_what_lora_fa_leaves_out_is_nearly_a_multiple_of_the_gradient() -> None:
-    """Its correction is (A A^T)^-1, for A of 16 rows of 2048 as PEFT draws them."""
+def test_the_omitted_correction_of_lora_fa_is_nearly_a_multiple_of_the_identity() -> None:
+    """The correction is (A A^T)^-1, for A of 16 rows and 2048 columns as PEFT draws it."""
     a = torch.nn.Linear(2048, 16, bias=False).weight.detach()
     correction = torch.linalg.inv(a @ a.T)
     multiple = correction.diagonal().mean() * torch.eye(16)
@@ -187,7 +187,7 @@ def peft_adalora(base: PreTrainedModel) -> Any:
         tfinal=3,
         total_step=STEPS,
         deltaT=2,
-        task_type="CAUSAL_LM",  # else PEFT leaves the penalty out
+        task_type="CAUSAL_LM",  # otherwise PEFT omits the penalty
         target_modules=TARGETS,
         orth_reg_weight=0.3,
         **SETTINGS,
@@ -219,7 +219,7 @@ def train(model: Any, hooks: Any, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
+def test_ranks_are_allocated_as_by_peft(tiny_model: Path) -> None:
     theirs, ours = peft_adalora(load(tiny_model)), our_adalora().attach(load(tiny_model))
     pairs = []
     for (_, one), other in zip(
@@ -228,13 +228,13 @@ def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
         factor, b = one.lora_A["default"], one.lora_B["default"].weight
         factor.directions.data.copy_(other.lora_A["default"])
         b.data.copy_(other.lora_B["default"])
-        other.ranknum["default"].data.fill_(4 - 1e-5)  # which PEFT adds to it
+        other.ranknum["default"].data.fill_(4 - 1e-5)  # PEFT adds 1e-5
         pairs.append((factor, b, other))
     hooks = our_adalora().step_hooks(ours, STEPS)
     optimizers = [torch.optim.SGD(trained(model), lr=0.5) for model in (theirs, ours)]
     left = []
     for step in range(STEPS):
-        loss_of(theirs).backward()  # with the penalty
+        loss_of(theirs).backward()  # includes the penalty
         loss_of(ours).backward()
         hooks.before_update()
         for optimizer in optimizers:
@@ -255,14 +255,14 @@ def test_ranks_go_where_peft_lets_them_go(tiny_model: Path) -> None:
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
 
 
-def test_what_is_left_is_saved_as_lora_of_its_ranks(tiny_model: Path, tmp_path: Path) -> None:
+def test_remaining_ranks_are_saved_as_lora(tiny_model: Path, tmp_path: Path) -> None:
     adapter = our_adalora()
     model = adapter.attach(load(tiny_model))
     train(model, adapter.step_hooks(model, STEPS), STEPS)
     factors = [module for module in model.modules() if isinstance(module, ScaledFactor)]
     for factor in factors:
-        factor.values.data *= 1000  # so few steps hardly change a logit
-    factors[0].values.data.zero_()  # a rank of none
+        factor.values.data *= 1000  # a few steps hardly change the logits
+    factors[0].values.data.zero_()  # no rank remains
     adapter.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "LORA"
@@ -272,8 +272,8 @@ def test_what_is_left_is_saved_as_lora_of_its_ranks(tiny_model: Path, tmp_path: 
     assert not torch.allclose(logits(model), logits(load(tiny_model)), atol=1e-3)
 
 
-def test_a_checkpoint_has_all_of_the_allocation(tiny_model: Path) -> None:
-    """Twin models, one of which is put back in the middle and goes on, end as one."""
+def test_a_checkpoint_has_the_state_of_the_allocation(tiny_model: Path) -> None:
+    """A model that is restored in the middle ends like one that was trained without a break."""
     adapter = our_adalora()
     model = adapter.attach(load(tiny_model))
     hooks = adapter.step_hooks(model, STEPS)
