@@ -73,7 +73,7 @@ def test_what_was_trained_is_measured_merged_and_asked(
     assert report["models"]["tuned"]["loss"]["value"] == pytest.approx(losses[-1], rel=tolerance)
     merged = tmp_path / "merged"
     if method in ("prompt", "prefix"):
-        with pytest.raises(ModelError, match="virtual tokens are no weight of the base"):
+        with pytest.raises(ModelError, match="virtual tokens are not a weight of the base"):
             merge(run, merged, weights="last")
     else:
         proof = merge(run, merged, weights="last")
