@@ -1,4 +1,4 @@
-"""Where an adapter lies, and what is known of it: by itself, or as what a run trained."""
+"""Find an adapter: a folder in PEFT's format, or the trained weights of a run."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class AdapterFolder:
     """An adapter in PEFT's format."""
 
     path: Path
-    """As the user named it."""
+    """The path that the user gave."""
     folder: Path
-    """With its config and tensors."""
+    """The folder with adapter_config.json and the tensors."""
     run: RunFolder | None
-    """The run that trained it."""
+    """The run that trained it, if known."""
 
     @classmethod
     def find(cls, path: Path, weights: Weights = "last") -> AdapterFolder:
-        """The adapter of a run, or of a folder.
+        """Find the adapter of a run, or in a folder.
 
         Raises:
-            RecipeError: there is none.
-            ModelError: something in its folder leads out of it.
+            RecipeError: there is no adapter.
+            ModelError: a link in the folder points outside it.
         """
         run = _run_of(path)
         folder = run.weights(weights) if run is not None and run.root == path else path
@@ -50,10 +50,10 @@ class AdapterFolder:
         return cls(path, folder, run)
 
     def config(self) -> dict[str, Any]:
-        """Its settings.
+        """Read adapter_config.json.
 
         Raises:
-            RecipeError: they cannot be read.
+            RecipeError: it cannot be read.
         """
         try:
             return read_object(self.folder / CONFIG)
@@ -61,40 +61,40 @@ class AdapterFolder:
             raise RecipeError(f"{self.folder / CONFIG} cannot be read: {error}") from error
 
     def base_path(self) -> str:
-        """What it calls its base model."""
+        """Return the base model's name in adapter_config.json; empty if there is none."""
         return str(self.config().get("base_model_name_or_path") or "")
 
     def base_identity(self) -> dict[str, str] | None:
-        """Architecture and digest of its base (`model/identity.py`); None if nobody knows."""
+        """Return architecture and digest of the base (see `models/identity.py`), if recorded."""
         return self.run.read_record().get("base") if self.run else None
 
     def recipe(self) -> Recipe | None:
-        """Of the run that trained it."""
+        """Load the recipe of the run that trained it."""
         return load_recipe(self.run.recipe).recipe if self.run else None
 
     def check_base(self, recipe: Recipe, here: Mapping[str, str]) -> None:
-        """Refuse it over the base of a recipe, or warn, as far as is known on what it was trained.
+        """Refuse the base of a recipe if the adapter was trained on another; warn if unknown.
 
         Args:
-            here: what `identify` says of the recipe's base.
+            here: the identity of the recipe's base, from `identify`.
 
         Raises:
-            ModelError: it was trained on other weights.
+            ModelError: the adapter was trained on other weights.
         """
         known = self.base_identity()
         refuse_other_base(self.path, known, self.base_path(), recipe.model.path, here)
         if known is None and self.base_path() != recipe.model.path:
             log.warning(
-                "%s names %s as its base, and here is %s: whether the weights are the same is not "
-                "known",
+                "%s was trained on %s, and the base here is %s: it is unknown whether the weights "
+                "are the same",
                 self.path,
-                self.base_path() or "nothing",
+                self.base_path() or "an unnamed base",
                 recipe.model.path,
             )
         trained = self.recipe()
         if trained is not None and trained.quantization != recipe.quantization:
             log.warning(
-                "%s was trained over a base in quantization.type %s, and here it is %s",
+                "%s was trained with quantization.type %s, and here it is %s",
                 self.path,
                 trained.quantization.type,
                 recipe.quantization.type,
@@ -102,13 +102,13 @@ class AdapterFolder:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path is a folder with an adapter of its own."""
+    """Return whether a folder has an adapter in PEFT's format."""
     return (path / CONFIG).is_file()
 
 
 def _run_of(path: Path) -> RunFolder | None:
-    """The run whose folder this is, or in which it lies."""
-    whole = path.absolute()
-    if not is_run(path) and whole.name in get_args(Weights) and is_run(whole.parent):
-        return RunFolder(whole.parent)
+    """The run of this folder, or of its parent (for RUN/last and RUN/best)."""
+    full = path.absolute()
+    if not is_run(path) and full.name in get_args(Weights) and is_run(full.parent):
+        return RunFolder(full.parent)
     return RunFolder(path) if is_run(path) else None

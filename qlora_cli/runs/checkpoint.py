@@ -1,4 +1,4 @@
-"""Checkpoints: all that is needed to go on as if nothing had happened. Nothing is pickled."""
+"""Checkpoints: everything needed to resume with the same results. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _WEIGHTS, _TENSORS, _TREE = "trained.safetensors", "state.safetensors", "state.j
 _FILES = (_WEIGHTS, _TENSORS, _TREE)
 _FORMAT = 1
 _SETTINGS = ("initial_lr", "weight_decay")
-"""Of a group of an optimizer: what a run that goes on may have another value of (`--allow`)."""
+"""Settings of an optimizer group that a resumed run may change (`--allow`)."""
 
 
 def save_checkpoint(
@@ -49,18 +49,18 @@ def save_checkpoint(
     random_states: list[dict[str, Any]],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N`, whole or not at all; then drop all but the newest `keep`.
+    """Write `folder/step-N` atomically; then delete all but the newest `keep`.
 
-    The trained weights, the optimizer, the random generators, the state of the loop. The position
-    in the data is a function of the step, and so is the learning rate. Older checkpoints go only
-    when the new one has been read back from the disk and found to be what was written.
+    A checkpoint holds the trained weights, the optimizer, the random generators and the state of
+    the loop. The position in the data and the learning rate are functions of the step. Older
+    checkpoints are deleted only after the new one has been read back and verified.
 
     Args:
-        random_states: of each rank, by `random_states`.
+        random_states: those of each rank, from `random_states()`.
 
     Raises:
-        TrainingError: a trained weight is not finite, or the disk does not take it; what was saved
-            before is untouched.
+        TrainingError: a trained weight is not finite, or the disk failed; existing checkpoints are
+            untouched.
     """
     refuse_non_finite(model, state.step)
     path = folder / f"step-{state.step:08d}"
@@ -69,18 +69,18 @@ def save_checkpoint(
         _clear_unfinished(folder)
         with atomic_folder(path, replace=True) as unfinished:
             _write(unfinished, model, optimizer, scaler, state, random_states)
-        if not is_whole(path):
+        if not is_intact(path):
             raise TrainingError(
-                f"{path} was written, and reads otherwise than it was written: the disk cannot be "
-                "trusted; older checkpoints are untouched",
-                hint="--resume auto goes on from an older one; train on another disk",
+                f"{path}: what is read back differs from what was written: the disk is faulty; "
+                "older checkpoints are untouched",
+                hint="train on another disk; --resume auto resumes from an older checkpoint",
             )
         _drop_old(folder, path, keep)
     except OSError as error:
         raise TrainingError(
             f"the checkpoint of step {state.step} cannot be written: {path}: {error.strerror}; "
-            "what was saved before is untouched",
-            hint="make room (output.keep_checkpoints=1 keeps one), then go on with --resume auto",
+            "existing checkpoints are untouched",
+            hint="free disk space (output.keep_checkpoints=1 keeps one), then use --resume auto",
         ) from error
     return path
 
@@ -109,23 +109,23 @@ def _write(
         _TENSORS: write_file(folder / _TENSORS, file_of(tensors)),
         _TREE: write_json(folder / _TREE, tree),
     }
-    # Last: a folder without a manifest that agrees with it is no checkpoint.
+    # Last: a folder without a matching manifest is not a checkpoint.
     write_json(folder / _MANIFEST, {"format": _FORMAT, "files": files})
 
 
 def drop_old_checkpoints(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` up to a step, and what saves that were cut short left.
+    """Delete all but the newest `keep` up to a step, and the remains of interrupted saves.
 
     Raises:
-        TrainingError: the disk does not let them go.
+        TrainingError: they cannot be deleted.
     """
     try:
         _clear_unfinished(folder)
         _drop_old(folder, folder / f"step-{step:08d}", keep)
     except OSError as error:
         raise TrainingError(
-            f"older checkpoints in {folder} cannot be removed: {error}",
-            hint="see who may write there, then go on with --resume auto",
+            f"older checkpoints in {folder} cannot be deleted: {error}",
+            hint="check the permissions of the folder, then use --resume auto",
         ) from error
 
 
@@ -135,7 +135,7 @@ def _clear_unfinished(folder: Path) -> None:
 
 
 def _drop_old(folder: Path, newest: Path, keep: int) -> None:
-    """Those of later steps go too: of a run that was taken back, which may go another way now."""
+    """Delete later steps too: the run went back to an earlier one, and may now differ."""
     kept = 1
     for path in sorted(folder.glob("step-*"), reverse=True):
         if path == newest:
@@ -155,14 +155,14 @@ def load_checkpoint(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[TrainState, bool]:
-    """Put a checkpoint's weights, optimizer and random states in place.
+    """Restore weights, optimizer and random states from a checkpoint.
 
     Returns:
-        The state of the loop; and whether the random states are as they were, which is so on as
-        many ranks as it was written on.
+        The state of the loop; and whether the random states were restored, which needs the number
+        of ranks that wrote the checkpoint.
 
     Raises:
-        TrainingError: it was written for another set of trained weights, or cannot be read.
+        TrainingError: it belongs to other trained weights, or cannot be read.
     """
     try:
         saved = load_file(path / _WEIGHTS)
@@ -173,7 +173,7 @@ def load_checkpoint(
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
             changed = sorted(set(saved) ^ set(live)) or sorted(saved)
             raise TrainingError(
-                f"{path} was written for other trained weights (such as {changed[0]})",
+                f"{path} holds other trained weights than this run (such as {changed[0]})",
                 hint="resume with the recipe of the run: qlora train RUN/recipe.yaml --resume auto",
             )
         check_optimizer(values["optimizer"], optimizer)
@@ -191,7 +191,7 @@ def load_checkpoint(
     ) as error:  # fmt: skip
         raise TrainingError(
             f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}",
-            hint="--resume STEP goes on from another one",
+            hint="--resume STEP resumes from another checkpoint",
         ) from error
     return state, is_same_world
 
@@ -200,14 +200,14 @@ def _state_of(values: dict[str, Any]) -> TrainState:
     state = TrainState(**values)
     numbers = (state.step, state.tokens, 0 if state.best_step is None else state.best_step)
     if not all(type(one) is int and one >= 0 for one in numbers):
-        raise ValueError(f"{state} is no state of a run")
+        raise ValueError(f"{state} is not the state of a run")
     if not isinstance(state.best_value, float | None):
-        raise ValueError(f"{state} is no state of a run")
+        raise ValueError(f"{state} is not the state of a run")
     return state
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Its state as it was, its settings as the recipe has them now (they may be changed)."""
+    """Restore the saved state; keep the settings of the current recipe, which may be new."""
     settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, now in zip(optimizer.param_groups, settings, strict=True):
@@ -215,60 +215,62 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:
-    """Raises TrainingError if a trained weight is NaN or infinite."""
+    """Raise TrainingError if a trained weight is NaN or infinite."""
     bad = [name for name, tensor in _trained(model).items() if not tensor.isfinite().all()]
     if bad:
         raise TrainingError(
             f"step {step}: {len(bad)} trained tensors are not finite (such as {bad[0]}); they "
-            "were not saved, and what was saved before is untouched",
+            "were not saved, and existing checkpoints are untouched",
             hint="try a lower optimizer.learning_rate, or training.max_grad_norm=1",
         )
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """What `--resume` names.
+    """Find the checkpoint that `--resume` names.
 
     Args:
-        folder: the run's checkpoints.
-        which: "auto" for the newest that is whole; a step; or the path of one of them.
+        folder: the run's folder of checkpoints.
+        which: "auto" for the newest intact one; a step; or a path.
 
     Raises:
-        TrainingError: it is not there, or damaged.
+        TrainingError: it does not exist, or is damaged.
     """
     if which == "auto":
         return newest_checkpoint(folder)
     path = folder / f"step-{int(which):08d}" if which.isdecimal() else Path(which)
-    if path.resolve().parent == folder.resolve() and is_whole(path):
+    if path.resolve().parent == folder.resolve() and is_intact(path):
         return path
     state = "is damaged" if path.exists() else "does not exist"
     if path.resolve().parent != folder.resolve():
-        state = f"is no checkpoint of this run, which has them in {folder}"
-    steps = [str(int(p.name[5:])) for p in sorted(folder.glob("step-*")) if is_whole(p)]
+        state = f"is not a checkpoint of this run (they are in {folder})"
+    steps = [str(int(p.name[5:])) for p in sorted(folder.glob("step-*")) if is_intact(p)]
     raise TrainingError(
         f"--resume: {path} {state}",
-        hint=f"there are steps {', '.join(steps)}" if steps else "there is none that is whole",
+        hint=f"intact checkpoints: steps {', '.join(steps)}"
+        if steps
+        else "no checkpoint is intact",
     )
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint that is whole. Damaged ones are named and passed over.
+    """Find the newest intact checkpoint; warn of damaged ones and skip them.
 
     Raises:
         TrainingError: there is none.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if is_whole(path):
+        if is_intact(path):
             return path
-        log.warning("%s is damaged; passed over", path)
+        log.warning("%s is damaged; skipped", path)
     raise TrainingError(
         f"--resume: no checkpoint in {folder}",
-        hint="nothing was saved: remove the run's folder and start without --resume; "
-        "training.save_every sets how often a checkpoint is written",
+        hint="delete the run folder and start without --resume; training.save_every sets how often "
+        "a checkpoint is written",
     )
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the files of a checkpoint are those that were written, byte for byte."""
+def is_intact(path: Path) -> bool:
+    """Return whether the files of a checkpoint are, byte for byte, those that were written."""
     files = _manifest(path)
     try:
         return files is not None and all(
@@ -289,12 +291,12 @@ def _has_its_files(path: Path) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
-    """What a checkpoint says of its files; None if it cannot be believed.
+    """The sizes and digests in a checkpoint's manifest; None if it is not valid.
 
-    The names are known, so nothing that a manifest says leads out of the folder; nor does a link.
+    Only the known file names are accepted, and no links: nothing can point outside the folder.
     """
     here = [path / name for name in (_MANIFEST, *_FILES)]
-    # No pipe either, which would be waited for without end.
+    # Nor pipes: reading one would wait forever.
     if any(file.is_symlink() for file in (path, *here)) or not all(f.is_file() for f in here):
         return None
     try:
@@ -307,7 +309,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Trained weights, and what else the modules have in their state that hold them."""
+    """Trained weights, and the persistent buffers of the modules that hold them."""
     found = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -322,7 +324,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def random_states() -> dict[str, Any]:
-    """Of every generator that training draws from, in this process."""
+    """Return the state of every random generator that training uses, in this process."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
@@ -332,7 +334,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put them back: `states` as `random_states` gave them, arrays as such or as tensors."""
+    """Restore the states that `random_states` returned (arrays may have become tensors)."""
     random.setstate(states["python"])
     numpy_state = states["numpy"]
     inner = numpy_state["state"]
@@ -343,9 +345,9 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A JSON tree for `value`; its tensors are put into `tensors` under their path.
+    """Build a JSON tree of `value`; put its tensors into `tensors` under their paths.
 
-    Containers are written as {kind: items}, because JSON knows no tuples and no integer keys.
+    Containers become {kind: items}, because JSON has neither tuples nor integer keys.
     """
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)

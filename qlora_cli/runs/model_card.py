@@ -1,4 +1,4 @@
-"""The README.md of weights that somebody will be given: what they are, and how they came about."""
+"""Model cards: the README.md of weights, with their origin, settings and measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VERSIONS = ("qlora", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def write_cards(run: RunFolder) -> None:
-    """Describe the run's own weights, each in its folder (in place of PEFT's blank form)."""
+    """Write a card into each folder of a run's weights (in place of PEFT's empty template)."""
     for weights in get_args(Weights):
         folder = run.root / weights
         if folder.is_dir():
@@ -37,13 +37,13 @@ def write_cards(run: RunFolder) -> None:
 def model_card(
     run: RunFolder, weights: Weights, *, name: str, proof: MergeReport | None = None
 ) -> str:
-    """A model card as hubs want it: YAML front matter, then Markdown.
+    """Format a model card for the Hub: YAML front matter, then Markdown.
 
-    Files and folders are named by their last part alone, and nothing is said of the machine.
+    Paths are shortened to their last part, and nothing describes the machine.
 
     Args:
-        name: the heading; and what stands for the place of the folder in the example.
-        proof: what `merge` reports, if the card is for a merged model.
+        name: the heading, and the folder's name in the code example.
+        proof: the report of `merge`, if the card is for a merged model.
     """
     recipe = load_recipe(run.recipe).recipe
     record = run.read_record()
@@ -60,7 +60,7 @@ def model_card(
         "",
         f"# {name}",
         "",
-        f"A {kind}, made from {base} with `qlora`. The licence of the base model goes with it.",
+        f"A {kind}, made from {base} with `qlora`. The licence of the base model applies.",
         "",
         "## Use",
         "",
@@ -80,7 +80,7 @@ def model_card(
 
 
 def _front_matter(recipe: Recipe, is_whole: bool) -> dict[str, Any]:
-    """What hubs index. A base or a data set that is not on a hub has no name there."""
+    """Fields that the Hub indexes. A base or dataset that is not on the Hub is left out."""
     entries: dict[str, Any] = {
         "library_name": "transformers" if is_whole or recipe.adapter.trains_base else "peft",
         "pipeline_tag": "text-generation",
@@ -100,7 +100,7 @@ def _front_matter(recipe: Recipe, is_whole: bool) -> dict[str, Any]:
 def _facts(
     recipe: Recipe, record: Mapping[str, Any], run: RunFolder, weights: Weights
 ) -> Iterator[tuple[str, str]]:
-    """The rows of the table: what was trained on what, how, and what it came to."""
+    """Rows of the table: base, adapter, data, settings and results."""
     revision = recipe.model.revision
     at = f", revision {revision}" if revision else ""
     yield "base model", _public(recipe.model.path) + at
@@ -152,7 +152,10 @@ def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, st
     lines = (run.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [row for row in map(json.loads, lines) if row.get("loss") is not None]
     if logged:
-        yield "training loss", f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at last"
+        yield (
+            "training loss",
+            f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at the end",
+        )
     if best := record.get("best"):
         before = record.get("untrained")
         start = "" if before is None else f"{before['value']:.4f} untrained, "
@@ -162,7 +165,7 @@ def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, st
 def _measurements(
     record: Mapping[str, Any], weights: Weights, name: str, proof: MergeReport | None
 ) -> Iterator[tuple[str, str]]:
-    # The same text as on the terminal, with the name in place of a folder of this machine.
+    # The text of the terminal, with the name in place of a local folder.
     evaluation = record.get("evaluation")
     if evaluation and evaluation["weights"] == weights:
         yield "Evaluation", evaluation_table({**evaluation, "target": name})
@@ -173,8 +176,8 @@ def _measurements(
 def _data(sources: list[Source], counts: Mapping[str, Any]) -> str:
     names = ", ".join(dict.fromkeys(_source(source) for source in sources))
     return (
-        f"{names}: {counts['num_rows']:,} rows, {counts['num_tokens']:,} tokens, of which "
-        f"{counts['num_supervised']:,} learnt or scored"
+        f"{names}: {counts['num_rows']:,} rows, {counts['num_tokens']:,} tokens, "
+        f"{counts['num_supervised']:,} of them supervised"
     )
 
 
@@ -186,7 +189,7 @@ def _source(source: Source) -> str:
 
 
 def _summary(part: Config) -> str:
-    """The type of a section and all of its settings that are neither off nor empty."""
+    """The type of a section, and its settings that are neither off nor empty."""
     values = part.model_dump(mode="json")
     settings = [
         f"{key} {_setting(value)}"
@@ -211,7 +214,7 @@ def _is_on_hub(path: str) -> bool:
 
 
 def _public(path: str) -> str:
-    """A name without the folders that it lies in."""
+    """A path without its folders; Hub ids are kept."""
     return path if _is_on_hub(path) else Path(path).name
 
 
@@ -230,7 +233,7 @@ def _whole_example(name: str) -> list[str]:
 
 
 def _adapter_example(recipe: Recipe, name: str, is_partial: bool) -> list[str]:
-    """The base held as in training: it is what the adapter learnt to correct."""
+    """Load the base as in training: the adapter was trained on exactly those weights."""
     import torch
 
     precisions = {"fp16": torch.float16, "fp32": torch.float32}

@@ -1,7 +1,7 @@
-"""What an optimizer may hold, told from what one like it makes in its first step.
+"""Check a saved optimizer state against the state of a real first step.
 
-`Optimizer.load_state_dict` takes anything; a fused or 8-bit step then reads and writes as many
-numbers as a parameter has, wherever they lie.
+`Optimizer.load_state_dict` accepts anything. A fused or 8-bit step would then read and write as
+many numbers as the parameter has, beyond the end of a tensor that is too small.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """See whether a saved state is one that `optimizer` may take.
+    """Check that `optimizer` can load a saved state.
 
     Args:
-        saved: as from `Optimizer.state_dict`.
+        saved: from `Optimizer.state_dict`.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is not.
+        ValueError, TypeError, KeyError, AttributeError: it cannot.
     """
     groups = optimizer.state_dict()["param_groups"]
     for group, found in zip(groups, saved["param_groups"], strict=True):
         if _types(group) != _types(found) or group["params"] != found["params"]:
-            raise ValueError("the settings of the optimizer are of another optimizer")
-    # Layers are alike, so there are few of these.
+            raise ValueError("the settings of the optimizer belong to another one")
+    # Layers have the same shapes, so there are few different ones.
     known: dict[tuple[int, torch.Size, torch.dtype], dict[str, Any]] = {}
     parameters = [(i, p) for i, one in enumerate(optimizer.param_groups) for p in one["params"]]
     for index, state in saved["state"].items():
@@ -50,10 +50,10 @@ def _types(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_state(optimizer: torch.optim.Optimizer, at: int, parameter: Tensor) -> dict[str, Any]:
-    """What an optimizer like this one keeps of a parameter like this, in its group `at`."""
+    """The state that this optimizer creates for a parameter like this one, in its group `at`."""
     import torch
 
-    # On the host: bitsandbytes never gives paged memory back.
+    # On the CPU: bitsandbytes never releases paged memory.
     other = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
     other.grad = torch.zeros_like(other)
     groups = [{**group, "params": []} for group in optimizer.param_groups]
@@ -64,7 +64,7 @@ def _first_state(optimizer: torch.optim.Optimizer, at: int, parameter: Tensor) -
     twin._optimizer_step_pre_hooks = OrderedDict()
     twin._optimizer_step_post_hooks = OrderedDict()
     with warnings.catch_warnings():
-        # A paged one is stepped on the host on purpose: of its state only the form is looked at.
+        # A paged optimizer takes this step on the CPU on purpose: only shapes and dtypes matter.
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
         twin.step()
     state: dict[str, Any] = twin.state_dict()["state"].get(0, {})
@@ -72,7 +72,7 @@ def _first_state(optimizer: torch.optim.Optimizer, at: int, parameter: Tensor) -
 
 
 def _check_alike(found: Any, wanted: Any, name: str) -> None:
-    """Names, types, dtypes and shapes, at every depth."""
+    """Compare names, types, dtypes and shapes at every depth."""
     import torch
 
     if type(found) is not type(wanted):

@@ -1,4 +1,4 @@
-"""What a run depends on: whether to go on with it, or to repeat it, is still the same run."""
+"""Compare a run with its record: is resuming or repeating it still the same run?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-# What may be different when a run is resumed: how long and how often, and what only reports.
+# These may change when a run is resumed: durations, intervals, and what only reports.
 _FREE = (
     "training.max_steps",
     "training.epochs",
@@ -38,7 +38,7 @@ _FREE = (
     "output.",
 )
 _BOUND = ("evaluation.best_by",)
-"""But not this: a checkpoint remembers the best value so far."""
+"""Exceptions from `_FREE`: a checkpoint records the best value so far."""
 
 SAFE = (
     "optimizer.learning_rate",
@@ -61,8 +61,8 @@ SAFE = (
     "data.evaluation*.streaming",
     "data.chat_template",
 )
-"""What `--allow` takes: the state of the run means the same with another value. Paths are among
-them because weights, tokenizer, template and rows are compared by what they hold."""
+"""Keys that `--allow` accepts: the state of the run stays valid with another value. Paths are among
+them because weights, tokenizer, template and rows are compared by content."""
 
 _NAMES = {
     "base": "the weights of model.path",
@@ -73,37 +73,37 @@ _NAMES = {
 }
 
 Changes = dict[str, list[Any]]
-"""What differs: name -> [old, new]."""
+"""Differences: name -> [old, new]."""
 
 
 def take_fingerprint(
     base: Mapping[str, str],
     tokenizer: PreTrainedTokenizerFast,
-    learnt: PreparedData,
+    training: PreparedData,
     held_out: PreparedData | None,
 ) -> dict[str, str | None]:
-    """Sums of all that a run reads, wherever it lies.
+    """Digests of everything that a run reads, independent of its location.
 
     Args:
-        base: what `identify` says of the base model.
+        base: the identity of the base model, from `identify`.
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {
         "base": base["digest"],
         "tokenizer": hash_text(tokenizer.backend_tokenizer.to_str() + json.dumps(special)),
         "chat_template": hash_text(json.dumps(tokenizer.chat_template)),
-        "training_rows": learnt.rows_digest,
+        "training_rows": training.rows_digest,
         "evaluation_rows": None if held_out is None else held_out.rows_digest,
     }
 
 
 def refuse_unsafe(allow: Sequence[str]) -> None:
-    """Raises RecipeError if a key of `--allow` cannot be allowed."""
+    """Raise RecipeError if a key of `--allow` cannot be allowed."""
     for key in allow:
         if not any(fnmatchcase(key, safe) or safe == f"{key}.*" for safe in SAFE):
             raise RecipeError(
                 f"--allow: {key} cannot be allowed: with another value it would be neither the old "
-                f"run nor a new one; what can be is {', '.join(SAFE)}",
+                f"run nor a new one; allowed are {', '.join(SAFE)}",
                 hint="change it back, or start a new run in another output.dir",
             )
 
@@ -111,17 +111,14 @@ def refuse_unsafe(allow: Sequence[str]) -> None:
 def refuse_changes(
     run: RunFolder, recipe: Recipe, now: Mapping[str, str | None], allow: Sequence[str] = ()
 ) -> Changes:
-    """Going on with other data or another recipe would be neither the old run nor a new one.
+    """Refuse to resume a run with other data or settings; return the changes that are allowed.
 
     Args:
-        now: the fingerprint as it would be.
-        allow: keys of the recipe that may have another value, by `--allow`.
-
-    Returns:
-        What is different and may be.
+        now: the current fingerprint.
+        allow: keys of the recipe that `--allow` lets change.
 
     Raises:
-        RecipeError: with what else changed, old -> new.
+        RecipeError: with every other change, old -> new.
     """
     record = run.read_record()
     before = recorded_recipe(run)
@@ -131,19 +128,21 @@ def refuse_changes(
     others = compare_fingerprints(record, now)
     if refused or others:
         could = [key for key in refused if any(fnmatchcase(key, safe) for safe in SAFE)]
-        way_out = " ".join(f"--allow {key}" for key in could)
+        options = " ".join(f"--allow {key}" for key in could)
         hint = "change it back, or start a new run in another output.dir"
         if could and not others and len(could) == len(refused):
-            hint += f"; {way_out} goes on with the new values"
+            hint += f"; {options} resumes with the new values"
         lines = [f"{key}: {old} -> {new}" for key, (old, new) in {**refused, **others}.items()]
-        raise RecipeError("\n".join(["--resume: the run was started otherwise", *lines]), hint=hint)
+        raise RecipeError(
+            "\n".join(["--resume: this differs from the start of the run", *lines]), hint=hint
+        )
     for key, (old, new) in bound.items():
-        log.warning("--allow %s: %s -> %s from here on", key, old, new)
+        log.warning("--allow %s: %s -> %s from now on", key, old, new)
     return {**changes, **_warn_of_environment(record)}
 
 
 def compare_fingerprints(record: Mapping[str, Any], now: Mapping[str, str | None]) -> Changes:
-    """What a run read and would not read now: in words, with the beginnings of the sums."""
+    """Compare a recorded fingerprint with the current one; digests are shortened."""
     known = record["fingerprint"]
     return {
         _NAMES[name]: [_short(known[name]), _short(value)]
@@ -153,13 +152,13 @@ def compare_fingerprints(record: Mapping[str, Any], now: Mapping[str, str | None
 
 
 def compare_environments(record: Mapping[str, Any]) -> Changes:
-    """Which versions and what of the hardware are not those of a run's record."""
+    """Compare the recorded versions and hardware with the current ones."""
     now = environment()
     return compare({name: record.get(name) for name in now}, now)
 
 
 def compare(old: object, new: object) -> Changes:
-    """What differs between two JSON values, by dotted path."""
+    """Compare two JSON values by dotted path."""
     before, after = _flat(old), _flat(new)
     return {
         key: [before.get(key), after.get(key)]
@@ -170,18 +169,18 @@ def compare(old: object, new: object) -> Changes:
 
 def _warn_of_environment(record: Mapping[str, Any]) -> Changes:
     changes = compare_environments(record)
-    changes.pop("commit", None)  # of the user's own files, which have been compared
+    changes.pop("commit", None)  # the user's own files have been compared already
     if changes:
-        told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
-        log.warning("not what the run was started with: %s; last digits may differ", told)
+        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
+        log.warning("changed since the start of the run: %s; last digits may differ", listed)
     return changes
 
 
 def recorded_recipe(run: RunFolder) -> Recipe:
-    """As it was run: the file beside the record may have been edited since.
+    """The recipe in run.json; recipe.yaml may have been edited since.
 
     Raises:
-        RecipeError: the record is of a version that wrote none, or knew other keys.
+        RecipeError: another version of qlora wrote the record, without a recipe or with other keys.
     """
     record = run.read_record()
     try:
@@ -190,7 +189,7 @@ def recorded_recipe(run: RunFolder) -> Recipe:
         raise RecipeError(
             f"{run.record}: the run was started by another version of qlora, whose record cannot "
             f"be compared ({type(error).__name__}: {str(error).splitlines()[0]})",
-            hint="go on with the version that it names (packages.qlora), or start a new run",
+            hint="use the version that it names (packages.qlora), or start a new run",
         ) from error
 
 
@@ -203,7 +202,7 @@ def _is_allowed(key: str, allow: Sequence[str]) -> bool:
 
 
 def _flat(value: object, path: str = "") -> dict[str, Any]:
-    """The values by their dotted path; sections in a list by their number."""
+    """Values by dotted path; sections in a list have an index."""
     if isinstance(value, dict):
         prefix = f"{path}." if path else ""
         return {k: v for key, item in value.items() for k, v in _flat(item, prefix + key).items()}

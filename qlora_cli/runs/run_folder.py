@@ -1,13 +1,13 @@
-"""What a run leaves behind: a folder that explains itself.
+"""The folder of a run: recipe, record, metrics, weights and checkpoints.
 
 RUN/
-├── README.md        what this is, in words, with the commands that use it
+├── README.md        a description of the run, and the next commands
 ├── recipe.yaml      the resolved recipe; `qlora train` on it repeats the run
 ├── run.json         versions, seeds, digests, counts, results
-├── metrics.jsonl    one object a line
-├── answers.jsonl    what `qlora eval` asked, one example a line, with the answers
+├── metrics.jsonl    one object per logged step
+├── answers.jsonl    prompts and answers of `qlora eval`, one example per line
 ├── last/ best/      the trained adapter (PEFT's format) or model, with its tokenizer
-└── checkpoints/     what `--resume` goes on from
+└── checkpoints/     read by `--resume`
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -31,9 +31,6 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.models.identity import identify, refuse_other_base
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 Weights = Literal["last", "best"]
 
@@ -61,11 +58,11 @@ class RunFolder:
         self.answers = root / "answers.jsonl"
 
     def start(self, *, resume: bool) -> None:
-        """Make the folder, or take it up again.
+        """Create the folder, or reopen it to resume the run.
 
         Raises:
-            RecipeError: it holds another run, or nothing that could be resumed.
-            ModelError: a link in it leads out: what is written would be written elsewhere.
+            RecipeError: the folder holds another run, or none that could be resumed.
+            ModelError: a link in the folder points outside it, and files would be written there.
         """
         refuse_links(self.root)
         if resume and not self.record.exists():
@@ -73,20 +70,20 @@ class RunFolder:
                 f"--resume: output.dir ({self.root}) holds no run", hint="start without --resume"
             )
         if not resume and self.record.exists():
-            hint = "choose another (--set output.dir=...), or remove the folder"
+            hint = "choose another folder (--set output.dir=...), or delete this one"
             if any(self.checkpoints.glob("step-*")):
-                hint = f"go on with it (--resume auto), {hint}"
+                hint = f"continue it (--resume auto), {hint}"
             raise RecipeError(f"output.dir: {self.root} already holds a run", hint=hint)
         if self.root.exists() and not self.root.is_dir():
-            raise RecipeError(f"output.dir: {self.root} is a file, and a folder is needed")
-        # All that a start leaves which was killed before it had written a record.
+            raise RecipeError(f"output.dir: {self.root} is a file, not a folder")
+        # The remains of a start that was killed before it wrote a record.
         ours = {self.root / ".lock", unfinished_of(self.record)}
         held = [path for path in self.root.glob("*") if path not in ours]
         if not resume and self.root.is_dir() and held:
             raise RecipeError(
-                f"output.dir: {self.root} holds files that are of no run, and a run would write "
-                "beside them and over them",
-                hint="name a folder that is empty or does not exist (--set output.dir=...)",
+                f"output.dir: {self.root} is not a run folder and holds files, which a run could "
+                "overwrite",
+                hint="use a folder that is empty or does not exist (--set output.dir=...)",
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -95,42 +92,42 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing here.
+        """Lock the folder against other processes.
 
         Raises:
-            RecipeError: another process does.
+            RecipeError: another process holds the lock.
         """
         import filelock
 
         path = self.root / ".lock"
         try:
-            # The system takes it from a process that dies.
+            # The system releases the lock of a process that dies.
             with filelock.FileLock(path, timeout=0):
                 yield
                 path.unlink(missing_ok=True)
         except filelock.Timeout as error:
             raise RecipeError(
                 f"output.dir: another process is training in {self.root}",
-                hint="wait for it or end it, or choose another folder (--set output.dir=...)",
+                hint="wait for it, stop it, or choose another folder (--set output.dir=...)",
             ) from error
 
     def weights(self, which: Weights) -> Path:
-        """Folder of the trained weights.
+        """Find the folder of the trained weights.
 
         Raises:
             RecipeError: there are none.
-            ModelError: a link in the run's folder leads out of it.
+            ModelError: a link in the run folder points outside it.
         """
         refuse_links(self.root)
-        # Adapters that were combined are a run with one set of weights, beside its record.
+        # A combined adapter is a run with one set of weights, next to its record.
         if (self.root / "adapter_config.json").is_file():
             return self.root
         folder = self.root / which
         if not folder.is_dir():
             reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume auto"
             if not any(self.checkpoints.glob("step-*")):
-                reason = "the run was cut short before its first checkpoint"
-                hint = f"remove {self.root}, and start it again"
+                reason = "the run ended before its first checkpoint"
+                hint = f"delete {self.root}, and start the run again"
             if which == "best" and (self.root / "last").is_dir():
                 reason, hint = "the run was not evaluated after its first step", "--weights last"
             raise RecipeError(f"{folder} does not exist: {reason}", hint=hint)
@@ -141,31 +138,31 @@ class RunFolder:
         with atomic_folder(self.root / which, replace=True) as unfinished:
             write(unfinished)
 
-    def room(self) -> int:
-        """Bytes that the run can have on this disk: what is free, and what it has already."""
+    def available_bytes(self) -> int:
+        """Bytes that the run may use on this disk: free ones, and those of its own weights."""
         parts = (self.checkpoints, *(self.root / name for name in get_args(Weights)))
         files = (file for part in parts for file in part.rglob("*") if file.is_file())
         held: int = sum(file.stat().st_size for file in files)
         return shutil.disk_usage(self.root).free + held
 
     def read_record(self) -> dict[str, Any]:
-        """What `update_record` wrote.
+        """Read run.json.
 
         Raises:
-            RecipeError: this is no run folder.
+            RecipeError: this is not a run folder.
         """
         try:
             return read_object(self.record)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"{self.root} is no run folder: {error}") from error
+            raise RecipeError(f"{self.root} is not a run folder: {error}") from error
 
     def update_record(self, **values: object) -> None:
-        """Add to `run.json`, whole or not at all."""
+        """Add values to run.json, atomically."""
         known = self.read_record() if self.record.exists() else {}
         replace_file(self.record, json.dumps({**known, **values}, indent=2) + "\n")
 
     def write_readme(self) -> None:
-        """A page for whoever finds the folder."""
+        """Write the README.md of the run folder."""
         record = self.read_record()
         best = record.get("best")
         lines = [
@@ -175,7 +172,7 @@ class RunFolder:
             f"{record['trained_weights']:,} of {record['total_weights']:,} weights trained, "
             f"{record['seconds']:,.0f} s.",
             "",
-            "| file | what |",
+            "| file | content |",
             "|---|---|",
             "| last/ | weights after the last step, with tokenizer and chat template |",
         ]
@@ -185,8 +182,8 @@ class RunFolder:
         lines += [
             "| recipe.yaml | the recipe, every value written out |",
             "| run.json | versions, seed, data digests, counts |",
-            "| metrics.jsonl | one JSON object for each logged step |",
-            "| checkpoints/ | what `qlora train --resume auto` goes on from |",
+            "| metrics.jsonl | one JSON object per logged step |",
+            "| checkpoints/ | read by `qlora train --resume auto` |",
             "",
             "```bash",
             *([f"qlora eval {shlex.quote(str(self.root))}"] if record["tasks"] else []),
@@ -199,12 +196,12 @@ class RunFolder:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run folder."""
+    """Return whether a path is a run folder."""
     return (path / "run.json").is_file()
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record; and the commit of the user's own files."""
+    """Collect versions, hardware and the git commit of the working directory."""
 
     return {
         "commit": _commit(),
@@ -218,8 +215,8 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the git repository that the current folder is in, `-dirty` if files differ from it."""
-    # A repository's own settings may name a program to run.
+    """The commit of the working directory's git repository, with `-dirty` if files differ."""
+    # The repository's own settings could name a program to run.
     command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
     command += ["--abbrev=40", "--exclude=*"]
     try:
@@ -230,10 +227,10 @@ def _commit() -> str | None:
 
 
 def recipe_of_run(run: RunFolder, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run, with what the user changes of it.
+    """Load the recipe of a run, with overrides.
 
     Raises:
-        ModelError: its model is not the one that the run was trained on.
+        ModelError: the base model is not the one that the run was trained on.
     """
     recipe = load_recipe(run.recipe, overrides).recipe
     trained_on = load_recipe(run.recipe).recipe.model.path

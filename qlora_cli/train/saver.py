@@ -70,7 +70,7 @@ class CheckpointManager:
             saves=count_saves(self._setup.max_steps, self._recipe.training.save_every),
             has_best=has_best,
         )
-        room.require(self._run.room(), self._run.root)
+        room.require(self._run.available_bytes(), self._run.root)
 
     def resume(self, which: str, changes: Mapping[str, object]) -> TrainState:
         """Load a checkpoint: the newest complete one ("auto"), or one by its step or path.

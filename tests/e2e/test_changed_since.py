@@ -108,7 +108,7 @@ def test_a_recipe_that_was_edited_in_the_folder_of_the_run_is_not_taken_for_what
     assert exit_code("train", saved, "--resume", "auto") == 2
     told = capsys.readouterr().err
     assert "optimizer.weight_decay: 0.0 -> 0.5" in told
-    assert "--allow optimizer.weight_decay goes on with the new values" in told
+    assert "--allow optimizer.weight_decay resumes with the new values" in told
 
 
 def test_what_is_allowed_holds_from_there_on_and_is_recorded(

@@ -358,7 +358,7 @@ def test_optuna_proposes_cells_and_ends_those_without_promise(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--search", "2"], "--search and --objective go together"),
+        (["--search", "2"], "--search and --objective need each other"),
         (["--search", "2", "--objective", "rouge"], "--objective: rouge is none of loss, "),
         (["--methods", "best"], "--methods: best is none of "),
         (

@@ -200,7 +200,7 @@ def test_what_cannot_be_measured_is_called_what_it_is(
     recipe = write_recipe(optimizer={"learning_rate": 1e30})
     assert exit_code("train", recipe) == 4
     found = error(tmp_path / "run")
-    assert "the run was cut short before its first checkpoint" in found
+    assert "the run ended before its first checkpoint" in found
     assert "--resume" not in found
 
     recipe = write_recipe(data={"evaluation": None})

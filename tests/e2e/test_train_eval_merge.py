@@ -637,7 +637,7 @@ def test_a_run_is_not_written_among_the_files_of_somebody(
     with pytest.raises(SystemExit) as caught:
         main(["train", str(recipe), "--set", f"output.dir={tmp_path}"])
     assert caught.value.code == 2
-    assert "holds files that are of no run" in capsys.readouterr().err
+    assert "is not a run folder and holds files" in capsys.readouterr().err
     assert recipe.read_bytes() == before
 
 
@@ -822,12 +822,12 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
         assert losses(tmp_path / "run") == expected
     for which, message in (
         ("7", "step-00000007 does not exist"),
-        (tmp_path, "is no checkpoint of this run"),
+        (tmp_path, "is not a checkpoint of this run"),
     ):
         assert exit_code("train", recipe, "--resume", which) == 4
         told = capsys.readouterr().err
         assert message in told
-        assert "there are steps 1, 2, 3, 4" in told
+        assert "intact checkpoints: steps 1, 2, 3, 4" in told
 
 
 def test_two_processes_do_not_train_in_one_folder(
