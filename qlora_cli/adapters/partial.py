@@ -31,7 +31,7 @@ class Freeze(AdapterMethod):
     trains_base: ClassVar[bool] = True
     type: Literal["freeze"] = "freeze"
     last_layers: int = Field(2, ge=0)
-    """Number of layers, counted from the head, of which all weights are trained."""
+    """Number of layers, counted from the head, that are trained."""
     patterns: list[str] = Field([])
     """Regular expressions, searched for in the names of weights. Weights that match are trained
     too, such as `norm` or `lm_head`."""
