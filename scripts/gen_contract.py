@@ -21,26 +21,17 @@ sys.path.insert(0, str(ROOT))
 from qlora_cli._compat import quiet_libraries  # noqa: E402
 from tests.contract.page import PAGE, Outcomes, read, write  # noqa: E402
 from tests.contract.properties import PROPERTIES, Case  # noqa: E402
-from tests.contract.subjects import SUBJECTS  # noqa: E402
-
-
-def select(names: list[str]) -> list[str]:
-    """Return the rows of these names or types; all rows without names.
-
-    Exits with a message if a name selects nothing.
-    """
-    types = {name: subject.adapter.type for name, subject in SUBJECTS.items()}
-    for name in names:
-        if name not in types and name not in types.values():
-            sys.exit(f"{name!r} is not a method; the methods are {', '.join(types)}")
-    return [name for name, kind in types.items() if not names or name in names or kind in names]
+from tests.contract.subjects import SUBJECTS, select  # noqa: E402
 
 
 def main() -> None:
     """Run the checks, and write the page. A failed check ends the script without writing."""
     quiet_libraries()
     warnings.simplefilter("ignore")
-    selected = select(sys.argv[1:])
+    try:
+        selected = select(sys.argv[1:])
+    except KeyError as error:
+        sys.exit(error.args[0])
     kept = read(PAGE.read_text(encoding="utf-8")) if len(selected) < len(SUBJECTS) else {}
     if missing := [name for name in SUBJECTS if name not in (*kept, *selected)]:
         sys.exit(f"the page has no row for {', '.join(missing)}: name them too")

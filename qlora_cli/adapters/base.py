@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qlora_cli.models.weight_names import WeightNames
 
 Check = Callable[[Any, "PreTrainedModel"], None]
-"""Raises ModelError if the settings of a method and a model do not fit together."""
+"""Raise ModelError if the settings of a method and a model do not fit together."""
 
 
 class AdapterMethod(Config):

@@ -110,7 +110,7 @@ def write_adapter(config: LoraConfig, saved: dict[str, Tensor], folder: Path) ->
 
 
 def _refuse(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> None:
-    """Raises ModelError if the adapters cannot be combined by any method."""
+    """Raise ModelError if the adapters cannot be combined by any method."""
     first = adapters[0][0]
     for config, _ in adapters:
         if config.use_dora:

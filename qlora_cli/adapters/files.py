@@ -127,7 +127,7 @@ def refuse_slow_patterns(config: PeftConfig, modules: Iterable[str], folder: Pat
 
 
 def _check_sizes(settings: Mapping[str, Any], largest: int) -> None:
-    """Raises ValueError if a size is larger than any side of the tensors.
+    """Raise ValueError if a size is larger than any side of the tensors.
 
     PEFT would only allocate memory for a tensor that is then missing.
     """
@@ -140,7 +140,7 @@ def _check_sizes(settings: Mapping[str, Any], largest: int) -> None:
 
 
 def _check_lora(settings: dict[str, Any]) -> None:
-    """Raises ValueError if a setting that enters a computation has a wrong type or value."""
+    """Raise ValueError if a setting that enters a computation has a wrong type or value."""
     _require("r", settings.get("r", 8), _is_rank)
     _require("lora_alpha", settings.get("lora_alpha", 8), _is_number)
     for key in _NAMES:

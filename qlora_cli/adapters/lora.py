@@ -45,14 +45,14 @@ _UNSUPPORTED_INITS = {
 
 
 def check_patterns(method: LoRA, model: PreTrainedModel) -> None:
-    """Raises ModelError if a key of `rank_pattern` or `alpha_pattern` matches no module."""
+    """Raise ModelError if a key of `rank_pattern` or `alpha_pattern` matches no module."""
     modules = leaf_modules(model)
     require_each("adapter.rank_pattern", method.rank_pattern, modules, is_pattern)
     require_each("adapter.alpha_pattern", method.alpha_pattern, modules, is_pattern)
 
 
 def check_target_parameters(method: LoRA, model: PreTrainedModel) -> None:
-    """Raises ModelError if `target_parameters` matches nothing, or PEFT would ignore
+    """Raise ModelError if `target_parameters` matches nothing, or PEFT would ignore
     `layers_to_transform` for it."""
     parameters = [name for name, _ in model.named_parameters()]
     require_each("adapter.target_parameters", method.target_parameters, parameters, is_suffix)
@@ -65,7 +65,7 @@ def check_target_parameters(method: LoRA, model: PreTrainedModel) -> None:
 
 
 def check_token_indices(method: LoRA, model: PreTrainedModel) -> None:
-    """Raises ModelError if one of `trainable_token_indices` is beyond the vocabulary."""
+    """Raise ModelError if one of `trainable_token_indices` is beyond the vocabulary."""
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if wrong := [token for token in method.trainable_token_indices if token >= rows]:

@@ -25,7 +25,7 @@ _ADDITIVE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def refuse_changed_base(config: PeftConfig, folder: Path) -> None:
-    """Raises ModelError if the adapter belongs to a base that its initialization changed."""
+    """Raise ModelError if the adapter belongs to a base that its initialization changed."""
     initialization = getattr(config, "init_lora_weights", True)
     if initialization not in _ADDITIVE:
         raise ModelError(

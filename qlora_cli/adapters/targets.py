@@ -64,7 +64,7 @@ def target_settings(method: Config, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_targets(method: Any, model: PreTrainedModel) -> None:
-    """Raises ModelError if a module name in the settings matches no module of the model."""
+    """Raise ModelError if a module name in the settings matches no module of the model."""
     modules = leaf_modules(model)
     for key, value in method.model_dump(include=_NAME_FIELDS).items():
         if isinstance(value, list):
@@ -75,7 +75,7 @@ def check_targets(method: Any, model: PreTrainedModel) -> None:
 
 
 def check_layers(method: Any, model: PreTrainedModel) -> None:
-    """Raises ModelError if `layers_to_transform` has an index that the model has not, or PEFT
+    """Raise ModelError if `layers_to_transform` has an index that the model has not, or PEFT
     would ignore it."""
     layers, targets = method.layers_to_transform, method.target_modules
     number = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -93,7 +93,7 @@ def check_layers(method: Any, model: PreTrainedModel) -> None:
 
 
 def check_tied_targets(method: Any, model: PreTrainedModel) -> None:
-    """Raises ModelError if a target shares its matrix with another module: the update of one would
+    """Raise ModelError if a target shares its matrix with another module: the update of one would
     be merged into both."""
     targets = method.target_modules
     if not model.config.tie_word_embeddings or not isinstance(targets, list):
@@ -133,7 +133,7 @@ def is_pattern(wanted: str, module: str) -> bool:
 def require_each(
     key: str, wanted: Iterable[str], modules: list[str], matches: Callable[[str, str], bool]
 ) -> None:
-    """Raises ModelError, with similar names, if one of `wanted` matches none of `modules`."""
+    """Raise ModelError, with similar names, if one of `wanted` matches none of `modules`."""
     leaves = sorted({name.rpartition(".")[2] for name in modules})
     for name in wanted:
         try:

@@ -49,7 +49,7 @@ def load_initial_weights(model: PeftModel, folder: Path) -> None:
 def _refuse_other_settings(
     config: PeftConfig, live: PeftConfig, saved: Iterable[str], wanted: Iterable[str], folder: Path
 ) -> None:
-    """Raises ModelError, which lists all differences, if the adapter has other settings.
+    """Raise ModelError, which lists all differences, if the adapter has other settings.
 
     Args:
         config: settings of the adapter in `folder`.

@@ -127,3 +127,16 @@ def _subjects() -> Iterator[tuple[str, Subject]]:
 
 SUBJECTS = dict(_subjects())
 """All subjects, by their names in the table."""
+
+
+def select(names: list[str]) -> list[str]:
+    """Return the subjects of these names or types, all of them without names.
+
+    Raises:
+        KeyError: a name selects nothing.
+    """
+    types = {name: subject.adapter.type for name, subject in SUBJECTS.items()}
+    for name in names:
+        if name not in types and name not in types.values():
+            raise KeyError(f"{name!r} is not a method; the methods are {', '.join(types)}")
+    return [name for name, kind in types.items() if not names or name in names or kind in names]

@@ -10,7 +10,7 @@ import pytest
 from qlora_cli.adapters import OFT
 from tests.contract.page import PAGE, read, write
 from tests.contract.properties import PROPERTIES, Case, Property
-from tests.contract.subjects import CLASSES, SUBJECTS
+from tests.contract.subjects import CLASSES, SUBJECTS, select
 
 TEXT = PAGE.read_text(encoding="utf-8")
 EXPECTED = read(TEXT)
@@ -23,6 +23,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_class_of_the_union_is_under_contract() -> None:
     assert {type(one.adapter) for one in SUBJECTS.values()} == set(CLASSES)
+
+
+def test_rows_are_selected_by_name_or_type() -> None:
+    assert select([]) == list(SUBJECTS)
+    assert select(["prefix", "lora, one layer"]) == ["lora, one layer", "prefix"]
+    assert select(["adalora", "bitfit"]) == ["adalora", "bitfit"]
+    assert len(select(["bottleneck"])) > 1
+    with pytest.raises(KeyError, match="'loar' is not a method; the methods are lora, "):
+        select(["loar"])
 
 
 def test_the_example_in_contributing_is_the_code() -> None:

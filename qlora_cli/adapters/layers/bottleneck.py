@@ -107,7 +107,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # as ab
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises NotImplementedError: weights of the base cannot express the non-linearity."""
+        """Raise NotImplementedError: weights of the base cannot express the non-linearity."""
         raise NotImplementedError("weights of the base cannot express the adapter's non-linearity")
 
 
