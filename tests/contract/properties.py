@@ -426,7 +426,7 @@ class Property:
 
 _CHECKS: dict[str, Callable[[Case], str]] = {
     "start": starts_as_the_base,
-    "alone": trains_only_its_weights,
+    "frozen": trains_only_its_weights,
     "gradient": reaches_each_weight,
     "saved": is_saved_completely,
     "resumed": resumes_exactly,

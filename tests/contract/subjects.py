@@ -83,7 +83,7 @@ _LISTED = {
     # A large alpha: two steps change little, and a merge into 16 bit refuses updates that vanish.
     "adalora": Subject(AdaLoRA(r=4, target_r=2, alpha=2000)),
     "freeze": Subject(Freeze(last_layers=1, patterns=["norm", "lm_head"])),
-    "freeze, norms alone": Subject(Freeze(last_layers=0, patterns=["norm"])),
+    "freeze, norms only": Subject(Freeze(last_layers=0, patterns=["norm"])),
     "bitfit": Subject(BitFit(), "biased"),
     "ia3": Subject(IA3()),
     "vera": Subject(VeRA(r=8)),
@@ -91,7 +91,7 @@ _LISTED = {
     "lokr": Subject(LoKr(r=4, decompose_factor=4)),
     "oft": Subject(OFT(oft_block_size=8)),
     "bottleneck": Subject(Bottleneck(size=4)),
-    "bottleneck, feed-forward alone": Subject(Bottleneck(size=4, after=["feed_forward"])),
+    "bottleneck, feed-forward only": Subject(Bottleneck(size=4, after=["feed_forward"])),
     "prompt": Subject(PromptTuning(num_virtual_tokens=5)),
     "prefix": Subject(PrefixTuning(num_virtual_tokens=5)),
     "peft: randlora": _peft("randlora", r=4),
@@ -138,5 +138,5 @@ def select(names: list[str]) -> list[str]:
     types = {name: subject.adapter.type for name, subject in SUBJECTS.items()}
     for name in names:
         if name not in types and name not in types.values():
-            raise KeyError(f"{name!r} is not a method; the methods are {', '.join(types)}")
+            raise KeyError(f"{name!r} is not a method; the methods are {'; '.join(types)}")
     return [name for name, kind in types.items() if not names or name in names or kind in names]

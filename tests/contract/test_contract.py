@@ -30,7 +30,7 @@ def test_rows_are_selected_by_name_or_type() -> None:
     assert select(["prefix", "lora, one layer"]) == ["lora, one layer", "prefix"]
     assert select(["adalora", "bitfit"]) == ["adalora", "bitfit"]
     assert len(select(["bottleneck"])) > 1
-    with pytest.raises(KeyError, match="'loar' is not a method; the methods are lora, "):
+    with pytest.raises(KeyError, match="'loar' is not a method; the methods are lora; "):
         select(["loar"])
 
 

@@ -298,7 +298,7 @@ def test_paged_falls_back_without_cuda_and_warns_once(
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         (
             "{type: adamw, groups: [{match: '(', weight_decay: 1}]}",
@@ -320,7 +320,7 @@ def test_paged_falls_back_without_cuda_and_warns_once(
     ],
 )
 def test_conflicting_settings_are_refused_with_their_place(
-    problems: Callable[..., list[str]], minimal: str, section: str, told: str
+    problems: Callable[..., list[str]], minimal: str, section: str, message: str
 ) -> None:
     [problem] = problems(f"{minimal}optimizer: {section}\n")
-    assert told in problem
+    assert message in problem
