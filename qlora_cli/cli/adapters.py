@@ -28,7 +28,7 @@ def list_adapters(
     from qlora_cli.inspect.adapters import list_adapters
 
     report = list_adapters(folder)
-    show(report, as_json, list_text(report))
+    show(report.to_json(), as_json, list_text(report))
 
 
 def inspect_adapter(adapter: AdapterPath, as_json: Json = False, quiet: Quiet = None) -> None:
@@ -44,7 +44,7 @@ def inspect_adapter(adapter: AdapterPath, as_json: Json = False, quiet: Quiet = 
     from qlora_cli.inspect.adapters import inspect
 
     report = inspect(adapter)
-    show(report, as_json, inspect_text(report))
+    show(report.to_json(), as_json, inspect_text(report))
 
 
 def diff_adapters(
@@ -63,7 +63,7 @@ def diff_adapters(
     from qlora_cli.inspect.adapters import diff
 
     report = diff(first, second)
-    show(report, as_json, diff_text(report))
+    show(report.to_json(), as_json, diff_text(report))
 
 
 def combine_adapters(

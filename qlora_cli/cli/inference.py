@@ -115,4 +115,4 @@ def generate(
     report = generate(
         session, prompts, output, sampling=sampling, batch_size=batch_size, system=system
     )
-    show(report, as_json, generate_text(report))
+    show(report.to_json(), as_json, generate_text(report))

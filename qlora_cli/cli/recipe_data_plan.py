@@ -84,7 +84,7 @@ def preview(
     found = preview(loaded.recipe, source=source, use_cache=not no_cache)
     if as_json:
         for row in found.rows(rows):
-            typer.echo(json.dumps(row, ensure_ascii=False))
+            typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
     if html is not None:
         found.write_page(html, rows or 3, title=f"Preview of {recipe.name}")
     if html is None and not as_json:

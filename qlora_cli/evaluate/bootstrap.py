@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_cli.common.report import Report
 from qlora_cli.tasks.task import Measure, Outcome, Values
 
 CONFIDENCE = 0.95
@@ -22,20 +24,20 @@ _TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Report):
     """A measured value and its confidence interval."""
 
     value: float
-    """null in JSON if it is not finite."""
+    """The value; null in JSON if it is not finite."""
     low: float | None
     """Lower end of the interval; null for fewer than two examples."""
     high: float | None
     """Upper end of the interval; null for fewer than two examples."""
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, Any]:
         """Return the JSON form, in which a value that is not finite is null."""
-        found: dict[str, float | None] = asdict(self)
-        return {k: v if v is not None and math.isfinite(v) else None for k, v in found.items()}
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
 def value_columns(outcomes: Sequence[Outcome]) -> Values:

@@ -18,6 +18,7 @@ from qlora_cli.common.atomic_files import atomic_file
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
+from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.evaluate.report import EvaluationReport, summarize, warn_of_regressions
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.evaluate.target import EvaluatedModel, find_model, own_recipe
@@ -77,7 +78,11 @@ def evaluate(
         target=str(target),
         compare=None if compare is None else str(compare),
         weights=weights if found[-1].trained else None,
-        summary=summary,
+        models=summary.models,
+        differences=summary.differences,
+        measures=summary.measures,
+        confidence=CONFIDENCE,
+        resamples=RESAMPLES,
         records=None if records is None else str(records),
     )
     if records is not None:

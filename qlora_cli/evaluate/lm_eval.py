@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.report import Report
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.target import find_model
@@ -19,8 +20,8 @@ log = logging.getLogger("qlora")
 
 
 @dataclass(frozen=True, slots=True)
-class HarnessReport:
-    """Result of `qlora eval --harness`."""
+class HarnessReport(Report):
+    """Evaluation of one model by lm-evaluation-harness."""
 
     target: str
     """The run, model folder or recipe that was evaluated."""
@@ -31,11 +32,7 @@ class HarnessReport:
     harness: str
     """Version of lm-evaluation-harness."""
     tasks: dict[str, dict[str, float]]
-    """Task -> metric -> value."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self)
+    """Task, then metric, then its value."""
 
 
 def evaluate_by_harness(

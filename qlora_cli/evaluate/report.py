@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from qlora_cli.evaluate.bootstrap import (
-    CONFIDENCE,
-    RESAMPLES,
-    Estimate,
-    estimate_measure,
-    value_columns,
-)
+from qlora_cli.common.report import Report
+from qlora_cli.evaluate.bootstrap import Estimate, estimate_measure, value_columns
 from qlora_cli.runs.run_folder import Weights
 from qlora_cli.tasks.task import Task, TaskOutcomes, Values
 
@@ -21,7 +15,7 @@ log = logging.getLogger("qlora")
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureInfo:
+class MeasureInfo(Report):
     """How to read a measure."""
 
     n: int
@@ -29,34 +23,24 @@ class MeasureInfo:
     is_share: bool
     """The value is a share, shown as a percentage."""
     lower_is_better: bool | None
-    """null if neither direction is better."""
+    """Null if neither direction is better."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(Report):
     """Measures of one or more models on the same examples."""
 
     models: dict[str, dict[str, Estimate]]
-    """Model -> measure -> estimate."""
+    """Model, then measure, then its estimate."""
     differences: dict[str, Estimate]
     """Measure -> second model minus first model, paired; empty for a single model."""
     measures: dict[str, MeasureInfo]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "models": {
-                model: {name: estimate.to_json() for name, estimate in estimates.items()}
-                for model, estimates in self.models.items()
-            },
-            "differences": {name: one.to_json() for name, one in self.differences.items()},
-            "measures": {name: asdict(one) for name, one in self.measures.items()},
-        }
+    """Measure -> how to read it."""
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationReport:
-    """Result of `qlora eval`."""
+class EvaluationReport(Report):
+    """Evaluation of one or two models on the same examples. run.json keeps it as `evaluation`."""
 
     target: str
     """The run, model folder or recipe that was evaluated."""
@@ -64,23 +48,18 @@ class EvaluationReport:
     """What it was compared with; null for its base."""
     weights: Weights | None
     """Which weights of the run; null if nothing was trained."""
-    summary: Summary
+    models: dict[str, dict[str, Estimate]]
+    """Model, then measure, then its estimate. The target is the last model."""
+    differences: dict[str, Estimate]
+    """Measure -> second model minus first model, paired; empty for a single model."""
+    measures: dict[str, MeasureInfo]
+    """Measure -> how to read it."""
+    confidence: float
+    """Confidence level of the intervals."""
+    resamples: int
+    """Number of bootstrap resamples."""
     records: str | None
-    """File with prompts, references, answers and scores."""
-    confidence: float = field(default=CONFIDENCE, init=False)
-    resamples: int = field(default=RESAMPLES, init=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form. The keys of `summary` are on the top level."""
-        return {
-            "target": self.target,
-            "compare": self.compare,
-            "weights": self.weights,
-            **self.summary.to_json(),
-            "confidence": self.confidence,
-            "resamples": self.resamples,
-            "records": self.records,
-        }
+    """File with prompts, references, answers and scores; null if none was written."""
 
 
 def summarize(tasks: Sequence[Task], models: Mapping[str, TaskOutcomes]) -> Summary:

@@ -5,15 +5,35 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.progress import Progress
+from qlora_cli.common.report import Report
 from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Completion, Sampling
 from qlora_cli.inference.session import InferenceSession
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport(Report):
+    """Completions of all prompts of a file."""
+
+    output: str
+    """The file that was written."""
+    model: str
+    """Name of the model that answered: `base` or `tuned`, or the name of an adapter."""
+    prompts: int
+    """Number of prompts."""
+    tokens: int
+    """Number of generated tokens; stop tokens are not counted."""
+    unfinished: int
+    """Number of completions that reached `--max-new-tokens` before a stop token."""
+    seconds: float
+    """Time spent generating."""
 
 
 def refuse_existing(output: Path) -> None:
@@ -30,15 +50,11 @@ def generate(
     sampling: Sampling,
     batch_size: int,
     system: str | None = None,
-) -> dict[str, Any]:
+) -> GenerationReport:
     """Complete every row of a file and write one JSON line per row, in the order of the file.
 
     Args:
         system: system message for conversations without one.
-
-    Returns:
-        {"output", "model", "prompts", "tokens", "unfinished", "seconds"}: `unfinished` counts
-        completions that reached `max_new_tokens` before a stop token.
 
     Raises:
         DataError: a row has no prompt, or a prompt does not fit into the context.
@@ -70,14 +86,14 @@ def generate(
         for index, row in enumerate(rows)
     ]
     _write_lines(output, lines)
-    return {
-        "output": str(output),
-        "model": model.name,
-        "prompts": len(rows),
-        "tokens": sum(one.num_tokens for one in found.values()),
-        "unfinished": sum(one.ended == "length" for one in found.values()),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return GenerationReport(
+        output=str(output),
+        model=model.name,
+        prompts=len(rows),
+        tokens=sum(one.num_tokens for one in found.values()),
+        unfinished=sum(one.ended == "length" for one in found.values()),
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_cli.inference.batch import GenerationReport
 
 
-def generate_text(report: Mapping[str, Any]) -> str:
-    """Summarize a `generate` report in one line."""
-    cut = report["unfinished"]
+def generate_text(report: GenerationReport) -> str:
+    """Summarize a report in one line."""
+    cut = report.unfinished
     return (
-        f"{report['output']}: {report['prompts']} answers by {report['model']}, "
-        f"{report['tokens']:,} tokens in {report['seconds']:.1f} s"
+        f"{report.output}: {report.prompts} answers by {report.model}, "
+        f"{report.tokens:,} tokens in {report.seconds:.1f} s"
         + (f"; {cut} were cut off (--max-new-tokens)" if cut else "")
     )

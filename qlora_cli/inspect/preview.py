@@ -1,14 +1,15 @@
-"""What the model will see: tokens, masks, lengths, and what in the rows is often a mistake."""
+"""Preview the prepared data: tokens, masks, lengths, and common mistakes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.html import write_page
+from qlora_cli.common.report import ABSENT, Absent, Report
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_limits
 from qlora_cli.data.prepared.cache import read_data
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 
 def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True) -> Preview:
-    """Prepare the data of a recipe as for training. No weights are opened.
+    """Prepare the data of a recipe as for training. No weights are loaded.
 
     Args:
-        source: show the rows of this source alone (`train.0`), or of one side (`evaluation`).
-        use_cache: keep the prepared data, and take what was kept before.
+        source: show only the rows of this source (`train.0`) or of one split (`evaluation`).
+        use_cache: store the prepared data, and reuse data that is already stored.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        QloraError: the source does not exist, or the data cannot be prepared.
     """
     quiet_libraries()
     data = recipe.data
@@ -42,7 +43,7 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     names = {split: _names(split, len(some)) for split, some in sources.items() if some}
     known = dict.fromkeys([*names, *(name for split in names.values() for name in split)])
     if source is not None and source not in known:
-        raise RecipeError(f"--source: found {source}; it takes {', '.join(known)}")
+        raise RecipeError(f"--source: found {source}; choose from {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     lost_errors: list[TooManyLost] = []
 
@@ -50,16 +51,16 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
         try:
             return read_data(name, data, some, tokenizer, use_cache=use_cache)
         except TooManyLost as error:
-            # Shown all the same, to see why; where nothing at all is left, this raises again.
+            # Show the data anyway, so that the user sees why. This raises again if no row is left.
             lost_errors.append(error)
             tolerant = data.model_copy(update={"max_lost": 1.0})
             return read_data(name, tolerant, some, tokenizer, use_cache=use_cache)
 
-    learnt = read("training", sources["train"])
+    training = read("training", sources["train"])
     held_out = None
     if found := sources["evaluation"]:
         held_out = read("evaluation", found)
-    audited = audit_data(data, learnt, held_out, tokenizer)
+    audited = audit_data(data, training, held_out, tokenizer)
     splits = [
         _Split(split, names[split], sources[split], result)
         for split, result in zip(names, audited, strict=True)
@@ -72,20 +73,38 @@ def _names(split: str, num_sources: int) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class PreviewRow(Report):
+    """One row of the prepared data. `qlora preview --json` prints one object per line."""
+
+    source: str
+    """The source: `train` or `evaluation`, or `train.0` in a list."""
+    row: str
+    """Location of the row, such as `rows.jsonl:17`."""
+    answer: str | Absent
+    """Which answer of a preference row this is: `chosen` or `rejected`."""
+    input_ids: list[int]
+    """Token ids."""
+    labels: list[int]
+    """Token ids where the model is supervised, else -100."""
+    text: str
+    """The tokens as text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
-    """Prepared data to look at."""
+    """Prepared data, ready to be shown."""
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerFast
     splits: list[_Split]
-    """Training, then evaluation."""
+    """Training data, then evaluation data."""
     source: str | None
-    """The one source or side whose rows are shown."""
+    """The only source or split whose rows are shown."""
     lost_errors: list[TooManyLost]
-    """Where more is lost than `data.max_lost` allows."""
+    """Splits that lose more than `data.max_lost` allows."""
 
     def text(self, num_samples: int, *, colour: bool) -> str:
-        """Samples, figures and findings for a terminal."""
+        """Format samples, statistics and findings for a terminal."""
         return preview_text(self.views(num_samples), colour=colour)
 
     def write_page(self, path: Path, num_samples: int, *, title: str) -> None:
@@ -96,32 +115,32 @@ class Preview:
         """
         write_page(path, preview_page(self.views(num_samples), title=title))
 
-    def rows(self, num_rows: int | None) -> Iterator[dict[str, Any]]:
-        """Rows for programs: source, row, input_ids, labels, text. Preferences have an answer too.
+    def rows(self, num_rows: int | None) -> Iterator[PreviewRow]:
+        """Yield rows for programs.
 
         Args:
-            num_rows: of each source; None gives all.
+            num_rows: rows of each source; None yields all.
         """
         for split in self.splits:
             for source in range(len(split.names)):
                 for row in self._rows(split, source, num_rows):
-                    yield {
-                        "source": split.names[source],
-                        "row": row.place,
-                        **({"answer": row.answer} if row.answer else {}),
-                        "input_ids": row.example.input_ids,
-                        "labels": row.example.labels,
-                        "text": self.tokenizer.decode(row.example.input_ids),
-                    }
+                    yield PreviewRow(
+                        source=split.names[source],
+                        row=row.place,
+                        answer=row.answer or ABSENT,
+                        input_ids=row.example.input_ids,
+                        labels=row.example.labels,
+                        text=str(self.tokenizer.decode(row.example.input_ids)),
+                    )
 
     def check(self) -> None:
-        """Raises DataError if `qlora train` would stop at `data.max_lost` or `data.audit`."""
+        """Raise DataError if `qlora train` would stop at `data.max_lost` or `data.audit`."""
         for error in self.lost_errors:
             raise error
         check_limits(self.recipe.data, [split.audited for split in self.splits])
 
-    def _rows(self, split: _Split, source: int, num_rows: int | None) -> Iterator[_PreviewRow]:
-        """The first rows of a source, if it is one to be shown; of a preference, both answers."""
+    def _rows(self, split: _Split, source: int, num_rows: int | None) -> Iterator[_ShownRow]:
+        """Yield the first rows of a source if it is shown; for preferences, both answers."""
         if self.source is not None and self.source not in (split.name, split.names[source]):
             return
         examples = split.audited.prepared.examples
@@ -129,12 +148,12 @@ class Preview:
         places = [examples.place(i) for i in indices]
         rejected = self._rejected(split.sources[source], places)
         for i, place in zip(indices, places, strict=True):
-            yield _PreviewRow(place, examples[i], "chosen" if place in rejected else None)
+            yield _ShownRow(place, examples[i], "chosen" if place in rejected else None)
             if place in rejected:
-                yield _PreviewRow(place, rejected[place], "rejected")
+                yield _ShownRow(place, rejected[place], "rejected")
 
     def _rejected(self, source: Source, places: list[str]) -> dict[str, Example]:
-        """Of preferences: the answer that was not chosen, by the place of its row."""
+        """Return the rejected answers of preference rows, by the location of the row."""
         data, encoder = self.recipe.data, Encoder(self.tokenizer)
         found: dict[str, Example] = {}
         wanted = set(places)
@@ -153,7 +172,7 @@ class Preview:
         return found
 
     def views(self, num_samples: int) -> list[SplitView]:
-        """Figures and findings of each side, and the first rows of each source."""
+        """Return statistics and findings of each split, and the first rows of each source."""
         return [self._view(split, num_samples) for split in self.splits]
 
     def _view(self, split: _Split, num_samples: int) -> SplitView:
@@ -184,17 +203,17 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True)
-class _PreviewRow:
+class _ShownRow:
     place: str
     example: Example
     answer: str | None
-    """Of a preference: which of the two answers this is."""
+    """Which answer of a preference row this is."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
     name: str
     names: list[str]
-    """Of its sources, as they stand in the recipe."""
+    """Names of its sources in the recipe."""
     sources: list[Source]
     audited: AuditedDataset

@@ -11,7 +11,7 @@ from qlora_cli.inspect.preview_text import visible
 
 _STYLE = """\
 pre { color: var(--quiet); }
-.learnt { background: var(--marked); color: var(--marked-text); }
+.supervised { background: var(--marked); color: var(--marked-text); }
 .special { outline: 1px solid #888; border-radius: 2px; font-weight: bold; }
 .bars { width: 60%; }
 .bar { background: var(--bar); height: 1em; }
@@ -19,14 +19,14 @@ pre { color: var(--quiet); }
 """
 
 _BODY = template("""\
-<p><span class="learnt">learnt</span>, not learnt, <span class="special">special token</span>, \
-⏎ line break</p>
+<p><span class="supervised">supervised</span>, not supervised, \
+<span class="special">special token</span>, ⏎ line break</p>
 {% for split in splits %}
 {% set total = split.audit.total %}
 <h2>{{ split.name }}: {{ counted(total.num_rows, "row") }}</h2>
 <p>Lengths {{ total.shortest|comma }} to {{ total.longest|comma }} tokens, median \
 {{ total.median|comma }}; {{ total.num_tokens|comma }} tokens, \
-{{ total.supervised_share|percent }} learnt.</p>
+{{ total.supervised_share|percent }} supervised.</p>
 <h3>Lengths</h3>
 <table>
 {% set most = split.audit.bars|map(attribute="num_rows")|max %}
@@ -43,14 +43,14 @@ _BODY = template("""\
 <td>{{ finding.found }}\
 {% for name in finding.named %}<br/>{{ name }}{% endfor %}</td></tr>
 {% endfor %}
-<tr><td>learnt turns</td><td>{{ total.num_turns|comma }}, ended by \
+<tr><td>supervised turns</td><td>{{ total.num_turns|comma }}, ended by \
 {% for token, count in split.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\
 {% else %}nothing{% endfor %}</td></tr>
 </table>
 <h3>Sources</h3>
 <div class="wide"><table>
 <tr><th>source</th><th>rows</th><th>bad</th><th>dropped</th><th>cut</th><th>tokens</th>\
-<th>learnt</th></tr>
+<th>supervised</th></tr>
 {% for source in split.sources %}
 <tr><td>{{ source.name }}: {{ source.path }}</td>
 {% for number in (source.num_read, source.num_bad, source.num_dropped, source.num_cut,
@@ -67,8 +67,8 @@ _BODY = template("""\
 {% endif %}
 {% for sample in source.samples %}
 <p>{{ sample.place }}{% if sample.answer %}, {{ sample.answer }}{% endif %}: \
-{{ sample.num_tokens|comma }} tokens, {{ sample.num_supervised|comma }} learnt</p>
-<pre>{% for span in sample.spans %}{% set kinds = ["learnt"] * span.is_supervised + \
+{{ sample.num_tokens|comma }} tokens, {{ sample.num_supervised|comma }} supervised</p>
+<pre>{% for span in sample.spans %}{% set kinds = ["supervised"] * span.is_supervised + \
 ["special"] * span.is_special %}{% if kinds %}<span class="{{ kinds|join(" ") }}">\
 {{ visible(span.text) }}</span>{% else %}{{ visible(span.text) }}{% endif %}{% endfor %}</pre>
 {% endfor %}

@@ -1,4 +1,4 @@
-"""What a preview shows, ready to be drawn."""
+"""Values that a preview shows, ready to be formatted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """Neighbouring tokens of one kind, as text. A special token is a piece of its own."""
+    """Neighbouring tokens of one kind, as text. Each special token is its own span."""
 
     text: str
     is_supervised: bool
@@ -25,14 +25,14 @@ class TextSpan:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row to be shown."""
+    """A row to show."""
 
     place: str
     num_tokens: int
     num_supervised: int
     spans: list[TextSpan]
     answer: str | None = None
-    """Of a preference: which of the two answers this is."""
+    """Which answer of a preference row this is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +40,30 @@ class SourceView:
     """A source and its first rows."""
 
     name: str
-    """Its place in the section `data` of the recipe: `train`, or `train.0` in a list."""
+    """Its key in section `data` of the recipe: `train`, or `train.0` in a list."""
     path: str
     num_read: int
     """Rows that could be read."""
     num_bad: int
     """Rows that could not be used."""
     num_dropped: int
-    """Rows in which nothing was left to learn."""
+    """Rows without supervised tokens."""
     num_cut: int
-    """Rows longer than `data.max_length`; the dropped ones among them."""
+    """Rows longer than `data.max_length`, including the dropped ones."""
     ignored: str
-    """Keys of messages that nobody reads, counted."""
+    """Keys of messages that are not read, with their counts."""
     figures: RowStatistics
     samples: list[Sample]
 
 
 @dataclass(frozen=True, slots=True)
 class SplitView:
-    """What is learnt, or what is held out."""
+    """The training or the evaluation data."""
 
     name: str
     audit: DatasetStatistics
     stops: list[tuple[str, int]]
-    """Tokens that end learnt turns, and how many turns each."""
+    """Tokens that end supervised turns, and the number of turns that each ends."""
     findings: list[Finding]
     sources: list[SourceView]
 
@@ -71,7 +71,7 @@ class SplitView:
 def make_sample(
     example: Example, place: str, tokenizer: PreTrainedTokenizerFast, answer: str | None = None
 ) -> Sample:
-    """Cut a row into pieces."""
+    """Split a row into spans."""
     return Sample(
         place=place,
         num_tokens=len(example.input_ids),
@@ -97,10 +97,10 @@ def _spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[TextSpa
 
 
 def _decode(ids: list[int], first: int, after: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text of some tokens of a row.
+    """Decode some tokens of a row.
 
-    Some tokenizers leave out the space before the first of the tokens they are given, so they are
-    given the token before it too.
+    Some tokenizers drop the space before the first token, so decode the previous token too and
+    remove its text.
     """
 
     def decode(start: int, end: int) -> str:

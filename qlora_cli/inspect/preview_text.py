@@ -12,32 +12,33 @@ _OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
 _MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
 _BAR_WIDTH = 40
 
-_LEARNT, _MASKED, _BOLD, _WARN, _OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
-_LEARNT_SPECIAL, _MASKED_SPECIAL = "\x1b[1;7;32m", "\x1b[2;7m"
+_SUPERVISED, _MASKED, _BOLD, _WARN, _OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
+_SUPERVISED_SPECIAL, _MASKED_SPECIAL = "\x1b[1;7;32m", "\x1b[2;7m"
 
 
 def preview_text(splits: Sequence[SplitView], *, colour: bool) -> str:
-    """Samples, figures and findings.
+    """Format samples, statistics and findings.
 
     Args:
-        colour: tell learnt tokens from the others by colour, and not by marks.
+        colour: show supervised tokens in colour instead of with marks.
     """
     lines = [_legend(colour)]
     for split in splits:
         for source in split.sources:
             lines += ["", *_source(source, colour)]
-        lines += ["", *_side(split, colour)]
+        lines += ["", *_split(split, colour)]
     return "\n".join(lines)
 
 
 def _legend(colour: bool) -> str:
     if colour:
         return (
-            f"{_LEARNT}learnt{_OFF}  {_MASKED}not learnt{_OFF}  {_LEARNT_SPECIAL}special token, "
-            f"learnt{_OFF}  {_MASKED_SPECIAL}special token, not learnt{_OFF}  {_BREAK} line break"
+            f"{_SUPERVISED}supervised{_OFF}  {_MASKED}not supervised{_OFF}  "
+            f"{_SUPERVISED_SPECIAL}special token, supervised{_OFF}  "
+            f"{_MASKED_SPECIAL}special token, not supervised{_OFF}  {_BREAK} line break"
         )
     return (
-        f"{_OPEN}learnt{_CLOSE} not learnt   {_SPECIAL} before a special token   "
+        f"{_OPEN}supervised{_CLOSE} not supervised   {_SPECIAL} before a special token   "
         f"{_BREAK} line break"
     )
 
@@ -47,7 +48,7 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
     yield (
         f"{counted(source.num_read, 'row')}, {source.num_bad:,} bad, "
         f"{source.num_dropped:,} dropped, {source.num_cut:,} cut; "
-        f"{source.figures.num_tokens:,} tokens, {source.figures.supervised_share:.1%} learnt"
+        f"{source.figures.num_tokens:,} tokens, {source.figures.supervised_share:.1%} supervised"
     )
     if source.ignored:
         yield f"not read in messages: {source.ignored}"
@@ -59,39 +60,40 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
 
 def _title(sample: Sample) -> str:
     answer = f", {sample.answer}" if sample.answer else ""
-    return f"{sample.place}{answer}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} learnt"
+    counts = f"{sample.num_tokens:,} tokens, {sample.num_supervised:,} supervised"
+    return f"{sample.place}{answer}: {counts}"
 
 
 def _draw(sample: Sample, colour: bool) -> str:
-    """The pieces, with a line break after each mark of one."""
-    drawn, was_learnt = "", False
+    """Format the spans of a sample. A mark stands before each line break."""
+    drawn, was_supervised = "", False
     for span in sample.spans:
         text = visible(span.text, _BREAK if colour else _MARKS)
         if colour:
             style = _STYLES[span.is_supervised, span.is_special]
-            # A style ends with its line: pagers forget it there.
+            # End the style with each line, because pagers forget it there.
             drawn += "\n".join(f"{style}{line}{_OFF}" if line else "" for line in text.split("\n"))
             continue
-        if span.is_supervised != was_learnt:
+        if span.is_supervised != was_supervised:
             drawn += _OPEN if span.is_supervised else _CLOSE
         drawn += f"{_SPECIAL}{text}" if span.is_special else text
-        was_learnt = span.is_supervised
-    return drawn + (_CLOSE if was_learnt else "")
+        was_supervised = span.is_supervised
+    return drawn + (_CLOSE if was_supervised else "")
 
 
 _STYLES = {
-    (True, True): _LEARNT_SPECIAL,
-    (True, False): _LEARNT,
+    (True, True): _SUPERVISED_SPECIAL,
+    (True, False): _SUPERVISED,
     (False, True): _MASKED_SPECIAL,
     (False, False): _MASKED,
 }
 
 
 def visible(text: str, marks: str = _BREAK) -> str:
-    """Text in which nothing hides, and which does nothing to a terminal.
+    """Escape characters that are invisible or control a terminal.
 
     Args:
-        marks: characters that have a meaning in the drawing.
+        marks: characters with a meaning in the preview, which are escaped too.
     """
     return "".join(map(_visible, text, [marks] * len(text)))
 
@@ -104,16 +106,16 @@ def _visible(character: str, marks: str) -> str:
     return character
 
 
-def _side(split: SplitView, colour: bool) -> Iterator[str]:
+def _split(split: SplitView, colour: bool) -> Iterator[str]:
     total = split.audit.total
     yield _heading(f"{split.name}: {counted(total.num_rows, 'row')}", colour)
     yield (
         f"lengths {total.shortest:,} to {total.longest:,} tokens, median {total.median:,}; "
-        f"{total.num_tokens:,} tokens, {total.supervised_share:.1%} learnt"
+        f"{total.num_tokens:,} tokens, {total.supervised_share:.1%} supervised"
     )
     yield from _histogram(split.audit.bars)
     stops = ", ".join(f"{token} {count:,}" for token, count in split.stops)
-    yield f"learnt turns: {total.num_turns:,}, ended by {stops or 'nothing'}"
+    yield f"supervised turns: {total.num_turns:,}, ended by {stops or 'nothing'}"
     width = max(len(finding.what) for finding in split.findings)
     for finding in split.findings:
         line = f"{finding.what:<{width}}  {finding.found}"
@@ -125,7 +127,7 @@ def _histogram(bars: Sequence[LengthBar]) -> Iterator[str]:
     names = [f"{bar.first:,} to {bar.last:,}" for bar in bars]
     most = max(bar.num_rows for bar in bars)
     for bar, name in zip(bars, names, strict=True):
-        # A bar that stands for a row is never empty.
+        # Round up, so that every bar with a row is visible.
         width = -(-bar.num_rows * _BAR_WIDTH // most)
         yield f"  {name:>{max(map(len, names))}}  {'█' * width} {bar.num_rows:,}".rstrip()
 

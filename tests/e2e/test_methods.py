@@ -81,6 +81,6 @@ def test_what_was_trained_is_measured_merged_and_asked(
     rows = tmp_path / "rows.jsonl"
     answers = tmp_path / "answers.jsonl"
     sampling = Sampling(max_new_tokens=8)
-    told = generate(open_session(str(run)), rows, answers, sampling=sampling, batch_size=4)
-    assert told["prompts"] == 16
-    assert told["tokens"] > 0
+    generated = generate(open_session(str(run)), rows, answers, sampling=sampling, batch_size=4)
+    assert generated.prompts == 16
+    assert generated.tokens > 0

@@ -65,24 +65,24 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 PREVIEW = """\
-⟦learnt⟧ not learnt   ◆ before a special token   ⏎ line break
+⟦supervised⟧ not supervised   ◆ before a special token   ⏎ line break
 
 train: train.jsonl
-3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 12.8% learnt
+3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 12.8% supervised
 
-train.jsonl:1: 25 tokens, 3 learnt
+train.jsonl:1: 25 tokens, 3 supervised
   ◆<|im_start|>user⏎
   Hi◆<|im_end|>⏎
   ◆<|im_start|>assistant⏎
   ⟦Ho◆<|im_end|>⟧⏎
 
 training: 3 rows
-lengths 25 to 28 tokens, median 25; 78 tokens, 12.8% learnt
+lengths 25 to 28 tokens, median 25; 78 tokens, 12.8% supervised
   25 to 25  ████████████████████████████████████████ 2
   26 to 26   0
   27 to 27   0
   28 to 28  ████████████████████ 1
-learnt turns: 3, ended by <|im_end|> 3
+supervised turns: 3, ended by <|im_end|> 3
 rows longer than data.max_length         0 of 3
 rows with nothing to learn               0 of 3
 turns that end in no stop token          0 of 3
@@ -92,20 +92,20 @@ rows that repeat an earlier one          1 of 3 (33.33%)
   train.jsonl:3 = train.jsonl:1
 
 evaluation: test.jsonl
-3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 11.5% learnt
+3 rows, 0 bad, 0 dropped, 0 cut; 78 tokens, 11.5% supervised
 
-test.jsonl:1: 25 tokens, 3 learnt
+test.jsonl:1: 25 tokens, 3 supervised
   ◆<|im_start|>user⏎
   Hi◆<|im_end|>⏎
   ◆<|im_start|>assistant⏎
   ⟦Ho◆<|im_end|>⟧⏎
 
 evaluation: 3 rows
-lengths 25 to 27 tokens, median 26; 78 tokens, 11.5% learnt
+lengths 25 to 27 tokens, median 26; 78 tokens, 11.5% supervised
   25 to 25  ████████████████████████████████████████ 1
   26 to 26  ████████████████████████████████████████ 1
   27 to 27  ████████████████████████████████████████ 1
-learnt turns: 3, ended by <|im_end|> 3
+supervised turns: 3, ended by <|im_end|> 3
 rows longer than data.max_length              0 of 3
 rows with nothing to learn                    0 of 3
 turns that end in no stop token               0 of 3
@@ -257,7 +257,7 @@ def test_keys_of_messages_that_are_not_read_are_named_and_counted(recipe: Path, 
 def test_turns_that_are_all_cut_are_counted(recipe: Path, run: Run) -> None:
     rows_file(Path("train.jsonl"), *[("Hi", f"{n} answer " * 64) for n in range(4)])
     _, out, _ = run("preview", recipe, "--set", "data.max_lost=1", "--source", "train")
-    assert "learnt turns: 4, ended by nothing\n" in out
+    assert "supervised turns: 4, ended by nothing\n" in out
     assert "\nturns that do not end in their row       4 of 4 (100.00%)\n" in out
 
 
@@ -290,7 +290,7 @@ def test_both_answers_of_a_preference_are_shown(recipe: Path, run: Run) -> None:
     assert code == 0
     for answer, text in (("chosen", "Ho"), ("rejected", "No")):
         assert (
-            f"train.jsonl:1, {answer}: 27 tokens, 3 learnt\n  ◆<|im_start|>user⏎\n"
+            f"train.jsonl:1, {answer}: 27 tokens, 3 supervised\n  ◆<|im_start|>user⏎\n"
             f"  Hi 1◆<|im_end|>⏎\n  ◆<|im_start|>assistant⏎\n  ⟦{text}◆<|im_end|>⟧⏎\n"
         ) in out
     _, out, _ = run("preview", recipe, *preference, "--json")

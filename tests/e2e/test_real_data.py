@@ -128,13 +128,15 @@ def test_all_rows_of_a_set_are_previewed(name: str, demo_model: Path, tmp_path: 
         assert counts["turns that end in no stop token"] == 0
         assert counts["rows whose prompt differs in generation"] == 0
         assert counts["rows that begin with two BOS tokens"] == 0
-    learnt = ["".join(p.text for p in one.pieces if p.is_learnt) for one in source.samples]
-    assert learnt[0].startswith(ANSWERS[name])
-    assert learnt[0].endswith("<|im_end|>")
+    supervised = [
+        "".join(span.text for span in one.spans if span.is_supervised) for one in source.samples
+    ]
+    assert supervised[0].startswith(ANSWERS[name])
+    assert supervised[0].endswith("<|im_end|>")
     assert [one.answer for one in source.samples] == (
         ["chosen", "rejected"] if name == "preference" else [None]
     )
-    assert found.text(1, colour=False).startswith("⟦learnt⟧")
+    assert found.text(1, colour=False).startswith("⟦supervised⟧")
     assert len(list(found.rows(2))) == 2 * len(sides) * len(source.samples)
 
 

@@ -55,21 +55,21 @@ def side(spans: list[TextSpan], path: str = "rows.jsonl", place: str = "rows.jso
 
 
 TEXT = """\
-⟦learnt⟧ not learnt   ◆ before a special token   ⏎ line break
+⟦supervised⟧ not supervised   ◆ before a special token   ⏎ line break
 
 train: rows.jsonl
-4 rows, 1 bad, 1 dropped, 2 cut; 7 tokens, 28.6% learnt
+4 rows, 1 bad, 1 dropped, 2 cut; 7 tokens, 28.6% supervised
 
-rows.jsonl:1: 1,234 tokens, 2 learnt
+rows.jsonl:1: 1,234 tokens, 2 supervised
   ◆<s>Say⏎
   it: ⟦so⏎
   ◆</s>⟧⏎
 
 training: 2 rows
-lengths 3 to 4 tokens, median 4; 7 tokens, 28.6% learnt
+lengths 3 to 4 tokens, median 4; 7 tokens, 28.6% supervised
   3 to 3  ████████████████████████████████████████ 1
   4 to 4  ████████████████████████████████████████ 1
-learnt turns: 1, ended by </s> 1
+supervised turns: 1, ended by </s> 1
 rows with nothing to learn       1 of 2 (50.00%)
   rows.jsonl:2
 rows that repeat an earlier one  0 of 2"""
@@ -95,8 +95,8 @@ def test_the_answers_of_a_preference_are_named() -> None:
     ]
     text, page = preview_text([shown], colour=False), preview_page([shown], title="x")
     for answer in ("chosen", "rejected"):
-        assert f"a:1, {answer}: 5 tokens, 2 learnt" in text
-        assert f"a:1, {answer}: 5 tokens, 2 learnt" in page
+        assert f"a:1, {answer}: 5 tokens, 2 supervised" in text
+        assert f"a:1, {answer}: 5 tokens, 2 supervised" in page
 
 
 @pytest.mark.parametrize(
@@ -178,11 +178,11 @@ def test_a_page_needs_nothing_from_outside() -> None:
     assert not re.search(r"(src|href)=|url\(|@import|https?:", page)
 
 
-def test_a_page_tells_learnt_and_special_tokens_apart() -> None:
+def test_a_page_marks_supervised_and_special_tokens() -> None:
     page = preview_page([side(PIECES)], title="mine")
     assert (
-        '<pre><span class="special">&lt;s&gt;</span>Say⏎\nit: <span class="learnt">so⏎\n</span>'
-        '<span class="learnt special">&lt;/s&gt;</span>⏎\n</pre>'
+        '<pre><span class="special">&lt;s&gt;</span>Say⏎\nit: <span class="supervised">so⏎\n</span>'
+        '<span class="supervised special">&lt;/s&gt;</span>⏎\n</pre>'
     ) in page
     assert (
         '<tr class="suspect"><td>rows with nothing to learn</td>'
