@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.loop.setup import Setup, assemble
 from qlora_cli.loop.step import train_step
 from qlora_cli.objectives.base import Objective, evaluate_loss
 from qlora_cli.plan.dry_run import FixedBatches, SingleProcess
 from qlora_cli.recipe.schema import Recipe, Training
-from qlora_cli.types import Batch, TrainState
+from qlora_cli.types import Batch, Example, TrainState
 
 
 class PairLoss(Objective):
@@ -31,7 +32,8 @@ class PairLoss(Objective):
         return -F.logsigmoid(margins).sum(), {"margin": margins.detach().sum()}
 
     def weight(self, batch: Batch) -> int:
-        return len(batch.input_ids) // 2
+        assert set(batch.links) <= {2}
+        return len(batch.links)
 
     @torch.no_grad()
     def of_rows(self, batch: Batch) -> Tensor:
@@ -43,6 +45,8 @@ class PairLoss(Objective):
         chances = torch.log_softmax(logits[:, :-1].float(), -1)
         targets = batch.labels[:, 1:, None]
         scores = (chances.gather(-1, targets.clamp(min=0)) * (targets >= 0)).sum((1, 2))
+        # The dummy row of a rank without rows is in no pair.
+        scores = scores[: 2 * self.weight(batch)]
         return scores[0::2] - scores[1::2]  # (pairs,)
 
 
@@ -96,7 +100,8 @@ def pairs(*indices: int) -> Batch:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(0, 250, (8, 12), generator=generator)
     input_ids = torch.cat([rows[2 * i : 2 * i + 2] for i in indices])
-    return Batch(input_ids, torch.ones_like(input_ids), input_ids.clone())
+    mask = torch.ones_like(input_ids)
+    return Batch(input_ids, mask, input_ids.clone(), links=(2,) * len(indices))
 
 
 SETTINGS = Training(batch_size=8, micro_batch_size=2)
@@ -121,6 +126,29 @@ def test_a_step_does_not_depend_on_how_its_pairs_are_cut(
     whole = train_step(make_setup([pairs(0, 1, 2, 3)]), SETTINGS, TrainState())
     cut = [pairs(0), pairs(1, 2), pairs(3)]
     assert train_step(make_setup(cut), SETTINGS, TrainState()) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_the_sampler_keeps_pairs_together_for_the_objective(
+    make_setup: Callable[..., Any], micro_batch_size: int
+) -> None:
+    stream = BatchStream(
+        [
+            Example([7 * i + n for n in range(5 + i)], [7 * i + n for n in range(5 + i)], i % 2 > 0)
+            for i in range(8)
+        ],
+        batch_size=4,
+        micro_batch_size=micro_batch_size,
+        seed=0,
+        epochs=None,
+        pad_token_id=0,
+    )
+    setup = replace(make_setup([]), batches=stream)
+    whole = [setup.objective(batch) for batch in stream.micro_batches(0)]
+    metrics = train_step(setup, SETTINGS, TrainState())
+    assert len(whole) == 4 // micro_batch_size
+    assert metrics["pairs"] == 4
+    assert metrics["loss"] == pytest.approx(sum(loss.item() for loss, _ in whole) / 4, rel=1e-6)
 
 
 def test_metrics_are_added_up_over_ranks_with_the_loss(
