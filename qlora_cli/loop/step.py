@@ -11,7 +11,7 @@ from qlora_cli.distributed.world import World
 from qlora_cli.loop.monitor import is_finite
 from qlora_cli.loop.setup import Batches, Setup
 from qlora_cli.recipe.schema import Training
-from qlora_cli.types import Batch, TrainState
+from qlora_cli.types import TrainState
 
 
 def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> dict[str, float]:
@@ -36,9 +36,12 @@ def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> 
     loss = torch.zeros((), device=world.device)
     means: dict[str, Tensor] = {}
     for i, micro_batch in enumerate(micro_batches):
-        is_last = i == len(micro_batches) - 1
-        micro_loss, sums = _forward_backward(setup, micro_batch, weight, is_last=is_last)
-        loss += micro_loss
+        with world.no_sync(setup.shared, last=i == len(micro_batches) - 1):
+            micro_loss, sums = setup.shared(micro_batch.to(world.device))
+            micro_loss = micro_loss / weight
+            # DDP averages over ranks; we want the sum.
+            setup.scaler.scale(micro_loss * world.size).backward()
+        loss += micro_loss.detach()
         for name, value in sums.items():
             means[name] = means.get(name, 0.0) + value.detach() / weight
 
@@ -56,27 +59,6 @@ def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> 
     optimizer.zero_grad(set_to_none=True)
     state.tokens += num_tokens
     return {**metrics, "learning_rate": optimizer.param_groups[0]["lr"], objective.unit: weight}
-
-
-def _forward_backward(
-    setup: Setup[Batches], batch: Batch, weight: int, *, is_last: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add the gradients of a micro-batch to those of the step.
-
-    Args:
-        weight: of the whole step, on all ranks.
-        is_last: exchange gradients with the other ranks; those of earlier micro-batches wait.
-
-    Returns:
-        Its share of the step's loss, and the sums of its metrics.
-    """
-    world = setup.world
-    with world.no_sync(setup.shared, last=is_last):
-        loss, sums = setup.shared(batch.to(world.device))
-        loss = loss / weight
-        # DDP averages over ranks; we want the sum.
-        setup.scaler.scale(loss * world.size).backward()
-    return loss.detach(), sums
 
 
 def _read_metrics(world: World, shares: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
