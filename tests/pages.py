@@ -65,7 +65,8 @@ def check_quote(quoted: str, printed: str) -> None:
 
 
 def mask_numbers(text: str) -> str:
-    """Replace what differs between models: numbers, column widths, and verdicts on a difference."""
+    """Replace what differs between models: numbers, dtypes, column widths, verdicts."""
+    text = re.sub(r"\bb?float(16|32)\b", "DTYPE", text)
     text = re.sub(r"[+-]?\d[\d,.]*(?:e[+-]?\d+)?", "0", text)
     text = re.sub(r"\b(better|worse|no clear difference)\b", "VERDICT", text)
     return re.sub(r"(?<=\S) {2,}", "  ", text)

@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import exit_code, needs_model
 from tests.pages import BLOCKS, ROOT, check_quote, mask_numbers
 
-QUOTES = 5
+QUOTES = 7
 """Quoted blocks in all pages together."""
 UNMARKED = {"evaluation.md", "serving.md", "cli.md"}
 """Pages with other text: a report of a long run, a Modelfile, generated help."""
@@ -171,6 +171,8 @@ def test_the_tutorial(
             monkeypatch.setattr(sys, "stdin", io.StringIO(f"{shlex.split(before)[1]}\n"))
         output[words[1]] = printed("-q", *words[1:])
     assert list(output) == ["preview", "train", "eval", "chat", "merge"]
+    check_quote(mask_numbers(quote("tutorial evaluation")), mask_numbers(output["eval"]))
+    check_quote(mask_numbers(quote("tutorial merge")), mask_numbers(output["merge"]))
     assert Path("models/tickets/config.json").is_file()
 
 
