@@ -22,8 +22,8 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.peft_edits import PeftEdits
 from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.errors import ModelError
-from qlora_cli.export.dequantize import RoundTrip
-from qlora_cli.export.merge_shards import Merge
+from qlora_cli.export.dequantize import FakeQuantizer
+from qlora_cli.export.merge_shards import ShardMerger
 from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames
@@ -188,18 +188,20 @@ def examine(
     skeleton = build_skeleton(base, trust_remote_code=False)
     names = WeightNames(skeleton, shards.tensors)
     tied_keys = dict(skeleton.all_tied_weights_keys)
-    rounding = RoundTrip(
+    rounding = FakeQuantizer(
         build_skeleton(base, trust_remote_code=False), config.load_options(BFLOAT16)
     )
     try:
         edits = PeftEdits(skeleton, names, adapter)
-        merge = Merge(shards, names, edits, rounding, tied_keys, as_trained=bool(rounding.names))
+        merge = ShardMerger(
+            shards, names, edits, rounding, tied_keys, as_trained=bool(rounding.names)
+        )
         merge.verify(output, merge.write(output))
     except ModelError as error:
         return Outcome(note="refused: " + str(error).replace(str(folder), ""))
     stored = Shards(output)
-    found = {names.live.get(name, name): stored.read(name) for name in stored.tensors}
-    rounded = {name: rounding(name, shards.read(names.stored[name])) for name in rounding.names}
+    found = {names.in_model.get(name, name): stored.read(name) for name in stored.tensors}
+    rounded = {name: rounding(name, shards.read(names.in_files[name])) for name in rounding.names}
 
     live = reference(base, adapter, rounded, torch.float32)
     expected = live(input_ids=INPUT, use_cache=False).logits
@@ -212,7 +214,7 @@ def examine(
     given = plain(input_ids=INPUT, use_cache=False).logits
 
     state = reference(base, adapter, rounded, BFLOAT16).merge_and_unload().state_dict()
-    for whole, pieces in names.pieces.items():
+    for whole, pieces in names.parts.items():
         for one in pieces:
             state[one.name] = state[whole][one.expert, one.start : one.start + one.rows]
     pairs = {name: (value, state[name].to(BFLOAT16)) for name, value in found.items()}

@@ -27,9 +27,10 @@ from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import PreparedData, prepare
 from qlora_cli.errors import ModelError
-from qlora_cli.models.base import BaseModelConfig, load_tokenizer
-from qlora_cli.models.packed_attention import attend_by_document, prove_packing
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.packed_attention import attend_by_document, check_packing
 from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.types import Example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def proof_row(case: Case, examples: Sequence[Example]) -> str:
     rows = [[i % case.vocab_size for i in example.input_ids] for example in examples]
     batches = proof_batches([Example(ids, ids) for ids in rows], pad_token_id=0)
     try:
-        outcome, text = "proved", prove_packing(case.model, *batches, case.dtype).summary()
+        outcome, text = "proved", check_packing(case.model, *batches, case.dtype).summary()
     except ModelError as error:
         outcome, text = "refused", str(error)
     leak, leak_allowed, reach, difference, allowed = re.findall(r"\d\.\de[+-]\d+", text)

@@ -72,7 +72,7 @@ def long_conversations(count: int = 300, turns: int = 50) -> list[list[dict[str,
 def ours(model: Path, data: Path) -> dict[str, float]:
     from qlora_cli.data.config import Data
     from qlora_cli.data.prepared.prepare import prepare
-    from qlora_cli.models.base import load_tokenizer
+    from qlora_cli.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     tokenizer.chat_template = TEMPLATE

@@ -22,7 +22,7 @@ from qlora_cli.loop.step import train_step
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.quantization import Nf4, Unquantized
-from qlora_cli.models.report import report_trained
+from qlora_cli.models.report import count_trained_weights
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.families import AdamW
@@ -146,7 +146,7 @@ def losses_of(
         kernels="plain",
         world=world,
         max_steps=cell.steps,
-        trained=report_trained(objective.model),
+        trained=count_trained_weights(objective.model),
     )
     settings = Training(
         batch_size=cell.rows_per_step, micro_batch_size=cell.rows_per_step, max_steps=cell.steps

@@ -50,7 +50,7 @@ def of_length(
     folder: Path, model: Path, length: int, number: int, *, available: int = 2048
 ) -> list[Conversation]:
     """Rows of almost exactly `length` tokens, half of them learnt, from the words of GSM8K."""
-    from qlora_cli.models.base import load_tokenizer
+    from qlora_cli.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     turns = gsm8k(folder, available)
@@ -147,7 +147,7 @@ def in_our_order(
 def _prepare(path: Path, model: Path, max_length: int) -> list[Example]:
     from qlora_cli.data.config import Data
     from qlora_cli.data.prepared.prepare import prepare
-    from qlora_cli.models.base import load_tokenizer
+    from qlora_cli.models.tokenizer import load_tokenizer
 
     settings = Data.model_validate({"train": {"path": str(path)}, "max_length": max_length})
     with tempfile.TemporaryDirectory() as folder:

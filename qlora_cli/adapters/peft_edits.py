@@ -148,12 +148,12 @@ class PeftEdits(WeightEdits):
         for name, module in self._modules.items():
             wrappers = {f"{name}.{one.parameter_name}": one for one in parameter_wrappers(module)}
             if all(
-                whole in names.pieces
+                whole in names.parts
                 and not getattr(wrapper.get_base_layer(), "is_transposed", False)
                 for whole, wrapper in wrappers.items()
             ):
                 for whole, wrapper in wrappers.items():
-                    yield from ((part.name, (part, wrapper)) for part in names.pieces[whole])
+                    yield from ((part.name, (part, wrapper)) for part in names.parts[whole])
 
     def _part_update(self, part: WeightPart, wrapper: Any) -> Tensor:
         """Return B A of one expert, or of some rows of it, (O, I): the others need no memory.

@@ -75,14 +75,14 @@ class ReplacedWeights(WeightEdits):
         self._used: set[str] = set()
         # A tied weight changes under each of its names.
         self.names = {
-            live for live, stored in self._names.stored.items() if stored in self._saved.tensors
+            live for live, stored in self._names.in_files.items() if stored in self._saved.tensors
         }
         self.shapes = {
-            self._names.live[name]: stored.shape for name, stored in self._saved.tensors.items()
+            self._names.in_model[name]: stored.shape for name, stored in self._saved.tensors.items()
         }
 
     def apply(self, name: str, read: ReadBase) -> Tensor:
-        stored = self._names.stored[name]
+        stored = self._names.in_files[name]
         self._used.add(stored)
         return self._saved.read(stored).float()
 

@@ -32,7 +32,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     # A pipe would be waited for without end.
     if path.exists() and not path.is_file():
-        raise ValueError("it is no ordinary file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:

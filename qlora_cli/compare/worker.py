@@ -23,8 +23,8 @@ from qlora_cli.errors import Interrupted, QloraError
 from qlora_cli.evaluate.evaluate import choose_tasks, evaluate_model
 from qlora_cli.evaluate.target import find_model
 from qlora_cli.export.merge import merge
-from qlora_cli.models.base import load_tokenizer
 from qlora_cli.models.loading import compute_dtype, load_base
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder

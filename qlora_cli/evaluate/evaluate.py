@@ -22,8 +22,8 @@ from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.evaluate.report import EvaluationReport, summarize, warn_of_regressions
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.evaluate.target import EvaluatedModel, find_model, own_recipe
-from qlora_cli.models.base import set_stop_tokens, stop_token_ids
 from qlora_cli.models.loading import compute_dtype, load_base
+from qlora_cli.models.tokenizer import set_stop_tokens, stop_token_ids
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.errors import RecipeError
-from qlora_cli.models.base import load_tokenizer
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run, recipe_of_run

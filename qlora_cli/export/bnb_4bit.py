@@ -16,9 +16,10 @@ from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
 from qlora_cli.export.report import PackedModel, TrainedAgreement
-from qlora_cli.models.base import load_model, load_tokenizer
+from qlora_cli.models.base import load_model
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.quantization import Nf4
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.runs.run_folder import RunFolder, recipe_of_run
 
 log = logging.getLogger("qlora")

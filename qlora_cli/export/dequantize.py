@@ -15,7 +15,7 @@ _BLOCK = 64
 """Values that share a scale: the default of bitsandbytes, as loading takes it."""
 
 
-class RoundTrip:
+class FakeQuantizer:
     """Quantizes and dequantizes single weights as loading the whole model does."""
 
     def __init__(self, skeleton: PreTrainedModel, options: dict[str, Any]) -> None:

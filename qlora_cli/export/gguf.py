@@ -27,7 +27,8 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of, without_begin
 from qlora_cli.export.ollama import modelfile
 from qlora_cli.export.report import GgufCheck, GgufFile
-from qlora_cli.models.base import as_ids, load_model, load_tokenizer, stop_token_ids
+from qlora_cli.models.base import load_model
+from qlora_cli.models.tokenizer import as_ids, load_tokenizer, stop_token_ids
 
 log = logging.getLogger("qlora")
 

@@ -18,12 +18,13 @@ from qlora_cli.common.formatting import size_text
 from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import ModelError, RecipeError
-from qlora_cli.export.dequantize import RoundTrip
-from qlora_cli.export.merge_shards import Merge
+from qlora_cli.export.dequantize import FakeQuantizer
+from qlora_cli.export.merge_shards import ShardMerger
 from qlora_cli.export.verify import compare_models, refuse_infidelity
-from qlora_cli.models.base import load_tokenizer, refuse_prequantized
+from qlora_cli.models.base import refuse_prequantized
 from qlora_cli.models.loading import compute_dtype
 from qlora_cli.models.shards import Shards
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.models.weight_names import WeightNames
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.merge_report import MergeReport
@@ -121,7 +122,7 @@ def _precision_of(run: RunFolder) -> list[str]:
     return [] if precision is None else [f"training.precision={precision}"]
 
 
-def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> Merge:
+def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> ShardMerger:
     """What will be written, before anything is.
 
     Raises:
@@ -130,7 +131,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
     trust = recipe.model.trust_remote_code
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
     shards = Shards(located)
-    rounding = RoundTrip(
+    rounding = FakeQuantizer(
         build_skeleton(located, trust_remote_code=trust), recipe.quantization.load_options(dtype)
     )
     skeleton = build_skeleton(located, trust_remote_code=trust)
@@ -138,7 +139,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
     tied = dict(skeleton.all_tied_weights_keys)
     edits = recipe.adapter.weight_edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"
-    return Merge(shards, names, edits, rounding, tied, as_trained=is_as_trained)
+    return ShardMerger(shards, names, edits, rounding, tied, as_trained=is_as_trained)
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
@@ -157,7 +158,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def write_files(
-    located: Path, trained: Path, tokenizer: PreTrainedTokenizerFast, plan: Merge, folder: Path
+    located: Path,
+    trained: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: ShardMerger,
+    folder: Path,
 ) -> None:
     """All that is no weight: the base's own files, then tokenizer and generation config as trained.
 

@@ -15,14 +15,14 @@ from qlora_cli.common.formatting import MIB
 from qlora_cli.common.progress import Progress
 from qlora_cli.common.safetensors_writer import bytes_of
 from qlora_cli.errors import ModelError
-from qlora_cli.models.shards import INDEX, Shards, Stored, write_shard
+from qlora_cli.models.shards import INDEX, Shards, StoredTensor, write_shard
 from qlora_cli.runs.merge_report import UpdateReport
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qlora_cli.adapters.weight_edits import WeightEdits
-    from qlora_cli.export.dequantize import RoundTrip
+    from qlora_cli.export.dequantize import FakeQuantizer
     from qlora_cli.models.weight_names import WeightNames
 
 log = logging.getLogger("qlora")
@@ -33,7 +33,7 @@ _MAX_NAMED = 5
 
 
 @dataclass(slots=True)
-class Account:
+class MergeStatistics:
     """What became of the weights. Norms are over all updated weights together."""
 
     updated: int = 0
@@ -64,7 +64,7 @@ class Account:
         )
 
 
-class Merge:
+class ShardMerger:
     """Base weights with what training changed in them, on their way from file to file."""
 
     def __init__(
@@ -72,7 +72,7 @@ class Merge:
         base: Shards,
         names: WeightNames,
         edits: WeightEdits,
-        rounding: RoundTrip,
+        rounding: FakeQuantizer,
         tied: dict[str, str],
         *,
         as_trained: bool,
@@ -91,8 +91,8 @@ class Merge:
         self._rounding = rounding
         self.is_as_trained = as_trained
         self._rounded = rounding.names if as_trained else set()
-        self.account = Account()
-        if unknown := sorted((edits.names | self._rounded) - set(names.stored)):
+        self.statistics = MergeStatistics()
+        if unknown := sorted((edits.names | self._rounded) - set(names.in_files)):
             raise ModelError(
                 f"{', '.join(unknown[:_MAX_NAMED])}: the files hold this in another form than the "
                 "model, and it is not known which part is which; such a merge is not supported"
@@ -118,21 +118,21 @@ class Merge:
         changed = [
             rows
             for live, (rows, *_) in self._edits.shapes.items()
-            if rows != self._base.tensors[self._names.stored[live]].shape[0]
+            if rows != self._base.tensors[self._names.in_files[live]].shape[0]
         ]
         return max(changed, default=None)
 
     def report(self) -> UpdateReport:
         """Return what was done to the weights."""
-        return self.account.report(is_quantized=bool(self._rounding.names))
+        return self.statistics.report(is_quantized=bool(self._rounding.names))
 
-    def layout(self) -> dict[Path, dict[str, Stored]]:
+    def layout(self) -> dict[Path, dict[str, StoredTensor]]:
         """What is written into which file: as in the base, and what is no longer tied."""
-        files: dict[Path, dict[str, Stored]] = {file: {} for file in self._base.files}
+        files: dict[Path, dict[str, StoredTensor]] = {file: {} for file in self._base.files}
         for name, stored in self._base.tensors.items():
-            files[stored.file][name] = self._resized(self._names.live[name], stored)
+            files[stored.file][name] = self._resized(self._names.in_model[name], stored)
         for live in sorted(self.untied):
-            source = self._base.tensors[self._names.stored[live]]
+            source = self._base.tensors[self._names.in_files[live]]
             if live not in self._base.tensors:
                 files[source.file][live] = self._resized(live, source)
         return files
@@ -149,7 +149,7 @@ class Merge:
         digests: dict[str, str] = {}
         for file, tensors in layout.items():
 
-            def pieces(name: str, tensors: dict[str, Stored] = tensors) -> Iterator[Any]:
+            def pieces(name: str, tensors: dict[str, StoredTensor] = tensors) -> Iterator[Any]:
                 yield from self._pieces(name, tensors[name])
                 progress.add(tensors[name].size / MIB)
 
@@ -184,29 +184,29 @@ class Merge:
                 raise ModelError(f"{folder}: {name} is not what was written; is the disk sound?")
             if not self._is_touched(name) and self._base.digest(name) != digests[name]:
                 raise ModelError(f"{folder}: {name} has changed, and nothing was to change it")
-        account = self.account
-        if account.lost:
+        statistics = self.statistics
+        if statistics.lost:
             raise ModelError(
-                f"{len(account.lost)} weights did not change, since their updates are below the "
-                f"grid of their dtype: {', '.join(account.lost[:_MAX_NAMED])}",
+                f"{len(statistics.lost)} weights did not change, since their updates are below the "
+                f"grid of their dtype: {', '.join(statistics.lost[:_MAX_NAMED])}",
                 hint="train for longer, or at a higher learning rate",
             )
-        if not account.updated:
+        if not statistics.updated:
             raise ModelError("every update is zero: there is nothing to merge")
 
     def _live(self, name: str) -> str:
-        return self._names.live.get(name, name)
+        return self._names.in_model.get(name, name)
 
     def _is_touched(self, name: str) -> bool:
         live = self._live(name)
         return live in self._edits.names | self._rounded or name not in self._base.tensors
 
-    def _resized(self, live: str, stored: Stored) -> Stored:
+    def _resized(self, live: str, stored: StoredTensor) -> StoredTensor:
         return stored.resized(self._edits.shapes.get(live, stored.shape))
 
     def _read(self, live: str) -> Tensor:
         """The weight that the update is added to, in the dtype in which it is at hand."""
-        weight = self._base.read(self._names.stored[live])
+        weight = self._base.read(self._names.in_files[live])
         return self._rounding(live, weight) if live in self._rounded else weight
 
     def _value(self, live: str) -> Tensor:
@@ -217,15 +217,15 @@ class Merge:
     def _are_equal(self, target: str, source: str) -> bool:
         import torch
 
-        dtype = self._base.tensors[self._names.stored[source]].torch_dtype
+        dtype = self._base.tensors[self._names.in_files[source]].torch_dtype
         return torch.equal(self._value(target).to(dtype), self._value(source).to(dtype))
 
-    def _pieces(self, name: str, stored: Stored) -> Iterator[Any]:
+    def _pieces(self, name: str, stored: StoredTensor) -> Iterator[Any]:
         import torch
 
         live = self._live(name)
         if not self._is_touched(name):
-            self.account.copied += 1
+            self.statistics.copied += 1
             yield from self._base.chunks(name)
             return
         value = self._value(live)
@@ -240,27 +240,27 @@ class Merge:
 
     def _enter(self, name: str, live: str, value: Tensor, written: Tensor) -> None:
         """Count a weight that is not copied."""
-        account = self.account
+        statistics = self.statistics
         if live not in self._edits.names:
             if live in self._rounded:
-                account.requantized += 1
+                statistics.requantized += 1
             else:
-                account.copied += 1
+                statistics.copied += 1
             return
-        stored = self._base.read(self._names.stored[live])
+        stored = self._base.read(self._names.in_files[live])
         base = self._rounding(live, stored) if live in self._rounded else stored
         update = _squares(value, base)
         if update == 0:
-            account.untrained += 1
+            statistics.untrained += 1
             return
-        account.updated += 1
-        account.update += update
-        account.rounding += _squares(value, written)
+        statistics.updated += 1
+        statistics.update += update
+        statistics.rounding += _squares(value, written)
         if live in self._rounding.names:
             rounded = base if live in self._rounded else self._rounding(live, stored)
-            account.quantization += _squares(rounded, stored)
+            statistics.quantization += _squares(rounded, stored)
         if written.ndim > 1 and _squares(written, base.to(written.dtype)) == 0:
-            account.lost.append(name)
+            statistics.lost.append(name)
 
 
 def _squares(first: Tensor, second: Tensor) -> float:
@@ -271,7 +271,7 @@ def _squares(first: Tensor, second: Tensor) -> float:
     return sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
 
 
-def _write_index(path: Path, layout: dict[Path, dict[str, Stored]]) -> None:
+def _write_index(path: Path, layout: dict[Path, dict[str, StoredTensor]]) -> None:
     places = {name: file.name for file, tensors in layout.items() for name in tensors}
     size = sum(stored.size for tensors in layout.values() for stored in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}

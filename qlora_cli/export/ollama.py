@@ -22,7 +22,7 @@ _SYSTEM, _USER, _ANSWER, _LAST = "sys1x", "ask2x", "answer3x", "last4x"
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TurnTemplate:
     """What stands around the turns of a conversation that ends with a question."""
 
     before_system: str
@@ -90,7 +90,7 @@ def modelfile(
     return pieces.text(gguf_file, tokenizer.convert_ids_to_tokens(list(stop_token_ids)))
 
 
-def _pieces(render: Render) -> Pieces | None:
+def _pieces(render: Render) -> TurnTemplate | None:
     """Take a rendered conversation apart, and see whether the pieces make others.
 
     Raises:
@@ -109,7 +109,9 @@ def _pieces(render: Render) -> Pieces | None:
     if alone != before_user + _USER + end:
         default = alone.removesuffix(after_system + before_user + _USER + end)
         default = default.removeprefix(before_system)
-    pieces = Pieces(before_system, after_system, before_user, after_user, after_answer, default)
+    pieces = TurnTemplate(
+        before_system, after_system, before_user, after_user, after_answer, default
+    )
     conversations: list[Turns] = [
         [("user", "Hi.")],
         [("system", "Be brief."), ("user", "Hi.")],

@@ -54,7 +54,7 @@ class ComparedText:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ModelOutputs:
     """What a model says to the rows."""
 
     logits: list[Tensor]
@@ -148,7 +148,7 @@ def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:
             return
 
 
-def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> Measured:
+def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> ModelOutputs:
     """Base plus adapter as they were trained: quantized, in the recipe's precision."""
     world = World()
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
@@ -171,13 +171,13 @@ def _original(recipe: Recipe) -> Any:
 
 def _in_float32(
     load: Callable[[Recipe], Any], recipe: Recipe, trained: Path, rows: list[ComparedText]
-) -> Measured:
+) -> ModelOutputs:
     model = recipe.adapter.load(load(recipe), trained).eval()
     return measure(model, rows, torch.device("cpu"))
 
 
 @torch.no_grad()
-def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> Measured:
+def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> ModelOutputs:
     """Logits of each row on the host, and the loss on its answers."""
     logits, total, count = [], 0.0, 0
     for row in rows:
@@ -190,7 +190,7 @@ def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> M
         )
         count += int((row.labels[1:] != IGNORE_INDEX).sum())
         logits.append(found)
-    return Measured(logits, total / count if count else None)
+    return ModelOutputs(logits, total / count if count else None)
 
 
 def refuse_infidelity(found: LogitComparison, *, is_exact: bool) -> None:

@@ -18,9 +18,9 @@ from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import TextGenerator
-from qlora_cli.models.base import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
 from qlora_cli.models.identity import identify
 from qlora_cli.models.loading import compute_dtype, load_base
+from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
 from qlora_cli.recipe.load import load_recipe, recipe_of_model
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter

@@ -22,7 +22,7 @@ from qlora_cli.kernels.offload import Host, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.base import start_checkpointing
-from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, prove_packing
+from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, check_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -83,14 +83,14 @@ def use_padding_free(
         return False
     packed, padded = proof_batches(training.examples, pad_token_id=tokenizer.pad_token_id)
     try:
-        proof = prove_packing(model, packed.to(device), padded.to(device), dtype)
+        check = check_packing(model, packed.to(device), padded.to(device), dtype)
     except ModelError as error:
         if packing:
             raise
         log.info("with padding: %s", str(error).removeprefix("data.packing: "))
         attend_by_row(model)
         return False
-    log.info(proof.summary())
+    log.info(check.summary())
     return True
 
 

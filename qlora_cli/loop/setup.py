@@ -17,9 +17,9 @@ from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels, choose_kernels
 from qlora_cli.loop.fast_path import ComputeOptions, loss_kernel, prepare_layers, use_padding_free
 from qlora_cli.loop.run_data import RecipeData
-from qlora_cli.models.base import set_stop_tokens
 from qlora_cli.models.loading import compute_dtype, load_base
-from qlora_cli.models.report import TrainedReport, report_trained, warn_of_untrained
+from qlora_cli.models.report import TrainedCounts, count_trained_weights, warn_of_untrained
+from qlora_cli.models.tokenizer import set_stop_tokens
 from qlora_cli.objectives.base import Objective
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch, StepHooks
@@ -61,7 +61,7 @@ class Setup(Generic[BatchesT_co]):
     """The kernels that the layers got, which may be slower than those asked for."""
     world: World
     max_steps: int
-    trained: TrainedReport
+    trained: TrainedCounts
 
 
 def build_setup(
@@ -107,7 +107,7 @@ def build_setup(
     set_seed(settings.seed + world.rank)  # but not the same dropout
     stops = data.training.stops, data.training.stop_token_ids
     warn_of_untrained(base, dict(zip(*stops, strict=True)))
-    trained = report_trained(model)
+    trained = count_trained_weights(model)
     log.info(trained.summary())
 
     options = ComputeOptions(
@@ -154,7 +154,7 @@ def assemble(
         kernels=kernels,
         world=world,
         max_steps=max_steps,
-        trained=report_trained(model),
+        trained=count_trained_weights(model),
     )
 
 

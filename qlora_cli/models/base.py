@@ -1,23 +1,16 @@
-"""The base model and its tokenizer."""
+"""Find and load the base model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from qlora_cli._compat import keep_4bit_weights_trainable, restore_splitting
-from qlora_cli.common.atomic_files import atomic_folder
-from qlora_cli.common.cache_folder import cache_folder
+from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.common.config import Config
-from qlora_cli.common.hashing import hash_file
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
@@ -26,8 +19,10 @@ from qlora_cli.common.untrusted_files import (
     refuse_no_safetensors,
 )
 from qlora_cli.errors import ModelError
+from qlora_cli.models.gguf import unpack_gguf, unpacked_folder
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.known_configs import find_known
+from qlora_cli.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qlora")
 
-# What a model needs to be loaded without unpickling anything.
+# Files that are needed to load a model; none of them is a pickle.
 _WANTED_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -53,17 +48,17 @@ _WANTED_FILES = [
 
 
 class BaseModelConfig(Config):
-    """Where the base model comes from."""
+    """The base model."""
 
     path: str = Field(min_length=1)
-    """Hub id, folder of safetensors, or GGUF file (dequantized when loaded)."""
+    """Hub id, folder with safetensors weights, or GGUF file (dequantized when loaded)."""
     revision: str | None = None
-    """Commit, tag or branch on the hub."""
+    """Commit, tag or branch on the Hub."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. From the hub it needs `revision`, a full commit: a
-    tag or branch can be moved to other code."""
+    """Run Python code that comes with the model. From the Hub this needs `revision`, a full commit:
+    a tag or branch can be moved to other code."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention back end; `auto` takes sdpa where the model has it."""
+    """Attention backend; `auto` is sdpa if the model supports it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,24 +68,24 @@ class BaseModelConfig(Config):
             raise ValueError(
                 "model.trust_remote_code (true) needs model.revision, a full commit (40 "
                 f"hexadecimal digits; found {self.revision}): pin the code that you have read, or "
-                "name a folder that it was downloaded to"
+                "give the path of a downloaded folder"
             )
         return self
 
     def locate(self) -> Path:
-        """A local folder with the model: itself, unpacked from GGUF, or fetched from the hub.
+        """Return a local folder with the model: `path` itself, unpacked from GGUF, or downloaded.
 
         Raises:
-            ModelError: there is no such model, or it has no safetensors.
+            ModelError: the model is not found, or has no safetensors weights.
         """
         path = Path(self.path).expanduser()
         if path.suffix == ".gguf":
-            return _unpack_gguf(path)
+            return unpack_gguf(path)
         if path.is_file():
             raise ModelError(
-                f"model.path: {self.path} is a file, and no GGUF file",
-                hint="name the folder that holds config.json and safetensors weights; other files "
-                "with weights in them (.bin, .pt, .ckpt) are pickles, which are never loaded",
+                f"model.path: {self.path} is a file, but not a GGUF file",
+                hint="give the folder with config.json and safetensors weights; other weight files "
+                "(.bin, .pt, .ckpt) are pickles, which are never loaded",
             )
         folder = path if path.is_dir() else self._fetch()
         refuse_foreign(folder)
@@ -100,10 +95,10 @@ class BaseModelConfig(Config):
         return folder
 
     def load(self, load_options: dict[str, Any], device: torch.device) -> PreTrainedModel:
-        """The base model on `device`, frozen, in training mode.
+        """Load the base model on `device`, frozen, in training mode.
 
         Args:
-            load_options: what `Nf4.load_options()` and its kin return.
+            load_options: what `load_options()` of the quantization returns.
 
         Raises:
             ModelError: the weights or the architecture cannot be loaded.
@@ -116,19 +111,22 @@ class BaseModelConfig(Config):
             **choice,
             **load_options,
         )
-        # Recorded in every adapter as what it belongs to: the user's name for it, not a cache.
+        # PEFT saves this in each adapter as its base: the user's name for it, not a cache folder.
         model.name_or_path = model.config._name_or_path = self.path
         model.requires_grad_(False)
         keep_4bit_weights_trainable(model)
-        # from_pretrained() returns eval mode, in which dropout and bitsandbytes act otherwise.
+        # from_pretrained() returns it in eval mode, which changes dropout and bitsandbytes.
         model.train()
         return model
 
     def load_tokenizer(self, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-        """The model's tokenizer, with the given chat template (Jinja text) if there is one.
+        """Load the model's tokenizer.
+
+        Args:
+            chat_template: Jinja text that replaces the tokenizer's own.
 
         Raises:
-            ModelError: it cannot be loaded, or gives no offsets.
+            ModelError: it cannot be loaded, or is not a fast tokenizer.
         """
         folder = self.locate()
         refuse_prequantized(folder)
@@ -139,21 +137,24 @@ class BaseModelConfig(Config):
         return tokenizer
 
     def is_at_hand(self) -> bool:
-        """Whether the model is a folder or file here."""
+        """Tell whether the model is a local folder or file."""
         return Path(self.path).expanduser().exists()
 
     def read_config(self) -> tuple[PretrainedConfig, str]:
-        """What is known of the model without its weights, and where from.
+        """Read the config without the weights.
+
+        Returns:
+            The config, and where it comes from, in words.
 
         Raises:
-            ModelError: there is no config.json to be had, or it cannot be used.
+            ModelError: config.json is not found, or cannot be used.
         """
         from transformers import AutoConfig
 
         path = Path(self.path).expanduser()
         try:
             if path.suffix == ".gguf" and path.is_file():
-                if (unpacked := _unpacked_folder(path)).is_dir():
+                if (unpacked := unpacked_folder(path)).is_dir():
                     return AutoConfig.from_pretrained(unpacked, local_files_only=True), path.name
                 config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
                 return config, path.name
@@ -168,10 +169,10 @@ class BaseModelConfig(Config):
         return self._read_config_by_name()
 
     def _read_config_by_name(self) -> tuple[PretrainedConfig, str]:
-        """From the hub; from our own table where the hub cannot be asked.
+        """Read the config from the Hub, or from our own table if the Hub is not reachable.
 
-        For what is in the table by its full name the hub is not asked, only what it gave before:
-        where there is no network, that would be half a minute of trying.
+        For a model whose full id is in the table, only the local cache is used: without a network,
+        asking the Hub takes half a minute to fail.
         """
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -191,12 +192,12 @@ class BaseModelConfig(Config):
             if known is None:
                 reason = str(error).strip().splitlines()[0]
                 raise ModelError(
-                    f"model.path: no config.json of {self.path} is to be had: {reason}",
-                    hint="give a folder with a config.json, or the name of a well-known model",
+                    f"model.path: no config.json found for {self.path}: {reason}",
+                    hint="give a folder with a config.json, or the Hub id of a well-known model",
                 ) from error
             name, dimensions = known
             return AutoConfig.for_model(**dimensions), f"the dimensions of {name} known to qlora"
-        return config, f"{self.path} on the hub"
+        return config, f"{self.path} on the Hub"
 
     def _fetch(self) -> Path:
         import huggingface_hub
@@ -220,101 +221,13 @@ class BaseModelConfig(Config):
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(
-                f"model.path: {self.path} is no local folder, and not to be had from the hub: "
-                f"{reason}",
-                hint="check the name, `hf auth login` for a gated model, or give a folder",
+                f"model.path: {self.path}: not found locally or on the Hub: {reason}",
+                hint="check the name, `hf auth login` for a gated model, or give a local folder",
             ) from error
 
 
-_UNPACKED = 3
-"""Raised when GGUF files are unpacked otherwise than before."""
-
-
-def _unpack_gguf(path: Path) -> Path:
-    """Dequantize a GGUF file into a bfloat16 folder, once for each content of the file."""
-    import filelock
-
-    if not path.is_file():
-        raise ModelError(f"model.path: no such file: {path}")
-    folder = _unpacked_folder(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Processes that train together, or two runs at once: the first unpacks, the others wait.
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
-            _write_unpacked(path, folder)
-    return folder
-
-
-def _unpacked_folder(path: Path) -> Path:
-    """Where the content of a GGUF file lies, or will lie, unpacked."""
-    return cache_folder() / "gguf" / f"{hash_file(path)[:32]}-{_UNPACKED}"
-
-
-def _write_unpacked(path: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer, GgufConfig
-
-    try:
-        with atomic_folder(folder) as unfinished, TemporaryDirectory(prefix="qlora-") as made:
-            # transformers would believe a config or tokenizer in the same folder, not the file.
-            alone = Path(made)
-            (alone / path.name).symlink_to(path.resolve())
-            # Its progress bar cannot be switched off, and is not an error.
-            with contextlib.redirect_stderr(io.StringIO()):
-                model = CAUSAL_LM.auto_class().from_pretrained(
-                    alone,
-                    gguf_file=path.name,
-                    quantization_config=GgufConfig(dequantize=True),
-                    dtype=torch.bfloat16,
-                    local_files_only=True,
-                )
-            tokenizer = AutoTokenizer.from_pretrained(
-                alone, gguf_file=path.name, local_files_only=True
-            )
-            restore_splitting(tokenizer, path)
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-    # A damaged file raises any kind of error, deep in the libraries that read it.
-    except Exception as error:
-        raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model or adapter folder.
-
-    Raises:
-        ModelError: it cannot be loaded, leads out of its folder, or is not a fast one (masks need
-            offsets into the text).
-    """
-    from transformers import AutoTokenizer
-
-    refuse_foreign(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    # A damaged file fails in any way; the tokenizers library raises Exception itself.
-    except Exception as error:
-        raise ModelError(f"no usable tokenizer in {folder}: {error}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{type(tokenizer).__name__} in {folder} gives no offsets into the text")
-    if tokenizer.pad_token_id is None:
-        # Padding is masked by position and never by id, so sharing the id does no harm.
-        tokenizer.pad_token = tokenizer.eos_token
-    for template in _templates_of(tokenizer):
-        refuse_endless(template, f"the chat template in {folder}")
-    return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def _templates_of(tokenizer: Any) -> list[str]:
-    """A tokenizer has no chat template, one, or several by name."""
-    found = tokenizer.chat_template or {}
-    return list(found.values()) if isinstance(found, dict) else [found]
-
-
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """A causal language model from a local folder of safetensors.
+    """Load a causal language model from a local folder with safetensors weights.
 
     Raises:
         ModelError: the weights or the architecture cannot be loaded.
@@ -330,11 +243,11 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
             output_loading_info=True,
             **options,
         )
-    # Settings that do not belong together fail in any way, wherever they are used first.
+    # Settings that contradict each other raise any kind of error, wherever they are used first.
     except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
     model, found = loaded
-    # transformers gives a missing weight random values, with a warning at most.
+    # transformers fills missing weights with random values, at most with a warning.
     if missing := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
         raise ModelError(
             f"model.path: {folder} lacks {len(missing)} weights of a {type(model).__name__}: "
@@ -345,10 +258,10 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def refuse_prequantized(folder: Path) -> None:
-    """Refuse weights that were quantized by somebody else: they could not be merged later.
+    """Refuse a folder with quantized weights: an adapter could not be merged into it later.
 
     Raises:
-        ModelError: there is no readable config.json, or it has a `quantization_config`.
+        ModelError: config.json cannot be read, or has a `quantization_config`.
     """
     try:
         config = read_object(folder / "config.json")
@@ -360,15 +273,15 @@ def refuse_prequantized(folder: Path) -> None:
         raise ModelError(
             f"model.path: {folder} is already quantized ({method}), so an adapter trained on it "
             "could not be merged",
-            hint="name the 16-bit model; quantization.type quantizes it when loaded",
+            hint="use the 16-bit model; quantization.type quantizes it when it is loaded",
         )
 
 
 def start_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in the backward pass instead of keeping them.
+    """Enable gradient checkpointing: recompute each layer's activations in the backward pass.
 
     Raises:
-        ModelError: the architecture has no support for it.
+        ModelError: the architecture does not support it.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -377,35 +290,6 @@ def start_checkpointing(model: PreTrainedModel) -> None:
             f"training.gradient_checkpointing: {error}",
             hint="--set training.gradient_checkpointing=false",
         ) from error
-    # The enabling call also makes the embedding's output require a gradient, which only the
-    # reentrant form needs; kept, it would backpropagate through every frozen layer for nothing.
+    # The call above also makes the embedding's output require a gradient. Only the reentrant form
+    # needs that, and it would backpropagate through every frozen layer for nothing.
     model.disable_input_require_grads()
-
-
-def stop_token_ids(folder: Path) -> list[int]:
-    """Where generation ends, as a folder of weights says; nothing if it does not say.
-
-    Raises:
-        ModelError: its generation_config.json cannot be read.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    try:
-        found = as_ids(read_object(path).get("eos_token_id"))
-        if not all(type(one) is int for one in found):
-            raise ValueError(f"eos_token_id ({found}) holds no token ids")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    return found
-
-
-def as_ids(token_ids: int | list[int] | None) -> list[int]:
-    """A generation config names no token, one, or several."""
-    return token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]
-
-
-def set_stop_tokens(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
-    """Let generation end at every token that training teaches as the end of an answer."""
-    known = as_ids(model.generation_config.eos_token_id)
-    model.generation_config.eos_token_id = sorted({*known, *stop_token_ids})

@@ -1,4 +1,4 @@
-"""Which base model this is, wherever it lies: to tell whether an adapter belongs to it."""
+"""Identify a base model by its content, to tell whether an adapter belongs to it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qlora_cli.errors import ModelError
 from qlora_cli.models.shards import Shards
 
 _SAMPLE = 4096
-"""Bytes of each tensor that are looked at. Models of one shape (base and instruction-tuned) differ
-in nearly every weight, and reading all of a large model would take minutes."""
+"""Bytes of each tensor that are hashed. Models of one shape (base and instruction-tuned) differ in
+nearly every weight, and reading all of a large model would take minutes."""
 
 
 def identify(folder: Path) -> dict[str, str]:
-    """What is recorded of a base model.
+    """Return what a run records about its base model.
 
     Returns:
-        {"architecture", "digest"}: the digest is of names, dtypes, shapes and the first bytes of
-        all tensors, so it does not depend on how they are shared out among files.
+        {"architecture", "digest"}: the digest covers names, dtypes, shapes and the first bytes of
+        all tensors. It does not depend on how they are split into files.
     """
     config = read_object(folder / "config.json")
     architectures = config.get("architectures")
@@ -32,7 +32,7 @@ def identify(folder: Path) -> dict[str, str]:
 def _samples(shards: Shards) -> Iterator[bytes]:
     for name, stored in sorted(shards.tensors.items()):
         yield f"{name} {stored.dtype} {list(stored.shape)} ".encode()
-        yield shards.beginning(name, _SAMPLE)
+        yield shards.read_start(name, _SAMPLE)
 
 
 def refuse_other_base(
@@ -42,17 +42,19 @@ def refuse_other_base(
     model_path: str,
     here: Mapping[str, str],
 ) -> None:
-    """Weights of equal shapes fit each other, whatever they are.
+    """Refuse to use trained weights with a base that they were not trained on.
+
+    Without this check they would be applied to any base of equal shapes.
 
     Args:
-        path: of what was trained, as the user named it.
-        base: what `identify` said of the base when it was trained; None if nobody knows.
-        trained_on: what that base was called.
-        model_path: what the base that is there now is called.
-        here: what `identify` says of that.
+        path: the trained weights, as the user named them.
+        base: what `identify` returned for their base; None if that is unknown.
+        trained_on: the name of that base.
+        model_path: the name of the base that is used now.
+        here: what `identify` returns for it.
 
     Raises:
-        ModelError: it is known to be another one.
+        ModelError: it is another base.
     """
     if base is None:
         return
@@ -64,8 +66,7 @@ def refuse_other_base(
     if base["digest"] != here["digest"]:
         other = "which has changed since" if trained_on == model_path else "which has other weights"
         raise ModelError(
-            f"{path} was trained on {trained_on}, and here is {model_path}, {other} "
+            f"{path} was trained on {trained_on}, but the base is now {model_path}, {other} "
             f"({base['digest'][:12]} -> {here['digest'][:12]})",
-            hint="what was trained belongs to the weights that it was trained on; "
-            "--set model.path=... names them, wherever they lie now",
+            hint="give the base that it was trained on: --set model.path=... (any place will do)",
         )

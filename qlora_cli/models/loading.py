@@ -10,7 +10,7 @@ import torch
 from qlora_cli.distributed.world import World
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import QuantizationConfig
-from qlora_cli.models.report import refuse_unquantized, report_weights
+from qlora_cli.models.report import count_base_weights, refuse_mostly_unquantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,9 +33,9 @@ def load_base(
     if model.trust_remote_code:
         log.warning("model.trust_remote_code: running code of %s at %s", model.path, model.revision)
     base = model.load(quantization.load_options(dtype), device)
-    weights = report_weights(base)
+    weights = count_base_weights(base)
     log.info(weights.summary())
-    refuse_unquantized(weights, quantization.max_unquantized)
+    refuse_mostly_unquantized(weights, quantization.max_unquantized)
     return base
 
 

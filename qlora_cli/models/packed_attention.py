@@ -1,4 +1,4 @@
-"""Attention over packed examples: none sees another, and nothing is computed for what is masked."""
+"""Attention over packed examples that do not see each other, without computing masked scores."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "qlora_documents"
-"""What our attention is called among transformers' own."""
+"""Name under which this attention is registered in transformers."""
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
-"""Rounding in the dtype that is computed in: of a loss, and of logits in units of their spread."""
+"""Rounding per compute dtype: of a loss, and of logits in units of their spread."""
 
 _GRADIENT_TOKENS = 16
-"""Of each example of the proof, as far as gradients are followed."""
+"""First tokens of each example for which the check computes gradients."""
 
-# Arguments of an attention function: those that are passed on, and those that change nothing here
-# or say in another form what is known already.
-_KNOWN = ("dropout", "scaling", "is_causal")
+# Arguments of an attention function. These are passed on.
+_PASSED_ON = ("dropout", "scaling", "is_causal")
+# These have no effect here, or repeat what is known already.
 _HARMLESS = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "layer_idx", "max_length_k", "max_length_q",
     "output_attentions", "output_hidden_states", "output_router_logits", "position_ids",
@@ -34,11 +34,15 @@ _HARMLESS = {
 
 
 def attend_by_document(model: PreTrainedModel) -> bool:
-    """Have a model that uses sdpa attend to each packed example by itself. Returns whether it does.
+    """Make a model with sdpa attention attend to each packed example separately.
 
-    With a mask, sdpa computes all T x T scores of a row, those between examples too, and cannot
-    use its fastest kernels. Batches that are not packed are computed as before. Eager attention
-    (always T x T) and flash attention (which knows boundaries) tell packed examples apart already.
+    With a mask, sdpa computes all T x T scores of a row, including those between examples, and
+    cannot use its fastest kernels. Batches that are not packed are computed as before. Eager
+    attention (always T x T) and flash attention (which knows boundaries) separate packed examples
+    already.
+
+    Returns:
+        Whether the model uses sdpa, and so was changed.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -51,7 +55,7 @@ def attend_by_document(model: PreTrainedModel) -> bool:
 
 
 def attend_by_row(model: PreTrainedModel) -> None:
-    """Take `attend_by_document` back."""
+    """Undo `attend_by_document`."""
     model.set_attn_implementation("sdpa")
 
 
@@ -61,11 +65,11 @@ def _mask(
     use_vmap: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """No mask for packed examples; what sdpa would get for anything else."""
+    """Return no mask for packed examples, and sdpa's own mask for everything else."""
     from transformers.masking_utils import sdpa_mask
 
-    # transformers forbids the skip where positions begin again; and with `use_vmap`, where the
-    # model adds a mask of its own, which `_attend` then refuses.
+    # transformers does not allow the skip where positions start again. It does not with `use_vmap`
+    # either, where the model adds a mask of its own, which `_attend` then refuses.
     is_packed = attention_mask is None and not allow_is_causal_skip and not use_vmap
     if is_packed:
         return None
@@ -87,15 +91,15 @@ def _attend(
     documents: tuple[int, ...] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention, document by document.
+    """Compute scaled dot-product attention document by document.
 
     Args:
         query: (1, H, T, D); keys and values may have fewer heads.
-        documents: lengths that add up to T; None is a batch that is not packed.
-        options: as of transformers' sdpa_attention_forward().
+        documents: lengths that add up to T; None for a batch that is not packed.
+        options: those of transformers' sdpa_attention_forward().
 
     Raises:
-        ValueError: an argument that is not known to be harmless.
+        ValueError: an argument is not known to be harmless.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -110,10 +114,10 @@ def _attend(
     if "sliding_window" not in options:
         _refuse_hidden_window(module)
     window = options.pop("sliding_window", None) or max(documents)
-    known = {name: options.pop(name) for name in _KNOWN if name in options}
+    known = {name: options.pop(name) for name in _PASSED_ON if name in options}
     unknown = {name for name, value in options.items() if value is not None} - _HARMLESS
     if unknown:
-        raise ValueError(f"attention by document knows no {', '.join(sorted(unknown))}")
+        raise ValueError(f"attention by document does not support {', '.join(sorted(unknown))}")
     outputs = []
     parts = (states.split(documents, dim=2) for states in (query, key, value))
     for length, (q, k, v) in zip(documents, zip(*parts, strict=True), strict=True):
@@ -123,16 +127,16 @@ def _attend(
 
 
 def _refuse_hidden_window(module: nn.Module) -> None:
-    """Refuse a local attention that the model puts into the mask alone: it would be lost."""
+    """Refuse local attention that the model applies only through the mask, which is not used."""
     for name in ("sliding_window", "attention_chunk_size"):
         size = getattr(module.config, name, None)
         if isinstance(size, int):
-            # Whatever its size: the examples of the proof are shorter than those to come.
-            raise ValueError(f"attention by document is not told the {name} ({size})")
+            # Of any size: training examples can be longer than those of the check.
+            raise ValueError(f"attention by document is not given the {name} ({size})")
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(1, 1, T, T): causal, and no further back than `window` tokens, the own one among them."""
+    """Return the mask (1, 1, T, T): causal, and over the last `window` tokens, itself included."""
     import torch
 
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
@@ -140,64 +144,65 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PackingProof:
-    """How far packed examples are from being alone."""
+class PackingCheck:
+    """How much packed examples influence each other."""
 
     leak: float
-    """Change of the other examples' logits when one is changed, in units of their spread; of the
+    """Change of the other examples' logits when one is changed, in units of their spread, at the
     token where it is largest."""
     leak_tolerance: float
-    reach: float
-    """How strongly the other examples' logits depend on the embeddings of the first, as a share of
-    how they depend on their own (gradients; largest of a token). Not rounded: it has to be 0."""
+    gradient_leak: float
+    """Largest gradient of the other examples' logits with respect to the embeddings of the first,
+    divided by the largest with respect to their own. It must be exactly 0."""
     difference: float
-    """Largest difference of an example's loss (mean over its tokens), packed and unpacked."""
+    """Largest difference between an example's loss packed and unpacked (mean over its tokens)."""
     tolerance: float
-    """What that may be."""
+    """Largest `difference` that is accepted."""
 
     @property
-    def holds(self) -> bool:
-        """Whether each example is alone. A figure that is no number is not within its tolerance."""
+    def passed(self) -> bool:
+        """Tell whether the examples are separate. NaN is never within a tolerance."""
         return (
             self.leak <= self.leak_tolerance
-            and self.reach == 0
+            and self.gradient_leak == 0
             and self.difference <= self.tolerance
         )
 
     def summary(self) -> str:
-        """One line for the log."""
-        return f"packing proved on this model: {self._figures()}"
+        """Format one line for the log."""
+        return f"packing checked on this model: {self._figures()}"
 
     def refusal(self) -> str:
-        """What is wrong, after the model's name."""
+        """Say what is wrong, to follow the model's name."""
         return f"lets packed examples see each other: {self._figures()}"
 
     def _figures(self) -> str:
         return (
-            f"changing one of them changes the logits of another by {self.leak:.1e} of their "
-            f"spread (tolerance {self.leak_tolerance:.1e}), gradients reach {self.reach:.1e} over "
-            f"the seam (none may), and a loss packed and unpacked differs by "
+            f"changing one example changes the logits of another by {self.leak:.1e} of their "
+            f"spread (tolerance {self.leak_tolerance:.1e}), the gradient between examples is "
+            f"{self.gradient_leak:.1e} (must be 0), and packed and unpacked losses differ by "
             f"{self.difference:.1e} (tolerance {self.tolerance:.1e})"
         )
 
 
-def prove_packing(
+def check_packing(
     model: PreTrainedModel, packed: Batch, padded: Batch, dtype: torch.dtype
-) -> PackingProof:
-    """Show on the loaded model that packed examples do not see each other.
+) -> PackingCheck:
+    """Check on the loaded model that packed examples do not see each other.
 
-    Tolerances are rounding, or twice what changing one row does to the others of a padded batch
-    where that is more: with LLM.int8() the outliers of one row decide how all are quantized. That
-    can be as much as the spread of the logits, so a leak could hide in it. Gradients tell the two
-    apart: they pass where an example sees another, and not through the choice of the outliers.
+    The tolerances are rounding, or twice the effect of changing one row on the other rows of a
+    padded batch where that is larger: with LLM.int8() the outliers of one row decide how all rows
+    are quantized. That effect can be as large as the spread of the logits, so a leak could hide in
+    it. Gradients separate the two: they flow where an example sees another, but not through the
+    choice of outliers.
 
     Args:
         packed: a few examples in one row.
-        padded: the same examples, in the same order, a row each.
+        padded: the same examples in the same order, one per row.
         dtype: autocast dtype; float32 means no autocast.
 
     Raises:
-        ModelError: they do see each other, or the model cannot be given packed examples.
+        ModelError: they see each other, or the model does not accept packed examples.
     """
     import torch
 
@@ -219,40 +224,40 @@ def prove_packing(
                 for batch in (packed, padded, edited(packed), edited(padded))
             )
         with autocast:
-            reach = _reach(model, _beginnings(packed))
+            gradient_leak = _gradient_leak(model, _shortened(packed))
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise _refusal(model, f"cannot be given packed examples: {error}") from error
+        raise _refusal(model, f"does not accept packed examples: {error}") from error
     finally:
         model.train(was_training)
     targets = packed.input_ids[0].split(documents)
     losses = _losses(apart, targets)
-    packed_too = zip(_losses(together, targets), losses, strict=True)
-    beside_another = zip(_losses(apart_edited, targets)[1:], losses[1:], strict=True)
-    # Token by token: by chance a mean may hardly move.
-    loss_noise = max(float((new - old).abs().mean()) for new, old in beside_another)
+    both = zip(_losses(together, targets), losses, strict=True)
+    next_to_edited = zip(_losses(apart_edited, targets)[1:], losses[1:], strict=True)
+    # Per token: the mean may hardly change by chance.
+    loss_noise = max(float((new - old).abs().mean()) for new, old in next_to_edited)
     rounding = TOLERANCES[str(dtype).removeprefix("torch.")]
-    proof = PackingProof(
+    check = PackingCheck(
         leak=_largest_shift(together[1:], together_edited[1:]),
         leak_tolerance=max(rounding, 2 * _largest_shift(apart[1:], apart_edited[1:])),
-        reach=reach,
-        difference=float(torch.stack([(new - old).mean() for new, old in packed_too]).abs().max()),
+        gradient_leak=gradient_leak,
+        difference=float(torch.stack([(new - old).mean() for new, old in both]).abs().max()),
         tolerance=max(rounding, 2 * loss_noise),
     )
-    if not proof.holds:
-        raise _refusal(model, proof.refusal())
-    return proof
+    if not check.passed:
+        raise _refusal(model, check.refusal())
+    return check
 
 
 def _logits(model: PreTrainedModel, batch: Batch, lengths: tuple[int, ...]) -> list[Tensor]:
-    """(T, V) of each example."""
+    """Return the logits (T, V) of each example."""
     found = model(**batch.inputs(), use_cache=False).logits.float()
     if batch.documents:
         return list(found[0].split(lengths))
     return [row[:length] for row, length in zip(found, lengths, strict=True)]
 
 
-def _beginnings(packed: Batch) -> Batch:
-    """The same with less of each example: gradients take memory, which training may not need."""
+def _shortened(packed: Batch) -> Batch:
+    """Shorten each example: gradients could take more memory here than in training."""
     import torch
 
     pieces = [ids[:_GRADIENT_TOKENS] for ids in packed.input_ids[0].split(packed.documents)]
@@ -260,23 +265,24 @@ def _beginnings(packed: Batch) -> Batch:
     return replace(packed, input_ids=ids, labels=ids, documents=tuple(map(len, pieces)))
 
 
-def _reach(model: PreTrainedModel, packed: Batch) -> float:
-    """Largest gradient of the other examples' logits at a token of the first, to one of theirs."""
+def _gradient_leak(model: PreTrainedModel, packed: Batch) -> float:
+    """Return the largest gradient of the other examples' logits with respect to the embeddings of
+    the first example, divided by the largest with respect to their own."""
     import torch
 
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
         seen.append(embedded.detach().requires_grad_())
-        return seen[-1].clone()  # which a model may change in place, unlike a leaf
+        return seen[-1].clone()  # a model may change it in place, which a leaf does not allow
 
     first = packed.documents[0]
     hook = model.get_input_embeddings().register_forward_hook(watch)
     try:
         with torch.enable_grad():
             _, *others = _logits(model, packed, packed.documents)
-            # The norm of each token's logits: no term of it can cancel another, and its gradient is
-            # of about one size for all models, which matters in float16.
+            # The norm of each token's logits: its terms cannot cancel each other, and its gradient
+            # has about the same size for all models, which matters in float16.
             [gradient] = torch.autograd.grad(torch.cat(others).norm(dim=-1).sum(), seen)
     finally:
         hook.remove()
@@ -285,7 +291,8 @@ def _reach(model: PreTrainedModel, packed: Batch) -> float:
 
 
 def _largest_shift(before: list[Tensor], after: list[Tensor]) -> float:
-    """Distance of logits (T, V) of a token from those before, by the spread of those."""
+    """Return the largest distance between the logits of a token before and after, in units of the
+    spread of those before."""
     import torch
 
     old, new = torch.cat(before), torch.cat(after)
@@ -294,7 +301,7 @@ def _largest_shift(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _losses(logits: list[Tensor], input_ids: Sequence[Tensor]) -> list[Tensor]:
-    """(T - 1,) of each example: the loss of each token."""
+    """Return the loss of each token (T - 1,) for each example."""
     import torch.nn.functional as F
 
     return [

@@ -1,4 +1,4 @@
-"""How the frozen base weights are held in memory."""
+"""Quantization of the frozen base weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
-    """The torch dtype of a name; `auto` is the dtype that the step computes in."""
+    """Return the torch dtype of a name. `auto` is the dtype that the step computes in."""
     import torch
 
     if name == "auto":
@@ -26,8 +26,9 @@ def resolve_dtype(name: DtypeName, auto: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _beside(held: DtypeName, dtype: torch.dtype) -> torch.dtype:
-    """What a step computes in: in 16 bit, if weights of 16 bit would meet float32 otherwise."""
+def _step_dtype(held: DtypeName, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a step computes in: 16 bit if the base is held in 16 bit, as its
+    weights cannot be multiplied with float32."""
     import torch
 
     return resolve_dtype(held, dtype) if dtype == torch.float32 else dtype
@@ -36,14 +37,14 @@ def _beside(held: DtypeName, dtype: torch.dtype) -> torch.dtype:
 class _Quantized(Config):
     is_quantized: ClassVar[bool] = True
     kept_factor: ClassVar[float] = 1.0
-    """What its products keep and take on their way, by what those of 16-bit weights do. For models
-    that cannot be traced; see `benchmarks/plan_formula.md`."""
+    """Activations saved by quantized matmuls, relative to 16-bit ones. Used for models that cannot
+    be traced; see `benchmarks/plan_formula.md`."""
     held_share: ClassVar[float] = 0.0
-    """Of what a layer keeps in 16 bit: what its products keep outside of autograd, where
-    checkpointing does not reach it."""
+    """Share of a layer's 16-bit activations that matmuls save outside of autograd, where gradient
+    checkpointing does not free them."""
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The weights that the quantized ones stand for, in float32."""
+        """Dequantize the weights to float32."""
         import torch
 
         model.dequantize(torch.float32)
@@ -53,23 +54,23 @@ class _Quantized(Config):
 
 class _FourBit(_Quantized):
     max_unquantized: ClassVar[float] = 0.2
-    """Share of the linear weights that may stay in 16 bit; above it the run stops."""
+    """Maximum share of the linear weights that may stay in 16 bit; above it the run is refused."""
 
     double_quant: bool = True
-    """Quantize the block constants too: saves about 0.37 bits per weight (QLoRA, section 3)."""
+    """Quantize the block constants too. Saves about 0.37 bits per weight (QLoRA, section 3)."""
     compute_dtype: DtypeName = "auto"
-    """Dtype in which dequantized weights are multiplied; `auto` follows `training.precision`."""
+    """Dtype of matmuls with dequantized weights; `auto` follows `training.precision`."""
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
-    """Dtype of the tensors with the packed 4-bit values; sharded training needs a float one."""
+    """Dtype of the tensors that hold the packed 4-bit values. Sharded training needs a float."""
 
     @property
     def held_in(self) -> tuple[str, DtypeName]:
-        """The setting that says in which dtype unquantized weights are held, and its value."""
+        """Return the setting for the dtype of unquantized weights, and its value."""
         return "compute_dtype", self.compute_dtype
 
     def compute_in(self, dtype: torch.dtype) -> torch.dtype:
-        """What a step computes in, where `training.precision` comes to `dtype`."""
-        return _beside(self.compute_dtype, dtype)
+        """Return the dtype that a step computes in, if `training.precision` resolves to `dtype`."""
+        return _step_dtype(self.compute_dtype, dtype)
 
     def _load_options(self, quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
         import torch
@@ -79,11 +80,11 @@ class _FourBit(_Quantized):
         if {compute_dtype, dtype} == {torch.bfloat16, torch.float16}:
             raise RecipeError(
                 f"quantization.compute_dtype ({self.compute_dtype}) and training.precision (here "
-                f"{str(dtype).removeprefix('torch.')}) are two kinds of 16 bit, which do not mix",
+                f"{str(dtype).removeprefix('torch.')}) are different 16-bit dtypes",
                 hint="--set quantization.compute_dtype=auto",
             )
         return {
-            # What stays unquantized (embeddings, norms, head) has the dtype that is computed in.
+            # Unquantized weights (embeddings, norms, head) are held in the compute dtype.
             "dtype": compute_dtype,
             "quantization_config": BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -101,7 +102,7 @@ class Nf4(_FourBit):
     type: Literal["nf4"] = "nf4"
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
+        """Return keyword arguments for `from_pretrained`; `auto` resolves to `dtype`."""
         return self._load_options("nf4", dtype)
 
 
@@ -111,7 +112,7 @@ class Fp4(_FourBit):
     type: Literal["fp4"] = "fp4"
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
+        """Return keyword arguments for `from_pretrained`; `auto` resolves to `dtype`."""
         return self._load_options("fp4", dtype)
 
 
@@ -123,19 +124,19 @@ class Int8(_Quantized):
     kept_factor: ClassVar[float] = 1.7
     held_share: ClassVar[float] = 0.7
     outlier_threshold: float = Field(6.0, ge=0)
-    """Activations above it are multiplied in 16 bit; 0 turns the outlier path off."""
+    """Activations above this value are multiplied in 16 bit; 0 turns the outlier path off."""
 
     @property
     def held_in(self) -> tuple[str, DtypeName]:
-        """There is no setting: unquantized weights are held in what is computed in."""
+        """Return no setting: unquantized weights are held in the compute dtype."""
         return "", "auto"
 
     def compute_in(self, dtype: torch.dtype) -> torch.dtype:
-        """What a step computes in, where `training.precision` comes to `dtype`."""
+        """Return the dtype that a step computes in, if `training.precision` resolves to `dtype`."""
         return dtype
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`; `dtype` is what the rest is held in."""
+        """Return keyword arguments for `from_pretrained`; unquantized weights get `dtype`."""
         from transformers import BitsAndBytesConfig
 
         return {
@@ -147,7 +148,7 @@ class Int8(_Quantized):
 
 
 class Unquantized(Config):
-    """The weights as they are, in 16 or 32 bit."""
+    """No quantization: weights in 16 or 32 bit."""
 
     type: Literal["none"] = "none"
     is_quantized: ClassVar[bool] = False
@@ -155,24 +156,24 @@ class Unquantized(Config):
     held_share: ClassVar[float] = 0.0
     max_unquantized: ClassVar[float] = 1.0
     dtype: DtypeName = "auto"
-    """Dtype of the base weights; `auto` follows `training.precision`. Where that is auto, a base in
-    16 bit is computed with in 16 bit."""
+    """Dtype of the base weights; `auto` follows `training.precision`. With a 16-bit base and
+    `training.precision: auto`, steps compute in 16 bit too."""
 
     @property
     def held_in(self) -> tuple[str, DtypeName]:
-        """The setting that says in which dtype weights are held, and its value."""
+        """Return the setting for the dtype of the weights, and its value."""
         return "dtype", self.dtype
 
     def compute_in(self, dtype: torch.dtype) -> torch.dtype:
-        """What a step computes in, where `training.precision` comes to `dtype`."""
-        return _beside(self.dtype, dtype)
+        """Return the dtype that a step computes in, if `training.precision` resolves to `dtype`."""
+        return _step_dtype(self.dtype, dtype)
 
     def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`; `dtype` is what `auto` stands for."""
+        """Return keyword arguments for `from_pretrained`; `auto` resolves to `dtype`."""
         return {"dtype": resolve_dtype(self.dtype, dtype)}
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The same weights in float32."""
+        """Convert the weights to float32."""
         model.float()
         return model
 

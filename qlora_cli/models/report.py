@@ -1,4 +1,4 @@
-"""What was loaded and what is trained, in numbers."""
+"""Count the weights that were loaded and those that are trained."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qlora_cli.errors import ModelError
 log = logging.getLogger("qlora")
 
 _SMALL = 0.25
-"""Share of the median norm of the head's rows. The smallest of the 49,152 rows of SmolLM2-135M has
-0.57 of it; rows that were never trained are near zero, or all the same."""
+"""A row of the head below this share of the median norm looks untrained. The smallest of the 49,152
+rows of SmolLM2-135M has 0.57 of the median; untrained rows are near zero, or all the same."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WeightReport:
-    """The base weights as they lie in memory."""
+class WeightCounts:
+    """The base weights as they are held in memory."""
 
     bytes_by_dtype: dict[str, int]
-    """Bytes held in each dtype, quantization constants among them."""
+    """Bytes held in each dtype, including quantization constants."""
     num_weights: int
-    """Weights of the model, as its paper would count them."""
+    """Weights of the model, as its paper counts them."""
     num_unquantized: int
-    """Of these, how many are held in 16 or 32 bit."""
+    """How many of these are held in 16 or 32 bit."""
     unquantized_linear: dict[str, int]
-    """Matrices, embeddings and head aside, that are not quantized: name -> weights."""
+    """Matrices other than embeddings and head that are not quantized: name -> weights."""
     linear_weights: int
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Format one line for the log."""
         held = ", ".join(
             f"{size_text(size)} {dtype}" for dtype, size in self.bytes_by_dtype.items()
         )
@@ -48,8 +48,8 @@ class WeightReport:
 
 
 @dataclass(frozen=True)
-class TrainedRow:
-    """Modules of one name."""
+class TrainedModules:
+    """Trained modules of one name."""
 
     name: str
     num_modules: int
@@ -57,15 +57,15 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
-class TrainedReport:
-    """What is trained."""
+class TrainedCounts:
+    """The weights that are trained."""
 
-    rows: list[TrainedRow]
+    rows: list[TrainedModules]
     trained: int
     total: int
 
     def summary(self) -> str:
-        """A small table for the log."""
+        """Format a small table for the log."""
         width = max(len(row.name) for row in self.rows)
         lines = [
             f"  {row.name:<{width}}  {row.num_modules:>5} modules  {row.num_weights:>13,} weights"
@@ -77,7 +77,7 @@ class TrainedReport:
 
 
 def held_bytes(model: Module, optimizer: Optimizer) -> dict[str, int]:
-    """What training keeps in memory from step to step, by kind, in bytes."""
+    """Return the bytes of each kind that training holds between steps."""
     import torch
 
     def size(tensors: Iterable[Tensor | None]) -> int:
@@ -101,10 +101,10 @@ def held_bytes(model: Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 def count_weights(module: Module) -> dict[int, tuple[int, bool]]:
-    """id of each parameter -> (weights that it stands for, whether it is quantized).
+    """Return for the id of each parameter (number of weights, whether it is quantized).
 
-    A packed 4-bit tensor holds two weights a byte (or more, by its storage dtype), so its size
-    says nothing; its quantization state knows the original shape.
+    A packed 4-bit tensor holds two weights per byte (or more, depending on its storage dtype), so
+    they are counted by the original shape, from its quantization state.
     """
     from bitsandbytes.nn import Int8Params, Params4bit
 
@@ -118,7 +118,7 @@ def count_weights(module: Module) -> dict[int, tuple[int, bool]]:
 
 
 def _constants(parameter: Parameter) -> list[tuple[str, int]]:
-    """dtype and bytes of what quantization keeps beside the packed weight."""
+    """Return dtype and bytes of the constants that quantization adds to a packed weight."""
     from bitsandbytes.nn import Int8Params, Params4bit
 
     if isinstance(parameter, Int8Params) and parameter.SCB is not None:
@@ -132,7 +132,7 @@ def _constants(parameter: Parameter) -> list[tuple[str, int]]:
     return [(str(t.dtype), t.nbytes) for t in tensors]
 
 
-def report_weights(model: PreTrainedModel) -> WeightReport:
+def count_base_weights(model: PreTrainedModel) -> WeightCounts:
     """Count the weights of a freshly loaded base model."""
     from torch.nn import Embedding
 
@@ -150,7 +150,7 @@ def report_weights(model: PreTrainedModel) -> WeightReport:
         for parameter in module.parameters()
     }
     linear = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in spared}
-    return WeightReport(
+    return WeightCounts(
         bytes_by_dtype=dict(bytes_by_dtype.most_common()),
         num_weights=sum(count for count, _ in counts.values()),
         num_unquantized=sum(count for count, quantized in counts.values() if not quantized),
@@ -159,8 +159,8 @@ def report_weights(model: PreTrainedModel) -> WeightReport:
     )
 
 
-def refuse_unquantized(report: WeightReport, max_share: float) -> None:
-    """Stop a quantized run that would hold much of the model in 16 bit, as with fused experts.
+def refuse_mostly_unquantized(report: WeightCounts, max_share: float) -> None:
+    """Refuse a quantized run that would hold much of the model in 16 bit, such as fused experts.
 
     Raises:
         ModelError: more than `max_share` of the linear weights are not quantized.
@@ -177,8 +177,8 @@ def refuse_unquantized(report: WeightReport, max_share: float) -> None:
     )
 
 
-def report_trained(model: Module) -> TrainedReport:
-    """Count what is trained, by the name of the module that it belongs to."""
+def count_trained_weights(model: Module) -> TrainedCounts:
+    """Count the trained weights by the name of their module."""
     modules: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     seen: set[str] = set()
@@ -190,23 +190,23 @@ def report_trained(model: Module) -> TrainedReport:
         weights[leaf] += parameter.numel()
         modules[leaf] += owner not in seen
         seen.add(owner)
-    return TrainedReport(
-        rows=[TrainedRow(name, modules[name], weights[name]) for name in weights],
+    return TrainedCounts(
+        rows=[TrainedModules(name, modules[name], weights[name]) for name in weights],
         trained=sum(weights.values()),
         total=sum(count for count, _ in count_weights(model).values()),
     )
 
 
 def warn_of_untrained(model: PreTrainedModel, tokens: Mapping[str, int]) -> list[str]:
-    """Say which tokens the model could hardly learn to write: the rows of its head are frozen, and
-    as they were before any training.
+    """Warn of tokens that the model can hardly learn to write: their rows of the head are frozen
+    and look as before any training.
 
     Args:
         model: with its adapter attached.
-        tokens: text and id of each.
+        tokens: text -> id of the tokens to check.
 
     Returns:
-        Their texts.
+        The texts of the tokens that look untrained.
     """
     head = model.get_output_embeddings()
     if head is None or any(parameter.requires_grad for parameter in head.parameters()):
@@ -214,16 +214,16 @@ def warn_of_untrained(model: PreTrainedModel, tokens: Mapping[str, int]) -> list
     found = [text for text, token_id in tokens.items() if _looks_untrained(head.weight, token_id)]
     if found:
         log.warning(
-            "stop tokens: %s looks untrained in this base model, and adapter.type trains no "
-            "embeddings, so the tuned model may never stop; take the instruction-tuned model, or "
-            "a data.chat_template that ends turns with a token which the base model knows",
+            "stop tokens: %s looks untrained in this base model, and the adapter does not train "
+            "embeddings, so the tuned model may never stop; use the instruction-tuned model, or "
+            "a data.chat_template that ends turns with a token that the base model knows",
             " ".join(found),
         )
     return found
 
 
 def _looks_untrained(rows: Tensor, token_id: int) -> bool:
-    """Whether a row is much smaller than most, or the same as another: left from initialising."""
+    """Tell whether a row is much smaller than most or equal to another, as at initialisation."""
     import torch
 
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)  # (V,)
@@ -235,7 +235,7 @@ def _looks_untrained(rows: Tensor, token_id: int) -> bool:
 
 
 def _owner(parameter_name: str) -> str:
-    """The model's own module that a (PEFT) parameter belongs to."""
+    """Return the name of the base model's module that a (PEFT) parameter belongs to."""
     for mark in (".lora_", ".modules_to_save."):
         if mark in parameter_name:
             return parameter_name.split(mark)[0]

@@ -1,4 +1,4 @@
-"""Safetensors files, one tensor in memory at a time."""
+"""Read and write safetensors files with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 _CHUNK = 2**24
-"""Bytes of a tensor that is only copied."""
+"""Bytes that are copied at a time."""
 _MAX_HEADER = 100_000_000
-"""Bytes; as in the safetensors library."""
+"""Bytes, the limit of the safetensors library."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor lies."""
+class StoredTensor:
+    """The place, dtype and shape of a tensor in a file."""
 
     file: Path
     dtype: str
-    """As safetensors names it, such as BF16."""
+    """Name in the safetensors format, such as BF16."""
     shape: tuple[int, ...]
     start: int
     size: int
@@ -42,28 +42,28 @@ class Stored:
         import torch
 
         if self.dtype not in DTYPES:
-            raise ModelError(f"{self.file}: weights of type {self.dtype} cannot be computed with")
+            raise ModelError(f"{self.file}: weights of dtype {self.dtype} are not supported")
         dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
         return dtype
 
-    def resized(self, shape: tuple[int, ...]) -> Stored:
-        """The same with another shape (and no place)."""
+    def resized(self, shape: tuple[int, ...]) -> StoredTensor:
+        """Return it with another shape, and without a place."""
         per_value = self.size // max(1, math.prod(self.shape))
-        return Stored(self.file, self.dtype, shape, 0, per_value * math.prod(shape))
+        return StoredTensor(self.file, self.dtype, shape, 0, per_value * math.prod(shape))
 
 
 class Shards:
-    """The tensors of a model folder, or of one file, in the order in which they are stored."""
+    """The tensors of a model folder, or of one file, in the order of storage."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the headers alone.
+        """Read the headers.
 
         Raises:
-            ModelError: a file is missing, or no safetensors.
+            ModelError: a file is missing, or is not a safetensors file.
         """
         self.files = [path] if path.is_file() else _files(path)
         self.metadata: dict[Path, dict[str, str]] = {}
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             for name, stored in self._header(file):
                 if name in self.tensors:
@@ -72,11 +72,11 @@ class Shards:
 
     @property
     def has_index(self) -> bool:
-        """Whether a file beside them says which tensor is where."""
+        """Tell whether the folder has an index of its tensors."""
         return (self.files[0].parent / INDEX).is_file()
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read one tensor into new memory."""
         import torch
 
         stored = self.tensors[name]
@@ -89,7 +89,7 @@ class Shards:
         return buffer.view(stored.torch_dtype).reshape(stored.shape)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor, piece by piece."""
+        """Yield the bytes of one tensor, piece by piece."""
         stored = self.tensors[name]
         with stored.file.open("rb") as file:
             file.seek(stored.start)
@@ -101,53 +101,53 @@ class Shards:
                 left -= len(piece)
                 yield piece
 
-    def beginning(self, name: str, size: int) -> bytes:
-        """The first bytes of one tensor, or all that there are."""
+    def read_start(self, name: str, size: int) -> bytes:
+        """Read the first `size` bytes of one tensor, or all if it is smaller."""
         stored = self.tensors[name]
         with stored.file.open("rb") as file:
             file.seek(stored.start)
             return file.read(min(size, stored.size))
 
     def digest(self, name: str) -> str:
-        """A hash of the bytes of one tensor."""
+        """Hash the bytes of one tensor."""
         found = hashlib.blake2b(digest_size=16)
         for piece in self.chunks(name):
             found.update(piece)
         return found.hexdigest()
 
-    def _header(self, path: Path) -> Iterator[tuple[str, Stored]]:
+    def _header(self, path: Path) -> Iterator[tuple[str, StoredTensor]]:
         try:
-            # A pipe would be waited for without end.
+            # Opening a pipe would block forever.
             if path.exists() and not path.is_file():
-                raise ValueError("it is no ordinary file")
+                raise ValueError("it is not a regular file")
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 size = path.stat().st_size - 8 - length
                 if size < 0 or length > _MAX_HEADER:
-                    raise ValueError("its header is longer than the file, or than any header")
+                    raise ValueError("its header is longer than the file, or than any valid header")
                 header = object_of(file.read(length))
             self.metadata[path] = _metadata(header.pop("__metadata__", {}))
             found = [(name, _stored(path, name, entry, size)) for name, entry in header.items()]
         except (OSError, ValueError, struct.error) as error:
-            raise ModelError(f"{path} is no safetensors file: {error}") from error
+            raise ModelError(f"{path} is not a safetensors file: {error}") from error
         for name, stored in sorted(found, key=lambda pair: pair[1].start):
             yield name, replace(stored, start=8 + length + stored.start)
 
 
 def _metadata(found: object) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ValueError("its __metadata__ is no mapping of texts")
+        raise ValueError("its __metadata__ is not a mapping of strings")
     return found
 
 
-def _stored(path: Path, name: str, entry: Any, size: int) -> Stored:
-    """What a header says of a tensor, with a `start` that counts from the end of the header.
+def _stored(path: Path, name: str, entry: Any, size: int) -> StoredTensor:
+    """Check one entry of a header. `start` counts from the end of the header.
 
     Args:
         size: bytes after the header.
 
     Raises:
-        ValueError: it cannot be true of this file.
+        ValueError: it does not fit this file.
     """
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -160,8 +160,8 @@ def _stored(path: Path, name: str, entry: Any, size: int) -> Stored:
     if not start <= end <= size or (
         is_known and end - start != math.prod(shape) * item_bytes(dtype)
     ):
-        raise ValueError(f"{name} ({dtype} {list(shape)}) is not where its header says")
-    return Stored(path, dtype, shape, start, end - start)
+        raise ValueError(f"the place of {name} ({dtype} {list(shape)}) in its header is wrong")
+    return StoredTensor(path, dtype, shape, start, end - start)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -183,15 +183,15 @@ def _files(folder: Path) -> list[Path]:
 
 def write_shard(
     path: Path,
-    layout: Mapping[str, Stored],
+    layout: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
     pieces: Callable[[str], Iterable[bytes | memoryview]],
 ) -> dict[str, str]:
     """Write a safetensors file: the header first, then one tensor after the other.
 
     Args:
-        layout: dtype and shape of each tensor, in order (where they lie now plays no part).
-        pieces: the bytes of a tensor.
+        layout: dtype and shape of each tensor, in order. Their places are ignored.
+        pieces: called with the name of each tensor, yields its bytes.
 
     Returns:
         The digest of each tensor.

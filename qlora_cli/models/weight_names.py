@@ -1,4 +1,4 @@
-"""How a model names its weights, and how the files do: not always alike."""
+"""Map the names of a model's weights to the names in its files, which can differ."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.models.shards import Stored
+    from qlora_cli.models.shards import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPart:
-    """A stored matrix that is a part of one tensor of the model: [expert, start : start + rows]."""
+    """A stored matrix that is the part [expert, start : start + rows] of a tensor of the model."""
 
     name: str
-    """In the files."""
+    """Name in the files."""
     whole: str
-    """The tensor in the model, (experts, rows, columns)."""
+    """Name in the model of the whole tensor, (experts, rows, columns)."""
     expert: int
     start: int
     rows: int
 
 
 class WeightNames:
-    """The names of both sides, each by the other.
+    """Names in the files and names in the model, each found by the other.
 
     Args:
         skeleton: the model on the meta device.
         stored: the tensors of its files.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+    def __init__(self, skeleton: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -47,38 +47,45 @@ class WeightNames:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         prefix = skeleton.base_model_prefix
-        self.live: dict[str, str] = {}
-        """Stored name -> name in the model; itself, where the model has no such weight, but one
-        that is put together from it."""
-        self.stored: dict[str, str] = {}
-        """The other way round."""
-        self.pieces: dict[str, list[WeightPart]] = {}
-        """Weight of the model -> the stored ones that it is put together from, if it is known
-        which part of it each of them is."""
-        parts: dict[str, list[tuple[str, str]]] = {}
+        self.in_model: dict[str, str] = {}
+        """Name in the files -> name in the model. A tensor that is only a part of a weight of the
+        model keeps its own name."""
+        self.in_files: dict[str, str] = {}
+        """Name in the model -> name in the files."""
+        self.parts: dict[str, list[WeightPart]] = {}
+        """Weight of the model -> the stored tensors that it is assembled from, where the place of
+        each is known."""
+        assembled: dict[str, list[tuple[str, str]]] = {}
         for name in stored:
-            live, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if live not in state and name in state:
-                live, pattern = rename_source_key(name, [], [], prefix, state)
+            model_name, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if model_name not in state and name in state:
+                model_name, pattern = rename_source_key(name, [], [], prefix, state)
             if pattern is not None:
-                parts.setdefault(live, []).append((name, pattern))
-                live = name
-            self.live[name] = live
-            self.stored[live] = name
+                assembled.setdefault(model_name, []).append((name, pattern))
+                model_name = name
+            self.in_model[name] = model_name
+            self.in_files[model_name] = name
         for target, source in skeleton.all_tied_weights_keys.items():
-            self.stored.setdefault(target, self.stored.get(source, source))
-        for whole, some in parts.items():
-            [converter] = [one for one in converters if some[0][1] in one.source_patterns][:1]
-            pieces = list(_pieces(whole, some, converter, stored))
-            if _size(pieces) == (tuple(state[whole].shape[:2]) if whole in state else ()):
-                self.pieces[whole] = pieces
+            self.in_files.setdefault(target, self.in_files.get(source, source))
+        for whole, sources in assembled.items():
+            [converter] = [one for one in converters if sources[0][1] in one.source_patterns][:1]
+            parts = list(_parts(whole, sources, converter, stored))
+            if _shape(parts) == (tuple(state[whole].shape[:2]) if whole in state else ()):
+                self.parts[whole] = parts
 
 
-def _pieces(
-    whole: str, parts: list[tuple[str, str]], converter: Any, stored: Mapping[str, Stored]
+def _parts(
+    whole: str,
+    sources: list[tuple[str, str]],
+    converter: Any,
+    stored: Mapping[str, StoredTensor],
 ) -> Iterator[WeightPart]:
-    """The parts of a stack of experts, where it is one: of each expert, some matrices one below
-    the other. Of anything else, nothing."""
+    """Yield the parts of a stack of experts, of which each has one matrix or several below each
+    other. Yield nothing for a tensor that is assembled in another way.
+
+    Args:
+        sources: name in the files, and the pattern of the converter that it matches.
+    """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
@@ -87,25 +94,25 @@ def _pieces(
     start = 0
     for pattern in converter.source_patterns:
         number = re.escape(pattern).replace(r"\*", r"(\d+)")
-        mine = {
+        matches = {
             name: found
-            for name, one in parts
+            for name, one in sources
             if one == pattern
             if (found := re.search(number, name))
         }
-        rows = {stored[name].shape[0] for name in mine}
-        if len(rows) != 1:
+        heights = {stored[name].shape[0] for name in matches}
+        if len(heights) != 1:
             return
-        [height] = rows
-        for name, found in mine.items():
-            yield WeightPart(name, whole, int(found[1]), start, height)
-        start += height
+        [rows] = heights
+        for name, found in matches.items():
+            yield WeightPart(name, whole, int(found[1]), start, rows)
+        start += rows
 
 
-def _size(pieces: list[WeightPart]) -> tuple[int, ...]:
-    """(experts, rows) of what pieces make together; nothing, if they leave a gap."""
-    places = sorted({(piece.expert, piece.start, piece.rows) for piece in pieces})
-    experts = 1 + max((piece.expert for piece in pieces), default=-1)
-    rows = max((piece.start + piece.rows for piece in pieces), default=0)
-    is_whole = len(places) == len(pieces) and sum(one[2] for one in places) == experts * rows
+def _shape(parts: list[WeightPart]) -> tuple[int, ...]:
+    """Return (experts, rows) of the assembled tensor, or () if the parts leave a gap."""
+    places = sorted({(part.expert, part.start, part.rows) for part in parts})
+    experts = 1 + max((part.expert for part in parts), default=-1)
+    rows = max((part.start + part.rows for part in parts), default=0)
+    is_whole = len(places) == len(parts) and sum(one[2] for one in places) == experts * rows
     return (experts, rows) if is_whole else ()

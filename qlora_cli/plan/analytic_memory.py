@@ -26,7 +26,11 @@ import torch
 from torch import nn
 
 from qlora_cli.distributed.devices import Device
-from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
+from qlora_cli.models.report import (
+    count_base_weights,
+    count_trained_weights,
+    refuse_mostly_unquantized,
+)
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_update, layers_of
 from qlora_cli.plan.trace.libraries import load_libraries
 from qlora_cli.plan.trace.memory_counter import (
@@ -229,8 +233,8 @@ def by_formula(
     with in_plain_words(config), count:
         with count.stage(LOAD):
             base = load_traced(config, recipe.quantization.load_options(dtype), count, **options)
-        weights = report_weights(base)
-        refuse_unquantized(weights, recipe.quantization.max_unquantized)
+        weights = count_base_weights(base)
+        refuse_mostly_unquantized(weights, recipe.quantization.max_unquantized)
         model = dry_update(base, recipe, count)
     sizes = _sizes(recipe, config, dtype, model, device)
     peaks = {s: p for s, p in count.peaks.items() if s.stage == LOAD or s.part == "update"}
@@ -260,7 +264,7 @@ def by_formula(
         num_layers=text.num_hidden_layers,
         traced_layers=(),
         base_weights=weights.num_weights,
-        trained_weights=report_trained(model).trained,
+        trained_weights=count_trained_weights(model).trained,
         vocabulary_size=text.vocab_size,
         untraced=why,
         by_formula=FORMULA,

@@ -17,7 +17,11 @@ from qlora_cli.kernels.attention import PerDocumentAttention, VarlenAttention
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.fast_path import ComputeOptions
-from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
+from qlora_cli.models.report import (
+    count_base_weights,
+    count_trained_weights,
+    refuse_mostly_unquantized,
+)
 from qlora_cli.plan.dry_run import dry_run, understands_documents
 from qlora_cli.plan.trace.libraries import collect_new_garbage_only, load_libraries
 from qlora_cli.plan.trace.memory_counter import LOAD, Count, CountedHost, Peak, Segment
@@ -139,8 +143,8 @@ def _trace(
     with in_plain_words(config), collect_new_garbage_only(), count:
         with count.stage(LOAD):
             base = load_traced(config, quantization.load_options(dtype), count, **options)
-        weights = report_weights(base)
-        refuse_unquantized(weights, quantization.max_unquantized)
+        weights = count_base_weights(base)
+        refuse_mostly_unquantized(weights, quantization.max_unquantized)
         model = dry_run(
             base,
             recipe,
@@ -156,7 +160,7 @@ def _trace(
         num_layers=text.num_hidden_layers,
         traced_layers=(text.num_hidden_layers,),
         base_weights=weights.num_weights,
-        trained_weights=report_trained(model).trained,
+        trained_weights=count_trained_weights(model).trained,
         vocabulary_size=text.vocab_size,
         products=sum(_is_prepared(one) for one in count.products),
     )

@@ -24,8 +24,9 @@ from qlora_cli.export.merge import prepare, write_files
 from qlora_cli.export.verify import MAX_KL
 from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.loop.fast_path import ComputeOptions
-from qlora_cli.models.base import load_model, load_tokenizer, start_checkpointing
+from qlora_cli.models.base import load_model, start_checkpointing
 from qlora_cli.models.loading import load_base
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run

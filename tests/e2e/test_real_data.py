@@ -16,7 +16,8 @@ import yaml
 
 from qlora_cli.errors import DataError
 from qlora_cli.inspect.preview import preview
-from qlora_cli.models.base import BaseModelConfig, load_tokenizer
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.train.train import train
 from tests.conftest import DATA, MODEL, ROOT, needs_data, needs_model, save_tiny_model

@@ -341,10 +341,10 @@ def test_ours_is_the_command_line_with_a_recipe_that_loads(tmp_path: Path) -> No
 
 
 def test_what_ours_says_is_understood() -> None:
-    from qlora_cli.models.report import TrainedReport, TrainedRow
+    from qlora_cli.models.report import TrainedCounts, TrainedModules
 
     ours = CONTESTANTS["ours"]
-    table = TrainedReport([TrainedRow("q_proj", 2, 64)], trained=64, total=1064).summary()
+    table = TrainedCounts([TrainedModules("q_proj", 2, 64)], trained=64, total=1064).summary()
     assert ours.loaded([], [f"INFO {table.splitlines()[0]}"]) == {}
     assert ours.loaded([], ["base model: 1,000 weights"]) is None
     line = json.dumps({"step": 1, "loss": 2.0, "tokens": 30, "supervised_tokens": 9.0})

@@ -15,7 +15,7 @@ from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_
 from qlora_cli.data.render.chat_template import ChatTemplate
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError, ModelError, QloraError
-from qlora_cli.models.base import load_tokenizer
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.types import Message
 from tests.conftest import exit_code, make_tokenizer
 

@@ -14,8 +14,9 @@ import pytest
 from qlora_cli.adapters.files import read_adapter
 from qlora_cli.common.untrusted_files import MAX_JSON_DEPTH, object_of, read_object, refuse_foreign
 from qlora_cli.errors import ModelError, QloraError, RecipeError
-from qlora_cli.models.base import BaseModelConfig, load_model, load_tokenizer, stop_token_ids
+from qlora_cli.models.base import BaseModelConfig, load_model
 from qlora_cli.models.shards import INDEX, Shards
+from qlora_cli.models.tokenizer import load_tokenizer, stop_token_ids
 from qlora_cli.recipe.schema import Recipe
 
 
@@ -129,7 +130,7 @@ def test_json_is_an_object_of_bounded_depth() -> None:
 
 def test_a_file_without_end_is_no_json(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="no ordinary file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         read_object(tmp_path / "config.json")
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(2**27)
@@ -157,7 +158,7 @@ def test_settings_that_are_nested_without_end_are_an_error(
 def test_a_pipe_among_the_weights_is_not_waited_for(model: Path) -> None:
     os.mkfifo(model / "more.safetensors")
     (model / "model.safetensors").rename(model / "other.safetensors")
-    with pytest.raises(ModelError, match="no ordinary file"):
+    with pytest.raises(ModelError, match="not a regular file"):
         Shards(model)
 
 
@@ -265,7 +266,7 @@ def test_a_header_that_cannot_be_true_is_an_error(tmp_path: Path, header: dict[s
     text = json.dumps(header).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(ModelError, match="no safetensors file"):
+    with pytest.raises(ModelError, match="is not a safetensors file"):
         Shards(path)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.distributed.world import World
 from qlora_cli.evaluate.scorer import ModelScorer
-from qlora_cli.models.base import set_stop_tokens
+from qlora_cli.models.tokenizer import set_stop_tokens
 from qlora_cli.types import IGNORE_INDEX, Example, Prompt
 from tests.conftest import save_tiny_model
 

@@ -20,7 +20,8 @@ from qlora_cli.export.export import export
 from qlora_cli.export.gguf import Reference, require_gguf_tools
 from qlora_cli.export.merge import merge
 from qlora_cli.export.text import export_text
-from qlora_cli.models.base import load_model, load_tokenizer
+from qlora_cli.models.base import load_model
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.train.train import train
 from qlora_cli.types import GGUF_KINDS
 from tests.conftest import save_tiny_model

@@ -217,7 +217,7 @@ def test_a_base_of_equal_shapes_is_another_base(run: Callable[..., Path], tmp_pa
     weights = load_file(other / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"trained on .*base, and here is .*other, which"):
+    with pytest.raises(ModelError, match=r"trained on .*base, but the base is now .*other, which"):
         merge(folder, tmp_path / "merged", [f"model.path={other}"], weights="last")
     with pytest.raises(ModelError, match="which has other weights"):
         evaluate(folder, [f"model.path={other}"])
@@ -233,7 +233,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     folder = run()
     monkeypatch.setattr("qlora_cli.export.merge.free_bytes", lambda path: 1000)
-    with pytest.raises(RecipeError, match="GiB are needed"):
+    with pytest.raises(RecipeError, match="MiB are needed"):
         merge(folder, tmp_path / "merged", weights="last")
     assert not list(tmp_path.glob("*merged*"))
 

@@ -12,11 +12,11 @@ import transformers
 from torch import Tensor
 
 from qlora_cli.adapters import LoRA
-from qlora_cli.data.batching.collate import proof_batches
+from qlora_cli.data.batching.collate import check_batches
 from qlora_cli.data.batching.sampler import BatchStream, eval_batches
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
-from qlora_cli.models.packed_attention import NAME, attend_by_document, prove_packing
+from qlora_cli.models.packed_attention import NAME, attend_by_document, check_packing
 from qlora_cli.models.quantization import Int8
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
@@ -144,19 +144,19 @@ def test_padded_batches_are_computed_as_by_plain_sdpa(architecture: str) -> None
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_proof_holds(architecture: str, attention: str) -> None:
+def test_the_check_holds(architecture: str, attention: str) -> None:
     model = make_model(architecture, attention).train()
-    proof = prove_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
-    assert proof.leak == proof.reach == 0
-    assert proof.difference < 1e-5
+    check = check_packing(model, *check_batches(examples(), pad_token_id=0), torch.float32)
+    assert check.leak == check.gradient_leak == 0
+    assert check.difference < 1e-5
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert "packing proved" in proof.summary()
+    assert "packing checked" in check.summary()
 
 
 def refused(model: Any) -> str:
     with pytest.raises(ModelError) as caught:
-        prove_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
+        check_packing(model, *check_batches(examples(), pad_token_id=0), torch.float32)
     assert "data.packing=false" in caught.value.hint
     return str(caught.value)
 
@@ -200,10 +200,10 @@ def eight_bit(tmp_path: Path) -> Any:
     return model
 
 
-def test_the_proof_holds_in_8_bit_though_outliers_tie_rows_together(eight_bit: Any) -> None:
-    proof = prove_packing(eight_bit, *proof_batches(examples(), pad_token_id=0), torch.float32)
-    assert proof.leak > 0.01
-    assert proof.reach == 0
+def test_the_check_holds_in_8_bit_though_outliers_tie_rows_together(eight_bit: Any) -> None:
+    check = check_packing(eight_bit, *check_batches(examples(), pad_token_id=0), torch.float32)
+    assert check.leak > 0.01
+    assert check.gradient_leak == 0
 
 
 def test_a_leak_that_is_less_than_the_noise_of_8_bit_is_refused(eight_bit: Any) -> None:
@@ -216,15 +216,15 @@ def test_a_leak_that_is_less_than_the_noise_of_8_bit_is_refused(eight_bit: Any) 
     figures = re.findall(r"by (\S+) .*?tolerance ([^)]+)\)", message)
     assert len(figures) == 2
     assert all(float(found) < float(allowed) for found, allowed in figures)
-    assert re.search(r"gradients reach [1-9]", message)
+    assert re.search(r"the gradient between examples is [1-9]", message)
 
 
 def test_a_model_that_has_no_sdpa_keeps_its_soft_cap() -> None:
     model = make_model("Gemma2", "eager", sliding_window=5)
     assert model.config._attn_implementation == "eager"
-    proof = prove_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
-    assert proof.leak == 0
-    assert proof.difference < 1e-5
+    check = check_packing(model, *check_batches(examples(), pad_token_id=0), torch.float32)
+    assert check.leak == 0
+    assert check.difference < 1e-5
 
 
 @pytest.mark.parametrize(("name", "value"), [("s_aux", torch.ones(4)), ("softcap", 50.0)])
@@ -232,7 +232,7 @@ def test_what_sdpa_would_leave_out_is_refused(name: str, value: Any) -> None:
     module = make_model("Llama", "sdpa").model.layers[0].self_attn
     attend = transformers.AttentionInterface()[NAME]
     states = torch.randn(1, 4, 5, 8)
-    with pytest.raises(ValueError, match=f"knows no {name}"):
+    with pytest.raises(ValueError, match=f"does not support {name}"):
         attend(module, states, states[:, :2], states[:, :2], None, (3, 2), **{name: value})
 
 
@@ -240,7 +240,7 @@ def test_a_window_that_is_in_the_mask_alone_is_refused() -> None:
     attend = transformers.AttentionInterface()[NAME]
     module = make_model("Mistral", "sdpa").model.layers[0].self_attn
     states = torch.randn(1, 4, 9, 8)
-    with pytest.raises(ValueError, match=r"not told the sliding_window \(5\)"):
+    with pytest.raises(ValueError, match=r"not given the sliding_window \(5\)"):
         attend(module, states, states[:, :2], states[:, :2], None, (7, 2))
 
 

@@ -10,7 +10,11 @@ from qlora_cli.adapters import LoRA
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
 from qlora_cli.models.quantization import Fp4, Int8, Nf4, QuantizationConfig, Unquantized
-from qlora_cli.models.report import refuse_unquantized, report_trained, report_weights
+from qlora_cli.models.report import (
+    count_base_weights,
+    count_trained_weights,
+    refuse_mostly_unquantized,
+)
 
 CPU = torch.device("cpu")
 INPUT = torch.arange(1, 13)[None]
@@ -107,9 +111,9 @@ def test_restored_weights_are_those_that_the_quantized_ones_stand_for(tiny_model
 
 
 def test_packed_weights_are_counted_as_what_they_stand_for(tiny_model: Path) -> None:
-    full = report_weights(load(tiny_model, Unquantized()))
+    full = count_base_weights(load(tiny_model, Unquantized()))
     for kind in (Nf4(), Nf4(quant_storage="bfloat16"), Fp4(), Int8()):
-        report = report_weights(load(tiny_model, kind))
+        report = count_base_weights(load(tiny_model, kind))
         assert report.num_weights == full.num_weights
         assert report.unquantized_linear == {}
         assert sum(report.bytes_by_dtype.values()) < sum(full.bytes_by_dtype.values()) / 1.5
@@ -117,14 +121,14 @@ def test_packed_weights_are_counted_as_what_they_stand_for(tiny_model: Path) -> 
 
 
 def test_a_4_bit_model_that_stayed_mostly_16_bit_is_refused_by_name(tiny_model: Path) -> None:
-    report = report_weights(load(tiny_model, Unquantized()))
-    refuse_unquantized(report, Unquantized.max_unquantized)
+    report = count_base_weights(load(tiny_model, Unquantized()))
+    refuse_mostly_unquantized(report, Unquantized.max_unquantized)
     with pytest.raises(ModelError, match=r"100% of the linear weights .*layers\.\d\.mlp"):
-        refuse_unquantized(report, Nf4.max_unquantized)
+        refuse_mostly_unquantized(report, Nf4.max_unquantized)
 
 
 def test_trained_share_counts_packed_weights_in_full(tiny_model: Path) -> None:
-    reports = [report_trained(LoRA(r=4).attach(load(tiny_model, k))) for k in KINDS.values()]
+    reports = [count_trained_weights(LoRA(r=4).attach(load(tiny_model, k))) for k in KINDS.values()]
     assert len({(r.trained, r.total) for r in reports}) == 1
     by_name = {row.name: row for row in reports[0].rows}
     # r x (in + out) for each of the two layers' query projections, 32 -> 32.

@@ -34,9 +34,9 @@ def test_pieces_are_what_transformers_puts_together(mixtral: Path) -> None:
     shards = Shards(mixtral)
     names = WeightNames(build_skeleton(mixtral, trust_remote_code=False), shards.tensors)
     model = AutoModelForCausalLM.from_pretrained(mixtral)
-    counts = {whole.rpartition(".")[2]: len(pieces) for whole, pieces in names.pieces.items()}
+    counts = {whole.rpartition(".")[2]: len(pieces) for whole, pieces in names.parts.items()}
     assert counts == {"gate_up_proj": 22, "down_proj": 11}
-    for whole, pieces in names.pieces.items():
+    for whole, pieces in names.parts.items():
         tensor = model.get_parameter(whole)
         for one in pieces:
             held = tensor[one.expert, one.start : one.start + one.rows]
@@ -47,4 +47,4 @@ def test_a_stack_with_a_gap_has_no_pieces(mixtral: Path) -> None:
     stored = Shards(mixtral).tensors
     del stored[next(name for name in stored if name.endswith("experts.3.w1.weight"))]
     names = WeightNames(build_skeleton(mixtral, trust_remote_code=False), stored)
-    assert [whole.rpartition(".")[2] for whole in names.pieces] == ["down_proj"]
+    assert [whole.rpartition(".")[2] for whole in names.parts] == ["down_proj"]

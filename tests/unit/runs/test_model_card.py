@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
+from qlora_cli.runs.merge_report import MergeReport, UpdateReport
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.train import train
@@ -94,7 +95,7 @@ def test_a_merged_model_is_a_model_of_its_own_with_its_proof(
     proof = merge(run.root, tmp_path / "merged", weights="last")
     card = parse(model_card(run, "last", name="merged", proof=proof))
     assert card.data.library_name == "transformers"
-    assert f"{proof['kl']:.1e}" in card.text.partition("## Merge")[2]
+    assert f"{proof.kl:.1e}" in card.text.partition("## Merge")[2]
     assert "PeftModel" not in card.text
 
 
@@ -150,8 +151,12 @@ def test_the_example_for_an_adapter_runs(
     assert names["tokenizer"].chat_template
 
 
-def _proof() -> dict[str, Any]:
-    """The least of what a merge reports."""
-    update = {"updated": 1, "copied": 1, "rounding_error": 0.0, "quantization_error": None}
-    report = {"output": "m", "bytes": 1, "dtype": "float32", "base": "original", "update": update}
-    return {**report, "kl": None}
+def _proof() -> MergeReport:
+    update = UpdateReport(
+        updated=1, untrained=0, requantized=0, copied=1, norm=1.0, rounding_error=0.01,
+        quantization_error=None,
+    )  # fmt: skip
+    return MergeReport(
+        output="merged", weights="last", base="original", dtype="bfloat16", bytes=2**20,
+        update=update, logit_error=None, kl=None, top1_agreement=None, comparison=None,
+    )  # fmt: skip

@@ -365,7 +365,7 @@ PREPARING = """
 import multiprocessing, sys, time
 from pathlib import Path
 from qlora_cli.data.prepared.workers import Workers
-from qlora_cli.models.base import load_tokenizer
+from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.types import Conversation, Message
 
 def rows():
