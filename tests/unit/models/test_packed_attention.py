@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from qlora_cli.adapters import LoRA
-from qlora_cli.data.batching.collate import check_batches
+from qlora_cli.data.batching.collate import proof_batches
 from qlora_cli.data.batching.sampler import BatchStream, eval_batches
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
@@ -146,7 +146,7 @@ def test_padded_batches_are_computed_as_by_plain_sdpa(architecture: str) -> None
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_check_holds(architecture: str, attention: str) -> None:
     model = make_model(architecture, attention).train()
-    check = check_packing(model, *check_batches(examples(), pad_token_id=0), torch.float32)
+    check = check_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
     assert check.leak == check.gradient_leak == 0
     assert check.difference < 1e-5
     assert model.training
@@ -156,7 +156,7 @@ def test_the_check_holds(architecture: str, attention: str) -> None:
 
 def refused(model: Any) -> str:
     with pytest.raises(ModelError) as caught:
-        check_packing(model, *check_batches(examples(), pad_token_id=0), torch.float32)
+        check_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
     assert "data.packing=false" in caught.value.hint
     return str(caught.value)
 
@@ -201,7 +201,7 @@ def eight_bit(tmp_path: Path) -> Any:
 
 
 def test_the_check_holds_in_8_bit_though_outliers_tie_rows_together(eight_bit: Any) -> None:
-    check = check_packing(eight_bit, *check_batches(examples(), pad_token_id=0), torch.float32)
+    check = check_packing(eight_bit, *proof_batches(examples(), pad_token_id=0), torch.float32)
     assert check.leak > 0.01
     assert check.gradient_leak == 0
 
@@ -222,7 +222,7 @@ def test_a_leak_that_is_less_than_the_noise_of_8_bit_is_refused(eight_bit: Any) 
 def test_a_model_that_has_no_sdpa_keeps_its_soft_cap() -> None:
     model = make_model("Gemma2", "eager", sliding_window=5)
     assert model.config._attn_implementation == "eager"
-    check = check_packing(model, *check_batches(examples(), pad_token_id=0), torch.float32)
+    check = check_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
     assert check.leak == 0
     assert check.difference < 1e-5
 
