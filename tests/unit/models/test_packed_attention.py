@@ -187,7 +187,7 @@ def test_sdpa_with_one_document_for_all_is_noticed(monkeypatch: pytest.MonkeyPat
 
     model = make_model("Llama", "sdpa")
     monkeypatch.setattr(Batch, "inputs", without_boundaries)
-    assert "see each other: changing one of them changes the logits of another by" in refused(model)
+    assert "see each other: changing one example changes the logits of another by" in refused(model)
 
 
 @pytest.fixture
