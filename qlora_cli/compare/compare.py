@@ -1,4 +1,4 @@
-"""Methods beside each other on the same data: a run for each cell of a grid, and one report."""
+"""Compare training methods on the same data: one run per cell of a grid, and one report."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ log = logging.getLogger("qlora")
 
 
 def compare(request: CompareRequest, folder: Path, search: Search | None = None) -> dict[str, Any]:
-    """Train and measure every cell that is not done yet, one after the other.
+    """Train and evaluate every unfinished cell, one after the other.
 
-    A cell that fails is a row with its reason, and is tried again by the next call.
+    A failed cell appears in the report with its reason. The next call tries it again.
 
     Args:
-        folder: of the comparison; what is done in it already is not done again.
-        search: let Optuna propose the cells, in place of the whole grid.
+        folder: folder of the comparison; finished work in it is not repeated.
+        search: let Optuna propose the cells, instead of running the whole grid.
 
     Returns:
-        See `make_report`; it is also in comparison.json, and in comparison.html for people.
+        The report of `make_report`. It is also written to comparison.json and comparison.html.
 
     Raises:
-        RecipeError: what is asked for cannot be compared, or `folder` holds another comparison.
-        Interrupted: what was learnt is saved, and the next call goes on.
+        RecipeError: the recipes cannot be compared, or `folder` holds another comparison.
+        Interrupted: the run is saved, and the next call resumes it.
     """
     quiet_libraries()
     if World().size > 1:
         raise RecipeError(
-            "qlora compare is one process, which starts its runs one after the other",
-            hint="without torchrun",
+            "qlora compare is a single process that starts its runs one after the other",
+            hint="start it without torchrun",
         )
     grid = Grid(request, folder)
     check = partial(_check, folder)
@@ -82,11 +82,11 @@ def _run_grid(grid: Grid, folder: Path, check: Callable[[Cell], None], cells: li
 def _check(folder: Path, cell: Cell) -> None:
     if cell.recipe is not None:
         ResultStore(folder, cell).refuse_other(cell.recipe)
-        choose_tasks(cell.recipe, None, is_tuned=True)  # raises where there is nothing to ask
+        choose_tasks(cell.recipe, None, is_tuned=True)  # raises if there is nothing to evaluate
 
 
 def _write(cells: Sequence[Cell], folder: Path) -> dict[str, Any]:
-    """The report of what there is, as JSON and as a page."""
+    """Write the report of all cells so far, as JSON and as a page."""
     report = make_report(cells, folder)
     replace_file(folder / "comparison.json", json.dumps(report, indent=2) + "\n")
     replace_file(folder / "comparison.html", comparison_page(report))

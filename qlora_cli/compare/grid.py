@@ -1,4 +1,4 @@
-"""What is compared: a grid of recipes, methods and values of keys, as one recipe for each cell."""
+"""The grid of a comparison: recipes x methods x values of keys, one recipe per cell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 
 _QLORA = ("quantization.type=nf4", "quantization.double_quant=true", "adapter.type=lora")
-"""The method of the paper: the one name that is no `type` (Dettmers et al. 2023)."""
+"""The method of the QLoRA paper (Dettmers et al. 2023); every other name is a `type`."""
 
 _RATE = "optimizer.learning_rate"
 
@@ -30,7 +30,7 @@ _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
 
 @dataclass(frozen=True)
 class Axis:
-    """A key and the values that it takes, for one method or for all that have the key."""
+    """A varied key and its values, for one method or for all methods with that key."""
 
     key: str
     values: tuple[str, ...]
@@ -41,29 +41,29 @@ class Axis:
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """Its ends, where it is written as one (`1e-5..1e-2`, `4..64`)."""
+        """Ends of the range, if the values are written as one (`1e-5..1e-2`, `4..64`)."""
         found = _RANGE.fullmatch(self.values[0])
         return (float(found[1]), float(found[2])) if found and len(self.values) == 1 else None
 
     @property
     def is_whole(self) -> bool:
-        """Whether the ends of its range are whole numbers."""
+        """True if both ends of the range are whole numbers."""
         return re.fullmatch(r"\d+\.\.\d+", self.values[0]) is not None
 
     def is_for(self, method: str | None, recipe: Recipe) -> bool:
-        """Whether it says something of this method."""
+        """Tell whether the axis applies to a method."""
         return self.method in (None, method) and has_key(recipe, self.key)
 
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What the command line asks to compare.
+    """The comparison that the command line describes.
 
     Attributes:
-        methods: short names; none takes the recipes as they are.
+        methods: short names; empty compares the recipes as they are.
         vary: `key=value,value`, or `method:key=value,value`.
         learning_rates: `method=number`.
-        overrides: `key=value`, for every cell whose sections have the key.
+        overrides: `key=value`, for every cell whose recipe has the key.
         speaks: measure how quickly each answers, which takes a merge.
     """
 
@@ -77,35 +77,35 @@ class CompareRequest:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison."""
+    """One cell of the grid: one run."""
 
     name: str
     recipe_name: str
     method: str | None
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Varied key -> its value here, as it was written."""
+    """Varied key -> its value in this cell, as written on the command line."""
     recipe: Recipe | None = None
-    """None where there can be none: `error` says why."""
+    """None if the settings are invalid; `error` says why."""
     origins: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
     with_latency: bool = True
-    """Whether its speed in generation is measured."""
+    """Measure its generation speed."""
 
     @property
     def slug(self) -> str:
-        """Its name as that of a file."""
+        """The name in a form that is safe for files."""
         text = re.sub(r"[^A-Za-z0-9.=_]+", "-", self.name).strip("-.")
         if len(text) <= 80 and text == self.name.replace(" ", "-"):
             return text
-        # What was left out may be all that tells two cells apart.
+        # The removed characters may be the only difference between two cells.
         return f"{text[:80]}-{hash_text(self.name)[:6]}"
 
 
 class Grid:
-    """Makes cells of what was asked.
+    """Turn a request into cells.
 
     Raises:
-        RecipeError: it cannot be understood, whatever the recipes say.
+        RecipeError: the request is invalid, regardless of the recipes.
     """
 
     def __init__(self, request: CompareRequest, folder: Path) -> None:
@@ -122,9 +122,9 @@ class Grid:
         named = {axis.method for axis in self.axes} | self._rates.keys()
         if unknown := named - {None, *request.methods}:
             raise RecipeError(
-                f"{sorted(map(str, unknown))[0]} is none of the methods that are compared "
+                f"{sorted(map(str, unknown))[0]} is not one of the compared methods "
                 f"({', '.join(request.methods) or 'none'})",
-                hint="name it in --methods too",
+                hint="add it to --methods",
             )
         for method in request.methods:
             method_keys(method)
@@ -135,20 +135,20 @@ class Grid:
 
     @property
     def choices(self) -> list[tuple[Path, str | None]]:
-        """Recipes by methods."""
+        """Every combination of a recipe and a method."""
         methods: list[str | None] = [*self._request.methods] or [None]
         return list(product(self._request.recipes, methods))
 
     @property
     def names(self) -> list[str]:
-        """Of `choices`."""
+        """Names of `choices`, in the same order."""
         return [" ".join(filter(None, (path.stem, method))) for path, method in self.choices]
 
     def cells(self) -> list[Cell]:
-        """All of them.
+        """Return all cells of the grid.
 
         Raises:
-            RecipeError: recipes of different data, budgets or questions; a key that nobody has.
+            RecipeError: recipes differ in data, budget or evaluation, or no recipe has a key.
         """
         found = [cell for recipe, method in self.choices for cell in self._of(recipe, method)]
         found = list({cell.name: cell for cell in found}.values())
@@ -159,12 +159,12 @@ class Grid:
             request += [("--set", _key(text)) for text in self._request.overrides]
             for option, key in request:
                 if not any(has_key(recipe, key) for recipe in recipes):
-                    raise RecipeError(f"{option}: {key} is a key of no method compared here")
+                    raise RecipeError(f"{option}: none of the compared methods has the key {key}")
         _refuse_different_budgets(found, varied)
         return found
 
     def axes_of(self, recipe: Path, method: str | None) -> list[Axis]:
-        """Those that say something of a method."""
+        """Return the axes that apply to a method."""
         plain = self.cell(recipe, method, {})
         return [a for a in self.axes if plain.recipe and a.is_for(method, plain.recipe)]
 
@@ -173,15 +173,15 @@ class Grid:
         for axis in axes:
             if axis.range:
                 raise RecipeError(
-                    f"--vary {axis}: {axis.values[0]} is a range, from which --search chooses",
-                    hint="name the values, or give --search and --objective",
+                    f"--vary {axis}: the range {axis.values[0]} works only with --search",
+                    hint="list the values, or add --search and --objective",
                 )
         for values in product(*(axis.values for axis in axes)):
             pairs = zip((axis.key for axis in axes), values, strict=True)
             yield self.cell(recipe, method, dict(pairs))
 
     def cell(self, recipe: Path, method: str | None, settings: Mapping[str, str]) -> Cell:
-        """One of them; a recipe that cannot be is a cell with an error."""
+        """Return one cell. If its recipe is invalid, the cell has an error instead."""
         stems = [recipe.stem] if len(self._request.recipes) > 1 else []
         values = [f"{self._labels[key]}={value}" for key, value in settings.items()]
         name = " ".join([*stems, *([method] if method else []), *values]) or recipe.stem
@@ -213,9 +213,9 @@ def _key(override: str) -> str:
 
 
 def _has_key_with_types(recipe: Recipe, chosen: Mapping[str, str], key: str) -> bool:
-    """Whether a recipe has a key once the types among `chosen` are chosen.
+    """Tell whether a recipe has a key after the types among `chosen` are set.
 
-    It is not read with some of them alone: only all together need to go with each other.
+    Only all settings together need to be valid, so the recipe is not loaded with some of them.
     """
     section, _, rest = key.partition(".")
     kind = chosen.get(f"{section}.type")
@@ -226,15 +226,15 @@ def _has_key_with_types(recipe: Recipe, chosen: Mapping[str, str], key: str) -> 
 
 
 def method_names() -> list[str]:
-    """What `--methods` takes: every adapter and quantization there is, and qlora."""
+    """Return the names that `--methods` accepts: every adapter and quantization type, and qlora."""
     return [*_types("adapter"), "qlora", *(t for t in _types("quantization") if t != "none")]
 
 
 def method_keys(name: str) -> list[str]:
-    """The keys of a recipe that a method is.
+    """Return the recipe settings that a method stands for.
 
     Raises:
-        RecipeError: there is no such method.
+        RecipeError: the method is unknown.
     """
     if name == "qlora":
         return list(_QLORA)
@@ -242,7 +242,7 @@ def method_keys(name: str) -> list[str]:
         return ["quantization.type=none", f"adapter.type={name}"]
     if name in _types("quantization"):
         return [f"quantization.type={name}", "adapter.type=lora"]
-    raise RecipeError(f"--methods: {name} is none of {', '.join(method_names())}")
+    raise RecipeError(f"--methods: unknown method {name}; choose from {', '.join(method_names())}")
 
 
 def _types(section: str) -> list[str]:
@@ -250,11 +250,11 @@ def _types(section: str) -> list[str]:
 
 
 def has_key(recipe: Recipe, key: str) -> bool:
-    """Whether the sections of a recipe, in the variants that it has, know a key."""
+    """Tell whether the sections of a recipe, with their current types, have a key."""
     part: object = recipe
     for name in key.strip().split("."):
         if not isinstance(part, Config):
-            return True  # a list, or nothing so far: reading the recipe decides
+            return True  # a list, or null: loading the recipe decides
         if name not in type(part).model_fields:
             return False
         part = getattr(part, name)
@@ -273,16 +273,16 @@ def _axis(text: str) -> Axis:
         )
     axis = Axis(name.strip(), found, method.strip() if colon else None)
     if axis.range and axis.range[0] >= axis.range[1]:
-        raise RecipeError(f"--vary {text}: a range goes from a smaller number to a larger")
+        raise RecipeError(f"--vary {text}: a range must go from a smaller number to a larger one")
     return axis
 
 
 def _items(text: str) -> tuple[str, ...]:
-    """The items of a list without its brackets; commas in quotes and brackets are part of them."""
+    """Split a list without its brackets. Commas in quotes or brackets do not separate items."""
     try:
         node = yaml.compose(f"[{text}]", Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--vary: {text} is no list of values: {error}") from error
+        raise RecipeError(f"--vary: {text} is not a list of values: {error}") from error
     if not isinstance(node, yaml.SequenceNode):
         return ()
     marks = [(item.start_mark.index - 1, item.end_mark.index - 1) for item in node.value]
@@ -300,12 +300,12 @@ def _refuse_unknown(key: str) -> None:
     plain = re.sub(r"\[\d+\]|\.\d+(?=\.)", "", key)
     if plain not in set(key_paths(Recipe)):
         raise RecipeError(
-            f"{key} is no key of a recipe", hint="docs/reference/recipe.md has all keys"
+            f"{key} is not a recipe key", hint="docs/reference/recipe.md lists all keys"
         )
 
 
 def _refuse_duplicates(option: str, names: Sequence[str]) -> None:
-    """Raises RecipeError: of two that say the same, one would be lost."""
+    """Raise RecipeError if a name occurs twice, because one of the two would be ignored."""
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise RecipeError(
             f"{option}: {twice[0]} is given twice", hint="give it once, with all its values"
@@ -313,19 +313,19 @@ def _refuse_duplicates(option: str, names: Sequence[str]) -> None:
 
 
 def _refuse_same_stem(recipes: Sequence[Path]) -> None:
-    """Raises RecipeError: cells are called after the files, and would be called the same."""
+    """Raise RecipeError if two recipes would give their cells the same name."""
     paths: dict[str, Path] = {}
     for path in recipes:
         other = paths.setdefault(path.stem, path)
         if other != path:
             raise RecipeError(
-                f"{other} and {path} would both be called {path.stem} in the table",
-                hint="copy one to a file of another name",
+                f"{other} and {path} would both be named {path.stem} in the table",
+                hint="copy one to a file with another name",
             )
 
 
 def _label(key: str, keys: Sequence[str]) -> str:
-    """The last name of a key, where that is enough to tell it from the others."""
+    """Shorten a key to its last part, if that is unique among the keys."""
     last = key.rpartition(".")[2]
     return last if len({one for one in keys if one.rpartition(".")[2] == last}) == 1 else key
 
@@ -335,16 +335,16 @@ _EQUAL_IN_TRAINING = ("seed", "epochs", "max_steps", "batch_size")
 
 
 def _refuse_different_budgets(cells: Sequence[Cell], varied: set[str]) -> None:
-    """Other data, another seed or budget, or other questions would compare these, not methods."""
+    """Raise RecipeError if cells differ in data, seed, budget or evaluation."""
     known = [(cell, _shared(cell.recipe, varied)) for cell in cells if cell.recipe is not None]
     for cell, values in known[1:]:
         first, others = known[0]
         different = [key for key in values if values[key] != others[key]]
         if different:
             raise RecipeError(
-                f"{first.name} and {cell.name} differ in {', '.join(different)}: what is compared "
-                "has the same data, seed and budget",
-                hint="give all of them one value (--set), or compare the values (--vary)",
+                f"{first.name} and {cell.name} differ in {', '.join(different)}; a "
+                "comparison needs the same data, seed and budget for all",
+                hint="give them the same value with --set, or compare the values with --vary",
             )
 
 

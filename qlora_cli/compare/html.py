@@ -40,7 +40,7 @@ _BODY = template("""\
 </table></div>
 {% endfor %}
 {% if failures %}
-<h2>What did not work</h2>
+<h2>Failures</h2>
 <ul>
 {% for name, why in failures %}
 <li>{{ name }}: {{ why }}</li>
@@ -80,8 +80,8 @@ def _plots(report: CellReport) -> Iterator[tuple[str, str]]:
             title = f"Training loss by {axis}"
             yield line_plot(title, lines, x=axis, y="loss", form=form), title
     if stacks := [*_stacks(cells)]:
-        title = "Memory at the peak: tensors by kind as planned"
-        text = f"{title}; the line across is what the process took as measured"
+        title = "Peak memory: planned tensors by kind"
+        text = f"{title}; the vertical line is the measured memory of the process"
         yield stack_plot(title, stacks, mark="measured", form=_mib_text), text
     for name, measure in report["measures"].items():
         intervals = [Interval(cell["name"], **e) for cell, e in _estimates(cells, name)]
@@ -92,7 +92,7 @@ def _plots(report: CellReport) -> Iterator[tuple[str, str]]:
 
 
 def _stacks(cells: Sequence[CellReport]) -> Iterator[StackedBar]:
-    """In MiB, so that the ticks are round."""
+    """Yield the planned memory of each cell in MiB, which gives round ticks."""
     for cell in cells:
         memory = cell["memory"]
         if kinds := memory["planned_kinds"]:
@@ -106,7 +106,7 @@ def _mib_text(size: float) -> str:
 
 
 def _estimates(cells: Sequence[CellReport], name: str) -> Iterator[tuple[CellReport, CellReport]]:
-    """Cells whose figure is known, and finite."""
+    """Yield cells whose value is known and finite."""
     for cell in cells:
         estimate = (cell["results"] or {}).get(name)
         if estimate and estimate["value"] is not None:
@@ -118,7 +118,7 @@ def _form(measure: CellReport) -> Any:
 
 
 def _varied(report: CellReport, name: str, measure: CellReport) -> Iterator[tuple[str, str]]:
-    """Each varied key with numbers against the outcome: a line for what else is the same."""
+    """Plot each numeric varied key against a measure, with a line for each other setting."""
     for key in report["varied"]:
         found = [(c, e) for c, e in _estimates(report["cells"], name) if key in c["settings"]]
         values = numbers([cell["settings"][key] for cell, _ in found])
@@ -134,7 +134,7 @@ def _varied(report: CellReport, name: str, measure: CellReport) -> Iterator[tupl
 
 
 def _rest(cell: CellReport, key: str, *, several: bool) -> str:
-    """What a cell is, but for one key; with its recipe, where there are several."""
+    """Name a cell without one key; with its recipe, if there are several."""
     method = cell["method"] or cell["recipe"]
     others = [f"{k}={v}" for k, v in cell["settings"].items() if k != key]
     is_named = several and cell["method"]

@@ -1,4 +1,4 @@
-"""How quickly a model answers: one prompt, greedy, a fixed number of tokens."""
+"""Measure generation speed: one prompt, greedy, a fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEW_TOKENS = 32
 REPEATS = 5
 
 _NEVER = (2**40,)
-"""A stop token that no vocabulary has: without any, that of the model's own config would hold."""
+"""A stop token outside of every vocabulary. Without one, the model's own stop tokens apply."""
 
 
 def measure_latency(
@@ -33,10 +33,10 @@ def measure_latency(
     new_tokens: int = NEW_TOKENS,
     repeats: int = REPEATS,
 ) -> dict[str, float]:
-    """Time to the first token, and tokens a second after it, of one prompt alone.
+    """Measure the time to the first token, and the tokens per second after it, for one prompt.
 
-    Both are medians of several answers, after one that warms up. No token ends an answer, so that
-    each has as many tokens, whatever the model has learnt to say.
+    Both are medians of several runs, after one warm-up run. No token stops generation, so every run
+    has the same number of tokens.
 
     Returns:
         {"first_token_seconds", "tokens_per_second"}.
@@ -51,7 +51,7 @@ def measure_latency(
     prompt = Prompt(prompt_ids(tokenizer), reference="")
     seconds(new_tokens)
     pairs = [(seconds(1), seconds(new_tokens)) for _ in range(repeats)]
-    # A clock that is read twice at once may find no time between.
+    # The clock may not advance between two reads.
     rest = max(median(whole - one for one, whole in pairs), 1e-9)
     return {
         "first_token_seconds": median(one for one, _ in pairs),
@@ -60,6 +60,6 @@ def measure_latency(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """So many tokens of ordinary text: the same for each model with this tokenizer."""
+    """Return `PROMPT_TOKENS` tokens of ordinary text, the same for every model of a tokenizer."""
     ids: Sequence[int] = tokenizer(" ".join(TEXTS), add_special_tokens=False)["input_ids"]
     return (list(ids) * PROMPT_TOKENS)[:PROMPT_TOKENS]

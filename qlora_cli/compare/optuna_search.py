@@ -1,4 +1,4 @@
-"""Optuna proposes the cells, and ends those without promise. Nothing of that is ours."""
+"""Search the grid with Optuna, which proposes cells and prunes runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CELL, _CUT_SHORT, _SPACE = "cell", "cut short", "space"
 
 @dataclass(frozen=True)
 class Search:
-    """How many trials, and by which measure."""
+    """Number of trials, and the measure to optimize."""
 
     trials: int
     objective: str
@@ -35,15 +35,17 @@ class Search:
 def run_search(
     grid: Grid, search: Search, root: Path, check: Callable[[Cell], None], cells: list[Cell]
 ) -> None:
-    """Run what Optuna proposes until there are so many trials, those of earlier calls among them.
+    """Run the cells that Optuna proposes, until the study has `search.trials` trials.
+
+    Trials of earlier calls count.
 
     Args:
-        check: raises RecipeError if a cell cannot be taken.
-        cells: is given them, in the order in which they were first proposed.
+        check: raises RecipeError if a cell cannot be run.
+        cells: receives the cells, in the order in which they were first proposed.
 
     Raises:
-        RecipeError: Optuna is not installed, or the objective is no measure of the recipe.
-        Interrupted: the study goes on from here when it is asked for again.
+        RecipeError: Optuna is not installed, or the recipe has no such measure.
+        Interrupted: the next call continues the study.
     """
     study = open_study(grid, search, root)
     for known in study.get_trials(deepcopy=False):
@@ -67,10 +69,10 @@ def _add(cells: list[Cell], cell: Cell) -> None:
 
 
 def open_study(grid: Grid, search: Search, root: Path) -> Study:
-    """The study of a comparison, new or taken up again.
+    """Open the study of a comparison, or create it.
 
     Raises:
-        RecipeError: Optuna is not installed, or the objective is no measure of the recipe.
+        RecipeError: Optuna is not installed, or the recipe has no such measure.
     """
     try:
         import optuna
@@ -87,7 +89,7 @@ def open_study(grid: Grid, search: Search, root: Path) -> Study:
     every = recipe.training
     if not (every.eval_every if search.objective == "loss" else every.tasks_every):
         log.warning(
-            "nothing will be pruned: %s is not measured during training (training.%s)",
+            "no run will be pruned: %s is not measured during training (set training.%s)",
             search.objective,
             "eval_every" if search.objective == "loss" else "tasks_every",
         )
@@ -98,7 +100,7 @@ def open_study(grid: Grid, search: Search, root: Path) -> Study:
         pruner=optuna.pruners.MedianPruner(),
         load_if_exists=True,
     )
-    # Not the same proposals again when it goes on.
+    # A continued study must not repeat its first proposals.
     seed = recipe.training.seed + len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=seed)
     _refuse_other_space(study, grid)
@@ -107,13 +109,13 @@ def open_study(grid: Grid, search: Search, root: Path) -> Study:
 
 
 def _refuse_other_space(study: Study, grid: Grid) -> None:
-    """Raises RecipeError: Optuna's trials are points of one space."""
+    """Raise RecipeError if the search space has changed since the study began."""
     space = [grid.names, [[str(axis), list(axis.values)] for axis in grid.axes]]
     known = study.user_attrs.get(_SPACE, space)
     if known != space:
         raise RecipeError(
-            "--search: the study in this folder was begun with other recipes, --methods or --vary",
-            hint="name the same again, or another folder in --out",
+            "--search: the study in this folder has other recipes, --methods or --vary",
+            hint="use the same ones again, or another folder with --out",
         )
     study.set_user_attr(_SPACE, space)
 
@@ -122,22 +124,22 @@ def _any_recipe(grid: Grid) -> Recipe:
     found = [grid.cell(recipe, method, {}) for recipe, method in grid.choices]
     recipe = next((cell.recipe for cell in found if cell.recipe is not None), None)
     if recipe is None:
-        raise RecipeError(f"no recipe of those to search can be: {found[0].error}")
+        raise RecipeError(f"no recipe of the search is valid: {found[0].error}")
     return recipe
 
 
 def _direction(recipe: Recipe, objective: str) -> bool:
-    """Whether less of it is better."""
+    """Tell whether lower values of the objective are better."""
     tasks = choose_tasks(recipe, None, is_tuned=True)
     known = {name: one for task in tasks for name, one in task.named_measures()}
     if objective not in known or known[objective].lower_is_better is None:
         able = [name for name, one in known.items() if one.lower_is_better is not None]
-        raise RecipeError(f"--objective: {objective} is none of {', '.join(able)}")
+        raise RecipeError(f"--objective: no measure {objective}; choose from {', '.join(able)}")
     return bool(find_measure(tasks, objective)[1].lower_is_better)
 
 
 def _requeue_interrupted(study: Study) -> None:
-    """Trials that were cut short are proposed again, and go on from what was saved."""
+    """Propose interrupted trials again; their runs resume from what was saved."""
     from optuna.trial import TrialState
 
     cut = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -150,7 +152,7 @@ def _requeue_interrupted(study: Study) -> None:
 
 
 def _num_trials(study: Study) -> int:
-    """Trials that are over, whatever became of them; those that were cut short are none."""
+    """Count finished trials, including failed and pruned ones but not interrupted ones."""
     from optuna.trial import TrialState
 
     over = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -173,7 +175,7 @@ def _tell_optuna(
 
 
 def _propose(grid: Grid, trial: Any) -> Cell:
-    """The cell of a trial: recipe and method first, then the keys that these have."""
+    """Let a trial choose recipe and method first, then the values of their keys."""
     names = dict(zip(grid.names, grid.choices, strict=True))
     chosen = trial.suggest_categorical("run", list(names)) if len(names) > 1 else next(iter(names))
     recipe, method = names[chosen]
@@ -188,13 +190,13 @@ def _value(trial: Any, axis: Axis) -> str:
     low, high = axis.range
     if axis.is_whole:
         return str(trial.suggest_int(str(axis), int(low), int(high), log=low > 0))
-    # Rounded: the value is in the cell's name too, and both have to say the same.
+    # Rounded, because the value is also part of the cell's name and both must agree.
     return f"{trial.suggest_float(str(axis), low, high, log=low > 0):.3g}"
 
 
 @dataclass
 class _ReplayedTrial:
-    """A trial of an earlier call, which answers as it did."""
+    """A trial of an earlier call, which repeats its choices."""
 
     params: dict[str, Any]
 
@@ -209,25 +211,25 @@ class _ReplayedTrial:
 
 @dataclass
 class Pruning:
-    """Reports the evaluations of a run to its trial as they come, and asks whether to end it."""
+    """Report the evaluations of a run to its trial, and ask whether to prune the run."""
 
     trial: Trial
     store: ResultStore
     key: str
-    """Of the measure in metrics.jsonl."""
-    _told: set[int] = field(default_factory=set)
+    """Key of the measure in metrics.jsonl."""
+    _reported: set[int] = field(default_factory=set)
 
     def __call__(self) -> bool:
         for row in self._evaluations():
-            if row["step"] not in self._told:
-                self._told.add(row["step"])
+            if row["step"] not in self._reported:
+                self._reported.add(row["step"])
                 self.trial.report(row[self.key], row["step"])
-        # What is trained to its end is worth measuring.
-        return bool(self._told) and self._is_training() and self.trial.should_prune()
+        # A run that has finished training is evaluated, not pruned.
+        return bool(self._reported) and self._is_training() and self.trial.should_prune()
 
     def _is_training(self) -> bool:
         return self.store.record().get("status") == "training"
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
-        # Step 0 is the untrained model, equal for all.
+        # Step 0 is the untrained model, which is the same for all.
         return (r for r in self.store.metrics() if r["step"] and r.get(self.key) is not None)

@@ -1,4 +1,4 @@
-"""What the files of a comparison say, as one report."""
+"""Collect the files of a comparison into one report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CellReport = dict[str, Any]
 
 @dataclass(frozen=True)
 class ReferenceCell:
-    """The first cell that was asked: all others are told by their difference from it."""
+    """The first evaluated cell, with which the others are compared."""
 
     name: str
     tasks: Sequence[Task]
@@ -29,28 +29,28 @@ class ReferenceCell:
 
 
 def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
-    """The report of a comparison, of what there is of it so far.
+    """Report what a comparison has so far.
 
     Returns:
-        {"folder", "first": name of the cell that the others are compared with, "varied": [key],
+        {"folder", "first": name of the cell with which the others are compared, "varied": [key],
         "measures": {measure: {"n", "is_share", "lower_is_better"}}, "bases": {name: {measure: E}}
-        (the untrained model, as cells hold it), "confidence", "resamples", "environment",
+        (the untrained model, as cells quantize it), "confidence", "resamples", "environment",
         "cells": [C]}; C is {"name", "recipe", "method", "settings", "status"
         ("finished", "failed", "pruned" or "waiting"), "failure": {"error", "hint"} or null, "run",
         "trained_weights", "total_weights", "trained_share", "steps", "tokens", "seconds",
         "tokens_per_second", "weights_bytes", "run_bytes", "memory", "generation", "results",
         "differences" (from the first cell), "base" (its name in "bases"), "from_base" (the
-        difference from it), "curve": [{"step", "tokens", "seconds", "loss"}]}. What is not known
-        is null.
+        difference from it), "curve": [{"step", "tokens", "seconds", "loss"}]}. Unknown values are
+        null.
     """
     first = _reference_cell(cells, root)
-    told: dict[str, Any] = {"measures": {}, "bases": {}}
-    rows = [_row(cell, ResultStore(root, cell), first, told) for cell in cells]
+    shared: dict[str, Any] = {"measures": {}, "bases": {}}
+    rows = [_row(cell, ResultStore(root, cell), first, shared) for cell in cells]
     return {
         "folder": str(root),
         "first": first and first.name,
         "varied": list(dict.fromkeys(key for cell in cells for key in cell.settings)),
-        **told,
+        **shared,
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
         "environment": environment(),
@@ -59,7 +59,7 @@ def make_report(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
 
 
 def value_of(cell: Cell, store: ResultStore, name: str) -> float | None:
-    """One measure of a cell; None if it was not asked."""
+    """Return one measure of a cell; None before the cell was evaluated."""
     answers = store.answers()
     if answers is None or cell.recipe is None:
         return None
@@ -68,10 +68,10 @@ def value_of(cell: Cell, store: ResultStore, name: str) -> float | None:
 
 
 def find_measure(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
-    """The measure of this name, and its task.
+    """Find a measure by name, and its task.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such measure.
     """
     named = {known: (task, one) for task in tasks for known, one in task.named_measures()}
     return named[name]
@@ -86,7 +86,7 @@ def _reference_cell(cells: Sequence[Cell], root: Path) -> ReferenceCell | None:
 
 
 def _row(
-    cell: Cell, store: ResultStore, first: ReferenceCell | None, told: dict[str, Any]
+    cell: Cell, store: ResultStore, first: ReferenceCell | None, shared: dict[str, Any]
 ) -> CellReport:
     record, measurements = store.record(), store.measurements() or {}
     curve = loss_curve(store.metrics())
@@ -106,7 +106,7 @@ def _row(
         **{key: measurements.get(key) for key in ("weights_bytes", "run_bytes")},
         "memory": _memory(record, measurements.get("plan")),
         "generation": measurements.get("generation"),
-        **_results(cell, store, first, told),
+        **_results(cell, store, first, shared),
         "curve": curve,
     }
 
@@ -117,12 +117,12 @@ def _status(cell: Cell, store: ResultStore) -> CellReport:
     failure = store.failure()
     if failure is None:
         return {"status": "finished" if store.is_done else "waiting", "failure": None}
-    told = {key: failure[key] for key in ("error", "hint")}
-    return {"status": "pruned" if failure.get("is_pruned") else "failed", "failure": told}
+    shared = {key: failure[key] for key in ("error", "hint")}
+    return {"status": "pruned" if failure.get("is_pruned") else "failed", "failure": shared}
 
 
 def _memory(record: CellReport, plan: CellReport | None) -> CellReport:
-    """Bytes: planned (of tensors by kind, and of the process) and measured (of the process)."""
+    """Return memory in bytes: planned (tensors by kind, process) and measured (process)."""
     planned = {key: (plan or {}).get(key) for key in ("tensor_bytes", "process_bytes", "kinds")}
     return {
         **{f"planned_{key}": value for key, value in planned.items()},
@@ -133,41 +133,41 @@ def _memory(record: CellReport, plan: CellReport | None) -> CellReport:
 
 
 def _results(
-    cell: Cell, store: ResultStore, first: ReferenceCell | None, told: dict[str, Any]
+    cell: Cell, store: ResultStore, first: ReferenceCell | None, shared: dict[str, Any]
 ) -> CellReport:
-    """Figures with intervals, and paired differences from the first cell and from the base.
+    """Estimate the measures, and paired differences from the first cell and from the base.
 
     Args:
-        told: is given what is not of this cell alone.
+        shared: receives what is not specific to this cell.
     """
     answers, base = store.answers(), store.answers(of_base=True) if store.has_base else None
     found: CellReport = dict.fromkeys(("results", "differences", "base", "from_base"))
     if answers is None or first is None:
         return found
     against_first = summarize(first.tasks, {"first": first.answers, "this": answers}).to_json()
-    told["measures"] |= against_first["measures"]
+    shared["measures"] |= against_first["measures"]
     found["results"] = against_first["models"]["this"]
     if cell.name != first.name:
         found["differences"] = against_first["differences"]
     if base is not None:
         against_base = summarize(first.tasks, {"base": base, "this": answers}).to_json()
-        told["bases"][store.base_name] = against_base["models"]["base"]
+        shared["bases"][store.base_name] = against_base["models"]["base"]
         found |= {"base": store.base_name, "from_base": against_base["differences"]}
     return found
 
 
 def training_speed(metrics: Sequence[CellReport]) -> float | None:
-    """Tokens a second: the median of the logged stretches, without the first, which warms up."""
+    """Compute tokens per second: the median of the logged values without the first (warm-up)."""
     speeds = [row["tokens_per_second"] for row in metrics if "loss" in row]
     return median(speeds[1:] or speeds) if speeds else None
 
 
 def loss_curve(metrics: Sequence[CellReport]) -> list[CellReport]:
-    """The logged losses by tokens and by seconds of training (evaluations do not count)."""
+    """Return the logged losses by tokens and by seconds of training, evaluation not counted."""
     curve: list[CellReport] = []
     tokens, seconds = 0, 0.0
     for row in metrics:
-        # A loss that was not finite is null there.
+        # A loss that is not finite is null in the file.
         if row.get("loss") is None or not row["tokens_per_second"]:
             continue
         seconds += (row["tokens"] - tokens) / row["tokens_per_second"]

@@ -1,12 +1,12 @@
-"""Where a comparison keeps what it found: all that a report is made of, file by file.
+"""The files of a comparison, from which its report is made.
 
 OUT/
 ├── comparison.json   the report
-├── comparison.html   the same for people, with plots
-├── study.log         what Optuna remembers (with --search)
-├── runs/CELL/        an ordinary run
+├── comparison.html   the report as a page, with plots
+├── study.log         the Optuna study (with --search)
+├── runs/CELL/        a normal run folder
 ├── measured/CELL.json, CELL.answers.json, CELL.failed.json
-└── bases/NAME.json   answers of the base as some cells hold it
+└── bases/NAME.json   outcomes of the base, as some cells quantize it
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ResultStore:
-    """What is known of one cell.
+    """The files of one cell.
 
     Args:
         root: folder of the comparison.
@@ -44,45 +44,45 @@ class ResultStore:
 
     @property
     def base_name(self) -> str | None:
-        """Of the base as this cell holds it; None where the cell has no recipe."""
+        """Name of the base as this cell quantizes it; None if the cell has no recipe."""
         return self._base.stem if self._base else None
 
     @property
     def has_base(self) -> bool:
-        """Whether the base, as this cell holds it, was asked already."""
+        """True if the base, as this cell quantizes it, has been evaluated."""
         return self._base is not None and self._base.is_file()
 
     def record(self) -> dict[str, Any]:
-        """The record of the run; empty before it began."""
+        """Read run.json; empty before the run starts."""
         return self.run.read_record() if is_run(self.run.root) else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, but for one that is being written."""
+        """Read metrics.jsonl, without a line that is still being written."""
         path = self.run.root / "metrics.jsonl"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
     def measurements(self) -> dict[str, Any] | None:
-        """What was measured beside the answers; None before that."""
+        """Read plan, generation speed and sizes; None before they were measured."""
         return _read(self._file(""))
 
     def save_measurements(self, measurements: Mapping[str, Any]) -> None:
-        """Remember them."""
+        """Save plan, generation speed and sizes."""
         _write(self._file(""), measurements)
 
     def failure(self) -> dict[str, Any] | None:
-        """Why the cell failed, if it did."""
+        """Read why the cell failed, if it did."""
         return _read(self._file(".failed"))
 
     def save_failure(self, failure: Mapping[str, Any] | None) -> None:
-        """Remember it, or that there is none any more."""
+        """Save why the cell failed; None removes an earlier failure."""
         if failure is None:
             self._file(".failed").unlink(missing_ok=True)
         else:
             _write(self._file(".failed"), failure)
 
     def answers(self, *, of_base: bool = False) -> TaskOutcomes | None:
-        """Outcomes of each task, with what is counted alone; None before the model was asked."""
+        """Read the outcomes of each task, without texts; None before the evaluation."""
         known = _read(self._answers(of_base))
         if known is None:
             return None
@@ -92,25 +92,25 @@ class ResultStore:
         }
 
     def save_outcomes(self, answers: TaskOutcomes, *, of_base: bool = False) -> None:
-        """Remember them."""
+        """Save the outcomes of each task, without texts."""
         rows = {task: [[o.place, o.values] for o in found] for task, found in answers.items()}
         _write(self._answers(of_base), rows)
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """True if nothing is left to do."""
         measurements = self.measurements()
         if measurements is None or self.answers() is None:
             return False
         return not self._speaks or measurements["generation"] is not None
 
     def refuse_other(self, recipe: Recipe) -> None:
-        """Raises RecipeError if the cell was run with another recipe."""
+        """Raise RecipeError if the cell was run with another recipe."""
         if not is_run(self.run.root):
             return
         old, new = (one.model_dump(mode="json") for one in (recorded_recipe(self.run), recipe))
         changes = {k: v for k, v in compare(old, new).items() if not k.startswith("output.")}
-        # The run has recorded what it was settled to.
+        # The run has recorded the value that `auto` chose.
         if recipe.training.micro_batch_size == "auto" and self.record()["is_micro_batch_auto"]:
             changes.pop("training.micro_batch_size", None)
         if changes:
@@ -131,14 +131,14 @@ class ResultStore:
 
 
 def _base_name(recipe: Recipe) -> str:
-    """Cells whose base is held alike share its answers."""
+    """Name the base of a recipe. Cells with equal bases share its outcomes."""
     document = recipe.model_dump(mode="json")
     keys = ("model", "quantization", "data", "evaluation")
     values = [*(document[key] for key in keys), recipe.training.precision]
     digest = hash_json(values)
     changed = recipe.quantization.model_dump(mode="json", exclude_defaults=True)
-    told = [f"{key}={value}" for key, value in changed.items()]
-    return "-".join([recipe.quantization.type, *told, digest[:6]])
+    settings = [f"{key}={value}" for key, value in changed.items()]
+    return "-".join([recipe.quantization.type, *settings, digest[:6]])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

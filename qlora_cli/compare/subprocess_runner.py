@@ -1,4 +1,4 @@
-"""Cells take turns: one at a time, each in a process of its own."""
+"""Run cells one at a time, each in its own process."""
 
 from __future__ import annotations
 
@@ -20,48 +20,45 @@ log = logging.getLogger("qlora")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_SECONDS = 0.2
-"""How often a run is looked at while it goes on."""
+"""Interval at which a running cell is checked."""
 
 
-def never() -> bool:
-    """No run is ended early."""
-    return False
-
-
-def run_in_subprocess(cell: Cell, root: Path, should_prune: Callable[[], bool] = never) -> None:
-    """Run a cell, as far as that is not done. What fails is written down beside it.
+def run_in_subprocess(
+    cell: Cell, root: Path, should_prune: Callable[[], bool] | None = None
+) -> None:
+    """Run the unfinished parts of a cell. A failure is saved with the cell.
 
     Args:
         root: folder of the comparison.
-        is_enough: asked again and again while it is trained; true ends it, saved.
+        should_prune: called repeatedly during training; if true, the run is saved and ended.
 
     Raises:
-        Interrupted: by a signal, or by `training.stop_after`; what was learnt is saved.
+        Interrupted: by a signal, or by `training.stop_after`; the run is saved.
     """
     store = ResultStore(root, cell)
     if cell.recipe is None or store.is_done:
-        log.info("%s: %s", cell.name, cell.error or "done before")
+        log.info("%s: %s", cell.name, cell.error or "already done")
         return
-    log.info("%s: begins", cell.name)
+    log.info("%s: starting", cell.name)
     store.save_failure(None)
-    # Never by fork: threads of libraries do not live on in a copy, and the locks they held do.
+    # Not by fork: a forked process keeps the locks of library threads, but not the threads.
     process = multiprocessing.get_context("spawn").Process(
         target=run_worker, args=(cell, root, log.level), name=cell.slug
     )
     process.start()
     is_pruned = False
-    with _forward_signals(process.terminate) as asked:
+    with _forward_signals(process.terminate) as received:
         while process.is_alive():
             process.join(_LOOK_SECONDS)
-            if not is_pruned and not asked and should_prune():
+            if not is_pruned and not received and should_prune and should_prune():
                 is_pruned = True
                 process.terminate()
-    if asked:
-        raise Interrupted(asked[0].name, EXIT_SIGNAL + asked[0])
+    if received:
+        raise Interrupted(received[0].name, EXIT_SIGNAL + received[0])
     if process.exitcode == EXIT_DEADLINE:
-        raise Interrupted("training.stop_after is over", EXIT_DEADLINE)
+        raise Interrupted("training.stop_after has passed", EXIT_DEADLINE)
     if is_pruned:
-        store.save_failure({"error": "no promise at this step", "hint": None, "is_pruned": True})
+        store.save_failure({"error": "pruned by Optuna", "hint": None, "is_pruned": True})
     elif process.exitcode and store.failure() is None:
         store.save_failure(_exit_failure(process.exitcode))
     if failure := store.failure():
@@ -69,9 +66,9 @@ def run_in_subprocess(cell: Cell, root: Path, should_prune: Callable[[], bool] =
 
 
 def _exit_failure(code: int) -> dict[str, object]:
-    """Of a process that had no time to say anything."""
+    """Describe the end of a process that saved no failure."""
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    hint = "the system may have ended it for want of memory: qlora plan says what it takes"
+    hint = "probably killed by the OOM killer; qlora plan predicts how much memory the run needs"
     return {
         "error": f"its process ended {how}",
         "hint": hint if code == -signal.SIGKILL else None,
@@ -81,18 +78,18 @@ def _exit_failure(code: int) -> dict[str, object]:
 
 @contextmanager
 def _forward_signals(end: Callable[[], None]) -> Iterator[list[signal.Signals]]:
-    """Signals in here ask the run to end; again, at once. Yields those that came."""
-    asked: list[signal.Signals] = []
+    """Forward signals to the run, which then ends. Yield the list of received signals."""
+    received: list[signal.Signals] = []
 
     def take(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number))
+        received.append(signal.Signals(number))
         end()
 
-    # Elsewhere than in the main thread no signal arrives.
+    # Only the main thread receives signals.
     is_main = threading.current_thread() is threading.main_thread()
     before = {each: signal.signal(each, take) for each in _SIGNALS} if is_main else {}
     try:
-        yield asked
+        yield received
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

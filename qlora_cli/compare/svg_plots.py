@@ -1,7 +1,7 @@
-"""Plots as SVG inside a page: no script, no font, nothing from elsewhere.
+"""SVG plots for a page, without scripts, fonts or external resources.
 
-Each is an image with a title and a description, and what it shows is in a table of the page too.
-Text and lines take the page's own colour, so that they are seen in light and in dark.
+Each plot has a title and a description, and its values are also in a table of the page. Text and
+lines use the colour of the page, so that they are visible on light and dark backgrounds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ WIDTH, HEIGHT = 720, 340
 LEFT, RIGHT, TOP, BOTTOM = 70, 16, 12, 44
 
 COLOURS = ("#3b82c4", "#d97706", "#2e9e6b", "#c2508f", "#7c6fd6", "#8a8f1f", "#c0473c", "#4f9da6")
-"""Of middling lightness: each stands out from white and from black."""
+"""Colours of medium lightness, visible on white and on black."""
 DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 
 _FEW = 12
-"""Points that are marked one by one."""
+"""Maximum number of points that get markers."""
 
 NumberFormat = Callable[[float], str]
 
@@ -34,7 +34,7 @@ class LineSeries:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval, whose ends may not be known."""
+    """A value and its interval, whose ends may be unknown."""
 
     name: str
     value: float
@@ -44,7 +44,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class StackedBar:
-    """Parts of a whole, and beside them one figure for all of it."""
+    """Stacked parts of a whole, and a separate value for the whole."""
 
     name: str
     parts: dict[str, float]
@@ -52,7 +52,7 @@ class StackedBar:
 
 
 class Scale:
-    """From values to places on the page."""
+    """Map values to positions on the page."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False):
         self._of: Callable[[float], float] = math.log if log else float
@@ -67,9 +67,9 @@ class Scale:
         return round(self._start + (self._of(value) - self._of(self.low)) * self._step, 2)
 
     def ticks(self) -> list[float]:
-        """Some round values within."""
+        """Return some round values in the range."""
         step = 10 ** math.floor(math.log10((self.high - self.low) / 3))
-        # None is right where the logarithm was rounded up.
+        # If the logarithm was rounded up, neither factor fits.
         step *= next((m for m in (5, 2) if (self.high - self.low) / (m * step) >= 3), 1)
         first = math.ceil(self.low / step)
         return [round(i * step, 12) for i in range(first, math.floor(self.high / step) + 1)]
@@ -78,10 +78,10 @@ class Scale:
 def line_plot(
     title: str, lines: Sequence[LineSeries], *, x: str, y: str, form: NumberFormat
 ) -> str:
-    """Lines over a common axis, told apart by colour and dashes; few points are marked too."""
+    """Plot lines, distinguished by colour and dashes. Lines with few points get markers."""
     points = [point for line in lines for point in line.points]
     values = sorted({p[0] for p in points})
-    # Ranks and learning rates go by factors.
+    # Ranks and learning rates are spaced by factors, so use a log scale.
     is_log = len(values) <= _FEW and values[0] > 0 and values[-1] >= 8 * values[0]
     across = Scale(values, LEFT, WIDTH - RIGHT, log=is_log)
     up = Scale([p[1] for p in points], HEIGHT - BOTTOM, TOP)
@@ -107,7 +107,7 @@ def line_plot(
 
 
 def interval_plot(title: str, intervals: Sequence[Interval], *, form: NumberFormat) -> str:
-    """A row for each value, with its interval as a bar through it."""
+    """Plot each value as a point with its interval as a bar, one per row."""
     ends = [
         end for one in intervals for end in (one.value, one.low, one.high) if end is not None
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def interval_plot(title: str, intervals: Sequence[Interval], *, form: NumberForm
 
 
 def stack_plot(title: str, stacks: Sequence[StackedBar], *, mark: str, form: NumberFormat) -> str:
-    """A row for each stack of parts; the mark is a line across it."""
+    """Plot each stack of parts in a row. The mark is a line across the row."""
     kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.parts))
     wholes = [sum(stack.parts.values()) for stack in stacks]
     marks = [stack.mark for stack in stacks if stack.mark is not None]

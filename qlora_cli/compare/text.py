@@ -1,4 +1,4 @@
-"""A comparison as tables for people. For programs there is comparison.json."""
+"""A comparison as text tables. Programs read comparison.json instead."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Table = list[list[str]]
 
 UNKNOWN = "-"
 MODELS = ("base", "tuned", "merged")
-"""In generation: as it was loaded, with what was trained beside it, and merged into one."""
+"""Models whose generation is measured: base, base with adapter, and merged."""
 
 
 def comparison_text(report: CellReport) -> str:
-    """The tables one below the other, then what failed."""
+    """Format all tables, then the failures."""
     parts = [f"{report['folder']}: the same data, seed and budget for all"]
     for title, table in tables(report):
         parts += ["", title, *align_table(table)]
@@ -26,22 +26,25 @@ def comparison_text(report: CellReport) -> str:
 
 
 def tables(report: CellReport) -> Iterator[tuple[str, Table]]:
-    """Title and cells of each table, the head first."""
+    """Yield the title and the rows of each table; the first row is the head."""
     yield "training", training_table(report)
     yield "generation, one prompt at a time", generation_table(report)
     if report["measures"]:
         yield results_title(report), results_table(report, "results")
         yield f"difference from {report['first']}", results_table(report, "differences")
-        yield "difference from the base as each holds it", results_table(report, "from_base")
+        yield (
+            "difference from the base, quantized as in the cell",
+            results_table(report, "from_base"),
+        )
 
 
 def results_title(report: CellReport) -> str:
-    """What the figures are."""
+    """Return the title of the table of results."""
     return f"results, with {report['confidence']:.0%} intervals (bootstrap over the examples)"
 
 
 def training_table(report: CellReport) -> Table:
-    """What was trained, and what it took."""
+    """Return what was trained, and what it cost."""
     head = ["", "status", "trained", "share", "files", "planned", "measured", "tokens/s", "took"]
     return [head, *([cell["name"], *_training(cell)] for cell in report["cells"])]
 
@@ -62,7 +65,7 @@ def _training(cell: CellReport) -> list[str]:
 
 
 def generation_table(report: CellReport) -> Table:
-    """Time to the first token, and tokens a second after it."""
+    """Return the time to the first token, and the tokens per second after it."""
     first = [f"first token, {model}" for model in MODELS]
     rest = [f"tokens/s, {model}" for model in MODELS]
     rows = [[cell["name"], *_speeds(cell)] for cell in report["cells"]]
@@ -82,7 +85,7 @@ def _speeds(cell: CellReport) -> Iterator[str]:
 
 
 def results_table(report: CellReport, which: str) -> Table:
-    """Every measure of every cell, or its difference from another."""
+    """Return every measure of every cell, or its difference from another model."""
     measures = report["measures"]
     sign = "" if which == "results" else "+"
     found = {cell["name"]: cell[which] for cell in report["cells"]}
@@ -102,7 +105,7 @@ def _estimate(found: CellReport | None, name: str, measure: CellReport, sign: st
 
 
 def failures(report: CellReport) -> Iterator[tuple[str, str]]:
-    """What went wrong, and where: runs, plans and merges."""
+    """Yield the cell and the reason of each failed run, plan and merge."""
     for cell in report["cells"]:
         found = {
             cell["status"]: cell["failure"],
@@ -116,12 +119,12 @@ def failures(report: CellReport) -> Iterator[tuple[str, str]]:
 
 
 def or_unknown(value: Any, form: Callable[[Any], str]) -> str:
-    """A value in its form, or that it is not known."""
+    """Format a value, or return a dash if it is unknown."""
     return UNKNOWN if value is None else form(value)
 
 
 def numbers(values: Sequence[str]) -> list[float] | None:
-    """What the values are as numbers; None if one of them is none."""
+    """Return the values as numbers; None if one is not a number."""
     try:
         return [float(value) for value in values]
     except ValueError:

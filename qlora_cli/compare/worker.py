@@ -1,4 +1,4 @@
-"""One cell, in a process of its own: its memory is its own, and so is its end."""
+"""Run one cell in its own process, which isolates its memory and its failures."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ log = logging.getLogger("qlora")
 
 
 def run_worker(cell: Cell, root: Path, level: int) -> None:
-    """Train a cell and measure it, as far as that is not done; what fails is written down.
+    """Train and evaluate a cell, skipping finished parts. Save the reason of a failure.
 
     Args:
         root: folder of the comparison.
-        level: of the log.
+        level: log level.
     """
-    os.setpgrp()  # a signal of the terminal reaches the process that waits, which sends it on
+    os.setpgrp()  # the parent receives signals of the terminal and forwards them
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter())
@@ -61,15 +61,15 @@ def run_worker(cell: Cell, root: Path, level: int) -> None:
     except Exception as error:
         message = masked(f"{type(error).__name__}: {error}")
         store.save_failure({"error": message, "hint": None, "exit_code": 1})
-        raise  # an error of ours: its traceback is for the report
+        raise  # an internal error: its traceback belongs in a bug report
 
 
 def run_cell(cell: Cell, store: ResultStore) -> None:
-    """All of it, in this process.
+    """Run a cell in this process.
 
     Raises:
-        QloraError: in training or measuring.
-        Interrupted: what was learnt is saved.
+        QloraError: training or evaluation failed.
+        Interrupted: the run is saved.
     """
     assert cell.recipe is not None
     _train(cell.recipe, dict(cell.origins), store)
@@ -87,14 +87,14 @@ def _train(recipe: Recipe, origins: dict[str, str], store: ResultStore) -> None:
         train(recipe, resume="auto", origins=origins)
         return
     if run.root.exists():
-        with run.locked():  # raises where another process trains in it
+        with run.locked():  # raises if another process trains in it
             pass
-        remove_folder(run.root)  # cut short before anything that it learnt was saved
+        remove_folder(run.root)  # interrupted before its first checkpoint
     train(recipe, origins=origins)
 
 
 def _evaluate(recipe: Recipe, store: ResultStore) -> None:
-    """Ask the tuned model all that the recipe asks, and its base where nobody did yet."""
+    """Evaluate the tuned model, and its base unless another cell has done so."""
     evaluated = find_model(store.run.root, (), "last", None)
     tasks = choose_tasks(recipe, None, is_tuned=True)
     alone = store.has_base
@@ -113,12 +113,12 @@ def _measure(recipe: Recipe, run: RunFolder, *, with_latency: bool) -> dict[str,
 
 
 def _plan(recipe: Recipe) -> dict[str, Any]:
-    """What was to be expected; or why nothing was."""
+    """Return the planned memory, or the reason why there is no plan."""
     try:
         report = plan(recipe, device=World().device.type)
     except QloraError as error:
         return {"error": masked(str(error))}
-    if formula := report["formula"]:  # which is nothing to set a measurement beside
+    if formula := report["formula"]:
         return {"error": masked(f"not traced: {formula['why']}")}
     peak = report["peak"]
     return {
@@ -130,7 +130,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _measure_generation(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
-    """How quickly base, adapted and merged model answer; or why one of them does not."""
+    """Measure the generation speed of base, adapted and merged model, or say why it failed."""
     world = World()
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     weights = run.weights("last")
@@ -159,14 +159,14 @@ def _measure_generation(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
 
 
 def _plain(recipe: Recipe, model: Path) -> Recipe:
-    """The recipe of a model that needs neither adapter nor quantization."""
+    """Return the recipe of a merged model, which needs no adapter and no quantization."""
     document = recipe.model_dump(mode="json")
     document["model"] |= {"path": str(model), "revision": None}
     return Recipe.model_validate({**document, "quantization": {"type": "none"}})
 
 
 def _exit_with_parent() -> None:
-    """A run that nobody waits for is saved and ends."""
+    """Stop the run, saved, when the parent process ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

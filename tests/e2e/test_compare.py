@@ -204,8 +204,8 @@ def test_what_is_done_is_not_done_again(
     assert {file: file.stat().st_mtime_ns for file in files} == before
     # Another recipe would be another comparison.
     assert exit_code(*command, "adapter.r=2", "--set", "adapter.alpha=3") == 2
-    told = capsys.readouterr().err
-    assert "out/runs/nf4-r=2 was run with other settings\nadapter.alpha: 32.0 -> 3.0" in told
+    error = capsys.readouterr().err
+    assert "out/runs/nf4-r=2 was run with other settings\nadapter.alpha: 32.0 -> 3.0" in error
     Path("out/comparison.html").write_text(page, encoding="utf-8")
     Path("out/comparison.json").write_text(text, encoding="utf-8")
 
@@ -303,7 +303,7 @@ def test_a_comparison_that_is_interrupted_goes_on(
     assert [point["step"] for point in first["curve"]] == list(range(1, 401))
 
 
-def test_optuna_proposes_cells_and_ends_those_without_promise(
+def test_optuna_proposes_cells_and_prunes_runs(
     tmp_path: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -328,7 +328,7 @@ def test_optuna_proposes_cells_and_ends_those_without_promise(
     )
     (trial,) = study.trials
     assert trial.value == short["results"]["loss"]["value"]
-    # Five that were better from the first step on: the sixth has no promise.
+    # Five that were better from the first step on: the sixth is pruned.
     for _ in range(5):
         study.add_trial(
             optuna.trial.create_trial(
@@ -351,7 +351,7 @@ def test_optuna_proposes_cells_and_ends_those_without_promise(
     # Its trials are points of one space.
     capsys.readouterr()
     assert exit_code(*command, "--vary", "adapter.alpha=4,16", "--search", "8", "-q") == 2
-    assert "the study in this folder was begun with other" in capsys.readouterr().err
+    assert "the study in this folder has other" in capsys.readouterr().err
     assert len(study.trials) == 7
 
 
@@ -359,8 +359,11 @@ def test_optuna_proposes_cells_and_ends_those_without_promise(
     ("arguments", "message"),
     [
         (["--search", "2"], "--search and --objective need each other"),
-        (["--search", "2", "--objective", "rouge"], "--objective: rouge is none of loss, "),
-        (["--methods", "best"], "--methods: best is none of "),
+        (
+            ["--search", "2", "--objective", "rouge"],
+            "--objective: no measure rouge; choose from loss, ",
+        ),
+        (["--methods", "best"], "--methods: unknown method best; choose from "),
         (
             ["--set", "data.evaluation=null", "--set", "evaluation.forgetting=null"],
             "there is nothing",

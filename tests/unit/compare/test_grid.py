@@ -43,7 +43,7 @@ def test_every_adapter_and_quantization_is_a_method() -> None:
     assert set(method_names()) == {*adapters, *quantizations, "qlora"} - {"none"}
     assert method_keys("full") == ["quantization.type=none", "adapter.type=full"]
     assert method_keys("int8") == ["quantization.type=int8", "adapter.type=lora"]
-    with pytest.raises(RecipeError, match=r"--methods: loar is none of .*full, "):
+    with pytest.raises(RecipeError, match=r"--methods: unknown method loar; choose from .*full, "):
         method_keys("loar")
 
 
@@ -105,7 +105,7 @@ def test_files_of_one_name_would_be_one_row(recipe: Path, tmp_path: Path) -> Non
     other = tmp_path / "run" / recipe.name
     other.parent.mkdir()
     other.write_text(RECIPE.replace("r: 8", "r: 4"), encoding="utf-8")
-    with pytest.raises(RecipeError, match="would both be called mine in the table"):
+    with pytest.raises(RecipeError, match="would both be named mine in the table"):
         cells(recipe, other)
     assert len(cells(recipe, recipe)) == 1
 
@@ -140,18 +140,27 @@ def test_a_recipe_that_cannot_be_is_a_cell_with_its_reason(recipe: Path) -> None
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"vary": ["adapter.rank=4"]}, "adapter.rank is no key of a recipe"),
-        ({"overrides": ["adapter.rank=4"]}, "adapter.rank is no key of a recipe"),
+        ({"vary": ["adapter.rank=4"]}, "adapter.rank is not a recipe key"),
+        ({"overrides": ["adapter.rank=4"]}, "adapter.rank is not a recipe key"),
         ({"vary": ["adapter.r"]}, "needs the form"),
-        ({"vary": ["adapter.r=[4"]}, "is no list of values"),
-        ({"vary": ["adapter.r=4..64"]}, "a range, from which --search chooses"),
+        ({"vary": ["adapter.r=[4"]}, "is not a list of values"),
+        ({"vary": ["adapter.r=4..64"]}, "works only with --search"),
         ({"vary": ["adapter.r=64..4"]}, "from a smaller number to a larger"),
-        ({"vary": ["lora:adapter.r=4"]}, "lora is none of the methods that are compared"),
-        ({"methods": ["full"], "vary": ["adapter.r=4"]}, "adapter.r is a key of no method"),
-        ({"methods": ["lora"], "learning_rates": ["full=1"]}, "full is none of the methods"),
+        ({"vary": ["lora:adapter.r=4"]}, "lora is not one of the compared methods"),
+        (
+            {"methods": ["full"], "vary": ["adapter.r=4"]},
+            "none of the compared methods has the key adapter.r",
+        ),
+        (
+            {"methods": ["lora"], "learning_rates": ["full=1"]},
+            "full is not one of the compared methods",
+        ),
         ({"methods": ["lora"], "learning_rates": ["lora"]}, "needs the form METHOD=NUMBER"),
-        ({"methods": ["adapter"]}, "adapter is none of "),
-        ({"methods": ["full"], "overrides": ["adapter.r=4"]}, "--set: adapter.r is a key of no"),
+        ({"methods": ["adapter"]}, "unknown method adapter; choose from "),
+        (
+            {"methods": ["full"], "overrides": ["adapter.r=4"]},
+            "--set: none of the compared methods has the key adapter.r",
+        ),
         ({"vary": ["adapter.r=4", "adapter.r=16"]}, "--vary: adapter.r is given twice"),
         (
             {"methods": ["lora"], "vary": ["adapter.r=4", "lora:adapter.r=16"]},
