@@ -197,7 +197,7 @@ class TrainState:
 
 
 class StepHooks:
-    """What an adapter method does in each step in addition to the optimizer: here, nothing."""
+    """Work of an adapter method in each step, in addition to the optimizer: here, none."""
 
     def before_update(self) -> None:
         """Called when all gradients of the step are computed, before they are clipped."""

@@ -12,6 +12,8 @@ from qlora_cli.errors import RecipeError
 
 GIB = 2**30
 
+Device = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -137,6 +139,3 @@ def known_card(name: str, memory_bytes: int) -> Target | None:
 def _words(name: str) -> set[str]:
     """Split a name into words, without the memory size, which only some names contain."""
     return {w for w in re.findall(r"[a-z0-9]+", name.lower()) if not re.fullmatch(r"\d+gb", w)}
-
-
-Device = Literal["cpu", "cuda"]

@@ -16,7 +16,7 @@ from qlora_cli.types import TrainState
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run does between steps."""
+    """Callbacks of a run between its steps."""
 
     evaluate: Callable[[TrainState], dict[str, float]]
     """Returns the metrics of an evaluation; the model is in training mode again afterwards."""

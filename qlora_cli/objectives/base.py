@@ -24,7 +24,7 @@ class Objective(nn.Module, ABC):
     """
 
     unit: ClassVar[str]
-    """What `weight` counts. The number of a step is logged under this name."""
+    """Name of the things that `weight` counts; the count of a step is logged under it."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

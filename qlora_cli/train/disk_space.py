@@ -12,7 +12,7 @@ from qlora_cli.errors import TrainingError
 
 @dataclass(frozen=True, slots=True)
 class DiskBudget:
-    """What a run writes, in bytes. Tokenizers, cards and logs are small and not counted."""
+    """Bytes that a run writes. Tokenizers, cards and logs are small and not counted."""
 
     weights: int
     """Bytes of the trained weights, as `last` and `best` hold them."""

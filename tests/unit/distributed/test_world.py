@@ -6,7 +6,7 @@ import torch
 from qlora_cli.distributed.world import World, set_seed
 
 
-def test_alone_sums_are_what_they_were() -> None:
+def test_one_process_sums_to_its_own_values() -> None:
     world = World()
     assert (world.size, world.rank, world.is_main) == (1, 0, True)
     assert world.sum(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
@@ -20,7 +20,7 @@ def test_precision_by_name(precision, dtype) -> None:
     assert World().compute_dtype(precision) == dtype
 
 
-def test_precision_auto_is_one_that_the_device_computes_in() -> None:
+def test_auto_precision_is_supported_by_the_device() -> None:
     world = World()
     dtype = world.compute_dtype("auto")
     assert dtype in (torch.bfloat16, torch.float32, torch.float16)
@@ -31,7 +31,7 @@ def test_precision_auto_is_one_that_the_device_computes_in() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="read from Linux's /proc")
-def test_peak_memory_is_what_the_system_counts() -> None:
+def test_peak_memory_matches_the_operating_system() -> None:
     held = torch.ones(2**24)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (peak,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]

@@ -48,7 +48,7 @@ def test_on_a_terminal_steps_overwrite_one_line_and_evaluations_stay() -> None:
     assert len(last) > len(last.rstrip())
 
 
-def test_jsonl_forgets_the_steps_that_a_resumed_run_does_again(tmp_path: Path) -> None:
+def test_jsonl_drops_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = Jsonl(path, first_step=0)
     for step in (1, 2, 3):
@@ -61,7 +61,7 @@ def test_jsonl_forgets_the_steps_that_a_resumed_run_does_again(tmp_path: Path) -
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
 
 
-def test_jsonl_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_jsonl_can_be_read_during_the_run(tmp_path: Path) -> None:
     tracker = Jsonl(tmp_path / "metrics.jsonl", first_step=0)
     tracker.log({"loss": 1.0}, 1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"))["loss"] == 1.0
@@ -79,7 +79,7 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == [(7, 2.0)]
 
 
-def test_an_evaluation_without_data_is_no_event(tmp_path: Path) -> None:
+def test_an_evaluation_without_metrics_is_not_logged(tmp_path: Path) -> None:
     tracker = open_trackers([], tmp_path, max_steps=1, first_step=0)
     tracker.log({}, 0)
     tracker.close()

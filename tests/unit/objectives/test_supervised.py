@@ -66,7 +66,7 @@ def test_equals_the_plain_loss_and_its_gradients(
         torch.testing.assert_close(2 * gradient, expected_gradients[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_soft_cap_after_the_head_is_noticed_and_kept() -> None:
+def test_a_soft_cap_after_the_head_is_detected_and_applied() -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
         hidden_size=32,
@@ -85,7 +85,7 @@ def test_a_soft_cap_after_the_head_is_noticed_and_kept() -> None:
     torch.testing.assert_close(objective(batch)[0], plain_loss(model, batch), rtol=1e-6, atol=0)
 
 
-def test_logits_are_made_at_supervised_positions_alone(tiny_model: Path) -> None:
+def test_logits_are_computed_at_supervised_positions_only(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     objective = TokenLoss(model, torch.float32)
     seen: list[int] = []
@@ -111,7 +111,7 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradients(tiny_model: Path
 
 @pytest.mark.parametrize("is_split", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_held_out_rows_are_measured_by_ranks_with_and_without_rows(
+def test_evaluation_rows_are_shared_by_ranks_with_and_without_rows(
     tiny_model: Path, world_size: int, is_split: bool
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

@@ -31,13 +31,13 @@ def test_the_last_step_is_saved_too(max_steps: int, save_every: int | None, save
     assert count_saves(max_steps, save_every) == saves
 
 
-def test_just_enough_is_enough() -> None:
+def test_exactly_enough_space_is_accepted() -> None:
     ROOM.require(110 * MIB, Path("run"))
     with pytest.raises(TrainingError):
         ROOM.require(110 * MIB - 1, Path("run"))
 
 
-def test_the_error_has_the_figures_and_a_way_out_that_works() -> None:
+def test_the_error_names_the_sizes_and_a_setting_that_fits() -> None:
     with pytest.raises(TrainingError) as caught:
         ROOM.require(100 * MIB, Path("run"))
     assert "run has room for 100.0 MiB, and the run needs 110.0 MiB" in str(caught.value)
@@ -49,7 +49,7 @@ def test_the_error_has_the_figures_and_a_way_out_that_works() -> None:
     assert "keep_checkpoints" not in str(caught.value.hint)
 
 
-def test_a_run_that_no_disk_could_hold_is_refused_before_it_trains(
+def test_a_run_larger_than_the_disk_is_refused_before_it_trains(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -64,7 +64,7 @@ def test_a_run_that_no_disk_could_hold_is_refused_before_it_trains(
 
 
 @pytest.mark.parametrize("optimizer", get_args(get_args(OptimizerConfig)[0]))
-def test_a_checkpoint_is_about_as_large_as_was_foreseen(
+def test_a_checkpoint_is_about_as_large_as_budgeted(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, optimizer: type
 ) -> None:
     """Any optimizer of the union, on weights of which most are in tensors of usual size."""
