@@ -27,7 +27,7 @@ from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.families import AdamW
 from qlora_cli.optim.schedules import Linear
-from qlora_cli.recipe.schema import Training
+from qlora_cli.recipe.sections import Training
 from qlora_cli.types import Batch, Example, StepHooks, TrainState
 
 BASES = {"nf4": Nf4(), "none": Unquantized()}

@@ -10,7 +10,7 @@ from qlora_cli.loop.monitor import TrainingMonitor, is_finite
 from qlora_cli.loop.setup import Batches, Setup
 from qlora_cli.loop.step import train_step
 from qlora_cli.loop.trackers import Tracker
-from qlora_cli.recipe.schema import Training
+from qlora_cli.recipe.sections import Training
 from qlora_cli.types import TrainState
 
 

@@ -14,7 +14,7 @@ from qlora_cli.distributed.world import is_out_of_memory
 from qlora_cli.errors import OutOfMemory, TrainingError
 from qlora_cli.loop.setup import Setup
 from qlora_cli.models.report import held_bytes
-from qlora_cli.recipe.schema import SpikeDetection, Training
+from qlora_cli.recipe.sections import SpikeDetection, Training
 from qlora_cli.runs.checkpoint import random_states, set_random_states
 from qlora_cli.types import Batch, TrainState
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.monitor import is_finite
 from qlora_cli.loop.setup import Batches, Setup
-from qlora_cli.recipe.schema import Training
+from qlora_cli.recipe.sections import Training
 from qlora_cli.types import TrainState
 
 

@@ -368,9 +368,9 @@ def test_what_decides_is_not_changed_on_the_way(
         ({"training": {"patience": 2}}, r"training\.patience \(2\) counts evaluations"),
         (
             {"training": {"patience": 2, "eval_every": 1}, "data": {"evaluation": None}},
-            r"goes by the loss on data\.evaluation, which is missing",
+            r"needs the loss on data\.evaluation, which is missing",
         ),
-        ({"evaluation": {"best_by": "near"}}, r"no measure of a task; it takes one of loss"),
+        ({"evaluation": {"best_by": "near"}}, r"not a measure of any task; it takes one of loss"),
         (
             {"evaluation": {"best_by": "near", "tasks": TASKS}},
             r"best_by \(near\) needs training\.tasks_every",

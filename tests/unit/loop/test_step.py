@@ -18,7 +18,8 @@ from qlora_cli.loop.setup import Setup, assemble
 from qlora_cli.loop.step import train_step
 from qlora_cli.objectives.base import Objective, evaluate_loss
 from qlora_cli.plan.dry_run import FixedBatches, SingleProcess
-from qlora_cli.recipe.schema import Recipe, Training
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.sections import Training
 from qlora_cli.types import Batch, Example, TrainState
 
 

@@ -310,12 +310,12 @@ def test_paged_falls_back_without_cuda_and_warns_once(
         ("{type: sgd, momentum: 0, nesterov: true}", "optimizer: nesterov needs a momentum"),
         (
             "{type: schedule_free_adamw}\nschedule: {type: cosine}",
-            "optimizer.type (schedule_free_adamw) averages the weights in place of a schedule.type "
-            "(cosine) that falls; use schedule.type constant",
+            "optimizer.type (schedule_free_adamw) averages the weights instead of decaying the "
+            "learning rate, but schedule.type (cosine) decays it; use schedule.type constant",
         ),
         (
             "{type: schedule_free_adamw}\nschedule: {type: constant}\nadapter: {type: adalora}",
-            "adapter.type (adalora) and optimizer.type (schedule_free_adamw) do not go together",
+            "adapter.type (adalora) and optimizer.type (schedule_free_adamw) cannot be combined",
         ),
     ],
 )

@@ -171,9 +171,9 @@ def test_all_problems_at_once_sorted_by_place(problems: Callable[..., list[str]]
         (
             "training: {precision: fp32}\nquantization: {type: none, dtype: bfloat16}\n",
             [
-                "recipe.yaml:4:12  training.precision (fp32) and quantization.dtype (bfloat16) do "
-                "not mix: weights of 16 bit are multiplied in 16 bit; use training.precision auto, "
-                "or quantization.dtype auto",
+                "recipe.yaml:4:12  training.precision (fp32) and quantization.dtype (bfloat16) "
+                "cannot be combined: 16-bit weights are multiplied in 16 bit; use "
+                "training.precision auto, or quantization.dtype auto",
             ],
         ),
     ],
@@ -270,7 +270,7 @@ SOURCES = "model: {path: base}\noutput: {dir: run}\ndata:\n"
         ),
         (
             "  train: {path: a, weight: 2}\n  evaluation: {path: b, weight: 0.5}\n",
-            ["recipe.yaml:5:25  data.evaluation.weight (0.5) would change nothing: rows that ..."],
+            ["recipe.yaml:5:25  data.evaluation.weight (0.5) would change nothing: ..."],
         ),
         (
             "  train: {path: a}\n  evaluation:\n    - {path: b, weight: 1}\n"

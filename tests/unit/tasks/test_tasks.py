@@ -80,7 +80,7 @@ def test_a_task_with_rows_of_its_own_needs_no_held_out_rows(
 
 
 def test_two_tasks_of_one_name_are_refused(tiny_recipe: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="exact_match is there twice"):
+    with pytest.raises(ValueError, match='duplicate task name "exact_match"; rename one'):
         tiny_recipe(evaluation={"tasks": [{"type": "exact_match"}] * 2})
 
 
