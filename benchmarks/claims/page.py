@@ -1,4 +1,4 @@
-"""docs/comparison.md and its picture, from the comparisons that run.sh made.
+"""Write docs/comparison.md and its plot from the comparisons of run.sh.
 
 python -m benchmarks.claims.page runs/claims
 """
@@ -30,12 +30,12 @@ ADAPTERS = ("lora", "bottleneck", "ia3", "bitfit")
 
 HEAD = """\
 <!-- Written by benchmarks/claims/run.sh; run that instead of editing. -->
-# Methods beside each other
+# Methods compared
 
 SmolLM2-135M-Instruct, each method on the same rows, seed and budget: {sst2} rows of SST-2, and
-{gsm8k} of GSM8K. One small model, little data and short runs: what is found here need not hold for
-others, and can be looked up for them by the same command. All figures are of `qlora compare`, whose
-columns are explained in [compare.md](compare.md).
+{gsm8k} of GSM8K. This is one small model with little data and short runs, so the findings may not
+hold for other models; run the same command for yours. All figures come from `qlora compare`;
+[compare.md](compare.md) explains the columns.
 
 ```bash
 benchmarks/claims/run.sh FOLDER_WITH_DATA
@@ -56,7 +56,7 @@ Estimate = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What run.sh made."""
+    """The comparisons that run.sh made."""
 
     root: Path
     sst2: Report
@@ -65,16 +65,16 @@ class Comparisons:
 
     @classmethod
     def read(cls, root: Path) -> Comparisons:
-        """Those in a folder."""
+        """Read the comparisons in a folder."""
         names = ("sst2", "gsm8k", "seeds")
         found = [json.loads((root / n / "comparison.json").read_text("utf-8")) for n in names]
         return cls(root, *found)
 
     def difference(self, name: str, first: Cell, other: Cell, measure: str) -> Estimate:
-        """`other` minus `first` in one measure, paired.
+        """Estimate `other` minus `first` in one measure, paired.
 
         Args:
-            name: of the comparison.
+            name: name of the comparison.
         """
         recipe = load_recipe(Path(first["run"]) / "recipe.yaml").recipe
         tasks = choose_tasks(recipe, None, is_tuned=True)
@@ -91,7 +91,7 @@ class Comparisons:
 
 
 def cell_of(report: Report, method: str, **settings: str) -> Cell | None:
-    """The finished cell with these settings (their last names), and any others."""
+    """Find the finished cell with these settings (by the last part of their keys)."""
     for cell in report["cells"]:
         known = {key.rpartition(".")[2]: value for key, value in cell["settings"].items()}
         is_like = cell["method"] == method and settings.items() <= known.items()
@@ -103,20 +103,20 @@ def cell_of(report: Report, method: str, **settings: str) -> Cell | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A sentence that is said of methods, and what was found of it."""
+    """A common claim about methods, and what was measured."""
 
     sentence: str
     found: str
     holds: bool | None
-    """None: the figures do not tell."""
+    """None if the figures do not decide it."""
 
     def __str__(self) -> str:
-        said = {True: "holds here", False: "does not hold here", None: "not clear"}[self.holds]
-        return f"| {self.sentence} | **{said}** | {self.found} |"
+        verdict = {True: "holds here", False: "does not hold here", None: "not clear"}[self.holds]
+        return f"| {self.sentence} | **{verdict}** | {self.found} |"
 
 
 def verdicts(all_: Comparisons) -> Iterator[Verdict]:
-    """Each sentence with its figures, as far as its cells are there."""
+    """Yield each claim whose cells exist, with its figures."""
     full = cell_of(all_.sst2, "full")
     lora = cell_of(all_.sst2, "lora", r="16", target_modules="all-linear")
     nf4 = cell_of(all_.sst2, "nf4", double_quant="true")
@@ -136,7 +136,7 @@ def verdicts(all_: Comparisons) -> Iterator[Verdict]:
 
 
 def _of_other_seeds(all_: Comparisons) -> Iterator[Estimate]:
-    """LoRA r=16 minus full, in accuracy."""
+    """Yield the accuracy of LoRA r=16 minus full, for the other seeds."""
     for seed in ("1", "2"):
         full = cell_of(all_.seeds, "full", seed=seed)
         lora = cell_of(all_.seeds, "lora", r="16", seed=seed)
@@ -145,68 +145,70 @@ def _of_other_seeds(all_: Comparisons) -> Iterator[Estimate]:
 
 
 def within_one_percent(differences: Sequence[Estimate]) -> Verdict:
-    """From the paired difference of an accuracy with each seed: what one seed says and another
-    does not, the figures do not tell."""
+    """Decide from the paired difference in accuracy of each seed.
+
+    If the seeds disagree, the figures do not decide the claim.
+    """
     lows, highs = ([each[key] for each in differences] for key in ("low", "high"))
     is_outside = max(highs) < -0.01 or min(lows) > 0.01
     is_inside = min(lows) > -0.01 and max(highs) < 0.01
-    told = ", ".join(map(_points, differences))
+    text = ", ".join(map(_points, differences))
     return Verdict(
-        "LoRA is within 1 % of full fine-tuning",
-        f"accuracy on SST-2, LoRA r=16 minus full, {len(differences)} seeds: {told}",
+        "LoRA is within 1% of full fine-tuning",
+        f"accuracy on SST-2, LoRA r=16 minus full, {len(differences)} seeds: {text}",
         is_inside if is_inside or is_outside else None,
     )
 
 
 def share_of_parameters(report: Report) -> Verdict:
-    """Of all adapters that were trained."""
+    """Compare the share of trained weights of all adapters."""
     done = [c for c in report["cells"] if c["method"] in ADAPTERS and c["status"] == "finished"]
     shares = [cell["trained_share"] for cell in done]
     inside = sum(0.002 <= share <= 0.05 for share in shares)
     return Verdict(
-        "Adapters train 0.2 to 5 % of the parameters",
+        "Adapters train 0.2 to 5% of the parameters",
         f"{min(shares):.2%} to {max(shares):.2%}; {inside} of {len(shares)} within",
         inside == len(shares),
     )
 
 
 def less_memory(full: Cell, quantized: Cell) -> Verdict:
-    """Planned tensors, and processes as they were measured."""
+    """Compare the planned memory of tensors, and the measured memory of processes."""
     less = [
         1 - quantized["memory"][key] / full["memory"][key]
         for key in ("planned_tensor_bytes", "measured_bytes")
     ]
     return Verdict(
-        "QLoRA takes 70 % less memory than full fine-tuning",
-        f"{less[0]:.0%} less of tensors as planned, {less[1]:.0%} less of the process as measured",
+        "QLoRA needs 70% less memory than full fine-tuning",
+        f"{less[0]:.0%} less for tensors (planned), {less[1]:.0%} less for the process (measured)",
         None if min(less) < 0.7 <= max(less) else min(less) >= 0.7,
     )
 
 
 def latency_added(method: str, cell: Cell) -> Verdict:
-    """A token's time, unmerged against the base's."""
+    """Compare the time per token of the unmerged model and the base."""
     base, tuned = (cell["generation"][m]["tokens_per_second"] for m in ("base", "tuned"))
     added = base / tuned - 1
     return Verdict(
-        f"An adapter ({method}, unmerged) adds 10 to 20 % latency",
-        f"{cell['name']}: {added:+.0%} a token ({base:.1f} to {tuned:.1f} tokens/s)",
+        f"An adapter ({method}, unmerged) adds 10 to 20% latency",
+        f"{cell['name']}: {added:+.0%} per token ({base:.1f} to {tuned:.1f} tokens/s)",
         0.1 <= added <= 0.2,
     )
 
 
 def latency_merged(cell: Cell) -> Verdict:
-    """A token's time, merged against the base's."""
+    """Compare the time per token of the merged model and the base."""
     base, merged = (cell["generation"][m]["tokens_per_second"] for m in ("base", "merged"))
     added = base / merged - 1
     return Verdict(
         "Merged LoRA adds no latency",
-        f"{cell['name']}: {added:+.0%} a token ({base:.1f} to {merged:.1f} tokens/s)",
+        f"{cell['name']}: {added:+.0%} per token ({base:.1f} to {merged:.1f} tokens/s)",
         abs(added) < 0.05,
     )
 
 
 def higher_rank(all_: Comparisons) -> Verdict | None:
-    """Accuracy by rank, as the mean over seeds."""
+    """Compare accuracy by rank, as the mean over seeds."""
     by_rank = {}
     for rank in ("4", "16", "64"):
         cells = [
@@ -219,18 +221,18 @@ def higher_rank(all_: Comparisons) -> Verdict | None:
     if len(by_rank) < 2:
         return None
     means = {rank: mean(values) for rank, values in by_rank.items()}
-    told = ", ".join(
+    text = ", ".join(
         f"r={rank} {means[rank]:.1%} ({min(v):.1%} to {max(v):.1%}, {len(v)} seeds)"
         for rank, v in by_rank.items()
     )
     first, *_, last = by_rank.values()
-    # Beyond what the seed alone does, either way; else the seeds hide it.
+    # Decided only if the ranges over the seeds do not overlap.
     holds = False if min(last) > max(first) else True if max(last) < min(first) else None
-    return Verdict("A higher rank is not always better", f"accuracy on SST-2: {told}", holds)
+    return Verdict("A higher rank is not always better", f"accuracy on SST-2: {text}", holds)
 
 
 def feed_forward(all_: Comparisons) -> Iterator[Verdict]:
-    """All linear layers against attention alone, at each rank, on arithmetic."""
+    """Compare all linear layers with attention only, at each rank, on arithmetic."""
     for rank in ("4", "16", "64"):
         attention = cell_of(all_.gsm8k, "lora", r=rank, target_modules=ATTENTION)
         linear = cell_of(all_.gsm8k, "lora", r=rank, target_modules="all-linear")
@@ -251,18 +253,18 @@ def _points(difference: Estimate) -> str:
 
 
 def as_markdown(all_: Comparisons, rows: Mapping[str, int]) -> str:
-    """The whole page."""
-    lines = [HEAD.format(**rows), "## What is said, and what was found", ""]
-    lines += ["| it is said | | found |", "|---|---|---|", *map(str, verdicts(all_)), ""]
+    """Return the whole page."""
+    lines = [HEAD.format(**rows), "## Common claims, and what was measured", ""]
+    lines += ["| claim | | measured |", "|---|---|---|", *map(str, verdicts(all_)), ""]
     lines += [
-        "*Holds* and *does not hold* go by the 95% interval where there is one; *not clear* says "
-        "that the interval leaves both open.",
+        "*Holds* and *does not hold* are decided by the 95% interval where there is one; *not "
+        "clear* means that the interval allows both.",
         "",
     ]
     about = {"sst2": "SST-2", "gsm8k": "GSM8K", "seeds": "SST-2 with other seeds"}
     for name, title in about.items():
         lines += _comparison(title, getattr(all_, name))
-    lines += ["## Where", "", _environment(all_.sst2["environment"]), ""]
+    lines += ["## Environment", "", _environment(all_.sst2["environment"]), ""]
     return "\n".join(lines)
 
 
@@ -291,7 +293,7 @@ def _environment(known: Mapping[str, Any]) -> str:
 
 
 def picture(report: Report) -> str:
-    """Accuracy of each cell, as an image of its own."""
+    """Plot the accuracy of each cell as a separate image."""
     intervals = [
         Interval(cell["name"], **cell["results"][ACCURACY])
         for cell in report["cells"]
@@ -305,7 +307,7 @@ def picture(report: Report) -> str:
 def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description="Write docs/comparison.md and its picture.")
-    parser.add_argument("folder", type=Path, help="what run.sh wrote")
+    parser.add_argument("folder", type=Path, help="folder that run.sh wrote")
     all_ = Comparisons.read(parser.parse_args().folder)
     here = Path(__file__).parent
     recipes = {name: load_recipe(here / f"{name}.yaml").recipe for name in ("sst2", "gsm8k")}

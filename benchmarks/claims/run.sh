@@ -5,10 +5,10 @@ usage() {
     cat <<'HELP'
 Usage: benchmarks/claims/run.sh DATA [OUT]
 
-Compares the methods on SmolLM2-135M-Instruct, on DATA/sst2 and DATA/gsm8k (what is forgotten on
-DATA/wikitext2), into OUT (runs/claims), and writes docs/comparison.md and docs/comparison.svg from what
-came out. Call it again after an interruption, and it goes on. A cell that cannot be (a model without
-biases has none to train) is a row with its reason, and no failure of this script.
+Compares methods on SmolLM2-135M-Instruct, on DATA/sst2 and DATA/gsm8k (forgetting on DATA/wikitext2).
+Writes the comparisons to OUT (default: runs/claims), then docs/comparison.md and docs/comparison.svg.
+Run it again to continue after an interruption. A cell that is impossible (BitFit on a model without
+biases) appears in the table with its reason and does not make this script fail.
 HELP
 }
 

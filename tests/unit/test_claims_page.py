@@ -74,7 +74,7 @@ def test_shares_memory_and_latency() -> None:
     light = {**full, "memory": {**full["memory"], "measured_bytes": 600}}
     assert less_memory(light, lora).holds is None
     assert latency_added("lora", lora).holds is True
-    assert "+15% a token" in latency_added("lora", lora).found
+    assert "+15% per token" in latency_added("lora", lora).found
     assert latency_merged(lora).holds is True
     slow = {**lora, "generation": {**lora["generation"], "merged": {"tokens_per_second": 20.0}}}
     assert latency_merged(slow).holds is False
