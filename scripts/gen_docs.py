@@ -1,6 +1,6 @@
-"""Write the generated pages of docs/: `python scripts/gen_docs.py` (`--check`: are they current?).
+"""Write the generated pages of docs/, or check them: `python scripts/gen_docs.py [--check]`.
 
-Exit status of `--check`: 0 current, 1 not.
+Exit status of `--check`: 0 if all are current, else 1.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ data: {{train: {{path: rows.jsonl}}}}
 output: {{dir: runs/first}}
 ```
 
-A key that is not in these tables is an error. `qlora validate RECIPE` prints a recipe with all its
-values and where each of them comes from.
+A key that is not in these tables is an error. `qlora validate RECIPE` prints all values of a recipe
+and the origin of each.
 
-- **Types.** The key decides what its value is: `2e-4`, `1E-5` and `1_000` are numbers where a
-  number is due, and `no` and `123` are text where text is due. What is in quotes is always text.
-- **Sections with a `type`** come in several kinds, each with keys of its own. A section that is
-  there must name its `type`.
-- **`extends: other.yaml`**, at the top of a recipe, builds on another (beside it, and perhaps built
-  on a third). Sections are merged key by key; lists and values replace those below, and so does a
-  section of another `type`.
-- **`--set section.key=value`**, on the command line, comes last and is typed in the same way:
+- **Types.** The key determines the type of its value: `2e-4`, `1E-5` and `1_000` are numbers if the
+  key takes a number, and `no` and `123` are text if it takes text. Quoted values are always text.
+- **Sections with a `type`** have several variants, each with its own keys. If you write such a
+  section, give its `type`.
+- **`extends: other.yaml`**, at the top of a recipe, builds on another recipe, which may extend a
+  third. The path is relative to the recipe. Sections are merged key by key; lists and values are
+  replaced, and so is a section whose `type` differs.
+- **`--set section.key=value`**, on the command line, overrides the files by the same rules:
   `--set adapter.r=8`, `--set 'adapter.target_modules=[q_proj, v_proj]'`.
-- **Editors** can check a recipe as it is written: `qlora schema > recipe.schema.json`, and as the
-  first line of the recipe `# yaml-language-server: $schema=recipe.schema.json`. The schema knows
-  one spelling of each value: `true` and not `yes`, and quotes around text that looks like a number.
+- **Editors** can check a recipe while you write it: run `qlora schema > recipe.schema.json`, and
+  begin the recipe with `# yaml-language-server: $schema=recipe.schema.json`. The schema accepts one
+  spelling of each value: `true` but not `yes`, and quotes around text that looks like a number.
 """
 
 CLI_HEAD = f"""\
@@ -77,36 +77,37 @@ TEMPLATES_HEAD = """\
 <!-- Written by scripts/gen_docs.py from tests/golden/templates.json; see there. -->
 # Chat templates
 
-`qlora` learns what the model has to write after the generation prompt, to the token that ends the
-turn, and nothing else. Where that cannot be shown for a conversation with a template, the
-conversation is refused with the reason. This is the outcome for chat templates of well-known
-models, as the library TRL collects them; each was tried with the conversations of
+`qlora` trains on what the model has to write after the generation prompt, up to the token that ends
+the turn, and on nothing else. If this cannot be verified for a conversation with a template, the
+conversation is refused with the reason. This page lists the outcome for chat templates of
+well-known models, as collected by the library TRL. Each was tried with the conversations of
 `tests/golden/templates.py`.
 
 **Exact** means, for every conversation tried: the tokens are those of `apply_chat_template`; the
-generation prompt of each learnt turn is how the row begins; what is learnt is the answer (with its
-reasoning and tool calls) and the token that ends the turn; there is one BOS at most.
+row begins with the generation prompt of each supervised turn; the answer (with its reasoning and
+tool calls) and the token that ends the turn are supervised; there is at most one BOS.
 
-- **What a template puts before the content** is learnt too where the model has to write it: an
+- **Text that a template puts before the content** is supervised if the model has to write it: an
   empty block of reasoning (Qwen 3, GLM), the channel (GPT-OSS).
-- **Split**: some templates write an answer in another way once the conversation goes on; they take
-  out its reasoning, or end it with another token. The conversation then makes several rows, in each
-  of which the last answer is as the model has to write it. Reasoning is learnt in such a row. For
-  an answer without reasoning, Qwen 3 leaves out only the empty block; that answer is learnt as it
-  stands, and nothing is split.
-- **DeepSeek R1 and V3**: the generation prompt opens a block of reasoning that the template takes
-  out of every answer. The row is the prompt, the reasoning (or none), `</think>`, an empty line and
-  the answer: what the model has to write, which the template itself never shows.
-- **GLM 4**: a turn ends where the next begins. The last answer gets the token that would follow:
-  `<|user|>`, or `<|observation|>` after a tool call.
-- **Nemotron 3** asks for reasoning, and answers without it are written in another way than its
-  prompt begins. Answers without reasoning are exact with `{% set enable_thinking = false %}` in
-  front of the template: save it to a file, and name the file in `data.chat_template`. The tuned
-  model keeps that template. So can `reasoning_effort` and its like be set for other templates.
+- **Split**: some templates change an answer when the conversation continues: they remove its
+  reasoning, or end it with another token. Such a conversation becomes several rows, and in each the
+  last answer is as the model has to write it, with supervised reasoning. For an answer without
+  reasoning, Qwen 3 leaves out only the empty block; that answer is supervised as it is, and nothing
+  is split.
+- **DeepSeek R1 and V3**: the generation prompt opens a block of reasoning that the template removes
+  from every answer. The row is the prompt, the reasoning (or none), `</think>`, an empty line and
+  the answer: what the model has to write, although the template never shows it.
+- **GLM 4**: a turn ends where the next one begins. The last answer gets the token that would
+  follow: `<|user|>`, or `<|observation|>` after a tool call.
+- **Nemotron 3** asks for reasoning, and it writes answers without reasoning differently from the
+  start of its prompt. Answers without reasoning are exact with `{% set enable_thinking = false %}`
+  in front of the template: save it to a file, and name the file in `data.chat_template`. The tuned
+  model keeps that template. `reasoning_effort` and similar variables of other templates can be set
+  in the same way.
 - **Llama 3.2 and GPT-OSS** write today's date into the system message. Here it is always 26 July
-  2024 (what Llama's templates write where they cannot ask), in training as in `eval`, `generate`
-  and `chat`: rows must not depend on the day on which they are prepared. The template that is
-  saved with the model is untouched.
+  2024 (the fallback of Llama's templates), in training as in `eval`, `generate` and `chat`: rows
+  must not depend on the day on which they are prepared. The template saved with the model is
+  unchanged.
 """
 
 JSON_HEAD = f"""\
@@ -133,7 +134,7 @@ merge.json too."""
 _JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 Sections = dict[tuple[type[Config], ...], str]
-"""Parts, and the section where their keys are written down."""
+"""Config classes, and the section of the page that lists their keys."""
 
 
 def recipe_page() -> str:
@@ -147,7 +148,7 @@ def recipe_page() -> str:
 
 
 def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator[str]:
-    """The keys of a section, kind by kind, and the sections below it."""
+    """The keys of a section, by variant, and the sections below it."""
     field_type = FieldType.of(info)
     parts = _parts(field_type)
     if not parts:
@@ -155,7 +156,7 @@ def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator
     yield f"{'#' * (path.count('.') + 2)} `{path}`\n"
     yield f"{about} {_presence(info)}\n"
     if parts in seen:
-        yield f"It takes the same keys as `{seen[parts]}`.\n"
+        yield f"It has the same keys as `{seen[parts]}`.\n"
         return
     seen[parts] = path
     if len(parts) > 1:
@@ -176,7 +177,7 @@ def _parts(field_type: FieldType) -> tuple[type[Config], ...]:
 
 
 def _tables(parts: tuple[type[Config], ...]) -> Iterator[str]:
-    """One table for all kinds that take the same keys."""
+    """One table for all variants with the same keys."""
     kinds: dict[tuple[str, ...], list[str]] = {}
     for part in parts:
         kinds.setdefault(tuple(_rows(part)), []).append(f"`{_type(part)}`" if parts[1:] else "")
@@ -216,7 +217,7 @@ def _presence(info: FieldInfo) -> str:
     default = _default(info)
     if default == "required":
         return "Required."
-    return f"Left out, it is {default}." if "type" in default else "May be left out."
+    return f"Default: {default}." if "type" in default else "Optional."
 
 
 def _type(part: type[Config]) -> str:

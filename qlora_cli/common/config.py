@@ -10,17 +10,17 @@ from qlora_cli.common.docstrings import attribute_docs
 
 
 class Config(BaseModel):
-    """A frozen piece of a recipe: its fields are the YAML keys, their docstrings the documentation.
+    """A frozen section of a recipe: fields are YAML keys, field docstrings their documentation.
 
-    Unknown keys are errors, so a misspelt setting can never train with a default in silence.
+    Unknown keys are errors, so that a misspelt setting never silently trains with a default.
     """
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        # Defaults are code of ours; validating them keeps a wrong one from ever shipping.
+        # Validate our own defaults, so that a wrong one is never released.
         validate_default=True,
-        # `model` is a section of the recipe and not one of pydantic's own names.
+        # `model` is a section of the recipe, not one of pydantic's names.
         protected_namespaces=(),
     )
 

@@ -1,7 +1,7 @@
 """The JSON Schema of recipe files, for editors and other programs.
 
-It knows one spelling of each value: numbers as numbers, truth values as true and false, text as
-text. The loader also takes what YAML readers disagree on, such as `2e-4` and `yes`.
+It accepts one spelling of each value: numbers, true and false, and strings. The loader also accepts
+spellings that YAML versions disagree on, such as `2e-4` and `yes`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Schema = dict[str, Any]
 _EXTENDS = {
     "type": "string",
     "minLength": 1,
-    "description": "A recipe, beside this one, to build on: what this file does not say is taken "
-    "from there.",
+    "description": "Path of a recipe to build on, relative to this file. Keys missing here "
+    "are taken from it.",
 }
 
 
 def recipe_schema() -> Schema:
-    """A schema (draft 2020-12) of what `load_recipe` reads.
+    """Build the schema (draft 2020-12) of what `load_recipe` accepts.
 
-    Required keys are asked for only in files without `extends`: the others get them from below.
+    Keys are required only in files without `extends`: other files inherit them.
     """
     generated = Recipe.model_json_schema()
     parts = {part.__name__: part for part in _parts(Recipe)}
@@ -58,7 +58,7 @@ def _parts(part: type[Config]) -> set[type[Config]]:
 
 
 def _section(part: type[Config], body: Schema) -> Schema:
-    """The schema of a part, with nothing required and no word left without its meaning."""
+    """The schema of a section, with nothing required and every key described."""
     properties = {name: _cleaned(schema) for name, schema in body["properties"].items()}
     for name, text in field_docs(part).items():
         properties[name]["description"] = text
@@ -79,14 +79,14 @@ def _section(part: type[Config], body: Schema) -> Schema:
 
 
 def _list_schema(schema: Schema) -> Schema:
-    """What a field says about lists, be it beside other things or alone."""
+    """The part of a field's schema that describes lists."""
     return next((one for one in schema.get("anyOf", []) if one.get("type") == "array"), schema)
 
 
 def _cleaned(schema: Any) -> Any:
-    """Without pydantic's titles and OpenAPI's discriminator.
+    """Remove pydantic's titles and OpenAPI's discriminator.
 
-    A section that leaves its `type` to the recipe below fits several variants, so not `oneOf`.
+    A section that inherits its `type` from a base recipe fits several variants: hence `anyOf`.
     """
     if isinstance(schema, list):
         return [_cleaned(item) for item in schema]
@@ -98,7 +98,7 @@ def _cleaned(schema: Any) -> Any:
 
 
 def _required(part: type[Config]) -> Schema:
-    """What must be there, at every depth of a part."""
+    """The required keys at every depth of a section."""
     fields = part.model_fields
     below = {name: _required_in(FieldType.of(info)) for name, info in fields.items()}
     return {

@@ -1,4 +1,4 @@
-"""Recipes as files: YAML, `extends`, overrides from the command line, and back to YAML."""
+"""Load recipes: YAML, `extends` and command-line overrides. Dump them back to YAML."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from qlora_cli.recipe.yaml_parser import (
 from qlora_cli.recipe.yaml_writer import Leaf, yaml_lines
 
 MAX_EXTENDS = 10
-"""Files in a chain of `extends`."""
+"""Maximum length of a chain of `extends`."""
 
 MAX_ALIGNED = 60
-"""Columns up to which comments are aligned."""
+"""Comments are aligned up to this column."""
 
 _JINJA = re.compile("{{|{%")
 
@@ -76,12 +76,12 @@ OTHER_NAMES = {
     "report_to": "trackers",
     "attn_implementation": "attention",
 }
-"""What other tools call our keys, for "did you mean"."""
+"""Other tools' names for our keys, for "did you mean"."""
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, and where each of its values comes from."""
+    """A recipe with the origin of each value."""
 
     recipe: Recipe
     origins: dict[str, str]
@@ -89,17 +89,17 @@ class LoadedRecipe:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read a recipe, the recipes it extends, and overrides such as `adapter.r=8`.
+    """Load a recipe with the recipes that it extends, and overrides such as `adapter.r=8`.
 
     Raises:
-        RecipeError: with all that is wrong, one line each, sorted by place.
+        RecipeError: with all problems, one line each, sorted by place.
     """
     layers = _Layers()
     return _load(layers, layers.overridden(layers.file(path, str(path)), overrides))
 
 
 def recipe_of_model(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """What a recipe would say of a model that is asked and not trained: all else is the default.
+    """Build a recipe with defaults for a model that is used without training.
 
     Raises:
         RecipeError: an override is wrong.
@@ -107,7 +107,7 @@ def recipe_of_model(path: str, overrides: Sequence[str] = ()) -> Recipe:
     layers = _Layers()
     source = f"model {path}"
     layers.sources.append(source)
-    # JSON is YAML. Nothing is read from `data.train`, which no recipe is without.
+    # JSON is YAML. `data.train` and `output.dir` are required, but not used.
     data, output = {"train": {"path": "-"}}, {"dir": "-"}
     text = json.dumps({"model": {"path": path}, "data": data, "output": output})
     root = parse_tree(text, source, with_lines=False).root
@@ -126,14 +126,14 @@ def _load(layers: _Layers, tree: Mapping | None) -> LoadedRecipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML with every value written out, which `load_recipe` reads back to an equal recipe."""
+    """Format a recipe as YAML with all values; `load_recipe` loads an equal recipe from it."""
     return "".join(f"{line}\n" for line, _ in _lines(recipe))
 
 
 def dump_with_origins(loaded: LoadedRecipe) -> str:
-    """The same YAML, with the origin of each value in a comment."""
+    """Format a recipe as YAML with all values, and the origin of each in a comment."""
     lines = list(_lines(loaded.recipe))
-    # One endless line (a long regular expression) must not push all comments out of sight.
+    # One very long line (such as a regular expression) must not push all comments out of sight.
     width = min(MAX_ALIGNED, max(len(line) for line, _ in lines))
     return "".join(
         f"{line:<{width}}  # {loaded.origins[dotted(key)]}\n" if key else f"{line}\n"
@@ -146,7 +146,7 @@ def _lines(recipe: Recipe) -> Iterator[Leaf]:
 
 
 def _type_first(value: Any) -> Any:
-    """A variant's `type` says what the keys below it mean, so it is read first."""
+    """Put `type` first in each section: it determines the other keys."""
     if isinstance(value, list):
         return [_type_first(item) for item in value]
     if not isinstance(value, dict):
@@ -171,7 +171,7 @@ def _origins(recipe: Recipe, places: ReadOnlyDict[KeyPath, SourcePosition]) -> d
 
 @dataclass
 class _Layers:
-    """Recipe on base recipe, overrides on both. Remembers what is wrong in any of them."""
+    """Merges base recipes, a recipe and overrides; collects the problems of all of them."""
 
     problems: list[Problem] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -183,12 +183,12 @@ class _Layers:
             dict.fromkeys(self.problems),
             key=lambda p: (order[p.place.source], p.place.line, p.place.column),
         )
-        # A value that is wrong is repeated, and a log may be seen by more than its reader.
+        # Messages repeat wrong values, and others may see the log.
         text = masked("\n".join(map(str, lines)))
         return RecipeError(text if len(lines) == 1 else f"{len(lines)} problems\n{text}")
 
     def file(self, path: Path, source: str) -> Mapping | None:
-        """The merged tree of a file and all that it extends; None if nothing can be read."""
+        """Parse a file and merge it with all that it extends; None if that fails."""
         self.sources.append(source)
         tree = read_tree(path, source)
         self.problems += tree.problems
@@ -200,11 +200,11 @@ class _Layers:
         own = replace(root, entries={k: v for k, v in root.entries.items() if k != "extends"})
         base_path = self._base_path(extends.node, path)
         base = self.file(base_path, _name_beside(source, extends.node)) if base_path else None
-        # Without its base a recipe lacks keys; to call them missing would be wrong.
+        # Without its base, a recipe lacks keys: do not report them as missing.
         return _merged(base, own) if base else None
 
     def overridden(self, tree: Mapping | None, overrides: Sequence[str]) -> Mapping | None:
-        """The tree with all overrides on it; a later one wins over an earlier."""
+        """Merge all overrides into the tree; later ones win."""
         layer: Mapping | None = None
         for override in overrides:
             one = self._override(override)
@@ -218,15 +218,15 @@ class _Layers:
         key, equals, value = text.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
-            self._report(place, "needs the form section.key=value")
+            self._report(place, "must have the form section.key=value")
             return None
         if names[0] == "extends":
-            self._report(place, "extends belongs in a file, at its top")
+            self._report(place, "extends is only allowed at the top of a file")
             return None
         tree = parse_tree(value, source, with_lines=False)
         if tree.problems and _JINJA.search(value):
             quoted = shlex.quote(f"{key.strip()}={json.dumps(value.strip(), ensure_ascii=False)}")
-            self._report(place, f"text that holds {{{{ or {{% needs quotes: --set {quoted}")
+            self._report(place, f"text with {{{{ or {{% needs quotes: --set {quoted}")
             return None
         self.problems += tree.problems
         node = tree.root
@@ -247,17 +247,17 @@ class _Layers:
 
     def _base_path(self, node: Node, path: Path) -> Path | None:
         if not isinstance(node, Scalar) or node.is_null or not node.text:
-            self._report(node.place, "extends: it takes the name of one YAML file")
+            self._report(node.place, "extends: it takes the path of one YAML file")
             return None
         base = path.parent / node.text
-        if not os.path.isfile(base):  # unlike Path.is_file, it bears names that cannot exist
+        if not os.path.isfile(base):  # unlike Path.is_file, it accepts invalid names
             self._report(node.place, f"extends: there is no file {base}")
             return None
         if os.path.realpath(base) in self.files:
-            self._report(node.place, f"extends: {node.text} is extended in a circle")
+            self._report(node.place, f"extends: {node.text} closes a cycle of recipes")
             return None
         if len(self.files) > MAX_EXTENDS:
-            self._report(node.place, f"extends: more than {MAX_EXTENDS} recipes in a chain")
+            self._report(node.place, f"extends: a chain of more than {MAX_EXTENDS} recipes")
             return None
         return base
 
@@ -271,9 +271,9 @@ def _name_beside(source: str, node: Node) -> str:
 
 
 def _merged(base: Mapping, over: Mapping) -> Mapping:
-    """`over` on `base`: mappings are merged key by key, anything else is replaced.
+    """Merge `over` into `base`: mappings key by key; anything else is replaced.
 
-    A section of another `type` replaces the one below it, whose keys belong to that other type.
+    A section of another `type` replaces the base's section, whose keys belong to that type.
     """
     types = {_type_of(base), _type_of(over)} - {None}
     if len(types) > 1:

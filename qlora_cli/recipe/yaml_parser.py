@@ -1,7 +1,8 @@
-"""YAML as a tree of nodes that know their places. Nothing is interpreted: a scalar is its text.
+"""Parse YAML into a tree of nodes with their places. Scalars stay text.
 
-YAML 1.1 turns `no` into false, `2e-4` into text, and keeps the last of two equal keys. So this
-module stops before types (the schema of a recipe decides them) and reports what YAML lets pass.
+YAML 1.1 turns `no` into false and `2e-4` into text, and of two equal keys it keeps the last. This
+module leaves types to the recipe's fields, and reports what YAML lets pass. PyYAML's events are
+read directly: its composer, like that of ruamel.yaml, bounds neither depth nor aliases.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from yaml.events import (
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 10_000
-"""Nodes after aliases are expanded: a few lines of nested aliases can stand for billions."""
+"""Nodes after aliases are expanded: a few lines of nested aliases can expand to billions."""
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -40,7 +41,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class SourcePosition:
-    """Where something was written: a file (or command-line option), a line and a column from 1."""
+    """A file (or command-line option) with a line and a column, both from 1."""
 
     source: str
     line: int = 0
@@ -52,7 +53,7 @@ class SourcePosition:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong at a place; as text one line, whatever the keys and values hold."""
+    """A problem and its place. Its text is one line, even if keys or values have several."""
 
     place: SourcePosition
     message: str
@@ -63,7 +64,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A piece of text. One that is not `plain` was quoted, or a block: its writer meant text."""
+    """A text. If not `plain`, it was quoted or a block, and never means a number."""
 
     text: str
     plain: bool
@@ -84,7 +85,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key's place, and what it holds."""
+    """The place and the value of a key."""
 
     place: SourcePosition
     node: Node
@@ -92,7 +93,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """Keys to entries, in the order of writing."""
+    """Keys and their entries, in the order of the file."""
 
     entries: dict[str, Entry]
     place: SourcePosition
@@ -103,20 +104,20 @@ Node = Scalar | Items | Mapping
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What could be read. `root` is None if `problems` left nothing to go on with."""
+    """The parsed document. `root` is None if `problems` left nothing usable."""
 
     root: Node | None
     problems: tuple[Problem, ...]
 
 
 def dotted(path: KeyPath) -> str:
-    """The path as people write it: `evaluation.tasks[0].type`."""
+    """Format a path like `evaluation.tasks[0].type`."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".")
 
 
 def read_tree(path: Path, source: str) -> Tree:
-    """The tree of a file; `source` names it in places."""
+    """Parse a file; `source` is its name in places."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -128,13 +129,13 @@ def read_tree(path: Path, source: str) -> Tree:
         return _nothing(SourcePosition(source), f"cannot be read: {error}")
     if len(data) > MAX_BYTES:
         return _nothing(
-            SourcePosition(source), f"is larger than {MAX_BYTES >> 20} MiB: not a recipe"
+            SourcePosition(source), f"is larger than {MAX_BYTES >> 20} MiB, the limit for a recipe"
         )
     return _decode_and_parse(data, source)
 
 
 def parse_tree(text: str, source: str, *, with_lines: bool = True) -> Tree:
-    """The tree of one YAML document. Without lines, `source` alone is the place of everything."""
+    """Parse one YAML document. Without lines, every place is just `source`."""
     builder = _Builder(source, with_lines)
     try:
         root = builder.document(yaml.parse(text, Loader=yaml.SafeLoader))
@@ -177,21 +178,20 @@ def _place_after(before: str, source: str) -> SourcePosition:
 
 
 _EXPLAINED = (
-    ("found character '\\t'", "a tab; YAML is indented by spaces"),
+    ("found character '\\t'", "a tab; indent YAML with spaces"),
     (
         "expected <block end>",
-        'the line does not fit in here: look at its indentation, and for a missing "-" or ":"',
+        'unexpected line: check its indentation, and look for a missing "-" or ":"',
     ),
     (
         "mapping values are not allowed",
-        'a ":" that cannot stand here: look at the indentation, or put text that holds ": " '
-        "in quotes",
+        'unexpected ":": check the indentation, or put text that contains ": " in quotes',
     ),
-    ("could not find expected ':'", 'this line is no "key: value"'),
-    ("found unexpected end of stream", "a quote or bracket is opened and never closed"),
-    ("expected ',' or", "a comma is missing, or a bracket is opened and never closed"),
+    ("could not find expected ':'", 'this line is not "key: value"'),
+    ("found unexpected end of stream", "a quote or bracket is never closed"),
+    ("expected ',' or", "a comma is missing, or a bracket is never closed"),
     ("found character", "text that begins with this character needs quotes"),
-    ("found undefined tag handle", "a tag; recipes take plain values, without tags"),
+    ("found undefined tag handle", "a tag; recipes take values without tags"),
 )
 
 
@@ -211,7 +211,7 @@ class _Mark(Protocol):
 
 
 class _FatalError(Exception):
-    """After this, the rest of the document cannot be understood."""
+    """A problem after which the rest of the document cannot be parsed."""
 
     def __init__(self, place: SourcePosition, message: str) -> None:
         super().__init__(message)
@@ -220,7 +220,7 @@ class _FatalError(Exception):
 
 @dataclass
 class _Builder:
-    """Builds nodes from parser events: PyYAML's composer has no bound on depth or aliases."""
+    """Builds nodes from parser events, within the limits."""
 
     source: str
     with_lines: bool
@@ -242,7 +242,7 @@ class _Builder:
         root = self._node(next(events), ())
         next(events)  # end of the document
         if isinstance(more := next(events), DocumentStartEvent):
-            message = "a second document begins here (---); a recipe is one"
+            message = "a second document begins here (---); a recipe has only one"
             raise _FatalError(self.place(more.start_mark), message)
         return root
 
@@ -264,10 +264,14 @@ class _Builder:
         assert isinstance(event, ScalarEvent | SequenceStartEvent | MappingStartEvent)
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self._report(place, path, f"the tag {tag} is not allowed; recipes take plain values")
+            self._report(
+                place, path, f"the tag {tag} is not allowed; recipes take values without tags"
+            )
         if isinstance(event, ScalarEvent):
             if _UNWRITABLE.search(event.value):
-                self._report(place, path, "holds a character that no file or file name can hold")
+                self._report(
+                    place, path, "contains a character that files and file names cannot hold"
+                )
             return Scalar(_UNWRITABLE.sub("", event.value), event.style is None, place)
         if isinstance(event, SequenceStartEvent):
             return self._items(path, place)
@@ -300,14 +304,14 @@ class _Builder:
             self._report(key.place, path, f"a key must be text{advice}")
             return None
         if key.plain and key.text == "<<":
-            message = 'merge keys ("<<") are not read; write the keys out, or use extends'
+            message = 'merge keys ("<<") are not supported; write the keys out, or use extends'
             self._report(key.place, path, message)
             return None
         return key.text
 
     def _alias(self, event: AliasEvent, place: SourcePosition) -> Node:
         if event.anchor not in self.anchors:
-            message = f'the alias "*{event.anchor}" names nothing complete before it; '
+            message = f'the alias "*{event.anchor}" has no complete anchor before it; '
             raise _FatalError(place, message + "text that starts with * needs quotes")
         node, size = self.anchors[event.anchor]
         self._count(size, place)
@@ -316,7 +320,7 @@ class _Builder:
     def _count(self, nodes: int, place: SourcePosition) -> None:
         self.num_nodes += nodes
         if self.num_nodes > MAX_NODES:
-            raise _FatalError(place, f"more than {MAX_NODES} values: not a recipe")
+            raise _FatalError(place, f"more than {MAX_NODES} values, the limit for a recipe")
 
     def _report(self, place: SourcePosition, path: KeyPath, message: str) -> None:
         self.problems.append(Problem(place, f"{dotted(path)}: {message}" if path else message))

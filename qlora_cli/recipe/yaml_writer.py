@@ -1,6 +1,6 @@
-"""Plain values as YAML, one leaf a line, such that every YAML reader reads them alike.
+"""Write values as YAML, one leaf per line, so that every YAML version reads the same.
 
-PyYAML's own writer breaks long values over lines, so that none can be followed by a comment.
+PyYAML's own writer wraps long values, which leaves no place for a comment after each.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from qlora_cli.recipe.yaml_parser import KeyPath
 
 Leaf = tuple[str, KeyPath | None]
-"""A line, and the key whose value it holds (None for a line that only opens a section)."""
+"""A line, and the path of its value (None for a line that only opens a section)."""
 
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*(?: [A-Za-z0-9_/.()-]+)*")
 _NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "y", "n", "null"}
 
 
 def yaml_lines(values: dict[str, Any], path: KeyPath = ()) -> Iterator[Leaf]:
-    """Lines of block YAML; lists of plain values stay on one line.
+    """Yield lines of block YAML; lists of scalars stay on one line.
 
     Args:
-        values: text, numbers, truth values and None, in lists and dictionaries.
+        values: strings, numbers, booleans and None, in lists and dictionaries.
     """
     for key, value in values.items():
         below = (*path, key)
@@ -58,7 +58,7 @@ def _inline(value: Any) -> str:
         return f"[{', '.join(map(_inline, value))}]"
     if isinstance(value, float):
         return _float(value)
-    # What is left (null, truth values, whole numbers, {}) is written alike in JSON and YAML.
+    # The rest (null, booleans, integers, {}) is the same in JSON and YAML.
     return json.dumps(value)
 
 
@@ -69,7 +69,7 @@ def _text(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    # JSON leaves in place what YAML takes for the end of a line, or refuses.
+    # JSON keeps characters that end a line in YAML, or that YAML refuses.
     if character.isprintable():
         return character
     code = ord(character)
@@ -78,5 +78,5 @@ def _escaped(character: str) -> str:
 
 def _float(value: float) -> str:
     text = repr(value)
-    # Without the point, YAML 1.1 reads 1e-08 as text.
+    # Without the point, YAML 1.1 parses 1e-08 as text.
     return text if "." in text else text.replace("e", ".0e")

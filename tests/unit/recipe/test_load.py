@@ -183,11 +183,11 @@ def test_mistakes_in_a_base_are_placed_there(load: Load, problems: Problems) -> 
     [
         ("extends: none.yaml\n", "recipe.yaml:1:10  extends: there is no file none.yaml"),
         ("extends: .\n", "recipe.yaml:1:10  extends: there is no file ."),
-        ("extends: [a.yaml]\n", "recipe.yaml:1:10  extends: it takes the name of one YAML file"),
-        ("extends:\n", "recipe.yaml:1:9  extends: it takes the name of one YAML file"),
+        ("extends: [a.yaml]\n", "recipe.yaml:1:10  extends: it takes the path of one YAML file"),
+        ("extends:\n", "recipe.yaml:1:9  extends: it takes the path of one YAML file"),
         (
             "extends: recipe.yaml\n",
-            "recipe.yaml:1:10  extends: recipe.yaml is extended in a circle",
+            "recipe.yaml:1:10  extends: recipe.yaml closes a cycle of recipes",
         ),
         ("training: {extends: a.yaml}\n", 'training has no "extends"'),
     ],
@@ -201,7 +201,7 @@ def test_circles_and_endless_chains(load: Load, problems: Problems) -> None:
     load(BASE)
     write(a="extends: b.yaml\n", b="extends: ./a.yaml\n")
     (found,) = problems("extends: a.yaml\n")
-    assert found == "b.yaml:1:10  extends: ./a.yaml is extended in a circle"
+    assert found == "b.yaml:1:10  extends: ./a.yaml closes a cycle of recipes"
     write(**{f"r{i}": f"extends: r{i + 1}.yaml\n" for i in range(MAX_EXTENDS + 2)})
     (found,) = problems("extends: r0.yaml\n")
     assert f"more than {MAX_EXTENDS} recipes" in found
@@ -262,14 +262,17 @@ def test_overriding_the_type_replaces_the_section(load: Load, overrides: tuple[s
         ("adapter.rank=8", '--set adapter.rank=8  adapter.rank: LoRA has no "rank"'),
         ("adapter.r=x", "--set adapter.r=x  adapter.r: found x; it takes a whole number"),
         ("adapter.r='8'", "the quotes make it text, so remove them"),
-        ("adapter.r", "--set adapter.r  needs the form section.key=value"),
-        ("=8", "--set =8  needs the form section.key=value"),
-        ("adapter..r=8", "--set adapter..r=8  needs the form section.key=value"),
+        ("adapter.r", "--set adapter.r  must have the form section.key=value"),
+        ("=8", "--set =8  must have the form section.key=value"),
+        ("adapter..r=8", "--set adapter..r=8  must have the form section.key=value"),
         ("adapter=8", "--set adapter=8  adapter: found 8; it takes a section"),
         ("adapter.r.s=8", "--set adapter.r.s=8  adapter.r: found a mapping; it takes a whole"),
         ("adapter.r=[", "--set adapter.r=[  not valid YAML: "),
         ("adapter.r=!!int 8", "--set adapter.r=!!int 8  the tag !!int is not allowed"),
-        ("extends=base.yaml", "--set extends=base.yaml  extends belongs in a file"),
+        (
+            "extends=base.yaml",
+            "--set extends=base.yaml  extends is only allowed at the top of a file",
+        ),
         ("lr=1", "did you mean optimizer.learning_rate?"),
     ],
 )
@@ -287,7 +290,7 @@ def test_an_override_with_braces_is_shown_with_its_quotes(
     key = "data.train.format.user"
     (found,) = problems(minimal, "data.train.format.type=template", f"{key}={template}")
     advice, option, command = found.partition("needs quotes: --set ")
-    assert advice.endswith("text that holds {{ or {% ")
+    assert advice.endswith("text with {{ or {% ")
     assert option
     (quoted,) = shlex.split(command)
     root = parse_tree(quoted.removeprefix(f"{key}="), "--set").root
