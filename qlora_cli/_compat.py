@@ -1,4 +1,4 @@
-"""Shims for faults of the libraries we stand on: each with its reason and when it can go."""
+"""Shims for bugs in libraries, each with its reason and the condition for its removal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keep_4bit_weights_trainable(model: Module) -> None:
 
 
 def restore_splitting(tokenizer: Any, gguf_file: Path) -> None:
-    """Let the tokenizer of a GGUF file split text into words as the file says.
+    """Make the tokenizer of a GGUF file split text into words as the file specifies.
 
     transformers reads the vocabulary but not `tokenizer.ggml.pre`, and splits as GPT-2 does. For
     SmolLM, which takes every digit by itself, other tokens come of spaces before a number.
@@ -49,7 +49,7 @@ def restore_splitting(tokenizer: Any, gguf_file: Path) -> None:
 
 
 def forbid_hub_kernels() -> None:
-    """Let no library find the package `kernels`, with which they fetch code from the hub.
+    """Hide the package `kernels` from all libraries: with it they download code from the Hub.
 
     Where it is installed, importing bitsandbytes 0.50 on a CPU with AVX512-BF16 downloads
     "kernels-community/quantization-bitsandbytes" and runs what it gets, whatever paths are local.
@@ -59,7 +59,7 @@ def forbid_hub_kernels() -> None:
 
 
 def bound_product_caches() -> None:
-    """Have torch keep fewer prepared products on a CPU: each keeps half a megabyte for good.
+    """Limit torch's cache of prepared matmuls on a CPU: each entry holds half a megabyte forever.
 
     A product in bfloat16 of a shape that was not seen before is prepared by oneDNN, and torch and
     oneDNN each keep the last 1,024 of them. Rows have many lengths, so a run would grow by 40 MB

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again."""
+"""The folder for everything that can be computed or downloaded again."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$QLORA_CACHE, else ~/.cache/qlora."""
+    """Return $QLORA_CACHE, or ~/.cache/qlora if it is not set."""
     return Path(os.environ.get("QLORA_CACHE", "~/.cache/qlora")).expanduser()

@@ -1,4 +1,4 @@
-"""Limits on templates that somebody else wrote, beside those of Jinja's sandbox.
+"""Limits on untrusted templates, in addition to those of Jinja's sandbox.
 
 The sandbox keeps a template from attributes that lead to code, and from a `range` of more than
 100,000. It does not keep it from two of them in one another, or from a power with a billion digits.
@@ -15,15 +15,15 @@ from types import FrameType
 from qlora_cli.errors import ModelError
 
 SECONDS = 2.0
-"""For one text, in this process's own time. The slowest conversation takes some milliseconds."""
+"""Seconds of processor time per text. The slowest conversation takes some milliseconds."""
 
 
 class OutOfTimeError(ModelError):
-    """A template had not come to its end."""
+    """A template took too long."""
 
 
 def refuse_endless(template: str, name: str) -> None:
-    """Refuse what no clock could end, as it is one instruction: a power.
+    """Refuse powers: a power is one instruction, which a timer cannot interrupt.
 
     Jinja computes `10 ** 10 ** 10` when it compiles, before anything is rendered.
 
@@ -50,7 +50,7 @@ def refuse_endless(template: str, name: str) -> None:
 
 @contextmanager
 def limited_time(name: str, seconds: float = SECONDS) -> Iterator[None]:
-    """End what takes too long. Only in the main thread: no other can be interrupted.
+    """Interrupt the block if it takes too long. Works only in the main thread.
 
     Raises:
         OutOfTimeError: it did.

@@ -1,4 +1,4 @@
-"""How far something is that takes long: a line of the log, now and then."""
+"""Log the progress of long work."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """Counts; what is done within ten seconds is not worth a line.
+    """Logs a line every ten seconds; shorter work logs nothing.
 
     Args:
-        what: is counted: `tuned: gsm8k`.
+        what: what is counted, such as `tuned: gsm8k`.
+        total: how many there are.
     """
 
     def __init__(self, what: str, total: int) -> None:
@@ -24,7 +25,7 @@ class Progress:
         self._started = self._shown = time.monotonic()
 
     def add(self, number: float) -> None:
-        """So many more are done."""
+        """Count `number` more as done."""
         self._done += number
         now = time.monotonic()
         if now - self._shown < _EVERY_SECONDS or self._done >= self._total:

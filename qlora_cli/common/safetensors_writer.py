@@ -20,11 +20,11 @@ DTYPES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-"""What safetensors calls a dtype, and what torch does."""
+"""Name of each dtype in safetensors -> name in torch."""
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of one value of a dtype of `DTYPES`."""
+    """Return the bytes per value of a dtype in `DTYPES`."""
     digits = re.match(r"[A-Z]+([0-9]+)", dtype)
     return int(digits[1]) // 8 if digits else 1  # BOOL
 
@@ -35,10 +35,10 @@ _NAMES = {torch_name: name for name, torch_name in DTYPES.items()}
 def header_of(
     layout: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
 ) -> bytes:
-    """How a file begins; the bytes of the tensors follow, in the order of `layout`.
+    """Return the header of a file. The bytes of the tensors follow it in the order of `layout`.
 
     Args:
-        layout: dtype (as safetensors names it), shape and bytes of each tensor.
+        layout: name -> dtype (of safetensors), shape and size in bytes of each tensor.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -51,7 +51,7 @@ def header_of(
 
 
 def file_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A whole file, piece by piece; a tensor of a GPU is copied to the host alone."""
+    """Yield a whole file piece by piece, with one GPU tensor at a time copied to the host."""
     yield header_of(
         {
             name: (_NAMES[str(one.dtype).removeprefix("torch.")], tuple(one.shape), one.nbytes)
@@ -64,7 +64,7 @@ def file_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they are stored."""
+    """Return the values of a tensor as stored bytes."""
     import torch
 
     flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

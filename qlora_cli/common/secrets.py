@@ -1,7 +1,7 @@
-"""Secrets in a text: what must not be written into a run folder, nor into a log.
+"""Find and mask secrets, which must not get into a run folder or a log.
 
-A recipe has no place for secrets. Whoever needs a token for the hub gives it to the hub's own tool
-(`hf auth login`, or $HF_TOKEN), and it is never asked for here.
+Recipes never contain secrets. A token for the Hub is given to the Hub's own tool (`hf auth login`,
+or $HF_TOKEN); nothing here asks for it.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _KINDS = (
 
 
 def find_secret(text: str) -> str | None:
-    """What kind of secret a text holds, in words; None if it holds none that is known."""
+    """Name the kind of secret that a text contains, or return None if no known kind is found."""
     return next((words for pattern, words in _KINDS if pattern.search(text)), None)
 
 
 def masked(text: str) -> str:
-    """The text with its secrets hidden."""
+    """Replace each secret in a text with ***."""
     for pattern, _ in _KINDS:
         text = pattern.sub(lambda found: ((found.lastindex and found[1]) or "") + _HIDDEN, text)
     return text
 
 
 class MaskedFormatter(logging.Formatter):
-    """Hides secrets in whatever is logged, such as a path that the user typed."""
+    """Masks secrets in all log messages, for example in a path that the user typed."""
 
     def format(self, record: logging.LogRecord) -> str:
         return masked(super().format(record))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a deadline: a run ends after its step, and saved. Asked again, at once."""
+"""Stop a run on Ctrl-C, SIGTERM or a deadline: after its step and a save; if repeated, at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Takes signals while it is entered.
+    """Handles signals while it is entered.
 
     Args:
         stop_after: seconds from now after which the run is to end; None never.
@@ -33,7 +33,7 @@ class StopSignals:
 
     @property
     def asked(self) -> Interrupted | None:
-        """Why the run is to end after this step, if it is."""
+        """Reason to stop after this step, or None."""
         is_late = self._deadline is not None and time.monotonic() > self._deadline
         if self._asked is None and is_late:
             self._asked = Interrupted("training.stop_after is over", EXIT_DEADLINE)
@@ -41,7 +41,7 @@ class StopSignals:
 
     @contextmanager
     def after_the_step(self) -> Iterator[None]:
-        """In here a first signal only asks: there is something to save."""
+        """Make a first signal wait for the end of the step, as there is something to save."""
         was_patient, self._is_patient = self._is_patient, True
         try:
             yield
@@ -50,7 +50,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """In here nothing is lost, so nobody has to wait.
+        """Let a signal end the process at once, as nothing would be lost.
 
         Raises:
             Interrupted: there was a signal, in here or before.

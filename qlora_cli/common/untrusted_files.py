@@ -1,4 +1,4 @@
-"""Folders that somebody else may have written: models, adapters, runs.
+"""Read untrusted folders safely: models, adapters and runs of other people.
 
 Nothing that is read in them lies outside of them, is pickled, or has no end. A name that a file
 gives (a shard in an index, a tokenizer's file) is a name in the same folder and nothing more.
@@ -14,17 +14,17 @@ from typing import Any
 from qlora_cli.errors import ModelError
 
 MAX_JSON_BYTES = 2**26
-"""The index of the largest models has some megabytes."""
+"""Limit of a JSON file. The index of the largest models has some megabytes."""
 MAX_JSON_DEPTH = 64
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
-"""Endings of files that are pickles, or may be."""
+"""Suffixes of files that are pickles, or may be."""
 _TEMPLATES = "additional_chat_templates"
-"""The one folder within a model folder that transformers reads from."""
+"""The only subfolder of a model folder that transformers reads."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that contains an object.
 
     Raises:
         OSError: it cannot be read.
@@ -41,7 +41,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def object_of(data: bytes) -> dict[str, Any]:
-    """The object that JSON stands for.
+    """Parse JSON that is an object.
 
     Raises:
         ValueError: it is no JSON, no object, or nested too deeply.
@@ -67,7 +67,7 @@ def _inside(item: Any) -> Iterable[Any]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse a model or adapter folder in which something leads out of it.
+    """Refuse a model or adapter folder with a link or setting that leads out of it.
 
     Raises:
         ModelError: a link, or a name in an index or in the tokenizer's settings, does.
@@ -84,7 +84,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ModelError if a link in a folder leads out of it.
+    """Refuse a folder with a link that leads out of it.
 
     The cache of the hub is made of links, from `snapshots/COMMIT` to `blobs` beside it: these stay
     within one model, and are followed.
@@ -108,7 +108,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def _snapshot_of(folder: Path) -> Path | None:
-    """The snapshot of the hub's cache that a folder is, or is in."""
+    """Return the snapshot of the Hub's cache that a folder is or lies in."""
     for place in (folder, folder.parent):
         if place.parent.name == "snapshots":
             return place
@@ -116,7 +116,7 @@ def _snapshot_of(folder: Path) -> Path | None:
 
 
 def refuse_no_safetensors(folder: Path, what: str, names: Iterable[str] = ()) -> None:
-    """Refuse a folder without weights that can be read without running what they hold.
+    """Refuse a folder without weights that can be read without running code from them.
 
     Args:
         what: names it in the message.
@@ -147,7 +147,7 @@ def refuse_no_safetensors(folder: Path, what: str, names: Iterable[str] = ()) ->
 
 
 def refuse_code_elsewhere(folder: Path) -> None:
-    """Raises ModelError if a model with code of its own takes more code from another repository.
+    """Refuse a model whose code is taken from another repository.
 
     Of that only the newest state would be run, whatever `revision` pins.
     """
@@ -184,7 +184,7 @@ def _refuse_shards(index: Path) -> None:
 
 
 def _named_files(folder: Path) -> Iterator[tuple[object, Path]]:
-    """What settings name that transformers opens, beside files of fixed names."""
+    """Yield the paths in settings that transformers opens, in addition to files of fixed names."""
     tokenizer, config = folder / "tokenizer_config.json", folder / "config.json"
     if tokenizer.exists():
         listed = _read(tokenizer).get("fast_tokenizer_files") or []
@@ -206,7 +206,7 @@ def _is_name_inside(name: object) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value of JSON."""
+    """Yield all strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""A model folder packed into 4 bit, and how far that takes it from the model."""
+"""Pack a model folder into 4 bit, and measure what that costs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ log = logging.getLogger("qlora")
 def export_4bit(folder: Path, output: Path, run: Path | None) -> PackedModel:
     """Write the model in NF4 with double quantization, as bitsandbytes packs it.
 
-    Weights that were dequantized from NF4 lie on its grid, and packing takes all but large updates
-    back to where they were. Those of a merge into the original weights are rounded up as often as
-    down, so that most of an update stays.
+    Weights that were dequantized from NF4 lie on its grid, so packing undoes all but large updates.
+    The weights of a merge into the original base are rounded up as often as down, so that most of
+    an update stays.
 
     Args:
         run: the run that `folder` was merged from, to compare with what was trained.
 
     Raises:
-        RecipeError: `output` exists, or `run` is no run.
+        RecipeError: `output` exists, or `run` is not a run.
         ModelError: a model cannot be loaded.
     """
     if output.exists():
@@ -44,8 +44,8 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> PackedModel:
     merged = _merge_record(folder)
     if merged.get("base") == "as-trained":
         log.warning(
-            "--bnb-4bit: %s was merged into weights that lie on the 4-bit grid, and packing takes "
-            "most of the update back; pack a merge with --base original",
+            "--bnb-4bit: %s was merged into weights that lie on the 4-bit grid, so packing undoes "
+            "most of the update; pack a merge with --base original",
             folder,
         )
     tokenizer = load_tokenizer(folder)
@@ -81,7 +81,7 @@ def _merge_record(folder: Path) -> dict[str, Any]:
 
 
 def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tensor]:
-    """Of base plus adapter, the base as it was quantized, in float32."""
+    """Compute the logits of base plus adapter in float32, with the base as quantized."""
     folder = RunFolder(run)
     trained = folder.weights(weights)
     recipe = recipe_of_run(folder)
@@ -91,7 +91,7 @@ def _trained_logits(run: Path, weights: Any, rows: list[list[int]]) -> list[Tens
 
 
 def _packed_logits(folder: Path, rows: list[list[int]]) -> list[Tensor]:
-    """Of the packed weights, in float32: so that what differs is the packing alone."""
+    """Compute the logits of the packed weights in float32: only packing makes a difference."""
     model: Any = CAUSAL_LM.auto_class().from_pretrained(folder, local_files_only=True)
     model.dequantize(torch.float32)
     return logits_of(model.float().eval(), rows)

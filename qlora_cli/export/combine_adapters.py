@@ -1,4 +1,4 @@
-"""Several adapters made into one, and measured beside its parents."""
+"""Combine several adapters into one, and evaluate it against its parents."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def combine(
     """Make one adapter of several, and write it as a folder that the other commands take.
 
     Args:
-        overrides: of the recipe that is written with it: the first run's.
+        overrides: changes to the recipe that is written with it, which is the first run's.
         method: one of PEFT's, such as "linear", "cat", "svd", "ties" or "dare_linear".
-        weights: of each adapter; None gives each the same, 1 in all.
-        density: share of values that are kept, for the methods that drop some.
-        rank: of the outcome, for the methods that end in a singular value decomposition.
-        measure: evaluate the outcome beside its parents, if the recipe says how.
+        weights: one per adapter; None gives each the same weight, with a sum of 1.
+        density: share of values to keep, for the methods that drop some.
+        rank: rank of the result, for the methods that end in a singular value decomposition.
+        measure: evaluate the result and its parents, if the recipe says how.
 
     Returns:
         {"output", "adapters", "weights", "method", "density", "rank", "seed", "norm", "error",
@@ -106,7 +106,7 @@ def read_weights(text: str | None) -> list[float] | None:
     """The numbers of `--weights`.
 
     Raises:
-        RecipeError: they are none.
+        RecipeError: they are not finite numbers.
     """
     if text is None:
         return None
@@ -136,7 +136,7 @@ def _weights(paths: Sequence[Path], weights: Sequence[float] | None) -> list[flo
 def _error(
     made: dict[str, Update], parents: Sequence[dict[str, Update]], weights: Sequence[float]
 ) -> float | None:
-    """How far the outcome is from the weighted sum of the updates."""
+    """Return the distance from the weighted sum of the updates, relative to its norm."""
     names = {name for updates in parents for name in updates}
     wanted = {}
     for name in names:
@@ -147,7 +147,7 @@ def _error(
 
 
 def _recipe_of(places: Sequence[AdapterFolder], overrides: Sequence[str]) -> Recipe | None:
-    """The recipe of the first run among the parents."""
+    """Return the recipe of the first run among the parents."""
     runs = [place.run for place in places if place.run is not None]
     if not runs and overrides:
         raise RecipeError("--set: none of the adapters is a run, so there is no recipe to change")
@@ -161,7 +161,7 @@ def _write(
     report: dict[str, Any],
     recipe: Recipe | None,
 ) -> None:
-    """The adapter with the tokenizer of the first; and a recipe, if there is one."""
+    """Write the adapter with the tokenizer of the first parent, and a recipe if there is one."""
     first = next((place for place in places if place.run is not None), places[0])
     try:
         with atomic_folder(output) as unfinished:

@@ -1,4 +1,4 @@
-"""What is left of a weight after quantization: the values that an adapter was trained against."""
+"""Reproduce the quantized values of single weights, which the adapter was trained against."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _CHUNK = 2**18
-"""Values that are quantized at a time."""
+"""Number of values that are quantized at a time."""
 _BLOCK = 64
-"""Values that share a scale: the default of bitsandbytes, as loading takes it."""
+"""Values that share a scale: the default of bitsandbytes, which loading uses."""
 
 
 class FakeQuantizer:
-    """Quantizes and dequantizes single weights as loading the whole model does."""
+    """Quantizes and dequantizes single weights as loading the whole model would."""
 
     def __init__(self, skeleton: PreTrainedModel, options: dict[str, Any]) -> None:
         """
         Args:
             skeleton: the model on the meta device. It is changed.
-            options: what the base was loaded with (`Nf4.load_options()` and its kin).
+            options: what the base was loaded with: `load_options()` of its quantization.
         """
         from bitsandbytes.nn import Linear4bit, Linear8bitLt
         from transformers.pytorch_utils import Conv1D
@@ -45,7 +45,7 @@ class FakeQuantizer:
         return set(self._is_transposed)
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """A weight as the adapter saw it, in the dtype in which it was dequantized."""
+        """Return a weight as the adapter saw it, in the dtype that it was dequantized to."""
         assert self._config is not None
         held = weight.T if self._is_transposed[name] else weight
         held = held.to(self._dtype).contiguous()
@@ -53,13 +53,13 @@ class FakeQuantizer:
         return restored.T.contiguous() if self._is_transposed[name] else restored
 
     def _four_bit(self, weight: Tensor) -> Tensor:
-        """In pieces: quantizing takes many times the memory of what is quantized."""
+        """Quantize and dequantize in pieces: it takes many times the memory of its input."""
         import torch
         from bitsandbytes import functional
 
         assert self._config is not None
         width = weight.shape[1]
-        # Where rows end inside a block, the result on a CPU depends on the shape: one piece then.
+        # If a row ends inside a block, the result on a CPU depends on the shape: use one piece.
         rows = max(1, _CHUNK // width) if width % _BLOCK == 0 else len(weight)
         parts = [
             functional.quantize_4bit(piece, quant_type=self._config.bnb_4bit_quant_type)

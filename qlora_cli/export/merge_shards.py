@@ -1,4 +1,4 @@
-"""A model folder rewritten tensor by tensor: of the weights, one is in memory at a time."""
+"""Rewrite the weights of a model folder with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 _CHUNK = 2**18
-"""Values that are compared at a time."""
+"""Number of values that are compared at a time."""
 _MAX_NAMED = 5
 
 
 @dataclass(slots=True)
 class MergeStatistics:
-    """What became of the weights. Norms are over all updated weights together."""
+    """Running statistics of a merge. Sums of squares are over all updated weights together."""
 
     updated: int = 0
-    """Weights with an update that is not zero."""
+    """Weights with a nonzero update."""
     untrained: int = 0
-    """Weights that training left as they were."""
+    """Trainable weights with an update of zero."""
     requantized: int = 0
-    """Weights without an update that are written as their quantized form reads."""
+    """Weights without an update, written with their dequantized values."""
     copied: int = 0
-    """Weights written bit for bit as the base has them."""
+    """Weights copied from the base bit for bit."""
     lost: list[str] = field(default_factory=list)
-    """Matrices whose whole update is below the grid of the dtype they are stored in."""
+    """Matrices whose whole update is lost to rounding in the dtype of the files."""
     update: float = 0.0
     rounding: float = 0.0
     quantization: float = 0.0
@@ -65,7 +65,7 @@ class MergeStatistics:
 
 
 class ShardMerger:
-    """Base weights with what training changed in them, on their way from file to file."""
+    """Writes the base's files again, with the trained updates added to the weights."""
 
     def __init__(
         self,
@@ -79,11 +79,11 @@ class ShardMerger:
     ) -> None:
         """
         Args:
-            tied: weights that are another one's, by their names in the model: target -> source.
+            tied: tied weights by their names in the model: target -> source.
             as_trained: add to the quantized weights rather than to those of the files.
 
         Raises:
-            ModelError: what would be changed is not stored in one piece.
+            ModelError: a weight to change is assembled from several stored tensors.
         """
         self._base = base
         self._names = names
@@ -94,7 +94,7 @@ class ShardMerger:
         self.statistics = MergeStatistics()
         if unknown := sorted((edits.names | self._rounded) - set(names.in_files)):
             raise ModelError(
-                f"{', '.join(unknown[:_MAX_NAMED])}: the files hold this in another form than the "
+                f"{', '.join(unknown[:_MAX_NAMED])}: the files store this in another form than the "
                 "model, and it is not known which part is which; such a merge is not supported"
             )
         self.untied = {
@@ -102,11 +102,11 @@ class ShardMerger:
             for target, source in tied.items()
             if {target, source} & edits.names and not self._are_equal(target, source)
         }
-        """Weights that are no longer those of another."""
+        """Weights that were tied, and no longer are."""
 
     @property
     def dtype(self) -> str:
-        """What most of the values are stored in."""
+        """Dtype of most of the stored values."""
         sizes: Counter[str] = Counter()
         for stored in self._base.tensors.values():
             sizes[str(stored.torch_dtype).removeprefix("torch.")] += stored.size
@@ -114,7 +114,7 @@ class ShardMerger:
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding, if there are more than in the base."""
+        """Rows of the embedding, if there are more than in the base; otherwise None."""
         changed = [
             rows
             for live, (rows, *_) in self._edits.shapes.items()
@@ -127,7 +127,7 @@ class ShardMerger:
         return self.statistics.report(is_quantized=bool(self._rounding.names))
 
     def layout(self) -> dict[Path, dict[str, StoredTensor]]:
-        """What is written into which file: as in the base, and what is no longer tied."""
+        """Return the tensors of each file: those of the base, and those that are no longer tied."""
         files: dict[Path, dict[str, StoredTensor]] = {file: {} for file in self._base.files}
         for name, stored in self._base.tensors.items():
             files[stored.file][name] = self._resized(self._names.in_model[name], stored)
@@ -141,7 +141,7 @@ class ShardMerger:
         """Write all files, with progress in the log. Returns the digest of each tensor.
 
         Raises:
-            ModelError: a weight is not finite, or a trained tensor went nowhere.
+            ModelError: a weight is not finite, or a trained tensor was not used.
         """
         layout = self.layout()
         total = sum(stored.size for tensors in layout.values() for stored in tensors.values())
@@ -159,16 +159,16 @@ class ShardMerger:
             _write_index(folder / INDEX, layout)
         if unused := self._edits.unused():
             raise ModelError(
-                f"{len(unused)} trained tensors belong to no weight of the base: "
+                f"{len(unused)} trained tensors do not belong to a weight of the base: "
                 f"{', '.join(sorted(unused)[:_MAX_NAMED])}"
             )
         return digests
 
     def verify(self, folder: Path, digests: dict[str, str]) -> None:
-        """Read what was written, and compare: nothing is missing, nothing else has changed.
+        """Read the written files back and check that all updates, and nothing else, are in them.
 
         Raises:
-            ModelError: something is.
+            ModelError: they are not.
         """
         written = Shards(folder)
         layout = {
@@ -177,18 +177,18 @@ class ShardMerger:
         for name in sorted(set(layout) | set(written.tensors)):
             wanted, found = layout.get(name), written.tensors.get(name)
             if wanted is None or found is None:
-                raise ModelError(f"{folder}: {name} is {'too much' if found else 'missing'}")
+                raise ModelError(f"{folder}: {name} is {'unexpected' if found else 'missing'}")
             if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
                 raise ModelError(f"{folder}: {name} is {found.dtype} {found.shape}")
             if written.digest(name) != digests[name]:
                 raise ModelError(f"{folder}: {name} is not what was written; is the disk sound?")
             if not self._is_touched(name) and self._base.digest(name) != digests[name]:
-                raise ModelError(f"{folder}: {name} has changed, and nothing was to change it")
+                raise ModelError(f"{folder}: {name} has changed, but has no update")
         statistics = self.statistics
         if statistics.lost:
             raise ModelError(
-                f"{len(statistics.lost)} weights did not change, since their updates are below the "
-                f"grid of their dtype: {', '.join(statistics.lost[:_MAX_NAMED])}",
+                f"{len(statistics.lost)} weights did not change: their updates are below the "
+                f"precision of their dtype: {', '.join(statistics.lost[:_MAX_NAMED])}",
                 hint="train for longer, or at a higher learning rate",
             )
         if not statistics.updated:
@@ -205,7 +205,7 @@ class ShardMerger:
         return stored.resized(self._edits.shapes.get(live, stored.shape))
 
     def _read(self, live: str) -> Tensor:
-        """The weight that the update is added to, in the dtype in which it is at hand."""
+        """Read the weight that the update is added to, in its own dtype."""
         weight = self._base.read(self._names.in_files[live])
         return self._rounding(live, weight) if live in self._rounded else weight
 
@@ -239,7 +239,7 @@ class ShardMerger:
         yield bytes_of(written)
 
     def _enter(self, name: str, live: str, value: Tensor, written: Tensor) -> None:
-        """Count a weight that is not copied."""
+        """Add a weight that is not copied to the statistics."""
         statistics = self.statistics
         if live not in self._edits.names:
             if live in self._rounded:
@@ -264,7 +264,7 @@ class ShardMerger:
 
 
 def _squares(first: Tensor, second: Tensor) -> float:
-    """The sum of squared differences, over the rows that both have."""
+    """Sum the squared differences over the rows that both have."""
     rows = min(len(first), len(second))
     flat = [tensor[:rows].reshape(-1) for tensor in (first, second)]
     pairs = zip(flat[0].split(_CHUNK), flat[1].split(_CHUNK), strict=True)

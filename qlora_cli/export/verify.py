@@ -1,4 +1,4 @@
-"""Is the merged model the trained one? Its logits, beside those of base plus adapter."""
+"""Compare the logits of a merged model with those of base plus adapter."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 MAX_LOGIT_ERROR = 1e-3
-"""Largest difference of logits over their range, where the base is kept in float32."""
+"""Largest difference of a logit, relative to the largest logit, where the base is in float32."""
 MAX_KL = 0.02
-"""Largest mean KL divergence (nats a token) of the written model from base plus adapter.
+"""Largest mean KL divergence (nats per token) of the written model from base plus adapter.
 
-Rounding merged weights to bfloat16 costs about 0.002; a merge into 4 bit, which loses the adapter,
-0.8."""
+Rounding merged weights to bfloat16 costs about 0.002. A merge into 4 bit, which loses the adapter,
+costs 0.8."""
 
 _MAX_LOGITS = 2**25
-"""Logits that are kept of a model: rows times tokens of the vocabulary."""
+"""Maximum number of logits that are kept per model: tokens times vocabulary."""
 _MAX_TOKENS = 1024
 _MAX_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedText:
-    """A text to compare on, and which of its tokens an answer has."""
+    """A text to compare on, with labels where it has an answer."""
 
     input_ids: Tensor
     """(1, T)."""
     labels: Tensor
-    """(T,), IGNORE_INDEX where nothing is to be learnt."""
+    """(T,), IGNORE_INDEX for tokens that are not supervised."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOutputs:
-    """What a model says to the rows."""
+    """What a model computes for the texts."""
 
     logits: list[Tensor]
-    """Float32 (T, V) for each row."""
+    """Float32 (T, V) for each text."""
     loss: float | None
-    """Mean over the tokens of the answers, if there are any."""
+    """Mean over the supervised tokens; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class LogitComparison:
 def compare_models(
     recipe: Recipe, trained: Path, written: Path, tokenizer: PreTrainedTokenizerFast, base: str
 ) -> LogitComparison | None:
-    """Load what was written, and hold it against base plus adapter.
+    """Load the written model and compare it with base plus adapter.
 
     Returns:
         The comparison, or None where memory is too small for it.
@@ -117,14 +117,14 @@ def compare_models(
 
 
 def free_memory() -> int:
-    """Bytes that can be taken without swapping."""
+    """Return the bytes that can be allocated without swapping."""
     return int(psutil.virtual_memory().available)
 
 
 def read_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[ComparedText], bool]:
-    """Rows of the evaluation set, else some fixed text; and whether it is the evaluation set."""
+    """Return rows of the evaluation set and True, or some fixed texts and False."""
     if sources := recipe.data.evaluation_sources:
         try:
             held_out = read_data("evaluation", recipe.data, sources, tokenizer)
@@ -140,7 +140,7 @@ def read_rows(
 def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:
     left = min(max_tokens, _MAX_TOKENS)
     for example in examples:
-        # The end of a row has the answer.
+        # The answer is at the end of a row.
         ids = torch.tensor([example.input_ids[-_MAX_LENGTH:]])
         yield ComparedText(ids, torch.tensor(example.labels[-_MAX_LENGTH:]))
         left -= ids.shape[1]
@@ -149,7 +149,7 @@ def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:
 
 
 def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> ModelOutputs:
-    """Base plus adapter as they were trained: quantized, in the recipe's precision."""
+    """Compute with base plus adapter as trained: quantized, in the recipe's precision."""
     world = World()
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     base = recipe.model.load(recipe.quantization.load_options(dtype), world.device)
@@ -178,7 +178,7 @@ def _in_float32(
 
 @torch.no_grad()
 def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> ModelOutputs:
-    """Logits of each row on the host, and the loss on its answers."""
+    """Compute the logits of each text, on the host, and the loss on the answers."""
     logits, total, count = [], 0.0, 0
     for row in rows:
         ids = row.input_ids.to(device)
@@ -194,10 +194,10 @@ def measure(model: Any, rows: Sequence[ComparedText], device: torch.device) -> M
 
 
 def refuse_infidelity(found: LogitComparison, *, is_exact: bool) -> None:
-    """Nothing is kept of a merge that is not the trained model.
+    """Refuse a merge that does not compute what the trained model computes.
 
     Args:
-        is_exact: no weight was rounded, when it was held or when it was written.
+        is_exact: no weight was rounded in memory or on the disk.
 
     Raises:
         ModelError: a figure is beyond its tolerance.

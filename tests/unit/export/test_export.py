@@ -64,7 +64,7 @@ def test_kinds_that_only_llama_cpp_makes_name_the_package(
 ) -> None:
     converter(tmp_path, monkeypatch, "exit 0")
     require_gguf_tools(["f16", "q8_0"])
-    with pytest.raises(RecipeError, match=r"q4_k_m: only llama\.cpp") as caught:
+    with pytest.raises(RecipeError, match=r"q4_k_m: needs llama\.cpp") as caught:
         require_gguf_tools(["f16", "q4_k_m"])
     assert caught.value.hint == 'pip install "qlora[gguf-export]"'
 
@@ -115,7 +115,7 @@ def test_nothing_to_export_is_a_mistake(folder: Path, arguments: dict[str, Any])
 
 def test_an_adapter_is_no_model_to_export(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
     train(tiny_recipe())
-    with pytest.raises(RecipeError, match="is no model folder"):
+    with pytest.raises(RecipeError, match="is not a model folder"):
         export(tmp_path / "run" / "last", bnb_4bit=tmp_path / "packed")
 
 
