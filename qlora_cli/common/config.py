@@ -26,14 +26,18 @@ class Config(BaseModel):
 
 
 @cache
-def field_docs(part: type[Config]) -> dict[str, str]:
-    """The docstrings of a part's fields, its own and those it has from parts above it.
+def field_docs(config_class: type[Config]) -> dict[str, str]:
+    """Return the docstrings of a config class's fields, inherited ones included.
 
-    A field without a docstring has the description of its type, for types that several parts share.
+    A field without a docstring has the description of its type, for types that several classes use.
 
-    Read from the source when they are asked for: pydantic's `use_attribute_docstrings` reads it
-    whenever a class is made, and takes a quarter of the time of `qlora validate`.
+    Docstrings are read from the source on demand: pydantic's `use_attribute_docstrings` reads it
+    when a class is defined, which takes a quarter of the time of `qlora validate`.
     """
-    docs = {name: info.description for name, info in part.model_fields.items() if info.description}
-    docs |= attribute_docs(part, Config)
-    return {name: docs[name] for name in part.model_fields if name in docs}
+    docs = {
+        name: info.description
+        for name, info in config_class.model_fields.items()
+        if info.description
+    }
+    docs |= attribute_docs(config_class, Config)
+    return {name: docs[name] for name in config_class.model_fields if name in docs}
