@@ -1,14 +1,14 @@
-"""Rows per second of preparation, beside what TRL's SFTTrainer needs for the same rows.
+"""Compare rows per second of preparation with TRL's SFTTrainer, on the same rows.
 
     python benchmarks/preparation.py --model MODEL --gsm8k train.jsonl --peer-python PYTHON
 
-Both prepare the same conversations with the same tokenizer and template, and learn the assistant's
-turns alone. Ours: rows read, laid out, tokenized, labelled, checked and written to a new folder.
-TRL's: from `Dataset.from_list` on, its SFTTrainer's constructor on a model of two layers, with a
-template that marks the assistant's turns, into a new cache folder. Each run is a process of its
-own, ours and theirs in turn; importing and loading is not timed.
+Both prepare the same conversations with the same tokenizer and template, and train only on the
+assistant's turns. Ours: read, render, tokenize, label, check and write rows to a new folder.
+TRL's: from `Dataset.from_list` on, the constructor of SFTTrainer with a model of two layers, with a
+template that marks the assistant's turns, into a new cache folder. Each run is a process of its own, ours and
+TRL's alternating; imports and loading are not timed.
 
-PYTHON is an interpreter with trl, peft and the transformers of this environment.
+PYTHON is an interpreter with trl, peft and the same transformers as this environment.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Write tests/golden/templates.json anew, from the chat templates that the installed TRL ships.
+"""Regenerate tests/golden/templates.json from the chat templates in the installed TRL.
 
-The commit has to say why an outcome changed.
+The commit message has to say why an outcome changed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# A script finds what lies next to it, and tests lie elsewhere.
+# A script can import only from its own folder, and the tests are elsewhere.
 sys.path.insert(0, str(ROOT))
 
 from tests.golden.templates import GOLDEN, names, outcomes  # noqa: E402
 
 
 def main() -> None:
-    """Try every template and keep what became of it."""
+    """Test every template and store the outcome."""
     kept = {name: outcomes(name) for name in names()}
     if not kept:
         sys.exit("no templates: install the development extra, which brings trl")

@@ -1,4 +1,4 @@
-"""Data: sources -> rows -> messages -> examples -> batches. The section `data` of a recipe."""
+"""The recipe section `data`: sources -> rows -> conversations -> examples -> batches."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ from qlora_cli.errors import DataError
 
 
 class Data(Config):
-    """What is learnt, and what it is measured on."""
+    """The training rows and the evaluation rows."""
 
     train: Source | list[Source]
-    """Rows to learn from; a list of sources is learnt together."""
+    """Training rows; a list of sources is mixed."""
     evaluation: Source | list[Source] | None = None
-    """Rows held out, never learnt from."""
+    """Evaluation rows, never trained on."""
     evaluation_share: float | None = Field(None, gt=0, lt=1)
-    """In place of `evaluation`: the share of the training rows to hold out, drawn by content."""
+    """Share of the training rows to hold out instead of `evaluation`, drawn by content."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Fixes what `shuffle` and `evaluation_share` draw, whatever seed is trained with."""
+    """Seed of `shuffle` and `evaluation_share`, independent of the training seed."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do about rows that cannot be used: name the first ten and stop, or go on without."""
+    """What to do about rows that cannot be used: name the first ten and stop, or skip them."""
     max_length: int = Field(1024, ge=8)
-    """Tokens per row."""
+    """Maximum tokens per row."""
     truncate: Literal["drop", "cut_end", "cut_prompt", "split"] = "cut_end"
-    """What becomes of a longer row: left out, cut at its end, its prompt cut at the beginning so
-    that the answers stay, or (text without roles, else as cut_end) split into several rows."""
+    """What to do with a longer row: leave it out, cut its end, cut the beginning of its prompt so
+    that the answers stay, or split it into several rows (text without roles; else as cut_end)."""
     max_lost: float = Field(0.05, ge=0, le=1)
-    """Share of the answers that may be lost because they were cut away or cut short; above it,
-    stop."""
+    """Maximum share of answers that may be cut, in whole or in part; with more, stop."""
     workers: int | None = Field(None, ge=1)
-    """Processes that prepare rows; null takes one at first, and for a large set all cores if
+    """Processes that prepare rows; null starts with one, and uses all cores for large data if
     there are four or more."""
     packing: bool = False
-    """Put several short rows into one of `max_length`, where none sees the others."""
+    """Put several short rows into one of `max_length`; none can attend to the others."""
     audit: AuditLimits = AuditLimits()
-    """What stops the run because of what is in the rows."""
+    """Limits on the content of the rows that stop the run."""
     chat_template: str | None = None
-    """Jinja file to use in place of the tokenizer's own chat template."""
+    """Jinja file to use instead of the tokenizer's chat template."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -62,22 +61,22 @@ class Data(Config):
 
     @property
     def train_sources(self) -> list[Source]:
-        """What is learnt, without the rows that `evaluation_share` holds out."""
+        """The training sources, without the rows that `evaluation_share` holds out."""
         return self._portions(self.train, held_out=False)
 
     @property
     def evaluation_sources(self) -> list[Source]:
-        """What is held out; no source if nothing is."""
+        """The evaluation sources; [] if there are none."""
         if self.evaluation_share is not None:
             return self._portions(self.train, held_out=True)
         return [] if self.evaluation is None else self._portions(self.evaluation, held_out=True)
 
     def refuse_untrainable(self) -> None:
-        """Raises DataError if a source is in a format that can be read but not trained on."""
+        """Raise DataError if a source has a format that can be read but not trained on."""
         for source in [*self.train_sources, *self.evaluation_sources]:
             if isinstance(source.format, Preference):
                 raise DataError(
-                    f"{source.path}: preference data is read and previewed, not trained on yet",
+                    f"{source.path}: preference data can be previewed, but not yet trained on",
                     hint=_chosen_hint(source, source.format),
                 )
 
@@ -89,7 +88,7 @@ class Data(Config):
 
 
 def _chosen_hint(source: Source, pairs: Preference) -> str:
-    """How the chosen answers of a source are learnt, by what its first row looks like.
+    """Say how to train on the chosen answers alone, based on the first row.
 
     Raises:
         DataError: there is nothing to read.
@@ -101,5 +100,5 @@ def _chosen_hint(source: Source, pairs: Preference) -> str:
             continue
         settings = pairs.as_trainable(located.row).items()
         written = ", ".join(f"{name}: {value}" for name, value in settings)
-        return f"to learn the chosen answers alone, give this source format: {{{written}}}"
-    return "qlora preview says what is wrong with its rows"
+        return f"to train on the chosen answers alone, give this source format: {{{written}}}"
+    return "qlora preview shows what is wrong with its rows"

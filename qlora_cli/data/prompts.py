@@ -1,4 +1,4 @@
-"""Rows that ask something, with an answer or without: what a model is given to write one."""
+"""Read prompts from rows with or without an answer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Prompt, Row
 
 _NO_ANSWER = "[no answer]"
-"""Stands where a format wants an answer and the row has none."""
+"""Stand-in for the answer that a format requires and the row lacks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a row asks."""
+    """The prompt of a row, and its answer if it has one."""
 
     prompt: Prompt
     reference: str | None
-    """The answer that the row has."""
+    """The answer in the row; None if it has none."""
 
 
 def read_questions(
@@ -43,17 +43,17 @@ def read_questions(
     is_plain: bool = False,
     system: str | None = None,
 ) -> list[Question]:
-    """What each row of a file asks.
+    """Read a question from each row of a file.
 
     A row is read in one of `formats`, else by its columns: `messages`, `conversations`,
     `instruction`, `prompt`, or `text` (the lines of a text file).
 
     Args:
-        is_plain: prompts are continued as they are, without chat template.
-        system: system message of conversations that have none.
+        is_plain: continue prompts as they are, without a chat template.
+        system: system message for conversations that have none.
 
     Raises:
-        DataError: no rows, or rows that ask nothing (all are counted).
+        DataError: there are no rows, or rows without a prompt (all are counted).
     """
     bad = BadRows()
     questions = []
@@ -66,7 +66,7 @@ def read_questions(
             bad.add(located.place, error)
         else:
             prompt = replace(
-                prompt, text=_said(messages), place=located.place, reference=reference or ""
+                prompt, text=_last_message(messages), place=located.place, reference=reference or ""
             )
             questions.append(Question(prompt, reference))
     if bad.count:
@@ -77,14 +77,14 @@ def read_questions(
 
 
 def is_verbatim(format: FormatConfig) -> bool:
-    """Whether rows of this format are learnt without a chat template."""
+    """Return True if rows of this format have no chat template."""
     return isinstance(format, Text) or (isinstance(format, PromptCompletion) and not format.as_chat)
 
 
 def _read(
     row: Row, formats: Sequence[FormatConfig], is_plain: bool
 ) -> tuple[Conversation, str | None]:
-    """The conversation up to an answer that is due, and the answer that the row has."""
+    """Return the conversation that ends in the answer to write, and the row's own answer."""
     problem = DataError(
         f"found {', '.join(map(repr, row)) or 'nothing'}; expected messages, conversations, "
         "instruction, prompt or text"
@@ -111,15 +111,15 @@ def _by_columns(row: Row, is_plain: bool) -> Iterator[FormatConfig]:
 
 
 def _whole(row: Row, format: FormatConfig) -> Conversation:
-    """The row with an answer; `_NO_ANSWER` if it has none."""
+    """Return the conversation of a row; its answer is `_NO_ANSWER` if the row has none."""
     match format:
         case Messages() | ShareGpt():
             turns: list[Any] = [turn for _, turn in list_of(row, format.field)]
             last = turns[-1] if turns else None
-            session, said, answers = _SHAREGPT if isinstance(format, ShareGpt) else _OPENAI
-            is_answer = isinstance(last, dict) and last.get(session) in ("assistant", "gpt")
+            role_key, text_key, assistant = _SHAREGPT if isinstance(format, ShareGpt) else _OPENAI
+            is_answer = isinstance(last, dict) and last.get(role_key) in ("assistant", "gpt")
             if not is_answer:
-                turns.append({session: answers, said: _NO_ANSWER})
+                turns.append({role_key: assistant, text_key: _NO_ANSWER})
             return format.to_conversation({**row, format.field: turns})
         case Alpaca():
             return format.to_conversation({**row, "output": row.get("output") or _NO_ANSWER})
@@ -138,7 +138,7 @@ def _whole(row: Row, format: FormatConfig) -> Conversation:
             [piece] = format.to_conversation(row).messages
             return Conversation([replace(piece, train=False), Message("text", _NO_ANSWER, True)])
         case _:
-            raise DataError("preferences ask two things at once")
+            raise DataError("a preference row has two answers; give rows with one")
 
 
 _OPENAI = ("role", "content", "assistant")
@@ -158,6 +158,6 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
     return [Message("system", system, train=False), *messages]
 
 
-def _said(messages: list[Message]) -> str:
-    """The last thing that was said before the answer, for whoever reads the results."""
+def _last_message(messages: list[Message]) -> str:
+    """Return the last message before the answer, to show with the results."""
     return messages[-2].content

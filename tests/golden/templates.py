@@ -1,7 +1,7 @@
-"""Chat templates of real models, read from the installed folder of TRL, and what becomes of each.
+"""Test chat templates of real models, read from the installed TRL, and record the outcomes.
 
-Every template is tried with a byte-level tokenizer that has the special tokens it writes. What
-`qlora` makes of a conversation is held against `apply_chat_template` called by hand.
+Every template is tested with a byte-level tokenizer that has the special tokens it writes. The rows
+that `qlora` makes are compared with `apply_chat_template` called by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.conftest import make_tokenizer
 
 GOLDEN = Path(__file__).parent / "templates.json"
 
-# BOS and EOS as the models have them, by the beginning of the template's name.
+# BOS and EOS of the models, by the beginning of the template's name.
 _ENDS = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
@@ -50,9 +50,9 @@ _NO_THINKING = ", enable_thinking = false"
 _IN_PARTS = ("idefics3", "llava", "smolvlm")
 _JSON_ARGUMENTS = ("deepseek",)
 NO_REASONING_KEPT = ("deepseek_r1_distill", "deepseekv3")
-"""The prompt ends in `<think>`, and the text of a conversation never has it."""
+"""The prompt ends in `<think>`, which the text of a conversation never contains."""
 NO_END_OF_TURN = ("glm4moe",)
-"""Turns end where the next begins; the row gets the token that begins the turn after the last."""
+"""The next turn ends a turn; the row gets the token that would begin a turn after the last one."""
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -123,13 +123,13 @@ KINDS = list(_CONVERSATIONS)
 
 
 def conversations(kind: str) -> list[Conversation]:
-    """The conversations of a kind that each template is tried with."""
+    """Return the conversations of a kind with which each template is tested."""
     tools = TOOLS if kind == "tools" else None
     return [Conversation(messages, tools=tools) for messages in _CONVERSATIONS[kind]]
 
 
 def folder() -> Path | None:
-    """Where TRL keeps its templates; it is not imported, for it would import a trainer."""
+    """Return TRL's folder of templates, without importing TRL, which would import a trainer."""
     found = find_spec("trl")
     if found is None or not found.submodule_search_locations:
         return None
@@ -137,9 +137,9 @@ def folder() -> Path | None:
 
 
 def names() -> list[str]:
-    """The templates to generate with: those patched for training are not what models have.
+    """Return the templates that models have; those patched for training are left out.
 
-    Those that ask for reasoning by themselves are tried without it too.
+    Templates that ask for reasoning by themselves are also tested without it.
     """
     where = folder()
     stems = sorted(path.stem for path in where.glob("*.jinja")) if where else []
@@ -153,7 +153,7 @@ def _of(table: Any, name: str) -> Any:
 
 
 def tokenizer_for(name: str) -> Any:
-    """A byte-level tokenizer with a template and the special tokens that it writes."""
+    """Make a byte-level tokenizer with a template and the special tokens that it writes."""
     where = folder()
     assert where is not None
     stem = name.removesuffix(_NO_THINKING)
@@ -170,7 +170,7 @@ def tokenizer_for(name: str) -> Any:
 
 
 def by_hand(name: str, tokenizer: Any, row: Conversation, end: int, **options: Any) -> list[int]:
-    """Token ids of the first `end` messages of a row, from `apply_chat_template` itself."""
+    """Tokenize the first `end` messages of a row with `apply_chat_template` itself."""
     turns = []
     for message in row.messages[:end]:
         content: Any = message.content
@@ -202,7 +202,7 @@ def by_hand(name: str, tokenizer: Any, row: Conversation, end: int, **options: A
         tools=row.tools,
         tokenize=True,
         return_dict=False,
-        # Rows are made as if it were the same day every day.
+        # Rows are made as if every day had the same date.
         chat_template=re.sub(
             r"strftime_now\(['\"](.*?)['\"]\)",
             lambda found: repr(date(2024, 7, 26).strftime(found[1])),
@@ -215,7 +215,7 @@ def by_hand(name: str, tokenizer: Any, row: Conversation, end: int, **options: A
 
 
 def pieces(layout: RenderedRow, tokenizer: Any) -> list[str]:
-    """The learnt characters of a row, each turn with its stop token."""
+    """Return the supervised text of a row: each turn with its stop token."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     found = []
     for answer in layout.answers:
@@ -226,7 +226,7 @@ def pieces(layout: RenderedRow, tokenizer: Any) -> list[str]:
 
 
 def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> None:
-    """Assert that a row is what the model sees, and what is learnt what it has to write."""
+    """Assert that a row is what the model sees, and its supervised text what it has to write."""
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -236,11 +236,11 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
         return by_hand(name, tokenizer, row, end, **options)
 
     length, whole = len(row.messages), ids(layout.text)
-    learnt = [i for i, message in enumerate(row.messages) if message.train]
+    trained = [i for i, message in enumerate(row.messages) if message.train]
     texts = pieces(layout, tokenizer)
-    prompt = hand(learnt[-1], add_generation_prompt=True)
+    prompt = hand(trained[-1], add_generation_prompt=True)
     if name in NO_REASONING_KEPT:
-        # The template takes reasoning out even of the last turn, and the prompt opens with it.
+        # The template removes reasoning even from the last turn, and the prompt opens with it.
         assert whole == prompt + ids(texts[-1])
         opened = tokenizer.decode(prompt).removesuffix("<think>\n")
         answer = texts[-1].partition("</think>\n\n")[2]
@@ -250,23 +250,23 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
     else:
         assert whole == hand(length)
     assert whole.count(tokenizer.bos_token_id) <= 1 or name == "smolvlm"
-    for i, answer, text in zip(learnt, layout.answers, texts, strict=True):
+    for i, answer, text in zip(trained, layout.answers, texts, strict=True):
         message = row.messages[i]
         prompt = hand(i, add_generation_prompt=True)
         assert ids(layout.text[: answer.start]) == prompt == whole[: len(prompt)]
         last = whole[len(prompt) : len(prompt) + len(ids(text))][-1]
-        assert last in tokenizer.added_tokens_decoder, "no token to stop at is learnt"
+        assert last in tokenizer.added_tokens_decoder, "no stop token is supervised"
         stop = tokenizer.added_tokens_decoder[last].content
         if not message.tool_calls:
             body = text.removesuffix(stop).rstrip()
             assert body.endswith(message.content.strip())
             before = body.removesuffix(message.content.strip())
             assert (message.reasoning or "") in before
-            # Beside the reasoning, the template puts nothing before the content but its marks.
+            # Apart from the reasoning, the template puts only its marks before the content.
             assert not _MARKS.sub("", before.replace(message.reasoning or "", "")).strip()
         for call in message.tool_calls:
             assert call.name in text
-        # At inference the turn is the last: the same is written there.
+        # At inference this turn is the last: the template writes the same.
         alone = hand(i + 1)[len(prompt) :]
         short = ids(text)
         empty = re.compile(r"^\s*<think>\s*</think>\s*")
@@ -279,7 +279,7 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
 
 
 def outcomes(name: str) -> dict[str, dict[str, Any]]:
-    """What becomes of the conversations of each kind: learnt exactly, or refused and why."""
+    """Return the outcome for the conversations of each kind: exact, or refused with the reason."""
     tokenizer = tokenizer_for(name)
     renderer = Renderer(tokenizer)
     found: dict[str, dict[str, Any]] = {}

@@ -1,6 +1,6 @@
-"""Chat templates of real models: each is learnt exactly, or refused with the kept reason.
+"""Chat templates of real models: each is supervised exactly, or refused with the stored reason.
 
-`python scripts/regen_templates.py` writes `templates.json` anew, and `python scripts/gen_docs.py`
+`python scripts/regen_templates.py` regenerates `templates.json`, and `python scripts/gen_docs.py`
 the table in `docs/templates.md` from it.
 """
 
@@ -28,18 +28,18 @@ def exact(*kinds: str) -> list[str]:
 
 
 @with_trl
-def test_every_template_is_kept() -> None:
+def test_every_template_has_a_stored_outcome() -> None:
     assert list(KEPT) == names()
     assert all(list(kept) == KINDS for kept in KEPT.values())
 
 
 @with_trl
 @pytest.mark.parametrize("name", KEPT)
-def test_a_template_is_learnt_exactly_or_refused_as_kept(name: str) -> None:
+def test_a_template_has_its_stored_outcome(name: str) -> None:
     assert outcomes(name) == KEPT[name]
 
 
-def test_most_templates_are_learnt_exactly_and_the_best_known_ones_among_them() -> None:
+def test_most_templates_and_all_well_known_ones_are_exact() -> None:
     found = exact("single", "multi")
     assert len([name for name in found if "," not in name]) >= 37
     assert len([name for name in found if "enable_thinking" in name]) == 4

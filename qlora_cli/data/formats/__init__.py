@@ -1,6 +1,6 @@
-"""From a row of a data source to a conversation. To add a format: one class, and its name below.
+"""Formats: from a row of a source to a conversation. To add one, write a class and name it below.
 
-A row that does not fit raises DataError naming the field; the caller adds the file and line.
+A row that does not fit raises DataError with the name of the field; the caller adds file and line.
 """
 
 from __future__ import annotations

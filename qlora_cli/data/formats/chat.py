@@ -11,10 +11,10 @@ from qlora_cli.types import Conversation, Message, Row
 
 
 class Messages(Config):
-    """Conversations in the OpenAI manner: `{"messages": [{"role": ..., "content": ...}, ...]}`.
+    """Conversations in OpenAI's shape: `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
-    Read as well: `tool_calls` and the column `tools`, `reasoning_content`, and `train` (true or
-    false) or `weight` (1 or 0) on a message, which say whether it is learnt, whatever its role.
+    Also read: `tool_calls` and the column `tools`, `reasoning_content`, and `train` (true or false)
+    or `weight` (1 or 0) on a message, which decide if it is trained on, whatever its role.
     """
 
     example: ClassVar[Row] = {
@@ -30,7 +30,7 @@ class Messages(Config):
     """Column that holds the list of messages."""
 
     def to_conversation(self, row: Row) -> Conversation:
-        """The messages of a row; every assistant turn is learnt unless it says `train: false`."""
+        """Read the messages of a row. Assistant turns are trained on unless `train: false`."""
         turns = list_of(row, self.field)
         messages = [openai_message(as_object(turn, where), where) for where, turn in turns]
         return Conversation(check_order(messages, self.field), tools=read_tools(row))
@@ -39,7 +39,7 @@ class Messages(Config):
 class ShareGpt(Config):
     """Conversations as `{"conversations": [{"from": "human" | "gpt" | ..., "value": ...}]}`.
 
-    Read as well: the roles `function_call` (JSON text with `name` and `arguments`) and
+    Also read: the roles `function_call` (JSON text with `name` and `arguments`) and
     `observation`, and the columns `tools` and `system`.
     """
 
@@ -57,7 +57,7 @@ class ShareGpt(Config):
     """Column that holds the list of turns."""
 
     def to_conversation(self, row: Row) -> Conversation:
-        """The messages of a row; every turn from `gpt` or `function_call` is learnt."""
+        """Read the messages of a row. Turns from `gpt` or `function_call` are trained on."""
         turns = list_of(row, self.field)
         messages = [sharegpt_message(as_object(turn, where), where) for where, turn in turns]
         checked = check_order(messages, self.field)

@@ -1,4 +1,4 @@
-"""Reading one field of a row. Whatever is wrong with it is a DataError that names its path."""
+"""Read one field of a row. Any problem is a DataError that names the field's path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_cli.types import Row
 
 
 def value_of(values: Mapping[str, Any], field: str, where: str = "") -> Any:
-    """What the field holds, which has to be there."""
+    """Return the value of a field, which must exist."""
     if field not in values:
         found = ", ".join(map(repr, values)) or "nothing"
         raise DataError(f"field '{path_of(where, field)}': missing; found {found}")
@@ -21,52 +21,52 @@ def value_of(values: Mapping[str, Any], field: str, where: str = "") -> Any:
 def text_of(
     values: Mapping[str, Any], field: str, where: str = "", *, may_be_empty: bool = False
 ) -> str:
-    """The text that the field holds."""
+    """Return the text in a field."""
     return as_text(value_of(values, field, where), path_of(where, field), may_be_empty=may_be_empty)
 
 
 def as_text(value: object, path: str, *, may_be_empty: bool = False) -> str:
-    """A value that has to be text."""
+    """Return a value that must be text."""
     if not isinstance(value, str):
         raise DataError(f"field '{path}': got {shown(value)}, expected text")
     if not may_be_empty and not value.strip():
         raise DataError(f"field '{path}': empty")
-    # Tokenizers, terminals and other programs end a text there.
+    # Tokenizers, terminals and other programs end a text at NUL.
     if (at := value.find("\0")) >= 0:
-        raise DataError(f"field '{path}': character {at + 1} is NUL (\\u0000), which is no text")
+        raise DataError(f"field '{path}': character {at + 1} is NUL (\\u0000), which is not text")
     try:
         # JSON may hold half a surrogate pair ("\ud83d"), which no tokenizer takes.
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"field '{path}': character {error.start + 1} is half of a surrogate pair "
-            f"({value[error.start]!r}), which is no text"
+            f"({value[error.start]!r}), which is not text"
         ) from error
     return value
 
 
 def list_of(values: Mapping[str, Any], field: str, where: str = "") -> list[tuple[str, Any]]:
-    """The entries of a list of messages, each with its place in the row: `messages[2]`."""
+    """Return the entries of a list of messages, each with its path in the row: `messages[2]`."""
     path = path_of(where, field)
     return as_list(value_of(values, field, where), path, "a list of messages")
 
 
 def as_list(value: object, path: str, expected: str) -> list[tuple[str, Any]]:
-    """The entries of a value that has to be a list, each with its place."""
+    """Return the entries of a value that must be a list, each with its path."""
     if not isinstance(value, list):
         raise DataError(f"field '{path}': got {shown(value)}, expected {expected}")
     return [(f"{path}[{i}]", entry) for i, entry in enumerate(value)]
 
 
 def as_object(value: object, path: str) -> Mapping[str, Any]:
-    """A value that has to be an object."""
+    """Return a value that must be an object."""
     if not isinstance(value, Mapping):
         raise DataError(f"field '{path}': got {shown(value)}, expected an object")
     return value
 
 
 def parsed(value: object, path: str) -> Any:
-    """A value that may also be given as JSON text, as tables have to."""
+    """Return a value that may also be given as JSON text, as in tables."""
     if not isinstance(value, str):
         return value
     try:
@@ -88,7 +88,7 @@ def refuse(values: Mapping[str, Any], *fields: str, where: str = "") -> None:
         if is_given(values, field):
             raise DataError(
                 f"field '{path_of(where, field)}': got {shown(values[field])}, which this format "
-                "does not read; leaving it out would change what is learnt"
+                "does not read; leaving it out would change what is trained on"
             )
 
 
@@ -98,12 +98,12 @@ def optional_text(row: Row, field: str) -> str | None:
 
 
 def path_of(where: str, field: str) -> str:
-    """`messages[2].role`."""
+    """Return the path of a field: `messages[2].role`."""
     return f"{where}.{field}" if where else field
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: its type where that is the news, and never a screenful."""
+    """Format a value for an error: shortened, with its type unless it is text."""
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:60]}..."
     if value is None:

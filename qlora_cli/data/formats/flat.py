@@ -26,7 +26,7 @@ from qlora_cli.types import Conversation, Message, Row
 class Alpaca(Config):
     """`instruction`, optional `input`, `output`; `system` and `history` where the row has them.
 
-    `history` is a list of pairs: a request, and the answer to it.
+    `history` is a list of pairs: a request and its answer.
     """
 
     example: ClassVar[Row] = {
@@ -38,9 +38,9 @@ class Alpaca(Config):
     type: Literal["alpaca"] = "alpaca"
 
     def to_conversation(self, row: Row) -> Conversation:
-        """The turns of the history, a user turn (instruction, blank line, input) and the answer.
+        """Make the turns of the history, a user turn (instruction, blank line, input), the answer.
 
-        All answers are learnt.
+        All answers are trained on.
         """
         request, system = text_of(row, "instruction"), optional_text(row, "system")
         if row.get("input"):
@@ -54,8 +54,8 @@ class Alpaca(Config):
 
 
 class PromptCompletion(Config):
-    """A prompt and the completion to learn: each a text, a message or a list of messages (OpenAI
-    or ShareGPT)."""
+    """A prompt and the completion to train on: each a text, a message or a list of messages
+    (OpenAI or ShareGPT)."""
 
     example: ClassVar[Row] = {"prompt": "The capital of France is", "completion": " Paris."}
 
@@ -67,7 +67,7 @@ class PromptCompletion(Config):
     as_chat: bool = True
     """Put both through the chat template, as a user and an assistant turn; if false, verbatim."""
     system: str | None = None
-    """System message put before each prompt (needs `as_chat`)."""
+    """System message before each prompt (requires `as_chat`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,7 +83,7 @@ class PromptCompletion(Config):
         return self
 
     def to_conversation(self, row: Row) -> Conversation:
-        """One user and one assistant turn, or two verbatim pieces; the second of them is learnt."""
+        """Make a user and an assistant turn, or two verbatim pieces. The second is trained on."""
         for field in (self.prompt_field, self.completion_field):
             if isinstance(row.get(field), list | Mapping):
                 return self._from_messages(row, field)
@@ -108,7 +108,7 @@ class PromptCompletion(Config):
         prompt = messages_of(row, self.prompt_field, "user")
         completion = messages_of(row, self.completion_field, "assistant")
         check_order(completion, self.completion_field)
-        # Only the completion is learnt, whatever answers the prompt holds.
+        # Only the completion is trained on, whatever answers the prompt contains.
         messages = [*self._system(), *(replace(m, train=False) for m in prompt), *completion]
         place = f"{self.prompt_field} + {self.completion_field}"
         return Conversation(check_order(messages, place), tools=read_tools(row))
@@ -118,7 +118,7 @@ class PromptCompletion(Config):
 
 
 class Text(Config):
-    """Plain text, learnt whole, with the end-of-text token after each row."""
+    """Plain text, all of it trained on, with the end-of-text token after each row."""
 
     example: ClassVar[Row] = {"text": "Paris is the capital of France."}
 
@@ -127,14 +127,14 @@ class Text(Config):
     """Column that holds the text (a text file has one row per line, in the column `text`)."""
 
     def to_conversation(self, row: Row) -> Conversation:
-        """One verbatim piece."""
+        """Make one verbatim piece."""
         return Conversation([Message("text", text_of(row, self.field), train=True)])
 
 
 def _history(row: Row) -> list[tuple[str, str]]:
     if not is_given(row, "history"):
         return []
-    expected = "a list of pairs: a request, and the answer to it"
+    expected = "a list of pairs: a request and its answer"
     pairs = []
     for where, pair in as_list(parsed(row["history"], "history"), "history", expected):
         if not isinstance(pair, list) or len(pair) != 2:

@@ -1,4 +1,4 @@
-"""Pairs of answers, one of them preferred."""
+"""Format for pairs of answers, one of them preferred."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROMPTS = ("prompt", "conversations", "messages")
 
 
 class Preference(Config):
-    """A prompt with two answers, `chosen` and `rejected`. Read and previewed, not yet trained on.
+    """A prompt with two answers, `chosen` and `rejected`: read and previewed, not yet trained on.
 
     The answers are texts, messages or lists of messages (OpenAI or ShareGPT). The prompt is a text
     or a list of messages in the column `prompt`, `conversations` or `messages`; without one, both
@@ -30,12 +30,12 @@ class Preference(Config):
 
     type: Literal["preference"] = "preference"
     chosen_field: str = "chosen"
-    """Column that holds the answer to prefer."""
+    """Column that holds the preferred answer."""
     rejected_field: str = "rejected"
     """Column that holds the other answer."""
 
     def to_conversation(self, row: Row) -> Conversation:
-        """The prompt with the chosen answer; in `rejected`, the prompt with the other one."""
+        """Read the prompt with the chosen answer, and as `rejected` the prompt with the other."""
         prompt = _prompt(row)
         return Conversation(
             _answered(prompt, row, self.chosen_field),
@@ -44,7 +44,7 @@ class Preference(Config):
         )
 
     def as_trainable(self, row: Row) -> dict[str, str]:
-        """The format, as a recipe names it, that reads the chosen answer of a row."""
+        """Return the format settings that read the chosen answer of a row for training."""
         for field in _PROMPTS:
             if row.get(field) is not None:
                 columns = {"prompt_field": field, "completion_field": self.chosen_field}
@@ -57,11 +57,11 @@ class Preference(Config):
 def _prompt(row: Row) -> list[Message]:
     found = [field for field in _PROMPTS if row.get(field) is not None]
     if len(found) > 1:
-        raise DataError(f"field '{found[1]}': there is a prompt in '{found[0]}' too")
+        raise DataError(f"field '{found[1]}': '{found[0]}' has a prompt too")
     if not found:
         return []
     messages = messages_of(row, found[0], "user")
-    # Answers in the prompt were given by neither of the two.
+    # Answers in the prompt belong to neither of the two.
     return [replace(message, train=False) for message in messages]
 
 

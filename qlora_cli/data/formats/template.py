@@ -1,4 +1,4 @@
-"""A format written by the user: turns out of the columns of any flat row."""
+"""Format written by the user: turns made from the columns of any flat row."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class TemplateFormat(Config):
     system: str | None = None
     """The system message."""
     user: str = "{{ prompt }}"
-    """What is asked; each column of the row has its name."""
+    """The user message; each column of the row is available by its name."""
     assistant: str = "{{ completion }}"
-    """The answer, which is learnt."""
+    """The answer, which is trained on."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,7 +44,7 @@ class TemplateFormat(Config):
         return self
 
     def to_conversation(self, row: Row) -> Conversation:
-        """One user and one assistant turn; the second of them is learnt."""
+        """Make a user and an assistant turn. The second is trained on."""
         return Conversation(
             [
                 Message(role, rendered(role, text, row), train=role == "assistant")
@@ -58,11 +58,11 @@ class TemplateFormat(Config):
 
 
 def check_template(text: str) -> None:
-    """Raises ValueError if a text is not Jinja."""
+    """Raise ValueError if a text is not Jinja."""
     from jinja2 import TemplateSyntaxError
 
     try:
-        # Before it is compiled, which computes what is constant.
+        # Before compilation, which evaluates constant expressions.
         refuse_endless(text, "the template")
         _compiled(text)
     except (ModelError, RecursionError) as error:
@@ -75,7 +75,7 @@ def check_template(text: str) -> None:
 class _Compiled:
     template: JinjaTemplate
     columns: frozenset[str]
-    """Columns that the text uses."""
+    """The columns that the text uses."""
 
 
 @lru_cache(maxsize=64)
@@ -87,26 +87,26 @@ def _compiled(text: str) -> _Compiled:
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, finalize=_checked, keep_trailing_newline=True
     )
-    # Jinja's own is for HTML: it would write "<" as an escape.
+    # Jinja's own filter is for HTML: it would escape "<".
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     columns = find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
     return _Compiled(environment.from_string(text), frozenset(columns))
 
 
 def _checked(value: Any) -> Any:
-    """What is put into the text: never Python's own spelling of a value, which would be learnt."""
+    """Refuse values whose Python spelling would end up in the training text."""
     if value is None:
-        raise ValueError("null is no text")
+        raise ValueError("null is not text")
     if isinstance(value, (list, tuple, dict)):
-        raise ValueError(f"a {type(value).__name__} is no text; use its items, join or tojson")
+        raise ValueError(f"a {type(value).__name__} is not text; use its items, join or tojson")
     return value
 
 
 def rendered(role: str, template: str, row: Row) -> str:
-    """The text that a template makes of a row.
+    """Render a template with the columns of a row.
 
     Raises:
-        DataError: it cannot, or (but for a system message) it makes none.
+        DataError: rendering fails, or (except for a system message) the text is empty.
     """
     from jinja2 import UndefinedError
 
@@ -121,17 +121,17 @@ def rendered(role: str, template: str, row: Row) -> str:
         raise
     except UnicodeEncodeError as error:
         character = error.object[error.start]
-        raise DataError(f"{field}: half of a surrogate pair ({character!r}) is no text") from error
+        raise DataError(f"{field}: half of a surrogate pair ({character!r}) is not text") from error
     except UndefinedError as error:
         if missing := sorted(compiled.columns - row.keys()):
             found = ", ".join(map(repr, row)) or "nothing"
             raise DataError(f"field {missing[0]!r}: missing; found {found}") from error
         raise DataError(f"{field}: {error}") from error
-    # Filters fail with errors of any kind, and each time it is what this row holds.
+    # Filters raise errors of any kind, and the cause is always the content of this row.
     except Exception as error:
         raise DataError(f"{field}: {error}") from error
     if "\0" in text:
-        raise DataError(f"{field}: NUL (\\u0000) is no text")
+        raise DataError(f"{field}: NUL (\\u0000) is not text")
     if role != "system" and not text.strip():
         raise DataError(f"{field}: empty")
     return text

@@ -1,4 +1,4 @@
-"""What the formats for conversations have in common: turns, tool calls and their order."""
+"""Read turns and tool calls of conversations, and check their order."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ SHAREGPT_ROLES: dict[str, Role] = {
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MARKS = ("train", "weight")
-# A system prompt may be empty on purpose (some templates put in one of their own otherwise), and
-# so may the answer of a tool.
+# A system prompt may be empty on purpose (some templates insert their own otherwise), and so may
+# the answer of a tool.
 _MAY_BE_EMPTY: tuple[Role, ...] = ("system", "tool")
 
 
 def read_turns(turns: Sequence[tuple[str, Any]]) -> list[Message]:
-    """Turns of either manner, told apart by their keys: OpenAI's `role` or ShareGPT's `from`."""
+    """Read turns in either shape, recognized by their keys: OpenAI's `role`, ShareGPT's `from`."""
     return [
         sharegpt_message(as_object(turn, where), where)
         if "from" in as_object(turn, where)
@@ -56,7 +56,7 @@ def read_turns(turns: Sequence[tuple[str, Any]]) -> list[Message]:
 
 
 def messages_of(row: Row, field: str, role: Literal["user", "assistant"]) -> list[Message]:
-    """The turns that a column holds: messages, one message, or a text, which is one of `role`."""
+    """Read the turns in a column: messages, one message, or a text (one message of `role`)."""
     value: Any = value_of(row, field)
     if isinstance(value, str):
         return [Message(role, text_of(row, field), train=role == "assistant")]
@@ -71,9 +71,9 @@ def messages_of(row: Row, field: str, role: Literal["user", "assistant"]) -> lis
 
 
 def openai_message(turn: Mapping[str, Any], where: str) -> Message:
-    """One turn in the OpenAI manner."""
+    """Read one turn in OpenAI's shape."""
     role = _role(turn, "role", where, ROLES)
-    # To leave it out would silently change what is learnt.
+    # Ignoring these would silently change what the model is trained on.
     refuse(turn, "function_call", "audio", "refusal", where=where)
     if role != "assistant":
         refuse(turn, "tool_calls", *_REASONING, where=where)
@@ -98,7 +98,7 @@ def openai_message(turn: Mapping[str, Any], where: str) -> Message:
 
 
 def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
-    """One turn in the manner of ShareGPT; the value of `function_call` is JSON text."""
+    """Read one turn in ShareGPT's shape; the value of `function_call` is JSON text."""
     role = _role(turn, "from", where, SHAREGPT_ROLES)
     refuse(turn, "tool_calls", *_REASONING, where=where)
     marked = _marked(turn, where)
@@ -109,24 +109,24 @@ def sharegpt_message(turn: Mapping[str, Any], where: str) -> Message:
         return Message(role, content, train=train, is_marked=is_marked, ignored=ignored)
     path = path_of(where, "value")
     calls = parsed(value_of(turn, "value", where), path)
-    # One call is written without a list.
+    # A single call needs no list.
     entries = (
         as_list(calls, path, "a list of calls") if isinstance(calls, list) else [(path, calls)]
     )
     if not entries:
-        raise DataError(f"field '{path}': no call in it")
+        raise DataError(f"field '{path}': it has no call")
     asked = tuple(_call(*entry) for entry in entries)
     return Message(role, "", train=train, tool_calls=asked, is_marked=is_marked, ignored=ignored)
 
 
 def read_tools(row: Row, field: str = "tools") -> list[dict[str, Any]] | None:
-    """The functions that the assistant may ask for, in OpenAI's shape; a list, or JSON text."""
+    """Read the functions that the assistant may call, in OpenAI's shape; a list, or JSON text."""
     if not is_given(row, field):
         return None
     tools = []
     for where, entry in as_list(parsed(row[field], field), field, "a list of functions"):
         tool = dict(as_object(entry, where))
-        # Many data sets leave OpenAI's wrapping out, and templates read it.
+        # Many datasets leave out OpenAI's wrapping, which templates read.
         if "function" not in tool:
             tool = {"type": "function", "function": tool}
         function = as_object(tool["function"], path_of(where, "function"))
@@ -136,12 +136,12 @@ def read_tools(row: Row, field: str = "tools") -> list[dict[str, Any]] | None:
 
 
 def check_order(messages: Sequence[Message], field: str) -> list[Message]:
-    """The messages, if a conversation may go like this and ends in something to learn.
+    """Return the messages if their order is valid and the last one is an answer.
 
     Raises:
-        DataError: it may not; the field is named.
+        DataError: they are not valid; the field is named.
     """
-    waiting = 0  # calls that still may be answered
+    waiting = 0  # calls that may still be answered
     before: Message | None = None
     for i, message in enumerate(messages):
         reason = _out_of_order(message, before, waiting)
@@ -150,14 +150,14 @@ def check_order(messages: Sequence[Message], field: str) -> list[Message]:
         waiting = waiting - 1 if message.role == "tool" else len(message.tool_calls)
         before = message
     if not any(message.role == "assistant" for message in messages):
-        raise DataError(f"field '{field}': no assistant message, so nothing to learn")
+        raise DataError(f"field '{field}': no assistant message, so nothing to train on")
     if messages[-1].role != "assistant":
         raise DataError(
             f"field '{field}': ends with a message of role {messages[-1].role}, so its answer is "
             "missing"
         )
     if not any(message.train for message in messages):
-        raise DataError(f"field '{field}': every answer has train: false, so nothing to learn")
+        raise DataError(f"field '{field}': every answer has train: false, so nothing to train on")
     return list(messages)
 
 
@@ -165,7 +165,7 @@ def _out_of_order(message: Message, before: Message | None, waiting: int) -> str
     if message.role == "system" and before is not None:
         return "a system message has to come first"
     if message.role == "tool" and waiting <= 0:
-        return "the answer of a tool without a call before it"
+        return "a tool's answer without a call before it"
     if before is not None and message.role == before.role != "tool":
         return f"two messages of role {message.role} in a row"
     return None
@@ -173,7 +173,7 @@ def _out_of_order(message: Message, before: Message | None, waiting: int) -> str
 
 def _role(turn: Mapping[str, Any], key: str, where: str, roles: Mapping[str, Role]) -> Role:
     name = value_of(turn, key, where)
-    # A list or an object as role is no key of any dictionary.
+    # A list or an object as a role cannot be a dictionary key.
     role = roles.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(
@@ -206,13 +206,13 @@ def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
 
 
 def _marked(turn: Mapping[str, Any], where: str) -> bool | None:
-    """Whether the turn is learnt, if it says so: `train`, or OpenAI's `weight` of 0 or 1."""
+    """Return the turn's own mark, if any: `train`, or OpenAI's `weight` of 0 or 1."""
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"field '{where}.train': got {shown(train)}, expected true or false")
     if weight is None:
         return train
-    # True is 1 in Python, and 1.0 as well; the first is a mistake, the second a table's column.
+    # True and 1.0 both equal 1 in Python; the first is a mistake, the second a column of a table.
     if isinstance(weight, bool) or weight not in (0, 1):
         raise DataError(f"field '{where}.weight': got {shown(weight)}, expected 0 or 1")
     if train is not None and train != weight:
@@ -224,7 +224,7 @@ _OF_ROLE: dict[Role, tuple[str, ...]] = {
     "assistant": ("tool_calls", *_REASONING),
     "tool": ("name", "tool_call_id"),
 }
-"""Keys that are read, or refused, in turns of one role alone."""
+"""Keys that are read or refused only in turns of one role."""
 
 
 def _ignored(turn: Mapping[str, Any], *read: str) -> tuple[str, ...]:
@@ -240,7 +240,7 @@ def _tool_calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
 
 
 def _call(where: str, entry: object) -> ToolCall:
-    """A call in OpenAI's shape, or without its wrapping."""
+    """Read a call in OpenAI's shape, or without its wrapping."""
     call = as_object(entry, where)
     number = text_of(call, "id", where) if is_given(call, "id") else None
     if "function" in call:
@@ -248,13 +248,13 @@ def _call(where: str, entry: object) -> ToolCall:
         call = as_object(call["function"], where)
     name, path = text_of(call, "name", where), path_of(where, "arguments")
     arguments = as_object(parsed(value_of(call, "arguments", where), path), path)
-    # The surrogate check of a text, for every text in it.
+    # Check every text in it for surrogates.
     as_text(json.dumps(arguments, ensure_ascii=False, default=str), path)
     return ToolCall(name, dict(arguments), number)
 
 
 def _without_nulls(value: Any) -> Any:
-    # A table gives every function the parameters of all the others, as nulls.
+    # A table gives every function the parameters of all others, as nulls.
     if isinstance(value, Mapping):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Audit prepared datasets: lengths, duplicates, leaks and template drift."""
+"""Audit the training and evaluation rows of a run: statistics, findings, limits."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 _COMPARED = 256
-"""Rows of a source whose prompt is rendered again, as it is for generation."""
+"""Rows per source whose prompt is rendered again, as for generation."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditedDataset:
-    """One side of the data, and what was found in it."""
+    """The training or evaluation rows, with their statistics and findings."""
 
     name: str
     prepared: PreparedData
@@ -38,11 +38,11 @@ class AuditedDataset:
 
     @property
     def truncated(self) -> float:
-        """Share of rows that are longer than `data.max_length`."""
+        """Share of rows longer than `data.max_length`."""
         return self.prepared.num_truncated / self.prepared.num_rows
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Summarize the audit in one line for the log."""
         total = self.audit.total
         found = "; ".join(
             f"{finding.what}: {', '.join([finding.found, *finding.named[:1]])}"
@@ -51,18 +51,18 @@ class AuditedDataset:
         )
         return (
             f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
-            f"median {total.median:,}; {found or 'nothing suspect'}"
+            f"median {total.median:,}; {found or 'nothing suspicious'}"
         )
 
 
 def audit_data(
     data: Data,
-    learnt: PreparedData,
+    training_data: PreparedData,
     held_out: PreparedData | None,
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[AuditedDataset]:
-    """What the rows come to, and what in them is often a mistake: training, then evaluation."""
-    training = _audited("training", data, learnt, tokenizer, None)
+    """Audit the training rows, then the evaluation rows."""
+    training = _audited("training", data, training_data, tokenizer, None)
     if held_out is None:
         return [training]
     return [training, _audited("evaluation", data, held_out, tokenizer, training)]
@@ -70,16 +70,16 @@ def audit_data(
 
 def check_data(
     data: Data,
-    learnt: PreparedData,
+    training_data: PreparedData,
     held_out: PreparedData | None,
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, dict[str, Any]]:
-    """The audit, with a line about each side in the log. Returns the figures.
+    """Audit the rows, log a line about each dataset, and return the statistics.
 
     Raises:
         DataError: a limit of `data.audit` is crossed.
     """
-    sides = audit_data(data, learnt, held_out, tokenizer)
+    sides = audit_data(data, training_data, held_out, tokenizer)
     for side in sides:
         is_suspect = any(finding.count for finding in side.findings)
         log.log(logging.WARNING if is_suspect else logging.INFO, side.summary())
@@ -88,7 +88,7 @@ def check_data(
 
 
 def check_limits(data: Data, sides: list[AuditedDataset]) -> None:
-    """Raises DataError if a limit of `data.audit` is crossed."""
+    """Raise DataError if a limit of `data.audit` is crossed."""
     training, *others = sides
     evaluation = others[0].audit if others else None
     data.audit.check(training.audit, evaluation, truncated=training.truncated)
@@ -104,7 +104,7 @@ def _audited(
     rows = prepared.examples
     scanned = scan(rows, tokenizer, max_length=data.max_length)
     audit = scanned.audit(None if training is None else training.scan)
-    learnt = None if training is None else training.prepared.examples
+    training_rows = None if training is None else training.prepared.examples
     sources = data.train_sources if training is None else data.evaluation_sources
     prompts = [
         pair
@@ -112,12 +112,12 @@ def _audited(
         for pair in _first_prompts(source, rows, _candidates(source, scanned, i), data, tokenizer)
     ]
     cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
-    found = findings(rows, audit, find_drift(rows, prompts), cut, training=learnt)
+    found = findings(rows, audit, find_drift(rows, prompts), cut, training=training_rows)
     return AuditedDataset(name, prepared, scanned, audit, found)
 
 
 def _candidates(source: Source, scanned: DatasetScan, index: int) -> list[int]:
-    """Rows of a source among which those are that its files begin with."""
+    """Return rows that include those at the beginning of a source's files."""
     return scanned.first_rows(index, None if source.shuffle else _COMPARED)
 
 
@@ -128,11 +128,11 @@ def _first_prompts(
     data: Data,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Rows that are not cut, and what the model is given to generate their last answer."""
+    """Yield rows that are not cut, with the prompt for generating their last answer."""
     encoder = Encoder(tokenizer)
     for row, conversation in islice(_first_located(source, rows, candidates), _COMPARED):
         has_prompt = any(message.train for message in conversation.messages[1:])
-        # What is cut has this length.
+        # A row that was cut has exactly this length.
         is_whole = len(rows[row].input_ids) < data.max_length
         if has_prompt and not conversation.train_on_all and is_whole:
             prompt = encoder.to_prompt(conversation.messages, conversation.tools)
@@ -142,8 +142,11 @@ def _first_prompts(
 def _first_located(
     source: Source, rows: LocatedExamples, candidates: list[int]
 ) -> Iterator[tuple[int, Conversation]]:
-    """What the files begin with, with the row that it became; without what became several."""
-    # Not in the order of `shuffle`, which takes a whole source to be read before its first row.
+    """Yield the first conversations of the files with the row that each became.
+
+    Conversations that became several rows are left out.
+    """
+    # In file order: with `shuffle`, a whole source is read before its first row.
     conversations = source.in_file_order().conversations(BadRows())
     num_left = len(candidates)
     while num_left > 0 and (some := {one.place: one for one in islice(conversations, _COMPARED)}):

@@ -1,4 +1,4 @@
-"""Prepared sets that are kept, found again by all that they depend on."""
+"""Cache of prepared datasets. The key is a hash of everything that a dataset depends on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ log = logging.getLogger("qlora")
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 
-# What has no part in how rows become examples. Whatever else is ever added to the recipe's section
-# counts, so that a forgotten entry costs time and never a wrong set.
+# Settings that do not affect how rows become examples. Any other setting is part of the key, so
+# forgetting one here costs time and never gives wrong data.
 _FREE_OF_DATA = {"train", "evaluation", "evaluation_share", "seed", "chat_template"} | {
     "packing",
     "workers",
@@ -50,10 +50,10 @@ def load_or_prepare(
     *,
     use_cache: bool = True,
 ) -> tuple[PreparedData, bool]:
-    """The prepared set of some sources, and whether it was there already.
+    """Return the prepared data of some sources, and whether it was cached.
 
     Args:
-        use_cache: if not, the set is made anew and deleted when the program ends.
+        use_cache: if False, prepare the data again and delete it when the program ends.
 
     Raises:
         DataError: the rows cannot be prepared, or the cache cannot be written.
@@ -62,7 +62,7 @@ def load_or_prepare(
         folder = Path(tempfile.mkdtemp(prefix="qlora-"))
         try:
             prepared = prepare(sources, tokenizer, data, folder)
-        # Ctrl-C too must not leave it lying there.
+        # Ctrl-C must not leave it behind either.
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -74,22 +74,22 @@ def load_or_prepare(
         return _find_or_make(folder, sources, tokenizer, data, digests)
     except OSError as error:
         raise DataError(
-            f"{folder.parent}: prepared data cannot be kept here: {error}",
-            hint="--no-cache keeps none; QLORA_CACHE names another folder",
+            f"{folder.parent}: prepared data cannot be stored here: {error}",
+            hint="use --no-cache, or name another folder in QLORA_CACHE",
         ) from error
 
 
 def key_of(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, data: Data, digest: str
 ) -> str:
-    """A hash of all that the prepared set depends on.
+    """Hash everything that the prepared data depends on.
 
     Args:
-        digest: of the bytes of the data.
+        digest: the digest of the data's bytes.
     """
     parts = {
         "digest": digest,
-        # The path has no part in the tokens; but the places of the rows have it in them.
+        # The path does not affect the tokens, but it is part of the rows' places.
         "sources": [one.model_dump(mode="json", exclude=_FREE_OF_SOURCE) for one in sources],
         "settings": data.model_dump(mode="json", exclude=_FREE_OF_DATA),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -103,31 +103,31 @@ def key_of(
 
 @dataclass(frozen=True, slots=True)
 class CachedDataset:
-    """A prepared set that is kept."""
+    """A prepared dataset in the cache."""
 
     folder: Path
     paths: list[str]
-    """Of the sources."""
+    """Paths of the sources."""
     num_rows: int
     size: int
-    """Bytes."""
+    """Size in bytes."""
     used: float
-    """When it was last used, in seconds since 1970."""
+    """Time of last use, in seconds since 1970."""
 
     def record(self) -> dict[str, Any]:
-        """For programs."""
+        """Return it as JSON."""
         return {**asdict(self), "folder": str(self.folder)}
 
 
 def list_datasets(*, clear: bool = False) -> list[CachedDataset]:
-    """What is kept, the last used first.
+    """List the cached datasets, the last used first.
 
     Args:
-        clear: delete all of it.
+        clear: delete all of them.
     """
     found = []
     for folder in _folder().glob("*/"):
-        # Another version may have known other things about its sets.
+        # Another version may have stored other facts.
         facts = read_facts(folder) or {}
         paths, num_rows = facts.get("paths", []), facts.get("num_rows", 0)
         size = sum(file.stat().st_size for file in folder.iterdir())
@@ -147,8 +147,8 @@ def _find_or_make(
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that train together the first prepares, and the others wait here. The
-    # system takes the lock from a process that dies.
+    # Of several processes that train together, the first prepares and the others wait here. The
+    # operating system releases the lock of a process that dies.
     with filelock.FileLock(folder.with_suffix(".lock")):
         prepared = PreparedData.open(folder)
         if prepared is not None:
@@ -182,7 +182,7 @@ def read_data(
     *,
     use_cache: bool = True,
 ) -> PreparedData:
-    """The examples of all sources, with a line about them in the log."""
+    """Load or prepare the examples of all sources, and log a line about them."""
     prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared

@@ -1,4 +1,4 @@
-"""What in prepared rows is often a mistake, and when it stops a run."""
+"""Findings in prepared rows that are often mistakes, and the limits that stop a run."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from qlora_cli.errors import DataError
 
 
 class AuditLimits(Config):
-    """What stops a run because of its data. Without a limit, it is reported and stops nothing."""
+    """Limits that stop a run because of its data. Without a limit, findings are only reported."""
 
     max_duplicates: float | None = Field(None, ge=0, le=1)
-    """Share of training rows that may repeat an earlier one, token by token."""
+    """Maximum share of training rows that repeat an earlier one, token by token."""
     max_overlap: float | None = Field(None, ge=0, le=1)
-    """Share of evaluation rows that training may show, or whose prompt it may answer otherwise."""
+    """Maximum share of evaluation rows that are also training rows, or whose prompt has another
+    answer in the training rows."""
     max_truncated: float | None = Field(None, ge=0, le=1)
-    """Share of training rows that may be longer than `max_length`."""
+    """Maximum share of training rows longer than `max_length`."""
     min_learnt: float | None = Field(None, ge=0, le=1)
-    """Least share of training tokens that are learnt."""
+    """Minimum share of training tokens that are supervised."""
 
     def check(
         self, training: DatasetStatistics, evaluation: DatasetStatistics | None, *, truncated: float
     ) -> None:
-        """Stop where a limit is crossed.
+        """Stop if a limit is crossed.
 
         Args:
-            truncated: share of the training rows that are longer than `max_length`.
+            truncated: share of the training rows longer than `max_length`.
 
         Raises:
-            DataError: with every limit that is crossed.
+            DataError: one or more limits are crossed; all of them are named.
         """
         figures = training.total
         found = [
@@ -57,7 +58,7 @@ class AuditLimits(Config):
         if self.min_learnt is not None and figures.supervised_share < self.min_learnt:
             problems.append(
                 f"data.audit.min_learnt ({self.min_learnt:g}): {figures.supervised_share:.2%} of "
-                "the training tokens are learnt"
+                "the training tokens are supervised"
             )
         if problems:
             raise DataError("\n".join(problems), hint="qlora preview names the first of these rows")
@@ -65,27 +66,27 @@ class AuditLimits(Config):
 
 @dataclass(frozen=True, slots=True)
 class TemplateDrift:
-    """Rows in which something else precedes the last answer than when the model generates."""
+    """Rows whose last answer follows a different prompt than at generation."""
 
     num_rows: int
-    """Rows looked at."""
+    """Number of rows compared."""
     rows: list[int]
-    """Of these, the rows that differ."""
+    """The rows among them that differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """How many rows (or turns) have one kind of problem."""
 
     what: str
     count: int
     total: int
     named: tuple[str, ...] = ()
-    """The first of them."""
+    """The first of them, by place."""
 
     @property
     def found(self) -> str:
-        """How many, out of how many, and the share if there are any."""
+        """The count, the total, and the share unless it is zero."""
         share = f" ({self.count / self.total:.2%})" if self.count else ""
         return f"{self.count:,} of {self.total:,}{share}"
 
@@ -98,11 +99,11 @@ def findings(
     *,
     training: LocatedExamples | None = None,
 ) -> list[Finding]:
-    """What was looked at in the rows of one side.
+    """List the findings in training or evaluation rows.
 
     Args:
-        cut: what is known of rows that are too long.
-        training: what is learnt, if `rows` are held out from it.
+        cut: the finding about rows that are too long.
+        training: the training rows, if `rows` are evaluation rows.
     """
     total = audit.total
 
@@ -140,7 +141,7 @@ def find_drift(rows: LocatedExamples, prompts: Iterable[tuple[int, list[int]]]) 
     """Compare rows with the prompts that the model is given to generate their last answer.
 
     Args:
-        prompts: index of a row that is not cut, and the tokens of its prompt.
+        prompts: the index of a row that is not cut, and the tokens of its prompt.
     """
     looked_at, drifting = 0, []
     for row, prompt in prompts:

@@ -1,4 +1,4 @@
-"""From sources to a prepared set: all rows encoded, counted and checked."""
+"""Prepare a dataset: encode, count and check all rows of some sources, and store them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.hashing import hash_text
-from qlora_cli.data.encode.encoder import EncodedRow, Encoder, RefusedRow
+from qlora_cli.data.encode.encoder import Encoder, RefusedRow
+from qlora_cli.data.encode.truncate import EncodedRow
 from qlora_cli.data.formats import Text
 from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
 from qlora_cli.data.prepared.workers import Workers
@@ -28,44 +29,45 @@ if TYPE_CHECKING:
 log = logging.getLogger("qlora")
 
 MIN_STOPPED = 0.99
-"""Least share of learnt turns that end in a token to stop at; with fewer, the model runs on."""
+"""Minimum share of supervised turns that end in a stop token. With fewer, the tuned model would not
+stop."""
 
 
 class TooManyLost(DataError):
-    """More answers are lost than `data.max_lost` allows."""
+    """More answers are cut or left out than `data.max_lost` allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """The examples of some sources, and what became of their rows."""
+    """The examples of some sources, and counts of what became of their rows."""
 
     examples: MmapDataset
     paths: list[str]
-    """The sources."""
+    """The paths of the sources."""
     counts: list[dict[str, int]]
-    """For each source, the numbers that are here for all of them."""
+    """The counts below, for each source."""
     stop_token_ids: list[int]
-    """Tokens that end the learnt turns: what generation has to stop at."""
+    """Tokens that end supervised turns; generation has to stop at them."""
     stops: list[str]
     """The stop tokens as text."""
     num_rows: int
-    """Rows read that could be used."""
+    """Usable rows that were read."""
     num_bad: int
-    """Rows that could not be used and were left out (`data.on_bad_row: skip`)."""
+    """Bad rows that were left out (`data.on_bad_row: skip`)."""
     num_lost: int
-    """Rows left out because of their length, or because nothing was left to learn."""
+    """Rows left out because of their length, or because no supervised token was left."""
     num_truncated: int
-    """Rows longer than `data.max_length`; those left out among them."""
+    """Rows longer than `data.max_length`, including those left out."""
     num_answers: int
-    """Learnt turns of all rows."""
+    """Supervised turns in all rows."""
     num_lost_answers: int
-    """Learnt turns that were cut away or cut short."""
+    """Supervised turns that were cut, in whole or in part."""
     ignored: list[dict[str, int]]
-    """For each source: keys of messages that nobody reads, and how many messages have them."""
+    """For each source: message keys that are not read, and the number of messages with each."""
     learnt_as: str
-    """What learnt turns are to the user: answers, or texts."""
+    """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
-    """Rows with special tokens in their messages, which are taken for plain text."""
+    """Rows with special tokens in their messages, which are encoded as plain text."""
     num_tokens: int
     num_supervised: int
     longest: int
@@ -73,11 +75,11 @@ class PreparedData:
     digest: str
     """sha256 of the sources."""
     rows_digest: str
-    """sha256 of the examples: equal for all that is learnt in the same way."""
+    """sha256 of the examples: their tokens, loss masks, sources and links, in order."""
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData | None:
-        """What `prepare` wrote to a folder; None if it is not whole."""
+        """Open what `prepare` wrote to a folder. Returns None if it is not complete."""
         facts = read_facts(folder)
         names = {field.name for field in fields(cls)} - {"examples"}
         if facts is None or set(facts) != names:
@@ -85,7 +87,7 @@ class PreparedData:
         return cls(examples=MmapDataset(folder), **facts)
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Summarize the data in one line for the log."""
         answers = f", {self.num_lost_answers:,} of {self.num_answers:,} {self.learnt_as} lost"
         typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
         bad = f", {counted(self.num_bad, 'bad row')} left out" if self.num_bad else ""
@@ -94,11 +96,12 @@ class PreparedData:
             f"({self.num_truncated:,} too long, {self.num_lost:,} left out"
             f"{answers if self.num_lost_answers else ''}){bad}{typed}, "
             f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
-            f"learnt, longest {self.longest:,}; turns end with {' '.join(self.stops) or 'nothing'}"
+            f"supervised, longest {self.longest:,}; turns end with "
+            f"{' '.join(self.stops) or 'nothing'}"
         )
 
     def record(self) -> dict[str, Any]:
-        """All but the examples, for the record of the run."""
+        """Return everything except the examples, for the record of the run."""
         names = [field.name for field in fields(self) if field.name != "examples"]
         return {name: getattr(self, name) for name in names}
 
@@ -111,14 +114,14 @@ def prepare(
     *,
     digests: Sequence[str] | None = None,
 ) -> PreparedData:
-    """Read, format, tokenize and check all rows of some sources, and write them to a folder.
+    """Read, format, encode and check all rows of some sources, and write them to a folder.
 
     Args:
-        digests: of each source, if they are known already.
+        digests: the digest of each source, if already known.
 
     Raises:
-        DataError: no rows, bad rows (all are counted), too many lost answers, turns that do not
-            end in a token to stop at, or files that are changed meanwhile.
+        DataError: there are no rows, bad rows (all are counted), too many lost answers, turns that
+            do not end in a stop token, or files that changed while they were read.
     """
     tallies = []
     digests = digests_of(sources) if digests is None else digests
@@ -139,8 +142,8 @@ def prepare(
                     writer.add(example, index, place)
             tally.check()
             tallies.append(tally)
-        # Rows of a file that is being written are neither the old nor the new ones, and would be
-        # found again as those of the digest.
+        # Rows of a file that is being written are neither the old nor the new ones, but the cache
+        # would return them for this digest.
         for source, digest in zip(sources, digests, strict=True):
             source.refuse_changed(digest)
         stop_token_ids = sorted({i for t in tallies for i in t.turn_ends if isinstance(i, int)})
@@ -165,12 +168,12 @@ def prepare(
 
 
 def digests_of(sources: Sequence[Source]) -> list[str]:
-    """sha256 of the data of each source, wherever it lies."""
+    """Hash the data of each source; its location does not matter."""
     return [source.digest() for source in sources]
 
 
 def joined_digest(digests: Sequence[str]) -> str:
-    """One digest for those of several sources."""
+    """Combine the digests of several sources into one."""
     return digests[0] if len(digests) == 1 else hash_text(" ".join(digests))
 
 
@@ -181,14 +184,14 @@ def prepare_prompts(
     skip: bool = False,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """A prompt and its reference for each row of a source.
+    """Make a prompt with its reference from each row of a source.
 
     Args:
         skip: leave out bad rows.
-        limit: no more prompts than these.
+        limit: maximum number of prompts.
 
     Raises:
-        DataError: no rows, or bad rows (all are counted).
+        DataError: there are no rows, or bad rows (all are counted).
     """
     encoder = Encoder(tokenizer)
     bad, is_checked = BadRows(), False
@@ -213,7 +216,7 @@ def prepare_prompts(
 
 
 _NAMED = 10
-"""Keys of messages that are named."""
+"""Message keys named in a warning."""
 
 _COUNTS = (
     "num_rows",
@@ -229,7 +232,7 @@ _COUNTS = (
 
 
 class _Tally:
-    """What became of the rows of one source."""
+    """Counts of what became of the rows of one source."""
 
     def __init__(self, source: Source, data: Data) -> None:
         self._path = source.path
@@ -240,9 +243,9 @@ class _Tally:
         self.counts: Counter[str] = Counter()
         self.longest = 0
         self.turn_ends: Counter[int | str] = Counter()
-        """How often a learnt turn ends in a token, or in a text that is none."""
+        """Number of supervised turns that end in each token, or in other text."""
         self.ignored: Counter[str] = Counter()
-        """Keys of messages that nobody reads, and how many messages have them."""
+        """Message keys that are not read, and the number of messages with each."""
         self._lost = BadRows()
         self._lengths = array("I")
 
@@ -297,7 +300,7 @@ class _Tally:
         log.warning("%s\n%s", message, shown)
 
     def _remedies(self) -> Iterator[str]:
-        """Settings that keep rows which are too long, if there are any."""
+        """Yield settings that would keep rows that are too long, if there are any."""
         lengths, now = sorted(self._lengths), self._data.max_length
         if lengths[-1] <= now:
             return
@@ -312,14 +315,14 @@ class _Tally:
     def _check_stops(self) -> None:
         num_ends = self.turn_ends.total()
         if not num_ends:
-            log.warning("%s: every row is cut, so the model never learns where to stop", self._path)
+            log.warning("%s: every row is cut, so the model never sees where to stop", self._path)
         unstopped = Counter({end: n for end, n in self.turn_ends.items() if isinstance(end, str)})
         if unstopped.total() > (1 - MIN_STOPPED) * num_ends:
             [(follows, _)] = unstopped.most_common(1)
             raise DataError(
-                f"{self._path}: {unstopped.total():,} of {num_ends:,} learnt turns end in no added "
-                "token, so the tuned model would not know where to stop; after the content comes "
-                f"{follows!r}",
+                f"{self._path}: {unstopped.total():,} of {num_ends:,} supervised turns do not end "
+                "in an added token, so the tuned model would not know where to stop; after the "
+                f"content comes {follows!r}",
                 hint="name a template in data.chat_template that ends assistant turns with a "
                 "special token of the tokenizer",
             )
@@ -328,8 +331,8 @@ class _Tally:
 def _encode(
     workers: Workers, source: Source, tally: _Tally, skip: bool
 ) -> Iterator[tuple[str, EncodedRow]]:
-    # Kept apart and put together at the end: how far reading is ahead of encoding depends on the
-    # number of workers, and what is shown must not.
+    # Both are joined at the end: how far reading is ahead of encoding depends on the number of
+    # workers, and the report must not.
     bad, refused = BadRows(), BadRows()
     rows = _noting(source.conversations(bad), tally.ignored)
     for place, encoded in workers.encode(rows):
@@ -354,7 +357,7 @@ def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Con
 
 
 def ignored_text(ignored: Mapping[str, int]) -> str:
-    """Keys of messages that nobody reads, with the number of messages: `name 7, date 2`."""
+    """List message keys that are not read, with the number of messages: `name 7, date 2`."""
     most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
     more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
     return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])

@@ -1,8 +1,8 @@
-"""What prepared rows come to.
+"""Statistics of prepared rows: lengths, supervised tokens, turns, duplicates, leaks.
 
-Every figure is found in the tokens and labels that the model will see, and not in what was meant to
-be made of the rows. One pass, in time linear in the tokens; of a row, a few hashes and lengths are
-kept.
+Every figure comes from the tokens and labels that the model will see, and not from what the rows
+were meant to become. One pass takes time linear in the tokens and keeps a few hashes and lengths
+per row.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NAMED = 3
-"""Rows that are named of each kind."""
+"""Rows named for each kind of finding."""
 _MAX_BARS = 12
 
 
 class LocatedExamples(Protocol):
-    """Examples that know where they are from."""
+    """Examples with their sources and places."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
     def source(self, index: int) -> int:
-        """Which of the sources a row is from."""
+        """Return the index of a row's source."""
 
     def place(self, index: int) -> str:
-        """Where it stands: `train.jsonl:17`."""
+        """Return where a row was read: `train.jsonl:17`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowStatistics:
-    """What some rows come to."""
+    """Totals over some rows."""
 
     num_rows: int
     num_tokens: int
     num_supervised: int
     num_empty: int
-    """Rows with nothing to learn."""
+    """Rows without a supervised token."""
     num_turns: int
-    """Learnt turns."""
+    """Supervised turns."""
     num_unfinished: int
-    """Of these, how many fill their row to its end without a stop token: cut off, or split."""
+    """Supervised turns that fill their row to its end without a stop token: cut off, or split."""
     num_stopped: int
-    """Of these, how many end in a learnt stop token."""
+    """Supervised turns that end in a supervised stop token."""
     num_double_bos: int
     """Rows that begin with two BOS tokens."""
     num_duplicates: int
     """Rows that repeat an earlier one, token by token."""
     num_seen: int
-    """Evaluation rows that training has too."""
+    """Evaluation rows that are also training rows."""
     num_asked: int
-    """Evaluation rows whose prompt training has too, with another answer."""
+    """Evaluation rows whose prompt is in the training rows with another answer."""
     shortest: int
     median: int
     longest: int
@@ -68,51 +68,51 @@ class RowStatistics:
 
     @property
     def unstopped(self) -> int:
-        """Learnt turns that end within their row, and in no stop token."""
+        """Supervised turns that end within their row without a stop token."""
         return self.num_turns - self.num_unfinished - self.num_stopped
 
     @property
     def supervised_share(self) -> float:
-        """Share of tokens that are learnt."""
+        """Share of tokens that are supervised."""
         return self.num_supervised / max(1, self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class LengthBar:
-    """Rows of about one length."""
+    """One bar of the histogram of lengths."""
 
     first: int
     last: int
-    """Length in tokens, both included."""
+    """Lengths in tokens, both inclusive."""
     num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetStatistics:
-    """One side of the data: what is learnt, or what is held out."""
+    """Statistics of the training rows, or of the evaluation rows."""
 
     total: RowStatistics
     sources: list[RowStatistics]
     bars: list[LengthBar]
     """Histogram of lengths."""
     ends: dict[int, int]
-    """Id of a token that ends learnt turns -> how many of them."""
+    """Token id -> number of supervised turns that it ends."""
     duplicates: list[tuple[int, int]]
-    """The first rows that repeat another: its index, and that of the earliest equal row."""
+    """The first rows that repeat another, each with the earliest equal row (indices)."""
     seen: list[tuple[int, int]]
-    """The first evaluation rows that training has too: its index, and that of the training row."""
+    """The first evaluation rows that are also training rows, each with the training row."""
     asked: list[tuple[int, int]]
-    """The same for evaluation rows whose prompt training has too, with another answer."""
+    """The same for evaluation rows whose prompt is in the training rows with another answer."""
 
     def record(self) -> dict[str, Any]:
-        """The figures of all rows, for the record of the run."""
+        """Return the totals for the record of the run."""
         return asdict(self.total)
 
 
 def scan(
     rows: LocatedExamples, tokenizer: PreTrainedTokenizerFast, *, max_length: int
 ) -> DatasetScan:
-    """Look at each row once."""
+    """Scan each row once."""
     scan = DatasetScan(
         added_token_ids=tokenizer.added_tokens_decoder,
         bos_token_id=tokenizer.bos_token_id,
@@ -124,11 +124,11 @@ def scan(
 
 
 class DatasetScan:
-    """What is kept of the rows of one side: numbers and 8-byte hashes.
+    """Counts and 8-byte hashes of training or evaluation rows.
 
     Args:
-        added_token_ids: tokens that can be stopped at.
-        max_length: tokens per row: a row of this length may have been cut off.
+        added_token_ids: tokens that can stop a turn.
+        max_length: tokens per row; a row of this length may have been cut off.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class DatasetScan:
         self._added = frozenset(added_token_ids)
         self._bos = bos_token_id
         self._max_length = max_length
-        # For each row.
+        # Per row.
         self._sources = array("I")
         self._lengths = array("I")
         self._supervised = array("I")
@@ -147,13 +147,17 @@ class DatasetScan:
         self._double_bos = array("B")
         self._hashes = array("Q")
         self._last_prompts = array("Q")
-        # For each learnt turn: a prompt is all that precedes it.
+        # Per supervised turn: its prompt is everything before it.
         self._prompts = array("Q")
         self._prompt_rows = array("Q")
         self._ends: Counter[int] = Counter()
 
     def add(self, example: Example, source: int = 0) -> None:
-        """The next row, which is of a source."""
+        """Add the next row.
+
+        Args:
+            source: index of its source.
+        """
         ids, row = example.input_ids, len(self._hashes)
         turns = supervised_turns(example.labels)
         tokens = array("I", ids)
@@ -162,13 +166,13 @@ class DatasetScan:
         for first, after in turns:
             digest.update(tokens[at:first])
             at = first
-            # One token is no prompt: a BOS, or the last of the piece before this one.
+            # One token is not a prompt: it is a BOS, or the last token of the piece before.
             if first > 1:
                 prompt = _number(digest.digest())
                 self._prompts.append(prompt)
                 self._prompt_rows.append(row)
             end = ids[after - 1]
-            # Where prompts are learnt too, so is the line break that follows the stop token.
+            # If prompts are supervised too, so is the line break after the stop token.
             if first == 0 and end not in self._added:
                 end = ids[max(0, after - 2)]
             if end in self._added:
@@ -189,17 +193,17 @@ class DatasetScan:
         self._last_prompts.append(prompt)
 
     def first_rows(self, source: int, count: int | None) -> list[int]:
-        """The first rows of a source; with None, all of them."""
+        """Return the first rows of a source; all of them if `count` is None."""
         import numpy as np
 
         rows: list[int] = np.flatnonzero(np.array(self._sources) == source)[:count].tolist()
         return rows
 
     def audit(self, training: DatasetScan | None = None) -> DatasetStatistics:
-        """The figures.
+        """Compute the statistics.
 
         Args:
-            training: what is learnt, if this side is held out from it.
+            training: the scan of the training rows, if these are evaluation rows.
         """
         import numpy as np
 
@@ -211,7 +215,7 @@ class DatasetScan:
         if training is not None:
             seen = _look_up(hashes, np.array(training._hashes))
             prompts = _look_up(np.array(self._last_prompts), np.array(training._prompts))
-            # What is not found (-1) falls on the number that is put last.
+            # -1 (not found) picks the -1 appended at the end.
             rows = np.append(np.array(training._prompt_rows, np.int64), -1)
             asked = np.where(seen < 0, rows[prompts], -1)
         table = _StatisticsColumns(
@@ -239,7 +243,7 @@ class DatasetScan:
 
 @dataclass(frozen=True, slots=True)
 class _StatisticsColumns:
-    """A column for each figure, a row for each row."""
+    """One column per figure, one entry per row."""
 
     source: NDArray[np.uint32]
     length: NDArray[np.uint32]
@@ -278,22 +282,22 @@ class _StatisticsColumns:
 
 
 def supervised_turns(labels: list[int]) -> list[tuple[int, int]]:
-    """First index, and the one after the last, of each run of learnt tokens."""
+    """Return the first index of each run of supervised tokens, and the one after its last."""
     import numpy as np
 
-    # The mark at both ends makes every run have two edges.
-    is_learnt = np.array([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
-    edges = np.flatnonzero(is_learnt[1:] != is_learnt[:-1]).tolist()
+    # The label added at both ends gives every run two edges.
+    is_supervised = np.array([IGNORE_INDEX, *labels, IGNORE_INDEX]) != IGNORE_INDEX
+    edges = np.flatnonzero(is_supervised[1:] != is_supervised[:-1]).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _number(digest: bytes) -> int:
-    # Zero stands for a row without a prompt.
+    # Zero means a row without a prompt.
     return int.from_bytes(digest, "little") or 1
 
 
 def _look_up(wanted: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where each number stands first among those that are known; -1 for none, and for zero."""
+    """Return the first place of each number among the known ones; -1 for zero or not found."""
     import numpy as np
 
     values, places = np.unique(known, return_index=True)
@@ -310,7 +314,7 @@ def _first_pairs(others: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _bars(lengths: NDArray[np.uint32]) -> list[LengthBar]:
-    """Up to twelve bars of one width, which is a round number."""
+    """Make up to twelve bars of equal width, which is a round number."""
     import numpy as np
 
     if not len(lengths):

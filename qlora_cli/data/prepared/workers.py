@@ -1,4 +1,4 @@
-"""Rows encoded by several processes, with the same results in the same order as by one."""
+"""Encode rows in several processes, with the same results and order as in one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from qlora_cli.data.encode.encoder import EncodedRow, Encoder, RefusedRow, Truncate
+from qlora_cli.data.encode.encoder import Encoder, RefusedRow
+from qlora_cli.data.encode.truncate import EncodedRow, Truncate
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation
 
@@ -24,24 +25,24 @@ if TYPE_CHECKING:
 Results = list[EncodedRow | RefusedRow]
 
 ALONE_SECONDS = 15.0
-"""How long one process encodes before it is helped, unless workers are asked for by number: a
-worker needs some seconds to import transformers and to take over the tokenizer."""
+"""How long one process encodes before workers start, unless `data.workers` is set: a worker needs
+some seconds to import transformers and to receive the tokenizer."""
 
 _ENOUGH_CORES = 4
-"""With fewer, one process is as quick as several: the tokenizer has threads of its own, and rows
-are read and written by one process anyhow. 29,892 rows of GSM8K on two cores took 27 and 14
-seconds in one process and 28 and 20 with two workers, in turn on a machine with other work."""
+"""With fewer cores, one process is as fast as several: the tokenizer has threads of its own, and
+one process reads and writes the rows in any case. 29,892 rows of GSM8K on two cores took 27 and 14
+seconds in one process and 28 and 20 with two workers, alternating on a machine with other work."""
 
 _CHUNK = 256
 """Rows tokenized together, and sent to a worker together."""
 
 
 class Workers:
-    """Encodes rows.
+    """Encodes rows, in this process or in workers.
 
     Args:
-        number: processes; None takes one at first, and one for each core when there is much to
-            do and there are cores for it.
+        number: number of processes. None starts with one, and takes one per core for large data if
+            there are enough cores.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def encode(self, rows: Iterable[Conversation]) -> Iterator[tuple[str, EncodedRow | RefusedRow]]:
-        """The place of each row and what became of it, in order.
+        """Yield the place of each row and its encoding, in order.
 
         Raises:
             DataError: the chat template is missing or broken, or a worker died.
@@ -94,7 +95,7 @@ class Workers:
                 yield chunk, self._job.encode(chunk)
                 continue
             waiting.append((chunk, self._submit(chunk)))
-            # Enough that nobody waits, and few enough that memory does not grow with the set.
+            # Enough that no worker waits, and few enough that memory does not grow with the data.
             if len(waiting) > 2 * self._number:
                 yield _next(waiting)
         while waiting:
@@ -107,8 +108,8 @@ class Workers:
 
     def _submit(self, chunk: list[Conversation]) -> Future[Results]:
         if self._pool is None:
-            # Never by fork: the tokenizer's threads do not live on in a copy of the process, but
-            # the locks that they held do.
+            # Never fork: the tokenizer's threads do not survive in a copy of the process, but the
+            # locks that they held do.
             self._pool = ProcessPoolExecutor(
                 self._number,
                 mp_context=multiprocessing.get_context("spawn"),
@@ -134,20 +135,23 @@ class _Job:
 
 
 _job: _Job | None = None
-"""Of a worker process."""
+"""The job of a worker process."""
 
 
 def _start(tokenizer: PreTrainedTokenizerFast, max_length: int, truncate: Truncate) -> None:
     global _job
-    # There is a process for each core already.
+    # Each core already has a process.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _job = _Job(tokenizer, max_length, truncate)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
 def _end_with_the_parent() -> None:
-    """A worker waits for work in a pipe that it could write to itself, so it would wait for ever
-    after a parent that was killed, with the memory that it has."""
+    """Exit when the parent is gone.
+
+    A worker waits for work in a pipe whose writing end it also holds. Without this, it would wait
+    for ever after its parent was killed, and keep its memory.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -171,9 +175,9 @@ def _next(
 
 def _died(chunk: list[Conversation]) -> DataError:
     return DataError(
-        f"data.workers: a process that prepares rows died at {chunk[0].place} or after it; the "
-        "system may have ended it for want of memory",
-        hint="--set data.workers=1 needs the least memory, and shows what is wrong with a row",
+        f"data.workers: a process that prepares rows died at {chunk[0].place} or after it, "
+        "probably killed by the OOM killer",
+        hint="--set data.workers=1 needs the least memory, and shows errors in a row",
     )
 
 

@@ -1,9 +1,9 @@
-"""Where the learnt turns of a conversation stand in its text, shown by rendering parts of it.
+"""Find the supervised turns in the text of a conversation, by rendering parts of it.
 
-The text that the model is given before a turn when it generates (the earlier messages and the
-generation prompt) must be how the row begins, character for character; and what follows must be
-what the template writes for that turn when it is the last. Where that does not hold, the
-conversation is refused and not approximated.
+The row must begin, character for character, with the text that the model is given before the turn
+when it generates (the earlier messages and the generation prompt). What follows must be what the
+template writes for that turn when it is the last. If this does not hold, the conversation is
+refused, not approximated.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from qlora_cli.types import Conversation, Message
 
 @dataclass(frozen=True, slots=True)
 class AnswerSpan:
-    """A learnt turn, in characters of the text."""
+    """A supervised turn, in characters of the text."""
 
     start: int
-    """After the generation prompt."""
+    """The place after the generation prompt."""
     end: int
-    """After the content."""
+    """The place after the content."""
     stop: int
-    """Where the token that ends the turn is due: after the white space that may follow."""
+    """The place where the token that ends the turn is expected: after white space, if any."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowAdditions:
-    """What a row has beyond the template's own text of it, for some templates."""
+    """Text that a row needs in addition to what the template writes, for some templates."""
 
     thought: bool = False
-    """The generation prompt opens a block of reasoning that the template takes out of answers."""
+    """The generation prompt opens a reasoning block that the template removes from answers."""
     closing: str = ""
-    """What ends the last turn, where a turn is ended by the beginning of the next."""
+    """The end of the last turn, if the beginning of the next turn is what ends a turn."""
 
 
 def write(template: ChatTemplate, conversation: Conversation, additions: RowAdditions) -> str:
-    """The text of a row."""
+    """Write the text of a row."""
     messages, tools = conversation.messages, conversation.tools
     if not additions.thought:
         return template.render(messages, tools) + additions.closing
@@ -55,7 +55,7 @@ def write(template: ChatTemplate, conversation: Conversation, additions: RowAddi
 
 
 def find_additions(template: ChatTemplate, conversation: Conversation) -> RowAdditions:
-    """What the row needs beyond the template's own text of it."""
+    """Find what the row needs in addition to what the template writes."""
     messages, tools = conversation.messages, conversation.tools
     last = messages[-1]
     if last.role != "assistant" or not last.train or len(messages) == 1:
@@ -76,10 +76,10 @@ def find_additions(template: ChatTemplate, conversation: Conversation) -> RowAdd
 def find_answers(
     template: ChatTemplate, conversation: Conversation, text: str, additions: RowAdditions
 ) -> list[AnswerSpan]:
-    """The learnt turns of the text that `write` gave.
+    """Find the supervised turns in the text that `write` returned.
 
     Raises:
-        DataError: it cannot be told exactly what is learnt, or the template leaves something out.
+        DataError: the supervised spans would be ambiguous, or the template leaves something out.
     """
     finder = _Finder(template, conversation, text, additions)
     finder.check_whole()
@@ -97,7 +97,7 @@ class _Finder:
         self._additions = additions
 
     def check_whole(self) -> None:
-        """Raises DataError if the template leaves out what the model should be given."""
+        """Raise DataError if the template leaves out what the model should be given."""
         if self._tools and self._render(self._messages, tools=False) == self._render(
             self._messages
         ):
@@ -106,7 +106,7 @@ class _Finder:
                 "writes them, such as configs/chat_templates/chatml-tools.jinja)"
             )
         for i, message in enumerate(self._messages):
-            # The answers are looked at one by one, and those that are not learnt may lose
+            # Answers are checked one by one, and those that are not supervised may lose their
             # reasoning.
             if message.role != "assistant" and not _holds(self._text, message.content.strip()):
                 raise DataError(
@@ -118,7 +118,7 @@ class _Finder:
             return self._find_other(i)
         what, text = self._what(i), self._text
         if i == 0:
-            raise DataError(f"{what}: nothing before it, so the model has no prompt to write it")
+            raise DataError(f"{what}: nothing precedes it, so the model would have no prompt")
         prompt = self._render(self._messages[:i], prompting=True)
         _check_prefix(prompt, text, f"{what}: the prompt that the model is given for it")
         start, is_last = len(prompt), i == len(self._messages) - 1
@@ -129,18 +129,18 @@ class _Finder:
         written = turn[start : end if stop_token is None else stop + len(stop_token)]
         if text.startswith(written, start):
             return AnswerSpan(start, end, stop if stop_token else _skip_space(text, end))
-        # Nothing of the data is lost with a block of reasoning that is empty.
+        # An empty reasoning block holds nothing of the data.
         shorter = re.sub(r"^\s*<think>\s*</think>\s*", "", written, count=1)
         if text.startswith(shorter, start):
             less = len(written) - len(shorter)
             return AnswerSpan(start, end - less, stop - less)
         raise DataError(
-            f"{what}: the chat template writes it in another way once the conversation goes on, "
-            f"so this is not what the model has to write: {_difference(written, text[start:])}"
+            f"{what}: the chat template writes it differently once the conversation continues, so "
+            f"this is not what the model has to write: {_difference(written, text[start:])}"
         )
 
     def _find_end(self, i: int, turn: str, start: int) -> tuple[int, int]:
-        """Where the content of message `i` ends in its turn, and where its stop token is due."""
+        """Find where the content of message `i` ends in its turn, and its stop token begins."""
         message = self._messages[i]
         if message.tool_calls:
             return self._find_end_of_calls(i, turn, start)
@@ -150,9 +150,9 @@ class _Finder:
             raise DataError(
                 f"{self._what(i)}: the chat template changes its content or leaves it out"
             )
-        # The turn is the last, and the content the end of it. What the template may write before
-        # (Qwen3: a block of reasoning) may hold the same words, with an added token after them; and
-        # a template may end turns without a token of their own.
+        # The turn is the last, and the content is its end. What the template may write before it
+        # (Qwen3: a reasoning block) may contain the same words followed by an added token; and a
+        # template may end turns without a token of their own.
         stopped = [at for at in places if self._stops_at(turn, at + len(content))]
         at, direct = (stopped or places)[-1], _skip_space(turn, start)
         if at != direct and self._render(self._messages[:i]) == turn[:start]:
@@ -165,7 +165,7 @@ class _Finder:
         return end, _skip_space(turn, end)
 
     def _find_end_of_calls(self, i: int, turn: str, start: int) -> tuple[int, int]:
-        """What is written after the calls, up to where an answer of the tool would begin."""
+        """Find what is written after the calls, up to where the tool's answer would begin."""
         message = self._messages[i]
         answer = _answer_of_tool(message)
         try:
@@ -175,7 +175,7 @@ class _Finder:
         same = self._template.added_over(turn, _common(turn, longer))
         values = list(_texts_of(message))
         if not all(_holds(turn[start:same], value) for value in values):
-            same = len(turn)  # the answer of a tool changes the turn before it (Qwen3)
+            same = len(turn)  # a tool's answer changes the turn before it (Qwen3)
         written = turn[start:same]
         self._check_reasoning(i, written)
         for value in values:
@@ -190,12 +190,12 @@ class _Finder:
         return end, _skip_space(turn, end)
 
     def _find_other(self, i: int) -> AnswerSpan:
-        """A turn that the model is not asked for: from where its content begins."""
+        """Find a turn that the model is not asked for: it begins with its content."""
         content = self._messages[i].content.strip()
         before = _common(self._render(self._messages[:i]), self._text) if i else 0
         places = list(_occurrences(content, self._text, before))
         if not content or not places:
-            raise DataError(f"{self._what(i)}: nothing of it can be learnt")
+            raise DataError(f"{self._what(i)}: the chat template shows none of its content")
         stopped = (at for at in places if self._stops_at(self._text, at + len(content)))
         at = next(stopped, places[0])
         end = at + len(content)
@@ -206,7 +206,7 @@ class _Finder:
         if reasoning is not None and reasoning.strip() not in written:
             raise DataError(
                 f"{self._what(i)}: the chat template leaves out its reasoning, which is to be "
-                "learnt"
+                "trained on"
             )
 
     def _has_thought(self, i: int) -> bool:
@@ -228,11 +228,11 @@ class _Finder:
 def _closing(
     template: ChatTemplate, conversation: Conversation, text: str, *, start: int, header: str
 ) -> str:
-    """The header of a next turn, if it is all that ends the last one (GLM: `<|user|>`)."""
+    """Return the header of a next turn if nothing else ends the last one (GLM: `<|user|>`)."""
     if template.stop_before(text, start, len(text.rstrip())) is not None:
         return ""
     *before, last = conversation.messages
-    # A template may take the reasoning out once the conversation goes on.
+    # A template may remove the reasoning once the conversation continues.
     bare = [*before, replace(_apart(last), reasoning=None)]
     follows = _answer_of_tool(last) if last.tool_calls else Message("user", "a", train=False)
     try:
@@ -242,7 +242,7 @@ def _closing(
         return ""
     at = _skip_space(longer, len(shorter))
     token = template.added_at(longer, at)
-    # What opens the answers too (`<|im_start|>`) cannot say that one is over.
+    # A token that also opens answers (`<|im_start|>`) cannot mark the end of one.
     if token is None or token in header or not longer.startswith(shorter):
         return ""
     return longer[len(shorter) : at + len(token)]
@@ -254,13 +254,13 @@ def _answer_of_tool(message: Message) -> Message:
 
 
 def _opening(prompt: str) -> int:
-    """Where a generation prompt opens a block of reasoning; its end if it opens none."""
+    """Return where a generation prompt opens a reasoning block; its end if it opens none."""
     found = re.search(r"<think>\s*$", prompt)
     return found.start() if found else len(prompt)
 
 
 def _apart(message: Message) -> Message:
-    """The message with the reasoning that its content begins with, if any, in its own field."""
+    """Move the reasoning at the beginning of a message's content, if any, to its own field."""
     before, tag, after = message.content.rpartition("</think>")
     if message.reasoning is not None or not tag:
         return message
@@ -288,15 +288,15 @@ def _leaves(value: object) -> Iterator[str]:
 
 
 def _holds(text: str, value: str) -> bool:
-    """Whether the value is in the text, as it is or as it is written in JSON."""
+    """Return True if the text contains the value, as it is or escaped as in JSON."""
     return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text
 
 
 def _check_prefix(prefix: str, text: str, what: str) -> None:
     if not text.startswith(prefix):
         raise DataError(
-            f"{what} is not how the whole conversation begins, so it cannot be told exactly what "
-            f"to learn: {_difference(prefix, text)}"
+            f"{what} is not how the whole conversation begins, so the tokens to train on are "
+            f"ambiguous: {_difference(prefix, text)}"
         )
 
 
@@ -306,7 +306,7 @@ def _difference(one: str, other: str) -> str:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

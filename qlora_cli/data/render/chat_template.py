@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: conversations as text."""
+"""Apply the chat template of a tokenizer: conversations as text."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 _PROBE = "Qz0zQ"
 _DATE = date(2024, 7, 26)
-"""Today, to templates that ask (Llama 3.2, GPT-OSS). Rows must not depend on the day on which they
-are prepared: a run that is resumed after midnight would see others. This is the date that Llama's
-templates write where they cannot ask."""
+"""Today's date for templates that ask for it (Llama 3.2, GPT-OSS). Rows must not depend on the day
+they are prepared: a run resumed after midnight would see different ones. Llama's templates write
+this date where they cannot ask."""
 _DIRECTIVES = ("%-d", "%-m", "%a", "%A", "%b", "%B", "%d", "%m", "%y", "%Y", "%H", "%M", "%S")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class TemplateRefused(DataError):
-    """The chat template does not take this conversation."""
+    """The chat template refuses this conversation."""
 
 
 class ChatTemplate:
-    """Renders messages in the keys that the template reads."""
+    """Renders messages, under the keys that the template reads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
@@ -44,7 +44,7 @@ class ChatTemplate:
         self._added = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
 
     def check(self) -> None:
-        """Raises DataError if the tokenizer has no chat template, or a broken one."""
+        """Raise DataError if the tokenizer has no chat template, or a broken one."""
         try:
             self._tokenizer.get_chat_template()
         except ValueError as error:
@@ -53,7 +53,7 @@ class ChatTemplate:
                 hint="name one in data.chat_template, or use a format without roles: text, or "
                 "prompt_completion with as_chat: false",
             ) from error
-        # A template may refuse this conversation and take those of the rows: each is asked.
+        # A template may refuse this conversation and accept those of the rows.
         with suppress(TemplateRefused):
             self.render([Message("user", "a", train=False)])
 
@@ -64,27 +64,28 @@ class ChatTemplate:
         *,
         prompting: bool = False,
     ) -> str:
-        """The text of messages.
+        """Render messages as text.
 
         Args:
-            prompting: with the generation prompt after them.
+            prompting: add the generation prompt.
 
         Raises:
-            TemplateRefused: the template does not take them.
+            TemplateRefused: the template does not accept them.
             DataError: the template is broken.
         """
         turns = [self._turn(message, in_parts=self._takes_parts) for message in messages]
         return self._render(turns, tools, prompting)
 
     def added_at(self, text: str, at: int) -> str | None:
-        """The added token (such as `<|im_end|>`) at a place of the text."""
+        """Return the added token (such as `<|im_end|>`) at a place in the text."""
         found = self._added.match(text, at)
         return found[0] if found else None
 
     def stop_before(self, text: str, start: int, end: int) -> int | None:
-        """Where the added token begins that ends at `end`, if a turn from `start` on may stop so.
+        """Find the added token that ends at `end` and may stop a turn that begins at `start`.
 
-        The closing tag of something in the turn (`</tool_call>`) is no stop.
+        Returns the place where the token begins. The closing tag of something in the turn
+        (`</tool_call>`) is not a stop token.
         """
         *_, last = [None, *self._added.finditer(text, start, end)]
         if last is None or last.end() < end:
@@ -92,20 +93,20 @@ class ChatTemplate:
         return None if self.is_closing_tag(last[0], text[start:end]) else last.start()
 
     def is_closing_tag(self, token: str, before: str) -> bool:
-        """Whether a token closes something that was opened before (`</think>`) and no turn."""
+        """Return True if a token closes a tag opened before (`</think>`) and not a turn."""
         opening = token.replace("</", "<", 1)
         return token.startswith("</") and opening in before and token != self._tokenizer.eos_token
 
     def added_over(self, text: str, at: int) -> int:
-        """The place itself; or where the added token begins whose middle it is."""
+        """Return the place, or if it is inside an added token, where that token begins."""
         spans = (found.span() for found in self._added.finditer(text))
         return next((start for start, end in spans if start < at < end), at)
 
     def turn_tokens(self) -> set[str]:
-        """The added tokens that open and close turns.
+        """Return the added tokens that open or close turns.
 
-        Tags that stand in pairs (`<think>`, `<tool_call>`) are not among them: an answer may be
-        given with its reasoning or its calls written out.
+        Paired tags (`<think>`, `<tool_call>`) are not among them: an answer may contain its
+        reasoning or its calls written out.
 
         Raises:
             DataError: the template is broken.
@@ -115,7 +116,7 @@ class ChatTemplate:
         for turns, prompting in (([question], True), ([question, answer], False)):
             with suppress(TemplateRefused):
                 text = self.render(turns, prompting=prompting)
-                # In the source are those of tools and of other roles.
+                # The source has those of tools and of other roles.
                 found.update(self._added.findall(f"{text}\n{self._source}"))
         return {token for token in found if not self._is_paired_tag(token)}
 
@@ -126,7 +127,7 @@ class ChatTemplate:
         )
 
     def looks_at(self, values: Sequence[str]) -> bool:
-        """Whether one of the values holds a text that the template may test for: `</think>`."""
+        """Return True if a value contains text that the template may test for: `</think>`."""
         return self._constants.search("\n".join(values)) is not None
 
     @cached_property
@@ -137,11 +138,11 @@ class ChatTemplate:
 
     @cached_property
     def _dated_source(self) -> str:
-        """The template, with a macro in front that stands for the clock if it looks at that."""
+        """The template; if it reads the clock, after a macro that replaces the clock."""
         if "strftime_now" not in self._source:
             return self._source
         format_date = "".join(f"|replace('{x}','{_DATE.strftime(x)}')" for x in _DIRECTIVES)
-        # The expression at the end keeps Jinja from trimming what the template begins with.
+        # The expression at the end keeps Jinja from trimming the beginning of the template.
         macro = f"{{% macro strftime_now(x) %}}{{{{ x{format_date} }}}}{{% endmacro %}}{{{{ '' }}}}"
         return macro + self._source
 
@@ -154,7 +155,7 @@ class ChatTemplate:
             for _, kind, value in jinja2.Environment().lex(self._source)
             if kind == "string"
         )
-        # Words that are no markup stand in ordinary contents too, and no template tests for them.
+        # Words without markup occur in ordinary contents too, and no template tests for them.
         marks = {part for parts in strings for part in parts if len(part) > 2}
         marks = {part for part in marks if re.search(r"[<>\[\]|/]", part)}
         return re.compile("|".join(map(re.escape, sorted(marks))) or r"(?!)")
@@ -166,7 +167,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether contents have to be lists of parts, as templates for images want them."""
+        """True if contents have to be lists of parts, as templates for images require."""
 
         def shows(*, in_parts: bool) -> bool:
             try:
@@ -179,7 +180,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_json(self) -> bool:
-        """Whether the arguments of calls have to be JSON text: some templates add them to text."""
+        """True if call arguments have to be JSON text: some templates append them to text."""
         call = Message(
             "assistant", "", False, tool_calls=(ToolCall("f", {"a": _PROBE}, "c00000000"),)
         )
@@ -224,7 +225,7 @@ class ChatTemplate:
                 )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
-        # A template is a program of somebody else's: it may also add a number to a text.
+        # A template is somebody else's program: it may even add a number to a text.
         except (
             jinja2.TemplateError,
             TypeError,
@@ -247,7 +248,7 @@ def _call(call: ToolCall, *, as_json: bool) -> dict[str, Any]:
 
 
 def read_chat_template(path: str | None) -> str | None:
-    """The Jinja text of `data.chat_template`, or None where none is named.
+    """Read the Jinja text of `data.chat_template`. Returns None if no file is named.
 
     Raises:
         DataError: it cannot be read.

@@ -1,9 +1,9 @@
-"""What the rows of one shape have in common, so that each of them is rendered once.
+"""Render each row once: rows of one shape share the search for their supervised spans.
 
-The shape of a conversation is all that a template may look at: roles, which messages have
-reasoning or calls, the tools, white space around contents. A skeleton of that shape, whose
-contents are unique words, is laid out with every check; its text, cut at the words, is a pattern
-that the text of each conversation of the shape has to match to the end.
+The shape of a conversation is everything that a template may look at: roles, which messages have
+reasoning or calls, the tools, white space around contents. A skeleton of that shape, in which
+unique words stand for the contents, is rendered with every check. Its text, cut at the words, is a
+pattern; the text of each conversation of that shape has to match it to the end.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_cli.data.render.answer_spans import AnswerSpan, RowAdditions
 from qlora_cli.types import Conversation, Message, ToolCall
 
-MOST_SHAPES = 4096
-"""Shapes that are remembered; a set with more of them is one where few rows share one."""
+MAX_SHAPES = 4096
+"""Shapes that are remembered. In data with more shapes, few rows share one."""
 
 _WORD = re.compile(r"Qz(\d{1,9})zQ|c(\d{8})")
 
@@ -37,10 +36,10 @@ class Skeleton:
 
     def __init__(self, conversation: Conversation) -> None:
         self.values: list[str] = []
-        """What stands in place of the words, in their order; without white space around it."""
+        """The contents that the words replace, in order, without white space around them."""
         self._ids: dict[str, str] = {}
         self._given = conversation
-        # Made for every row: messages that are nothing but a content are only noted.
+        # This runs for every row, so messages with nothing but content are only noted.
         self._turns = [
             self._message(message)
             if message.reasoning or message.tool_calls or message.name or message.tool_call_id
@@ -49,11 +48,11 @@ class Skeleton:
         ]
         tools = conversation.tools
         self.shape = repr((self._turns, tools))
-        """The same for conversations of the same shape."""
+        """Equal for conversations of the same shape."""
 
     @property
     def conversation(self) -> Conversation:
-        """With the words."""
+        """The conversation with the words."""
         messages = [
             turn if isinstance(turn, Message) else Message(turn[0], _filled(turn[2]), turn[1])
             for turn in self._turns
@@ -73,7 +72,7 @@ class Skeleton:
         )
 
     def _frame(self, text: str) -> _Frame:
-        """The white space around a text, and the number of its word; no number if it is empty."""
+        """Return the white space around a text and the number of its word (None if empty)."""
         core = text.strip()
         if not core:
             return text, "", None
@@ -94,7 +93,7 @@ class Skeleton:
         return self._text(value) if isinstance(value, str) else value
 
     def _id(self, value: str | None) -> str | None:
-        # Nine letters and digits, as the templates of Mistral ask for.
+        # Nine letters and digits, as Mistral's templates require.
         if value is None:
             return None
         if value not in self._ids:
@@ -105,11 +104,11 @@ class Skeleton:
 
 @dataclass(frozen=True, slots=True)
 class PatternMatch:
-    """Where the pieces of a pattern stand in a text."""
+    """The places of a pattern's pieces in a text."""
 
     starts: list[int]
     contents: list[tuple[int, int]]
-    """The pieces that came from the data."""
+    """The spans of the pieces that came from the data."""
 
 
 class TextPattern:
@@ -138,7 +137,7 @@ class TextPattern:
             self._starts.append(start)
 
     def match(self, text: str, values: list[str]) -> PatternMatch | None:
-        """The pieces in a text, with the values in place of the words; None if it is another."""
+        """Match a text in which the values replace the words; None if it does not match."""
         at, starts, contents = 0, [], []
         for piece in self._pieces:
             starts.append(at)
@@ -157,14 +156,14 @@ class TextPattern:
         return PatternMatch([*starts, at], contents) if at == len(text) else None
 
     def answers(self, match: PatternMatch) -> list[AnswerSpan]:
-        """The learnt turns of a text that matches."""
+        """Return the supervised spans of a text that matches."""
 
         def shifted(place: int) -> int:
             piece = bisect_right(self._starts, place) - 1
             return match.starts[piece] + place - self._starts[piece]
 
         def end(place: int) -> int:
-            # The end of a piece and not the beginning of the next, which it is too.
+            # Take this place as the end of a piece, although it is the beginning of the next too.
             piece = bisect_right(self._starts, place - 1) - 1
             inside = isinstance(self._pieces[piece], str)
             return shifted(place - 1) + 1 if inside else match.starts[piece + 1]
@@ -175,18 +174,13 @@ class TextPattern:
         ]
 
 
-class Patterns:
-    """The patterns of the shapes seen so far."""
+T = TypeVar("T")
 
-    def __init__(self, make: Callable[[Skeleton], TextPattern | None]) -> None:
-        self._make = make
-        self._known: dict[str, TextPattern | None] = {}
 
-    def of(self, skeleton: Skeleton) -> TextPattern | None:
-        """The pattern of a shape; None if there is none, and each row has to be looked at."""
-        shape = skeleton.shape
-        if shape not in self._known:
-            if len(self._known) == MOST_SHAPES:
-                self._known.clear()
-            self._known[shape] = self._make(skeleton)
-        return self._known[shape]
+class ShapeCache(dict[str, T]):
+    """Values by shape; emptied when it is full."""
+
+    def __setitem__(self, shape: str, value: T) -> None:
+        if len(self) == MAX_SHAPES:
+            self.clear()
+        super().__setitem__(shape, value)

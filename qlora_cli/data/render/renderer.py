@@ -1,7 +1,7 @@
-"""A row as text, and which characters of it are learnt.
+"""Render conversations as text, and find which characters are supervised.
 
-What is learnt is found from the structure of the conversation and never by searching for tokens;
-`answers.py` says how, and `pattern.py` why one render of each conversation is enough.
+Supervised spans are found from the structure of the conversation and never by searching for tokens:
+`answer_spans.py` says how, and `render_cache.py` why one render per conversation is enough.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.data.render.answer_spans import AnswerSpan, find_additions, find_answers, write
 from qlora_cli.data.render.chat_template import ChatTemplate
-from qlora_cli.data.render.render_cache import MOST_SHAPES, Patterns, Skeleton, TextPattern
+from qlora_cli.data.render.render_cache import ShapeCache, Skeleton, TextPattern
+from qlora_cli.data.render.special_tokens import StandIns
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 
@@ -26,9 +27,11 @@ class RenderedRow:
     text: str
     answers: list[AnswerSpan]
     is_verbatim: bool
-    """No template was put around it, so BOS and EOS are still to be added."""
+    """True if no template was put around it, so BOS and EOS are still to be added."""
     contents: list[tuple[int, int]] | None = None
-    """What of the text came from the data (start and end, in order); None if it cannot be told."""
+    """The spans of the text that came from the data (start and end, in order); None if unknown."""
+    has_stand_ins: bool = False
+    """True if special tokens in its messages were replaced by stand-ins (`special_tokens.py`)."""
 
 
 class Renderer:
@@ -37,23 +40,56 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
-        self._patterns = Patterns(self._make_pattern)
-        self._groups: dict[str, list[list[int]]] = {}
+        self._stand_ins = StandIns(tokenizer)
+        self._patterns: ShapeCache[TextPattern | None] = ShapeCache()
+        self._groups: ShapeCache[list[list[int]]] = ShapeCache()
 
     def check_template(self) -> None:
-        """Raises DataError if the tokenizer has no chat template, or a broken one."""
+        """Raise DataError if the tokenizer has no chat template, or a broken one."""
         self._template.check()
 
-    def render(self, conversation: Conversation) -> RenderedRow:
-        """The text of a row, and what of it is learnt.
+    def render_all(self, conversation: Conversation) -> list[RenderedRow]:
+        """Render a conversation: several rows for templates that rewrite earlier answers.
+
+        Special tokens in its messages become stand-ins.
 
         Raises:
-            DataError: the chat template refuses, or it cannot be told exactly what is learnt.
+            DataError: the chat template refuses, or the supervised spans would be ambiguous.
+        """
+        hidden = self._stand_ins.hide(conversation)
+        rows = [self.render(row) for row in self.split(hidden or conversation)]
+        return rows if hidden is None else [replace(row, has_stand_ins=True) for row in rows]
+
+    def render_prompt(self, conversation: Conversation) -> RenderedRow:
+        """Render what the model is given to generate the last supervised message.
+
+        Special tokens in the messages become stand-ins.
+
+        Raises:
+            DataError: nothing precedes that message, or the chat template refuses.
+        """
+        hidden = self._stand_ins.hide(conversation)
+        conversation = hidden or conversation
+        messages = conversation.messages
+        last = max(i for i, message in enumerate(messages) if message.train)
+        if last == 0:
+            raise DataError("the row begins with its answer, so it has no prompt")
+        if messages[0].role == "text":
+            text = "".join(message.content for message in messages[:last])
+            return RenderedRow(text, [], is_verbatim=True)
+        text = self._template.render(messages[:last], conversation.tools, prompting=True)
+        return RenderedRow(text, [], is_verbatim=False, has_stand_ins=hidden is not None)
+
+    def render(self, conversation: Conversation) -> RenderedRow:
+        """Render one row as it is, and find its supervised spans.
+
+        Raises:
+            DataError: the chat template refuses, or the supervised spans would be ambiguous.
         """
         if conversation.messages[0].role == "text":
-            return self._lay_out_verbatim(conversation.messages)
+            return self._render_verbatim(conversation.messages)
         skeleton = Skeleton(conversation)
-        pattern = self._patterns.of(skeleton)
+        pattern = self._pattern(skeleton)
         if pattern is not None:
             text = write(self._template, conversation, pattern.additions)
             match = pattern.match(text, skeleton.values)
@@ -65,69 +101,49 @@ class Renderer:
         match = None if pattern is None else pattern.match(text, skeleton.values)
         return RenderedRow(text, answers, False, None if match is None else match.contents)
 
-    def render_all(self, conversation: Conversation) -> list[RenderedRow]:
-        """As `lay_out`, in more than one row for templates that rewrite answers later on.
-
-        Raises:
-            DataError: as `lay_out`.
-        """
-        return [self.render(row) for row in self.split(conversation)]
-
     def split(self, conversation: Conversation) -> list[Conversation]:
-        """The rows that a conversation makes; one, if its answers can be learnt in one.
+        """Split a conversation into rows; into one, if one can hold all its answers.
 
-        A template may take the reasoning out of an answer once the conversation goes on. As the
-        last turn of a row of its own it is what the model has to write.
+        A template may take the reasoning out of an answer once the conversation continues. As the
+        last turn of a row of its own, that answer is what the model has to write.
         """
-        learnt = [i for i, message in enumerate(conversation.messages) if message.train]
-        roles = {conversation.messages[i].role for i in learnt}
-        if len(learnt) < 2 or roles != {"assistant"} or conversation.train_on_all:
+        trained = [i for i, message in enumerate(conversation.messages) if message.train]
+        roles = {conversation.messages[i].role for i in trained}
+        if len(trained) < 2 or roles != {"assistant"} or conversation.train_on_all:
             return [conversation]
         skeleton = Skeleton(conversation)
         is_plain = not self._template.looks_at(skeleton.values)
-        if is_plain and self._patterns.of(skeleton) is not None:
+        if is_plain and self._pattern(skeleton) is not None:
             return [conversation]
         groups = self._groups.get(skeleton.shape) if is_plain else None
         if groups is None:
-            groups = self._group(conversation, learnt)
+            groups = self._group(conversation, trained)
             if is_plain:
-                if len(self._groups) == MOST_SHAPES:
-                    self._groups.clear()
                 self._groups[skeleton.shape] = groups
         if len(groups) == 1:
             return [conversation]
         return [_only(conversation, group) for group in groups]
 
-    def _group(self, conversation: Conversation, learnt: list[int]) -> list[list[int]]:
-        """The answers that can be learnt in one row together; all in one if there is no way."""
+    def _group(self, conversation: Conversation, trained: list[int]) -> list[list[int]]:
+        """Group the answers that one row can hold; all in one group if there is no way."""
         if self._is_exact(conversation):
-            return [learnt]
-        groups, left = [], learnt
+            return [trained]
+        groups, left = [], trained
         while left:
             first = len(left) - 1
             if not self._is_exact(_only(conversation, left[first:])):
-                return [learnt]  # whoever lays it out is told why
+                return [trained]  # rendering it gives the reason
             while first and self._is_exact(_only(conversation, left[first - 1 :])):
                 first -= 1
             groups.append(left[first:])
             left = left[:first]
         return groups[::-1]
 
-    def render_prompt(self, conversation: Conversation) -> RenderedRow:
-        """What the model is given to write the last learnt message.
-
-        Raises:
-            DataError: there is nothing before it, or the chat template refuses.
-        """
-        messages = conversation.messages
-        last = max(i for i, message in enumerate(messages) if message.train)
-        if last == 0:
-            raise DataError("the row begins with what is to be learnt: there is no prompt")
-        if messages[0].role == "text":
-            text = "".join(message.content for message in messages[:last])
-            return RenderedRow(text, [], is_verbatim=True)
-        text = self._template.render(messages[:last], conversation.tools, prompting=True)
-        return RenderedRow(text, [], is_verbatim=False)
+    def _pattern(self, skeleton: Skeleton) -> TextPattern | None:
+        """The pattern of a shape; None if each of its rows has to be searched."""
+        if skeleton.shape not in self._patterns:
+            self._patterns[skeleton.shape] = self._make_pattern(skeleton)
+        return self._patterns[skeleton.shape]
 
     def _make_pattern(self, skeleton: Skeleton) -> TextPattern | None:
         row = skeleton.conversation
@@ -136,7 +152,7 @@ class Renderer:
             text = write(self._template, row, additions)
             answers = find_answers(self._template, row, text, additions)
         except DataError:
-            return None  # perhaps only because of the words: each conversation is asked itself
+            return None  # perhaps only because of the words: each conversation is tried on its own
         return TextPattern(text, answers, additions, num_words=len(skeleton.values))
 
     def _is_exact(self, conversation: Conversation) -> bool:
@@ -146,7 +162,7 @@ class Renderer:
             return False
         return True
 
-    def _lay_out_verbatim(self, messages: list[Message]) -> RenderedRow:
+    def _render_verbatim(self, messages: list[Message]) -> RenderedRow:
         eos = self._tokenizer.eos_token
         if eos is None:
             raise DataError("the tokenizer has no end-of-text token, so verbatim text cannot end")
@@ -160,10 +176,10 @@ class Renderer:
         return RenderedRow(text, answers, True, contents)
 
 
-def _only(conversation: Conversation, learnt: list[int]) -> Conversation:
-    """The conversation up to the last of these answers, with only them learnt."""
+def _only(conversation: Conversation, trained: list[int]) -> Conversation:
+    """Cut a conversation after the last of these answers, and train on them only."""
     messages = [
-        replace(message, train=i in learnt)
-        for i, message in enumerate(conversation.messages[: learnt[-1] + 1])
+        replace(message, train=i in trained)
+        for i, message in enumerate(conversation.messages[: trained[-1] + 1])
     ]
     return replace(conversation, messages=messages)

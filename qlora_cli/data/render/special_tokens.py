@@ -1,16 +1,13 @@
 """Special tokens that somebody typed: text in a message is data and never control.
 
-Before the template sees a conversation, each `<|im_end|>` and its kin in it is replaced by
-characters of private use, as many as it has. So every special token in the rendered text is the
-template's own. The two then change places: what was typed is put back, the template's tokens
-become characters of private use, and a copy of the tokenizer in which the special tokens are named
-by these characters takes the text apart. All else about it is as it was: normalizing, splitting,
-merging, and the places in the text.
+Before the template sees a conversation, each special token in it (such as `<|im_end|>`) is replaced
+by a stand-in: private-use characters, as many as it has. Every special token in the rendered text
+is then the template's own. When the text is tokenized the two change places: what was typed is put
+back, and the template's tokens become stand-ins.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,61 +19,47 @@ from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 _TYPED, _CONTROL, _FILLER = 0xF0000, 0x100000, 0x10FFFD
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
-class TypedSpecialTokens:
-    """Tells the special tokens of the template from those in the words of a conversation."""
+class StandIns:
+    """Stand-ins for the special tokens of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
 
-    def mask(self, conversation: Conversation) -> Conversation | None:
-        """The conversation with stand-ins for what was typed; None if nothing was.
+    def hide(self, conversation: Conversation) -> Conversation | None:
+        """Replace typed special tokens by stand-ins. Returns None if there are none.
 
         Raises:
-            DataError: it has characters of private use of its own.
+            DataError: the conversation has private-use characters of its own.
         """
         if conversation.messages[0].role == "text":
             return None
-        said = "\n".join(_texts(conversation))
-        if self._special.search(said) is None:
+        texts = "\n".join(_texts(conversation))
+        if self.pattern.search(texts) is None:
             return None
-        if private := _PRIVATE.search(said):
+        if private := _PRIVATE.search(texts):
             raise DataError(
-                f"a special token and the character U+{ord(private[0]):X} of private use are in "
-                "one conversation, so it cannot be told what is text"
+                f"a special token and the private-use character U+{ord(private[0]):X} are in one "
+                "conversation, so its text would be ambiguous"
             )
         return _map_texts(conversation, self._hide)
 
-    def tokenize(self, text: str) -> tuple[str, list[int], list[tuple[int, int]]]:
-        """What a rendered text with stand-ins says, its tokens, and their places in it.
-
-        Raises:
-            DataError: the tokens are not the template's own and no others.
-        """
-        due = [self._ids[found[0]] for found in self._special.finditer(text)]
-        hidden = self._special.sub(lambda found: self._control[found[0]], text)
-        encoding = self._twin.encode(_restore(hidden, self._typed), add_special_tokens=False)
-        special = set(self._ids.values())
-        if [token for token in encoding.ids if token in special] != due:
-            raise DataError(
-                "a special token in a message cannot be told from those of the chat template"
-            )
-        return _restore(text, self._typed), encoding.ids, encoding.offsets
-
-    def _hide(self, text: str) -> str:
-        return self._special.sub(lambda found: self._typed[found[0]], text)
+    def restore(self, text: str) -> str:
+        """Put what was typed back into a rendered text."""
+        for plain, stand_in in self._typed.items():
+            text = text.replace(stand_in, plain)
+        return text
 
     @cached_property
-    def _ids(self) -> dict[str, int]:
-        """The special tokens, and what else opens and closes turns.
+    def ids(self) -> dict[str, int]:
+        """Special tokens, and other tokens that open or close turns, with their ids.
 
-        Not all of that is called special: in the tokenizers of DeepSeek `<｜User｜>` is not.
+        Not all of the latter are called special: in DeepSeek's tokenizers `<｜User｜>` is not.
         """
         turns = ChatTemplate(self._tokenizer).turn_tokens()
         return {
@@ -86,64 +69,30 @@ class TypedSpecialTokens:
         }
 
     @cached_property
+    def control(self) -> dict[str, str]:
+        """The stand-in for each special token that the template wrote."""
+        return {text: _stand_in(_CONTROL + i, text) for i, text in enumerate(self.ids)}
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches any special token."""
+        by_length = sorted(self.ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+    @cached_property
     def _typed(self) -> dict[str, str]:
-        return {text: _stand_in(_TYPED + i, text) for i, text in enumerate(self._ids)}
+        return {text: _stand_in(_TYPED + i, text) for i, text in enumerate(self.ids)}
 
-    @cached_property
-    def _control(self) -> dict[str, str]:
-        return {text: _stand_in(_CONTROL + i, text) for i, text in enumerate(self._ids)}
-
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        return _any_of(self._ids)
-
-    @cached_property
-    def _twin(self) -> Tokenizer:
-        """The tokenizer with other names for the special tokens."""
-        from tokenizers import Tokenizer
-
-        document = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        for token in document["added_tokens"]:
-            token["content"] = self._renamed(token["content"])
-        model = document["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {self._renamed(text): i for text, i in model["vocab"].items()}
-        else:
-            model["vocab"] = [[self._renamed(text), score] for text, score in model["vocab"]]
-        if isinstance(model.get("unk_token"), str):
-            model["unk_token"] = self._renamed(model["unk_token"])
-        if "merges" in model:
-            model["merges"] = [pair for pair in model["merges"] if not self._makes_special(pair)]
-        twin = Tokenizer.from_str(json.dumps(document))
-        twin.no_truncation()
-        twin.no_padding()
-        return twin
-
-    def _renamed(self, text: str) -> str:
-        return self._control.get(text, text)
-
-    def _makes_special(self, pair: list[str] | str) -> bool:
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
-        return not self._ids.keys().isdisjoint((left, right, left + right))
+    def _hide(self, text: str) -> str:
+        return self.pattern.sub(lambda found: self._typed[found[0]], text)
 
 
 def _stand_in(character: int, text: str) -> str:
     return chr(character) + chr(_FILLER) * (len(text) - 1)
 
 
-def _any_of(texts: dict[str, Any]) -> re.Pattern[str]:
-    by_length = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-
-
-def _restore(text: str, stand_ins: dict[str, str]) -> str:
-    for plain, stand_in in stand_ins.items():
-        text = text.replace(stand_in, plain)
-    return text
-
-
 def _texts(conversation: Conversation) -> Iterator[str]:
-    """All that came from the data and that a template may write."""
+    """Yield all text from the data that a template may write."""
     yield from _strings(conversation.tools)
     for message in conversation.messages:
         yield message.content

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and hub data sets."""
+"""Sources of rows: local files and Hub datasets."""
 
 from qlora_cli.data.sources.rows import BadRows, LocatedRow, counted, first_lines
 from qlora_cli.data.sources.source import Portion, Source

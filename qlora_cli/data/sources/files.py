@@ -1,6 +1,6 @@
-"""Rows of local files. To read another kind of file: one function, and its ending in `_READERS`.
+"""Read rows of local files. For another kind of file, add a function and its ending to `_READERS`.
 
-All but a JSON list is read piece by piece, so that a file may be larger than memory.
+Everything but a JSON list is read piece by piece, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ _OTHER_MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 _NAMED = 5
-"""Files of a folder that are named where none can be read."""
+"""Files of a folder named in the error if none can be read."""
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for all files that match it."""
+    """Return True if a path is a pattern for all files that match it."""
     return glob.has_magic(path) and not Path(path).exists()
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file has columns that a header names."""
+    """Return True if a file is a table with a header."""
     return _kind(path) in _DIALECTS
 
 
 def names_a_file(path: str) -> bool:
-    """Whether a path ends as a data file does."""
+    """Return True if a path ends like a data file."""
     return any(suffix.lower() in _ENDINGS for suffix in Path(path).suffixes)
 
 
 def find_files(path: str) -> list[Path]:
-    """The data files of a file, folder or pattern, in the order of their names.
+    """Return the data files at a path, in a folder or of a pattern, sorted by name.
 
     Raises:
         DataError: there is none.
     """
     root = Path(path)
     if is_pattern(path):
-        # A file may be found in several ways (by `**/**`), and is read once.
+        # A file may match in several ways (`**/**`), but is read once.
         matching = sorted(set(map(Path, glob.glob(path, recursive=True))))
         if not matching:
             raise DataError(f"{path}: nothing matches; {_contents(_fixed_part(path))}")
@@ -88,7 +88,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def _fixed_part(pattern: str) -> Path:
-    """The folder that a pattern begins in."""
+    """Return the folder in which a pattern begins."""
     parts = Path(pattern).parts
     return Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
 
@@ -96,7 +96,7 @@ def _fixed_part(pattern: str) -> Path:
 def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    return f"in the folder {folder.absolute()} lies {_names(sorted(folder.iterdir()))}"
+    return f"the folder {folder.absolute()} contains {_names(sorted(folder.iterdir()))}"
 
 
 def _names(files: list[Path]) -> str:
@@ -108,14 +108,14 @@ def _names(files: list[Path]) -> str:
 def read_file(
     path: Path, bad: BadRows, columns: list[str] | None, delimiter: str | None
 ) -> Iterator[LocatedRow]:
-    """The rows in order; what cannot be read as a row is added to `bad`.
+    """Yield the rows in order. What cannot be read as a row is added to `bad`.
 
     Args:
-        columns: of a table without a header.
-        delimiter: of a table; None takes that of its kind.
+        columns: the column names of a table without a header.
+        delimiter: the delimiter of a table; None takes the default of its kind.
 
     Raises:
-        DataError: the file cannot be read on.
+        DataError: the file cannot be read any further.
     """
     kind = _kind(path)
     assert kind is not None
@@ -138,7 +138,7 @@ def _data_files(found: list[Path], path: str) -> list[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    """The ending that says how a file is read, that of a compression put aside."""
+    """Return the ending that decides how a file is read, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     is_compressed = suffixes[-1:] and suffixes[-1] in _COMPRESSIONS
     kind = "".join(suffixes[-2:-1] if is_compressed else suffixes[-1:])
@@ -157,7 +157,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked as they are read."""
+    """Open a file for bytes, decompressed as they are read."""
     unpack = _COMPRESSIONS.get(path.suffix.lower())
     file: IO[bytes] = unpack(path) if unpack else path.open("rb")
     return file
@@ -192,11 +192,11 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
         else:
             num_rows += 1
             yield LocatedRow(row, place)
-    # Of a list with an object in each line, the last is without a comma, and so a row.
+    # In a list with one object per line, the last line has no comma, so it is a valid row.
     if first == "[" and line.rstrip()[-1:] == "]" and num_rows <= 1:
         raise DataError(
             f"{path}: one JSON list, where each line should be an object of its own",
-            hint="a file that is one list is named .json",
+            hint="rename it to .json, the ending for a file that is one list",
         )
 
 
@@ -216,14 +216,14 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}: {not_json(error)}",
-            hint="a file with one object per line is named .jsonl",
+            hint="if it has one object per line, rename it to .jsonl",
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def _located_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """What a list holds, or the one list in an object such as `{"version": 1, "data": [...]}`."""
+    """Yield the items of a list, or of the one list in an object: `{"v": 1, "data": [...]}`."""
     start = skip_space(text, 0)
     if text[start : start + 1] != "[":
         for number, value in enumerate(only_list(as_object(parse(text))), start=1):
@@ -240,12 +240,12 @@ def _read_table(
     path: Path, bad: BadRows, kind: str, columns: list[str] | None, delimiter: str | None
 ) -> Iterator[LocatedRow]:
     dialect = {**_DIALECTS[kind], **({} if delimiter is None else {"delimiter": delimiter})}
-    # The default limit of 128 KiB a field is short for documents.
+    # The default limit of 128 KiB per field is too small for documents.
     csv.field_size_limit(2**31 - 1)
     header = columns
     with _open(path) as file:
-        # One badly encoded field must not take the rest of the file with it, and a record may be
-        # on several lines: bytes that are not UTF-8 pass through, to be found in the record.
+        # A badly encoded field must not spoil the rest of the file, and a record may span several
+        # lines: bytes that are not UTF-8 pass through and are found in the record.
         lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file, path))
         reader = csv.reader(lines, strict=True, **dialect)
         while True:
@@ -258,7 +258,7 @@ def _read_table(
             except StopIteration:
                 return
             except csv.Error as error:
-                # A quotation mark too many can take in the lines up to the next one.
+                # A stray quotation mark can swallow the lines up to the next one.
                 taken = f" (lines {first} to {last})" if (last := reader.line_num) > first else ""
                 bad.add(place, f"not {kind[1:].upper()}: {error}{taken}")
                 continue
@@ -281,7 +281,7 @@ def _read_table(
 _DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
     # text/tab-separated-values has no quoting, and texts that begin with a quotation mark are
-    # common: read as quoting, one of them would swallow the lines up to the next.
+    # common: with quoting, one of them would swallow the lines up to the next.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 
@@ -318,7 +318,7 @@ def _read_arrow(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
 def _batch_rows(path: Path, batches: Iterator[RecordBatch]) -> Iterator[LocatedRow]:
     number = 0
     for batch in batches:
-        # pyarrow trusts what a file says of its own layout, and would read outside of it.
+        # pyarrow trusts the layout that a file declares, and would read outside of it.
         batch.validate(full=True)
         for start in range(0, batch.num_rows, _BATCH):
             for row in batch.slice(start, _BATCH).to_pylist():
@@ -327,7 +327,7 @@ def _batch_rows(path: Path, batches: Iterator[RecordBatch]) -> Iterator[LocatedR
 
 
 _BINARY = (".parquet", ".arrow")
-"""Kinds that are compressed within, if at all."""
+"""Kinds that are compressed internally, if at all."""
 
 _READERS: dict[str, Callable[[Path, BadRows], Iterator[LocatedRow]]] = {
     ".jsonl": _read_jsonl,
@@ -342,7 +342,7 @@ _ENDINGS = [*_READERS, *_DIALECTS]
 
 
 def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
-    """Each line that is not blank, with its place."""
+    """Yield each line that is not blank, with its place."""
     with _open(path) as file:
         for number, line in enumerate(_without_bom(file, path), start=1):
             place = f"{path}:{number}"
@@ -356,9 +356,9 @@ def _lines(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
 
 
 def _without_bom(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    """The lines of a file, without the byte order mark at its start."""
+    """Yield the lines of a file without the byte order mark at its start."""
     # Split as bytes: str.splitlines would also split at the line separators that JSON strings
-    # may hold, and one badly encoded line must not take the rest of the file with it.
+    # may hold, and one badly encoded line must not spoil the rest of the file.
     first = file.readline()
     _refuse_other_encoding(first, path)
     yield first.removeprefix(codecs.BOM_UTF8)
@@ -384,15 +384,15 @@ def _header(names: list[str], place: str) -> list[str]:
 
 
 def _refuse_other_delimiter(header: list[str], place: str, delimiter: str) -> None:
-    """Stop at a header of one name that holds what separates the columns of other tables."""
+    """Raise DataError if the header is one column that contains another usual delimiter."""
     if len(header) != 1:
         return
     if other := next((one for one in ";|\t," if one != delimiter and one in header[0]), None):
         raise DataError(
             f"{place}: the header is one column: {header[0][:80]!r}",
             hint=f"data.train.delimiter: {json.dumps(other)} if that separates the columns, "
-            f"{json.dumps(delimiter)} if it is one; data.train.columns names them if this is no "
-            "header",
+            f"{json.dumps(delimiter)} if it is one; data.train.columns names them if this is "
+            "not a header",
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows of hub data sets. They wait on the disk, or on the network, until they are asked for."""
+"""Read rows of Hub datasets, lazily from disk or network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def is_hub_id(path: str) -> bool:
 def hub_rows(
     path: str, *, name: str | None, split: str, revision: str | None, streaming: bool
 ) -> Iterator[Row]:
-    """The rows in order.
+    """Yield the rows in order.
 
     Args:
-        name: configuration of the data set.
-        streaming: download rows as they are read, in place of the whole split first.
+        name: configuration of the dataset.
+        streaming: download rows as they are read, instead of the whole split first.
 
     Raises:
-        DataError: the data set cannot be loaded, or not to its end.
+        DataError: the dataset cannot be loaded, or not to its end.
     """
     import datasets
 
@@ -35,7 +35,7 @@ def hub_rows(
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{path}: no such file or folder, and the hub data set of that name (configuration "
+            f"{path}: no such file or folder, and the Hub dataset of that name (configuration "
             f"{name}, split {split}, revision {revision}) cannot be loaded: {error}",
             hint="check the path, the split and the network; a local copy needs no network",
         ) from error

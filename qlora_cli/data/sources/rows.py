@@ -1,4 +1,4 @@
-"""Rows with their places, those that cannot be used, and drawing by lot."""
+"""Rows with their places, bad rows, and random draws."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class LocatedRow:
 
     row: Row
     place: str
-    """For messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
+    """The place for messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
 
 
 class BadRows:
-    """Rows that cannot be used: all are counted, the first are kept so that the user sees them."""
+    """Rows that cannot be used: all are counted, and the first ones are kept for the report."""
 
     def __init__(self, *, keep: int = _SHOWN) -> None:
         self.count = 0
         self.first: list[str] = []
-        """What is wrong with the first of them, with the place of each."""
+        """Place and problem of the first of them."""
         self._keep = keep
 
     def add(self, place: str, reason: object) -> None:
@@ -48,7 +48,7 @@ class BadRows:
         """Report the bad rows, if there are any: their number and the first ten.
 
         Args:
-            skip: warn of them in the log, in place of raising.
+            skip: log a warning instead of raising.
 
         Raises:
             DataError: there are bad rows.
@@ -62,21 +62,21 @@ class BadRows:
         raise DataError(self.report(path), hint=hint)
 
     def report(self, path: str, what: str = "") -> str:
-        """How many they are and what became of them, and the first ten."""
+        """Return their number, what became of them, and the first ten."""
         head = f"{path}: {counted(self.count, 'bad row')}{what}"
         return f"{head}\n{first_lines(self.first, self.count)}"
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
+    """Return a count with its noun: `1 row`, `2 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def first_lines(lines: list[str], count: int | None = None) -> str:
-    """The first ten lines, indented, and how many there are beyond them.
+    """Return the first ten lines, indented, and the number of further ones.
 
     Args:
-        count: how many there are in all, if `lines` are but the first.
+        count: the total, if `lines` are only the first.
     """
     shown = [f"  {line}" for line in lines[:_SHOWN]]
     more = (len(lines) if count is None else count) - len(shown)
@@ -86,10 +86,10 @@ def first_lines(lines: list[str], count: int | None = None) -> str:
 
 
 def draw(row: object, purpose: str, seed: int) -> float:
-    """A number from 0 to 1 that depends on what a row says, and neither on its place nor order.
+    """Draw a number from 0 to 1 that depends on a row's content, and not on its place or order.
 
     Args:
-        purpose: draws for different purposes are independent of each other.
+        purpose: draws for different purposes are independent.
     """
     content = json.dumps(row, sort_keys=True, default=str)
     digest = hashlib.blake2b(f"{purpose} {seed} {content}".encode(), digest_size=8).digest()
@@ -97,11 +97,11 @@ def draw(row: object, purpose: str, seed: int) -> float:
 
 
 def shuffled(rows: Iterable[LocatedRow], seed: int, limit: int | None) -> Iterator[LocatedRow]:
-    """The first `limit` rows in an order that is drawn; no more than these are held in memory."""
+    """Yield the first `limit` rows of a shuffled order. No more than these are held in memory."""
     if limit is not None:
         yield from heapq.nsmallest(limit, rows, key=lambda located: _rank(located, seed))
         return
-    # All rows may be more than memory holds: they wait on the disk, and a few bytes of each here.
+    # All rows may not fit in memory: they wait on disk, and only a few bytes of each are kept.
     ranks, offsets = array("d"), array("Q")
     codec = _Codec()
     with tempfile.TemporaryFile() as file:
@@ -115,15 +115,15 @@ def shuffled(rows: Iterable[LocatedRow], seed: int, limit: int | None) -> Iterat
 
 
 class _Codec:
-    """Rows as lines of JSON, and back.
+    """Converts rows to lines of JSON and back.
 
-    What JSON has no form for (the dates and bytes of parquet files) waits in memory, and the line
-    says where. A tuple becomes a list.
+    Values that JSON cannot hold (dates and bytes in Parquet files) stay in memory, and the line
+    refers to them. A tuple becomes a list.
     """
 
     def __init__(self) -> None:
         self._aside: list[object] = []
-        # A key that no row has, so that nothing in a row is taken for such a reference.
+        # A key that no row has, so that nothing in a row looks like such a reference.
         self._key = uuid.uuid4().hex
 
     def to_line(self, located: LocatedRow) -> bytes:

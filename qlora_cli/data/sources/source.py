@@ -1,4 +1,4 @@
-"""The section of a recipe that names rows: where they are, which, and what of them is learnt."""
+"""The recipe section that names rows: where they are, which to use, what to train on."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ from qlora_cli.types import Conversation, Row
 
 
 class Source(Config):
-    """Rows of one kind."""
+    """Rows of one kind, from one place."""
 
     path: str = Field(min_length=1)
     """File (jsonl, json, csv, tsv, parquet, arrow, txt; or compressed: gz, bz2, xz, zst), folder of
-    such files, pattern such as `data/**/*.jsonl`, or id of a hub data set."""
+    such files, pattern such as `data/**/*.jsonl`, or id of a Hub dataset."""
     format: FormatConfig = Messages()
-    """How a row becomes messages."""
+    """The format of the rows."""
     name: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a Hub dataset."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a Hub dataset."""
     revision: str | None = None
-    """Commit, tag or branch of a hub data set."""
+    """Commit, tag or branch of a Hub dataset."""
     streaming: bool = False
-    """Download a hub data set row by row as it is read, in place of keeping it on the disk."""
+    """Download a Hub dataset row by row as it is read, instead of storing it on disk first."""
     columns: list[str] | None = Field(None, min_length=1)
-    """Names of the columns of a csv or tsv file that has no header."""
+    """Column names of a csv or tsv file without a header."""
     delimiter: str | None = None
-    """Character between the columns of a csv or tsv file; null takes a comma, or a tab for tsv."""
+    """Column delimiter of a csv or tsv file; null takes a comma, or a tab for tsv."""
     fields: dict[str, str] = Field({})
-    """Columns to rename before the format reads them: the wanted name, and the one in the file."""
+    """Columns to rename before the format reads them: new name -> name in the file."""
     shuffle: bool = False
-    """Take the rows in an order drawn by `data.seed` rather than that of the files."""
+    """Shuffle the rows by `data.seed` instead of keeping the order of the files."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first rows."""
+    """Maximum number of rows to use, from the first on."""
     weight: float = Field(1.0, gt=0)
-    """How often a pass over the data sees each row: twice with 2, every other row with 0.5. Of
-    rows to learn from alone; those that are measured are each read once."""
+    """How often an epoch sees each row: 2 is twice, 0.5 is every other row. Only for training
+    rows; evaluation reads each row once."""
     learn_roles: list[Literal["system", "user", "assistant", "tool"]] = Field(
         ["assistant"], min_length=1
     )
-    """Whose turns are learnt."""
+    """Roles whose turns are trained on."""
     learn_turns: Literal["all", "last"] = "all"
-    """Learn all turns of these roles, or the last alone."""
+    """Train on all turns of these roles, or only on the last one."""
     learn_prompt: bool = False
-    """Learn everything, prompts and what the chat template writes included."""
+    """Train on all tokens, including prompts and what the chat template writes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,31 +73,31 @@ class Source(Config):
             raise ValueError(f"columns names a column twice: {', '.join(self.columns)}")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise ValueError(
-                f"delimiter ({self.delimiter!r}) has to be one character, and no quotation mark or "
+                f"delimiter ({self.delimiter!r}) has to be one character, not a quotation mark or "
                 'line break; a tab is written "\\t", in these quotes'
             )
         if self.learn_prompt and (self.learn_turns != "all" or self.learn_roles != ["assistant"]):
             raise ValueError(
-                "learn_prompt (true) learns everything; leave out learn_turns and learn_roles"
+                "learn_prompt (true) trains on everything; leave out learn_turns and learn_roles"
             )
         return self
 
     @property
     def rows_are(self) -> str:
-        """What messages to the user call the rows."""
+        """The word for these rows in messages to the user."""
         return "rows"
 
     def conversations(self, bad: BadRows) -> Iterator[Conversation]:
-        """The messages of each row, read as they are asked for; what is wrong is added to `bad`.
+        """Yield the conversation of each row, lazily. Bad rows are added to `bad`.
 
         Raises:
-            DataError: nothing to read at `path`, a file that cannot be read on, or, at the end,
-                not one row that can be used.
+            DataError: there is nothing at `path`, a file cannot be read any further, or, at the
+                end, no row can be used.
         """
         is_empty = True
         for located in self.read(bad):
             try:
-                conversation = self._learnt(self.format.to_conversation(located.row))
+                conversation = self._with_loss_mask(self.format.to_conversation(located.row))
             except DataError as error:
                 bad.add(located.place, error)
             else:
@@ -109,8 +109,8 @@ class Source(Config):
             raise DataError(f"{self.path}: no rows{self._where()}")
 
     def unusable(self, bad: BadRows) -> DataError:
-        """The error for rows of which not one can be used, so that to skip them leaves nothing."""
-        hint = "no other row can be used; repair them, or see whether data.train.format is theirs"
+        """Return the error for a source without a usable row."""
+        hint = "no other row can be used; repair them, or check data.train.format"
         if all("missing; found" in line for line in bad.first):
             hint = (
                 "no row has that field: name the right one in data.train.format, or another format "
@@ -122,22 +122,22 @@ class Source(Config):
         return DataError(bad.report(self.path), hint=hint)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
-        """The rows in order; what cannot be read as a row is added to `bad`.
+        """Yield the rows in order. What cannot be read as a row is added to `bad`.
 
         Raises:
-            DataError: nothing to read at `path`, or a file that cannot be read on.
+            DataError: there is nothing at `path`, or a file cannot be read any further.
         """
         return self._taken(bad, seed=0)
 
     def is_at_hand(self) -> bool:
-        """Whether the rows can be read without a network."""
+        """Return True if the rows can be read without a network."""
         return Path(self.path).expanduser().exists() or is_pattern(self.path)
 
     def digest(self) -> str:
-        """sha256 of the files' names and bytes in order, or of all rows of a hub data set.
+        """Hash the files' names and bytes in order, or all rows of a Hub dataset (sha256).
 
         Raises:
-            DataError: nothing to read at `path`.
+            DataError: there is nothing at `path`.
         """
         if not self._is_local():
             return hash_pieces(
@@ -158,21 +158,20 @@ class Source(Config):
             yield path
 
     def in_file_order(self) -> Self:
-        """The same source, whose rows are not drawn: the first of them are read at once.
+        """Return the source without `shuffle`, so that its first rows are available at once.
 
-        Without its limit, as that would take other rows.
+        The limit is dropped too, because it would select other rows.
         """
         return self.model_copy(update={"shuffle": False, "limit": None}) if self.shuffle else self
 
     def refuse_changed(self, digest: str) -> None:
-        """Raises DataError if local files are no longer those of a digest.
+        """Raise DataError if local files no longer have a digest.
 
-        Hub data sets are not read again: over the network that would be another download.
+        Hub datasets are not read again, because that would be another download.
         """
         if self._is_local() and self.digest() != digest:
             raise DataError(
-                f"{self.path}: changed while its rows were read, so some may be of before and some "
-                "of after",
+                f"{self.path}: changed while its rows were read, so old and new rows may be mixed",
                 hint="start again when nothing writes to it",
             )
 
@@ -205,7 +204,7 @@ class Source(Config):
             renamed = {wanted: row[name] for wanted, name in self.fields.items()}
             yield LocatedRow({**kept, **renamed}, located.place)
 
-    def _learnt(self, conversation: Conversation) -> Conversation:
+    def _with_loss_mask(self, conversation: Conversation) -> Conversation:
         if self.learn_prompt:
             return replace(conversation, train_on_all=True)
         roles, last_only = self.learn_roles, self.learn_turns == "last"
@@ -217,15 +216,15 @@ class Source(Config):
         )
 
     def _is_local(self) -> bool:
-        """Whether `path` is here; if not, it is the id of a hub data set.
+        """Return True if `path` exists here; otherwise it is the id of a Hub dataset.
 
         Raises:
-            DataError: it is not here, and it is no id either.
+            DataError: it is neither.
         """
         if is_pattern(self.path) or Path(self.path).exists():
             return True
-        # A file that is missing, and a name in a folder that is here, are meant to be local: a
-        # misspelt path should fail at once and not after the hub has been asked.
+        # A missing file, or a name in a folder that exists, is meant to be local: a misspelt path
+        # should fail at once and not after a request to the Hub.
         owner, slash, _ = self.path.partition("/")
         is_here = slash and Path(owner).exists()
         if names_a_file(self.path) or not is_hub_id(self.path) or is_here:
@@ -240,7 +239,7 @@ class Source(Config):
             value = getattr(self, setting)
             if value != Source.model_fields[setting].default:
                 raise DataError(
-                    f"{self.path}: {setting} ({value}) is for hub data sets, and this path is local"
+                    f"{self.path}: {setting} ({value}) is for Hub datasets, and this path is local"
                 )
         return find_files(self.path)
 
@@ -260,46 +259,46 @@ class Source(Config):
 
 
 class Portion(Source):
-    """The rows of a source that are learnt, or those that are held out."""
+    """The training rows of a source, or its held-out rows."""
 
     seed: int
     share: float | None
-    """Of the rows, held out."""
+    """Share of the rows that is held out."""
     held_out: bool
 
     @classmethod
     def of(cls, source: Source, *, seed: int, share: float | None, held_out: bool) -> Portion:
-        """One side of a source. Without a share, nothing of it is held out from itself."""
+        """Select one portion of a source. Without a share, no rows are held out from it."""
         settings = {name: getattr(source, name) for name in Source.model_fields}
         return cls(**settings, seed=seed, share=share, held_out=held_out)
 
     @property
     def rows_are(self) -> str:
-        """What messages to the user call the rows."""
+        """The word for these rows in messages to the user."""
         return "held-out rows" if self.held_out else "rows"
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
-        """The rows on this side, in order; what cannot be read as a row is added to `bad`."""
+        """Yield the rows of this portion in order. What is not a row is added to `bad`."""
         rows = self._taken(bad, self.seed)
         return rows if self.share is None else filter(self._is_here, rows)
 
     def _where(self) -> str:
         if self.share is None:
             return ""
-        return f" among the share that is {'held out' if self.held_out else 'learnt'}"
+        return f" among the share that is {'held out' if self.held_out else 'trained on'}"
 
     def _is_here(self, located: LocatedRow) -> bool:
         assert self.share is not None
         try:
-            content = _said(self.format.to_conversation(located.row))
-        # Bad rows too are on one side alone, and so counted once.
+            content = _content_of(self.format.to_conversation(located.row))
+        # Bad rows are in one portion too, and so counted once.
         except DataError:
             content = located.row
         return (draw(content, "held out", self.seed) < self.share) is self.held_out
 
 
-def _said(conversation: Conversation) -> object:
-    """What is said in a row: equal for rows that differ in columns that nobody reads."""
+def _content_of(conversation: Conversation) -> object:
+    """Return the content of a row: equal for rows that differ only in unread columns."""
     turns = [*conversation.messages, *(conversation.rejected or [])]
     said = [
         [turn.role, turn.content, turn.reasoning, [[c.name, c.arguments] for c in turn.tool_calls]]

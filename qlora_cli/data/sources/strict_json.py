@@ -1,4 +1,4 @@
-"""JSON of data files, strictly: no key twice, no NaN, no endless depth; else a ValueError."""
+"""Parse JSON of data files strictly: duplicate keys, NaN and deep nesting are a ValueError."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _MAX_DEPTH = 100
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    """An object; of two values with one key, Python would keep the last in silence."""
+    """Make an object. Of two values with one key, Python would silently keep the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} is in one object twice")
     return row
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"not JSON: {name} is no number there")
+    raise ValueError(f"not JSON: {name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def parse(text: str) -> Any:
-    """The JSON value; whatever is wrong with the text is a ValueError."""
+    """Parse a JSON value; any problem in the text is a ValueError."""
     if text.startswith("\ufeff"):
         raise ValueError("not JSON: a byte order mark before it (from files that were joined?)")
     start = skip_space(text, 0)
@@ -40,7 +40,7 @@ def parse(text: str) -> Any:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at a place, and where it ends."""
+    """Parse the JSON value that begins at a place; return it and its end."""
     try:
         value, end = _DECODER.raw_decode(text, at)
     except RecursionError as error:
@@ -51,7 +51,7 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether there is more than `_MAX_DEPTH` in one another: Python handles few hundred."""
+    """Return True if values are nested deeper than `_MAX_DEPTH`; Python handles a few hundred."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         inside = [item for item in level if isinstance(item, (list, dict))]
@@ -66,12 +66,12 @@ def _is_deep(value: Any) -> bool:
 
 
 def not_json(error: json.JSONDecodeError) -> str:
-    """What is wrong, in a line."""
+    """Describe what is wrong in one line."""
     return f"not JSON: {error.msg} (column {error.colno})"
 
 
 def as_object(value: object) -> Row:
-    """The value, if it is an object; else a ValueError."""
+    """Return the value if it is an object; else raise ValueError."""
     if not isinstance(value, dict):
         found = "null" if value is None else type(value).__name__
         raise ValueError(f"expected an object, found {found}")
@@ -79,7 +79,7 @@ def as_object(value: object) -> Row:
 
 
 def only_list(row: Row) -> list[Any]:
-    """The one list that an object holds."""
+    """Return the only list in an object."""
     lists = [item for item in row.values() if isinstance(item, list)]
     if len(lists) != 1:
         raise ValueError(
@@ -89,7 +89,7 @@ def only_list(row: Row) -> list[Any]:
 
 
 def list_items(text: str, at: int) -> Iterator[tuple[int, Any]]:
-    """What the list that begins at `at` holds, and where each item begins."""
+    """Yield the items of the list that begins at `at`, each with its place."""
     at = skip_space(text, at + 1)
     is_open = text[at : at + 1] != "]"
     while is_open:
@@ -107,7 +107,7 @@ def list_items(text: str, at: int) -> Iterator[tuple[int, Any]]:
 
 
 def skip_space(text: str, at: int) -> int:
-    """The place of the next character that is no white space, from `at` on."""
+    """Return the place of the next character from `at` on that is not white space."""
     while text[at : at + 1] in (" ", "\t", "\n", "\r"):
         at += 1
     return at

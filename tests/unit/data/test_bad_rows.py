@@ -89,11 +89,17 @@ KINDS: dict[str, tuple[Damage, str]] = {
     "control character": (replaced(b"Answer", b"An\x07swer"), "Invalid control character"),
     "tab in a string": (replaced(b"Answer", b"An\tswer"), "Invalid control character"),
     "NUL bytes": (lambda q: b"\0" * 64, "not JSON: Expecting value .*; there is a NUL: "),
-    "NaN": (replaced(b"]}", b'], "score": NaN}'), "not JSON: NaN is no number"),
-    "infinity": (replaced(b"]}", b'], "score": -Infinity}'), "not JSON: -Infinity is no number"),
+    "NaN": (replaced(b"]}", b'], "score": NaN}'), "not JSON: NaN is not a JSON number"),
+    "infinity": (
+        replaced(b"]}", b'], "score": -Infinity}'),
+        "not JSON: -Infinity is not a JSON number",
+    ),
     "huge number": (replaced(b"]}", b'], "n": ' + b"9" * 5000 + b"}"), "Exceeds the limit"),
     "nested": (lambda q: b"[" * 200_000, "nested too deeply"),
-    "key twice": (replaced(b'"role"', b'"role": "system", "role"'), "key 'role' stands twice"),
+    "key twice": (
+        replaced(b'"role"', b'"role": "system", "role"'),
+        "key 'role' is in one object twice",
+    ),
     "10 MB, cut off": (
         lambda q: line(q * (10 * MB // len(q)))[:-20],
         "not JSON: Unterminated string",
@@ -142,7 +148,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
     ),
     "NUL in a text": (
         replaced(b"Answer", b"An\\u0000swer"),
-        r"'messages\[1\].content': character 3 is NUL \(.u0000\), which is no text",
+        r"'messages\[1\].content': character 3 is NUL \(.u0000\), which is not text",
     ),
     "two users": (messages(lambda q: [user(q), user(q), answer(q)]), r"field 'messages\[1\]"),
     "two answers": (messages(lambda q: [user(q), answer(q), answer(q)]), r"field 'messages\[2\]"),
@@ -151,7 +157,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
         lambda q: turns(q, (1, {"train": "yes"})),
         r"field 'messages\[1\].train': got 'yes', expected true or false",
     ),
-    "nothing to learn": (lambda q: turns(q, (1, {"train": False})), "learn"),
+    "nothing to learn": (lambda q: turns(q, (1, {"train": False})), "train"),
     "broken tool call": (
         lambda q: turns(q, (1, {"tool_calls": "[{"})),
         r"field 'messages\[1\].tool_calls': got '\[\{', which is not JSON",

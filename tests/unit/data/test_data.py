@@ -23,7 +23,7 @@ def test_preference_data_is_not_trained_on_yet(tmp_path: Path) -> None:
     path.write_text(json.dumps(Preference.example), encoding="utf-8")
     pairs, plain = Source(path=str(path), format=Preference()), Source(path="rows.jsonl")
     Data(train=plain).refuse_untrainable()
-    reason = "pairs.jsonl: preference data is read and previewed, not trained on yet"
+    reason = "pairs.jsonl: preference data can be previewed, but not yet trained on"
     for data in (Data(train=[plain, pairs]), Data(train=plain, evaluation=pairs)):
         with pytest.raises(DataError, match=reason):
             data.refuse_untrainable()

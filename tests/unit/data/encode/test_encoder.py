@@ -177,7 +177,7 @@ def test_content_that_the_template_changes_is_refused(make_tokenizer: TokenizerM
 
 
 def test_an_answer_to_nothing_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"message 1 \(assistant\): nothing before it"):
+    with pytest.raises(DataError, match=r"message 1 \(assistant\): nothing precedes it"):
         Encoder(tokenizer).encode([TURNS[1], *TURNS], max_length=4096)
 
 
@@ -328,7 +328,9 @@ def test_turns_without_a_stop_token_stop_the_run(
     tokenizer = make_tokenizer("without_stop")
     example = Encoder(tokenizer).encode(chat("a", "b"), max_length=512).example
     assert learnt(example, tokenizer) == [" b"]
-    with pytest.raises(DataError, match=r"3 of 3 learnt turns end in no added token.*'\\n'"):
+    with pytest.raises(
+        DataError, match=r"3 of 3 supervised turns do not end in an added token.*'\\n'"
+    ):
         prepare(source, tokenizer, tmp_path, max_length=512, max_lost=0)
 
 
@@ -343,7 +345,7 @@ def test_few_turns_without_a_stop_token_are_suffered(
     source = chat_source(tmp_path, *[good] * 99, odd)
     assert prepare(source, tokenizer, tmp_path, max_length=64, max_lost=0).num_rows == 100
     source = chat_source(tmp_path, *[good] * 98, odd, odd)
-    with pytest.raises(DataError, match="2 of 100 learnt turns"):
+    with pytest.raises(DataError, match="2 of 100 supervised turns"):
         prepare(source, tokenizer, tmp_path, max_length=64, max_lost=0)
 
 
@@ -386,7 +388,7 @@ def test_prompts_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
 
 def test_plain_text_has_no_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = Source(path=rows_file(tmp_path, [Text.example]), format=Text())
-    with pytest.raises(DataError, match=r"rows.jsonl:1: the row begins with what is to be learnt"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the row begins with its answer"):
         prepare_prompts(source, tokenizer)
 
 

@@ -205,7 +205,7 @@ def test_a_bad_turn_is_refused_by_field(turn: object, reason: str) -> None:
         ([USER, ANSWER, {"role": "tool", "content": "2"}], "of a tool without a call before it"),
         (
             [USER, {**ANSWER, "tool_calls": [CALL]}, *[{"role": "tool", "content": "2"}] * 2],
-            r"messages\[3\]': the answer of a tool without a call",
+            r"messages\[3\]': a tool's answer without a call",
         ),
     ],
 )
@@ -283,7 +283,7 @@ def test_sharegpt_reads_calls_observations_tools_and_system(in_list: bool) -> No
     [
         ("add(1)", r"conversations\[1\].value': got 'add\(1\)', which is not JSON"),
         ("3", r"conversations\[1\].value': got 3 \(int\), expected an object"),
-        ("[]", r"conversations\[1\].value': no call in it"),
+        ("[]", r"conversations\[1\].value': it has no call"),
         ('{"name": "add"}', r"conversations\[1\].value.arguments': missing"),
     ],
 )
@@ -374,7 +374,7 @@ def test_a_preference_is_a_prompt_with_two_answers(row: dict[str, Any]) -> None:
     ("change", "reason"),
     [
         ({"prompt": None}, "field 'chosen': no prompt; expected a column prompt, conversations"),
-        ({"messages": [USER]}, "field 'messages': there is a prompt in 'prompt' too"),
+        ({"messages": [USER]}, "field 'messages': 'prompt' has a prompt too"),
         ({"rejected": [USER]}, r"field 'prompt \+ rejected\[1\]': two messages of role user"),
         ({"rejected": []}, "field 'rejected': got .* expected messages"),
         ({"chosen": {"from": "gpt"}}, "field 'chosen.value': missing"),

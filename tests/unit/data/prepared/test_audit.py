@@ -234,7 +234,7 @@ HELD_OUT = ("aaB!", "acX!", "agH!", "aiJ!")
         ({"max_duplicates": 0.2}, "max_duplicates (0.2): 25.00% of the training rows repeat"),
         ({"max_overlap": 0.4}, "max_overlap (0.4): 50.00% of the evaluation rows are shown"),
         ({"max_truncated": 0.1}, "max_truncated (0.1): 12.50% of the training rows are longer"),
-        ({"min_learnt": 0.7}, "min_learnt (0.7): 50.00% of the training tokens are learnt"),
+        ({"min_learnt": 0.7}, "min_learnt (0.7): 50.00% of the training tokens are supervised"),
     ],
     ids=str,
 )

@@ -20,7 +20,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.config import Data
-from qlora_cli.data.encode.encoder import EncodedRow, Encoder, Truncate
+from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.encode.truncate import EncodedRow, Truncate
 from qlora_cli.data.prepared import cache
 from qlora_cli.data.prepared.cache import load_or_prepare
 from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
@@ -88,7 +89,7 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [read.source(i) for i in range(2)] == [0, 1]
     assert read.place(1) == "ä/rows.jsonl:2"
     assert read_facts(tmp_path) == {"note": "x"}
-    (tmp_path / "learnt.bin").write_bytes(b"\0")
+    (tmp_path / "supervised.bin").write_bytes(b"\0")
     assert read_facts(tmp_path) is None
 
 
@@ -562,7 +563,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
 ) -> None:
     kept.parent.write_text("a file", encoding="utf-8")
-    with pytest.raises(DataError, match="prepared data cannot be kept here") as caught:
+    with pytest.raises(DataError, match="prepared data cannot be stored here") as caught:
         is_found(chat_data(write(("a", "b"))), tokenizer)
     assert "--no-cache" in str(caught.value.hint)
 

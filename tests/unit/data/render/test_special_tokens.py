@@ -226,7 +226,7 @@ def test_characters_of_private_use_beside_a_special_token_are_refused(
     encoder = Encoder(make_tokenizer())
     answer = Message("assistant", "b", train=True)
     encoder.encode([Message("user", "\U000f0001", train=False), answer], max_length=64)
-    with pytest.raises(DataError, match=r"U\+F0001 of private use"):
+    with pytest.raises(DataError, match=r"private-use character U\+F0001"):
         encoder.encode([Message("user", "</s>\U000f0001", train=False), answer], max_length=64)
 
 

@@ -56,7 +56,7 @@ def test_a_pattern_takes_the_files_that_match_by_name(tmp_path: Path) -> None:
     assert texts(Source(path=f"{tmp_path}/*/*.jsonl")) == ["a/one.jsonl", "b/two.jsonl"]
     every = texts(Source(path=f"{tmp_path}/**/*.jsonl"))
     assert every == ["a/deep/three.jsonl", "a/one.jsonl", "b/two.jsonl"]
-    with pytest.raises(DataError, match=r"csv: nothing matches; in the folder /.* lies a/, b/$"):
+    with pytest.raises(DataError, match=r"csv: nothing matches; the folder /.* contains a/, b/$"):
         texts(Source(path=f"{tmp_path}/*.csv"))
 
 
@@ -355,7 +355,7 @@ def test_what_a_message_says_of_itself_wins(tmp_path: Path) -> None:
     assert learnt(tmp_path, with_user) == ["u1", "a1", "a2"]
     without_last = [*TURNS[:4], {**TURNS[4], "train": False}]
     [error] = learnt(tmp_path, without_last, learn_turns="last")
-    assert error.endswith("a.jsonl:1: nothing to learn in its last turn of assistant")
+    assert error.endswith("a.jsonl:1: nothing to train on in its last turn of assistant")
 
 
 def test_everything_can_be_learnt(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_template_writes_lists_only_as_it_is_told() -> None:
         ("{{ ['no', 'yes'][label | int] }}", "field 'label' (in assistant): "),
         ("{{ label / 0 }}", "field 'label' (in assistant): "),
         ("{{ none_ }}", "field 'none_': missing"),
-        ("{{ text }}{{ items }}", "field 'items', 'text' (in assistant): a list is no text"),
+        ("{{ text }}{{ items }}", "field 'items', 'text' (in assistant): a list is not text"),
         ("{{ empty }}", "field 'empty': missing"),
         ("{{ text.__class__.__mro__ }}", "field 'text' (in assistant): access to attribute"),
         ("{{ items.append(1) }}", "field 'items' (in assistant): "),

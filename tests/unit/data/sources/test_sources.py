@@ -246,7 +246,7 @@ def test_a_missing_path_is_named_and_the_hub_is_not_asked(
 )
 def test_hub_settings_of_a_local_path_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = write(tmp_path, "jsonl")
-    with pytest.raises(DataError, match="is for hub data sets, and this path is local"):
+    with pytest.raises(DataError, match="is for Hub datasets, and this path is local"):
         read(path, **settings)
 
 
@@ -254,7 +254,7 @@ def test_a_hub_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     # What HF_HUB_OFFLINE=1 sets when these are imported.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="owner/name: no such file or folder, and the hub data set"):
+    with pytest.raises(DataError, match="owner/name: no such file or folder, and the Hub dataset"):
         list(source("owner/name").conversations(BadRows()))
 
 
@@ -385,7 +385,7 @@ def test_what_lies_where_a_pattern_looked_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(f"{tmp_path}/**/*.jsonl")
     assert str(caught.value) == (
-        f"{tmp_path}/**/*.jsonl: nothing matches; in the folder {tmp_path} lies 0.csv, 1.csv, "
+        f"{tmp_path}/**/*.jsonl: nothing matches; the folder {tmp_path} contains 0.csv, 1.csv, "
         "2.csv, 3.csv, 4.csv, 2 more"
     )
     with pytest.raises(DataError, match=f"nothing matches; there is no folder {tmp_path}/missing"):
