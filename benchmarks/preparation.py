@@ -5,8 +5,8 @@
 Both prepare the same conversations with the same tokenizer and template, and train only on the
 assistant's turns. Ours: read, render, tokenize, label, check and write rows to a new folder.
 TRL's: from `Dataset.from_list` on, the constructor of SFTTrainer with a model of two layers, with a
-template that marks the assistant's turns, into a new cache folder. Each run is a process of its own, ours and
-TRL's alternating; imports and loading are not timed.
+template that marks the assistant's turns, into a new cache folder. Each run is a process of its
+own, ours and TRL's alternating; imports and loading are not timed.
 
 PYTHON is an interpreter with trl, peft and the same transformers as this environment.
 """
