@@ -1,9 +1,9 @@
-"""How full packed rows are, what padding costs without them, and the proof that examples are alone.
+"""Measure how full packed rows are and the cost of padding, and prove that examples are isolated.
 
     python benchmarks/packing.py DATA > benchmarks/packing.md
 
-DATA is a folder with gsm8k/train.jsonl; the tokenizer, and the first of the models, are those of
-the demo model (scripts/get_demo_model.py), or of `--model`. All of it runs on a CPU.
+DATA is a folder with gsm8k/train.jsonl. The tokenizer and the first model are those of the demo
+model (scripts/get_demo_model.py) or of `--model`. Everything runs on a CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMMAND = "python benchmarks/packing.py DATA"
 
 ROW_LENGTHS = (1024, 2048, 4096)
 BATCHES = ((4, 4), (16, 4), (32, 4), (64, 4))
-"""Rows of a step, and of a forward. Where they are one number, rows are not grouped by length."""
+"""Rows per step and per forward. If both are equal, rows are not grouped by length."""
 
 BACK_ENDS = ("eager", "sdpa")
 WEIGHTS: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "int8": Int8()}
@@ -68,12 +68,13 @@ RANDOM: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     ),
 }  # fmt: skip
-"""Config and class by name, with what is set beside SIZE. The last carries state: convolutions."""
+"""Config and class by name, with settings in addition to SIZE. The last carries state in its
+convolutions."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model whose proof is made."""
+    """A model to prove isolation for."""
 
     name: str
     attention: str
@@ -86,7 +87,7 @@ class Case:
 def stream(
     prepared: PreparedData, batch_size: int, micro: int, max_length: int | None
 ) -> BatchStream:
-    """The first pass over the rows, as `qlora train` makes it."""
+    """Batch the first epoch as `qlora train` does."""
     return BatchStream(
         prepared.examples,
         batch_size=batch_size,
@@ -117,7 +118,7 @@ def cases(model: Path) -> Iterator[Case]:
 
 
 def proof_row(case: Case, examples: Sequence[Example]) -> str:
-    """One line of the table."""
+    """Make one line of the table."""
     attend_by_document(case.model)
     # A small vocabulary has other words at these ids; what they say plays no part.
     rows = [[i % case.vocab_size for i in example.input_ids] for example in examples]
@@ -143,7 +144,7 @@ def report(
     yield (
         f"GSM8K train: {prepared.num_rows:,} rows, {prepared.num_tokens:,} tokens of SmolLM2's "
         f"tokenizer with its chat template ({len(tokenizer):,} tokens), the longest row {longest}. "
-        "Each line is what the log of `qlora train` says of the first pass over them.\n"
+        "Each line is from the log of `qlora train`, about the first epoch.\n"
     )
     yield "## Packed\n"
     for max_length in ROW_LENGTHS:
@@ -155,11 +156,11 @@ def report(
         yield f"- `micro_batch_size` {micro} of {batch_size}{grouped}: {line}"
     yield "\n## The proof\n"
     yield (
-        "What `qlora train` does before it trains, on the beginnings of three rows. In brackets: "
-        "what is allowed, which is "
-        "rounding, or twice what changing one row does to the others of a batch that is not "
-        "packed. In 8 bit that is much, as the outliers of all rows together decide how each is "
-        "quantized; gradients do not pass that way. The last model carries state over the seam.\n"
+        "`qlora train` runs this before training, on the start of three rows. In brackets: the "
+        "tolerance, which is rounding, or twice the effect of changing one row on the others of a "
+        "batch that is not packed. In 8 bit that is large, because the outliers of all rows "
+        "together decide how each is quantized; gradients do not pass that way. The last model "
+        "carries state across the boundary.\n"
     )
     columns = (
         "model", "attention", "weights", "computed in",

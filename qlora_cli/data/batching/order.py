@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from qlora_cli.data.batching.links import Links
 from qlora_cli.data.batching.packing import pack_in_windows
 
-Row = tuple[int, ...]
+ExampleIndices = tuple[int, ...]
 """The examples in a row, by their index."""
 
 
@@ -47,11 +47,11 @@ class RowOrder:
         self._sources = [(n, weight) for n, (_, weight) in zip(counts, sources, strict=True)]
         self._seed = seed
         self._max_length = max_length
-        self._epoch_rows: dict[int, list[Row]] = {}
+        self._epoch_rows: dict[int, list[ExampleIndices]] = {}
         self._shuffles: dict[tuple[int, int], list[int]] = {}
         self._epoch_starts = [0]
 
-    def row(self, position: int) -> Row:
+    def row(self, position: int) -> ExampleIndices:
         """Return the row at a position of the endless sequence."""
         if self._max_length is None:
             index, place = divmod(position, self._epoch_size)
@@ -71,14 +71,14 @@ class RowOrder:
         sizes = [len(self.epoch(index)) for index in range(math.ceil(epochs))]
         return sum(sizes[:whole]) + (epochs - whole) * sum(sizes[whole:])
 
-    def epoch(self, index: int) -> list[Row]:
+    def epoch(self, index: int) -> list[ExampleIndices]:
         """Return the rows of an epoch, in order."""
         # One epoch is kept: rows are asked for in sequence, so an epoch that was left is over.
         if index not in self._epoch_rows:
             self._epoch_rows = {index: self._make_epoch(index)}
         return self._epoch_rows[index]
 
-    def _make_epoch(self, index: int) -> list[Row]:
+    def _make_epoch(self, index: int) -> list[ExampleIndices]:
         chosen = self._choose(index)
         order = [chosen[i] for i in permutation(len(chosen), f"{self._seed} {index}")]
         if self._max_length is None:

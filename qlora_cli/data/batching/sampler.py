@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from qlora_cli.data.batching.collate import chunks, concatenate_batch, longest_first, pad_batch
 from qlora_cli.data.batching.links import Links
-from qlora_cli.data.batching.order import Row, RowOrder
+from qlora_cli.data.batching.order import ExampleIndices, RowOrder
 from qlora_cli.data.batching.packing import lengths, supervised
 from qlora_cli.data.prepared.mmap_dataset import MmapDataset
 from qlora_cli.errors import DataError
 from qlora_cli.types import Batch, Example
 
 
+@dataclass(eq=False)
 class BatchStream:
     """The micro-batches of one rank, for any step.
 
@@ -26,65 +27,58 @@ class BatchStream:
     and packed as if it were one example. So without packing, `batch_size` and `micro_batch_size`
     count links: with pairs, a micro-batch of 4 holds 8 examples.
 
-    Args:
-        parts: (examples, weight) of each source, consecutive in `examples`; None is one source of
-            weight 1. An epoch sees about `weight * n` examples of a source of `n`.
-        batch_size: rows per step, over all ranks.
-        micro_batch_size: maximum rows per forward, on one rank.
-        epochs: number of epochs; the last step may be shorter than the others. None never ends.
-        max_length: tokens in a packed row; None does not pack.
-        padding: put each example into a row of its own, padded to the longest. Otherwise the
-            examples of a micro-batch are concatenated, as packed ones are.
-
     Raises:
         DataError: a link is longer than a packed row.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        epochs: float | None,
-        pad_token_id: int,
-        parts: Sequence[tuple[int, float]] | None = None,
-        max_length: int | None = None,
-        padding: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self._examples = examples
-        self._lengths = lengths(examples)
-        self._batch_size = batch_size
-        self._micro_batch_size = micro_batch_size
-        self._max_length = max_length
-        self._is_flat = max_length is not None or not padding
-        self._pad_token_id = pad_token_id
-        self._rank = rank
-        self._world_size = world_size
-        links = Links(examples)
-        if max_length is not None:
-            _refuse_long_links(examples, links, self._lengths, max_length)
-        sources = [(len(examples), 1.0)] if parts is None else parts
-        assert sum(number for number, _ in sources) == len(examples)
-        self._order = RowOrder(self._lengths, links, sources, seed=seed, max_length=max_length)
-        self._num_rows = None if epochs is None else max(1, round(self._order.rows_in(epochs)))
+    examples: Sequence[Example]
+    _: KW_ONLY
+    batch_size: int
+    """Rows per step, over all ranks."""
+    micro_batch_size: int
+    """Maximum rows per forward, on one rank."""
+    seed: int
+    epochs: float | None
+    """Number of epochs; the last step may be shorter than the others. None never ends."""
+    pad_token_id: int
+    parts: Sequence[tuple[int, float]] | None = None
+    """(examples, weight) of each source, consecutive in `examples`; None is one source of weight 1.
+    An epoch sees about `weight * n` examples of a source of `n`."""
+    max_length: int | None = None
+    """Tokens in a packed row; None does not pack."""
+    padding: bool = True
+    """Put each example into a row of its own, padded to the longest. Otherwise the examples of a
+    micro-batch are concatenated, as packed ones are."""
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self._lengths = lengths(self.examples)
+        self._is_flat = self.max_length is not None or not self.padding
+        links = Links(self.examples)
+        if self.max_length is not None:
+            _refuse_long_links(self.examples, links, self._lengths, self.max_length)
+        sources = [(len(self.examples), 1.0)] if self.parts is None else self.parts
+        assert sum(number for number, _ in sources) == len(self.examples)
+        self._order = RowOrder(
+            self._lengths, links, sources, seed=self.seed, max_length=self.max_length
+        )
+        rows = None if self.epochs is None else self._order.rows_in(self.epochs)
+        self._num_rows = None if rows is None else max(1, round(rows))
 
     @property
     def num_steps(self) -> int:
         """Steps until the last epoch is over."""
         assert self._num_rows is not None, "a stream without epochs never ends"
-        return math.ceil(self._num_rows / self._batch_size)
+        return math.ceil(self._num_rows / self.batch_size)
 
-    def rows(self, step: int) -> list[Row]:
+    def rows(self, step: int) -> list[ExampleIndices]:
         """Return the rows of a step over all ranks: the examples in each row, in order.
 
         After `num_steps` the sequence continues: steps that a run skipped are made up for there.
         """
-        first = step * self._batch_size
-        last = first + self._batch_size
+        first = step * self.batch_size
+        last = first + self.batch_size
         if self._num_rows is not None and first < self._num_rows:
             last = min(last, self._num_rows)
         return [self._order.row(position) for position in range(first, last)]
@@ -106,8 +100,8 @@ class BatchStream:
         Largest by tokens, padding included, which determine the activations; and by supervised
         tokens, which determine the logits. If both are the same, one step is returned.
         """
-        num_supervised = supervised(self._examples)
-        found: dict[tuple[str, bool], tuple[int, list[Row]]] = {}
+        num_supervised = supervised(self.examples)
+        found: dict[tuple[str, bool], tuple[int, list[ExampleIndices]]] = {}
         for step in range(num_steps):
             for place, group in enumerate(self._groups(step)):
                 measures = {
@@ -125,50 +119,50 @@ class BatchStream:
     def tokens(self, num_steps: int) -> int:
         """Estimate the tokens in the first steps, over all ranks, padding not counted."""
         rows = self._order.epoch(0)
-        return round(sum(map(self._length, rows)) / len(rows) * num_steps * self._batch_size)
+        return round(sum(map(self._length, rows)) / len(rows) * num_steps * self.batch_size)
 
     def summary(self) -> str:
         """Describe the first epoch in one line for the log: how full its rows are."""
         rows = self._order.epoch(0)
         num_tokens = sum(self._length(row) for row in rows)
-        if self._max_length is not None:
+        if self.max_length is not None:
             number = sum(map(len, rows))
             return (
-                f"{number:,} examples in {len(rows):,} rows of {self._max_length:,} tokens, "
-                f"{num_tokens / (len(rows) * self._max_length):.1%} full"
+                f"{number:,} examples in {len(rows):,} rows of {self.max_length:,} tokens, "
+                f"{num_tokens / (len(rows) * self.max_length):.1%} full"
             )
         if self._is_flat:
             return "no padding: the examples of a micro-batch lie end to end"
         num_places = 0
-        for first in range(0, len(rows), self._batch_size):
-            some = rows[first : first + self._batch_size]
-            for group in chunks(self._by_length(some), self._micro_batch_size):
+        for first in range(0, len(rows), self.batch_size):
+            some = rows[first : first + self.batch_size]
+            for group in chunks(self._by_length(some), self.micro_batch_size):
                 num_places += self._num_places([some[at] for at in group])
         return f"padding {1 - num_tokens / num_places:.1%}"
 
-    def _groups(self, step: int) -> list[list[Row]]:
+    def _groups(self, step: int) -> list[list[ExampleIndices]]:
         """The rows in each of this rank's micro-batches."""
         rows = self.rows(step)
         order = self._by_length(rows)
-        groups = _share(order, self._micro_batch_size, self._rank, self._world_size)
+        groups = _share(order, self.micro_batch_size, self.rank, self.world_size)
         return [[rows[at] for at in group] for group in groups]
 
-    def _batch(self, rows: list[Row]) -> Batch:
+    def _batch(self, rows: list[ExampleIndices]) -> Batch:
         collate = concatenate_batch if self._is_flat else pad_batch
         numbers = [i for row in rows for i in row]
-        batch = collate([self._examples[i] for i in numbers], self._pad_token_id)
-        is_packed = self._max_length is not None
+        batch = collate([self.examples[i] for i in numbers], self.pad_token_id)
+        is_packed = self.max_length is not None
         return replace(batch, examples=tuple(rows) if is_packed else tuple((i,) for i in numbers))
 
-    def _length(self, row: Row) -> int:
+    def _length(self, row: ExampleIndices) -> int:
         return sum(self._lengths[i] for i in row)
 
-    def _num_places(self, rows: list[Row]) -> int:
+    def _num_places(self, rows: list[ExampleIndices]) -> int:
         """Tokens of the rows as one batch, padding included."""
         sizes = [self._lengths[i] for row in rows for i in row] or [0]
         return sum(sizes) if self._is_flat else len(sizes) * max(sizes)
 
-    def _by_length(self, rows: list[Row]) -> list[int]:
+    def _by_length(self, rows: list[ExampleIndices]) -> list[int]:
         return longest_first([self._length(row) for row in rows])
 
 
