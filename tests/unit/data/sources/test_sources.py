@@ -313,7 +313,7 @@ def test_a_list_in_a_jsonl_file_is_named(tmp_path: Path, content: bytes) -> None
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a.jsonl: one JSON list, where each line") as caught:
         read(path)
-    assert str(caught.value.hint).endswith("named .json")
+    assert str(caught.value.hint).startswith("rename it to .json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
