@@ -202,7 +202,10 @@ def test_a_bad_turn_is_refused_by_field(turn: object, reason: str) -> None:
         ([USER, ANSWER, ANSWER], r"messages\[2\]': two messages of role assistant in a row"),
         ([USER, {"role": "system", "content": "s"}, ANSWER], "system message has to come first"),
         ([USER, ANSWER, USER], r"ends with a message of role user, so its answer is missing"),
-        ([USER, ANSWER, {"role": "tool", "content": "2"}], "a tool's answer without a call before it"),
+        (
+            [USER, ANSWER, {"role": "tool", "content": "2"}],
+            "a tool's answer without a call before it",
+        ),
         (
             [USER, {**ANSWER, "tool_calls": [CALL]}, *[{"role": "tool", "content": "2"}] * 2],
             r"messages\[3\]': a tool's answer without a call",
