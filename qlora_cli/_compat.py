@@ -53,7 +53,7 @@ def forbid_hub_kernels() -> None:
 
     Where it is installed, importing bitsandbytes 0.50 on a CPU with AVX512-BF16 downloads
     "kernels-community/quantization-bitsandbytes" and runs what it gets, whatever paths are local.
-    There is no setting against it. Goes when there is one.
+    No setting prevents this. Remove it when there is one.
     """
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 

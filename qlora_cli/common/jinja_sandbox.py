@@ -64,7 +64,7 @@ def limited_time(name: str, seconds: float = SECONDS) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise OutOfTimeError(f"{name}: not at its end after {seconds:g} s")
 
-    # The clock of this process's own work: a machine that is busy, or asleep, is no fault.
+    # The clock of this process's own work: a busy or sleeping machine does not count.
     before = signal.signal(signal.SIGVTALRM, end)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:

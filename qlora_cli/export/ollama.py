@@ -23,18 +23,18 @@ _SYSTEM, _USER, _ANSWER, _LAST = "sys1x", "ask2x", "answer3x", "last4x"
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """What stands around the turns of a conversation that ends with a question."""
+    """Text around the turns of a conversation that ends with a question."""
 
     before_system: str
     after_system: str
     before_user: str
     after_user: str
-    """Also what begins the answer."""
+    """Includes the start of the answer."""
     after_answer: str
     default_system: str | None
 
     def render(self, turns: Turns) -> str:
-        """What Ollama makes of a conversation with the template of `text`."""
+        """Render a conversation as Ollama does with the template of `text`."""
         if self.default_system is not None and turns[0][0] != "system":
             turns = [("system", self.default_system), *turns]
         around = {
@@ -64,10 +64,10 @@ class TurnTemplate:
 def modelfile(
     tokenizer: PreTrainedTokenizerFast, gguf_file: str, stop_token_ids: Sequence[int]
 ) -> str | None:
-    """What Ollama needs to write conversations as the chat template does.
+    """Write a Modelfile, with which Ollama renders conversations as the chat template does.
 
     Returns:
-        None where the template is no plain sequence of turns, or there is none.
+        None if there is no template, or it is not a plain sequence of turns.
     """
     if not tokenizer.chat_template:
         return None

@@ -10,7 +10,7 @@ from qlora_cli.common.report import Report
 
 @dataclass(frozen=True, slots=True)
 class GgufCheck(Report):
-    """What llama.cpp computes with a GGUF file, compared with the model folder in float32."""
+    """Output of llama.cpp with a GGUF file, compared with the model folder in float32."""
 
     tokens: int
     """Tokens that were compared; their ids are equal."""

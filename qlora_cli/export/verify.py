@@ -55,7 +55,7 @@ class ComparedText:
 
 @dataclass(frozen=True, slots=True)
 class ModelOutputs:
-    """What a model computes for the texts."""
+    """Logits and loss of a model for the texts."""
 
     logits: list[Tensor]
     """Float32 (T, V) for each text."""

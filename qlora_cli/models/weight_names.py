@@ -80,8 +80,8 @@ def _parts(
     converter: Any,
     stored: Mapping[str, StoredTensor],
 ) -> Iterator[WeightPart]:
-    """Yield the parts of a stack of experts, of which each has one matrix or several below each
-    other. Yield nothing for a tensor that is assembled in another way.
+    """Yield the parts of a stack of experts: one matrix per expert, or several stacked by rows.
+    Yield nothing for a tensor that is assembled in another way.
 
     Args:
         sources: name in the files, and the pattern of the converter that it matches.

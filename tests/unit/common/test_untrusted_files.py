@@ -197,7 +197,7 @@ def test_settings_of_an_adapter_that_name_code_or_files_are_an_error(
     (tmp_path / "named_by_an_adapter.py").write_text("raise SystemExit('ran')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     change(adapter / "adapter_config.json", **settings)
-    with pytest.raises(ModelError, match="names code or files elsewhere"):
+    with pytest.raises(ModelError, match="names code or files outside of the folder"):
         LoRA().load(load_model(tiny_model), adapter)
 
 
