@@ -157,7 +157,7 @@ def test_a_run_goes_back_and_passes_over_the_rows_of_a_spike(
     assert exit_code("train", write_recipe(**sections)) == 0
     told = capsys.readouterr().err
     assert "skipping the rows of 1 steps" in told
-    step = int(told.split(". Back to step ")[1].split(";")[0])
+    step = int(told.split("Going back to step ")[1].split()[0])
     ended = state(tmp_path / "run", 71)
     assert (ended["passed_over"], ended["returns"]) == (1, 1)
     (tmp_path / "run").rename(tmp_path / "whole")
