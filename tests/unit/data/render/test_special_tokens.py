@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.encode.tokens import RowTokenizer
 from qlora_cli.data.prepared.prepare import prepare
+from qlora_cli.data.render.renderer import RenderedRow
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Message, ToolCall
 
@@ -126,7 +128,8 @@ def test_all_but_the_typed_tokens_is_tokenized_as_ever(chatml: PreTrainedTokeniz
     text = chatml.apply_chat_template(
         [{"role": message.role, "content": message.content} for message in words], tokenize=False
     )
-    assert encoder._typed.tokenize(text)[1] == ordinary
+    row = RenderedRow(text, [], is_verbatim=False, has_stand_ins=True)
+    assert RowTokenizer(chatml).tokenize_stand_ins(row).ids == ordinary
 
 
 def test_the_template_may_look_at_what_is_said(
