@@ -126,7 +126,7 @@ class Clock:
             step = step_of(line)
             if step is not None:
                 self._told.setdefault(step, moment)
-            elif line.startswith("a pass over"):
+            elif line.startswith("one epoch: "):
                 self._prepared = moment
             elif "finished after" in line:
                 self._told[max_steps + 1] = moment
@@ -235,7 +235,7 @@ class Experiment:
             if not last:
                 return "starting Python and libraries"
             is_built = last.startswith(("base model", "trained", "  "))
-            if last.startswith("a pass over"):
+            if last.startswith("one epoch: "):
                 return "loading the model"
             return "first evaluation" if is_built else "data: reading, auditing, sums"
         is_measured = "  eval_" in last
