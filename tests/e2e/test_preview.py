@@ -251,7 +251,7 @@ def test_keys_of_messages_that_are_not_read_are_named_and_counted(recipe: Path, 
         assert out.count(found) == out.count("not read") == 1
     run("preview", recipe, "--set", "data.train.format.type=messages", "--html", "page.html")
     page = Path("page.html").read_text(encoding="utf-8")
-    assert page.count("Not read in messages: &#x27;date&#x27; (4), &#x27;name&#x27; (2)") == 1
+    assert page.count("Not read in messages: &#39;date&#39; (4), &#39;name&#39; (2)") == 1
 
 
 def test_turns_that_are_all_cut_are_counted(recipe: Path, run: Run) -> None:
