@@ -14,10 +14,10 @@ from typing import Self
 
 import torch
 
-from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
 
 
-class Marked(Count):
+class Marked(MemoryCounter):
     """A count that need not be entered: its stages are to be seen in what a profiler notes."""
 
     @contextmanager

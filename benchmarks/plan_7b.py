@@ -1,4 +1,4 @@
-"""One QLoRA step of a 7B-shaped model on this machine's CPU: planned, and measured.
+"""Plan and measure one QLoRA step of a 7B-shaped model on this machine's CPU.
 
     python -m benchmarks.plan_7b
 
@@ -34,15 +34,15 @@ RUN: dict[str, Any] = {
 
 
 def make_quantized(config: PretrainedConfig, load_options: dict[str, Any]) -> PreTrainedModel:
-    """A model of random weights, as loading would hold it; frozen, in training mode."""
+    """Make a model of random weights as loading would; frozen, in training mode."""
     import torch
     from torch import nn
 
     from qlora_cli._compat import keep_4bit_weights_trainable
-    from qlora_cli.plan.trace.meta_model import skeleton
+    from qlora_cli.plan.trace.meta_model import build_quantized_meta_model
 
     torch.manual_seed(0)
-    model = skeleton(config, load_options)
+    model = build_quantized_meta_model(config, load_options)
     for module in model.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -62,7 +62,7 @@ def make_quantized(config: PretrainedConfig, load_options: dict[str, Any]) -> Pr
 
 
 def page(found: dict[str, Any]) -> str:
-    """The figures as a page."""
+    """Write the figures as a page."""
     rows = [
         f"| {stage} | {found['predicted'][stage] / MIB:,.1f} | {found['counted'][stage] / MIB:,.1f}"
         f" | {error(found, stage):+.4%} |"
@@ -93,10 +93,11 @@ def page(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, then predict."""
+    """Measure the step, then plan it."""
     from qlora_cli._compat import quiet_libraries
     from qlora_cli.distributed.devices import find_target
-    from qlora_cli.plan.estimate import assume_rows, compute_dtype
+    from qlora_cli.plan.estimate import compute_dtype
+    from qlora_cli.plan.rows import assume_rows
     from qlora_cli.plan.trace.libraries import load_libraries
 
     quiet_libraries()

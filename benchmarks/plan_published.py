@@ -1,4 +1,4 @@
-"""What the trace of a plan says of steps that others measured on cards.
+"""Compare the trace of a plan with published measurements of steps on GPUs.
 
     python benchmarks/plan_published.py
 
@@ -20,16 +20,16 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.models.known_configs import KNOWN
 from qlora_cli.plan.trace.libraries import load_libraries
-from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
 from qlora_cli.plan.trace.meta_model import load_traced
-from qlora_cli.plan.trace.traced_tensor import Blank
+from qlora_cli.plan.trace.traced_tensor import TraceNewTensors
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Published:
-    """A measurement, and how its step was made as far as it is written down."""
+    """A measurement, and the published settings of its step."""
 
     source: str
     card: str
@@ -41,7 +41,7 @@ class Published:
     four_bit: bool
     checkpointing: bool
     mib: float
-    """Measured."""
+    """Measured memory."""
 
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -70,7 +70,7 @@ PUBLISHED = (
 
 
 def trace(one: Published) -> float:
-    """MiB of tensors at the peak of the second step."""
+    """Trace the MiB of tensors at the peak of the second step."""
     config = AutoConfig.for_model(**KNOWN[one.model])
     dtype = torch.float16 if one.four_bit else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
@@ -78,7 +78,7 @@ def trace(one: Published) -> float:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    count = Count("cuda", granularity=512, vocabulary_size=config.vocab_size)
+    count = MemoryCounter("cuda", granularity=512, vocabulary_size=config.vocab_size)
     with count:
         with count.stage("load"):
             model: Any = load_traced(config, options, count)
@@ -86,7 +86,7 @@ def trace(one: Published) -> float:
                 model = prepare_model_for_kbit_training(
                     model, gradient_checkpointing_kwargs={"use_reentrant": False}
                 )
-            with Blank():
+            with TraceNewTensors():
                 model = get_peft_model(
                     model, LoraConfig(r=one.rank, target_modules=list(one.targets))
                 )
@@ -106,7 +106,7 @@ def trace(one: Published) -> float:
 
 
 def page(rows: list[tuple[Published, float]]) -> str:
-    """The comparison as a page."""
+    """Write the comparison as a page."""
     lines = [
         "<!-- Written by benchmarks/plan_published.py; run that instead of editing. -->",
         "# What the trace says of steps that others measured",
@@ -132,7 +132,7 @@ def page(rows: list[tuple[Published, float]]) -> str:
 
 
 def main() -> None:
-    """Trace all of them."""
+    """Trace all steps."""
     quiet_libraries()
     load_libraries()
     rows = []

@@ -1,13 +1,13 @@
-"""What `qlora plan` predicts against what real steps take, on this machine's CPU.
+"""Compare the predictions of `qlora plan` with real steps on this machine's CPU.
 
     python -m benchmarks.plan_validation
 
 Each run of the grid is a process of its own: it loads the model, then makes the steps of
 `qlora_cli/plan/dry_run.py` (the train step, the optimizer and the evaluation of `qlora train`) with
-real tensors, which are counted as they are made, while a thread watches the resident set. The
-prediction is traced without data. Compiled kernels make tensors without an operation: their steps
-are made once more, and counted by what torch's allocator gave out. Writes plan_validation.json, run
-by run (what is in it is not run again), and plan_validation.md.
+real tensors, which are counted as they are created, while a thread samples the resident set. The
+prediction is traced without data. Compiled kernels create tensors without an operation, so their
+steps are repeated and counted by torch's allocator. Writes plan_validation.json, run by run (runs
+that are in it are not repeated), and plan_validation.md.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_cli.plan.estimate import PlanRows
-    from qlora_cli.plan.trace.memory_counter import Count
+    from qlora_cli.plan.rows import PlanRows
+    from qlora_cli.plan.trace.memory_counter import MemoryCounter
     from qlora_cli.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ MIB = 2**20
 
 
 def grid() -> Iterator[dict[str, Any]]:
-    """What is run: every value of every setting, in many of the combinations."""
+    """List the runs: every value of every setting, in many of the combinations."""
     kinds = [("nf4", "lora"), ("int8", "lora"), ("none", "lora"), ("none", "full")]
     shapes = [(1, 128), (4, 128), (1, 512), (1, 1024)]
     for (quantization, adapter), (rows, length), checkpointing in product(
@@ -93,7 +93,7 @@ def _run(
 
 
 def recipe_of(run: dict[str, Any], model: str) -> Any:
-    """The recipe of a run."""
+    """Make the recipe of a run."""
     from qlora_cli.recipe.schema import Recipe
 
     rows = run["rows"]
@@ -123,10 +123,11 @@ def recipe_of(run: dict[str, Any], model: str) -> Any:
 
 
 def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
-    """Predicted and counted bytes of a run, and the resident set: in this process."""
+    """Measure a run in this process: predicted and counted bytes, and the resident set."""
     from qlora_cli._compat import quiet_libraries
     from qlora_cli.distributed.devices import find_target
-    from qlora_cli.plan.estimate import assume_rows, compute_dtype
+    from qlora_cli.plan.estimate import compute_dtype
+    from qlora_cli.plan.rows import assume_rows
     from qlora_cli.plan.trace.libraries import load_libraries
 
     quiet_libraries()
@@ -143,8 +144,8 @@ def measure(run: dict[str, Any], model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peaks_of(count: Count) -> dict[str, int]:
-    """The most that was counted in each stage."""
+def peaks_of(count: MemoryCounter) -> dict[str, int]:
+    """Return the counted peak of each stage."""
     return {
         stage: max(peak.total for segment, peak in count.peaks.items() if segment.stage == stage)
         for stage in STAGES
@@ -152,17 +153,17 @@ def peaks_of(count: Count) -> dict[str, int]:
 
 
 def given_out(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, int]:
-    """The same as the allocator saw it."""
+    """Return the peak of each stage as the allocator saw it."""
     import torch
 
     from benchmarks.allocator import Allocator, Marked
     from qlora_cli.loop.fast_path import ComputeOptions
     from qlora_cli.plan.dry_run import dry_run
-    from qlora_cli.plan.trace.meta_model import hold_model
+    from qlora_cli.plan.trace.meta_model import count_model
 
     base = recipe.model.load(recipe.quantization.load_options(dtype), torch.device("cpu"))
     count = Marked(vocabulary_size=base.config.vocab_size)
-    hold_model(base, count)
+    count_model(base, count)
     with Allocator(count.total) as allocator:
         dry_run(
             base, recipe, count, ComputeOptions(dtype, recipe.training.kernels),
@@ -172,12 +173,12 @@ def given_out(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, int]:
 
 
 def predict(recipe: Recipe, dtype: Any, rows: PlanRows) -> dict[str, Any]:
-    """The same by a trace."""
-    from qlora_cli.plan.traced_memory import forecast
+    """Trace the peak of each stage."""
+    from qlora_cli.plan.traced_memory import trace_memory
 
     started = time.perf_counter()
     config, _ = recipe.model.read_config()
-    found = forecast(
+    found = trace_memory(
         recipe, config, dtype, device="cpu",
         steps=rows.steps, held_out=rows.held_out, kernels=recipe.training.kernels,
     )  # fmt: skip
@@ -196,8 +197,8 @@ def take(
     *,
     is_counted: bool = True,
     load: Callable[[], PreTrainedModel] | None = None,
-) -> tuple[int, int, Count]:
-    """Load (by default as `qlora train` does) and make the steps.
+) -> tuple[int, int, MemoryCounter]:
+    """Load (by default as `qlora train` does) and run the steps.
 
     Returns:
         How far the resident set rose, the bytes that are not in it but in the file of the weights,
@@ -207,8 +208,8 @@ def take(
 
     from qlora_cli.loop.fast_path import ComputeOptions
     from qlora_cli.plan.dry_run import dry_run
-    from qlora_cli.plan.trace.memory_counter import UNQUANTIZED, Count
-    from qlora_cli.plan.trace.meta_model import hold_model
+    from qlora_cli.plan.trace.memory_counter import UNQUANTIZED, MemoryCounter
+    from qlora_cli.plan.trace.meta_model import count_model
 
     options = recipe.quantization.load_options(dtype)
     load = load or (lambda: recipe.model.load(options, torch.device("cpu")))
@@ -216,8 +217,8 @@ def take(
     before = _resident()
     with _Watch() as watch:
         base = load()
-        count = Count(vocabulary_size=base.config.vocab_size)
-        hold_model(base, count)
+        count = MemoryCounter(vocabulary_size=base.config.vocab_size)
+        count_model(base, count)
         # Unquantized weights are not read from their file but mapped, if their dtype is the file's.
         # Those that are trained are copied to float32.
         is_mapped = dtype == torch.bfloat16 and not recipe.adapter.trains_base
@@ -233,8 +234,8 @@ def take(
 
 
 def warm_up(run: dict[str, Any], dtype: Any) -> None:
-    """The same with a tiny model, which has Python and torch load what they keep for themselves."""
-    from qlora_cli.plan.estimate import assume_rows
+    """Run a tiny model first, so that Python and torch load what they keep."""
+    from qlora_cli.plan.rows import assume_rows
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), {**OTHER, **TINY})
@@ -244,20 +245,20 @@ def warm_up(run: dict[str, Any], dtype: Any) -> None:
 
 
 def tidy_up() -> None:
-    """Give back what was freed."""
+    """Return freed memory to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident() -> int:
-    """Bytes of this process that are not of a file: weights may stay in the file they are in."""
+    """Return the bytes of this process that no file backs: weights may stay in their file."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
 class _Watch:
-    """The highest resident set, looked at every five milliseconds."""
+    """The peak of the resident set, sampled every five milliseconds."""
 
     def __enter__(self) -> Self:
         self.peak = 0
@@ -271,7 +272,7 @@ class _Watch:
         self._thread.join()
 
     def restart(self) -> None:
-        """Forget what was before."""
+        """Reset the peak."""
         self.peak = 0
 
     def _look(self) -> None:
@@ -292,7 +293,7 @@ def make_model(folder: Path, dimensions: dict[str, Any]) -> None:
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """The results as a page."""
+    """Write the results as a page."""
     errors = [abs(error(r, stage)) for r in results for stage in STAGES]
     beside = [beside_resident(r) for r in results]
     fixed = statistics.median(beside)
@@ -312,7 +313,7 @@ def page(results: list[dict[str, Any]]) -> str:
         "steps had been made with a tiny model, and the weights that are mapped from their file.",
         f"It is {min(beside) / MIB:,.0f} to {max(beside) / MIB:,.0f} MiB above the prediction",
         f"(median {fixed / MIB:,.0f}), whatever that is: what Python keeps for the modules of the",
-        "model and libraries for themselves, which are no tensors. Beside the prediction that is",
+        "model and libraries for themselves, which are not tensors. Beside the prediction that is",
         f"{min(whole):.1%} to {max(whole):.0%}, the most where little is trained on little; less",
         f"the median it is {min(shares):+.1%} to {max(shares):+.1%}.",
         "",
@@ -329,12 +330,12 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def error(result: dict[str, Any], stage: str) -> float:
-    """Of a prediction, as a share of what was counted."""
+    """Return the error of a prediction as a share of the count."""
     return float(result["predicted"][stage] / result["counted"][stage] - 1)
 
 
 def beside_resident(result: dict[str, Any]) -> int:
-    """Bytes that the process took more than was predicted."""
+    """Return how many bytes the process took more than predicted."""
     return int(result["resident"] + result["mapped"] - max(result["predicted"].values()))
 
 
@@ -354,7 +355,7 @@ def _row(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing of the grid, or (with --run, in a process of its own) one of it."""
+    """Run the missing runs of the grid, or with --run a single one in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -381,7 +382,7 @@ def main() -> None:
 
 
 def measure_apart(run: dict[str, Any], model: str) -> dict[str, Any]:
-    """The same as `measure`, in a process of its own."""
+    """Call `measure` in a process of its own."""
     # malloc keeps what it was given back otherwise, and the resident set would say so.
     tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.plan_validation", "--run", json.dumps(run)]

@@ -28,7 +28,7 @@ from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.distributed.world import World
 from qlora_cli.kernels.attention import (
-    Documents,
+    DocumentBoundaries,
     PerDocumentAttention,
     VarlenAttention,
     attend,
@@ -39,7 +39,7 @@ from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entrop
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.offload import PinnedHost, keep_on_host
+from qlora_cli.kernels.offload import PinnedHostMemory, keep_on_host
 from qlora_cli.kernels.selection import has_compiler
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.loop.setup import assemble
@@ -48,7 +48,7 @@ from qlora_cli.models.base import start_checkpointing
 from qlora_cli.models.loading import load_base
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch, TrainState
@@ -255,7 +255,7 @@ def gradients(
     elif checkpointing:
         start_checkpointing(base)
     if offload:
-        keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHost())
+        keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHostMemory())
     batch = stream(recipe).micro_batches(0)[0]
     TokenLoss(model, dtype)(batch.to(bench.device))[0].backward()
     return {
@@ -316,22 +316,22 @@ def attention_at_once_agrees(bench: Bench, dtype: torch.dtype) -> str:
         raise NotHere
     lengths, heads, groups, size, scale = (1, 300, 77, 2048), 16, 4, 64, 0.125
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    documents = Documents(lengths, ends.to(bench.device))
+    documents = DocumentBoundaries(lengths, ends.to(bench.device))
     torch.manual_seed(0)
     tokens, ops = sum(lengths), Elementwise()
     options: dict[str, Any] = {"device": bench.device, "dtype": dtype}
     q, grad = torch.randn(2, tokens, heads, size, **options)
     k, v = torch.randn(2, tokens, groups, size, **options)
     each = attend(q, k, v, lengths, scale)
-    expected = attend_backward(grad, q, k, v, each, lengths, scale, ops)
+    expected = attend_backward(grad, (q, k, v), each, lengths, scale, ops)
     one = VarlenAttention().forward(q, k, v, documents, scale)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    found = VarlenAttention().backward(grad, q, k, v, one, documents, scale, ops)
+    found = VarlenAttention().backward(grad, (q, k, v), one, documents, scale, ops)
     taken = torch.cuda.max_memory_allocated() - before
     traced = [TracedTensor(x.to("meta")) for x in (grad, q, k, v, one.output, one.normalizers[0])]
-    with torch.no_grad(), Count("cuda", granularity=512) as count:
+    with torch.no_grad(), MemoryCounter("cuda", granularity=512) as count:
         torch.ops.torch_attn._varlen_attn_backward(
             *traced, ends, ends, max(lengths), max(lengths), True, traced[0], scale, [-1, 0]
         )
@@ -484,7 +484,7 @@ def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool =
     if checkpointing:
         start_checkpointing(base)
     if offload:
-        keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHost())
+        keep_on_host(base.get_decoder(), base.get_input_embeddings(), PinnedHostMemory())
     objective = TokenLoss(model, dtype).train()
     input_ids = torch.randint(0, 256, (4, 512))
     batch = Batch(input_ids, torch.ones_like(input_ids), input_ids)

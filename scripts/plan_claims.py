@@ -1,4 +1,4 @@
-"""Write docs/claims.md: what is claimed of LoRA and QLoRA, and what `qlora plan` says of each.
+"""Write docs/claims.md: compare common claims about LoRA and QLoRA with plans.
 
 python scripts/plan_claims.py
 """
@@ -18,19 +18,19 @@ GB, GIB = 10**9, 2**30
 
 HEAD = """\
 <!-- Written by scripts/plan_claims.py; run that instead of editing. -->
-# What is claimed of LoRA and QLoRA
+# Common claims about LoRA and QLoRA
 
-Figures that are repeated everywhere, each with recipes and what `qlora plan` says of them: traced
-steps of this program, without weights and without a card. Tensors are what the trace counts; the
-process has a CUDA context, workspaces and what the allocator cannot use besides, as a range. Rows
-are as long as `data.max_length` throughout. Whoever has a card can hold the figures against it:
-`qlora train` sets what it takes beside the plan.
+These figures are repeated everywhere. Below each are recipes and their plans: traced steps of
+`qlora`, without weights and without a GPU. Tensors are what the trace counts. The process adds a
+CUDA context, workspaces and memory that the allocator cannot use, as a range. All rows have
+`data.max_length` tokens. If you have a card, check a figure with `qlora train`, which logs the
+measured memory next to the plan.
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe under a claim."""
+    """A recipe that tests a claim."""
 
     what: str
     model: str
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the recipes that it is held against, and what is to be said."""
+    """A claim, the recipes that test it, and a function that writes the verdict."""
 
     claim: str
     cases: list[Case]
@@ -53,7 +53,7 @@ Q_AND_V = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def lora(length: int, micro: int, r: int = 16, **more: Any) -> dict[str, Any]:
-    """Settings of a run with an adapter."""
+    """Make the settings of a LoRA run."""
     return {
         "adapter": {"type": "lora", "r": r, **more.pop("adapter", {})},
         "data": {"train": {"path": "nowhere.jsonl"}, "max_length": length},
@@ -63,23 +63,23 @@ def lora(length: int, micro: int, r: int = 16, **more: Any) -> dict[str, Any]:
 
 
 def qlora(length: int, micro: int, r: int = 16, **more: Any) -> dict[str, Any]:
-    """The same on a base in NF4."""
+    """Make the settings of a LoRA run on a base in NF4."""
     return lora(length, micro, r, quantization={"type": "nf4"}, **more)
 
 
 def full(**more: Any) -> dict[str, Any]:
-    """Settings of full fine-tuning, 512 tokens at a time."""
+    """Make the settings of full fine-tuning with 512 tokens per micro-batch."""
     settings = lora(512, 1, **more)
     return {**settings, "adapter": {"type": "full"}}
 
 
 def gib(report: dict[str, Any]) -> float:
-    """Tensors at the peak."""
+    """Return the peak of tensors in GiB."""
     return float(report["peak"]["bytes"] / GIB)
 
 
 def process(report: dict[str, Any]) -> tuple[float, float]:
-    """The range of the process."""
+    """Return the range of the process in GiB."""
     return report["process"]["low"] / GIB, report["process"]["high"] / GIB
 
 
@@ -88,34 +88,34 @@ def say_full(reports: list[dict[str, Any]]) -> str:
     weights = reports[0]["model"]["weights"]
     low, high = (reports[2]["process"][end] / GB for end in ("low", "high"))
     return (
-        f"84 GB are 12 bytes for each of {weights:,} weights and some more: weights and gradients "
-        "in 16 bit, two states in 32 bit, without activations. This program trains weights in 32 "
-        f"bit, which keeps small updates: {wide:.0f} GB, or {narrow:.0f} GB with states in 8 bit. "
-        f"QLoRA takes {quantized:.1f} GB of tensors with 2,048 tokens at a time, and {low:.1f} to "
-        f"{high:.1f} GB in all, so about 14 GB "
-        + ('holds as "up to", and leaves room for more rows.' if high < 14 else "does not hold.")
+        f"84 GB is a little more than 12 bytes for each of {weights:,} weights: weights and "
+        "gradients in 16 bit and two states in 32 bit, without activations. `qlora` trains weights "
+        f"in 32 bit, which keeps small updates: {wide:.0f} GB, or {narrow:.0f} GB with states in "
+        f"8 bit. QLoRA takes {quantized:.1f} GB of tensors with 2,048 tokens per micro-batch, and "
+        f"{low:.1f} to {high:.1f} GB for the process, so about 14 GB "
+        + ("holds as an upper limit, with room for more rows." if high < 14 else "is too little.")
     )
 
 
 def say_range(low: float, high: float) -> Callable[[list[dict[str, Any]]], str]:
-    """Of a claim that is a range, in GB."""
+    """Make the verdict of a claim that is a range in GB."""
 
     def say(reports: list[dict[str, Any]]) -> str:
         ends = [(r["process"]["low"] / GB, r["process"]["high"] / GB) for r in reports]
         least, most = min(end[0] for end in ends), max(end[1] for end in ends)
-        # The recipes are in the order of their tokens at a time.
+        # Recipes are in the order of their tokens per micro-batch.
         inside = sum(end[1] <= high for end in ends)
         if inside < len(ends):
             surely = ends[-1][0] > high
             words = f"{'does' if surely else 'may'} not hold for the largest of these recipes"
-            words += f" ({inside} of {len(ends)} take less for sure)"
+            words += f" ({inside} of {len(ends)} certainly take less)"
         elif least < low:
-            words = f'holds for these recipes as "up to {high:.0f} GB"; less is enough'
+            words = f'holds for these recipes as "up to {high:.0f} GB"; less suffices'
         else:
             words = "holds for these recipes"
         return (
             f"The claim {words}: {least:.1f} to {most:.1f} GB for the process, against "
-            f"{low:.0f} to {high:.0f} GB. What decides is how many tokens there are at a time."
+            f"{low:.0f} to {high:.0f} GB. The number of tokens per micro-batch decides."
         )
 
     return say
@@ -128,7 +128,7 @@ def say_65b(reports: list[dict[str, Any]]) -> str:
         fits = {"yes": "fits", "perhaps": "may fit", "no": "does not fit"}
         parts.append(
             f"with {name} states it {fits[report['fits']['verdict']]} ({gib(report):.1f} GiB of "
-            f"tensors on the card, {low:.1f} to {high:.1f} GiB in all)"
+            f"tensors on the card, {low:.1f} to {high:.1f} GiB for the process)"
         )
     return f"On a card of 48 GB (RTX A6000, 47.5 GiB): {'; '.join(parts)}."
 
@@ -137,15 +137,15 @@ def say_share(reports: list[dict[str, Any]]) -> str:
     shares = [r["model"]["trained_share"] for r in reports]
     few = sum(share < 0.002 for share in shares)
     return f"These recipes train {min(shares):.2%} to {max(shares):.2%} of the weights" + (
-        f"; {few} of them fewer than is claimed." if few else "."
+        f"; {few} of them trains less than claimed." if few else "."
     )
 
 
 def say_file(reports: list[dict[str, Any]]) -> str:
     sizes = [r["adapter_bytes"] / 10**6 for r in reports]
     return (
-        f"From {min(sizes):,.0f} to {max(sizes):,.0f} MB, in 32 bit as they are written here: "
-        "about 100 MB is the order for a 7B model and a small rank, and grows with the rank."
+        f"Files take {min(sizes):,.0f} to {max(sizes):,.0f} MB here, in 32 bit. About 100 MB is "
+        "the order of magnitude for a 7B model with a small rank, and the size grows with the rank."
     )
 
 
@@ -207,14 +207,14 @@ CLAIMS = [
 
 
 def report_of(case: Case, device: str = "RTX A6000") -> dict[str, Any]:
-    """What the plan says."""
+    """Plan a case."""
     settings = {"model": {"path": case.model}, "output": {"dir": "-"}, **case.settings}
     settings["training"] = {"precision": "bf16", **settings["training"]}
     return plan(Recipe.model_validate(settings), device=device)
 
 
 def row(case: Case, report: dict[str, Any]) -> str:
-    """A recipe and its figures as a row of a table."""
+    """Format a recipe and its figures as a row of a table."""
     low, high = process(report)
     settings, adapter = case.settings, case.settings["adapter"]
     rank = f"r {adapter['r']}" if "r" in adapter else ""
@@ -229,7 +229,7 @@ def row(case: Case, report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Plan all of them."""
+    """Plan all cases and write the page."""
     lines = [HEAD]
     for claim in CLAIMS:
         reports = [report_of(case) for case in claim.cases]

@@ -1,4 +1,4 @@
-"""Write docs/fits.md: what `qlora plan --fit` proposes for devices of several sizes, and its cost.
+"""Write docs/fits.md: what `qlora plan --fit` proposes for several devices, and what it costs.
 
 python scripts/plan_fits.py
 """
@@ -23,9 +23,10 @@ SIZES = (8, 12, 16, 24, 80)
 
 HEAD = f"""\
 <!-- Written by scripts/plan_fits.py; run that instead of editing. -->
-# What fits, and what has to change for it
+# What fits on which device
 
-What `qlora plan {SMALL} --device SIZE --fit` proposes, with rows of `data.max_length` throughout.
+The table shows what `qlora plan {SMALL} --device SIZE --fit` proposes. All rows have
+`data.max_length` tokens.
 
 | device | changes | tensors | process | fits |
 |---|---|---|---|---|"""
@@ -33,15 +34,15 @@ What `qlora plan {SMALL} --device SIZE --fit` proposes, with rows of `data.max_l
 COST = """
 ## What a plan costs
 
-Each in a process of its own, which also starts Python and torch; seconds and memory depend on the
-machine. `--fit` traces once for each recipe that it tries.
+Each command runs in its own process, and the start of Python and torch is included. Seconds and
+memory depend on the machine. `--fit` traces each recipe that it tries.
 
 | command | seconds | resident MiB |
 |---|---|---|"""
 
 
 def run(*arguments: str) -> tuple[dict[str, Any], float, int]:
-    """What a plan says; the seconds that it took, and its largest resident set in bytes."""
+    """Run a plan; return its report, its seconds and its largest resident set in bytes."""
     started = time.monotonic()
     command = [sys.executable, "-m", "qlora_cli", "plan", *arguments, "--json"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
@@ -65,7 +66,7 @@ def main() -> None:
         if "--fit" not in command:
             continue
         changes, process = report["changes"], report["process"]
-        what = "nothing suffices; the least that was tried" if changes is None else "none"
+        what = "nothing suffices; this is the smallest plan tried" if changes is None else "none"
         cells = [
             command[2], f"`{set_line(changes)}`" if changes else what,
             size_text(report["peak"]["bytes"]),

@@ -62,10 +62,10 @@ def wrap_with_peft(
 
 def register_lora_layers(config: Any, model: nn.Module) -> None:
     """Make PEFT use our LoRA layers; types that are derived from LoRA keep PEFT's own."""
-    from qlora_cli.kernels.peft_lora_layers import layer_classes
+    from qlora_cli.kernels.peft_lora_layers import lora_layer_classes
 
     if config.peft_type == "LORA":
-        config._register_custom_module(layer_classes(model))
+        config._register_custom_module(lora_layer_classes(model))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -1,6 +1,6 @@
-"""Causal attention over documents that lie end to end, with a backward pass of its own.
+"""Causal attention over concatenated documents, with its own backward pass.
 
-Two forms of it: a document at a time, which runs anywhere, and all at once on CUDA.
+It has two implementations: one document at a time, on any device, and all in one call on CUDA.
 """
 
 from __future__ import annotations
@@ -17,41 +17,45 @@ from qlora_cli.kernels.elementwise import Elementwise
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+QKV = tuple[Tensor, Tensor, Tensor]
+"""Queries (T, H, E), keys and values (T, K, E)."""
+
 _BLOCK = 128
-"""Queries whose scores are in memory at once: they stay in the cache of a core."""
+"""Queries per block: their scores fit the cache of a core."""
 
 
 @dataclass(frozen=True)
-class Attended:
-    """What attention gave, and what its backward pass needs beside its inputs."""
+class AttentionOutput:
+    """Output of attention, and what its backward pass needs in addition to its inputs."""
 
     output: Tensor
     """(T, H, E)"""
     normalizers: list[Tensor]
-    """Of each document, where the kernel tells: (K, H / K, t). Of all at once: one of (H, T)."""
+    """Log-sum-exp of the scores: (K, H / K, t) per document where the kernel returns it, or one of
+    (H, T) for all documents."""
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where each document is."""
+class DocumentBoundaries:
+    """Boundaries of the documents in a batch."""
 
     lengths: Sequence[int]
-    """They add up to T."""
+    """Their sum is T."""
     ends: Tensor
-    """(n + 1,) int32, on the device: where each begins, and where the last ends."""
+    """(n + 1,) int32, on the device: the start of each document, and the end of the last."""
 
 
 class Attention(Protocol):
-    """How documents are attended to."""
+    """An implementation of attention over documents."""
 
     def for_heads(self, size: int) -> Attention:
-        """This, or what takes its place where heads have a size that it does not take."""
+        """Return this implementation, or one that supports heads of this size."""
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
-    ) -> Attended:
-        """Each document attends to itself alone.
+        self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentBoundaries, scale: float
+    ) -> AttentionOutput:
+        """Let each document attend only to itself.
 
         Args:
             q: (T, H, E); k and v: (T, K, E), where H is a multiple of K.
@@ -61,60 +65,57 @@ class Attention(Protocol):
     def backward(
         self,
         grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attended: Attended,
-        documents: Documents,
+        qkv: QKV,
+        attended: AttentionOutput,
+        documents: DocumentBoundaries,
         scale: float,
         ops: Elementwise,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q (T, H, E), k and v (T, K, E), from that of the output (T, H, E)."""
+        """Compute the gradients of `qkv`, (T, H, E) and twice (T, K, E), from the output's."""
         ...
 
 
 class PerDocumentAttention:
-    """Each in a call of its own: on every device, in every dtype."""
+    """One call per document, on any device and in any dtype."""
 
     def for_heads(self, size: int) -> Attention:
-        """Of any size."""
+        """Return this implementation: it supports any size."""
         return self
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
-    ) -> Attended:
-        """As `attend`."""
+        self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentBoundaries, scale: float
+    ) -> AttentionOutput:
+        """Call `attend`."""
         return attend(q, k, v, documents.lengths, scale)
 
     def backward(
         self,
         grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attended: Attended,
-        documents: Documents,
+        qkv: QKV,
+        attended: AttentionOutput,
+        documents: DocumentBoundaries,
         scale: float,
         ops: Elementwise,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `attend_backward`."""
-        return attend_backward(grad, q, k, v, attended, documents.lengths, scale, ops)
+        """Call `attend_backward`."""
+        return attend_backward(grad, qkv, attended, documents.lengths, scale, ops)
 
 
 class VarlenAttention:
-    """All of them in one call of flash attention (Dao 2023, https://arxiv.org/abs/2307.08691), and
-    one of its backward pass. Both know where documents end, and take fewer heads of keys than of
-    queries as they are."""
+    """One call of flash attention for all documents (Dao 2023, https://arxiv.org/abs/2307.08691).
+
+    Its kernels take the boundaries of documents, and fewer heads of keys than of queries.
+    """
 
     def for_heads(self, size: int) -> Attention:
-        """Of multiples of 8 up to 192: above that it depends on the card."""
+        """Return this for multiples of 8 up to 192; larger sizes depend on the card."""
         return self if size % 8 == 0 and size <= 192 else PerDocumentAttention()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
-    ) -> Attended:
-        """In one call."""
-        # Imported late: it brings the compiler of torch with it, which takes a second.
+        self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentBoundaries, scale: float
+    ) -> AttentionOutput:
+        """Attend to all documents in one call."""
+        # Imported late: it imports torch's compiler, which takes a second.
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
         ends, longest = documents.ends, max(documents.lengths)
@@ -125,26 +126,25 @@ class VarlenAttention:
             window_size=_CAUSAL,
             enable_gqa=True,
         )
-        return Attended(output, [normalizer])
+        return AttentionOutput(output, [normalizer])
 
     def backward(
         self,
         grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attended: Attended,
-        documents: Documents,
+        qkv: QKV,
+        attended: AttentionOutput,
+        documents: DocumentBoundaries,
         scale: float,
         ops: Elementwise,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """In one call, of the operation that torch differentiates `varlen_attn` with."""
+        """Call the operation with which torch differentiates `varlen_attn`."""
+        q, k, v = qkv
         ends, longest = documents.ends, max(documents.lengths)
         [normalizer] = attended.normalizers
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
             *(grad, q, k, v, attended.output, normalizer, ends, ends, longest, longest),
             is_causal=True,
-            rng_state=q.new_zeros(2, dtype=torch.uint64),  # of a dropout that there is none of
+            rng_state=q.new_zeros(2, dtype=torch.uint64),  # only used by dropout
             scale=scale,
             window_size=list(_CAUSAL),
         )
@@ -152,11 +152,11 @@ class VarlenAttention:
 
 
 _CAUSAL = (-1, 0)
-"""Tokens that are seen to the left (all) and to the right, in `varlen_attn`'s terms."""
+"""Tokens visible to the left (-1: all) and to the right, in `varlen_attn`'s terms."""
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
-    """All documents at once where torch's kernel for that runs: 16 bit on cards from Ampere on."""
+    """Choose the varlen kernel where torch supports it: 16 bit, on CUDA cards from Ampere on."""
     if (
         device.type == "cuda"
         and torch.version.hip is None
@@ -168,12 +168,14 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
     return PerDocumentAttention()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[int], scale: float) -> Attended:
-    """Each document attends to itself alone.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Sequence[int], scale: float
+) -> AttentionOutput:
+    """Let each document attend only to itself.
 
     Args:
         q: (T, H, E); k and v: (T, K, E), where H is a multiple of K.
-        documents: lengths that add up to T.
+        documents: lengths, whose sum is T.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     normalizers, first = [], 0
@@ -187,26 +189,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[int], scale: flo
             part = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale)
         output[at] = part.permute(2, 0, 1, 3).flatten(1, 2)
         first += length
-    return Attended(output, normalizers)
+    return AttentionOutput(output, normalizers)
 
 
 def attend_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attended: Attended,
+    qkv: QKV,
+    attended: AttentionOutput,
     documents: Sequence[int],
     scale: float,
     ops: Elementwise,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (T, H, E), k and v (T, K, E), from that of the output (T, H, E).
+    """Compute the gradients of `qkv`, (T, H, E) and twice (T, K, E), from the output's (T, H, E).
 
-    On a CPU by plain products and compiled element-wise work between them, or by torch's own kernel
-    where nothing is compiled. Elsewhere a document is attended to once more, by whatever kernel
-    torch chooses for the device, and torch differentiates that.
+    On a CPU this takes matmuls with compiled element-wise work between them, or torch's own kernel
+    where nothing is compiled. On other devices the forward pass of a document is repeated with the
+    kernel that torch chooses, and torch differentiates that.
     """
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    q, k, v = qkv
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in qkv]
     groups = k.shape[1]
     first = 0
     for index, length in enumerate(documents):
@@ -218,57 +219,63 @@ def attend_backward(
             output = _grouped(attended.output[at], groups)
             kept = upstream, output, attended.normalizers[index], scale
             if ops.is_compiled:
-                found = _by_blocks(_grouped(q[at], groups), k[at], v[at], *kept, ops)
+                found = _backward_by_blocks((_grouped(q[at], groups), k[at], v[at]), *kept, ops)
             else:
-                found = _by_kernel(_by_group(q[at], k[at], v[at]), *kept)
+                found = _backward_by_kernel(_by_group(q[at], k[at], v[at]), *kept)
         grads[0][at] = found[0].permute(2, 0, 1, 3).flatten(1, 2)
         for total, part in zip(grads[1:], found[1:], strict=True):
-            total[at] = part.sum(1).transpose(0, 1)  # a head of keys served several of queries
+            total[at] = part.sum(1).transpose(0, 1)  # a head of keys serves several of queries
         first += length
     return grads[0], grads[1], grads[2]
 
 
-def _by_kernel(
-    parts: tuple[Tensor, Tensor, Tensor],
-    upstream: Tensor,
+def _backward_by_kernel(
+    qkv: QKV,
+    grad: Tensor,
     output: Tensor,
     normalizer: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
     found: tuple[Tensor, ...] = _cpu_backward(
-        upstream, *parts, output, normalizer, 0.0, True, scale=scale
+        grad, *qkv, output, normalizer, 0.0, True, scale=scale
     )
     return found
 
 
-def _by_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    upstream: Tensor,
+def _backward_by_blocks(
+    qkv: QKV,
+    grad: Tensor,
     output: Tensor,
     normalizer: Tensor,
     scale: float,
     ops: Elementwise,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for queries in blocks, each with the keys it sees and no others (Dao et al. 2022,
-    algorithm 4, without its inner loop): (K, G, t, E), and (K, 1, t, E) for keys and values.
+    """Compute the gradients block by block of queries, each with only the keys that it sees.
 
-    Scores are computed in float32, as in torch's kernel: rounded, they would shift every weight.
+    This is algorithm 4 of Dao et al. 2022 (https://arxiv.org/abs/2205.14135) without its inner
+    loop. Scores are computed in float32, as in torch's kernel: rounded scores would shift every
+    weight.
+
+    Args:
+        qkv: q (K, G, t, E), k and v (t, K, E); G query heads share a head of keys.
+        grad: (K, G, t, E), like `output`.
+
+    Returns:
+        Gradients (K, G, t, E), and (K, 1, t, E) for keys and values.
     """
+    q, k, v = qkv
     groups, shared_by, length, size = q.shape
     k, v = k.transpose(0, 1), v.transpose(0, 1)  # (K, t, E)
     k_float = k.float()
-    shared = ops.dot(upstream, output)
+    shared = ops.dot(grad, output)
     grad_q = torch.empty_like(q)
-    grad_k, grad_v = k.new_zeros(2, *k.shape, dtype=torch.float32)  # for the sum over blocks
-    # Whole blocks from the start: products of a new shape cost memory (`_compat.py`), and so all
-    # documents share theirs but for the last block.
+    grad_k, grad_v = k.new_zeros(2, *k.shape, dtype=torch.float32)  # sums over blocks
+    # All blocks but the last have one size: matmuls of a new shape cost memory (`_compat.py`).
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
         queries = q[:, :, first:last].reshape(groups, -1, size)
-        above = upstream[:, :, first:last].reshape(groups, -1, size)
-        # Compiled functions are compiled again for each way that an argument is a view: copies.
+        above = grad[:, :, first:last].reshape(groups, -1, size)
+        # Copies, because functions are compiled again for each kind of view.
         normal, common = (x[..., first:last].flatten(1).clone() for x in (normalizer, shared))
         weights, of_scores = ops.scores_backward(
             queries.float() @ k_float[:, :last].mT,
@@ -284,23 +291,21 @@ def _by_blocks(
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(t, H, E) -> (K, H / K, t, E): the heads of queries that share one of keys, together."""
+    """(t, H, E) -> (K, H / K, t, E): group the query heads that share a head of keys."""
     heads: Tensor = x.unflatten(1, (groups, -1))
     return heads.permute(1, 2, 0, 3)
 
 
-def _by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(K, H / K, t, E) of each; keys and values are repeated without a copy."""
+def _by_group(q: Tensor, k: Tensor, v: Tensor) -> QKV:
+    """Return q, k and v as (K, H / K, t, E), keys and values expanded without a copy."""
     groups = k.shape[1]
     q = _grouped(q, groups)
     k, v = (x.transpose(0, 1)[:, None].expand_as(q) for x in (k, v))
     return q, k, v
 
 
-def _differentiate(
-    upstream: Tensor, parts: tuple[Tensor, Tensor, Tensor], scale: float
-) -> tuple[Tensor, ...]:
+def _differentiate(grad: Tensor, qkv: QKV, scale: float) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        q, k, v = (part.detach().requires_grad_() for part in parts)
+        q, k, v = (part.detach().requires_grad_() for part in qkv)
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return torch.autograd.grad(output, (q, k, v), upstream)
+        return torch.autograd.grad(output, (q, k, v), grad)

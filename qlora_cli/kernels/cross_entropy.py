@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits together with its gradient: one visit to the widest tensor."""
+"""Cross-entropy of a chunk of logits and its gradient, in one visit to the widest tensor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy, and its gradient by the logits.
+    """Compute the summed cross-entropy and its gradient with respect to the logits.
 
     Args:
-        logits: (N, V), in any float dtype; float32 inside.
+        logits: (N, V), in any float dtype; computed in float32.
         targets: (N,)
 
     Returns:
@@ -24,7 +24,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     at = targets[:, None]
     wanted = work.gather(1, at)
     largest = work.amax(1, keepdim=True)
-    # One buffer for all of it: a new one for each operation costs as much as the operation.
+    # One buffer for everything: allocating one costs as much as the operation.
     total = work.sub_(largest).exp_().sum(1, keepdim=True)
     loss = (total.log() - (wanted - largest)).sum()
     work.div_(total).scatter_add_(1, at, work.new_full(at.shape, -1.0))
@@ -32,7 +32,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_be_compiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without writing in place, which is what a compiler can fuse."""
+    """Compute the same without in-place writes, so that a compiler can fuse it."""
     work = logits.float()
     largest = work.amax(1, keepdim=True)
     exponentials = (work - largest).exp()
@@ -44,6 +44,6 @@ def _to_be_compiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compiled_cross_entropy() -> CrossEntropy:
-    """`cross_entropy` through torch.compile, for any number of tokens."""
+    """Return `cross_entropy` through torch.compile, for any number of tokens."""
     compiled: CrossEntropy = torch.compile(_to_be_compiled, dynamic=True)
     return compiled

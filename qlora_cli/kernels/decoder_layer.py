@@ -1,9 +1,8 @@
-"""A decoder layer of the Llama kind as one function with a backward pass of its own.
+"""A Llama-style decoder layer as one autograd function with its own backward pass.
 
-What autograd would record of such a layer is some forty operations, each with its own pass over
-memory and its own saved tensors. Here products are merged (queries, keys and values share their
-input; gate and up theirs), element-wise work is fused, each document attends to itself alone, and
-what is kept for the backward pass is chosen.
+Autograd would record some forty operations, each with its own pass over memory and its own saved
+tensors. Here matmuls of one input are merged (queries, keys and values; gate and up), element-wise
+work is fused, each document attends only to itself, and the code chooses what it saves.
 """
 
 from __future__ import annotations
@@ -16,26 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_cli.kernels.attention import Attended, Attention, Documents
+from qlora_cli.kernels.attention import Attention, AttentionOutput, DocumentBoundaries
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.lora_linear import Factors, Projection, adapter_of, base_of
-from qlora_cli.kernels.rope import Heads, heads_of
+from qlora_cli.kernels.lora_linear import LoraFactors, Projection, active_adapter_of, base_layer_of
+from qlora_cli.kernels.rope import HeadTransform, choose_head_transform
 
 Recompute = Literal["none", "mlp", "all"]
-"""What is computed again in the backward pass: nothing but element-wise work, the feed-forward
-half, or the whole layer."""
+"""Recomputed in the backward pass: element-wise work only, the feed-forward half, or all."""
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Transformers' classes that compute what `FusedLayer` does."""
+"""Classes of transformers whose computation `FusedLayer` replaces."""
 _SILU = ("SiLUActivation", "SiLU")
 
 
 class FusedLayer(nn.Module):
-    """Takes the place of a decoder layer, and of its name in checkpoints: it has the same children.
+    """A drop-in replacement for a decoder layer, with the same children and checkpoint names.
 
-    Training on documents that lie end to end (`Batch.documents`) goes the fused way. Everything
-    else (evaluation, generation, padded rows, documents beyond a sliding window) is computed by the
-    layer itself; if it is trained so, and anything is to be computed again, the whole layer is.
+    Padding-free training batches (`Batch.documents`) take the fused path. Everything else
+    (evaluation, generation, padded rows, documents longer than a sliding window) is computed by the
+    original layer. If it trains that way with any recomputation, the whole layer is checkpointed.
     """
 
     def __init__(
@@ -44,45 +42,45 @@ class FusedLayer(nn.Module):
         super().__init__()
         for name, child in layer.named_children():
             self.add_module(name, child)
-        self._plain = (layer,)  # in a tuple, so that its children are not found twice
-        self._parts = _Parts.of(layer, ops, attention)
+        self._plain = (layer,)  # in a tuple, so that torch does not register its children twice
+        self._parts = _LayerModules.of(layer, ops, attention)
         self._recompute = recompute
         self.train(layer.training)
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
         """(1, T, D) -> (1, T, D), with transformers' arguments."""
         lengths = options.get("documents")
-        if lengths is None or not torch.is_grad_enabled() or not self._parts.can_do(lengths):
-            return self._as_it_was(hidden_states, options)
+        if lengths is None or not torch.is_grad_enabled() or not self._parts.can_compute(lengths):
+            return self._forward_plain(hidden_states, options)
         cos, sin = (part[0] for part in options["position_embeddings"])
-        documents = Documents(lengths, options["cu_seq_lens_q"])
+        documents = DocumentBoundaries(lengths, options["cu_seq_lens_q"])
         trained = [weight for each in self._parts.projections for weight in each.trained()]
-        # Everything inside has its dtype. And functions are compiled for the state of autocast too,
-        # which is off in the backward pass.
+        # All tensors inside have their final dtype already. Compiled functions also depend on the
+        # state of autocast, which is off in the backward pass.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            # torch leaves `apply` without types.
+            # torch does not type `apply`.
             output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
                 hidden_states[0], cos, sin, documents, self._parts, self._recompute, *trained
             )
         return output[None]
 
-    def _as_it_was(self, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
+    def _forward_plain(self, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
         plain: Any = self._plain[0]
         if self._recompute == "none" or not (self.training and torch.is_grad_enabled()):
             output: Tensor = plain(hidden_states, **options)
             return output
-        # Hidden in the tuple, it is not reached by what switches transformers' checkpointing on.
-        again: Tensor = checkpoint(plain, hidden_states, use_reentrant=False, **options)
-        return again
+        # Inside its tuple the layer is out of reach of transformers' own checkpointing.
+        recomputed: Tensor = checkpoint(plain, hidden_states, use_reentrant=False, **options)
+        return recomputed
 
 
 def fuse_layers(
     model: nn.Module, recompute: Recompute, ops: Elementwise, attention: Attention
 ) -> int:
-    """Replace the decoder layers that can be computed as one function. Returns how many.
+    """Replace the decoder layers that can be fused, and return their number.
 
     Args:
-        model: with its adapters attached.
+        model: the model with its adapter attached.
     """
     found = [
         (parent, name, layer)
@@ -96,8 +94,10 @@ def fuse_layers(
 
 
 def can_fuse(layer: nn.Module) -> bool:
-    """Whether `FusedLayer` computes what this layer does."""
-    if type(layer).__name__ not in _LAYERS or any(_is_other(one) for one in layer.modules()):
+    """Return whether `FusedLayer` computes the same as this layer."""
+    if type(layer).__name__ not in _LAYERS or any(
+        _is_other_adapter(one) for one in layer.modules()
+    ):
         return False
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
@@ -111,12 +111,12 @@ def can_fuse(layer: nn.Module) -> bool:
         and type(mlp.act_fn).__name__ in _SILU
         and attention.attention_dropout == 0
         and all(id(p) in ours for p in layer.parameters() if p.requires_grad)
-        and len({base_of(linear).weight.device for linear in linears}) == 1
+        and len({base_layer_of(linear).weight.device for linear in linears}) == 1
     )
 
 
-def _is_other(module: nn.Module) -> bool:
-    """Whether a method that is no LoRA of linear layers has put something of its own here."""
+def _is_other_adapter(module: nn.Module) -> bool:
+    """Return whether this module belongs to an adapter other than LoRA on a linear layer."""
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -127,17 +127,17 @@ def _is_other(module: nn.Module) -> bool:
 
 
 def _window(attention: Any) -> int | None:
-    """Qwen's layers have their own, Mistral's that of the model."""
+    """Return the sliding window: Qwen's layers have their own, Mistral's use the model's."""
     own = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(own, "sliding_window", None)
     return window
 
 
 def _is_plain(linear: Any) -> bool:
-    """A linear layer in 4, 16 or 32 bit, alone or with one ordinary update."""
+    """Return whether this is a 4, 16 or 32-bit linear layer, bare or with one plain LoRA update."""
     from bitsandbytes.nn import Linear4bit
 
-    base = base_of(linear)
+    base = base_layer_of(linear)
     if type(base) not in (nn.Linear, Linear4bit) or any(p.requires_grad for p in base.parameters()):
         return False
     if base is linear:
@@ -147,14 +147,14 @@ def _is_plain(linear: Any) -> bool:
         len(names) == 1
         and not linear.lora_variant
         and not linear.lora_bias[names[0]]
-        and isinstance(linear.lora_dropout[adapter_of(linear)], nn.Identity)
+        and isinstance(linear.lora_dropout[active_adapter_of(linear)], nn.Identity)
         and not linear.fan_in_fan_out
     )
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What a layer is made of, by its part in the computation."""
+class _LayerModules:
+    """The modules and sizes of a decoder layer, by their role in the computation."""
 
     qkv: Projection
     out: Projection
@@ -162,33 +162,33 @@ class _Parts:
     down: Projection
     norms: tuple[Any, Any]
     heads: int
-    groups: int
-    """Heads of keys and values."""
+    """Query heads."""
+    kv_heads: int
     scale: float
     window: int | None
-    """How far back a token sees."""
-    turn: Heads
+    """Number of tokens that a token sees; None for all."""
+    head_transform: HeadTransform
     attention: Attention
     ops: Elementwise
 
     @classmethod
-    def of(cls, layer: Any, ops: Elementwise, attention: Attention) -> _Parts:
-        of_layer, mlp = layer.self_attn, layer.mlp
-        size = of_layer.head_dim
-        heads, groups = (
-            base_of(linear).out_features // size for linear in (of_layer.q_proj, of_layer.k_proj)
+    def of(cls, layer: Any, ops: Elementwise, attention: Attention) -> _LayerModules:
+        attn, mlp = layer.self_attn, layer.mlp
+        size = attn.head_dim
+        heads, kv_heads = (
+            base_layer_of(linear).out_features // size for linear in (attn.q_proj, attn.k_proj)
         )
         return cls(
-            qkv=Projection([of_layer.q_proj, of_layer.k_proj, of_layer.v_proj]),
-            out=Projection([of_layer.o_proj]),
+            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj]),
+            out=Projection([attn.o_proj]),
             gate_up=Projection([mlp.gate_proj, mlp.up_proj]),
             down=Projection([mlp.down_proj]),
             norms=(layer.input_layernorm, layer.post_attention_layernorm),
             heads=heads,
-            groups=groups,
-            scale=of_layer.scaling,
-            window=_window(of_layer),
-            turn=heads_of(of_layer, (heads, groups), ops),
+            kv_heads=kv_heads,
+            scale=attn.scaling,
+            window=_window(attn),
+            head_transform=choose_head_transform(attn, (heads, kv_heads), ops),
             attention=attention.for_heads(size),
             ops=ops,
         )
@@ -197,150 +197,158 @@ class _Parts:
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
         return self.qkv, self.out, self.gate_up, self.down
 
-    def can_do(self, lengths: Sequence[int]) -> bool:
-        """Whether all of each document is in sight, and the updates (PEFT can switch them off, or
-        merge them) take part."""
+    def can_compute(self, lengths: Sequence[int]) -> bool:
+        """Return whether the fused path covers these documents.
+
+        Each document has to fit the sliding window, and every LoRA update has to be active: PEFT
+        can disable or merge them.
+        """
         adapted = [linear for each in self.projections for linear in each.adapted]
-        is_seen = self.window is None or max(lengths) <= self.window
-        return is_seen and not any(each.disable_adapters or each.merged for each in adapted)
+        is_in_window = self.window is None or max(lengths) <= self.window
+        return is_in_window and not any(each.disable_adapters or each.merged for each in adapted)
 
 
 @dataclass
-class _Attention:
-    """The attention half of a layer, as far as the backward pass asks for it."""
+class _SavedAttention:
+    """Tensors of the attention half that the backward pass needs."""
 
-    factor: Tensor  # (T, 1) of the norm
-    low: Tensor | None  # (T, R) of q, k, v
-    qk: Tensor  # (T, H + K, E), as `Heads` keeps them
+    norm_factor: Tensor  # (T, 1)
+    low_qkv: Tensor | None  # (T, R)
+    qk: Tensor  # (T, H + K, E), as `HeadTransform.forward` returns it to be saved
     v: Tensor  # (T, K, E)
-    attended: Attended
-    low_out: Tensor | None
+    attended: AttentionOutput
+    low_out: Tensor | None  # (T, R)
 
 
 @dataclass
-class _Mlp:
-    """The feed-forward half."""
+class _SavedMlp:
+    """Tensors of the feed-forward half that the backward pass needs."""
 
-    low: Tensor | None
+    low_gate_up: Tensor | None  # (T, R)
     gate_up: Tensor  # (T, 2 I)
-    low_down: Tensor | None
+    low_down: Tensor | None  # (T, R)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the tokens of a micro-batch are."""
+class _Positions:
+    """Positions and documents of the tokens of a micro-batch."""
 
     cos: Tensor  # (T, E)
-    sin: Tensor
-    documents: Documents
+    sin: Tensor  # (T, E)
+    documents: DocumentBoundaries
 
 
-class _Micro:
-    """A layer in one micro-batch: its parts, with the updates in the dtype that is computed in."""
+class _LayerComputation:
+    """Forward and backward of one layer on one micro-batch, with LoRA factors in its dtype."""
 
     def __init__(
-        self, parts: _Parts, dtype: torch.dtype, trained: Sequence[Tensor], place: _Place
+        self,
+        modules: _LayerModules,
+        dtype: torch.dtype,
+        trained: Sequence[Tensor],
+        positions: _Positions,
     ) -> None:
-        self.parts, self.ops, self.dtype, self.place = parts, parts.ops, dtype, place
+        self.modules, self.ops, self.dtype = modules, modules.ops, dtype
+        self.positions = positions
         rest = list(trained)
         factors = []
-        for each in parts.projections:
-            number = 2 * len(each.adapted)
-            factors.append(each.factors(rest[:number], dtype))
+        for projection in modules.projections:
+            number = 2 * len(projection.adapted)
+            factors.append(projection.factors(rest[:number], dtype))
             rest = rest[number:]
         self.qkv, self.out, self.gate_up, self.down = factors
 
-    def forward(self, factors: Factors, linears: Projection, x: Tensor) -> tuple[Tensor, Any]:
+    def project(self, factors: LoraFactors, linears: Projection, x: Tensor) -> tuple[Tensor, Any]:
+        """Compute linear layers with their LoRA updates: (T, out), and low-rank states (T, R)."""
         return factors.forward(x, linears.weight(self.dtype), linears.bias(self.dtype))
 
-    def attention(self, hidden: Tensor) -> tuple[Tensor, _Attention]:
-        """What attention adds to `hidden` (T, D)."""
-        parts, place, norm = self.parts, self.place, self.parts.norms[0]
-        normed, factor = self.ops.rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        qkv, low = self.forward(self.qkv, parts.qkv, normed)
-        states = qkv.unflatten(1, (parts.heads + 2 * parts.groups, -1))
-        qk, v = states[:, : -parts.groups], states[:, -parts.groups :]
-        turned, qk, v = parts.turn.forward(qk, v, place.cos, place.sin)
-        q, k = turned[:, : parts.heads], turned[:, parts.heads :]
-        attended = parts.attention.forward(q, k, v, place.documents, parts.scale)
-        update, low_out = self.forward(self.out, parts.out, attended.output.flatten(1))
-        return update, _Attention(factor, low, qk, v, attended, low_out)
+    def attention(self, hidden: Tensor) -> tuple[Tensor, _SavedAttention]:
+        """Compute the attention update of `hidden` (T, D), and what its backward pass needs."""
+        modules, positions, norm = self.modules, self.positions, self.modules.norms[0]
+        normed, norm_factor = self.ops.rms_norm(hidden, norm.weight, norm.variance_epsilon)
+        qkv, low_qkv = self.project(self.qkv, modules.qkv, normed)  # (T, (H + 2 K) E)
+        states = qkv.unflatten(1, (modules.heads + 2 * modules.kv_heads, -1))  # (T, H + 2 K, E)
+        qk, v = states[:, : -modules.kv_heads], states[:, -modules.kv_heads :]
+        transformed, qk, v = modules.head_transform.forward(qk, v, positions.cos, positions.sin)
+        q, k = transformed[:, : modules.heads], transformed[:, modules.heads :]
+        attended = modules.attention.forward(q, k, v, positions.documents, modules.scale)
+        update, low_out = self.project(self.out, modules.out, attended.output.flatten(1))
+        return update, _SavedAttention(norm_factor, low_qkv, qk, v, attended, low_out)
 
     def attention_backward(
-        self, grad: Tensor, hidden: Tensor, kept: _Attention, *, is_asked: bool
+        self, grad: Tensor, hidden: Tensor, saved: _SavedAttention, *, needs_input_grad: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of `hidden` (if it is asked for), and of the updates of qkv and out."""
-        parts, norm = self.parts, self.parts.norms[0]
-        output = kept.attended.output
+        """Compute the gradients of `hidden` (T, D), if needed, and of the LoRA weights."""
+        modules, norm = self.modules, self.modules.norms[0]
+        output = saved.attended.output  # (T, H, E)
         grad_low = self.out.backward_low(grad)
-        of_out = self.out.backward_update(grad, grad_low, output.flatten(1), kept.low_out)
-        grad_output = self.out.backward_input(grad, grad_low, parts.out.weight(self.dtype))
-        grad_qkv = self.qkv_backward(grad_output.view_as(output), kept)
-        normed = self.ops.rms_norm_again(hidden, kept.factor, norm.weight)
+        out_grads = self.out.backward_update(grad, grad_low, output.flatten(1), saved.low_out)
+        grad_output = self.out.backward_input(grad, grad_low, modules.out.weight(self.dtype))
+        grad_qkv = self.qkv_backward(grad_output.view_as(output), saved)
+        normed = self.ops.apply_rms_norm(hidden, saved.norm_factor, norm.weight)
         grad_low = self.qkv.backward_low(grad_qkv)
-        of_qkv = self.qkv.backward_update(grad_qkv, grad_low, normed, kept.low)
-        if not is_asked:
-            return None, of_qkv + of_out
-        grad_normed = self.qkv.backward_input(grad_qkv, grad_low, parts.qkv.weight(self.dtype))
+        qkv_grads = self.qkv.backward_update(grad_qkv, grad_low, normed, saved.low_qkv)
+        if not needs_input_grad:
+            return None, qkv_grads + out_grads
+        grad_normed = self.qkv.backward_input(grad_qkv, grad_low, modules.qkv.weight(self.dtype))
         return (
-            self.ops.rms_norm_backward(grad_normed, hidden, kept.factor, norm.weight, grad),
-            of_qkv + of_out,
+            self.ops.rms_norm_backward(grad_normed, hidden, saved.norm_factor, norm.weight, grad),
+            qkv_grads + out_grads,
         )
 
-    def qkv_backward(self, grad: Tensor, kept: _Attention) -> Tensor:
-        """Gradient of the product of queries, keys and values, from that of attention (T, H, E)."""
-        parts, place = self.parts, self.place
-        turned = parts.turn.again(kept.qk, place.cos, place.sin)
-        grad_q, grad_k, grad_v = parts.attention.backward(
-            grad,
-            *(turned[:, : parts.heads], turned[:, parts.heads :], kept.v),
-            kept.attended,
-            place.documents,
-            parts.scale,
-            self.ops,
+    def qkv_backward(self, grad: Tensor, saved: _SavedAttention) -> Tensor:
+        """Compute the gradient of the qkv matmul (T, (H + 2 K) E) from attention's (T, H, E)."""
+        modules, positions = self.modules, self.positions
+        transform, cos, sin = modules.head_transform, positions.cos, positions.sin
+        transformed = transform.recompute(saved.qk, cos, sin)  # (T, H + K, E)
+        qkv = transformed[:, : modules.heads], transformed[:, modules.heads :], saved.v
+        grad_q, grad_k, grad_v = modules.attention.backward(
+            grad, qkv, saved.attended, positions.documents, modules.scale, self.ops
         )
         grad_qk = torch.cat([grad_q, grad_k], 1)
-        grad_qk = parts.turn.backward(grad_qk, kept.qk, place.cos, place.sin)
+        grad_qk = transform.backward(grad_qk, saved.qk, cos, sin)
         return torch.cat([grad_qk, grad_v], 1).flatten(1)
 
-    def mlp(self, normed: Tensor) -> tuple[Tensor, _Mlp]:
-        """What the feed-forward part adds, from the normed states (T, D)."""
-        gate_up, low = self.forward(self.gate_up, self.parts.gate_up, normed)
-        update, low_down = self.forward(self.down, self.parts.down, self.ops.swiglu(gate_up))
-        return update, _Mlp(low, gate_up, low_down)
+    def mlp(self, normed: Tensor) -> tuple[Tensor, _SavedMlp]:
+        """Compute the feed-forward update from the normed states (T, D)."""
+        gate_up, low_gate_up = self.project(self.gate_up, self.modules.gate_up, normed)  # (T, 2 I)
+        update, low_down = self.project(self.down, self.modules.down, self.ops.swiglu(gate_up))
+        return update, _SavedMlp(low_gate_up, gate_up, low_down)
 
     def mlp_backward(
-        self, grad: Tensor, hidden: Tensor, factor: Tensor, kept: _Mlp | None
+        self, grad: Tensor, hidden: Tensor, norm_factor: Tensor, saved: _SavedMlp | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of `hidden` (T, D), before the norm, and of the updates."""
-        parts, norm = self.parts, self.parts.norms[1]
-        normed = self.ops.rms_norm_again(hidden, factor, norm.weight)
-        if kept is None:
-            gate_up, low = self.forward(self.gate_up, parts.gate_up, normed)
-            kept = _Mlp(low, gate_up, None)
+        """Compute the gradients of `hidden` (T, D), before the norm, and of the LoRA weights."""
+        modules, norm = self.modules, self.modules.norms[1]
+        normed = self.ops.apply_rms_norm(hidden, norm_factor, norm.weight)
+        if saved is None:
+            gate_up, low_gate_up = self.project(self.gate_up, modules.gate_up, normed)
+            saved = _SavedMlp(low_gate_up, gate_up, None)
         grad_low = self.down.backward_low(grad)
-        grad_activated = self.down.backward_input(grad, grad_low, parts.down.weight(self.dtype))
-        grad_gate_up, activated = self.ops.swiglu_backward(grad_activated, kept.gate_up)
-        low_down = self.down.low(activated) if kept.low_down is None else kept.low_down
-        of_down = self.down.backward_update(grad, grad_low, activated, low_down)
+        grad_activated = self.down.backward_input(grad, grad_low, modules.down.weight(self.dtype))
+        grad_gate_up, activated = self.ops.swiglu_backward(grad_activated, saved.gate_up)
+        low_down = self.down.low(activated) if saved.low_down is None else saved.low_down
+        down_grads = self.down.backward_update(grad, grad_low, activated, low_down)
         grad_low = self.gate_up.backward_low(grad_gate_up)
-        of_gate_up = self.gate_up.backward_update(grad_gate_up, grad_low, normed, kept.low)
-        weight = parts.gate_up.weight(self.dtype)
+        gate_up_grads = self.gate_up.backward_update(
+            grad_gate_up, grad_low, normed, saved.low_gate_up
+        )
+        weight = modules.gate_up.weight(self.dtype)
         grad_normed = self.gate_up.backward_input(grad_gate_up, grad_low, weight)
         return (
-            self.ops.rms_norm_backward(grad_normed, hidden, factor, norm.weight, grad),
-            of_gate_up + of_down,
+            self.ops.rms_norm_backward(grad_normed, hidden, norm_factor, norm.weight, grad),
+            gate_up_grads + down_grads,
         )
 
 
 @dataclass
-class _Kept:
-    """What a layer holds from its forward to its backward pass, beside its input."""
+class _SavedLayer:
+    """Tensors that a layer saves for its backward pass, in addition to its input."""
 
-    attention: _Attention
-    middle: Tensor  # (T, D), between the halves
-    factor: Tensor  # (T, 1) of the norm there
-    mlp: _Mlp | None
+    attention: _SavedAttention
+    middle: Tensor  # (T, D), between attention and feed-forward
+    norm_factor: Tensor  # (T, 1) of the norm before the feed-forward half
+    mlp: _SavedMlp | None
 
 
 class _Layer(torch.autograd.Function):
@@ -352,39 +360,43 @@ class _Layer(torch.autograd.Function):
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        documents: Documents,
-        parts: _Parts,
+        documents: DocumentBoundaries,
+        modules: _LayerModules,
         recompute: Recompute,
         *trained: Tensor,
     ) -> Tensor:
-        micro = _Micro(parts, hidden.dtype, trained, _Place(cos, sin, documents))
-        norm, states = parts.norms[1], hidden.detach()
-        update, attention = micro.attention(states)
-        middle, normed, factor = parts.ops.add_rms_norm(
+        layer = _LayerComputation(modules, hidden.dtype, trained, _Positions(cos, sin, documents))
+        norm, states = modules.norms[1], hidden.detach()
+        update, attention = layer.attention(states)
+        middle, normed, norm_factor = modules.ops.add_rms_norm(
             states, update, norm.weight, norm.variance_epsilon
         )
-        update, mlp = micro.mlp(normed)
+        update, mlp = layer.mlp(normed)
         ctx.save_for_backward(hidden, cos, sin, *trained)
-        ctx.documents, ctx.parts, ctx.kept = documents, parts, None
+        ctx.documents, ctx.modules, ctx.saved_layer = documents, modules, None
         if recompute != "all":
-            ctx.kept = _Kept(attention, middle, factor, mlp if recompute == "none" else None)
+            saved_mlp = mlp if recompute == "none" else None
+            ctx.saved_layer = _SavedLayer(attention, middle, norm_factor, saved_mlp)
         return middle + update
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, cos, sin, *trained = (saved.detach() for saved in ctx.saved_tensors)
-        parts, kept, ctx.kept = ctx.parts, ctx.kept, None
-        micro = _Micro(parts, hidden.dtype, trained, _Place(cos, sin, ctx.documents))
-        if kept is None:
-            norm = parts.norms[1]
-            update, attention = micro.attention(hidden)
-            middle, _, factor = parts.ops.add_rms_norm(
+        hidden, cos, sin, *trained = (tensor.detach() for tensor in ctx.saved_tensors)
+        modules, saved, ctx.saved_layer = ctx.modules, ctx.saved_layer, None
+        positions = _Positions(cos, sin, ctx.documents)
+        layer = _LayerComputation(modules, hidden.dtype, trained, positions)
+        if saved is None:
+            norm = modules.norms[1]
+            update, attention = layer.attention(hidden)
+            middle, _, norm_factor = modules.ops.add_rms_norm(
                 hidden, update, norm.weight, norm.variance_epsilon
             )
-            kept = _Kept(attention, middle, factor, None)
-        grad_middle, of_mlp = micro.mlp_backward(grad, kept.middle, kept.factor, kept.mlp)
-        kept.mlp = None  # the largest tensors of a layer: not held through what follows
-        grad_hidden, of_attention = micro.attention_backward(
-            grad_middle, hidden, kept.attention, is_asked=ctx.needs_input_grad[0]
+            saved = _SavedLayer(attention, middle, norm_factor, None)
+        grad_middle, mlp_grads = layer.mlp_backward(
+            grad, saved.middle, saved.norm_factor, saved.mlp
         )
-        return grad_hidden, None, None, None, None, None, *of_attention, *of_mlp
+        saved.mlp = None  # the largest tensors of a layer: free them before attention's backward
+        grad_hidden, attention_grads = layer.attention_backward(
+            grad_middle, hidden, saved.attention, needs_input_grad=ctx.needs_input_grad[0]
+        )
+        return grad_hidden, None, None, None, None, None, *attention_grads, *mlp_grads

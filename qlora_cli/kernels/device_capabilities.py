@@ -1,4 +1,4 @@
-"""What some devices can do for a step, and others cannot."""
+"""Capabilities that only some devices have."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_cli.kernels.attention import Attention, PerDocumentAttention, choose_attention
-from qlora_cli.kernels.offload import Host, PinnedHost
+from qlora_cli.kernels.offload import HostMemory, PinnedHostMemory
 
 
 @dataclass(frozen=True)
 class DeviceCapabilities:
-    """What a device has for a step beside arithmetic."""
+    """The attention kernel and the offload memory of a device."""
 
     attention: Attention = field(default_factory=PerDocumentAttention)
-    host: Host | None = None
-    """Memory beside that of the device; None on a CPU, which has one memory."""
+    host: HostMemory | None = None
+    """Memory of the host, separate from the device's; None on a CPU."""
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> DeviceCapabilities:
-        """Of a device that is computed on in a dtype."""
-        host = PinnedHost() if device.type == "cuda" else None
+        """Find the capabilities of a device for computing in a dtype."""
+        host = PinnedHostMemory() if device.type == "cuda" else None
         return cls(choose_attention(device, dtype), host)

@@ -1,7 +1,7 @@
-"""The element-wise work of a decoder layer, forward and backward, in float32 inside.
+"""Element-wise work of a decoder layer, forward and backward, computed in float32.
 
-Written to be fused: `compiled()` gives the same functions through torch.compile, which makes one
-pass over memory of what are five to ten here.
+`Elementwise.compiled()` returns the same functions through torch.compile, which fuses five to ten
+passes over memory into one.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 def add_rms_norm(
     hidden: Tensor, update: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`hidden + update`, and what `rms_norm` gives for it."""
+    """Return `hidden + update`, and `rms_norm` of it."""
     total = hidden + update
     return total, *rms_norm(total, weight, eps)
 
 
-def rms_norm_again(hidden: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """The normed states (T, D), from the factors that `rms_norm` gave."""
+def apply_rms_norm(hidden: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """Compute the normed states (T, D) from the factors that `rms_norm` returned."""
     return weight * (hidden.float() * factor).to(hidden.dtype)
 
 
 def rms_norm_backward(
     grad: Tensor, hidden: Tensor, factor: Tensor, weight: Tensor, past: Tensor
 ) -> Tensor:
-    """Gradient of `hidden` (T, D), from that of the normed states and that which went past them."""
+    """Compute the gradient of `hidden` (T, D) from the normed states', plus `past`."""
     return (_before_norm(grad, hidden, factor, weight) + past.float()).to(hidden.dtype)
 
 
 def _before_norm(grad: Tensor, hidden: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of `hidden` in float32, from that of the normed states alone."""
+    """Compute the gradient of `hidden` in float32 from the normed states' alone."""
     normed = hidden.float() * factor
     grads = grad.float() * weight.float()
     shared = (grads * normed).mean(-1, keepdim=True)
@@ -61,13 +61,13 @@ def _before_norm(grad: Tensor, hidden: Tensor, factor: Tensor, weight: Tensor) -
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, equation 34), the halves of a head paired as in Llama.
+    """Apply rotary positions (Su et al. 2021, equation 34), with heads halved as in Llama.
 
-    With `-sin` it is its own backward pass.
+    With `-sin` this is its own backward pass.
 
     Args:
         states: (T, H, E)
-        cos: (T, E), of which both halves are equal; sin likewise.
+        cos: (T, E) with equal halves, like `sin`.
     """
     half = states.shape[-1] // 2
     c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
@@ -76,7 +76,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_rotate(states: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rms_norm` of each head by itself, then `rotate` (Qwen 3).
+    """Apply `rms_norm` to each head, then `rotate` (Qwen 3).
 
     Args:
         states: (T, H, E)
@@ -89,26 +89,25 @@ def norm_rotate(states: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Te
 def norm_rotate_backward(
     grad: Tensor, states: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """Gradient of `states` (T, H, E), from that of what `norm_rotate` gave."""
+    """Compute the gradient of `states` (T, H, E) from that of the output of `norm_rotate`."""
     factor = torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + eps)
     return _before_norm(rotate(grad, cos, -sin), states, factor, weight).to(states.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, equation 6): (T, 2 I) -> (T, I)."""
+    """Compute silu(gate) * up (Shazeer 2020, equation 6): (T, 2 I) -> (T, I)."""
     gate, up = (half.float() for half in gate_up.chunk(2, -1))
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of `gate_up` (T, 2 I), and once more what `swiglu` gave (T, I)."""
+    """Compute the gradient of `gate_up` (T, 2 I), and the output of `swiglu` again (T, I)."""
     gate, up = (half.float() for half in gate_up.chunk(2, -1))
     grads = grad.float()
     open_ = torch.sigmoid(gate)
     activated = gate * open_
     gate_grad = grads * up * (open_ + activated * (1 - open_))
-    # Each half is rounded before they meet: the compiler writes them where they belong then, and
-    # not into a float32 copy of both.
+    # Round each half before `cat`: the compiler then writes it in place, without a float32 copy.
     halves = [half.to(gate_up.dtype) for half in (gate_grad, grads * activated)]
     return torch.cat(halves, -1), (activated * up).to(gate_up.dtype)
 
@@ -116,18 +115,18 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 def scores_backward(
     scores: Tensor, grad: Tensor, normalizer: Tensor, shared: Tensor, rows: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal softmax of `scores` once more, and their gradient, in the dtype of `grad`.
+    """Recompute the causal softmax of `scores`, and compute their gradient, in `grad`'s dtype.
 
     Args:
-        scores: (K, t, m) in float32, before they are scaled.
-        grad: (K, t, m) of the softmax.
-        normalizer: (K, t), the logarithm of the sums of exponentials.
-        shared: (K, t), what all scores of a row have in common in their gradient.
-        rows: (t,), the place of each query among the m keys.
+        scores: (K, t, m) in float32, not scaled yet.
+        grad: (K, t, m), gradient of the softmax.
+        normalizer: (K, t), log-sum-exp of each row.
+        shared: (K, t), the term that all scores of a row share in their gradient.
+        rows: (t,), the position of each query among the m keys.
     """
     is_seen = torch.arange(scores.shape[-1], device=scores.device) <= rows[:, None]
-    # Powers of 2: what is made of `exp` and used twice, the compiler writes to memory, and so what
-    # is read from more than four tensors, as which it takes a constant with a name (torch 2.13).
+    # `exp2` and an inline constant: torch 2.13 writes an `exp` that is used twice to memory, and
+    # also a result of more than four tensors, as which a named constant counts.
     powers = (scores * scale - normalizer[..., None]) * 1.4426950408889634  # log2(e)
     weights = torch.where(is_seen, torch.exp2(powers), 0.0)
     of_scores = weights * (grad.float() - shared[..., None]) * scale
@@ -135,7 +134,7 @@ def scores_backward(
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Products along the last dimension, summed in float32."""
+    """Compute dot products along the last dimension in float32."""
     return (x.float() * y.float()).sum(-1)
 
 
@@ -147,7 +146,7 @@ class Elementwise:
 
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_rms_norm
-    rms_norm_again: Callable[..., Tensor] = rms_norm_again
+    apply_rms_norm: Callable[..., Tensor] = apply_rms_norm
     rms_norm_backward: Callable[..., Tensor] = rms_norm_backward
     rotate: Callable[..., Tensor] = rotate
     norm_rotate: Callable[..., Tensor] = norm_rotate
@@ -159,14 +158,15 @@ class Elementwise:
 
     @classmethod
     def compiled(cls, by: Callable[[Function], Function] | None = None) -> Elementwise:
-        """Each through torch.compile, for any number of tokens; compiled at its first use.
+        """Return the functions through torch.compile, for any number of tokens.
+
+        Each is compiled at its first use.
 
         Args:
-            by: what takes the place of torch.compile.
+            by: replacement for torch.compile.
         """
         plain = cls()
-        # torch.compile keeps what it made for each function in a folder of the user's, so that a
-        # second run takes a few seconds.
+        # torch.compile caches compiled functions on disk, so a second run starts in a few seconds.
         by = by or partial(torch.compile, dynamic=True)
         return cls(
             is_compiled=True,
@@ -180,26 +180,25 @@ class Elementwise:
     def try_out(
         self, device: torch.device, dtype: torch.dtype, *, norms_heads: bool = False
     ) -> None:
-        """Run each once, so that what cannot be compiled fails here and not in a step.
+        """Run each function once, so that a failure to compile appears here and not in a step.
 
-        The sizes are those of a small step: whether a kernel uses several threads is decided by
-        what it is compiled for.
+        The sizes are those of a small step, because they decide whether a kernel uses threads.
 
         Args:
-            norms_heads: whether the model norms heads; for another, compiling that is lost time.
+            norms_heads: whether the model normalises heads, so that those functions are compiled.
         """
         rows, width, heads, size = 512, 1024, 16, 64
         x, y = (torch.rand(rows, width, device=device, dtype=dtype) for _ in range(2))
-        # A parameter, as norms have: it is compiled again for a tensor of another kind.
+        # A parameter, as in norms: functions are compiled again for a plain tensor.
         weight = nn.Parameter(torch.rand_like(x[0]), requires_grad=False)
         angles = torch.rand(rows, size, device=device)
         _, factor = self.rms_norm(x, weight, 1e-6)
         self.add_rms_norm(x, y, weight, 1e-6)
-        self.rms_norm_again(x, factor, weight)
+        self.apply_rms_norm(x, factor, weight)
         self.rms_norm_backward(x, y, factor, weight, x)
         self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
         if norms_heads:
-            # A part of a wider product, as in a layer: other strides would be compiled once more.
+            # A view of a wider matmul output, as in a layer: other strides would compile again.
             states = torch.rand(rows, 2 * heads, size, device=device, dtype=dtype)[:, :heads]
             norm = torch.rand_like(states[0]), 1e-6, angles.to(dtype), angles.to(dtype)
             self.norm_rotate_backward(self.norm_rotate(states, *norm), states, *norm)

@@ -1,9 +1,9 @@
-"""Linear layers with a low-rank update, computed so that rounding does not lose the update.
+"""Linear layers with LoRA, computed in the order that keeps small updates from being rounded away.
 
-The usual order adds the update to an output that is rounded already, and in bfloat16 most of a
-small update is less than half a unit in the last place. Here the update comes first and the base
-product is accumulated onto it, with one rounding at the end: y = (x A^T) (s B)^T, then y += x W^T
-(`docs/speed.md`).
+The usual order adds the update to an output that is rounded already. In bfloat16, most of a small
+update is below half a unit in the last place and is lost. Here the update is computed first and the
+base matmul is accumulated onto it, with one rounding at the end: y = (x A^T) (s B)^T, then
+y += x W^T (`docs/speed.md`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def base_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a linear layer (out, in), dequantized if it is held in 4 bit."""
+    """Return the weight of a linear layer (out, in), dequantized from 4 bit if necessary."""
     import bitsandbytes.functional as bnb
     from bitsandbytes.nn import Linear4bit
 
@@ -35,10 +35,10 @@ def base_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Projection:
-    """One or several linear layers of one input, side by side: queries, keys and values, say.
+    """One or several linear layers with the same input, such as queries, keys and values.
 
-    Their products are done at once. Those with an update have a row of A and a column of B each, so
-    that B is block diagonal.
+    They are computed as one matmul. The A of their updates are stacked, and their B form a
+    block-diagonal matrix.
     """
 
     linears: Sequence[nn.Module]
@@ -46,74 +46,74 @@ class Projection:
 
     @property
     def adapted(self) -> list[LoraLayer]:
-        """Those with an update."""
+        """Return the layers with a LoRA update."""
         return [linear for linear in self.linears if hasattr(linear, "lora_A")]
 
     def trained(self) -> list[Tensor]:
-        """A (R, in) and B (out, R) of each update, in turn."""
+        """Return A (R, in) and B (out, R) of each update, alternating."""
         return [
-            half[adapter_of(linear)].weight
+            half[active_adapter_of(linear)].weight
             for linear in self.adapted
             for half in (linear.lora_A, linear.lora_B)
         ]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """(out, in) of all of them."""
-        weights = [base_weight(base_of(linear), dtype) for linear in self.linears]
+        """Return the stacked weights (out, in)."""
+        weights = [base_weight(base_layer_of(linear), dtype) for linear in self.linears]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """(out,) of all of them, or none if none has one."""
-        biases: list[Any] = [base_of(linear).bias for linear in self.linears]
+        """Return the stacked biases (out,), or None if no layer has one."""
+        biases: list[Any] = [base_layer_of(linear).bias for linear in self.linears]
         if all(bias is None for bias in biases):
             return None
-        widths = [base_of(linear).out_features for linear in self.linears]
+        widths = [base_layer_of(linear).out_features for linear in self.linears]
         filled = [
             torch.zeros(width) if bias is None else bias.detach()
             for bias, width in zip(biases, widths, strict=True)
         ]
         return torch.cat([bias.to(dtype) for bias in filled])
 
-    def factors(self, trained: Sequence[Tensor], dtype: torch.dtype) -> Factors:
-        """What the updates of a micro-batch are computed with, from what `trained` gives."""
+    def factors(self, trained: Sequence[Tensor], dtype: torch.dtype) -> LoraFactors:
+        """Make the LoRA factors of a micro-batch from the weights that `trained` returns."""
         rows = trained[0::2]
         ranks = [row.shape[0] for row in rows]
-        outs = [int(base_of(linear).out_features) for linear in self.linears]
+        outs = [int(base_layer_of(linear).out_features) for linear in self.linears]
         columns = iter(zip(self.adapted, trained[1::2], ranks, strict=True))
         if not rows:
-            return Factors(None, None, [])
+            return LoraFactors(None, None, [])
         b = rows[0].new_zeros((sum(outs), sum(ranks)), dtype=dtype)
         blocks, top, left = [], 0, 0
         for linear, out in zip(self.linears, outs, strict=True):
             if hasattr(linear, "lora_A"):
                 adapted, column, rank = next(columns)
-                scale = adapted.scaling[adapter_of(adapted)]
+                scale = adapted.scaling[active_adapter_of(adapted)]
                 block = slice(top, top + out), slice(left, left + rank)
                 b[block] = (column * scale).to(dtype)
                 blocks.append((*block, scale))
                 left += rank
             top += out
-        return Factors(torch.cat([row.to(dtype) for row in rows]), b, blocks)
+        return LoraFactors(torch.cat([row.to(dtype) for row in rows]), b, blocks)
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The low-rank halves of a projection in the dtype that is computed in."""
+class LoraFactors:
+    """The LoRA factors of a projection in the compute dtype."""
 
     a: Tensor | None
-    """(R, in), one update below the other."""
+    """(R, in), the updates stacked."""
     b: Tensor | None
     """(out, R), block diagonal, scaled."""
     blocks: list[tuple[slice, slice, float]]
-    """Where in `b` each update is, and its scale."""
+    """Rows and columns of each update in `b`, and its scale."""
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, dropped: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, in) -> (T, out), and the low-rank states (T, R).
+        """Compute the output (T, out) from `x` (T, in), and return the low-rank states (T, R) too.
 
         Args:
-            dropped: what the update sees in place of `x`.
+            dropped: input of the update after dropout; `x` if there is none.
         """
         if self.a is None or self.b is None:
             return nn.functional.linear(x, weight, bias), None
@@ -124,15 +124,15 @@ class Factors:
         return y.addmm_(x, weight.T), low
 
     def low(self, x: Tensor) -> Tensor | None:
-        """The low-rank states (T, R) alone."""
+        """Compute only the low-rank states (T, R)."""
         return None if self.a is None else x @ self.a.T
 
     def backward_low(self, grad: Tensor) -> Tensor | None:
-        """Gradient of the low-rank states (T, R), from that of the output (T, out)."""
+        """Compute the gradient of the low-rank states (T, R) from the output's (T, out)."""
         return None if self.b is None else grad @ self.b
 
     def backward_input(self, grad: Tensor, grad_low: Tensor | None, weight: Tensor) -> Tensor:
-        """Gradient of the input (T, in)."""
+        """Compute the gradient of the input (T, in)."""
         if self.a is None or grad_low is None:
             return grad @ weight
         return (grad_low @ self.a).addmm_(grad, weight)
@@ -140,7 +140,7 @@ class Factors:
     def backward_update(
         self, grad: Tensor, grad_low: Tensor | None, x: Tensor, low: Tensor | None
     ) -> list[Tensor]:
-        """Gradients of each A and B in turn, in float32."""
+        """Compute the gradients of each A and B, alternating, in float32."""
         if grad_low is None or low is None:
             return []
         grad_a = grad_low.T @ x
@@ -151,12 +151,12 @@ class Factors:
         return grads
 
 
-def base_of(linear: nn.Module) -> Any:
-    """The layer that an update is beside, or the layer itself."""
+def base_layer_of(linear: nn.Module) -> Any:
+    """Return the base layer of a LoRA layer, or a plain layer itself."""
     return linear.base_layer if hasattr(linear, "lora_A") else linear
 
 
-def adapter_of(linear: Any) -> str:
-    """Name of the one adapter that is active."""
+def active_adapter_of(linear: Any) -> str:
+    """Return the name of the only active adapter."""
     (name,) = linear.active_adapters
     return str(name)

@@ -1,7 +1,7 @@
-"""Inputs of layers that wait in the memory of the host for the backward pass.
+"""Keep the inputs of layers in host memory until the backward pass.
 
-With everything else computed again, they are what a step keeps for each layer of a model: T x D
-values. What torch's `save_on_cpu` does to all that autograd saves is done to them alone.
+With full checkpointing, these T x D values are all that a step keeps per layer. They are moved as
+torch's `save_on_cpu` moves every tensor that autograd saves.
 """
 
 from __future__ import annotations
@@ -13,51 +13,53 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Host(Protocol):
-    """Memory beside that of the device."""
+class HostMemory(Protocol):
+    """Host memory, separate from the device's."""
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy there."""
+        """Copy a tensor to the host."""
         ...
 
     def get(self, kept: Tensor, device: torch.device) -> Tensor:
-        """The copy, on the device again."""
+        """Copy it back to the device."""
         ...
 
 
-class PinnedHost:
-    """The host of a CUDA device. Nobody waits for a copy: memory that is pinned is copied in the
-    order of the device's own work."""
+class PinnedHostMemory:
+    """Pinned host memory of a CUDA device. Its copies are asynchronous, in the device's order."""
 
     def put(self, tensor: Tensor) -> Tensor:
-        """Into pinned memory, of which torch keeps what it once had."""
+        """Copy to pinned memory, which torch caches."""
         kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return kept.copy_(tensor, non_blocking=True)
 
     def get(self, kept: Tensor, device: torch.device) -> Tensor:
-        """Back."""
+        """Copy back."""
         return kept.to(device, non_blocking=True)
 
 
-def keep_on_host(decoder: nn.Module, embeddings: nn.Module, host: Host) -> None:
-    """From now on, what layers save of their inputs is on the host till their backward pass.
+def keep_on_host(decoder: nn.Module, embeddings: nn.Module, host: HostMemory) -> None:
+    """Register hooks that keep the saved inputs of layers on the host.
 
     Args:
-        decoder: the layers, called once in a forward pass.
-        embeddings: what gives the input of the first of them.
+        decoder: the module of the layers, called once per forward pass.
+        embeddings: the module that returns the input of the first layer.
     """
     inputs = _Inputs(host)
     decoder.register_forward_pre_hook(inputs.begin)
     embeddings.register_forward_hook(inputs.look)
-    # Also after an error: what is done next must not be saved in this way.
+    # Also after an error: what runs next must not be offloaded.
     decoder.register_forward_hook(inputs.end, always_call=True)
 
 
 class _Inputs:
-    """Knows the inputs of layers by their form: autograd gives no name to what it saves. Another
-    tensor of the same form would be moved too, which costs time and changes no result."""
+    """Hooks that recognise the inputs of layers by dtype and size, as saved tensors have no names.
 
-    def __init__(self, host: Host) -> None:
+    Another tensor of the same dtype and size would be moved too. That costs time and changes no
+    result.
+    """
+
+    def __init__(self, host: HostMemory) -> None:
         self._host = host
         self._form: tuple[torch.dtype, int, int] | None = None
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
@@ -74,7 +76,7 @@ class _Inputs:
 
     def _pack(self, tensor: Tensor) -> Any:
         if _form(tensor) != self._form:
-            return tensor.detach()  # itself, it would be held by what it holds
+            return tensor.detach()  # the tensor itself would form a cycle with its graph
         return tensor.device, self._host.put(tensor)
 
     def _unpack(self, kept: Any) -> Tensor:
@@ -85,6 +87,6 @@ class _Inputs:
 
 
 def _form(tensor: Tensor) -> tuple[torch.dtype, int, int]:
-    """The same for (1, T, D) and (T, D)."""
+    """Describe a tensor, the same for (1, T, D) and (T, D)."""
     width = tensor.shape[-1] if tensor.ndim else 1
     return tensor.dtype, tensor.numel(), width

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layers, with the sum in the order that keeps small updates (`projection.py`).
+"""PEFT's LoRA layers with the sum in the order that keeps small updates (`lora_linear.py`).
 
-PEFT makes them in place of its own through `LoraConfig._register_custom_module`. Whatever is not
-one ordinary update (DoRA, several adapters, a merged or switched-off one) goes PEFT's way.
+PEFT creates them instead of its own through `LoraConfig._register_custom_module`. Anything other
+than one plain update (DoRA, several adapters, a merged or disabled one) is computed by PEFT.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from torch import Tensor, nn
 
-from qlora_cli.kernels.lora_linear import Projection, adapter_of
+from qlora_cli.kernels.lora_linear import Projection, active_adapter_of
 
 
 class UpdateFirstLinear(PeftLinear):  # type: ignore[misc]  # PEFT is not typed
-    """Beside a layer in 16 or 32 bit."""
+    """LoRA on a 16 or 32-bit layer."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """(..., in) -> (..., out)."""
-        if args or options or not _is_one_update(self):
+        if args or options or not _has_one_update(self):
             plain: Tensor = super().forward(x, *args, **options)
             return plain
         return update_first(self, x)
 
 
 class UpdateFirstLinear4bit(PeftLinear4bit):  # type: ignore[misc]
-    """Beside a layer in 4 bit."""
+    """LoRA on a 4-bit layer."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """(..., in) -> (..., out)."""
-        if args or options or not _is_one_update(self):
+        if args or options or not _has_one_update(self):
             plain: Tensor = super().forward(x, *args, **options)
             return plain
         return update_first(self, x)
 
 
-class WithScales8bit(PeftLinear8bit):  # type: ignore[misc]
-    """Beside a layer in 8 bit: PEFT's own, but that DoRA does not lose the scales of the weight.
+class ScaleKeepingLinear8bit(PeftLinear8bit):  # type: ignore[misc]
+    """PEFT's LoRA on an 8-bit layer, fixed so that DoRA does not lose the scales of the weight.
 
-    DoRA dequantizes the weight in each forward. On a CPU PEFT 0.21 then puts a copy in its place,
-    which looks freshly quantized (it has `CB`) and has no scales (`SCB`): bitsandbytes would take
-    them from there in the next forward, in place of those that it has in the layer's state. Goes
-    when `tests/unit/test_compat.py` fails because DoRA trains without it.
+    DoRA dequantizes the weight in each forward pass. On a CPU, PEFT 0.21 then replaces the weight
+    by a copy that looks freshly quantized (it has `CB`) but has no scales (`SCB`), and bitsandbytes
+    would use the missing scales in the next forward pass. Remove this when
+    `tests/unit/test_compat.py` fails because DoRA trains without it.
     """
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -58,32 +58,32 @@ class WithScales8bit(PeftLinear8bit):  # type: ignore[misc]
         return result
 
 
-def layer_classes(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-    """For PEFT: class of a layer -> class of what takes its place.
+def lora_layer_classes(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """Map classes of base layers to the LoRA classes that PEFT should create for them.
 
-    Of a model in 8 bit, for these layers alone: PEFT goes by `isinstance`, and they are linear ones
-    too.
+    For an 8-bit model, map only 8-bit layers: PEFT tests with `isinstance`, and they are also
+    `nn.Linear`.
     """
     if any(isinstance(module, Linear8bitLt) for module in model.modules()):
-        return {Linear8bitLt: WithScales8bit}
+        return {Linear8bitLt: ScaleKeepingLinear8bit}
     return {Linear4bit: UpdateFirstLinear4bit, nn.Linear: UpdateFirstLinear}
 
 
 def update_first(layer: Any, x: Tensor) -> Tensor:
-    """What a LoRA layer gives for `x` (..., in), computed in the autocast dtype if there is one."""
+    """Compute a LoRA layer on `x` (..., in), in the autocast dtype if autocast is on."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.to(dtype)
-    dropped = layer.lora_dropout[adapter_of(layer)](x)
+    dropped = layer.lora_dropout[active_adapter_of(layer)](x)
     linears = Projection([layer])
-    # torch leaves `apply` without types.
+    # torch does not type `apply`.
     y: Tensor = _UpdateFirst.apply(  # type: ignore[no-untyped-call]
         x.flatten(0, -2), dropped.flatten(0, -2), linears, *linears.trained()
     )
     return y.view(*x.shape[:-1], -1)
 
 
-def _is_one_update(layer: Any) -> bool:
+def _has_one_update(layer: Any) -> bool:
     names = layer.active_adapters
     return bool(
         not layer.disable_adapters
@@ -97,7 +97,7 @@ def _is_one_update(layer: Any) -> bool:
 
 
 class _UpdateFirst(torch.autograd.Function):
-    """(T, in) -> (T, out). The update sees `dropped`, the base layer `x`."""
+    """(T, in) -> (T, out). The update takes `dropped` as input, the base layer `x`."""
 
     @staticmethod
     def forward(

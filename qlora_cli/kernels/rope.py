@@ -1,4 +1,4 @@
-"""What queries and keys go through between their product and attention."""
+"""Transforms of queries and keys between their matmul and attention: norms and rotary positions."""
 
 from __future__ import annotations
 
@@ -11,74 +11,77 @@ from torch import Tensor, nn
 from qlora_cli.kernels.elementwise import Elementwise
 
 
-class Heads(Protocol):
-    """Queries and keys on their way. E features of a head; H heads of both, queries first."""
+class HeadTransform(Protocol):
+    """Transform of queries and keys. H counts the heads of both here, queries first; E per head."""
 
     def forward(
         self, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention is given (T, H, E), and what is kept of `qk` and of `v`.
+        """Return the input of attention (T, H, E), and what to save of `qk` and of `v`.
 
         Args:
-            qk: (T, H, E); it and `v` are views of one product.
-            cos: (T, E); sin likewise.
+            qk: (T, H, E); `qk` and `v` are views of one matmul's output.
+            cos: (T, E), the same shape as `sin`.
         """
         ...
 
-    def again(self, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What attention was given, from what was kept."""
+    def recompute(self, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Recompute the input of attention from what was saved."""
         ...
 
     def backward(self, grad: Tensor, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Gradient of `qk`, from that of what attention was given."""
+        """Compute the gradient of `qk` from that of the input of attention."""
         ...
 
 
 @dataclass(frozen=True)
-class Rotated:
-    """They are rotated to their positions (Llama)."""
+class RotaryHeads:
+    """Rotary positions only (Llama)."""
 
     ops: Elementwise
 
     def forward(
         self, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept as rotated."""
+        """Rotate, and save the rotated heads."""
         rotated = self.ops.rotate(qk, cos, sin)
-        return rotated, rotated, v.contiguous()  # a view would keep the product alive with it
+        return rotated, rotated, v.contiguous()  # a view would keep the whole matmul output alive
 
-    def again(self, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Nothing to do."""
+    def recompute(self, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return what was saved: it is rotated already."""
         return kept
 
     def backward(self, grad: Tensor, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated back."""
+        """Rotate back."""
         return self.ops.rotate(grad, cos, -sin)
 
 
 @dataclass(frozen=True)
-class NormedAndRotated:
-    """Each head is normed first (Qwen 3). The gradient asks for what was there before the norm, so
-    the product is kept whole, and what attention was given is made of it again."""
+class NormedRotaryHeads:
+    """RMS norm of each head, then rotary positions (Qwen 3).
+
+    The gradient of the norm needs its input, so the matmul output is saved whole and the input of
+    attention is recomputed from it.
+    """
 
     ops: Elementwise
     norms: tuple[Any, Any]
-    """Of queries and of keys."""
-    numbers: tuple[int, int]
-    """Heads of each."""
+    """Norms of queries and of keys."""
+    num_heads: tuple[int, int]
+    """Heads of queries and of keys."""
 
     def forward(
         self, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept as they are."""
-        return self.again(qk, cos, sin), qk, v
+        """Norm and rotate, and save the input."""
+        return self.recompute(qk, cos, sin), qk, v
 
-    def again(self, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normed and rotated."""
+    def recompute(self, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Norm and rotate what was saved."""
         return self.ops.norm_rotate(kept, self._weight(), self._eps, cos, sin)
 
     def backward(self, grad: Tensor, kept: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated back, and through the norm."""
+        """Rotate back, then go back through the norm."""
         return self.ops.norm_rotate_backward(grad, kept, self._weight(), self._eps, cos, sin)
 
     @property
@@ -87,23 +90,25 @@ class NormedAndRotated:
         return eps
 
     def _weight(self) -> Tensor:
-        """(H, E): all heads of a kind share one norm."""
-        pairs = zip(self.norms, self.numbers, strict=True)
+        """Return the norm weights (H, E): all query heads share one norm, all key heads another."""
+        pairs = zip(self.norms, self.num_heads, strict=True)
         return torch.cat([norm.weight.expand(number, -1) for norm, number in pairs])
 
 
-def heads_of(attention: Any, numbers: tuple[int, int], ops: Elementwise) -> Heads:
-    """What the heads of a layer go through.
+def choose_head_transform(
+    attention: Any, num_heads: tuple[int, int], ops: Elementwise
+) -> HeadTransform:
+    """Choose the transform that the heads of a layer need.
 
     Args:
-        attention: of the layer.
-        numbers: heads of queries, and of keys.
+        attention: the layer's attention module.
+        num_heads: heads of queries and of keys.
     """
     if has_head_norms(attention):
-        return NormedAndRotated(ops, (attention.q_norm, attention.k_norm), numbers)
-    return Rotated(ops)
+        return NormedRotaryHeads(ops, (attention.q_norm, attention.k_norm), num_heads)
+    return RotaryHeads(ops)
 
 
 def has_head_norms(model: nn.Module) -> bool:
-    """Whether there is such a norm in a model, or in a part of it."""
+    """Return whether a model, or a part of one, normalises its heads."""
     return any(name.rpartition(".")[2] == "q_norm" for name, _ in model.named_modules())

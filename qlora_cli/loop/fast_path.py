@@ -18,7 +18,7 @@ from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.offload import Host, keep_on_host
+from qlora_cli.kernels.offload import HostMemory, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.base import start_checkpointing
@@ -126,7 +126,7 @@ def prepare_layers(
     return kernels
 
 
-def _offload(base: PreTrainedModel, host: Host | None) -> None:
+def _offload(base: PreTrainedModel, host: HostMemory | None) -> None:
     if host is None:
         log.warning(
             "training.gradient_checkpointing: offload moves inputs of layers from CUDA memory to "

@@ -36,12 +36,6 @@ def _step_dtype(held: DtypeName, dtype: torch.dtype) -> torch.dtype:
 
 class _Quantized(Config):
     is_quantized: ClassVar[bool] = True
-    kept_factor: ClassVar[float] = 1.0
-    """Activations saved by quantized matmuls, relative to 16-bit ones. Used for models that cannot
-    be traced; see `benchmarks/plan_formula.md`."""
-    held_share: ClassVar[float] = 0.0
-    """Share of a layer's 16-bit activations that matmuls save outside of autograd, where gradient
-    checkpointing does not free them."""
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """Dequantize the weights to float32."""
@@ -121,8 +115,6 @@ class Int8(_Quantized):
 
     type: Literal["int8"] = "int8"
     max_unquantized: ClassVar[float] = 0.2
-    kept_factor: ClassVar[float] = 1.7
-    held_share: ClassVar[float] = 0.7
     outlier_threshold: float = Field(6.0, ge=0)
     """Activations above this value are multiplied in 16 bit; 0 turns the outlier path off."""
 
@@ -152,8 +144,6 @@ class Unquantized(Config):
 
     type: Literal["none"] = "none"
     is_quantized: ClassVar[bool] = False
-    kept_factor: ClassVar[float] = 1.0
-    held_share: ClassVar[float] = 0.0
     max_unquantized: ClassVar[float] = 1.0
     dtype: DtypeName = "auto"
     """Dtype of the base weights; `auto` follows `training.precision`. With a 16-bit base and

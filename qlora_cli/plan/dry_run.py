@@ -15,13 +15,13 @@ from torch import nn
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.fast_path import CompiledKernels, ComputeOptions
 from qlora_cli.loop.setup import assemble
-from qlora_cli.loop.step import clip_gradients, train_step
+from qlora_cli.loop.step import train_step
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.plan.trace.compiled_ops import as_compiled, compiled_loss
-from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, Count
-from qlora_cli.plan.trace.meta_model import hold_model
-from qlora_cli.plan.trace.traced_tensor import Blank, TracedTensor
+from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, MemoryCounter
+from qlora_cli.plan.trace.meta_model import count_model
+from qlora_cli.plan.trace.traced_tensor import TracedTensor, TraceNewTensors
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch, TrainState
 
@@ -54,7 +54,7 @@ class FixedBatches:
 def dry_run(
     base: PreTrainedModel,
     recipe: Recipe,
-    count: Count,
+    count: MemoryCounter,
     options: ComputeOptions,
     *,
     steps: Sequence[Sequence[Batch]],
@@ -97,43 +97,15 @@ def dry_run(
     return model
 
 
-def dry_update(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
-    """Attach the adapter, and update it twice with gradients of no value. Returns the model.
-
-    The first update makes the optimizer's states. The memory between steps and in an update depends
-    on the shapes of the weights only, so it is the same as in `dry_run`.
-
-    Args:
-        base: the model, of traced tensors.
-        count: counts all of it.
-    """
-    model = _attach(base, recipe, count)
-    optimizer = _build_optimizer(model, recipe)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hooks = recipe.adapter.step_hooks(model, max_steps=1)
-    with _classify(count, base, model, optimizer):
-        for stage in (FIRST, STEP):
-            with count.stage(stage):
-                for parameter in trained:
-                    parameter.grad = torch.empty_like(parameter)
-                count.hold((parameter.grad for parameter in trained), GRADIENTS)
-                hooks.before_update()
-                clip_gradients(optimizer, recipe.training.max_grad_norm)
-                optimizer.step()
-                hooks.after_update(1)
-                optimizer.zero_grad(set_to_none=True)
-    return model
-
-
 def _is_traced(model: nn.Module) -> bool:
     return any(isinstance(parameter, TracedTensor) for parameter in model.parameters())
 
 
-def _attach(base: PreTrainedModel, recipe: Recipe, count: Count) -> nn.Module:
-    with Blank() if _is_traced(base) else nullcontext():
+def _attach(base: PreTrainedModel, recipe: Recipe, count: MemoryCounter) -> nn.Module:
+    with TraceNewTensors() if _is_traced(base) else nullcontext():
         model = recipe.adapter.attach(base)
     gc.collect()  # modules that PEFT replaced are in reference cycles that hold weights
-    hold_model(model, count)
+    count_model(model, count)
     return model
 
 
@@ -167,7 +139,7 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _classify(
-    count: Count, base: PreTrainedModel, model: nn.Module, optimizer: torch.optim.Optimizer
+    count: MemoryCounter, base: PreTrainedModel, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[None]:
     """Report gradients and optimizer states to the count, and which part is running."""
 

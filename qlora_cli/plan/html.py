@@ -19,9 +19,9 @@ _COLOURS = (
 )  # fmt: skip
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 900, 360, 70, 20, 40
 _SHARES = {"load": 1, "first step": 2, "step": 5, "evaluation": 2}
-"""Of the width, in parts; of a stage that is one moment 1."""
+"""Shares of the width; a stage that is one moment has 1."""
 _IN_VIEW = 2.5
-"""A device with more than so many times the peak would leave nothing to see of the plan."""
+"""Draw the memory of the device up to this multiple of the peak; beyond, the plan is too small."""
 
 _STYLE = """\
 .swatch { display: inline-block; width: .9em; height: .9em; margin-right: .5em; }
@@ -55,7 +55,7 @@ class _Point(NamedTuple):
 
 
 def plan_page(report: Mapping[str, Any], *, title: str) -> str:
-    """The picture, what is in it at the peak, and the plan as text (`report` as of `plan`)."""
+    """Render the picture, a table of the peak, and the plan as text, from the report of `plan`."""
     kinds = list(dict.fromkeys(k for moment in report["timeline"] for k in moment["kinds"]))
     colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
     peak, device = report["peak"], report["device"]
@@ -114,7 +114,7 @@ def _picture(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[
 
 
 def _level(y: str, size: str, name: str = "") -> str:
-    """A line across the picture, with what it is."""
+    """Draw a labelled line across the picture."""
     label = f'<text x="{_WIDTH}" y="{float(y) - 4}" text-anchor="end">{escape(name)}</text>'
     return (
         f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y}" y2="{y}" stroke-dasharray="4 3"/>{label}'
@@ -125,7 +125,7 @@ def _level(y: str, size: str, name: str = "") -> str:
 def _places(
     timeline: Sequence[Mapping[str, Any]],
 ) -> tuple[list[list[_Point]], list[tuple[str, float]]]:
-    """Where each moment is drawn, stage by stage; and each stage's name and left end."""
+    """Place each moment, stage by stage; return also each stage's name and left end."""
     stages = [(name, list(moments)) for name, moments in groupby(timeline, lambda m: m["stage"])]
     shares = [_SHARES.get(name, 1) if len(moments) > 1 else 1 for name, moments in stages]
     unit, left = (_WIDTH - _LEFT) / sum(shares), float(_LEFT)
@@ -149,7 +149,7 @@ def _places(
 
 
 def _steps(moments: Sequence[Mapping[str, Any]]) -> list[int]:
-    """How far each is from the first. Layers that were multiplied take the room of traced ones."""
+    """Compute each moment's distance from the first; extrapolated layers get their width too."""
     steps = [0]
     for before, now in pairwise(moments):
         same = (before["turn"], before["during"]) == (now["turn"], now["during"])
@@ -159,7 +159,7 @@ def _steps(moments: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _words(report: Mapping[str, Any]) -> str:
-    """What is to be seen, for those who do not see it."""
+    """Describe the picture for screen readers."""
     peaks = ", ".join(f"{name} {size_text(e['bytes'])}" for name, e in report["stages"].items())
     stage = moment_text(report["peak"]["stage"], report["peak"])
     return (

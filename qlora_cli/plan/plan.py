@@ -1,4 +1,4 @@
-"""Know before you run: what a recipe takes on a device, traced step by step without any weights."""
+"""Plan a run: trace its steps without weights, and report the memory and time that it needs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters import LoRA
 from qlora_cli.distributed.devices import find_target
-from qlora_cli.plan.estimate import assume_rows, estimate
-from qlora_cli.plan.shrink_to_fit import fit_to, resolve_micro_batch_size
+from qlora_cli.plan.estimate import estimate
+from qlora_cli.plan.rows import assume_rows
+from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, shrink_to_fit
 from qlora_cli.recipe.schema import Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -23,28 +24,25 @@ LENGTHS = (512, 1024, 2048, 4096)
 
 
 def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
-    """What the methods take for one model, with rows of several lengths throughout.
+    """Compare the memory of training methods for one model, at several row lengths.
 
     Returns:
-        {"methods": {method: {length: {"tensors", "low", "high", "verdict", "is_by_formula"}}},
-        "untraced": why it goes by a formula, if it does}, sizes in bytes.
+        {"methods": {method: {length: {"tensors", "low", "high", "verdict"}}}}, sizes in bytes.
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        QloraError: a subclass for each kind of error, with its exit code.
     """
     quiet_libraries()
     target = find_target(device)
     config, source = recipe.model.read_config()
     document = recipe.model_dump(mode="json")
-    # What of the adapter has a learning rate of its own takes the same memory, and in full training
-    # there is no such thing.
+    # Learning rates of groups do not change memory, and match nothing in full training.
     document["optimizer"] |= {"groups": [], "lora_plus_ratio": None}
     if recipe.training.micro_batch_size == "auto":
         document["training"]["micro_batch_size"] = 1
     if not isinstance(recipe.adapter, LoRA):
         document["adapter"] = {"type": "lora"}
     methods: dict[str, dict[int, dict[str, Any]]] = {}
-    untraced = ""
     for method, sections in METHODS.items():
         for length in LENGTHS:
             data = {**document["data"], "max_length": length}
@@ -55,30 +53,27 @@ def plan_table(recipe: Recipe, *, device: str = "cuda") -> dict[str, Any]:
                 "tensors": report["peak"]["bytes"],
                 **report["process"],
                 "verdict": report["fits"]["verdict"],
-                "is_by_formula": report["formula"] is not None,
             }
-            untraced = untraced or (report["formula"] or {}).get("why", "")
     return {
         "model": {"path": recipe.model.path, "dimensions": source},
         "device": {"name": target.name, "bytes": target.memory_bytes},
         "methods": methods,
-        "untraced": untraced,
     }
 
 
 def plan(
     recipe: Recipe, *, device: str = "cuda", gpus: int = 1, fit: bool = False
 ) -> dict[str, Any]:
-    """What a recipe takes. No weights are read and nothing is trained.
+    """Plan a recipe. No weights are read and nothing is trained.
 
     Args:
-        device: cpu, cuda, an amount of memory or the name of a card.
-        gpus: how many of them train together, each with the whole model.
-        fit: if it does not fit, look for the least harmful changes with which it does; the report
-            is of the changed recipe then, and has them under "changes".
+        device: cpu, cuda, a memory size or the name of a card.
+        gpus: number of devices that train together, each holding the whole model.
+        fit: if the recipe does not fit, look for the least harmful changes with which it does. The
+            report then describes the changed recipe, and lists them under "changes".
 
     Raises:
-        QloraError: in one of its kinds, with its exit code.
+        QloraError: a subclass for each kind of error, with its exit code.
     """
     quiet_libraries()
     started = time.monotonic()
@@ -87,7 +82,7 @@ def plan(
     is_auto = recipe.training.micro_batch_size == "auto"
     recipe = resolve_micro_batch_size(recipe, config, target)
     if fit:
-        changes, report = fit_to(recipe, config, target)
+        changes, report = shrink_to_fit(recipe, config, target)
         report["changes"] = changes
     else:
         report = estimate(recipe, config, target)

@@ -1,4 +1,4 @@
-"""The least harmful changes with which a recipe fits a device."""
+"""Find the least harmful changes with which a recipe fits a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from qlora_cli.distributed.devices import Target
 from qlora_cli.errors import RecipeError
 from qlora_cli.loop.run_data import RecipeData, read_recipe_data
 from qlora_cli.optim.optimizers import lighter_twin
-from qlora_cli.plan.estimate import estimate, is_padding_free, missing_locally, read_rows
+from qlora_cli.plan.estimate import estimate, is_padding_free
+from qlora_cli.plan.rows import missing_locally, read_rows
 from qlora_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -23,31 +24,29 @@ Changes = dict[str, Any]
 _SHORTEST = 128
 
 
-def fit_to(
+def shrink_to_fit(
     recipe: Recipe, config: PretrainedConfig, target: Target
 ) -> tuple[Changes | None, dict[str, Any]]:
-    """Look for changes, one kind after the other, the least harmful first.
+    """Try changes in order of harm, and keep the smallest ones that suffice.
 
-    1. `micro_batch_size`, and 2. `gradient_checkpointing`: the result stays the same.
-    3. `attention`: the same but for rounding.
-    4. `quantization`: the base is held in 8, then in 4 bits; the adapter makes up for it.
-    5. the optimizer: its states in 8 bits, and (on CUDA) on the host when the card is full. It
-       stays the same algorithm; where that has no such form, nothing is changed.
-    6. `max_length`: rows are cut. What is learnt changes.
-
-    Of each kind the smallest change is taken that suffices together with those before it.
+    1. `micro_batch_size` and 2. `gradient_checkpointing`: the result stays the same.
+    3. `attention`: the result stays the same except for rounding.
+    4. `quantization`: the base in 8, then in 4 bits; the adapter compensates.
+    5. the optimizer: states in 8 bits, and on CUDA paged to the host when the card is full. The
+       algorithm stays the same; an optimizer without such a version is not changed.
+    6. `max_length`: rows are truncated, so the training data changes.
 
     Returns:
-        The changes (none if it fits as it is; None if nothing suffices), and the report with them.
-        Where rows cannot be cut further, as too many answers would be lost, the report of what was
-        tried last says so under "no_shorter".
+        The changes (empty if the recipe fits as it is, None if nothing suffices), and the report
+        with them. If truncating further would lose too many answers, "no_shorter" in the report
+        of the last attempt says so.
 
     Raises:
-        RecipeError: it is not known how much memory the device has.
+        RecipeError: the memory size of the device is unknown.
     """
     if target.memory_bytes is None:
         raise RecipeError(
-            "--fit: it is not known how much memory the device has",
+            "--fit: the memory size of the device is unknown",
             hint='name it: --device 24GiB, or --device "RTX 4090"',
         )
 
@@ -64,7 +63,7 @@ def fit_to(
             report = tried(smallest)
         except TooManyLost as error:
             if "data.max_length" not in changes:
-                raise  # the recipe itself loses them
+                raise  # the unchanged recipe loses them
             length, why = changes["data.max_length"], str(error).splitlines()[0]
             return None, {**report, "no_shorter": f"data.max_length {length}: {why}"}
         if not _fits(report):
@@ -83,20 +82,20 @@ def resolve_micro_batch_size(
 ) -> Recipe:
     """Replace `training.micro_batch_size: auto` by a number.
 
-    It is the largest divisor of the batch that is sure to fit (1 if none is). A larger one never
-    takes less memory, so a binary search finds it.
+    The number is the largest divisor of the batch that is certain to fit, or 1. A larger
+    micro-batch never needs less memory, so the search is binary.
 
     Args:
-        data: the recipe's data, where it has been read already; otherwise it is read once.
+        data: the recipe's data, if it has been read already; otherwise it is read once.
 
     Raises:
-        RecipeError: it is not known how much memory the device has.
+        RecipeError: the memory size of the device is unknown.
     """
     if recipe.training.micro_batch_size != "auto":
         return recipe
     if target.memory_bytes is None:
         raise RecipeError(
-            "training.micro_batch_size: auto goes by the memory of the device, which is not known",
+            "training.micro_batch_size: auto needs the memory size of the device, which is unknown",
             hint='name it: --device 24GiB, or --device "RTX 4090"; or give a number',
         )
     batch = recipe.training.batch_size
@@ -123,8 +122,10 @@ def resolve_micro_batch_size(
 
 
 def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values. A section that becomes another `type` keeps the settings that
-    this type has too; all else is its default."""
+    """Return the recipe with other values.
+
+    A section whose `type` changes keeps the settings that the new type has too.
+    """
     document = recipe.model_dump(mode="json")
     for key, value in changes.items():
         *path, name = key.split(".")
@@ -141,17 +142,17 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def _kind(section: str, name: str) -> type[Config]:
-    """The class of a section that has this `type`."""
+    """Find the class of a section with this `type`."""
     kinds: tuple[type[Config], ...] = get_args(Recipe.model_fields[section].annotation)
     return next(kind for kind in kinds if kind.model_fields["type"].default == name)
 
 
 def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
-    """Changes but for the size of the micro-batch, each with those before it."""
+    """Yield growing sets of changes, without the size of the micro-batch."""
     changes: Changes = {}
     yield dict(changes)
     kinds = [False, "mlp", True, "offload"]
-    # The last is for who asks for it: nobody has seen what it does to the speed of a card.
+    # Offloading is never proposed: its effect on the speed of a card has not been measured.
     for more in kinds[kinds.index(recipe.training.gradient_checkpointing) + 1 : -1]:
         changes["training.gradient_checkpointing"] = more
         yield dict(changes)
@@ -176,7 +177,7 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
 
 
 def _micro_batch_sizes(recipe: Recipe) -> list[int]:
-    """Those of which the batch is a multiple, from the present one down."""
+    """List the divisors of the batch, from the present size down."""
     settings = recipe.training
     sizes = range(settings.fixed_micro_batch_size, 0, -1)
     return [size for size in sizes if settings.batch_size % size == 0]
@@ -187,10 +188,10 @@ def _fits(report: dict[str, Any]) -> bool:
 
 
 def _different(recipe: Recipe, changes: Changes) -> Changes:
-    """Without the changes that change nothing, but with what a section is to be told again.
+    """Drop changes without effect, and repeat the settings of sections whose type changes.
 
-    `--set optimizer.type=...` of another type replaces the section of a file, and with it what the
-    file says there.
+    `--set optimizer.type=...` with another type replaces the section of the file and the settings
+    in it.
     """
     before = recipe.model_dump(mode="json")
     after = with_changes(recipe, changes).model_dump(mode="json")
@@ -202,6 +203,6 @@ def _different(recipe: Recipe, changes: Changes) -> Changes:
         found[key] = value
         if name == "type":
             defaults = _kind(section, value)().model_dump(mode="json")
-            told = {k: v for k, v in after[section].items() if v != defaults[k]}
-            found |= {f"{section}.{k}": v for k, v in told.items()}
+            repeated = {k: v for k, v in after[section].items() if v != defaults[k]}
+            found |= {f"{section}.{k}": v for k, v in repeated.items()}
     return found

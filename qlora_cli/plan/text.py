@@ -1,8 +1,9 @@
-"""A plan as text for people. For programs there is `--json`."""
+"""Print a plan as text for people; `--json` is for programs."""
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from qlora_cli.common.formatting import align_table, duration_text, size_text
 
 
 def plan_text(report: Mapping[str, Any]) -> str:
-    """What a recipe takes, and whether it fits (`report` as `plan` returns it)."""
+    """Format the report of `plan`: what a recipe needs, and whether it fits."""
     peak, process, device = report["peak"], report["process"], report["device"]
     lines = [
         _model_line(report),
@@ -33,7 +34,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        f"tensors {size_text(peak['bytes'])}; with all else that the process takes "
+        f"tensors {size_text(peak['bytes'])}; the whole process "
         f"{size_text(process['low'])} to {size_text(process['high'])}",
         _verdict(report),
         *_changes(report),
@@ -47,31 +48,26 @@ def plan_text(report: Mapping[str, Any]) -> str:
 
 
 def table_text(report: Mapping[str, Any]) -> str:
-    """A row for each method, a column for each length (`report` as `plan_table` returns it)."""
+    """Format the report of `plan_table`: a row per method, a column per length."""
     marks = {"yes": "", "perhaps": " ?", "no": " -", "unknown": ""}
     lengths = list(next(iter(report["methods"].values())))
     rows = [["tokens per row", *(f"{length:,}" for length in lengths)]]
     for method, cells in report["methods"].items():
-        sizes = (
-            "~" * cell["is_by_formula"] + size_text(cell["tensors"]) + marks[cell["verdict"]]
-            for cell in cells.values()
-        )
+        sizes = (size_text(cell["tensors"]) + marks[cell["verdict"]] for cell in cells.values())
         rows.append([method, *sizes])
     lines = align_table(rows)
     device = report["device"]
-    head = f"{report['model']['path']}: tensors at the peak; on {device['name']}, ? may fit, - not"
-    if why := report["untraced"]:
-        lines.append(f"~ partly by a formula, as the model cannot be traced: {why}")
+    head = f"{report['model']['path']}: peak of tensors on {device['name']}; ? may fit, - does not"
     return "\n".join([head, *lines])
 
 
 def _model_line(report: Mapping[str, Any]) -> str:
     model = report["model"]
     quantization = report["quantization"]
-    twice = ", its constants too (double quantization)" if quantization.get("double_quant") else ""
-    held = "" if quantization["type"] == "none" else f"; held in {quantization['type']}{twice}"
+    double = " with double quantization" if quantization.get("double_quant") else ""
+    quantized = "" if quantization["type"] == "none" else f"; in {quantization['type']}{double}"
     return (
-        f"{model['path']}: {model['weights']:,} weights ({model['dimensions']}){held}; trained "
+        f"{model['path']}: {model['weights']:,} weights ({model['dimensions']}){quantized}; trains "
         f"{model['trained']:,} ({model['trained_share']:.2%})"
     )
 
@@ -105,7 +101,7 @@ def _stages(report: Mapping[str, Any]) -> list[str]:
 
 
 def moment_text(stage: str, entry: Mapping[str, Any]) -> str:
-    """When it is, and whether it was traced; that of loading and evaluating goes without saying."""
+    """Say when a moment is, and whether it was traced. A forward pass is not named."""
     words = {"between": "between backward and update", "backward": "backward", "update": "update"}
     how = "partly by formula" if entry["by_formula"] else ""
     return ", ".join(filter(None, (stage, words.get(entry["during"], ""), how)))
@@ -115,33 +111,33 @@ def _verdict(report: Mapping[str, Any]) -> str:
     verdict, margin = report["fits"]["verdict"], report["fits"]["margin"]
     hint = "" if "changes" in report else " (try --fit)"
     if verdict == "unknown":
-        return "fits: not known, as the memory of the device is not; name a card, or 24GiB"
+        return "fits: unknown, because the memory size of the device is; name a card, or 24GiB"
     if verdict == "yes":
         return f"fits: yes, with {size_text(margin)} to spare"
     if verdict == "perhaps":
-        return f"fits: perhaps; the tensors do, and what else there is may not{hint}"
-    return f"fits: no, {size_text(-margin)} too little{hint}"
+        return f"fits: perhaps; the tensors fit, the whole process may not{hint}"
+    return f"fits: no, {size_text(-margin)} is missing{hint}"
 
 
 def _changes(report: Mapping[str, Any]) -> list[str]:
-    """What --fit found."""
+    """Format what --fit found."""
     if "changes" not in report:
         return []
     changes = report["changes"]
     if changes is None:
         shorter = report.get("no_shorter")
         return [
-            "nothing that --fit may change makes it fit for sure; this is the least that was tried",
+            "no change that --fit may make is certain to fit; this is the smallest plan tried",
             *([f"rows cannot be shorter: {shorter}"] if shorter else []),
-            "take a smaller model, or more memory",
+            "use a smaller model, or more memory",
         ]
     if not changes:
-        return ["nothing has to change for it"]
-    return ["with these changes, of which the report is:", f"  {set_line(changes)}"]
+        return ["it fits without changes"]
+    return ["this is the report with these changes:", f"  {set_line(changes)}"]
 
 
 def set_line(changes: Mapping[str, Any]) -> str:
-    """What to add to a command line of a shell."""
+    """Format changes as options of a shell command."""
     values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()}
     return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
 
@@ -150,42 +146,38 @@ def _host(host: Mapping[str, int]) -> list[str]:
     if not host:
         return []
     paged, inputs = host["paged_bytes"], host["inputs_bytes"]
-    more = f", {size_text(paged)} when states page" if paged else ""
-    more += f", {size_text(inputs)} for inputs of layers in a step" if inputs else ""
+    more = f", {size_text(paged)} for paged states" if paged else ""
+    more += f", {size_text(inputs)} for offloaded layer inputs" if inputs else ""
     return [
-        f"the host: {size_text(host['saving_bytes'])} while a checkpoint is saved{more}, beside "
+        f"host: {size_text(host['saving_bytes'])} while saving a checkpoint{more}, in addition to "
         "Python and its libraries"
     ]
 
 
 def _work(report: Mapping[str, Any]) -> list[str]:
     if report["flops"] is None:
-        return [f"{report['flops_per_token']:.3g} floating-point operations a token"]
-    line = f"{report['flops']:.3g} floating-point operations"
+        return [f"{flop_text(report['flops_per_token'])} per token"]
+    line = flop_text(report["flops"])
     if seconds := report["seconds_of_training"]:
         fast, slow = map(duration_text, seconds)
         rate, (low, high) = report["rate"], report["rate"]["used"]
-        known = "measured here" if rate["is_measured"] else "as its maker states"
+        known = "measured here" if rate["is_measured"] else "as published"
         line += (
             f"; training takes about {fast} to {slow} (at {low:.0%} to {high:.0%} of "
-            f"{rate['flops'] / 1e12:,.2g} teraflops, {known})"
+            f"{rate['flops'] / 1e12:,.2g} TFLOP/s, {known})"
         )
     return [line]
 
 
+def flop_text(count: float) -> str:
+    """Format a number of floating-point operations: 50.1 GFLOP."""
+    power = min(6, max(0, int(math.log10(max(count, 1)) // 3)))
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"
+
+
 def _method(report: Mapping[str, Any]) -> str:
     traced, layers = report["traced_layers"], report["layers"]
-    if formula := report["formula"]:
-        low, high = formula["range"]
-        return (
-            f"not traced: {formula['why']}; what is marked goes by a formula "
-            f"({formula['source']}), of which the process' range takes {low:g} to {high:g} times; "
-            f"the rest was counted, in {report['seconds']} s"
-        )
     if traced == [layers]:
-        return f"traced whole, {layers} layers, in {report['seconds']} s"
+        return f"traced with all {layers} layers in {report['seconds']} s"
     some = " and ".join(map(str, traced))
-    return (
-        f"traced with {some} of {layers} layers, the rest multiplied (they are alike), "
-        f"in {report['seconds']} s"
-    )
+    return f"traced with {some} of {layers} equal layers and extrapolated, in {report['seconds']} s"

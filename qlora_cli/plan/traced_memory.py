@@ -1,4 +1,4 @@
-"""What the steps of a recipe take, traced on tensors without data."""
+"""Trace the memory of a recipe's steps on tensors without data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ from qlora_cli.models.report import (
 )
 from qlora_cli.plan.dry_run import dry_run, understands_documents
 from qlora_cli.plan.trace.libraries import collect_new_garbage_only, load_libraries
-from qlora_cli.plan.trace.memory_counter import LOAD, Count, CountedHost, Peak, Segment
-from qlora_cli.plan.trace.meta_model import load_traced, outline
+from qlora_cli.plan.trace.memory_counter import (
+    LOAD,
+    CountedHostMemory,
+    MemoryCounter,
+    Peak,
+    Segment,
+)
+from qlora_cli.plan.trace.meta_model import build_meta_model, load_traced
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
 
@@ -33,55 +39,51 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 GRANULARITY: dict[Device, int] = {"cpu": 1, "cuda": 512}
-"""CUDA's caching allocator hands out multiples of 512 bytes."""
+"""Allocation unit in bytes: CUDA's caching allocator uses multiples of 512."""
 
 
-class Untraceable(ModelError):
-    """Code of a model asks for what tensors without data do not have.
+class UntraceableModel(ModelError):
+    """The code of a model needs values, which traced tensors do not have.
 
     Args:
-        model: whose code it is.
-        why: in which module, and for what.
+        model: name of its config's class.
+        why: the module and what it does.
     """
 
     def __init__(self, model: str, why: str) -> None:
         super().__init__(
-            f"model.path: the code of {model} cannot be traced without data: {why}",
-            hint="nothing is estimated in its place; qlora train measures it instead: it tries the "
-            "largest batches first",
+            f"model.path: the memory of {model} is unknown, because its code cannot be traced "
+            f"without data: {why}",
+            hint="let the run find out: qlora train tries the largest batches before its first "
+            "step (with a number as training.micro_batch_size)",
         )
-        self.why = why
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What was traced."""
+class MemoryTrace:
+    """The memory and work of a recipe, traced."""
 
     peaks: dict[Segment, Peak]
     flops: dict[str, int]
     """Floating-point operations of each stage."""
     host_bytes: int
-    """Most that was in the memory of the host, beside a device."""
+    """Peak of host memory used in addition to the device."""
     num_layers: int
     traced_layers: tuple[int, ...]
-    """Of the models that were traced; where these have fewer layers, the rest was multiplied."""
+    """Layers of the traced models; with fewer than `num_layers`, the rest is extrapolated."""
     base_weights: int
     trained_weights: int
     vocabulary_size: int
     products: int = 0
-    """Kinds of products in 16 bit, by shape and layout."""
-    untraced: str = ""
-    """Why the code of the model was not traced; empty if it was."""
-    by_formula: tuple[str, ...] = ()
-    """Kinds of what is alive that go by a formula (`formula.py`) then."""
+    """Distinct 16-bit matmuls, by shape and layout."""
 
     def peak(self, *stages: str) -> tuple[Segment, Peak]:
-        """Where the most is alive, in these stages or in all."""
+        """Find the segment with the largest peak, in these stages or in all."""
         found = [item for item in self.peaks.items() if not stages or item[0].stage in stages]
         return max(found, key=lambda item: item[1].total)
 
 
-def forecast(
+def trace_memory(
     recipe: Recipe,
     config: PretrainedConfig,
     dtype: torch.dtype,
@@ -90,28 +92,28 @@ def forecast(
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
     kernels: Kernels = "fused",
-) -> Forecast:
+) -> MemoryTrace:
     """Trace loading, some steps and an evaluation of a recipe.
 
-    A model of many equal layers (or of a few kinds in turn) is traced with few of them. What a
-    layer adds to each moment of a step is the same for each, so multiplying is exact; a test holds
-    it against the whole.
+    A model of many equal layers (or of a repeating pattern) is traced with few of them. Each layer
+    adds the same to each moment of a step, so extrapolating is exact; a test compares it with a
+    trace of all layers.
 
     Args:
-        config: of the base model.
-        dtype: what is computed in; float32 means no autocast.
+        config: config of the base model.
+        dtype: compute dtype; float32 means no autocast.
         steps: the micro-batches of the most demanding steps.
-        held_out: the most demanding batch of the evaluation.
-        kernels: that the layers get, as far as they can be had.
+        held_out: the most demanding evaluation batch.
+        kernels: kernels of the layers that support them.
 
     Raises:
-        Untraceable: the model's code cannot be traced.
-        ModelError: the recipe does not suit the model.
+        UntraceableModel: the model's code cannot be traced.
+        ModelError: the recipe does not fit the model.
     """
     num_layers = text_config(config).num_hidden_layers
     load_libraries()
 
-    def trace(size: int) -> Forecast:
+    def trace(size: int) -> MemoryTrace:
         short = _shortened(config, size)
         return _trace(recipe, short, dtype, device, steps, held_out, kernels)
 
@@ -121,9 +123,9 @@ def forecast(
     small = num_layers % period + 2 * period
     if small + period >= num_layers:
         return trace(num_layers)
-    found = _stretched(trace(small), trace(small + period), num_layers, period)
-    # Of a layer that differs from the others the model's size would tell.
-    whole = sum(p.numel() for p in outline(config, dtype).parameters())
+    found = _extrapolate(trace(small), trace(small + period), num_layers, period)
+    # The number of weights reveals a layer that differs from the others.
+    whole = sum(p.numel() for p in build_meta_model(config, dtype).parameters())
     return found if found.base_weights == whole else trace(num_layers)
 
 
@@ -135,12 +137,12 @@ def _trace(
     steps: Sequence[Sequence[Batch]],
     held_out: Batch | None,
     kernels: Kernels,
-) -> Forecast:
+) -> MemoryTrace:
     text = text_config(config)
-    count = Count(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
+    count = MemoryCounter(device, granularity=GRANULARITY[device], vocabulary_size=text.vocab_size)
     quantization = recipe.quantization
     options = attention_option(recipe)
-    with in_plain_words(config), collect_new_garbage_only(), count:
+    with refuse_untraceable(config), collect_new_garbage_only(), count:
         with count.stage(LOAD):
             base = load_traced(config, quantization.load_options(dtype), count, **options)
         weights = count_base_weights(base)
@@ -149,11 +151,11 @@ def _trace(
             base,
             recipe,
             count,
-            ComputeOptions(dtype, kernels, _means(device, dtype, count)),
+            ComputeOptions(dtype, kernels, _capabilities_of(device, dtype, count)),
             steps=steps,
             held_out=held_out,
         )
-    return Forecast(
+    return MemoryTrace(
         peaks=count.peaks,
         flops=dict(count.flops),
         host_bytes=count.host_bytes,
@@ -166,32 +168,34 @@ def _trace(
     )
 
 
-def _means(device: Device, dtype: torch.dtype, count: Count) -> DeviceCapabilities:
-    """What a device has. Of a card that cannot attend to all documents at once, it is the more."""
+def _capabilities_of(
+    device: Device, dtype: torch.dtype, count: MemoryCounter
+) -> DeviceCapabilities:
+    """Return what a device supports. For cards without varlen attention, this takes more memory."""
     if device == "cpu":
         return DeviceCapabilities()
     attention = PerDocumentAttention() if dtype == torch.float32 else VarlenAttention()
-    return DeviceCapabilities(attention, CountedHost(count))
+    return DeviceCapabilities(attention, CountedHostMemory(count))
 
 
 def _is_prepared(product: tuple[Any, ...]) -> bool:
-    """Whether it is a product of matrices in 16 bit, which oneDNN prepares on a CPU."""
+    """Return whether this is a 16-bit matmul, which oneDNN prepares on a CPU."""
     name, first, *_ = product
     return bool(name.removesuffix("_").endswith("mm") and first[0].itemsize == 2)
 
 
 @contextmanager
-def in_plain_words(config: PretrainedConfig) -> Iterator[None]:
-    """Raises Untraceable where a model's code asks for what tensors without data do not have."""
+def refuse_untraceable(config: PretrainedConfig) -> Iterator[None]:
+    """Raise UntraceableModel where the code of a model needs values."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
         said = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise Untraceable(type(config).__name__, f"{_culprit(e)}{said}") from e
+        raise UntraceableModel(type(config).__name__, f"{_culprit(e)}{said}") from e
 
 
 def _culprit(error: Exception) -> str:
-    """The innermost module of the model that was at work, as the beginning of a sentence."""
+    """Name the innermost running module, as the beginning of a sentence."""
     modules = [
         frame.f_locals["self"]
         for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -201,8 +205,10 @@ def _culprit(error: Exception) -> str:
 
 
 def attention_option(recipe: Recipe) -> dict[str, Any]:
-    """What the constructor of the model is told. Flash attention needs a package and a card; sdpa
-    holds what it holds."""
+    """Return the attention options of the model's constructor.
+
+    Flash attention needs a package and a card. It is traced as sdpa, which takes the same memory.
+    """
     attention = recipe.model.attention
     named = {"auto": {}, "flash_attention_2": {"attn_implementation": "sdpa"}}
     return {
@@ -211,27 +217,27 @@ def attention_option(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def can_lie_end_to_end(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
-    """Whether examples need no padding, as far as the code of the model tells.
+def supports_padding_free(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Return whether the code of the model accepts concatenated examples.
 
-    `train` proves it with numbers too, which a trace has none of.
+    `train` also verifies it with numbers, which a trace does not have.
     """
     period = _period(text_config(config)) or text_config(config).num_hidden_layers
     load_libraries()
-    with in_plain_words(config), Count() as count:
+    with refuse_untraceable(config), MemoryCounter() as count:
         options = attention_option(recipe)
         base = load_traced(_shortened(config, period), {"dtype": dtype}, count, **options)
         return understands_documents(base)
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a config that describes the language model."""
+    """Return the part of a config that describes the language model."""
     text: PretrainedConfig = config.get_text_config(decoder=True)
     return text
 
 
 def _per_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
-    """What a config says of each layer by itself."""
+    """Return the settings that a config lists per layer."""
     return {
         name: value
         for name, value in vars(text).items()
@@ -240,7 +246,7 @@ def _per_layer(text: PretrainedConfig) -> dict[str, list[Any]]:
 
 
 def _period(text: PretrainedConfig) -> int | None:
-    """After how many layers their kinds begin again; None if they do not."""
+    """Find after how many layers their kinds repeat; None if they do not."""
     lists = _per_layer(text).values()
     for period in range(1, text.num_hidden_layers // 4 + 1):
         if all(a == b for kinds in lists for a, b in zip(kinds, kinds[period:], strict=False)):
@@ -249,12 +255,12 @@ def _period(text: PretrainedConfig) -> int | None:
 
 
 def _names_layers(recipe: Recipe) -> bool:
-    """Whether layers may differ in adapter or optimizer: by a pattern, or by a number.
+    """Return whether adapter or optimizer may treat layers differently.
 
-    A name with a number may be that of one layer. Of PEFT's own settings, those that choose layers
-    or modules count whatever they say.
+    A name with a digit may be that of one layer. PEFT's own settings that select layers or modules
+    count whatever their value.
     """
-    adapter = recipe.adapter.model_dump(include=_CHOICES)
+    adapter = recipe.adapter.model_dump(include=_SELECTORS)
     named = [value for value in adapter.values() if value != "all-linear"]
     named += [group.match for group in recipe.optimizer.groups]
     settings = recipe.adapter.model_dump(include={"rank_pattern", "alpha_pattern"})
@@ -263,15 +269,15 @@ def _names_layers(recipe: Recipe) -> bool:
     return any(settings.values()) or any(character.isdigit() for character in str(named))
 
 
-_CHOICES = {
+_SELECTORS = {
     "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save",
     "layers_to_transform", "last_layers", "patterns",
 }  # fmt: skip
-"""Settings of adapters that choose where they are."""
+"""Settings of adapters that select modules."""
 
 
 def _shortened(config: PretrainedConfig, size: int) -> PretrainedConfig:
-    """The config of a model of fewer layers: the first ones."""
+    """Return the config of a model with only the first layers."""
     short = copy.deepcopy(config)
     text = text_config(short)
     lists = _per_layer(text)
@@ -281,19 +287,21 @@ def _shortened(config: PretrainedConfig, size: int) -> PretrainedConfig:
     return short
 
 
-def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -> Forecast:
-    """What a model of many layers takes, from two that differ by a period of layers.
+def _extrapolate(
+    small: MemoryTrace, large: MemoryTrace, num_layers: int, period: int
+) -> MemoryTrace:
+    """Extrapolate the memory of many layers from two traces that differ by one period of layers.
 
-    The most that is alive while a layer is at work grows by the same amount with each layer that
-    the model has, and from layer to layer. So the first and the last ones say it all.
+    The peak while a layer is running grows by the same amount with each layer of the model, and
+    from layer to layer. So the first and the last layers determine all.
     """
     times = (num_layers - large.num_layers) // period
 
     def grown(less: int, more: int) -> int:
         return more + times * (more - less)
 
-    def ends(found: Forecast) -> dict[Segment, tuple[int | None, Peak]]:
-        """With places as their distance from the beginning, or (negative) from the end."""
+    def ends(found: MemoryTrace) -> dict[Segment, tuple[int | None, Peak]]:
+        """Keep the peaks near both ends, with places relative to the beginning or the end (< 0)."""
         last, near = 2 * found.num_layers, 2 * period
         kept = {}
         for segment, peak in found.peaks.items():
@@ -308,13 +316,13 @@ def _stretched(small: Forecast, large: Forecast, num_layers: int, period: int) -
     for key, (place, peak) in ends(large).items():
         less = before[key][1]
         names = dict.fromkeys((*less.kinds, *peak.kinds))
-        # Where two moments are alike, one may be the peak here and the other there: then a kind can
-        # shrink by some kilobytes a layer.
+        # Of two similar moments, one may be the peak in one trace and the other in the other. A
+        # kind can then shrink by some kilobytes per layer.
         kinds = {n: max(0, grown(less.kinds.get(n, 0), peak.kinds.get(n, 0))) for n in names}
         if place is not None and place > 2 * period:
             place += 2 * (num_layers - large.num_layers)
         peaks[key._replace(place=place)] = Peak(sum(kinds.values()), kinds)
-    return Forecast(
+    return MemoryTrace(
         peaks=peaks,
         flops={stage: grown(small.flops[stage], more) for stage, more in large.flops.items()},
         host_bytes=grown(small.host_bytes, large.host_bytes),

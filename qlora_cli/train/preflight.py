@@ -19,10 +19,11 @@ from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.run_data import RecipeData
 from qlora_cli.loop.setup import Batches, Setup, largest_eval_batch
 from qlora_cli.objectives.base import Objective, evaluate_loss
-from qlora_cli.plan.estimate import PlanRows, estimate
+from qlora_cli.plan.estimate import estimate
+from qlora_cli.plan.rows import PlanRows
 from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, with_changes
-from qlora_cli.plan.trace.memory_counter import Count
-from qlora_cli.plan.trace.meta_model import hold_model
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
+from qlora_cli.plan.trace.meta_model import count_model
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.checkpoint import random_states, set_random_states
 from qlora_cli.runs.resume_check import recorded_recipe
@@ -119,8 +120,7 @@ def memory_summary(memory: Mapping[str, int], peak: int, *, is_resident: bool) -
 def log_plan(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> dict[str, int]:
     """Log the plan of a run, and return the bytes of tensors and process at its peak.
 
-    Empty if the model's code cannot be traced: an estimate by a formula is logged, and not compared
-    with the measurement afterwards.
+    Return nothing, and log why, if the code of the model cannot be traced.
     """
     started = time.monotonic()
     try:
@@ -130,19 +130,15 @@ def log_plan(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> 
     except ModelError as error:
         log.info("no plan: %s", error)
         return {}
-    peak, formula = report["peak"], report["formula"]
-    how = f"not traced ({formula['why']}), partly by a formula" if formula else "traced"
+    peak = report["peak"]
     log.info(
-        "plan: tensors take %s at the peak (%s), the process %s to %s; %s in %.1f s",
+        "plan: tensors take %s at the peak (%s), the process %s to %s; traced in %.1f s",
         size_text(peak["bytes"]),
         peak["stage"],
         size_text(report["process"]["low"]),
         size_text(report["process"]["high"]),
-        how,
         time.monotonic() - started,
     )
-    if formula:
-        return {}
     process = report["process"]
     return {
         "planned_memory_bytes": peak["bytes"],
@@ -164,11 +160,11 @@ def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> i
     Raises:
         OutOfMemory: with what to change.
     """
-    count = Count()
+    count = MemoryCounter()
     shapes = ", ".join("x".join(map(str, b.input_ids.shape)) for step in rows.steps for b in step)
     try:
         with _unchanged(setup), count if is_counted else nullcontext():
-            hold_model(setup.objective.model, count)
+            count_model(setup.objective.model, count)
             _run_batches(setup, rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

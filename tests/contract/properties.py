@@ -31,9 +31,9 @@ from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
 from qlora_cli.plan.trace.libraries import load_libraries
-from qlora_cli.plan.trace.memory_counter import Count
-from qlora_cli.plan.trace.meta_model import hold_model
-from qlora_cli.plan.traced_memory import forecast
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
+from qlora_cli.plan.trace.meta_model import count_model
+from qlora_cli.plan.traced_memory import trace_memory
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
 from qlora_cli.types import Batch, Prompt
@@ -397,13 +397,13 @@ def is_planned_right(case: Case) -> str:
     config, _ = recipe.model.read_config()
     load_libraries()
     base = recipe.model.load(recipe.quantization.load_options(torch.float32), CPU)
-    count = Count(vocabulary_size=base.config.vocab_size)
-    hold_model(base, count)
+    count = MemoryCounter(vocabulary_size=base.config.vocab_size)
+    count_model(base, count)
     torch.manual_seed(0)
     with count:
         dry_run(base, recipe, count, ComputeOptions(torch.float32), **batches)
     try:
-        planned = forecast(recipe, config, torch.float32, device="cpu", **batches)
+        planned = trace_memory(recipe, config, torch.float32, device="cpu", **batches)
     except ModelError as error:
         return str(error)
     for stage in (FIRST, STEP, EVALUATION):

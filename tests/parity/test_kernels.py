@@ -1,4 +1,4 @@
-"""Each kernel against its plain twin: the loss, and the gradient of every trained weight."""
+"""Compare each kernel with its plain twin: the loss, and the gradient of every trained weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_cli.kernels.attention import PerDocumentAttention, attend, attend_bac
 from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
-from tests.parity.tiny_layers import adapted, base, batch, distance, fused, learnt
+from tests.parity.tiny_layers import adapted, base, batch, distance, fused, loss_and_gradients
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
@@ -32,14 +32,14 @@ from tests.parity.tiny_layers import adapted, base, batch, distance, fused, lear
         "qwen3-bias-window",
     ],
 )
-def test_a_fused_layer_learns_what_the_layer_does(
+def test_fused_layer_equals_the_plain_layer(
     tmp_path: Path, kind: str, quantization: str, recompute: Recompute
 ) -> None:
     def model(*, ours: bool) -> Any:
         return adapted(base(kind, tmp_path / "base", torch.float32, quantization), ours=ours)
 
-    expected, gradients = learnt(model(ours=False), torch.float32)
-    found, ours = learnt(fused(model(ours=True), recompute), torch.float32)
+    expected, gradients = loss_and_gradients(model(ours=False), torch.float32)
+    found, ours = loss_and_gradients(fused(model(ours=True), recompute), torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert distance(ours, gradients) < 1e-5
 
@@ -55,12 +55,12 @@ def test_a_fused_layer_learns_what_the_layer_does(
     ],
     ids=["attention", "down", "patterns", "rslora", "one-layer"],
 )
-def test_layers_are_fused_whatever_has_an_update(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_layers_are_fused_with_any_target_modules(tmp_path: Path, changes: dict[str, Any]) -> None:
     def model(*, ours: bool) -> Any:
         return adapted(base("llama", tmp_path / "base", torch.float32, "nf4"), ours=ours, **changes)
 
-    expected, gradients = learnt(model(ours=False), torch.float32)
-    found, ours = learnt(fused(model(ours=True), "mlp"), torch.float32)
+    expected, gradients = loss_and_gradients(model(ours=False), torch.float32)
+    found, ours = loss_and_gradients(fused(model(ours=True), "mlp"), torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert distance(ours, gradients) < 1e-5
 
@@ -70,14 +70,12 @@ def test_layers_are_fused_whatever_has_an_update(tmp_path: Path, changes: dict[s
     [{"lora_dropout": 0.1}, {"use_dora": True}, {"modules_to_save": ["input_layernorm"]}],
     ids=["dropout", "dora", "norms"],
 )
-def test_what_a_fused_layer_cannot_do_is_left_alone(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_unsupported_layers_are_not_fused(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True, **changes)
     assert fuse_layers(model, "none", Elementwise(), PerDocumentAttention()) == 0
 
 
-def test_a_fused_model_evaluates_generates_and_switches_off_as_before(tmp_path: Path) -> None:
+def test_fused_model_evaluates_generates_and_disables_its_adapter(tmp_path: Path) -> None:
     plain = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True).eval()
     ours = fused(adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True)).eval()
     ids = torch.randint(0, 90, (2, 9))
@@ -99,29 +97,27 @@ def test_a_fused_model_evaluates_generates_and_switches_off_as_before(tmp_path: 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_an_update_before_the_base_product_is_pefts_update(
-    tmp_path: Path, quantization: str, dropout: float
-) -> None:
+def test_update_first_equals_peft(tmp_path: Path, quantization: str, dropout: float) -> None:
     def model(*, ours: bool) -> Any:
         held = base("llama-bias-tied", tmp_path / "base", torch.float32, quantization)
         return adapted(held, ours=ours, lora_dropout=dropout)
 
     torch.manual_seed(3)
-    expected, gradients = learnt(model(ours=False), torch.float32)
+    expected, gradients = loss_and_gradients(model(ours=False), torch.float32)
     torch.manual_seed(3)
-    found, ours = learnt(model(ours=True), torch.float32)
+    found, ours = loss_and_gradients(model(ours=True), torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert distance(ours, gradients) < 1e-5
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_in_bfloat16_a_small_update_is_kept_where_pefts_order_loses_it(
+def test_small_update_survives_bfloat16_where_pefts_order_loses_it(
     tmp_path: Path, quantization: str
 ) -> None:
-    """A thousandth of what the layer gives: less than half a unit in the last place of most."""
+    """Use an update of a thousandth of the output: mostly below half a unit in the last place."""
 
     def change(dtype: torch.dtype, *, ours: bool) -> Tensor:
-        """What the update makes of the output."""
+        """Return the change of the output by the update."""
         model = adapted(base("llama", tmp_path / "base", dtype, quantization), ours=ours)
         layer = model.base_model.model.model.layers[0].mlp.up_proj
         torch.manual_seed(4)
@@ -137,7 +133,7 @@ def test_in_bfloat16_a_small_update_is_kept_where_pefts_order_loses_it(
     exact = change(torch.float32, ours=True)
 
     def kept(found: Tensor) -> float:
-        """How much of the exact change is there: its projection."""
+        """Project a change on the exact one, and return its share."""
         return float((found * exact).sum() / exact.square().sum())
 
     assert kept(change(torch.bfloat16, ours=True)) == pytest.approx(1, abs=0.1)
@@ -152,7 +148,7 @@ def test_in_bfloat16_a_small_update_is_kept_where_pefts_order_loses_it(
     ("kind", "recompute"),
     [("llama", "mlp"), ("qwen3", "none"), ("qwen3", "mlp"), ("qwen3", "all")],
 )
-def test_compiled_element_wise_work_is_the_plain_one(
+def test_compiled_elementwise_work_equals_the_plain_one(
     tmp_path: Path, kind: str, recompute: Recompute, dtype: torch.dtype
 ) -> None:
     def model() -> Any:
@@ -160,8 +156,10 @@ def test_compiled_element_wise_work_is_the_plain_one(
 
     ops = Elementwise.compiled()
     ops.try_out(torch.device("cpu"), dtype, norms_heads=kind == "qwen3")
-    expected, gradients = learnt(fused(model(), recompute), dtype)
-    found, ours = learnt(fused(model(), recompute, ops), dtype, compiled_cross_entropy())
+    expected, gradients = loss_and_gradients(fused(model(), recompute), dtype)
+    found, ours = loss_and_gradients(
+        fused(model(), recompute, ops), dtype, compiled_cross_entropy()
+    )
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # rounding between operations
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     assert distance(ours, gradients) < 5 * tolerance
@@ -169,20 +167,20 @@ def test_compiled_element_wise_work_is_the_plain_one(
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_a_fused_layer_in_bfloat16_is_the_layer_but_for_rounding(
+def test_fused_layer_in_bfloat16_equals_the_plain_layer_up_to_rounding(
     tmp_path: Path, kind: str, recompute: Recompute
 ) -> None:
     def model() -> Any:
         return adapted(base(kind, tmp_path / "base", torch.bfloat16, "nf4"), ours=True)
 
-    expected, gradients = learnt(model(), torch.bfloat16)
-    found, ours = learnt(fused(model(), recompute), torch.bfloat16)
+    expected, gradients = loss_and_gradients(model(), torch.bfloat16)
+    found, ours = loss_and_gradients(fused(model(), recompute), torch.bfloat16)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
     assert distance(ours, gradients) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_are_normed_and_rotated_as_by_autograd(dtype: torch.dtype) -> None:
+def test_norm_rotate_equals_autograd(dtype: torch.dtype) -> None:
     torch.manual_seed(7)
     states, grad = torch.randn(2, 11, 6, 8).to(dtype)
     weight = (1 + 0.3 * torch.randn(6, 8)).to(dtype)
@@ -204,7 +202,7 @@ def test_heads_are_normed_and_rotated_as_by_autograd(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
+def test_cross_entropy_and_gradient_equal_torch(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     logits = (8 * torch.randn(40, 300)).to(dtype).requires_grad_()
     targets = torch.randint(0, 300, (40,))
@@ -220,7 +218,7 @@ def test_cross_entropy_and_its_gradient_are_torchs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])  # False: by torch's own kernel
-def test_the_backward_pass_of_attention_is_that_of_each_document_alone(is_compiled: bool) -> None:
+def test_attention_backward_equals_single_documents(is_compiled: bool) -> None:
     torch.manual_seed(6)
     documents, heads, groups, size, scale = [1, 300, 128, 129], 6, 2, 16, 0.25
     tokens = sum(documents)
@@ -229,7 +227,7 @@ def test_the_backward_pass_of_attention_is_that_of_each_document_alone(is_compil
     # The same products by blocks, with nothing compiled between them.
     ops = replace(Elementwise(), is_compiled=is_compiled)
     attended = attend(q, k, v, documents, scale)
-    found = attend_backward(grad, q, k, v, attended, documents, scale, ops)
+    found = attend_backward(grad, (q, k, v), attended, documents, scale, ops)
 
     parts = [x.double().requires_grad_() for x in (q, k, v)]
     outputs = [

@@ -1,4 +1,4 @@
-"""Inputs of layers on the host: the same losses and gradients, to the last bit."""
+"""Test that offloaded layer inputs give the same losses and gradients, to the last bit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
-from qlora_cli.kernels.offload import PinnedHost, keep_on_host
+from qlora_cli.kernels.offload import PinnedHostMemory, keep_on_host
 from qlora_cli.loop.fast_path import ComputeOptions, prepare_layers
 from qlora_cli.models.base import start_checkpointing
-from tests.parity.tiny_layers import DOCUMENTS, adapted, base, batch, distance, fused, learnt
+from tests.parity.tiny_layers import (
+    DOCUMENTS,
+    adapted,
+    base,
+    batch,
+    distance,
+    fused,
+    loss_and_gradients,
+)
 
 
-class Watched(PinnedHost):
-    """Remembers what was put there."""
+class Watched(PinnedHostMemory):
+    """Host memory that records what is put there."""
 
     def __init__(self) -> None:
         self.shapes: list[torch.Size] = []
@@ -35,7 +43,7 @@ class Watched(PinnedHost):
         return super().get(kept, device)
 
 
-def prepared(folder: Path, kernels: str, dtype: torch.dtype, host: PinnedHost | None) -> Any:
+def prepared(folder: Path, kernels: str, dtype: torch.dtype, host: PinnedHostMemory | None) -> Any:
     kind = "qwen3" if kernels == "fused" else "llama"
     model = adapted(base(kind, folder / "base", dtype, "nf4"), ours=True)
     if kernels == "fused":
@@ -50,13 +58,11 @@ def prepared(folder: Path, kernels: str, dtype: torch.dtype, host: PinnedHost | 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", ["fused", "plain"])
-def test_a_step_with_inputs_on_the_host_is_the_same_step(
-    tmp_path: Path, kernels: str, dtype: torch.dtype
-) -> None:
-    expected, gradients = learnt(prepared(tmp_path, kernels, dtype, None), dtype)
+def test_offloaded_step_is_bit_identical(tmp_path: Path, kernels: str, dtype: torch.dtype) -> None:
+    expected, gradients = loss_and_gradients(prepared(tmp_path, kernels, dtype, None), dtype)
     host = Watched()
     model = prepared(tmp_path, kernels, dtype, host)
-    found, ours = learnt(model, dtype)
+    found, ours = loss_and_gradients(model, dtype)
     assert torch.equal(found, expected)
     assert distance(ours, gradients) == 0
     tokens = sum(DOCUMENTS)
@@ -68,7 +74,7 @@ def test_a_step_with_inputs_on_the_host_is_the_same_step(
     assert host.taken >= 2
 
 
-def test_nothing_is_moved_without_a_gradient_or_after_an_error(tmp_path: Path) -> None:
+def test_nothing_is_offloaded_without_gradient_or_after_an_error(tmp_path: Path) -> None:
     host = Watched()
     model = prepared(tmp_path, "fused", torch.bfloat16, host)
     with torch.no_grad():
@@ -83,7 +89,7 @@ def test_nothing_is_moved_without_a_gradient_or_after_an_error(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kernels", ["fused", "plain"])
-def test_where_there_is_no_cuda_it_is_true_and_says_so_in_one_line(
+def test_offload_without_cuda_acts_as_true_and_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kernels: Any
 ) -> None:
     def step(checkpointing: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,7 +98,7 @@ def test_where_there_is_no_cuda_it_is_true_and_says_so_in_one_line(
         options = ComputeOptions(torch.float32, kernels, device)
         inner = model.get_base_model()
         assert prepare_layers(model, inner, checkpointing, options) == kernels
-        return learnt(model, torch.float32)
+        return loss_and_gradients(model, torch.float32)
 
     expected, gradients = step(True)
     with caplog.at_level(logging.WARNING, logger="qlora"):

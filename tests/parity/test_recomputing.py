@@ -1,4 +1,4 @@
-"""What is kept for the backward pass where layers are not computed as one function."""
+"""Test what is saved for the backward pass when layers are not fused."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from qlora_cli.adapters import Freeze
 from qlora_cli.kernels.decoder_layer import FusedLayer
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.loop.fast_path import ComputeOptions, prepare_layers
-from tests.parity.tiny_layers import adapted, base, distance, learnt
+from tests.parity.tiny_layers import adapted, base, distance, loss_and_gradients
 
 
 def last_layer_trained(folder: Path) -> tuple[Any, Any]:
-    """The first layer becomes one function, the last one cannot."""
+    """Make a model whose first layer is fused and whose last is not."""
     inner = base("llama", folder / "base", torch.float32, "none")
     return Freeze(last_layers=1).attach(inner), inner
 
 
 def one_layer_with_dropout(folder: Path) -> tuple[Any, Any]:
-    """Here too; the same elements are dropped when it is computed again."""
+    """Make a model with dropout; recomputing drops the same elements."""
     inner = base("llama", folder / "base", torch.float32, "none")
     changes = {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}
     return adapted(inner, ours=True, lora_dropout=0.3, **changes), inner
 
 
 def beyond_the_window(folder: Path) -> tuple[Any, Any]:
-    """Both do, and leave a document of 40 tokens to the layers that they replace."""
+    """Make a model whose fused layers leave a document of 40 tokens to the original layers."""
     inner = base("mistral-window", folder / "base", torch.float32, "none")
     return adapted(inner, ours=True), inner
 
@@ -41,7 +41,7 @@ def beyond_the_window(folder: Path) -> tuple[Any, Any]:
     ("make", "number"),
     [(last_layer_trained, 1), (one_layer_with_dropout, 1), (beyond_the_window, 2)],
 )
-def test_what_is_to_be_computed_again_is_not_kept(
+def test_recomputed_activations_are_not_saved(
     tmp_path: Path, make: Any, number: int, checkpointing: Any
 ) -> None:
     def step(checkpointing: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
@@ -61,7 +61,7 @@ def test_what_is_to_be_computed_again_is_not_kept(
         model.train()
         torch.manual_seed(3)
         with saved_tensors_hooks(look, lambda tensor: tensor):
-            loss, gradients = learnt(model, torch.float32)
+            loss, gradients = loss_and_gradients(model, torch.float32)
         return sum(kept.values()), loss, gradients
 
     all_of_it, expected, gradients = step(False)

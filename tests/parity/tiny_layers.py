@@ -1,4 +1,4 @@
-"""Random models of a few small layers, and what they learn from one batch."""
+"""Random models of a few small layers, and their loss and gradients on one batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_cli.kernels.attention import Attention, PerDocumentAttention
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.peft_lora_layers import layer_classes
+from qlora_cli.kernels.peft_lora_layers import lora_layer_classes
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.types import Batch
@@ -28,7 +28,7 @@ BY_DOCUMENT = PerDocumentAttention()
 
 
 def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
-    """A random model of a kind, through its files, because that is where quantization happens."""
+    """Make a random model and load it from files, because quantization happens on loading."""
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     configs = {
@@ -78,11 +78,11 @@ def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
 
 
 def adapted(model: Any, *, ours: bool, **changes: Any) -> Any:
-    """With an update that is not zero."""
+    """Attach an adapter whose update is not zero."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
     config = LoraConfig(task_type="CAUSAL_LM", **settings)
     if ours:
-        config._register_custom_module(layer_classes(model))
+        config._register_custom_module(lora_layer_classes(model))
     model = get_peft_model(model, config).train()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -93,7 +93,7 @@ def adapted(model: Any, *, ours: bool, **changes: Any) -> Any:
 
 
 def batch() -> Batch:
-    """Examples end to end, not all of it supervised."""
+    """Make a batch of concatenated, partly supervised examples."""
     torch.manual_seed(2)
     ids = torch.randint(0, 90, (1, sum(DOCUMENTS)))
     labels = ids.clone()
@@ -101,17 +101,17 @@ def batch() -> Batch:
     return Batch(ids, None, labels, DOCUMENTS)
 
 
-def learnt(
+def loss_and_gradients(
     model: Any, dtype: torch.dtype, loss_kernel: CrossEntropy = cross_entropy
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and the gradients by name."""
+    """Compute the loss, and the gradients by name."""
     loss, _ = TokenLoss(model, dtype, loss_kernel)(batch())
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of the gradient that is furthest from what it should be, relative to its norm."""
+    """Return the largest distance of a gradient from its reference, relative to the norm."""
     assert found.keys() == expected.keys()
     assert len(found) > 0
     return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
@@ -123,7 +123,7 @@ def fused(
     ops: Elementwise = PLAIN,
     attention: Attention = BY_DOCUMENT,
 ) -> Any:
-    """With each layer as one function."""
+    """Fuse the layers of a model."""
     assert fuse_layers(model, recompute, ops, attention) == 2
     assert sum(isinstance(module, FusedLayer) for module in model.modules()) == 2
     return model

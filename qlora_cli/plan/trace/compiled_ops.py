@@ -1,9 +1,8 @@
-"""Compiled kernels in a trace: torch.compile makes one pass over memory of each function.
+"""Trace compiled kernels: torch.compile fuses each function into one pass over memory.
 
-So what a function makes on its way is not in memory, and what it returns is. That is so of what
-inductor makes of these functions (torch 2.13, on a CPU), but for columns of one number a row, and
-for a float32 copy of the gates in SwiGLU's backward pass. `benchmarks/plan_validation.md` holds it
-against the allocator.
+Only what a function returns takes memory then, not its intermediates. Inductor does this with these
+functions (torch 2.13, on a CPU), except for one number per row and a float32 copy of the gates in
+SwiGLU's backward pass. `benchmarks/plan_validation.md` compares it with the allocator.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
 
 
-def as_compiled(count: Count) -> Elementwise:
-    """Element-wise work as compiled code does it, as far as memory goes."""
-    ops = Elementwise.compiled(by=lambda function: partial(count.as_one, function))
-    # On a card attention goes backward in the same way, whatever is compiled.
+def as_compiled(count: MemoryCounter) -> Elementwise:
+    """Return element-wise functions that take the memory of compiled ones."""
+    ops = Elementwise.compiled(by=lambda function: partial(count.as_one_kernel, function))
+    # On a card the backward pass of attention is the same, compiled or not.
     return ops if count.device == "cpu" else replace(ops, is_compiled=False)
 
 
 def compiled_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What `compiled_cross_entropy` takes, which differs from the plain one: it makes no copy."""
+    """Take the memory of `compiled_cross_entropy`, which makes no copy of the logits."""
     return logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)

@@ -1,4 +1,4 @@
-"""What the kernels of libraries allocate while they work, where an operation's result hides it."""
+"""Replay what library kernels allocate while they work, in addition to their results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qlora_cli.distributed.devices import Device
 
 Kernel = Callable[..., Any]
 
-# On a CPU these are C functions that write to their result; all other operations of bitsandbytes
-# are made of torch's there, and are taken apart.
+# On a CPU these are C functions that write to their result. All other bitsandbytes operations are
+# composed of torch's there, and are traced as such.
 _CLOSED = {
     "bitsandbytes::dequantize_4bit",
     "bitsandbytes::dequantize_blockwise",
@@ -22,8 +22,8 @@ _CLOSED = {
 }
 
 
-def opened(name: str, device: Device) -> Kernel | None:
-    """How an operation is done by others on a device; None if it is one step there."""
+def decompose(name: str, device: Device) -> Kernel | None:
+    """Return how an operation decomposes on a device; None if it is a single kernel there."""
     if device == "cuda":
         return _CUDA.get(name)
     if name in _CLOSED or not name.startswith("bitsandbytes::"):
@@ -45,10 +45,10 @@ def _multiply_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """The product with a 4-bit weight that is dequantized first.
+    """Multiply by a 4-bit weight that is dequantized first.
 
-    bitsandbytes does so for many rows (always above 1,536); for fewer it has a kernel that never
-    holds the weight, by tables of its own for each generation of cards. This is the most it takes.
+    bitsandbytes does this for many rows (always above 1,536). For fewer rows it may use a kernel
+    that never holds the weight, depending on the card, so this is the maximum.
     """
     ops = torch.ops.bitsandbytes
     if absmax_8bit is not None and absmax_offset is not None:
@@ -61,14 +61,14 @@ def _multiply_4bit(
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Flash attention on CUDA sums the gradient of the queries in float32."""
+    """Allocate like CUDA's flash attention, which sums the gradient of queries in float32."""
     total = torch.empty_like(query, dtype=torch.float32)
     made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     del total
     return made
 
 
-def _attention_at_once_backward(
+def _varlen_attention_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -79,8 +79,11 @@ def _attention_at_once_backward(
     *rest: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """The same for documents end to end: each may begin a block of 128 rows anew. Fewer heads of
-    keys than of queries are summed up in the end (flash attention 2, `mha_varlen_bwd`)."""
+    """Allocate like flash attention 2's `mha_varlen_bwd`.
+
+    Each document starts a new block of 128 rows. If there are fewer heads of keys than of queries,
+    their gradients are summed at the end.
+    """
     tokens, heads, size = query.shape
     rows, width = tokens + 128 * (len(ends) - 1), -(-size // 32) * 32
     made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
@@ -92,7 +95,7 @@ def _attention_at_once_backward(
 
 
 def _quantize_int8(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows in 8 bits, with the scale of each; no column of outliers."""
+    """Quantize rows to 8 bits, each with its scale, without outlier columns."""
     outliers = None
     if threshold > 0:
         found = rows.abs() >= threshold
@@ -111,8 +114,10 @@ def _multiply_int8(
     outliers: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The product in 32-bit integers, then in float16, then in the dtype of the rows. Those in 16
-    bit (`rows`) are for columns of outliers, which are few."""
+    """Multiply in 32-bit integers, then convert to float16 and to the dtype of the rows.
+
+    The 16-bit `rows` are for the few outlier columns.
+    """
     shape = (*quantized.shape[:-1], weight.shape[0])
     integers = torch._int_mm(quantized.flatten(0, -2), weight.t()).view(shape)
     half = torch.empty_like(integers, dtype=torch.float16)
@@ -125,5 +130,5 @@ _CUDA: dict[str, Kernel] = {
     "bitsandbytes::int8_vectorwise_quant": _quantize_int8,
     "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-    "torch_attn::_varlen_attn_backward": _attention_at_once_backward,
+    "torch_attn::_varlen_attn_backward": _varlen_attention_backward,
 }

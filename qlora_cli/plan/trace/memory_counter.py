@@ -1,4 +1,4 @@
-"""The bytes of all tensors that are alive, real or traced, by what they are for."""
+"""Count the bytes of all live tensors, real or traced, by kind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_cli.distributed.devices import Device
-from qlora_cli.plan.trace.kernel_shapes import opened
-from qlora_cli.plan.trace.traced_tensor import TracedTensor, inside_a_kernel
+from qlora_cli.plan.trace.kernel_shapes import decompose
+from qlora_cli.plan.trace.traced_tensor import TracedTensor, inside_kernel
 
 QUANTIZED = "quantized weights"
 CONSTANTS = "quantization constants"
@@ -32,10 +32,10 @@ LOGITS = "logits and loss"
 BATCH = "batch"
 WORKSPACE = "workspace"
 _HOST = "host"
-"""What is in memory beside that of the device, and not of `KINDS`."""
+"""Tensors in host memory, which are counted separately."""
 
 HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, BUCKETS)
-"""What is there between steps."""
+"""Kinds that exist between steps."""
 
 LOAD = "load"
 
@@ -46,22 +46,22 @@ KINDS = (
 
 
 class Segment(NamedTuple):
-    """A stretch of a trace that does one thing."""
+    """A part of a trace: a layer in the forward pass of a stage, for example."""
 
     stage: str
-    """What is going on: load, first step, ..."""
+    """load, first step, ..."""
     part: str
-    """forward, backward, update; or between, when gradients are there and nothing is under way."""
+    """forward, backward or update; or between, when gradients exist and no pass is running."""
     turn: int
-    """How many forward passes have begun in the stage."""
+    """Number of forward passes that have begun in the stage."""
     place: int | None
-    """Where in the model: 0 before the first layer, 2i + 1 in the layer i, 2i + 2 after it. Going
-    back, None is behind all layers."""
+    """Position in the model: 0 before the first layer, 2i + 1 in layer i, 2i + 2 after it. None is
+    after all layers in the backward pass."""
 
 
 @dataclass(slots=True)
 class Peak:
-    """Where the most was alive."""
+    """The largest amount of live memory in a segment."""
 
     total: int = 0
     """Bytes."""
@@ -75,14 +75,15 @@ class _Held(NamedTuple):
     reference: weakref.ref[Any]
 
 
-class Count(TorchDispatchMode):
-    """Counts while it is entered. A storage is counted from the operation that made it, or from
-    `hold`, until nothing refers to it any more.
+class MemoryCounter(TorchDispatchMode):
+    """Count the memory of tensors while the mode is entered.
+
+    A storage counts from the operation that creates it, or from `hold`, until it is freed.
 
     Args:
-        device: whose kernels are traced; what they allocate inside counts too.
-        granularity: sizes are rounded up to a multiple of this, as an allocator does (in bytes).
-        vocabulary_size: what has so many columns is logits.
+        device: the device whose kernels are traced, including what they allocate inside.
+        granularity: allocation unit in bytes; sizes are rounded up to a multiple.
+        vocabulary_size: tensors with this many columns are logits.
     """
 
     def __init__(
@@ -92,11 +93,11 @@ class Count(TorchDispatchMode):
         self.peaks: dict[Segment, Peak] = {}
         self.flops: Counter[str] = Counter()
         self.products: set[Any] = set()
-        """Kinds of products that were made: each is prepared by a library, once."""
+        """Distinct matmuls by shape and layout: a library prepares each once."""
         self.by_kind: Counter[str] = Counter()
         self.total = 0
         self.host_bytes = 0
-        """The most that was on the host (`on_host`)."""
+        """Peak of host memory (`on_host`)."""
         self._turn = 0
         self._place = 0
         self._place_back: int | None = None
@@ -112,7 +113,7 @@ class Count(TorchDispatchMode):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens in here belongs to this stage."""
+        """Attribute what happens in this context to a stage."""
         outer, self._stage = self._stage, name
         self._turn, self._place, self._place_back = 0, 0, None
         try:
@@ -121,11 +122,11 @@ class Count(TorchDispatchMode):
             self._stage = outer
 
     def step_hooks(self, model: nn.Module, layers: Sequence[nn.Module]) -> list[Any]:
-        """Know from now on which layer is at work. Returns handles to be removed.
+        """Register hooks that track which layer is running. Returns their handles.
 
         Args:
-            model: what is called once in a forward pass.
-            layers: of the model, in the order in which they are called.
+            model: a module that is called once per forward pass.
+            layers: the layers of the model, in the order of their calls.
         """
         handles = [model.register_forward_pre_hook(lambda *_: self._begin())]
         for i, layer in enumerate(layers):
@@ -134,7 +135,7 @@ class Count(TorchDispatchMode):
         return handles
 
     def hold(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Count tensors that are there already, or that turn out to be of this kind."""
+        """Count existing tensors, or assign them a kind."""
         for tensor in tensors:
             if tensor is not None:
                 self._add(tensor, kind, is_known=True)
@@ -142,15 +143,15 @@ class Count(TorchDispatchMode):
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """What is made in here is in the memory of the host, beside the device."""
+        """Count tensors created in this context as host memory."""
         self._is_on_host = True
         try:
             yield
         finally:
             self._is_on_host = False
 
-    def as_one(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function as one kernel: of what it makes, only what it returns takes memory."""
+    def as_one_kernel(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function as one kernel: only its results take memory."""
         self._is_inside = True
         try:
             made = function(*args)
@@ -163,7 +164,7 @@ class Count(TorchDispatchMode):
         return made
 
     def updating(self, value: bool) -> None:
-        """Whether the optimizer is at work."""
+        """Set whether the optimizer is running."""
         self._is_updating = value
 
     def __torch_dispatch__(
@@ -177,9 +178,9 @@ class Count(TorchDispatchMode):
         if work := _WORK.get(name):
             self.flops[self._stage] += work(*args)
             self.products.add((name, *map(_layout, args)))
-        kernel = _opened(name, self.device)
+        kernel = _decompose(name, self.device)
         if kernel is not None:
-            with self, inside_a_kernel():
+            with self, inside_kernel():
                 return kernel(*args, **kwargs)
         made = func(*args, **kwargs)
         tensors = [made] if isinstance(made, Tensor) else tree_leaves(made)
@@ -198,7 +199,7 @@ class Count(TorchDispatchMode):
         self._place, self._place_back = 0, None
 
     def _go(self, place: int) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not when a layer is computed once more
+        if torch._C._current_graph_task_id() == -1:  # not when a layer is recomputed
             self._place = place
 
     def _leave(self, layer: int, made: Any) -> None:
@@ -222,7 +223,7 @@ class Count(TorchDispatchMode):
     def _add(self, tensor: Tensor, kind: str, *, is_known: bool = False) -> None:
         held = tensor.meta if isinstance(tensor, TracedTensor) else tensor
         if held is tensor and tensor.device.type == "meta":
-            return  # a skeleton, not something that stands for a real tensor
+            return  # part of a meta model, which does not stand for a real tensor
         storage = held.untyped_storage()
         key = storage._cdata
         known = self._held.get(key)
@@ -274,54 +275,56 @@ class Count(TorchDispatchMode):
         return "forward", self._turn, self._place
 
 
-class CountedHost:
-    """The host of a device that is traced: what is put there counts apart from what is on it."""
+class CountedHostMemory:
+    """Host memory of a traced device, counted separately."""
 
-    def __init__(self, count: Count) -> None:
+    def __init__(self, count: MemoryCounter) -> None:
         self._count = count
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy, on the host."""
+        """Copy a tensor to the host."""
         with self._count.on_host():
             return tensor.clone()
 
     def get(self, kept: Tensor, device: torch.device) -> Tensor:
-        """A copy of it, on the device."""
+        """Copy it back to the device."""
         return kept.clone()
 
 
 def _pinned_size(size: int) -> int:
-    """Torch hands out pinned memory in powers of two."""
+    """Round up to a power of two, as torch does for pinned memory."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def _layout(value: Any) -> Any:
-    """What a product of these is prepared for."""
+    """Return what a library prepares a matmul for: dtype, shape and strides."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.stride()
     return None
 
 
 def _product(one: Tensor, other: Tensor, *_: Any) -> int:
-    """Multiplications and additions of (..., n, k) by (..., k, m)."""
+    """Count multiplications and additions of (..., n, k) by (..., k, m)."""
     return 2 * one.numel() * other.shape[-1]
 
 
 def _grouped(one: Tensor, other: Tensor, *_: Any) -> int:
-    """Each row (or column) is multiplied by the matrix of its group: (T, k) by (G, k, m), (G, n, k)
-    by (k, T), or (n, T) by (T, m), where it is summed by group."""
+    """Count a grouped matmul, where each row or column is multiplied by the matrix of its group.
+
+    Shapes are (T, k) by (G, k, m), (G, n, k) by (k, T), or (n, T) by (T, m), summed by group.
+    """
     if one.dim() > other.dim():
         return 2 * other.numel() * one.shape[-2]
     return _product(one, other)
 
 
 def _attention(query: Tensor, key: Tensor, *_: Any) -> int:
-    """Two products with all pairs of tokens; a causal kernel may leave half of them out."""
+    """Count two matmuls over all pairs of tokens; a causal kernel may skip half of them."""
     return 4 * query.numel() * key.shape[-2]
 
 
-def _attention_at_once(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: Any) -> int:
-    """The same for documents end to end, each with its own pairs: (T, H, E)."""
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: Any) -> int:
+    """Count the same for concatenated documents (T, H, E), each with its own pairs."""
     pairs: int = sum(length**2 for length in ends.diff().tolist())
     return 4 * query.shape[1] * query.shape[2] * pairs
 
@@ -339,11 +342,11 @@ _WORK: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, query, key, *__: (
         5 * _attention(query, key) // 2
     ),
-    "torch_attn::_varlen_attn": _attention_at_once,
+    "torch_attn::_varlen_attn": _varlen_attention,
     "torch_attn::_varlen_attn_backward": lambda _, query, key, value, output, sums, ends, *__: (
-        5 * _attention_at_once(query, key, value, ends) // 2
+        5 * _varlen_attention(query, key, value, ends) // 2
     ),
 }
-"""Floating-point operations of what takes the time."""
+"""Floating-point operations of the expensive operations."""
 
-_opened = cache(opened)
+_decompose = cache(decompose)

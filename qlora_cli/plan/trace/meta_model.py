@@ -1,4 +1,4 @@
-"""A base model without its weights, held as loading would hold it."""
+"""Build a base model without weights, with the tensors that loading would create."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.models.heads import CAUSAL_LM
-from qlora_cli.plan.trace.memory_counter import ADAPTER, CONSTANTS, QUANTIZED, UNQUANTIZED, Count
+from qlora_cli.plan.trace.memory_counter import (
+    ADAPTER,
+    CONSTANTS,
+    QUANTIZED,
+    UNQUANTIZED,
+    MemoryCounter,
+)
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
 
 if TYPE_CHECKING:
@@ -19,16 +25,16 @@ if TYPE_CHECKING:
 
 
 def load_traced(
-    config: PretrainedConfig, load_options: dict[str, Any], count: Count, **options: Any
+    config: PretrainedConfig, load_options: dict[str, Any], count: MemoryCounter, **options: Any
 ) -> PreTrainedModel:
-    """What `from_pretrained` would return, of traced tensors; frozen, in training mode.
+    """Load a model of traced tensors as `from_pretrained` would; frozen, in training mode.
 
     Args:
-        load_options: what `Nf4.load_options()` and its kin return.
-        count: counts what loading takes; it knows afterwards what each tensor is.
-        options: for the model's constructor, such as `attn_implementation`.
+        load_options: the result of `Nf4.load_options()` or another quantization's.
+        count: counts the memory of loading, and the kind of each tensor afterwards.
+        options: options of the model's constructor, such as `attn_implementation`.
     """
-    model = skeleton(config, load_options, **options)
+    model = build_quantized_meta_model(config, load_options, **options)
     made: dict[int, nn.Parameter] = {}  # tied weights are one
     for _, module in sorted(model.named_modules(), key=lambda item: _natural(item[0])):
         for key, parameter in list(module._parameters.items()):
@@ -44,27 +50,29 @@ def load_traced(
     model.requires_grad_(False)
     keep_4bit_weights_trainable(model)
     model.train()
-    hold_model(model, count)
+    count_model(model, count)
     for module in {model, model.get_decoder() or model}:
         refuse_decisions(module)
     return model
 
 
-def outline(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model on the meta device: modules and shapes."""
+def build_meta_model(
+    config: PretrainedConfig, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    """Build a model on the meta device: modules and shapes."""
     with torch.device("meta"):
         model: PreTrainedModel = CAUSAL_LM.auto_class().from_config(config, dtype=dtype, **options)
     model.tie_weights()
     return model
 
 
-def skeleton(
+def build_quantized_meta_model(
     config: PretrainedConfig, load_options: dict[str, Any], **options: Any
 ) -> PreTrainedModel:
-    """The same, its layers replaced by quantized ones that hold nothing yet."""
+    """Build a model on the meta device whose layers are quantized ones, still empty."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    model = outline(config, load_options["dtype"], **options)
+    model = build_meta_model(config, load_options["dtype"], **options)
     if quantization := load_options.get("quantization_config"):
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
@@ -74,7 +82,7 @@ def skeleton(
 
 @torch.no_grad()
 def _load(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter as it is after its tensor was read from a file and, if it is to be, quantized."""
+    """Make a parameter as it is after reading it from a file and quantizing it if required."""
     from bitsandbytes.nn import Int8Params, Params4bit
 
     kind = type(parameter)
@@ -88,22 +96,22 @@ def _load(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _traced_kind(kind: type[nn.Parameter]) -> type[TracedTensor]:
-    """A class of parameters whose data are traced. PEFT goes by the name of the class."""
+    """Make a parameter class with traced data and the same name, which PEFT checks."""
     if kind not in _KINDS:
         _KINDS[kind] = type(kind.__name__, (TracedTensor, kind), {"to": _stay})
     return _KINDS[kind]
 
 
 def _stay(self: TracedTensor, *_: object, **__: object) -> TracedTensor:
-    """Quantized weights are where they belong, and in their dtype."""
+    """Ignore `to`: quantized weights keep their device and dtype."""
     return self
 
 
 _KINDS: dict[type[nn.Parameter], type[TracedTensor]] = {}
 
 
-def hold_model(model: nn.Module, count: Count) -> None:
-    """Tell what each tensor of a model, real or traced, is there for."""
+def count_model(model: nn.Module, count: MemoryCounter) -> None:
+    """Assign a kind to each tensor of a model, real or traced."""
     for parameter in model.parameters():
         count.hold(*_held(parameter))
         count.hold(_constants(parameter), CONSTANTS)
@@ -132,5 +140,5 @@ def _constants(parameter: nn.Parameter) -> Iterator[Tensor | None]:
 
 
 def _natural(name: str) -> list[tuple[int, str | int]]:
-    """Sorts as transformers loads: by name, numbers by their size."""
+    """Sort key in the order in which transformers loads: by name, with numbers by value."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"\.", name)]

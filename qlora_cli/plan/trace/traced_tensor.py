@@ -1,4 +1,4 @@
-"""Tensors without data: what a model of any size does, on a machine of any size."""
+"""Tensors without data, which run a model of any size on any machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-# What only hands on the values of its first argument, in another form.
+# Operations that return the values of their first argument in another form.
 _FORMS = {
     "aten::_to_copy", "aten::_unsafe_view", "aten::alias", "aten::clone", "aten::detach",
     "aten::expand", "aten::index", "aten::permute", "aten::select", "aten::slice", "aten::squeeze",
@@ -26,17 +26,16 @@ _FORMS = {
 class TracedTensor(Tensor):
     """A tensor with a shape, a dtype and a storage of some size, and no data.
 
-    To autograd, autocast and the code of a model it is a tensor on the CPU, so all of them do what
-    they do with a real one; below them each operation runs on torch's `meta` device, which finds
-    shapes alone. Real tensors may stand beside it: token ids and masks keep their values, so what
-    a model asks of them is answered truly. (torch's FakeTensor takes those values away too, and
-    cannot be the data of a quantized weight.)
+    Autograd, autocast and the code of a model see a tensor on the CPU and treat it as a real one.
+    Below them, each operation runs on torch's `meta` device, which computes only shapes. Real
+    tensors can be mixed in: token ids and masks keep their values, which a model may read. (torch's
+    FakeTensor drops those values too, and cannot be the data of a quantized weight.)
     """
 
     meta: Tensor
-    """The same on the meta device, where views share a storage."""
+    """Its twin on the meta device, where views share a storage."""
     maker: str
-    """The operation that made its values."""
+    """The operation that computed its values."""
 
     @staticmethod
     def __new__(cls, meta: Tensor, maker: str = "", requires_grad: bool = False) -> TracedTensor:
@@ -58,7 +57,7 @@ class TracedTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The tensor apart from autograd, as of any tensor."""
+        """The tensor without autograd history."""
         data: Tensor = _DATA.__get__(self)
         return data
 
@@ -69,7 +68,7 @@ class TracedTensor(Tensor):
         self.meta, self.maker = value.meta, value.maker
 
     def tolist(self) -> Any:
-        """As many ones as it has values: finite, and nothing special."""
+        """Return ones, which are finite ordinary values."""
         _refuse_in_a_model()
         return torch.ones(self.shape, dtype=self.dtype).tolist()
 
@@ -88,7 +87,7 @@ class TracedTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation for its shapes."""
+        """Run an operation on shapes."""
         kwargs = kwargs or {}
         if read := _READS.get(func._schema.name):
             _refuse_in_a_model()
@@ -108,15 +107,15 @@ _DATA: Any = Tensor.data
 """torch's own attribute."""
 
 
-# How many calls of watched modules are under way.
+# Number of running calls of watched modules.
 _calls: ContextVar[int] = ContextVar("_calls", default=0)
 
 
 def refuse_decisions(module: nn.Module) -> None:
-    """Let the code of a module not read what a traced tensor stands for.
+    """Refuse reads of traced values by the code of a module.
 
-    There is no value, and whichever way the code went on would be a guess. The steps around a model
-    (whether a norm is finite, say) go on as with values of which nothing is special.
+    A traced tensor has no values, so any branch on them would be a guess. Code around the model,
+    such as the check that a norm is finite, reads ordinary values instead.
     """
 
     def enter(*_: object) -> None:
@@ -130,8 +129,8 @@ def refuse_decisions(module: nn.Module) -> None:
 
 
 @contextmanager
-def inside_a_kernel() -> Iterator[None]:
-    """What is read in here decides how a library computes, which is known (`kernels.py`)."""
+def inside_kernel() -> Iterator[None]:
+    """Allow reads by library kernels, whose decisions are known (`kernel_shapes.py`)."""
     before = _calls.set(0)
     try:
         yield
@@ -140,13 +139,13 @@ def inside_a_kernel() -> Iterator[None]:
 
 
 def _refuse_in_a_model() -> None:
-    """Raises NotImplementedError while the code of a watched module is at work."""
+    """Raise NotImplementedError while the code of a watched module is running."""
     if _calls.get():
-        raise NotImplementedError("it goes by the values of what it has computed")
+        raise NotImplementedError("it branches on values that it has computed")
 
 
-class Blank(TorchDispatchMode):
-    """While it is entered, new tensors on the CPU are traced ones."""
+class TraceNewTensors(TorchDispatchMode):
+    """Create traced tensors in place of CPU tensors while the mode is entered."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -161,7 +160,7 @@ class Blank(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.name in _FACTORIES and kwargs.get("device") in (None, torch.device("cpu")):
             made = func(*args, **{**kwargs, "device": torch.device("meta")})
-            if made.numel():  # an empty one is a beginning, to be given a real storage
+            if made.numel():  # an empty one gets a real storage later
                 return TracedTensor(made)
         return func(*args, **kwargs)
 
@@ -173,12 +172,12 @@ _FACTORIES = {
 
 
 class _Form(NamedTuple):
-    """What an operation does with storages."""
+    """How an operation uses storages."""
 
     makes_new: bool
-    """It returns new tensors, and changes nothing."""
+    """It returns new tensors and changes nothing."""
     changed: list[tuple[int, str]]
-    """Place and name of the arguments that it changes."""
+    """Positions and names of the arguments that it changes."""
     num_returned: int
 
 
@@ -199,7 +198,7 @@ _known: dict[Any, Any] = {}
 
 
 def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation that makes new tensors."""
+    """Run an operation that returns new tensors."""
     maker = func._schema.name
     if args and isinstance(args[0], TracedTensor) and _keeps_values(maker, args):
         maker = args[0].maker
@@ -213,7 +212,7 @@ def _new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Check an operation that changes its arguments: on the meta device it changes nothing."""
+    """Check an in-place operation once; on the meta device it changes nothing."""
     key = (func, _key(args), _key(tuple(kwargs.items())))
     if key not in _known:
         _meta_call(func, args, kwargs)
@@ -221,7 +220,7 @@ def _once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _changed(form: _Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The very tensors that were changed, as far as they are returned."""
+    """Return the changed arguments that the operation returns."""
     if not form.num_returned:
         return None
     found = [args[i] if i < len(args) else kwargs[name] for i, name in form.changed]
@@ -229,7 +228,7 @@ def _changed(form: _Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation whose results may share the storage of what it is given."""
+    """Run an operation whose results may share storage with its arguments."""
     maker = func._schema.name
     if args and isinstance(args[0], TracedTensor) and _keeps_values(maker, args):
         maker = args[0].maker
@@ -256,7 +255,7 @@ def _as_meta(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Like:
-    """What a tensor looks like."""
+    """Shape, strides and dtype of a tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -264,7 +263,7 @@ class _Like:
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Of a tensor; anything else as it is."""
+        """Describe a tensor; return anything else unchanged."""
         if isinstance(value, Tensor):
             return cls(value.shape, value.stride(), value.dtype)
         return value
@@ -275,9 +274,9 @@ class _Like:
 
 
 def _key(value: Any) -> Any:
-    """The same for arguments that lead to the same shapes."""
+    """Make a cache key: equal for arguments that lead to equal shapes."""
     if isinstance(value, Tensor):
-        # A scalar of torch takes part in the choice of a dtype otherwise than a row of one.
+        # The shape matters: a 0-d tensor promotes dtypes differently than one of shape (1,).
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
@@ -290,28 +289,28 @@ def _keeps_values(name: str, args: tuple[Any, ...]) -> bool:
 
 
 def _value(tensor: Tensor) -> float | int | bool:
-    """A condition is false, as of values of which nothing is special; any other value is one."""
+    """Return an ordinary value: False for conditions, otherwise one."""
     return False if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
 
 
 def _are_equal(one: Tensor, other: Tensor, *_: object) -> bool:
-    """Whether the same operation made their values: of a model whole and cut in two."""
+    """Return whether the same operation computed both, in a whole and in a split model."""
     makers = [getattr(tensor, "maker", None) for tensor in (one, other)]
     return makers[0] == makers[1] and one.shape == other.shape
 
 
 def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Numbers in place of masks: how many there are is in the values of a mask.
+    """Replace masks in an index by positions, whose number depends on the mask's values.
 
     Raises:
-        NotImplementedError: the mask has no values.
+        NotImplementedError: the mask is traced and has no values.
     """
     found: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool:
             found.append(index)
         elif isinstance(index, TracedTensor):
-            raise NotImplementedError("it chooses rows by what it has computed")
+            raise NotImplementedError("it selects rows by values that it has computed")
         else:
             found.extend(index.nonzero(as_tuple=True))
     return found
@@ -324,4 +323,4 @@ _READS: dict[str, Any] = {
     "aten::is_nonzero": _value,
     "aten::equal": _are_equal,
 }
-"""Operations that hand a value to the host."""
+"""Operations that return a value to the host."""

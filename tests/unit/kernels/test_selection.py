@@ -1,4 +1,4 @@
-"""Which kernels a run gets."""
+"""Test which kernels a run gets."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from qlora_cli.kernels.selection import choose_kernels
 @pytest.mark.parametrize(
     ("work", "found"), [(1e6, "fused"), (2.9e13, "fused"), (3.1e13, "compiled"), (1e15, "compiled")]
 )
-def test_a_run_is_compiled_where_it_is_long_enough(work: float, found: str) -> None:
+def test_long_run_gets_compiled_kernels(work: float, found: str) -> None:
     assert choose_kernels("auto", "cpu", work) == found
 
 
-def test_a_gpu_has_to_be_busy_for_longer() -> None:
+def test_compiling_pays_off_later_on_a_gpu() -> None:
     assert choose_kernels("auto", "cuda", 1e15) == "fused"
 
 
-def test_nothing_is_compiled_for_a_device_that_nobody_measured() -> None:
+def test_unmeasured_device_gets_fused_kernels() -> None:
     assert choose_kernels("auto", "mps", 1e30) == "fused"
 
 
-def test_without_a_compiler_auto_does_without_and_a_wish_is_refused(
+def test_missing_compiler_is_an_error_only_when_set_explicitly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", "")

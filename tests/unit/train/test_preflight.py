@@ -25,8 +25,8 @@ from qlora_cli.loop.run_data import read_recipe_data
 from qlora_cli.loop.setup import assemble
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan.dry_run import FixedBatches, SingleProcess
-from qlora_cli.plan.estimate import PlanRows
 from qlora_cli.plan.plan import plan
+from qlora_cli.plan.rows import PlanRows
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
@@ -155,8 +155,8 @@ def test_a_run_of_untraceable_code_says_so_and_continues(
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     with caplog.at_level(logging.INFO, logger="qlora"):
         folder = run("untraceable", training={**LONG["training"], "kernels": "plain"})
-    told = next(line for line in caplog.messages if line.startswith("plan: tensors take"))
-    assert "not traced (in LlamaMLP, it goes by the values of what it has computed)" in told
+    reported = next(line for line in caplog.messages if line.startswith("no plan: "))
+    assert "in LlamaMLP, it branches on values that it has computed" in reported
     record = json.loads((folder / "run.json").read_text())
     assert record["tried_memory_bytes"] > 0
     assert "planned_memory_bytes" not in record

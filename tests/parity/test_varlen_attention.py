@@ -1,5 +1,7 @@
-"""Attention to all documents at once. Its kernel is CUDA's; here a plain one is in its place, below
-torch's own operations, so that what they are given and what is made of their results is held."""
+"""Test varlen attention with a plain kernel in place of CUDA's, below torch's own operations.
+
+This verifies the arguments of these operations and the use of their results.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.attention import (
-    Documents,
+    DocumentBoundaries,
     PerDocumentAttention,
     VarlenAttention,
     attend,
@@ -21,9 +23,9 @@ from qlora_cli.kernels.attention import (
 )
 from qlora_cli.kernels.decoder_layer import Recompute
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.plan.trace.memory_counter import Count
+from qlora_cli.plan.trace.memory_counter import MemoryCounter
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
-from tests.parity.tiny_layers import adapted, base, distance, fused, learnt
+from tests.parity.tiny_layers import adapted, base, distance, fused, loss_and_gradients
 
 # torch.nn.attention.varlen imports parts of torch that warn of their own age.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -31,12 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 LENGTHS = (1, 30, 8, 129)
 
 
-def documents(lengths: tuple[int, ...] = LENGTHS) -> Documents:
-    return Documents(lengths, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
+def documents(lengths: tuple[int, ...] = LENGTHS) -> DocumentBoundaries:
+    return DocumentBoundaries(lengths, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
 
 
 def states(heads: int = 6, groups: int = 2, size: int = 16) -> tuple[Tensor, ...]:
-    """Gradient of the output, queries, keys and values; the latter as views of one product."""
+    """Make the gradient of the output, and queries, keys and values as views of one tensor."""
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     product = torch.randn(tokens, heads + 2 * groups, size)
@@ -47,7 +49,7 @@ def states(heads: int = 6, groups: int = 2, size: int = 16) -> tuple[Tensor, ...
 def plain(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What flash attention gives: the output (T, H, E), and logarithms of sums (H, T)."""
+    """Compute the output of flash attention (T, H, E), and its log-sum-exp (H, T)."""
     outputs, sums = [], []
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
@@ -106,7 +108,7 @@ def backward(
     window_size_left: int,
     window_size_right: int,
 ) -> tuple[Tensor, ...]:
-    """From the output and the sums (Dao et al. 2022, appendix B.4)."""
+    """Compute gradients from the output and the log-sum-exp (Dao et al. 2022, appendix B.4)."""
     again, sums_again = plain(q, k, v, ends_q, is_causal, scale)
     torch.testing.assert_close(output, again)
     torch.testing.assert_close(sums, sums_again)
@@ -130,7 +132,7 @@ def backward(
 
 @pytest.fixture
 def kernel() -> Iterator[None]:
-    """Gives torch a kernel for the CPU, of which it has none."""
+    """Register a CPU kernel, which torch does not have."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
@@ -139,14 +141,14 @@ def kernel() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (4, 1)])
-def test_all_documents_at_once_is_each_by_itself(kernel: None, heads: int, groups: int) -> None:
+def test_varlen_attention_equals_single_documents(kernel: None, heads: int, groups: int) -> None:
     grad, q, k, v = states(heads, groups)
     scale, ops = 0.3, Elementwise()
     one = VarlenAttention().forward(q, k, v, documents(), scale)
     each = attend(q, k, v, LENGTHS, scale)
     torch.testing.assert_close(one.output, each.output, rtol=1e-5, atol=1e-5)
-    found = VarlenAttention().backward(grad, q, k, v, one, documents(), scale, ops)
-    expected = attend_backward(grad, q, k, v, each, LENGTHS, scale, ops)
+    found = VarlenAttention().backward(grad, (q, k, v), one, documents(), scale, ops)
+    expected = attend_backward(grad, (q, k, v), each, LENGTHS, scale, ops)
     for ours, reference in zip(found, expected, strict=True):
         assert ours.shape == reference.shape
         assert (ours - reference).norm() / reference.norm() < 1e-5
@@ -154,20 +156,22 @@ def test_all_documents_at_once_is_each_by_itself(kernel: None, heads: int, group
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_a_layer_learns_the_same_from_all_documents_at_once(
+def test_fused_layer_is_the_same_with_varlen_attention(
     kernel: None, tmp_path: Path, kind: str, recompute: Recompute
 ) -> None:
     def model() -> Any:
         return adapted(base(kind, tmp_path / "base", torch.float32, "none"), ours=True)
 
-    expected, gradients = learnt(fused(model(), recompute), torch.float32)
-    found, ours = learnt(fused(model(), recompute, attention=VarlenAttention()), torch.float32)
+    expected, gradients = loss_and_gradients(fused(model(), recompute), torch.float32)
+    found, ours = loss_and_gradients(
+        fused(model(), recompute, attention=VarlenAttention()), torch.float32
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert distance(ours, gradients) < 1e-5
 
 
-def test_torchs_operations_take_what_they_are_given_here() -> None:
-    """They are private: their arguments may change with a version of torch."""
+def test_private_operations_of_torch_keep_their_arguments() -> None:
+    """They are private, so a new version of torch may change their arguments."""
     import torch.nn.attention.varlen  # registers them
 
     schema = torch.ops.torch_attn._varlen_attn_backward.default._schema
@@ -181,30 +185,30 @@ def test_torchs_operations_take_what_they_are_given_here() -> None:
     assert sizes == ["Tensor", "Tensor", "Tensor"]
 
 
-def test_shapes_are_those_of_what_is_given() -> None:
+def test_gradients_have_the_shapes_of_their_tensors() -> None:
     grad, q, k, v = (x.to("meta", torch.bfloat16) for x in states())
-    places = Documents(LENGTHS, documents().ends.to("meta"))
+    places = DocumentBoundaries(LENGTHS, documents().ends.to("meta"))
     attended = VarlenAttention().forward(q, k, v, places, 0.25)
     assert attended.output.shape == q.shape
     assert attended.output.dtype == torch.bfloat16
     assert [n.shape for n in attended.normalizers] == [(q.shape[1], q.shape[0])]
-    found = VarlenAttention().backward(grad, q, k, v, attended, places, 0.25, Elementwise())
+    found = VarlenAttention().backward(grad, (q, k, v), attended, places, 0.25, Elementwise())
     assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize("groups", [2, 6])
-def test_what_the_kernel_of_a_card_allocates_is_counted(groups: int) -> None:
+def test_allocations_of_the_cuda_kernel_are_counted(groups: int) -> None:
     tokens, heads, size = sum(LENGTHS), 6, 40
     grad, q, k, v = (
         TracedTensor(x.to("meta", torch.bfloat16)) for x in states(heads, groups, size)
     )
     places, attention = documents(), VarlenAttention()
-    with torch.no_grad(), Count("cuda") as count:
+    with torch.no_grad(), MemoryCounter("cuda") as count:
         with count.stage("forward"):
             attended = attention.forward(q, k, v, places, 0.25)
             assert count.total == 2 * tokens * heads * size + 4 * heads * tokens
         with count.stage("backward"):
-            made = attention.backward(grad, q, k, v, attended, places, 0.25, Elementwise())
+            made = attention.backward(grad, (q, k, v), attended, places, 0.25, Elementwise())
     held = 2 * tokens * heads * size + 4 * heads * tokens
     grads = 2 * tokens * (heads + 2 * groups) * size
     rows = tokens + 128 * len(LENGTHS)
@@ -220,7 +224,7 @@ def test_what_the_kernel_of_a_card_allocates_is_counted(groups: int) -> None:
     assert count.flops["backward"] == 10 * heads * size * pairs
 
 
-def test_on_a_cpu_each_document_is_attended_to_by_itself() -> None:
+def test_cpu_attends_to_documents_one_by_one() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert isinstance(choose_attention(torch.device("cpu"), dtype), PerDocumentAttention)
 
@@ -235,6 +239,6 @@ def test_on_a_cpu_each_document_is_attended_to_by_itself() -> None:
         (256, PerDocumentAttention),
     ],
 )
-def test_heads_of_a_size_that_the_kernel_does_not_take(size: int, kind: type) -> None:
+def test_unsupported_head_sizes_fall_back(size: int, kind: type) -> None:
     assert type(VarlenAttention().for_heads(size)) is kind
     assert type(PerDocumentAttention().for_heads(size)) is PerDocumentAttention

@@ -1,0 +1,71 @@
+"""The batches that determine the memory and time of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_cli.data.batching.collate import full_batch
+from qlora_cli.loop.run_data import RecipeData, read_recipe_data
+from qlora_cli.loop.setup import largest_eval_batch, stream_batches
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.types import Batch
+
+
+@dataclass(frozen=True)
+class PlanRows:
+    """The batches of a run that determine its memory and time."""
+
+    steps: list[list[Batch]]
+    """The micro-batches of the steps that need the most memory."""
+    held_out: Batch | None
+    """The largest evaluation batch."""
+    num_steps: int | None
+    tokens: int | None
+    """Tokens of all steps, without padding."""
+    origin: str
+    """Source of these figures."""
+
+
+def read_rows(
+    recipe: Recipe, *, padding_free: bool, gpus: int = 1, data: RecipeData | None = None
+) -> PlanRows:
+    """Read the largest batches of the data, or assume full rows if the data is not available.
+
+    Args:
+        padding_free: concatenate examples instead of padding them.
+        gpus: number of devices that share a step.
+        data: the recipe's data, if it has been read already.
+    """
+    if why := missing_locally(recipe):
+        return assume_rows(recipe, why, padding_free=padding_free)
+    data = data or read_recipe_data(recipe)
+    batches = stream_batches(
+        recipe, data.training, data.tokenizer, padding_free=padding_free, world_size=gpus
+    )
+    num_steps = recipe.training.max_steps or batches.num_steps
+    held_out = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
+    tokens = batches.tokens(num_steps)
+    return PlanRows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
+
+
+def missing_locally(recipe: Recipe) -> str:
+    """Say what of a recipe would have to be downloaded to plan with its rows; empty if nothing."""
+    if not recipe.model.is_at_hand():
+        return "the model's tokenizer is not available"
+    sources = [*recipe.data.train_sources, *recipe.data.evaluation_sources]
+    missing = [source.path for source in sources if not source.is_at_hand()]
+    return f"{missing[0]} is not available" if missing else ""
+
+
+def assume_rows(recipe: Recipe, why: str, *, padding_free: bool) -> PlanRows:
+    """Assume that every row has `data.max_length` tokens."""
+    data, settings = recipe.data, recipe.training
+    num_micro_batches = min(2, -(-settings.batch_size // settings.fixed_micro_batch_size))
+    full = full_batch(settings.fixed_micro_batch_size, data.max_length, padding_free=padding_free)
+    held_out = None
+    if data.evaluation_sources:
+        held_out = full_batch(recipe.eval_batch_size, data.max_length, padding_free=False)
+    steps = settings.max_steps
+    tokens = steps and steps * settings.batch_size * data.max_length
+    origin = f"rows of data.max_length ({why})"
+    return PlanRows([[full] * num_micro_batches], held_out, steps, tokens, origin)

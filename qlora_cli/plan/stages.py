@@ -1,0 +1,127 @@
+"""Peak memory of each stage of a run, and the timeline of its moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_cli.distributed.devices import Target
+from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP
+from qlora_cli.plan.rows import PlanRows
+from qlora_cli.plan.trace.memory_counter import (
+    ADAPTER,
+    BUCKETS,
+    HELD,
+    LOAD,
+    LOGITS,
+    STATES,
+    Peak,
+    Segment,
+)
+from qlora_cli.plan.traced_memory import MemoryTrace
+from qlora_cli.recipe.schema import Recipe
+
+PROOF, SAVING = "packing proof", "saving"
+_COPY = "copy of optimizer states"
+
+
+def peak_of_stages(
+    recipe: Recipe, trace: MemoryTrace, target: Target, rows: PlanRows
+) -> dict[str, dict[str, Any]]:
+    """Compute the peak of each stage: bytes, bytes by kind, and during which part."""
+    stages = {}
+    for stage in (LOAD, FIRST, STEP, EVALUATION):
+        if not any(segment.stage == stage for segment in trace.peaks):
+            continue
+        segment, peak = trace.peak(stage)
+        stages[stage] = _entry(segment.part, peak)
+    # The traced first step has one micro-batch. A real first step holds what later steps hold,
+    # except for the optimizer states, which do not exist before its update.
+    _, peak = trace.peak(STEP)
+    stateless = _without_states(peak)
+    if stateless.total > stages[FIRST]["bytes"]:
+        stages[FIRST] = _entry(trace.peak(STEP)[0].part, stateless)
+    if rows.steps[0][0].documents:
+        stages[PROOF] = _entry("forward", _proof(trace), (LOGITS,))
+    if target.kind == "cpu":
+        stages[SAVING] = _entry("update", _saving(trace), (_COPY,))
+    if recipe.optimizer.is_paged and target.kind == "cuda":
+        for entry in stages.values():
+            _set_apart_paged(entry)
+    return stages
+
+
+_PARTS = ("forward", "backward", "between", "update")
+
+
+def timeline_of(trace: MemoryTrace, stages: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """List what is alive at each moment of a run, in order.
+
+    A stage whose peak is computed and not traced is a single moment.
+    """
+    timeline = []
+    for stage, entry in stages.items():
+        segments = sorted((s for s in trace.peaks if s.stage == stage), key=_order)
+        moments = [
+            {**_entry(s.part, trace.peaks[s]), "turn": s.turn, "place": s.place} for s in segments
+        ]
+        if "paged_bytes" in entry:
+            for moment in moments:
+                _set_apart_paged(moment)
+        if max((m["bytes"] for m in moments), default=0) != entry["bytes"]:
+            moments = [{**entry, "turn": 1, "place": None}]
+        timeline += [{"stage": stage, **moment} for moment in moments]
+    return timeline
+
+
+def _order(segment: Segment) -> tuple[int, int, float]:
+    """Sort key: forward from the first layer to the last, then backward, then the update."""
+    part = _PARTS.index(segment.part)
+    last = part == _PARTS.index("update")
+    place = float("inf") if segment.place is None else segment.place
+    return (segment.turn + last, -1 if last else part, -place if part else place)
+
+
+def _entry(part: str, peak: Peak, by_formula: Sequence[str] = ()) -> dict[str, Any]:
+    """Describe a peak, and name its kinds that are computed by a formula instead of traced."""
+    kinds = sorted(peak.kinds.items(), key=lambda item: -item[1])
+    return {
+        "bytes": peak.total,
+        "during": part,
+        "kinds": {k: v for k, v in kinds if v},
+        "by_formula": [k for k, v in kinds if v and k in by_formula],
+    }
+
+
+def _proof(trace: MemoryTrace) -> Peak:
+    """Compute the peak of the proof, before training, that packed examples do not see each other.
+
+    It holds four times the logits of three examples of 64 tokens, and compares them.
+    """
+    _, peak = trace.peak(STEP)
+    later = (ADAPTER, STATES, BUCKETS)
+    kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD if kind not in later}
+    kinds[LOGITS] = 4 * (4 * 192 + 4 * 128) * trace.vocabulary_size
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _saving(trace: MemoryTrace) -> Peak:
+    """Compute the peak of saving a checkpoint, which is not traced.
+
+    It holds what is held between steps, and on the host a copy of the optimizer's states.
+    """
+    _, peak = trace.peak(STEP)
+    kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD}
+    kinds[_COPY] = kinds[STATES]
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _without_states(peak: Peak) -> Peak:
+    kinds = {kind: size for kind, size in peak.kinds.items() if kind != STATES}
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _set_apart_paged(entry: dict[str, Any]) -> None:
+    """Move paged optimizer states out of the total: they can be on the host at the peak."""
+    entry["paged_bytes"] = entry["kinds"].pop(STATES, 0)
+    entry["bytes"] -= entry["paged_bytes"]

@@ -1,0 +1,64 @@
+"""Floating-point operations and duration of a run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from qlora_cli.distributed.devices import Target
+from qlora_cli.plan.dry_run import STEP, SingleProcess
+from qlora_cli.plan.rows import PlanRows
+from qlora_cli.plan.trace.memory_counter import QUANTIZED, UNQUANTIZED
+from qlora_cli.plan.traced_memory import MemoryTrace
+from qlora_cli.recipe.schema import Recipe
+
+_USED = {"cuda": (0.15, 0.45), "cpu": (0.25, 0.8)}
+"""Share of the peak matmul rate that training reaches: small models, large models."""
+
+
+def estimate_work(
+    recipe: Recipe, trace: MemoryTrace, rows: PlanRows, target: Target
+) -> dict[str, Any]:
+    """Compute the floating-point operations of a run, and a range for its duration.
+
+    A micro-batch takes at least the time of reading the weights twice, forward and backward.
+    """
+    num_traced = sum(batch.input_ids.numel() for step in rows.steps for batch in step)
+    per_token = trace.flops[STEP] / num_traced
+    if rows.tokens is None:
+        return {"flops_per_token": per_token, "flops": None, "seconds_of_training": None}
+    flops = per_token * rows.tokens
+    rate = measure_rate() if target.kind == "cpu" else target.teraflops and target.teraflops * 1e12
+    if not rate:
+        return {"flops_per_token": per_token, "flops": flops, "seconds_of_training": None}
+    used = _USED[target.kind]
+    slow, fast = (flops / (rate * target.number * share) for share in used)
+    if target.bandwidth is not None and rows.num_steps is not None:
+        kinds = trace.peak(STEP)[1].kinds
+        weights = sum(kinds.get(kind, 0) for kind in (QUANTIZED, UNQUANTIZED))
+        settings = recipe.training
+        turns = (
+            rows.num_steps * settings.batch_size / settings.fixed_micro_batch_size / target.number
+        )
+        reading = 2 * weights * turns / (target.bandwidth * 1e9)
+        slow, fast = max(slow, reading), max(fast, reading)
+    return {
+        "flops_per_token": per_token,
+        "flops": flops,
+        "seconds_of_training": [fast, slow],
+        "rate": {"flops": rate, "used": used, "is_measured": target.kind == "cpu"},
+    }
+
+
+def measure_rate() -> float:
+    """Measure the matmul rate of this machine in its training dtype (operations per second)."""
+    dtype = SingleProcess().compute_dtype("auto")
+    one = torch.ones(512, 1024, dtype=dtype)
+    other = torch.ones(1024, 1024, dtype=dtype)
+    one @ other
+    started = time.perf_counter()
+    for _ in range(8):
+        one @ other
+    return 8 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
