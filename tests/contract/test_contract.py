@@ -15,6 +15,12 @@ from tests.contract.subjects import CLASSES, SUBJECTS, select
 TEXT = PAGE.read_text(encoding="utf-8")
 EXPECTED = read(TEXT)
 
+QUICK = ("lora", "full", "bottleneck", "prompt")
+"""One subject of each way to train; the others take minutes."""
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS
+]
+
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,7 +49,7 @@ def test_the_example_in_contributing_is_the_code() -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 # PEFT warns of patterns that it writes itself.
 @pytest.mark.filterwarnings("ignore:.*_pattern keys")
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.name)
 def test_the_page_is_true(name: str, prop: Property, bases: Path, tmp_path: Path) -> None:
     expected = EXPECTED.get(name, {}).get(prop.name)
