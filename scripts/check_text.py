@@ -26,8 +26,7 @@ REPEATED_ON_PURPOSE = {"that", "had"}
 # Each of these reads well in the language it comes from. In brackets, as above.
 STIFF = {
     r'^\s*r?"""(Wha[t]|Whethe[r]|O[f]|Wher[e]|A[s])\b': "begin with an imperative or a noun",
-    r"\b(is|are|was|were) n[o] (?!longer\b|more\b|less\b|fewer\b|later\b)[a-z]+": "write 'not a'",
-    r"\b(has|have|had) n[o] [a-z]+ (of|to) ": "write 'does not have'",
+    r"(?<![Tt]here )\b(is|are|was|were) n[o] (?!long|more|less|few|later)[a-z]+": "write 'not a'",
     r"\bas fa[r] as\b": "say it directly",
     r"\b(,|and|but) of whic[h]\b": "make it a sentence of its own",
     r"\bbesid[e] (it|them|that|this)\b": "write 'next to' or 'in addition to'",

@@ -86,7 +86,7 @@ def refuse_foreign(folder: Path) -> None:
 def refuse_links(folder: Path) -> None:
     """Refuse a folder with a link that leads out of it.
 
-    The cache of the hub is made of links, from `snapshots/COMMIT` to `blobs` beside it: these stay
+    The Hub's cache consists of links from `snapshots/COMMIT` to its sibling `blobs`: these stay
     within one model, and are followed.
     """
     if not folder.is_dir():
@@ -176,8 +176,8 @@ def _refuse_shards(index: Path) -> None:
             )
         if not name.endswith(".safetensors"):
             raise ModelError(
-                f"{index}: weight_map names {name}, which is no safetensors file; pickled weights "
-                "are never loaded, since a pickle can run any code",
+                f"{index}: weight_map names {name}, which is not a safetensors file; pickled "
+                "weights are never loaded, since a pickle can run any code",
                 hint="AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) converts "
                 "them, where a file that runs code can do no harm",
             )

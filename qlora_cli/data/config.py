@@ -25,11 +25,11 @@ class Data(Config):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of `shuffle` and `evaluation_share`, independent of the training seed."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do about rows that cannot be used: name the first ten and stop, or skip them."""
+    """Action for rows that cannot be used: name the first ten and stop, or skip them."""
     max_length: int = Field(1024, ge=8)
     """Maximum tokens per row."""
     truncate: Literal["drop", "cut_end", "cut_prompt", "split"] = "cut_end"
-    """What to do with a longer row: leave it out, cut its end, cut the beginning of its prompt so
+    """Action for a longer row: leave it out, cut its end, cut the beginning of its prompt so
     that the answers stay, or split it into several rows (text without roles; else as cut_end)."""
     max_lost: float = Field(0.05, ge=0, le=1)
     """Maximum share of answers that may be cut, in whole or in part; with more, stop."""

@@ -45,7 +45,7 @@ class EvaluationReport(Report):
     target: str
     """The run, model folder or recipe that was evaluated."""
     compare: str | None
-    """What it was compared with; null for its base."""
+    """The model it was compared with; null for its base."""
     weights: Weights | None
     """Which weights of the run; null if nothing was trained."""
     models: dict[str, dict[str, Estimate]]

@@ -64,7 +64,7 @@ def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> 
 def _read_metrics(world: World, shares: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
     """Add up the loss and the other metrics over ranks, and read them with the gradient's norm.
 
-    This is the only time that the host waits for the device: it has to know whether to go on.
+    The host waits for the device only here: it has to know if the step can be applied.
     """
     totals = world.sum(torch.stack(list(shares.values())))
     *values, norm = torch.cat([totals, grad_norm[None]]).tolist()

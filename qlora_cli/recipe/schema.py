@@ -36,7 +36,7 @@ class Recipe(Config):
     data: Data
     """Training and evaluation data, and their preparation."""
     objective: ObjectiveConfig = Supervised()
-    """What training minimizes."""
+    """The loss that training minimizes."""
     training: Training = Training()
     """The training loop."""
     optimizer: OptimizerConfig = AdamW()
@@ -46,7 +46,7 @@ class Recipe(Config):
     evaluation: Evaluation = Evaluation()
     """How the result is evaluated."""
     output: Output
-    """Where the run is written."""
+    """The folder and files of the run."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

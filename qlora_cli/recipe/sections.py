@@ -16,7 +16,7 @@ _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 class SpikeDetection(Config):
-    """What to do when the loss jumps and stays high."""
+    """Action when the loss jumps and stays high."""
 
     factor: float = Field(3.0, gt=1)
     """A loss above this multiple of the running median is high."""
@@ -47,9 +47,10 @@ class Training(Config):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Maximum gradient norm; larger gradients are scaled down. null turns clipping off."""
     gradient_checkpointing: bool | Literal["mlp", "offload"] = True
-    """What the backward pass recomputes instead of keeping: the whole layer (true: little memory,
-    about a third more time), its feed-forward half (`mlp`), or only cheap operations (false).
-    `offload` is true plus the layers' inputs in host memory: least GPU memory, and more time."""
+    """Activations that the backward pass recomputes instead of keeping: those of the whole layer
+    (true: little memory, about a third more time), of its feed-forward half (`mlp`), or only of
+    cheap operations (false). `offload` is true plus the layers' inputs in host memory: least GPU
+    memory, and more time."""
     kernels: Literal["auto", "compiled", "fused", "plain"] = "auto"
     """`fused` runs each decoder layer as one function, `compiled` also compiles its element-wise
     work, and `plain` uses the layers of transformers. `auto` compiles if the run is long enough to
@@ -70,7 +71,7 @@ class Training(Config):
     """Stop after this many steps in a row with a loss or gradient that is not finite. Such steps
     never change the weights."""
     spike: SpikeDetection | None = None
-    """What to do when the loss jumps; null does nothing."""
+    """Action when the loss jumps; null does nothing."""
 
     stop_after: str | None = None
     """Save and stop after the first step that ends this long after the start, such as `3h55m`
@@ -93,7 +94,7 @@ class Training(Config):
 
     @property
     def passes(self) -> float | None:
-        """Passes over the training rows; None when `max_steps` says how long to go on."""
+        """Passes over the training rows; None when `max_steps` sets the length of the run."""
         if self.max_steps is not None:
             return None
         return 1.0 if self.epochs is None else self.epochs
@@ -128,7 +129,7 @@ class Evaluation(Config):
 
 
 class Output(Config):
-    """What is written, and where."""
+    """Files that a run writes."""
 
     dir: str = Field(min_length=1)
     """Folder of the run."""

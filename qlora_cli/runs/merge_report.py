@@ -11,7 +11,7 @@ from qlora_cli.common.report import Report
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport(Report):
-    """What the merge did to the weights. Errors are norms over all updated weights, relative to
+    """Changes of the weights by a merge. Errors are norms over all updated weights, relative to
     the norm of the update."""
 
     updated: int
@@ -60,20 +60,20 @@ class ComparisonReport(Report):
 
 @dataclass(frozen=True, slots=True)
 class MergeReport(Report):
-    """What `qlora merge` wrote, and how close it is to base plus adapter."""
+    """Output of `qlora merge`, and how close it is to base plus adapter."""
 
     output: str
     """The folder that was written."""
     weights: str
     """Weights of the run that were merged: `last` or `best`."""
     base: str
-    """What the update was added to: `as-trained` or `original`."""
+    """The weights that the update was added to: `as-trained` or `original`."""
     dtype: str
     """Dtype of most of the written values."""
     bytes: int
     """Size of the written weights."""
     update: UpdateReport
-    """What the merge did to the weights."""
+    """Changes of the weights."""
     logit_error: float | None
     """Largest difference of a logit from base plus adapter in float32, relative to the largest
     logit. Null if logits were not compared; so are the next two."""

@@ -57,7 +57,7 @@ class Loss(TokenTask):
 
 
 def token_measure(name: str, aggregate: Callable[[Values], NDArray[float64]]) -> Measure:
-    """Make a measure per token, of which lower is better."""
+    """Make a measure per token; lower is better."""
     return Measure(name, aggregate, lower_is_better=True, is_share=False, is_per_token=True)
 
 

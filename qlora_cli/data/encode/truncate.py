@@ -12,7 +12,7 @@ Truncate = Literal["drop", "cut_end", "cut_prompt", "split"]
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """What ends a supervised turn."""
+    """The end of a supervised turn."""
 
     token_id: int | None
     """The added token (such as `<|im_end|>`) that ends it; None if something else follows."""

@@ -78,7 +78,7 @@ def parsed(value: object, path: str) -> Any:
 
 
 def is_given(values: Mapping[str, Any], field: str) -> bool:
-    """Whether the field holds anything; tables hold null or an empty list in each row."""
+    """Tell if the field holds anything; tables hold null or an empty list in each row."""
     return values.get(field) not in (None, "", [], {}, "[]", "{}")
 
 
