@@ -24,8 +24,72 @@ IS_NO = re.compile(r"\b(is|are|was|were|has|have) no [a-z]+")
 RECIPE = "model: {path: base}\ndata: {train: {path: rows.jsonl}}\noutput: {dir: run}\n"
 REPEATS = 7
 
-STOPS: dict[str, dict[str, list[str]]] = {}
-"""Value -> first file that says which version of the code it is -> stops as file:name."""
+_READ_BEFORE = [
+    "recipe_file.py:load_recipe", "yaml_tree.py:read_tree", "part_reader.py:read_part",
+    "part_reader.py:_field", "part_reader.py:_value", "field_types.py:read", "train.py:_train",
+]  # fmt: skip
+_READ = [
+    "recipe/load.py:load_recipe", "recipe/yaml_parser.py:read_tree",
+    "recipe/validation.py:validate_tree", "recipe/field_types.py:convert",
+]  # fmt: skip
+STOPS: dict[str, dict[str, list[str]]] = {
+    "optimizer.learning_rate": {
+        "qlora_cli/keeper.py": [
+            *_READ_BEFORE, "optim/optimizers.py:build", "optim/optimizers.py:_grouped",
+            "optim/groups.py:group_parameters",
+        ],
+        "qlora_cli/loop/setup.py": [
+            *_READ, "loop/setup.py:build_setup", "loop/setup.py:assemble", "optim/base.py:build",
+            "optim/base.py:_grouped",
+        ],
+    },
+    "adapter.r": {
+        "qlora_cli/keeper.py": [
+            *_READ_BEFORE, "model/adapters/peft_method.py:attach",
+            "model/adapters/lora.py:peft_config",
+        ],
+        "qlora_cli/loop/setup.py": [
+            *_READ, "loop/setup.py:build_setup", "adapters/base.py:attach",
+            "adapters/lora.py:peft_config",
+        ],
+    },
+    "training.micro_batch_size": {
+        "qlora_cli/keeper.py": [
+            *_READ_BEFORE, "trial.py:settle_here", "fit.py:settle", "fit.py:with_changes",
+            "estimate.py:read_rows", "recipe.py:rows_per_forward", "build.py:stream_batches",
+            "data/batches.py:BatchStream",
+        ],
+        "qlora_cli/loop/setup.py": [
+            *_READ, "train/preflight.py:resolve_auto",
+            "plan/shrink_to_fit.py:resolve_micro_batch_size", "loop/setup.py:build_setup",
+            "recipe/sections.py:fixed_micro_batch_size", "loop/setup.py:stream_batches",
+            "data/batching/sampler.py:BatchStream",
+        ],
+    },
+    "a row": {
+        "qlora_cli/keeper.py": [
+            "data/sources/source.py:conversations", "data/prepare.py:_encode",
+            "data/workers.py:encode", "data/encode.py:_lay_out", "data/typed.py:mask",
+            "data/layout.py:lay_out_all", "data/pattern.py:of", "data/layout.py:_make_pattern",
+            "data/answers.py:find_answers", "data/template.py:render", "data/typed.py:tokenize",
+            "data/encode.py:_label", "data/encode.py:cut", "data/store.py:SetWriter",
+            "data/batches.py:BatchStream",
+        ],
+        "qlora_cli/loop/setup.py": [
+            "data/sources/source.py:conversations", "data/encode/encoder.py:encode_rows",
+            "data/render/renderer.py:render_all", "data/render/answer_spans.py:find_answers",
+            "data/encode/tokens.py:tokenize", "data/encode/labels.py:label",
+            "data/encode/truncate.py:truncate_row",
+            "data/prepared/mmap_dataset.py:DatasetWriter", "data/batching/order.py:RowOrder",
+            "data/batching/sampler.py:BatchStream", "data/batching/collate.py:concatenate_batch",
+        ],
+    },
+}  # fmt: skip
+"""Value -> a file that tells the version of the code -> the functions that hand the value on.
+
+From the YAML file to the library's argument; for a row, to the micro-batch. Pydantic's own
+functions are not counted.
+"""
 
 
 @dataclass(frozen=True)
