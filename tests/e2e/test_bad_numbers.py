@@ -1,4 +1,4 @@
-"""Runs in which numbers or memory go wrong, for real: a damaged base, an odd row, a long row."""
+"""Runs that hit NaNs, spikes or OOM for real: a damaged base, an odd row, a long row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows_file(folder: Path, answers: list[str]) -> dict[str, Any]:
 
 
 def damaged_base(folder: Path) -> Path:
-    """A model that gives no number for any row with the odd letter in it."""
+    """A model whose loss is NaN for any row that contains the odd letter."""
     base = save_tiny_model(folder / "damaged")
     weights = load_file(base / "model.safetensors")
     # The tokenizer's vocabulary is the sorted alphabet of bytes, which begins with "!".
@@ -104,7 +104,7 @@ def test_the_rows_around_a_bad_step_are_learnt_as_if_it_were_not_there(
     losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
     assert losses.count(None) == 2
     (tmp_path / "run").rename(tmp_path / "with")
-    # All rows that can be learnt are equal, so without the bad one six steps are the same steps.
+    # All good rows are equal, so six steps without the bad row are the same six steps.
     sections["data"] = rows_file(tmp_path, ["cd cd"] * 4)
     sections["training"] = {**sections["training"], "max_steps": 6}
     assert exit_code("train", write_recipe(**sections)) == 0
@@ -129,7 +129,7 @@ def test_too_many_bad_steps_in_a_row_end_a_run_and_leave_what_was_saved(
 
 
 def spiking(tmp_path: Path, **spike: Any) -> dict[str, Any]:
-    """Seventy equal rows and one that is quite another, a row a step."""
+    """Seventy equal rows and one outlier, one row per step."""
     return {
         "data": rows_file(tmp_path, ["ab ab ab"] * 70 + ["QXZ%&?@" * 4]),
         "adapter": {"dropout": 0.1},
@@ -168,7 +168,7 @@ def test_a_run_goes_back_and_passes_over_the_rows_of_a_spike(
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     (tmp_path / "run").rename(tmp_path / "equal")
 
-    # And a run that ends on the way there goes on in the same way.
+    # A run that is stopped on the way there resumes to the same result.
     sections = spiking(tmp_path, action="go_back")
     sections["training"] |= {"epochs": None, "max_steps": step + 2}
     assert exit_code("train", write_recipe(**sections)) == 0

@@ -1,4 +1,4 @@
-"""What steps cost, through the command line."""
+"""`qlora bench`, from the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has changed since a run was started: refused by name, or allowed by name and recorded."""
+"""Inputs that changed since a run started: refused by name, or allowed and recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = "last/adapter_model.safetensors"
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Of the steps that were logged."""
+    """Read the logged training steps."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
 
@@ -27,7 +27,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def start(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., tuple[Path, Path, Path]]:
-    """Train two steps. Returns the recipe, the run and the base model, which is the run's own."""
+    """Train two steps; return the recipe, the run and its own copy of the base model."""
 
     def make(**sections: Any) -> tuple[Path, Path, Path]:
         base = save_tiny_model(tmp_path / "base")
@@ -40,7 +40,7 @@ def start(
 
 
 def other_weights(base: Path) -> None:
-    """Of the same shapes, as the instruction-tuned brother of a base has them."""
+    """Replace the weights by others of the same shapes, like those of an instruct variant."""
     shutil.rmtree(base)
     save_tiny_model(base, initializer_range=0.1)
 
@@ -52,7 +52,7 @@ def other_tokens(base: Path) -> None:
 
 
 def other_template(base: Path) -> None:
-    """The same for all rows of the test, and not for those with a system message."""
+    """Change the template's text but not how it renders the rows of the test."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHATML + "{% if false %}{% endif %}"
     tokenizer.save_pretrained(base)

@@ -345,7 +345,7 @@ def test_a_run_without_progress_stops_early_and_resumes_to_the_same_end(
     name = "best/adapter_model.safetensors"
     assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
-    # With more patience it goes on from where it stopped.
+    # With more patience it resumes from where it stopped.
     more = output_of(capsys, "train", recipe, "--resume", "auto", "--set", "training.patience=3")
     assert more["steps"] == record["best"]["step"] + 6
 
@@ -416,7 +416,7 @@ def test_forgetting_is_measured_where_general_text_is_named(
     assert tuned["kl"]["value"] > tuned["kl"]["low"] > 0
     assert tuned["forgetting.perplexity"]["value"] != base["forgetting.perplexity"]["value"]
 
-    # A recipe has no base to be far from; two runs have one each.
+    # KL needs a base: a recipe does not compare with one, two runs do.
     assert "kl" not in output_of(capsys, "eval", recipe)["measures"]
     again = output_of(capsys, "eval", tmp_path / "run", "--compare", tmp_path / "run")
     assert again["models"][str(tmp_path / "run")]["kl"] == tuned["kl"]

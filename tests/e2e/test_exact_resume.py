@@ -1,4 +1,4 @@
-"""A run that is stopped after any step and goes on is, bit for bit, the run that never stopped."""
+"""A run that is stopped after any step and resumed equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 
 def check_resumes(recipe: Recipe, stops: list[int], *, use_cache: bool = True) -> None:
-    """Run it in one go, then go on from each of `stops` as after a kill there."""
+    """Run it uninterrupted, then resume from each of `stops` as after a kill there."""
     run = Path(recipe.output.dir)
     record = train(recipe)
     assert record["steps"] > max(stops)

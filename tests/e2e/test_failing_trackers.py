@@ -1,4 +1,4 @@
-"""What fails beside the training (trackers, evaluations) costs none of it."""
+"""Failing trackers and evaluations do not cost any training."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_other_settings_are_refused_all_at_once(
     ):
         assert line in told
     assert not (tmp_path / "second" / "metrics.jsonl").exists()
-    # The same modules, named in another way, are no difference.
+    # Selecting the same modules by another pattern is not a difference.
     named = {"target_modules": r".*\.(self_attn|mlp)\.\w+_proj"}
     assert exit_code("train", begin("third", parent, adapter=named)) == 0
 

@@ -64,7 +64,7 @@ def test_what_was_trained_is_measured_merged_and_asked(
     planned = plan(recipe, device="cpu")
     record = train(recipe)
     assert planned["model"]["trained"] == record["trained_weights"]
-    # Another way to put the same numbers, which int8 rounds by the tokens beside them.
+    # The same loss by another path; int8 rounding depends on the other tokens of a batch.
     run, tolerance = tmp_path / "run", 1e-4 if quantization == "none" else 2e-2
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in metrics if "eval_loss" in line]

@@ -17,7 +17,9 @@ def test_a_run_that_is_killed_at_random_moments_comes_to_the_same(tmp_path: Path
     form = tiny_form(tmp_path, kills=4, max_steps=8)
     report = examine(form, tmp_path, seed=5)
     assert len(report["kills"]) == 4
-    assert any(kill["went_on_from"] for kill in report["kills"]), "one went on from a checkpoint"
+    assert any(kill["went_on_from"] for kill in report["kills"]), (
+        "at least one run resumed from a checkpoint"
+    )
     assert is_same(report), report
     assert "| in all | 4 |" in as_markdown({"tiny": report | {"note": "other work ran."}})
 

@@ -66,7 +66,7 @@ ANSWERS = {
     "toolcall": "Of course! I can help you with that.",
     "preference": "That sounds like a fun and engaging idea!",
 }
-"""How what is learnt of the first row begins."""
+"""The beginning of the first row's supervised text."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,7 +85,7 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="module")
 def random_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has learnt nothing, with the tokenizer of the demo model."""
+    """A tiny model with random weights and the demo model's tokenizer."""
     tokenizer = load_tokenizer(demo_model)
     folder = tmp_path_factory.mktemp("random") / "model"
     save_tiny_model(

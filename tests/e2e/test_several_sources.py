@@ -61,10 +61,10 @@ def test_sources_are_learnt_together_and_measured_on_the_rows_held_out(
 ) -> None:
     assert run("train", recipe, "--json") == 0
     record = json.loads(capsys.readouterr().out)
-    learnt, held_out = record["data"]["training"], record["data"]["evaluation"]
-    assert learnt["num_rows"] + held_out["num_rows"] == 16 + 40
+    training, held_out = record["data"]["training"], record["data"]["evaluation"]
+    assert training["num_rows"] + held_out["num_rows"] == 16 + 40
     assert 4 < held_out["num_rows"] < 28
-    assert learnt["num_bad"] + held_out["num_bad"] == 2
+    assert training["num_bad"] + held_out["num_bad"] == 2
 
     again = tmp_path / "again"
     saved = tmp_path / "run" / "recipe.yaml"

@@ -92,7 +92,7 @@ def test_a_run_folder_explains_itself(
     assert len(record["data"]["training"]["digest"]) == 64
     assert "qlora merge" in (run / "README.md").read_text(encoding="utf-8")
 
-    # Plain PEFT loads the adapter, and plain transformers the tokenizer beside it.
+    # Plain PEFT loads the adapter, plain transformers the tokenizer in the same folder.
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = peft.PeftModel.from_pretrained(base, run / "last")
     tokenizer = AutoTokenizer.from_pretrained(run / "last")
@@ -130,7 +130,7 @@ def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        # A clean run has no warning of any library in it.
+        # A clean run prints no library warnings.
         assert "warning" not in done.stderr.lower()
         assert "warning" not in done.stdout.lower()
         adapters.append((tmp_path / name / "last" / "adapter_model.safetensors").read_bytes())
@@ -276,7 +276,7 @@ world.close()
 
 
 def test_gradients_of_ranks_lie_in_what_is_exchanged(tmp_path: Path) -> None:
-    """And not beside it, once the last micro-batch of a step is done."""
+    """Gradients are views of the exchanged buffer after the last micro-batch of a step."""
     script = tmp_path / "shares.py"
     script.write_text(_SHARES, encoding="utf-8")
     command = [
@@ -733,7 +733,7 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
         times.append(1)
         if len(times) == 2:  # after step 2
             os.kill(os.getpid(), signal.SIGTERM)
-            raise AssertionError("the evaluation went on")
+            raise AssertionError("the evaluation was not interrupted")
         return evaluate_loss(*arguments)
 
     monkeypatch.setattr(qlora_cli.train.evaluation, "evaluate_loss", evaluate_and_send)
@@ -770,7 +770,7 @@ def test_a_signal_before_the_first_step_ends_a_run_at_once(
 
     def load(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("loading went on")
+        raise AssertionError("loading was not interrupted")
 
     monkeypatch.setattr(qlora_cli.loop.setup, "load_base", load)
     assert exit_code("train", write_recipe()) == 143

@@ -1,4 +1,4 @@
-"""What a comparison is made of: cells from methods, keys and recipes."""
+"""The grid of a comparison: cells from methods, keys and recipes."""
 
 from __future__ import annotations
 

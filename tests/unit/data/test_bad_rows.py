@@ -193,7 +193,7 @@ def damaged_file(path: Path, seed: int = 0) -> tuple[dict[int, str], list[str]]:
     for i in range(NUM_ROWS - 1):
         question = odd.get(i, f"Question {i} äöü?")
         if rng.random() < 0.02:
-            lines.append(rng.choice([b"", b"  ", b"\r"]))  # blank lines are no rows
+            lines.append(rng.choice([b"", b"  ", b"\r"]))  # blank lines are not rows
         if i in damages:
             lines.append(KINDS[damages[i]][0](question))
             found[len(lines)] = damages[i]

@@ -68,9 +68,9 @@ def test_the_hint_for_preferences_reads_the_row_at_hand(
         Data(train=pairs).refuse_untrainable()
     hint = str(caught.value.hint)
     settings = yaml.safe_load(hint[hint.index("{") :])
-    learnt = Source.model_validate({"path": str(path), "format": settings})
+    source = Source.model_validate({"path": str(path), "format": settings})
     wanted = pairs.format.to_conversation(row)
-    assert learnt.format.to_conversation(row) == replace(wanted, rejected=None)
+    assert source.format.to_conversation(row) == replace(wanted, rejected=None)
 
 
 def test_preferences_that_cannot_be_read_are_sent_to_the_preview(tmp_path: Path) -> None:

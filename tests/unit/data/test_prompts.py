@@ -84,12 +84,12 @@ def test_a_system_message_is_put_before_conversations_that_have_none(tmp_path: P
 
 
 def test_the_format_of_the_recipe_comes_first_where_its_columns_are(tmp_path: Path) -> None:
-    learnt = TemplateFormat(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
-    found = given(ask(tmp_path, {"question": "hi"}, formats=[learnt]))
+    template = TemplateFormat(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
+    found = given(ask(tmp_path, {"question": "hi"}, formats=[template]))
     assert found == HI.replace("hi", "Q: hi").replace(
         "<|im_start|>user", "<|im_start|>system\ncalm<|im_end|>\n<|im_start|>user"
     )
-    assert given(ask(tmp_path, {"prompt": "hi"}, formats=[learnt])) == HI
+    assert given(ask(tmp_path, {"prompt": "hi"}, formats=[template])) == HI
 
 
 @pytest.mark.parametrize(

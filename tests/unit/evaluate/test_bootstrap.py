@@ -32,9 +32,9 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
 
 
 def test_the_interval_of_a_few_examples_is_that_of_all_their_resamples() -> None:
-    """Of 0 and 1, a resample is 0, 1/2 or 1, with chances of 1/4, 1/2 and 1/4."""
+    """Resampled means of 0 and 1 are 0, 1/2 or 1, with probability 1/4, 1/2 and 1/4."""
     assert one(MEAN, 0.0, 1.0) == Estimate(0.5, 0.0, 1.0)
-    # Of 1, 2 and 4 the mean is at least 1; (1/3)^3 = 3.7% of the resamples are all ones.
+    # The mean of 1, 2 and 4 is at least 1; (1/3)^3 = 3.7% of the resamples are all ones.
     assert one(MEAN, 1.0, 2.0, 4.0).low == 1.0
 
 

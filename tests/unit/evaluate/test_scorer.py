@@ -1,4 +1,4 @@
-"""What a model under examination answers, against plain forwards."""
+"""Compare the scorer with plain forward passes of the same model."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> 
 
 
 def test_an_update_survives_packing_on_the_original_weights_alone() -> None:
-    """What the advice to merge with `--base original` rests on."""
+    """Support the advice to merge with `--base original`."""
     torch.manual_seed(0)
     weight = torch.randn(256, 256) * 0.02
     update = torch.randn(256, 8) @ torch.randn(8, 256) * 2e-4

@@ -53,7 +53,7 @@ class PairLoss(Objective):
 
 @dataclass
 class TwoProcesses(SingleProcess):
-    """As if another process had made the same step; counts what is added up over ranks."""
+    """Pretend that a second rank made the same step; count the sums over ranks."""
 
     sums: int = 0
 

@@ -1,4 +1,4 @@
-"""What a base model cannot learn is said before the training."""
+"""Warn before training about tokens that the base model cannot learn."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ NEEDED = {
         "training.tasks_every=5",
     ),
 }
-"""What has to be given before a key can be."""
+"""Settings that a key requires."""
 
 REFUSED = {"data.evaluation.weight", "evaluation.forgetting.weight"}
-"""Keys that sources to learn from have too, and that would change nothing here."""
+"""Keys of training sources that have no effect in these sections."""
 
 Key = tuple[str, tuple[str, ...], FieldType]
 """Dotted key, overrides that choose the variants on the way to it, what it takes."""
@@ -141,7 +141,7 @@ def test_each_key_changes_the_recipe(
 
 
 def _section(key: str) -> str:
-    """What a key may change besides itself: another `type` brings other keys beside it."""
+    """Prefix of the keys that a key may change: another `type` brings other keys with it."""
     return key.removesuffix("type") if key.endswith(".type") else f"{key}."
 
 

@@ -108,7 +108,7 @@ def test_one_problem(
 
 
 def _matches(found: str, expected: str) -> bool:
-    """Whether `found` is `expected`, whose three dots stand for anything."""
+    """Match `found` with `expected`, in which three dots stand for any text."""
     return bool(re.fullmatch(".*".join(map(re.escape, expected.split("..."))), found))
 
 

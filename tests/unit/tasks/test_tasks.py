@@ -1,4 +1,4 @@
-"""What holds for every task."""
+"""Properties that every task shares."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("settings", [{}, {"word_order": 2}, {"ignore_case": True}])
 def test_chrf_is_that_of_sacrebleu(settings: dict[str, Any]) -> None:
-    """Of each answer alone, and of all together."""
+    """Compare the score of each answer, and of all answers together."""
     from sacrebleu.metrics.chrf import CHRF
 
     task = ChrF(**settings)

@@ -22,7 +22,7 @@ def sizes(number: int, longest: int = MAX_LENGTH, seed: int = 0) -> list[int]:
 
 
 def examples(lengths: list[int]) -> list[Example]:
-    """The tokens of an example are its number (from 1), all of them learnt."""
+    """Build examples whose tokens are all the example's number (from 1), all supervised."""
     return [Example([i] * n, [i] * n) for i, n in enumerate(lengths, start=1)]
 
 

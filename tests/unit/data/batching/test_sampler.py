@@ -14,7 +14,7 @@ PAD = 0
 
 
 def examples(number: int) -> list[Example]:
-    """Of different lengths; the second token tells which one it is, the last one is the pad id."""
+    """Build rows of different lengths: the second token is the number, the last the pad id."""
     return [
         Example(
             [1, 100 + i, *[2] * (i * 7 % 11), PAD],
@@ -107,7 +107,9 @@ def check_padding(batch: Batch, originals: list[Example]) -> None:
         length = len(original.input_ids)
         assert ids[:length] == original.input_ids
         assert mask == [1] * length + [0] * (len(ids) - length)
-        assert labels[:length] == original.labels, "the pad id inside a row is learnt like any"
+        assert labels[:length] == original.labels, (
+            "the pad id inside a row is supervised like any other"
+        )
         assert set(ids[length:]) <= {PAD}
         assert set(labels[length:]) <= {IGNORE_INDEX}
 

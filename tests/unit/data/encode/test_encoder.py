@@ -1,4 +1,4 @@
-"""What is learnt is exactly the answers and the tokens that end them."""
+"""The encoder supervises exactly the answers and the tokens that end them."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def whole(messages: list[Message], tokenizer: PreTrainedTokenizerFast, **options
     return ids
 
 
-def learnt(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The learnt stretches as text."""
+def supervised_text(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the text of each supervised span."""
     assert all(
         label in (token, IGNORE_INDEX)
         for token, label in zip(example.input_ids, example.labels, strict=True)
     )
-    stretches: list[list[int]] = []
+    spans: list[list[int]] = []
     previous = IGNORE_INDEX
     for label in example.labels:
         if label != IGNORE_INDEX:
             if previous == IGNORE_INDEX:
-                stretches.append([])
-            stretches[-1].append(label)
+                spans.append([])
+            spans[-1].append(label)
         previous = label
-    return [tokenizer.decode(stretch) for stretch in stretches]
+    return [tokenizer.decode(span) for span in spans]
 
 
 def rows_file(folder: Path, rows: list[Any]) -> str:
@@ -103,7 +103,7 @@ def test_answers_and_their_stops_are_learnt(
     encoded = Encoder(tokenizer).encode(messages, max_length=4096)
     assert encoded.example.input_ids == whole(messages, tokenizer)
     stop = STOPS[template]
-    assert learnt(encoded.example, tokenizer) == [answer + stop for answer in ANSWERS]
+    assert supervised_text(encoded.example, tokenizer) == [answer + stop for answer in ANSWERS]
     stop_id = tokenizer.convert_tokens_to_ids(stop)
     assert [end.token_id for end in encoded.turn_ends] == [stop_id] * 3
     assert encoded.lost is None
@@ -115,7 +115,7 @@ def test_a_template_without_headers(make_tokenizer: TokenizerMaker) -> None:
     example = Encoder(tokenizer).encode(TURNS, max_length=4096).example
     assert example.input_ids == whole(TURNS, tokenizer)
     # The space is the model's to write: the prompt ends before it.
-    assert learnt(example, tokenizer) == [f" {answer}</s>" for answer in ANSWERS]
+    assert supervised_text(example, tokenizer) == [f" {answer}</s>" for answer in ANSWERS]
 
 
 def test_the_generation_prompt_begins_each_answer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -131,7 +131,7 @@ def test_the_generation_prompt_begins_each_answer(tokenizer: PreTrainedTokenizer
 def test_what_the_template_writes_into_an_answer_is_learnt(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer("reasoning")
     encoded = Encoder(tokenizer).encode(TURNS, max_length=4096)
-    assert learnt(encoded.example, tokenizer) == [
+    assert supervised_text(encoded.example, tokenizer) == [
         f"{ANSWERS[0]}<|im_end|>",
         f"{ANSWERS[1]}<|im_end|>",
         "<think>\n\n</think>\n\n<<|im_end|>",
@@ -146,9 +146,9 @@ def test_reasoning_that_is_taken_out_later_is_learnt_in_a_row_of_its_own(
     messages = chat("Capital?", reasoned, "Sure?", "Yes.")
     first, second = Encoder(tokenizer).encode(messages, max_length=4096).examples
     assert first.input_ids == whole(messages[:2], tokenizer)
-    assert learnt(first, tokenizer) == [f"{reasoned}<|im_end|>"]
+    assert supervised_text(first, tokenizer) == [f"{reasoned}<|im_end|>"]
     assert second.input_ids == whole(messages, tokenizer)
-    assert learnt(second, tokenizer) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
+    assert supervised_text(second, tokenizer) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
 
 
 def test_reasoning_in_a_prompt_that_changes_is_refused(make_tokenizer: TokenizerMaker) -> None:
@@ -212,7 +212,7 @@ def test_verbatim_text_is_learnt_whole_with_its_end(make_tokenizer: TokenizerMak
     example = (
         Encoder(tokenizer).encode([Message("text", "a b ", train=True)], max_length=64).example
     )
-    assert learnt(example, tokenizer) == ["a b </s>"]
+    assert supervised_text(example, tokenizer) == ["a b </s>"]
     assert example.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
 
 
@@ -225,7 +225,7 @@ def test_verbatim_prompt_and_completion_are_one_tokenization(
     example = encoder.encode(pieces, max_length=64).example
     text = "The capital of France is Paris."
     assert example.input_ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    assert learnt(example, tokenizer) == [" France is Paris.</s>"]
+    assert supervised_text(example, tokenizer) == [" France is Paris.</s>"]
     prompt = encoder.to_prompt(pieces)
     assert prompt.input_ids == tokenizer("The capital of")["input_ids"]
     assert prompt.reference == " France is Paris."
@@ -327,7 +327,7 @@ def test_turns_without_a_stop_token_stop_the_run(
     source = chat_source(tmp_path, chat("a", "b"), chat("a", "b", "c", "d"))
     tokenizer = make_tokenizer("without_stop")
     example = Encoder(tokenizer).encode(chat("a", "b"), max_length=512).example
-    assert learnt(example, tokenizer) == [" b"]
+    assert supervised_text(example, tokenizer) == [" b"]
     with pytest.raises(
         DataError, match=r"3 of 3 supervised turns do not end in an added token.*'\\n'"
     ):
@@ -371,7 +371,7 @@ def test_every_format_can_be_learnt_from(
     messages = kind().to_conversation(kind.example).messages
     stop = "</s>" if messages[0].role == "text" else "<|im_end|>"
     answers = [message.content + stop for message in messages if message.train]
-    assert [learnt(example, tokenizer) for example in prepared.examples] == [answers] * 3
+    assert [supervised_text(example, tokenizer) for example in prepared.examples] == [answers] * 3
 
 
 def test_prompts_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -419,7 +419,9 @@ def test_the_demo_models_tokenizer() -> None:
     for messages in (TURNS, [SYSTEM, *TURNS]):
         encoded = Encoder(tokenizer).encode(messages, max_length=4096)
         assert encoded.example.input_ids == whole(messages, tokenizer)
-        assert learnt(encoded.example, tokenizer) == [f"{text}<|im_end|>" for text in ANSWERS]
+        assert supervised_text(encoded.example, tokenizer) == [
+            f"{text}<|im_end|>" for text in ANSWERS
+        ]
     as_text = PromptCompletion(as_chat=False).to_conversation(PromptCompletion.example).messages
     encoded = Encoder(tokenizer).encode(as_text, max_length=64)
-    assert learnt(encoded.example, tokenizer) == [" Paris." + tokenizer.eos_token]
+    assert supervised_text(encoded.example, tokenizer) == [" Paris." + tokenizer.eos_token]

@@ -40,10 +40,10 @@ class Examples(list[Example]):
 
 
 def row(text: str) -> Example:
-    """A character is a token; what is in capitals is learnt, `^` is BOS and `!` a learnt stop."""
+    """One token per character: capitals are supervised, `^` is BOS, `!` a supervised stop."""
     ids = [{"^": BOS, "!": STOP}.get(c, ord(c.lower())) for c in text]
-    learnt = [c.isupper() or c == "!" for c in text]
-    labels = [i if is_learnt else IGNORE_INDEX for i, is_learnt in zip(ids, learnt, strict=True)]
+    supervised = [c.isupper() or c == "!" for c in text]
+    labels = [i if is_label else IGNORE_INDEX for i, is_label in zip(ids, supervised, strict=True)]
     return Example(ids, labels)
 
 
@@ -192,7 +192,7 @@ def test_a_row_that_begins_otherwise_than_its_prompt_drifts() -> None:
     prompts = [
         (0, [a, b]),
         (1, [a, c]),
-        (2, [a, b]),  # the same tokens, but learnt from the next one on
+        (2, [a, b]),  # the same tokens, but supervised from the next one on
         (3, [a, b, x, STOP, c]),
         (4, [a]),
     ]

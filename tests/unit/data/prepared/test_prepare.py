@@ -94,10 +94,10 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_sum_of_a_set_tells_apart_all_that_is_learnt_otherwise(tmp_path: Path) -> None:
-    learnt, shown = Example([5, 6], [IGNORE_INDEX, 6]), Example([5, 6], [IGNORE_INDEX] * 2)
+    supervised, shown = Example([5, 6], [IGNORE_INDEX, 6]), Example([5, 6], [IGNORE_INDEX] * 2)
     sets = [
-        [(learnt, 0), (shown, 0)], [(shown, 0), (learnt, 0)], [(learnt, 0), (learnt, 0)],
-        [(learnt, 0), (shown, 1)], [(learnt, 0)],
+        [(supervised, 0), (shown, 0)], [(shown, 0), (supervised, 0)], [(supervised, 0)] * 2,
+        [(supervised, 0), (shown, 1)], [(supervised, 0)],
         [(Example([5, 6, 5, 6], [IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX]), 0)],
     ]  # fmt: skip
     sums = []
@@ -107,7 +107,7 @@ def test_the_sum_of_a_set_tells_apart_all_that_is_learnt_otherwise(tmp_path: Pat
                 for example, source in examples:
                     writer.add(example, source, place)
                 sums.append(writer.digest)
-    assert sums[: len(sets)] == sums[len(sets) :], "where it lies is nothing that is learnt"
+    assert sums[: len(sets)] == sums[len(sets) :], "the place of a row is not part of the digest"
     assert len(set(sums)) == len(sets)
 
 
@@ -166,8 +166,8 @@ def test_split_learns_each_token_of_a_text_once(make_tokenizer: TokenizerMaker) 
     whole = encoder.encode(text, max_length=4096).example
     for max_length in (8, len(whole.input_ids) - 1, len(whole.input_ids)):
         encoded = encoder.encode(text, max_length=max_length, truncate="split")
-        learnt = [t for one in encoded.examples for t in one.labels[1:] if t != IGNORE_INDEX]
-        assert learnt == whole.input_ids[1:]
+        supervised = [t for one in encoded.examples for t in one.labels[1:] if t != IGNORE_INDEX]
+        assert supervised == whole.input_ids[1:]
         assert all(len(one.input_ids) <= max_length for one in encoded.examples)
         assert (encoded.lost, encoded.num_lost) == (None, 0)
 

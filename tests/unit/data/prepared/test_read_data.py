@@ -58,11 +58,11 @@ def test_prompts_of_shuffled_rows_are_compared_without_drawing_them_again(
     source = {"path": str(path), "format": form, "shuffle": True, "limit": limit}
     recipe = tiny_recipe(data={"train": source, "evaluation": None, "max_lost": 1})
     tokenizer = recipe.model.load_tokenizer()
-    learnt = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
+    training = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
     if limit is None:
         # What is read to its end is an error now.
         path.write_bytes(path.read_bytes()[:-2000])
-    [side] = audit_data(recipe.data, learnt, None, tokenizer)
+    [side] = audit_data(recipe.data, training, None, tokenizer)
     [drift] = [
         one for one in side.findings if one.what == "rows whose prompt differs in generation"
     ]

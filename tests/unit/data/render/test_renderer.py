@@ -1,4 +1,4 @@
-"""Which characters of a conversation are learnt, and which of them are data."""
+"""The characters of a rendered conversation that are supervised, and those that are data."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def told(content: str) -> Message:
     return Message("tool", content, train=False, name="add", tool_call_id="x1")
 
 
-def learnt(layout: RenderedRow) -> list[str]:
+def supervised_text(layout: RenderedRow) -> list[str]:
     return [layout.text[answer.start : answer.end] for answer in layout.answers]
 
 
@@ -125,7 +125,7 @@ def test_a_shape_that_is_known_costs_one_render(
     renders.clear()
     layout = renderer.render(Conversation(chat(*reversed(texts))))
     assert len(renders) == 1
-    assert learnt(layout) == texts[-2::-2]
+    assert supervised_text(layout) == texts[-2::-2]
 
 
 def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -> None:
@@ -137,7 +137,7 @@ def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -
     ]
     layout = Renderer(tooled).render(Conversation(messages, tools=TOOLS))
     assert data(layout) == ["<|im_end|> a", "hm", 'say \\"x\\"', "two", "2", "b"]
-    assert learnt(layout) == [
+    assert supervised_text(layout) == [
         '<think>\nhm\n</think>\n\n<call>{"name": "add", "arguments": {"a": "say \\"x\\"", '
         '"b": [1, "two"]}}</call>',
         "b",
@@ -166,7 +166,7 @@ def test_a_question_can_be_learnt_from_where_its_content_begins(
 ) -> None:
     messages = [replace(message, train=True) for message in chat("user", "b", "user", "d")]
     layout = Renderer(make_tokenizer()).render(Conversation(messages))
-    assert learnt(layout) == ["user", "b", "user", "d"]
+    assert supervised_text(layout) == ["user", "b", "user", "d"]
     for answer in layout.answers:
         assert layout.text.startswith("<|im_end|>", answer.stop)
 
@@ -200,7 +200,7 @@ def test_reasoning_that_is_not_learnt_may_be_left_out(tooled: PreTrainedTokenize
     messages[1] = replace(messages[1], reasoning="hm", train=False)
     layout = Renderer(tooled).render(Conversation(messages))
     assert "hm" not in layout.text
-    assert learnt(layout) == ["d"]
+    assert supervised_text(layout) == ["d"]
 
 
 def test_a_conversation_is_split_where_reasoning_is_taken_out(
@@ -214,7 +214,9 @@ def test_a_conversation_is_split_where_reasoning_is_taken_out(
             messages[i] = replace(messages[i], reasoning=f"hm{i}")
         rows = renderer.split(Conversation(messages))
         assert [len(row.messages) for row in rows] == [2, 6]
-        assert [learnt(layout) for layout in renderer.render_all(Conversation(messages))] == [
+        assert [
+            supervised_text(layout) for layout in renderer.render_all(Conversation(messages))
+        ] == [
             [f"<think>\nhm1\n</think>\n\nb{number}"],
             [f"d{number}", f"<think>\nhm5\n</think>\n\nf{number}"],
         ]
@@ -256,10 +258,10 @@ def test_an_answer_may_say_what_the_template_writes_before_it(
     row = Conversation(chat("a", content, "b", content))
     tokenizer.chat_template = WITH_BLOCK
     layout = by_rendering_parts(ChatTemplate(tokenizer), row)
-    assert learnt(layout) == [f"<think></think>{content}"] * 2
+    assert supervised_text(layout) == [f"<think></think>{content}"] * 2
     tokenizer.chat_template = WITH_LAST_BLOCK
     layout = by_rendering_parts(ChatTemplate(tokenizer), row)
-    assert learnt(layout) == [content, f"<think></think>{content}"]
+    assert supervised_text(layout) == [content, f"<think></think>{content}"]
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -280,8 +282,8 @@ def test_reasoning_that_a_template_never_shows_follows_its_prompt(
     )
     layout = renderer.render(Conversation(reasoned))
     assert layout.text == "<|user|>a<|assistant|><think>\nhm\n</think>\n\nb</s>"
-    assert learnt(layout) == ["hm\n</think>\n\nb"]
-    assert learnt(renderer.render(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
+    assert supervised_text(layout) == ["hm\n</think>\n\nb"]
+    assert supervised_text(renderer.render(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
 
 
 def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: TokenizerMaker) -> None:
@@ -289,7 +291,7 @@ def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: Tokenizer
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "m.content", "(m.content | map(attribute='text') | join)"
     )
-    assert learnt(Renderer(tokenizer).render(Conversation(chat("a", "b")))) == ["b"]
+    assert supervised_text(Renderer(tokenizer).render(Conversation(chat("a", "b")))) == ["b"]
 
 
 def test_a_template_that_adds_arguments_to_text_is_given_json(
@@ -300,7 +302,7 @@ def test_a_template_that_adds_arguments_to_text_is_given_json(
     )
     row = Conversation([*chat("a"), asked(a=1, b="x")])
     layout = Renderer(tooled).render(row)
-    assert learnt(layout) == ['<call>add{"a": 1, "b": "x"}</call>']
+    assert supervised_text(layout) == ['<call>add{"a": 1, "b": "x"}</call>']
     assert data(layout) == ["a", "x"]
 
 
@@ -319,7 +321,7 @@ def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMa
         layout = renderer.render(Conversation([*system, *messages], tools=TOOLS))
         head = "Be brief.\n\n" if system else ""
         assert layout.text.startswith(f"<|im_start|>system\n{head}You may call these functions")
-        assert learnt(layout) == [
+        assert supervised_text(layout) == [
             'Well.\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
             "It is 2.",
         ]
@@ -333,5 +335,5 @@ def test_a_text_that_looks_like_a_word_of_a_skeleton_is_no_content(
     function = {"name": "add", "description": "abc12345678 Qz99zQ c00000000 Qz0zQ"}
     row = Conversation(chat("a", "b"), tools=[{"type": "function", "function": function}])
     layout = Renderer(tooled).render(row)
-    assert learnt(layout) == ["b"]
+    assert supervised_text(layout) == ["b"]
     assert "abc12345678 Qz99zQ c00000000 Qz0zQ" in layout.text

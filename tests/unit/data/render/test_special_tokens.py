@@ -114,8 +114,8 @@ def test_what_is_typed_is_no_token(chatml: PreTrainedTokenizerFast, typed: str) 
     assert special(prompt.input_ids, chatml) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     assert prompt.input_ids == encoded.example.input_ids[: len(prompt.input_ids)]
     assert prompt.reference == f"{typed}."
-    learnt = [label for label in encoded.example.labels if label != IGNORE_INDEX]
-    assert special(learnt, chatml) == ["<|im_end|>"]
+    supervised = [label for label in encoded.example.labels if label != IGNORE_INDEX]
+    assert special(supervised, chatml) == ["<|im_end|>"]
 
 
 def test_all_but_the_typed_tokens_is_tokenized_as_ever(chatml: PreTrainedTokenizerFast) -> None:
@@ -155,7 +155,7 @@ def test_the_template_may_look_at_what_is_said(
 def test_what_opens_and_closes_turns_need_not_be_called_special(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast], open_turn: str, close_turn: str
 ) -> None:
-    """As in the tokenizers of DeepSeek, and where ChatML was added as ordinary tokens."""
+    """DeepSeek's tokenizers do this, and those to which ChatML was added as ordinary tokens."""
     tokenizer = make_tokenizer()
     names = {"<|im_start|>": open_turn, "<|im_end|>": close_turn}
     document = tokenizer.backend_tokenizer.to_str()
@@ -182,8 +182,8 @@ def test_what_opens_and_closes_turns_need_not_be_called_special(
     assert special(encoded.example.input_ids, tokenizer) == [
         *(open_turn, close_turn, open_turn), *answer
     ]  # fmt: skip
-    learnt = [label for label in encoded.example.labels if label != IGNORE_INDEX]
-    assert special(learnt, tokenizer) == answer
+    supervised = [label for label in encoded.example.labels if label != IGNORE_INDEX]
+    assert special(supervised, tokenizer) == answer
     assert encoded.is_typed
 
 

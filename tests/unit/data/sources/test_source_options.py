@@ -1,4 +1,4 @@
-"""What a source says beyond its path: renamed columns, order, share, and what is learnt."""
+"""Options of a source: renamed columns, order, held-out share, and supervised turns."""
 
 from __future__ import annotations
 
@@ -213,8 +213,8 @@ def test_a_limit_takes_the_first_of_the_shuffled_rows(tmp_path: Path) -> None:
 
 def sides(path: str, **settings: Any) -> tuple[list[str], list[str]]:
     data = Data(train=Source(path=path, format=Text()), evaluation_share=0.25, **settings)
-    [learnt], [held_out] = data.train_sources, data.evaluation_sources
-    return said(learnt), said(held_out)
+    [training], [held_out] = data.train_sources, data.evaluation_sources
+    return said(training), said(held_out)
 
 
 def said(source: Source) -> list[str]:
@@ -225,8 +225,8 @@ def said(source: Source) -> list[str]:
 
 
 def test_a_share_is_held_out_and_each_row_is_on_one_side(tmp_path: Path) -> None:
-    learnt, held_out = sides(write(tmp_path / "a.jsonl", ROWS))
-    assert sorted(learnt + held_out) == sorted(row["text"] for row in ROWS)
+    training, held_out = sides(write(tmp_path / "a.jsonl", ROWS))
+    assert sorted(training + held_out) == sorted(row["text"] for row in ROWS)
     assert 35 < len(held_out) < 65
 
 
@@ -242,16 +242,16 @@ def test_the_share_depends_on_content_and_seed_and_on_no_order(tmp_path: Path) -
 
 
 def test_equal_rows_are_on_one_side(tmp_path: Path) -> None:
-    learnt, held_out = sides(write(tmp_path / "a.jsonl", ROWS * 3))
+    training, held_out = sides(write(tmp_path / "a.jsonl", ROWS * 3))
     assert set(Counter(held_out).values()) == {3}
-    assert not set(learnt) & set(held_out)
+    assert not set(training) & set(held_out)
 
 
 def test_rows_that_say_the_same_are_on_one_side_whatever_else_they_hold(tmp_path: Path) -> None:
     twice = [{**row, "id": f"{copy}-{i}"} for copy in "ab" for i, row in enumerate(ROWS)]
-    learnt, held_out = sides(write(tmp_path / "a.jsonl", twice))
-    assert len(learnt) + len(held_out) == 400
-    assert not set(learnt) & set(held_out)
+    training, held_out = sides(write(tmp_path / "a.jsonl", twice))
+    assert len(training) + len(held_out) == 400
+    assert not set(training) & set(held_out)
 
 
 def test_a_bad_row_is_counted_on_one_side(tmp_path: Path) -> None:
@@ -286,8 +286,8 @@ def test_a_limit_counts_rows_of_both_sides(tmp_path: Path) -> None:
         ),
         evaluation_share=0.25,
     )
-    learnt, held_out = (said(one) for one in (*data.train_sources, *data.evaluation_sources))
-    assert len(learnt) + len(held_out) == 100
+    training, held_out = (said(one) for one in (*data.train_sources, *data.evaluation_sources))
+    assert len(training) + len(held_out) == 100
     assert 10 < len(held_out) < 40
 
 
@@ -315,7 +315,7 @@ TURNS = [
 ]
 
 
-def learnt(tmp_path: Path, turns: list[Row], **settings: Any) -> list[str]:
+def trained_texts(tmp_path: Path, turns: list[Row], **settings: Any) -> list[str]:
     path = write(tmp_path / "a.jsonl", [{"messages": turns}])
     bad = BadRows()
     try:
@@ -338,27 +338,31 @@ def learnt(tmp_path: Path, turns: list[Row], **settings: Any) -> list[str]:
 def test_roles_and_turns_to_learn_are_chosen(
     tmp_path: Path, settings: dict[str, Any], expected: list[str]
 ) -> None:
-    assert learnt(tmp_path, TURNS, **settings) == expected
+    assert trained_texts(tmp_path, TURNS, **settings) == expected
 
 
 def test_what_a_message_says_of_itself_wins(tmp_path: Path) -> None:
     without_first = [*TURNS[:2], {**TURNS[2], "train": False}, *TURNS[3:]]
-    assert learnt(tmp_path, without_first) == ["a2"]
-    assert learnt(tmp_path, without_first, learn_roles=["user", "assistant"]) == ["u1", "u2", "a2"]
+    assert trained_texts(tmp_path, without_first) == ["a2"]
+    assert trained_texts(tmp_path, without_first, learn_roles=["user", "assistant"]) == [
+        "u1",
+        "u2",
+        "a2",
+    ]
     quiet = [{**TURNS[0], "train": False}, {**TURNS[1], "weight": 0}, *TURNS[2:]]
     every = {"learn_roles": ["system", "user", "assistant"]}
-    assert learnt(tmp_path, quiet, **every) == ["a1", "u2", "a2"]
+    assert trained_texts(tmp_path, quiet, **every) == ["a1", "u2", "a2"]
     marked = [*TURNS[:2], {**TURNS[2], "weight": 1}, *TURNS[3:]]
-    assert learnt(tmp_path, marked, learn_roles=["user"]) == ["u1", "a1", "u2"]
-    assert learnt(tmp_path, marked, learn_turns="last") == ["a1", "a2"]
+    assert trained_texts(tmp_path, marked, learn_roles=["user"]) == ["u1", "a1", "u2"]
+    assert trained_texts(tmp_path, marked, learn_turns="last") == ["a1", "a2"]
     with_user = [TURNS[0], {**TURNS[1], "train": True}, *TURNS[2:]]
-    assert learnt(tmp_path, with_user) == ["u1", "a1", "a2"]
+    assert trained_texts(tmp_path, with_user) == ["u1", "a1", "a2"]
     without_last = [*TURNS[:4], {**TURNS[4], "train": False}]
-    [error] = learnt(tmp_path, without_last, learn_turns="last")
+    [error] = trained_texts(tmp_path, without_last, learn_turns="last")
     assert error.endswith("a.jsonl:1: nothing to train on in its last turn of assistant")
 
 
-def test_everything_can_be_learnt(tmp_path: Path) -> None:
+def test_every_role_can_be_trained_on(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": TURNS}])
     [whole] = Source(path=path, learn_prompt=True).conversations(BadRows())
     [plain] = Source(path=path).conversations(BadRows())

@@ -260,7 +260,7 @@ def test_a_hub_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
-    """What the hub was asked for; the data set behind it is real, and on the disk."""
+    """Record the requests to the Hub, and answer them with a real data set on the disk."""
     file = tmp_path / "on_the_hub.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     load = datasets.load_dataset
