@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# A script finds what lies beside it, and tests lie elsewhere.
+# A script can import only from its own folder; the tests are elsewhere.
 sys.path.insert(0, str(ROOT))
 
 from tests.golden.runs import KEPT, KINDS, losses  # noqa: E402

@@ -17,9 +17,7 @@ EXPECTED = read(TEXT)
 
 QUICK = ("lora", "full", "bottleneck", "prompt")
 """One subject of each way to train; the others take minutes."""
-NAMES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS
-]
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS]
 
 
 @pytest.fixture(scope="session")
