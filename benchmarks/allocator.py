@@ -22,7 +22,7 @@ class Marked(MemoryCounter):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens in here belongs to this stage."""
+        """Attribute everything inside this context to the stage."""
         with torch.profiler.record_function(_mark(name)), super().stage(name):
             yield
 

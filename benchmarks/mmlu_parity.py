@@ -24,7 +24,7 @@ LETTERS = ["A", "B", "C", "D"]
 
 
 def write_recipe(folder: Path, model: str, rows: Path) -> Path:
-    """What `qlora eval` is asked."""
+    """Write the recipe for `qlora eval`."""
     task = {
         "type": "multiple_choice", "name": "mmlu", "question": "{{ input }}", "options": LETTERS,
         "answer": "{{ output }}", "as_chat": False, "data": {"path": str(rows)},

@@ -125,12 +125,12 @@ def theirs(model: Path, data: Path) -> dict[str, float]:
         made = trainer.train_dataset
         names = {"assistant_masks", "labels"} & set(made.column_names)
         masks = [row for name in sorted(names)[:1] for row in made[name]]
-        learnt = sum(value not in (0, -100) for row in masks for value in row)
+        supervised = sum(value not in (0, -100) for row in masks for value in row)
         return {
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "tokens": sum(map(len, made["input_ids"])),
-            "supervised": learnt,
+            "supervised": supervised,
         }
 
 

@@ -3,7 +3,7 @@
     python benchmarks/quantization_curves.py --data FOLDER_WITH_GSM8K
 
 The folder holds train.jsonl and test.jsonl of GSM8K (`question`, `answer`). Writes
-quantization_curves.json and quantization_curves.md beside this script.
+quantization_curves.json and quantization_curves.md next to this script.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """What requests of one split are made of.
+    """Vocabulary of the requests of one split.
 
     In sentences, {room} and {who} stand for the values, {when} for a day and a time in either
     order, {do} for one of the verbs.

@@ -82,8 +82,8 @@ class Writer:
         self.is_teacher = is_teacher
 
     def name(self) -> str:
-        """In training two of three are invented, of the halves of two names: who has only ever
-        copied names from a list has not learnt to copy.
+        """Draw a name. In training, two of three are invented from the halves of two names, so
+        that the model learns to copy any name instead of a fixed list.
         """
         name = self.random.choice(self.words.names)
         if self.is_teacher and self.random.random() < 2 / 3:
@@ -127,7 +127,7 @@ class Writer:
 
 
 def normalise(text: str) -> str:
-    """What two requests share when they differ in case, spacing and punctuation alone."""
+    """Remove case, spacing and punctuation, to find duplicate requests."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 

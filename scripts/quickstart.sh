@@ -8,8 +8,8 @@ Usage: scripts/quickstart.sh [--model HUB_ID_OR_FOLDER]
 From a fresh clone to a measured fine-tuning: makes .venv, gets the demo model, writes the demo data,
 trains (configs/quickstart.yaml), evaluates, merges, and prints base, tuned and merged side by side.
 
-Everything is kept, and what is there is used again, so a second call is quick and an interrupted one
-goes on. To start over, remove runs/quickstart.
+Finished steps are not repeated, so a second call is quick and an interrupted one resumes. To start
+over, remove runs/quickstart.
 
   --model X   fine-tune another model: an id on the hub, a folder of safetensors or a GGUF file
   --help      this text

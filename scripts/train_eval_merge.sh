@@ -6,17 +6,17 @@ usage() {
 Usage: scripts/train_eval_merge.sh RECIPE [--set KEY=VALUE]...
 
 For GPU boxes and job queues: checks the recipe, trains, evaluates base and tuned model, and merges.
-In the run's folder (output.dir) you then find eval.json and merged/. Give the same line again after
-an interruption, and it goes on from the newest checkpoint; what is finished is not done again.
+The results are eval.json and merged/ in the run folder (output.dir). After an interruption, repeat
+the command: it resumes from the newest checkpoint and skips finished steps.
 
-Exit codes, those of the step that failed:
+Exit codes (of the step that failed):
   0    all done
   2    the recipe, its data or this command line cannot be used
   3    the model cannot be found, loaded, adapted or merged
   4    training stopped before its end, or the merged model is not the trained one
   130  interrupted
-  127  there is no command `qlora`
-A recipe without held-out rows and tasks is trained and merged, and not evaluated.
+  127  the command `qlora` is not installed
+A recipe without held-out rows and tasks is trained and merged, but not evaluated.
 HELP
 }
 

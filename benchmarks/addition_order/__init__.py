@@ -1,1 +1,1 @@
-"""What the order of addition does to training. Start with `__main__.py`."""
+"""Effect of the order of addition on training. Start with `__main__.py`."""

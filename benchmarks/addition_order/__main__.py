@@ -1,17 +1,21 @@
-"""What the order of addition does to training: float32, ours and PEFT's, on the same rows.
+"""Compare orders of addition in training: float32, ours and PEFT's, on the same rows.
 
     python -m benchmarks.addition_order --data FOLDER_WITH_GSM8K --model NAME=FOLDER_OR_GGUF
 
-A cell is a model, a base (nf4 or none), a learning rate, a rank and a seed, which draws the adapter
-and the rows. In each, the same adapter is trained three ways: by PEFT's layers in float32 (the
-reference; its base holds the very values that the others multiply by), by ours in bfloat16 (the
-update first, one rounding), and by PEFT's layers in bfloat16 (float32 adapter under autocast; the
-product is rounded, then the update added). Nothing else differs: transformers' layers, attention by
-document, loss, optimizer and loop are the same.
+A cell is a model, a base (nf4 or none), a learning rate, a rank and a seed. The seed draws the
+adapter and the rows. Each cell trains the same adapter in three ways:
 
-What is measured is kept after each training: told to do more, or again after an interruption, it
-goes on from there. Writes benchmarks/addition_order.json, and addition_order.md made from it: a
-setting is on the page once a seed of it has been trained in all three ways.
+- PEFT's layers in float32: the reference. Its base has the same values as the other two.
+- Our layers in bfloat16: the update is computed first, and the sum is rounded once.
+- PEFT's layers in bfloat16 (float32 adapter under autocast): the product is rounded, then the
+  update is added.
+
+Nothing else differs: transformers' layers, attention by document, loss, optimizer and loop are the
+same.
+
+Results are saved after each training, so a second call adds to them and an interrupted one resumes.
+Writes benchmarks/addition_order.json and, from it, addition_order.md. A setting appears on the page
+once one of its seeds has been trained in all three ways.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ TEMPLATE = (
     "{{ 'Question: ' + message['content'] + '\nAnswer:\n' }}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-"""The same text for models that were taught to chat and others."""
+"""One prompt format for base and chat models."""
 
 
 def main() -> None:
@@ -74,14 +78,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows-per-step", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=128, help="longer rows are left out")
+    parser.add_argument("--max-length", type=int, default=128, help="drop longer rows")
     parser.add_argument("--held-out", type=int, default=64, help="rows of test.jsonl")
     parser.add_argument("--output", type=Path, default=BENCHMARKS / "addition_order.json")
     return parser.parse_args(words)
 
 
 def head(options: argparse.Namespace) -> Record:
-    """What was measured before, and where and with what it is gone on with."""
+    """Load earlier results, and describe this machine and its versions."""
     found: Record = {"runs": []}
     if options.output.exists():
         found = json.loads(options.output.read_text(encoding="utf-8"))
@@ -97,7 +101,7 @@ def head(options: argparse.Namespace) -> Record:
 
 
 def planned(options: argparse.Namespace) -> Iterator[tuple[Path, list[Cell]]]:
-    """The cells of each seed in turn, those of a model together."""
+    """Yield the cells to run, seed by seed, grouped by model."""
     for seed, named in itertools.product(options.seeds, options.model):
         name, _, path = named.partition("=")
         yield (
@@ -121,7 +125,7 @@ def planned(options: argparse.Namespace) -> Iterator[tuple[Path, list[Cell]]]:
 
 
 def prepare_work(path: Path, options: argparse.Namespace) -> Work:
-    """The rows that are no longer than `--max-length`, as `qlora train` prepares them."""
+    """Prepare rows as `qlora train` does, without those longer than `--max-length`."""
     tokenizer = BaseModelConfig(path=str(path)).load_tokenizer()
     tokenizer.chat_template = TEMPLATE
 
@@ -152,7 +156,7 @@ def prepare_work(path: Path, options: argparse.Namespace) -> Work:
 
 
 def run_cell(cell: Cell, work: Work, report: Record, output: Path) -> None:
-    """Train the cell in those ways that are not in the report yet."""
+    """Train the cell in the ways that are missing from the report."""
     todo = [("untrained", untrained(cell)), *((way, cell) for way in WAYS)]
     for way, one in todo:
         if find(report, way, one) is None:
@@ -165,7 +169,7 @@ def run_cell(cell: Cell, work: Work, report: Record, output: Path) -> None:
 
 
 def write(report: Record, output: Path) -> None:
-    """Write both files, each whole or not at all."""
+    """Write both files atomically."""
     for path, text in (
         (output, json.dumps(report, indent=1) + "\n"),
         (output.with_suffix(".md"), as_markdown(report)),

@@ -1,4 +1,4 @@
-"""The page of results, and what they are looked up by."""
+"""The page of results, and the keys of its records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained, three ways."""
+    """Settings of one experiment, which is trained in three ways."""
 
     model: str
     base: str
@@ -28,12 +28,12 @@ class Cell:
 
 
 def untrained(cell: Cell) -> Cell:
-    """What stands for the base alone."""
+    """Return the cell under which the untrained base is recorded."""
     return replace(cell, seed=0, steps=0, learning_rate=0.0, r=1)
 
 
 def find(report: Mapping[str, Any], way: str, cell: Cell) -> Record | None:
-    """What was measured of a cell in one way."""
+    """Return the record of a cell trained in one way."""
     for record in report["runs"]:
         if record["way"] == way and record["cell"] == asdict(cell):
             return dict(record)
@@ -41,7 +41,7 @@ def find(report: Mapping[str, Any], way: str, cell: Cell) -> Record | None:
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """The page: one row for each setting, over the seeds that are whole."""
+    """Render the page: one row per setting, over the seeds with complete records."""
     settings = whole_settings(report)
     return "\n".join(
         [
@@ -52,33 +52,32 @@ def as_markdown(report: Mapping[str, Any]) -> str:
             "",
             "## Loss of each step against float32",
             "",
-            "Differences in percent of float32's loss of the same step: without their sign, mean "
-            "over all steps; the largest; and with its sign (+ is worse than float32) over the "
-            "last quarter. In brackets the least and the most of the seeds.",
+            "Difference from the float32 loss of the same step, in percent. Mean: absolute value, "
+            "over all steps. Largest: the largest absolute value. End: signed mean over the last "
+            "quarter (+ is worse than float32). In brackets: minimum and maximum over the seeds.",
             "",
             *_table(_training_rows(settings)),
             "",
             "## Held-out loss",
             "",
-            "All adapters in float32: what was learnt, whatever it is computed with later.",
+            "All adapters evaluated in float32, however they were trained.",
             "",
             *_table(_held_out_rows(settings, "held_out_float32")),
             "",
-            "Each in the order that it was trained in (float32's in float32): what is computed by "
-            "a program that uses it so.",
+            "Each adapter evaluated as it was trained, with the same layers and dtype.",
             "",
             *_table(_held_out_rows(settings, "held_out_own")),
             "",
             "## How much of the update reaches the output",
             "",
-            "In each adapted layer, (y - x W^T) . u / (u . u), for its output y in bfloat16 and "
-            "its update u in float32; mean over the layers, on two held-out rows.",
+            "(y - x W^T) . u / (u . u) in each adapted layer, with its output y in bfloat16 and "
+            "its update u in float32. Mean over the layers, on two held-out rows.",
             "",
             *_table(_kept_rows(settings)),
             "",
             "## The curves",
             "",
-            "Mean over the seeds; ours and PEFT's as differences from float32 in percent.",
+            "Mean over the seeds. Ours and PEFT's are differences from float32, in percent.",
             "",
             *_table(_curve_rows(settings)),
             "",
@@ -91,7 +90,7 @@ Setting = tuple[Cell, list[dict[str, Record]]]
 
 
 def whole_settings(report: Mapping[str, Any]) -> list[Setting]:
-    """What was trained in all ways, the seeds of a setting together."""
+    """Return the settings trained in all ways, with their seeds grouped."""
     found: dict[Cell, list[dict[str, Record]]] = {}
     for record in report["runs"]:
         if record["way"] != WAYS[0]:
@@ -110,8 +109,9 @@ def _about(report: Mapping[str, Any]) -> list[str]:
     return [
         "The same LoRA (alpha = 2 r, all linear layers, AdamW, linear decay) on the same rows of "
         "GSM8K, three ways: PEFT's layers in float32; ours in bfloat16, the update first; PEFT's "
-        "in bfloat16, float32 adapter under autocast. All else is the same, transformers' layers "
-        "too. Held out: rows of the test split. Seeds draw the adapter and the rows. "
+        "in bfloat16, float32 adapter under autocast. Nothing else differs; all three use "
+        "transformers' layers. Held out: rows of the test split. Seeds draw the adapter and the "
+        "rows. "
         f"{report['processor']}, {report['threads']} thread(s), {named}, commit "
         f"{report['commit']}.",
         "",
@@ -135,7 +135,7 @@ _NAMES = ["model", "base", "rate", "r"]
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the least and the most where there are several."""
+    """Format the mean and, for several values, their minimum and maximum."""
     mean = format(statistics.mean(values), form)
     if len(values) == 1:
         return mean
@@ -143,7 +143,7 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def differences(way: Mapping[str, Any], reference: Mapping[str, Any]) -> list[float]:
-    """Of each step's loss from the reference's, in percent of it; + is higher."""
+    """Return how far each step's loss is above the reference's, in percent."""
     pairs = zip(way["losses"], reference["losses"], strict=True)
     return [100 * (found / expected - 1) for found, expected in pairs]
 

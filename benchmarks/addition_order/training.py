@@ -1,4 +1,4 @@
-"""A cell: what is trained three ways, and what is measured of it."""
+"""Train a cell in one of three ways, and measure the result."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ BASES = {"nf4": Nf4(), "none": Unquantized()}
 
 @dataclass(frozen=True)
 class Work:
-    """Where the weights and the rows of the cells are."""
+    """Model weights and rows shared by the cells."""
 
     path: Path
-    learnt: Sequence[Example]
+    training: Sequence[Example]
     held_out: Sequence[Example]
     pad_token_id: int
     world: World
 
     def stream(self, cell: Cell) -> BatchStream:
-        """What a cell learns from, drawn by its seed; a step is one forward."""
-        return self._end_to_end(self.learnt, cell.rows_per_step, cell.seed)
+        """Return the training batches of a cell, drawn by its seed; one batch per step."""
+        return self._end_to_end(self.training, cell.rows_per_step, cell.seed)
 
     def held_out_batches(self, rows: int) -> list[Batch]:
-        """All held-out rows, so many in a forward."""
+        """Return all held-out rows in batches of `rows`."""
         stream = self._end_to_end(self.held_out, rows, seed=0)
         return [batch for step in range(stream.num_steps) for batch in stream.micro_batches(step)]
 
     def held_out_loss(self, objective: TokenLoss, cell: Cell) -> float:
-        """Mean over the supervised tokens of the held-out rows."""
+        """Return the mean loss over the supervised tokens of the held-out rows."""
         batches = self.held_out_batches(cell.rows_per_step)
         total, number = evaluate_loss(objective, batches, self.world.device).tolist()
         return float(total / number)
@@ -71,7 +71,7 @@ class Work:
 
 
 def run(way: str, cell: Cell, work: Work) -> Record:
-    """Train one way, and look at what was learnt."""
+    """Train a cell in one way, and measure the trained adapter."""
     model = build(way, cell, work.path)
     objective = TokenLoss(model, computes_in(way))
     stream = work.stream(cell)
@@ -91,7 +91,7 @@ def run(way: str, cell: Cell, work: Work) -> Record:
 
 
 def measure_untrained(cell: Cell, work: Work) -> Record:
-    """The held-out loss of the base: its update is zero."""
+    """Measure the held-out loss of the base (a new adapter's update is zero)."""
     found = {}
     for name, way in (("held_out_own", "peft"), ("held_out_float32", "float32")):
         objective = TokenLoss(build(way, cell, work.path), computes_in(way))
@@ -104,7 +104,7 @@ def computes_in(way: str) -> torch.dtype:
 
 
 def build(way: str, cell: Cell, path: Path) -> PeftModel:
-    """The base with a new adapter: the same one for all ways."""
+    """Load the base and attach a new adapter, the same one for all ways."""
     quantization: Any = BASES[cell.base]
     options = quantization.load_options(torch.bfloat16)
     base = BaseModelConfig(path=str(path)).load(options, torch.device("cpu"))
@@ -123,7 +123,7 @@ def build(way: str, cell: Cell, path: Path) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
-            # Beside a base in bfloat16, PEFT draws on its grid.
+            # PEFT initialises adapters of a bfloat16 base on the bfloat16 grid.
             parameter.data = parameter.data.bfloat16().float()
     return model.train()
 
@@ -131,7 +131,7 @@ def build(way: str, cell: Cell, path: Path) -> PeftModel:
 def losses_of(
     objective: TokenLoss, stream: BatchStream, cell: Cell, world: World
 ) -> Iterator[float]:
-    """Train; the loss of each step."""
+    """Train, and yield the loss of each step."""
     optimizer = AdamW(learning_rate=cell.learning_rate)
     setup = Setup(
         base=objective.model,
@@ -159,7 +159,7 @@ def losses_of(
 
 
 def copy_adapter(source: nn.Module, target: nn.Module) -> None:
-    """Give a model the adapter of another."""
+    """Copy the adapter of one model to another."""
     trained = {name: p.data for name, p in source.named_parameters() if p.requires_grad}
     places = {name: p for name, p in target.named_parameters() if p.requires_grad}
     assert trained.keys() == places.keys()
@@ -169,9 +169,9 @@ def copy_adapter(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def share_kept(objective: TokenLoss, batch: Batch) -> float:
-    """How much of the update is in what the layers give: 1 is all, 0 none; mean over the layers.
+    """Return the share of the update that reaches the layers' outputs: 1 is all, 0 is none.
 
-    In each layer: (y - x W^T) . u / (u . u), for its output y, and the update u in float32.
+    Mean over the layers of (y - x W^T) . u / (u . u), with output y and update u in float32.
     """
     shares: list[float] = []
 

@@ -37,9 +37,9 @@ compare() {
 }
 
 compare sst2 sst2 --methods "$methods" "${grid[@]}" "${rates[@]}"
-# How quickly a model answers is no matter of the task.
+# Generation speed does not depend on the task, so measure it once.
 compare gsm8k gsm8k --no-generation --methods "$methods" "${grid[@]}" "${rates[@]}"
-# Other seeds, where sentences about small differences are held against the figures.
+# More seeds, because claims about small differences are checked against these figures.
 compare sst2 seeds --no-generation --methods full,lora --learning-rate full=5e-5 \
     --vary lora:adapter.r=4,16,64 --vary lora:adapter.target_modules=all-linear --vary training.seed=1,2
 

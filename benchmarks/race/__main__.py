@@ -116,7 +116,7 @@ def chosen(
 
 
 def race_rows(stage: Stage, sizes: Sizes, data: Path, steps: int, name: str = "rows") -> Rows:
-    """The first rows of GSM8K, for so many steps."""
+    """Write the first rows of GSM8K, enough for `steps` steps."""
     folder = stage.work / name
     folder.mkdir(parents=True)
     return write(
@@ -144,7 +144,7 @@ def grow(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[s
 
 
 def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
-    """What was raced, where, with what."""
+    """Describe the race: commit, model, machine and versions."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     config = json.loads((stage.model / "config.json").read_text(encoding="utf-8"))
     return {

@@ -30,10 +30,10 @@ IMPORTS: dict[Kind, str] = {
     "plain": "import bitsandbytes; from peft import get_peft_model; "
     "from transformers import AutoModelForCausalLM",
 }
-"""What a loaded interpreter has loaded: memory is counted from there."""
+"""Imports of an interpreter that is ready to train. Its memory is the baseline."""
 
 _LOADED = re.compile(r"\btrained: [\d,]+ of [\d,]+ weights")
-"""What `qlora train` logs once the base is loaded and the adapter is on it."""
+"""Line that `qlora train` logs once the base is loaded and the adapter attached."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Contestant:
         return folder / ("run/metrics.jsonl" if self.kind == "ours" else "lines.jsonl")
 
     def loaded(self, lines: Sequence[str], log: Sequence[str]) -> dict[str, Any] | None:
-        """What is said of the loaded model, once one of the new lines says that it is ready.
+        """Return the facts about the loaded model once a new line reports it, else None.
 
         Args:
             lines: of its file.

@@ -84,7 +84,7 @@ def loss_difference(run: Figures, reference: Figures) -> float | None:
 
 
 def has_rows(run: Figures, rows: Rows) -> bool:
-    """Whether each step of a run learnt from as many tokens as it should."""
+    """Return True if each step of a run trained on the expected number of tokens."""
     wanted = [list(map(sum, part)) for part in (rows.lengths, rows.supervised)]
     return [run["tokens"], run["supervised"]] == wanted
 

@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What of a model's config the floor depends on: a Llama, or one built like it."""
+    """Sizes of a Llama-like model that determine the floor."""
 
     hidden: int
     intermediate: int

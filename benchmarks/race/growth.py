@@ -12,7 +12,7 @@ from benchmarks.race.rows import Rows, gsm8k, of_length, write
 from benchmarks.race.stage import Stage, say
 
 STEPS = 3
-"""Of each short run: the first does not count."""
+"""Steps of each short run. The first does not count."""
 
 
 def run(
@@ -26,11 +26,11 @@ def run(
     ranks: Sequence[int],
     tokens_per_step: int,
 ) -> list[dict[str, Any]]:
-    """One short run of each contestant at each point.
+    """Run each contestant briefly at each point.
 
     Args:
-        lengths: rows of so many tokens, one a forward, `tokens_per_step` tokens in a step.
-        micro_batches, ranks: on the first rows of GSM8K.
+        lengths: tokens per row; one row per forward, `tokens_per_step` tokens per step.
+        micro_batches, ranks: values to try on the first rows of GSM8K.
     """
     points: list[dict[str, Any]] = []
 

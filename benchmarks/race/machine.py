@@ -1,4 +1,4 @@
-"""What the machine is, and what else it is doing."""
+"""Description of the machine, and its load from other processes."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ _PAUSE = 0.02
 
 @dataclass(frozen=True)
 class Mark:
-    """What was read at one moment. Seconds count from the start of the process."""
+    """Measurements at one moment. Seconds count from the start of the process."""
 
     at: float
     cpu_seconds: float
-    """Of the process and all that it started."""
+    """CPU time of the process and all of its children."""
     machine: Busy
     resident_mb: float
     peak_mb: float
@@ -44,7 +44,7 @@ class Observed:
     loaded: Mark | None = None
     steps: list[tuple[Mark, dict[str, float]]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """What a peer said when the model was loaded."""
+    """Facts that a peer reported when the model was loaded."""
     load_average: float = 0.0
     others_before: float = 0.0
     failure: str = ""

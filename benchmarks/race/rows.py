@@ -26,7 +26,7 @@ class Rows:
 
     conversations: Path
     in_order: Path
-    """Tokens and labels, in the order in which they are learnt."""
+    """Tokens and labels, in training order."""
     by_length: Path
     """The same, the longest of each step first."""
     lengths: list[list[int]]
@@ -49,7 +49,7 @@ def gsm8k(folder: Path, number: int, name: str = "train.jsonl") -> list[Conversa
 def of_length(
     folder: Path, model: Path, length: int, number: int, *, available: int = 2048
 ) -> list[Conversation]:
-    """Rows of almost exactly `length` tokens, half of them learnt, from the words of GSM8K."""
+    """Make rows of about `length` tokens, half of them supervised, from words of GSM8K."""
     from qlora_cli.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)

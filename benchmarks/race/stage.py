@@ -1,4 +1,4 @@
-"""Where the runs of a race take place: one contestant after the other, each in its own process."""
+"""Run the contestants of a race one after the other, each in its own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.race.rows import Rows
 
 @dataclass
 class Stage:
-    """What all runs of a race share."""
+    """Model, folders and settings shared by all runs of a race."""
 
     work: Path
     """A folder for what the runs write; emptied as they end."""

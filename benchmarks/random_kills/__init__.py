@@ -1,19 +1,24 @@
-"""Kill a run at random moments, over and over: does it come to what nobody killed comes to?
+"""Kill a run repeatedly at random moments, and compare it with an undisturbed run.
 
     python -m benchmarks.random_kills tiny
     python -m benchmarks.random_kills gsm8k --data FOLDER_WITH_GSM8K
 
-`qlora train` is started as a user starts it and gets SIGKILL at a seeded random moment; then it is
-started again with `--resume auto`, or anew where nothing was saved yet, and so on. A quarter of the
-kills fall between the start of the process and its first step (half of these while data are
-prepared, and the model is unpacked, again), a tenth after the last step, the others anywhere in
-between, one of them before the first checkpoint, at moments that let the run advance. Where one
-fell is read off what the process had said and what lies in its folders.
+`qlora train` is started as a user would start it and gets SIGKILL at a seeded random moment. It is
+started again with `--resume auto`, or from scratch if no checkpoint exists yet, and killed again.
 
-After each kill every checkpoint must be whole, and that of the undisturbed run; at the end so must
-be the weights, the metrics, the record and the names of all files, and nothing may be left over.
+- A quarter of the kills come between the start of the process and its first step. Half of these
+  repeat the preparation of the data and the unpacking of the model.
+- A tenth come after the last step.
+- The others come in between, at moments that let the run advance. One comes before the first
+  checkpoint.
 
-`tiny` is a random model of two layers; `gsm8k` the demo model in NF4 (`--model` names another), on
-short rows of train.jsonl and test.jsonl of GSM8K. The latter also measures what a save costs.
-Writes its part of random_kills.json, and random_kills.md, beside this folder.
+The console output and the files in the folders show where a kill came.
+
+After each kill, every checkpoint must be complete and equal to the undisturbed run's. At the end,
+the weights, the metrics, the record and the names of all files must be equal too, and no temporary
+file may remain.
+
+`tiny` trains a random model of two layers. `gsm8k` trains the demo model in NF4 (`--model` for
+another) on short rows of GSM8K's train.jsonl and test.jsonl, and also measures the cost of a save.
+Updates random_kills.json and random_kills.md in the folder above.
 """

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "random_kills.json"
 
 
 def main() -> int:
-    """Run a form and write what came of it: 0 if it came to the same."""
+    """Run one form and write its results. Return 0 if the killed run has the same results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.random_kills",
         description=benchmarks.random_kills.__doc__,
@@ -25,19 +25,19 @@ def main() -> int:
     )
     parser.add_argument("form", choices=["tiny", "gsm8k"])
     parser.add_argument("--data", type=Path, help="folder with train.jsonl and test.jsonl of GSM8K")
-    parser.add_argument("--model", type=Path, default=MODEL, help="another model than the demo's")
+    parser.add_argument("--model", type=Path, default=MODEL, help="default: the demo model")
     parser.add_argument("--kills", type=int, help="50 for tiny, 20 for gsm8k")
     parser.add_argument("--steps", type=int, help="60 for tiny, 30 for gsm8k; not below the kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to work, and leave what was made")
-    parser.add_argument("--note", default="nothing else ran.", help="what else the machine did")
+    parser.add_argument("--folder", type=Path, help="work in this folder and keep it")
+    parser.add_argument("--note", default="nothing else ran.", help="other load on the machine")
     options = parser.parse_args()
     if (options.form == "gsm8k") != (options.data is not None):
-        parser.error("gsm8k needs --data, and tiny takes none")
+        parser.error("gsm8k needs --data; tiny does not take it")
     kills, steps = {"tiny": (50, 60), "gsm8k": (20, 30)}[options.form]
     kills, steps = options.kills or kills, options.steps or steps
     if steps < kills:
-        parser.error(f"--steps {steps} are too few for {kills} kills")
+        parser.error(f"--steps {steps} is less than --kills {kills}")
     with tempfile.TemporaryDirectory() as made:
         folder = options.folder or Path(made)
         folder.mkdir(parents=True, exist_ok=True)

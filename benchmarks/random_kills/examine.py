@@ -1,4 +1,4 @@
-"""The whole of it: undisturbed, killed, finished, compared."""
+"""The experiment: an undisturbed run, a killed and resumed one, and their comparison."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def examine(form: Form, folder: Path, seed: int, *, with_saves: bool = False) -> dict[str, Any]:
-    """The run undisturbed, killed until no kill is left, and finished; what is different."""
+    """Train undisturbed, train with kills, and report the differences."""
     experiment = Experiment(form, folder)
     clock = Clock(experiment.undisturbed(), experiment.warm(), form.max_steps)
     kills = experiment.kill_all(draw_aims(form.kills, form.max_steps, seed), clock)
-    last = experiment.start(experiment.run, *experiment.how_to_go_on())
+    last = experiment.start(experiment.run, *experiment.resume_options())
     if last.exit_code:
         sys.exit("the last start failed:\n" + "\n".join(line for _, line in last.lines))
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
@@ -42,7 +42,7 @@ def examine(form: Form, folder: Path, seed: int, *, with_saves: bool = False) ->
 
 
 def is_same(report: dict[str, Any]) -> bool:
-    """Whether nothing was lost but steps that no checkpoint had yet."""
+    """Return True if only steps since the last checkpoint were lost."""
     kills = report["kills"]
     return not any(report["different"].values()) and not any(
         kill["damaged"] or kill["different"] for kill in kills
@@ -50,7 +50,7 @@ def is_same(report: dict[str, Any]) -> bool:
 
 
 def processor() -> str:
-    """The name of the processor, as Linux tells it."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():

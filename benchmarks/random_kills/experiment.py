@@ -1,4 +1,4 @@
-"""A run that is killed, the undisturbed one beside it, and what is not the same."""
+"""Kill a run, and compare it with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_cli.common.atomic_files import describe_file
 
 CLOCKS = ("tokens_per_second", "peak_memory_bytes")
 RESULTS = ("status", "steps", "tokens", "untrained", "best", "fingerprint", "base", "tasks")
-"""What the record says of the run itself, and not of the clock or of how it was resumed."""
+"""Fields of the record that do not depend on the clock or on resuming."""
 KEEP = 2
 """Checkpoints that the killed run keeps."""
 STEP = re.compile(r"(?:^|: )step (\d+)(?:/\d+  loss|  eval_| of )")
@@ -40,7 +40,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Aim:
-    """When to kill: so much of a stretch of the run after its beginning.
+    """Moment to kill: a share of the duration of one stretch of the run.
 
     The stretch is from the start of the process to the first step, or to the end of preparation if
     that has to be done (`step` is None, `is_cold`); from a step to the next; or from the last step
@@ -50,7 +50,7 @@ class Aim:
     step: int | None
     share: float
     is_cold: bool = False
-    """Data have to be prepared, and the model unpacked."""
+    """Data must be prepared and the model unpacked first."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Attempt:
     """A process that ended, or was killed."""
 
     lines: list[tuple[float, str]]
-    """What it said, with the seconds since its start."""
+    """Console lines, with the seconds since the start of the process."""
     seconds: float
     exit_code: int
     """-9 if it was killed."""
@@ -67,19 +67,19 @@ class Attempt:
 
     @property
     def step(self) -> int | None:
-        """The last step that it told of; None before the first."""
+        """The last step that it logged; None before the first."""
         steps = [step for _, line in self.lines if (step := step_of(line)) is not None]
         return steps[-1] if steps else None
 
 
 def step_of(line: str) -> int | None:
-    """The step that a line of the console is about."""
+    """Return the step that a console line reports, or None."""
     found = STEP.search(line)
     return int(found[1]) if found else None
 
 
 def draw_aims(kills: int, max_steps: int, seed: int) -> list[Aim]:
-    """Moments in an order that lets the run advance."""
+    """Draw moments, in an order that lets the run advance."""
     draw = random.Random(seed)
     num_starts, num_ends = round(kills / 4), max(1, round(kills / 10))
     later = draw.sample(range(1, max_steps), kills - num_starts - num_ends - 1)
@@ -92,7 +92,7 @@ def draw_aims(kills: int, max_steps: int, seed: int) -> list[Aim]:
 
 
 def until(heard: Iterator[tuple[float, str]], step: int) -> Iterator[tuple[float, str]]:
-    """Listen until there is a line about that step, or a later one."""
+    """Yield lines until one reports the step, or a later one."""
     for moment, line in heard:
         yield moment, line
         told = step_of(line)
@@ -103,8 +103,10 @@ def until(heard: Iterator[tuple[float, str]], step: int) -> Iterator[tuple[float
 def kill_within(
     process: subprocess.Popen[str], heard: Iterator[tuple[float, str]], seconds: float, step: int
 ) -> Iterator[tuple[float, str]]:
-    """SIGKILL after so many seconds, unless it ends before; or as soon as it tells of that step,
-    which it comes to earlier on a machine with less to do."""
+    """Kill the process after `seconds`, or earlier when it logs `step`.
+
+    It reaches the step earlier than planned on a machine that is less busy. Yields its lines.
+    """
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     for moment, line in heard:
@@ -117,7 +119,7 @@ def kill_within(
 
 
 class Clock:
-    """How long the stretches of the undisturbed run took, and a start with data at hand."""
+    """Durations of the undisturbed run's stretches, and of a start with prepared data."""
 
     def __init__(self, attempt: Attempt, warm: Attempt, max_steps: int) -> None:
         self._warm = warm.seconds
@@ -137,7 +139,7 @@ class Clock:
         return aim.share * self.turn(aim.step)
 
     def turn(self, step: int) -> float:
-        """From the end of a step to that of the next; from the last one, to that of the process."""
+        """Return the seconds from a step to the next, or from the last step to the end."""
         return self._told[step + 1] - self._told[step]
 
 
@@ -152,7 +154,7 @@ class Experiment:
         self.manifests: dict[int, bytes] = {}
 
     def undisturbed(self) -> Attempt:
-        """The run to compare with; it keeps all of its checkpoints."""
+        """Train the run to compare with. It keeps all of its checkpoints."""
         done = self.start(self.whole, keep=10**6)
         if done.exit_code:
             sys.exit("the undisturbed run failed:\n" + "\n".join(line for _, line in done.lines))
@@ -160,7 +162,7 @@ class Experiment:
         return done
 
     def warm(self) -> Attempt:
-        """A start with data and model prepared, ended when it tells of its first step."""
+        """Start with prepared data and model, and stop at the first logged step."""
         began = self.start(self.run, step=0, seconds=0)
         shutil.rmtree(self.run)
         return began
@@ -173,7 +175,7 @@ class Experiment:
         step: int | None = None,
         seconds: float | None = None,
     ) -> Attempt:
-        """Train until the end, or until so many seconds after the start, or after a step."""
+        """Train to the end, or kill `seconds` after the start or after `step`."""
         command = [sys.executable, "-m", "qlora_cli", "train", str(self.form.recipe), *words]
         command += ["--set", f"output.dir={run}", "--set", f"output.keep_checkpoints={keep}"]
         environment = os.environ | {"QLORA_CACHE": str(self.cache), "HF_HUB_OFFLINE": "1"}
@@ -197,8 +199,8 @@ class Experiment:
             lines += heard
         return Attempt(lines, time.monotonic() - started, process.returncode, began)
 
-    def how_to_go_on(self) -> list[str]:
-        """As the hints of the errors say: from what was saved, or else anew."""
+    def resume_options(self) -> list[str]:
+        """Return the options that resume the run. Without a checkpoint, remove it to start over."""
         if whole_checkpoints(self.run):
             return ["--resume", "auto"]
         if (self.run / "run.json").exists():
@@ -206,13 +208,13 @@ class Experiment:
         return []
 
     def forget_prepared(self) -> None:
-        """What preparation finished; what a kill left behind stays, for the next one to clear."""
+        """Remove prepared data. Leftovers of a kill stay, for the next run to remove."""
         for path in self.cache.glob("*/[!.]*"):
             if path.is_dir():
                 shutil.rmtree(path)
 
     def where(self, attempt: Attempt) -> str:
-        """Where a kill fell."""
+        """Return the stage that a kill interrupted."""
         marks = [
             (self.run / "checkpoints", ".step-*.unfinished", "save: writing"),
             (self.run / "checkpoints", ".step-*.removed", "save: removing an older one"),
@@ -251,7 +253,7 @@ class Experiment:
         """One kill, and what it left; None if the process had ended before."""
         if aim.is_cold:
             self.forget_prepared()
-        words = self.how_to_go_on()
+        words = self.resume_options()
         before = max(whole_checkpoints(self.run), default=None) if words else None
         attempt = self.start(self.run, *words, step=aim.step, seconds=clock.seconds(aim))
         if attempt.exit_code == 0:
@@ -273,7 +275,7 @@ class Experiment:
         }
 
     def kill_all(self, aims: list[Aim], clock: Clock) -> list[dict[str, Any]]:
-        """All of them; where one came too late, another at half of the time."""
+        """Kill at all moments. If one comes too late, retry at half the time."""
         kills: list[dict[str, Any]] = []
         for aim in aims:
             while (found := self.kill(aim, clock)) is None:
@@ -283,7 +285,7 @@ class Experiment:
         return kills
 
     def compare(self) -> dict[str, Any]:
-        """What is not as in the undisturbed run: for each kind of thing, the names."""
+        """Return the names of all differences from the undisturbed run, by kind."""
         kept = sorted(self.manifests)[-KEEP:]
         mine, theirs = whole_checkpoints(self.run), {s: self.manifests[s] for s in kept}
         names = {name for name in files(self.whole) if not name.startswith("checkpoints/")}
@@ -298,7 +300,7 @@ class Experiment:
             "weights": [
                 name
                 for name in weights
-                # The model card tells the time.
+                # The model card contains the duration.
                 if not name.endswith("README.md") and not self._is_same(name)
             ],
             "checkpoints": sorted(s for s in {*mine, *theirs} if mine.get(s) != theirs.get(s)),
@@ -318,13 +320,13 @@ def files(folder: Path) -> set[str]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """What was logged, but for the clock."""
+    """Read the logged metrics, without time and memory."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
     return [{name: v for name, v in row.items() if name not in CLOCKS} for row in rows]
 
 
 def whole_checkpoints(run: Path) -> dict[int, bytes]:
-    """The manifests of the checkpoints whose files are what these say, by their step."""
+    """Return the manifests of complete checkpoints, by step."""
     found = {}
     for path in (run / "checkpoints").glob("step-*"):
         try:

@@ -15,7 +15,7 @@ MODEL = RECIPES.parent / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_
 
 
 def tiny_form(folder: Path, kills: int, max_steps: int) -> Form:
-    """A random model of two layers in NF4, on rows enough for their preparation to be hit."""
+    """Make a random model of two layers in NF4, with enough rows to kill their preparation."""
     from tests.conftest import save_tiny_model
 
     save_tiny_model(folder / "model")
@@ -43,7 +43,7 @@ def tiny_form(folder: Path, kills: int, max_steps: int) -> Form:
 
 
 def gsm8k_form(folder: Path, kills: int, max_steps: int, data: Path, model: Path) -> Form:
-    """The recipe of the benchmarks on GSM8K, on the short rows of both splits."""
+    """Make the benchmarks' GSM8K recipe, on the short rows of both splits."""
     document = yaml.safe_load((RECIPES / "gsm8k.yaml").read_text(encoding="utf-8"))
     for split, name, number in (("train", "train", 400), ("evaluation", "test", 4)):
         lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -61,7 +61,7 @@ def gsm8k_form(folder: Path, kills: int, max_steps: int, data: Path, model: Path
 def as_form(
     title: str, document: dict[str, Any], folder: Path, kills: int, max_steps: int, eval_every: int
 ) -> Form:
-    """With the recipe written down; a checkpoint each second step, a line for each."""
+    """Write the recipe: a checkpoint every second step, and a log line for every step."""
     save_every = 2
     document["training"] |= {
         "max_steps": max_steps,

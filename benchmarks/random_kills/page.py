@@ -6,13 +6,14 @@ from typing import Any
 
 
 def as_markdown(reports: dict[str, dict[str, Any]]) -> str:
-    """The page: for each form what came of it, where kills fell, and each of them."""
+    """Render the page: for each form its result, the interrupted stages, and all kills."""
     lines = [
         "<!-- Written by benchmarks/random_kills/; run that instead of editing. -->",
         "# Runs that are killed at random moments",
         "",
-        "SIGKILL at seeded moments, each followed by `--resume auto`, or by a new start where no "
-        "checkpoint was there yet; `benchmarks/random_kills/` says how moments are drawn.",
+        "SIGKILL at seeded moments. Each is followed by `--resume auto`, or by a new start if no "
+        "checkpoint exists yet. `benchmarks/random_kills/__init__.py` explains how moments are "
+        "drawn.",
     ]
     for name, report in reports.items():
         lines += ["", *_form_lines(name, report)]

@@ -1,4 +1,4 @@
-"""What a save costs."""
+"""Cost of a save."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.random_kills.experiment import KEEP, Clock, Experiment
 
 
 def measure_saves(experiment: Experiment, clock: Clock, repeats: int = 10) -> dict[str, Any]:
-    """What a checkpoint of the undisturbed run takes: by itself, and within the run."""
+    """Measure the size and duration of a save, by itself and within the undisturbed run."""
     import torch
 
     from qlora_cli.distributed.world import World

@@ -1,4 +1,4 @@
-"""What every peer's script shares. It runs in the peer's own environment: no import of ours."""
+"""Shared by the peers' scripts. Runs in the peer's environment, so it imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def read_job() -> dict[str, Any]:
-    """What the race asks for, from the file that is named on the command line."""
+    """Read the job of the race from the file named on the command line."""
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     return job
 
 
 def read_rows(job: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Tokens and labels of each row, in the order in which they are to be learnt."""
+    """Read tokens and labels of each row, in training order."""
     lines = Path(job["rows"]).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -45,7 +45,7 @@ class Lines:
         )
 
     def step(self, loss: float, rows: list[dict[str, list[int]]]) -> None:
-        """A step is over that learnt from these rows."""
+        """Record the end of a step that trained on these rows."""
         self._tokens += sum(len(row["input_ids"]) for row in rows)
         supervised = sum(label != -100 for row in rows for label in row["labels"][1:])
         self._write(event="step", loss=loss, tokens_so_far=self._tokens, supervised=supervised)
@@ -68,7 +68,7 @@ def trainer_callback(lines: Lines, rows: list[dict[str, list[int]]], rows_per_st
             lines.loaded(kwargs["model"])
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # The last line is about the whole of training, and has no loss of a step.
+            # The last line summarises the training and does not report a step's loss.
             if "loss" in kwargs["logs"]:
                 first = (state.global_step - 1) * rows_per_step
                 lines.step(kwargs["logs"]["loss"], rows[first : first + rows_per_step])
