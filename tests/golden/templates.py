@@ -299,6 +299,6 @@ def outcomes(name: str) -> dict[str, dict[str, Any]]:
             "outcome": "exact",
             "conversations": len(conversations(kind)),
             "rows": len(rows),
-            "learnt": [pieces(layout, tokenizer) for _, layout in rows],
+            "supervised": [pieces(layout, tokenizer) for _, layout in rows],
         }
     return found

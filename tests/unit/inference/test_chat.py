@@ -140,7 +140,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_its_text(session: InferenceSession) ->
     assert shown.endswith("\n")
     assert len(shown) < len(whole)
     assert whole.startswith(shown.rstrip("\n"))
-    assert impatient("go on")
+    assert impatient("and then?")
 
 
 def test_typed_special_tokens_are_text(session: InferenceSession) -> None:
