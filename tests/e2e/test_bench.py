@@ -34,7 +34,7 @@ def test_a_bench_measures_the_steps_of_the_recipe_and_leaves_nothing(
     assert len(report["losses"]) == 3
 
 
-def test_a_bench_is_told_as_text(
+def test_a_bench_is_printed_as_text(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(training={"kernels": "plain"})

@@ -13,7 +13,7 @@ from benchmarks.random_kills.page import as_markdown
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_comes_to_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_result(tmp_path: Path) -> None:
     form = tiny_form(tmp_path, kills=4, max_steps=8)
     report = examine(form, tmp_path, seed=5)
     assert len(report["kills"]) == 4

@@ -47,7 +47,7 @@ def plain(model: Any, example: Example) -> float:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
-def test_likelihoods_are_those_of_one_row_after_the_other(
+def test_batched_likelihoods_equal_row_by_row_likelihoods(
     tiny_recipe: Callable[..., Any], model: Any, size: int
 ) -> None:
     found = scorer(tiny_recipe(evaluation={"batch_size": size}), model).log_likelihoods(EXAMPLES)

@@ -369,6 +369,6 @@ def test_the_file_is_named_as_it_was_given(tmp_path: Path) -> None:
         ("text\n", "recipe.yaml:1:1  found text; a recipe has the sections model, "),
     ],
 )
-def test_files_that_are_no_recipe(problems: Problems, text: str, expected: str) -> None:
+def test_files_that_are_not_recipes(problems: Problems, text: str, expected: str) -> None:
     (found,) = problems(text)
     assert found.startswith(expected)

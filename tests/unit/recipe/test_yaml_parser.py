@@ -141,7 +141,7 @@ def test_other_bytes_are_refused(tmp_path: Path, data: bytes, expected: str) -> 
     assert str(found).startswith(expected)
 
 
-def test_paths_that_are_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     messages = [
         str(read_tree(path, "r.yaml").problems[0])
         for path in (tmp_path / "none.yaml", tmp_path, tmp_path / ("x" * 300), tmp_path / "a\0b")

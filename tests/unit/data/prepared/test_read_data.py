@@ -19,7 +19,7 @@ from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
 
 
-def test_the_log_says_which_data_was_prepared_before(
+def test_the_log_marks_data_from_the_cache(
     tiny_recipe: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -42,7 +42,7 @@ def test_the_log_says_which_data_was_prepared_before(
 
 
 @pytest.mark.parametrize("limit", [None, 40])
-def test_prompts_of_shuffled_rows_are_compared_without_drawing_them_again(
+def test_the_drift_check_does_not_reread_shuffled_rows(
     tiny_recipe: Callable[..., Any], tmp_path: Path, limit: int | None
 ) -> None:
     draw = random.Random(0)
