@@ -28,7 +28,7 @@ def test_a_bench_measures_the_steps_of_the_recipe_and_leaves_nothing(
     assert 0 < speed["least"] <= speed["median"] <= speed["most"]
     assert report["seconds_to_first_step"] > 0
     assert report["kernels"] == "fused"
-    # The very steps of the run.
+    # The same steps as in the run.
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     assert all(f'"loss": {loss}' in lines for loss in report["losses"])
     assert len(report["losses"]) == 3

@@ -54,7 +54,7 @@ def test_base_and_tuned_are_measured_with_intervals_and_their_answers_are_kept(
     assert report["models"]["tuned"]["exact_match"]["value"] == sum(scores) / 6
 
 
-def test_the_table_shows_it(
+def test_the_table_shows_every_measure(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe()) == 0
@@ -68,7 +68,7 @@ def test_the_table_shows_it(
     assert perplexity.startswith("loss.perplexity ")
 
 
-def test_any_two_models_are_compared_on_the_same_examples(
+def test_two_models_are_compared_on_the_same_examples(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = {"tasks": TASKS[:1], "max_new_tokens": 4}
@@ -232,7 +232,7 @@ def test_a_result_worse_than_the_base_is_reported(
 def test_tasks_run_during_training_only_if_tasks_every_is_set(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """And they leave the training as it is."""
+    """They also do not change the training."""
     logged = {}
     for name, training in (("never", {}), ("often", {"tasks_every": 2})):
         recipe = write_recipe(
@@ -251,7 +251,7 @@ def test_tasks_run_during_training_only_if_tasks_every_is_set(
     assert curves[0] == curves[1]
 
 
-def test_the_best_weights_are_those_of_the_task_that_decides(
+def test_best_by_selects_the_best_weights(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -279,7 +279,7 @@ def test_a_task_on_rows_of_its_own_is_enough(
     capsys: pytest.CaptureFixture[str],
     settings: dict[str, Any],
 ) -> None:
-    """During training (packed or not) and after it, the answers are the same."""
+    """The answers during training (packed or not) and after it are the same."""
     data = {"path": str(tmp_path / "rows.jsonl"), "limit": 5}
     recipe = write_recipe(
         data={"evaluation": None, **settings},
@@ -306,7 +306,7 @@ def test_a_task_on_rows_of_its_own_is_enough(
 
 
 def stopping(write_recipe: Callable[..., Path], run: Path, **training: Any) -> Path:
-    """A run that gets worse from its first steps on: what is held out contradicts its rows."""
+    """A run that gets worse from the start: the held-out rows contradict the training rows."""
     held_out = run.parent / "other.jsonl"
     turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "QXZ" * 5}]
     held_out.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")

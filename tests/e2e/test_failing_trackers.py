@@ -20,7 +20,7 @@ STEP = {"loss": 1.0}
 
 
 class Broken:
-    """A tracker that works at first, as one whose server goes away."""
+    """A tracker that fails after some time, like one whose server goes away."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -99,7 +99,7 @@ def test_best_weights_that_cannot_be_written_cost_no_step(
     def log_and_block(self: Any, metrics: Any, step: int) -> None:
         log(self, metrics, step)
         if step == 2:
-            # A file where a folder has to be: as little to be written to as a full disk.
+            # A file in place of the folder cannot be written to, like a full disk.
             (run / ".best.unfinished").write_text("", encoding="utf-8")
 
     monkeypatch.setattr(Console, "log", log_and_block)
@@ -118,7 +118,7 @@ def test_best_weights_that_cannot_be_written_cost_no_step(
 def test_an_evaluation_that_fails_costs_no_step(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Weights that are finite, and so large that the loss on the held-out rows is not.
+    # Finite weights, so large that the loss on the held-out rows is not finite.
     recipe = write_recipe(
         optimizer={"learning_rate": 1e25},
         training={"max_steps": 2, "eval_every": 1, "save_every": None},

@@ -1,4 +1,4 @@
-"""Methods that are more than weights beside a layer: resumed, measured, merged and asked."""
+"""Methods beyond LoRA layers: resume, evaluate, merge and generate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way through the command line, on a tiny model."""
+"""Train, evaluate and merge a tiny model from the command line."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_
     assert adapters[0] != adapters[2]
 
 
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
+def test_the_gradient_does_not_depend_on_micro_batching(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     curves = []
@@ -222,7 +222,7 @@ def test_local_paths_open_no_socket(
     qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
 
 
-def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_ranks_equal_one_rank(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe(
         quantization={"type": "nf4"},
         # 16 rows in steps of 6: the last step is short, and one rank has fewer rows in it.
@@ -843,7 +843,7 @@ def test_two_processes_do_not_train_in_one_folder(
     qlora("train", recipe, "--resume", "auto")  # released with the process, or the run
 
 
-def test_a_run_that_only_got_worse_says_so(
+def test_a_run_that_only_got_worse_is_reported(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unsure = save_tiny_model(tmp_path / "unsure", initializer_range=0.02)

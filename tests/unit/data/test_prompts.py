@@ -1,4 +1,4 @@
-"""Rows that ask something, with an answer or without."""
+"""Read prompts from rows with or without an answer."""
 
 from __future__ import annotations
 

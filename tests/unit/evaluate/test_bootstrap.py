@@ -1,4 +1,4 @@
-"""Intervals against closed forms and against what is drawn again and again."""
+"""Compare intervals with closed forms and with repeated sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one(measure: Measure, *samples: object) -> Estimate:
 
 
 def test_the_interval_of_a_mean_agrees_with_the_normal_distribution() -> None:
-    """For many examples it is the mean, plus and minus 1.96 standard errors."""
+    """For many examples, the interval is the mean plus and minus 1.96 standard errors."""
     samples = np.random.default_rng(1).normal(3.0, 2.0, 2000)
     found = one(MEAN, *samples)
     error = 1.96 * samples.std() / math.sqrt(len(samples))
@@ -61,7 +61,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(
 
 
 def test_differences_are_paired_by_example() -> None:
-    """Base and tuned vary much, and their difference not at all."""
+    """Both models vary a lot between examples, but their difference is constant."""
     base = np.random.default_rng(3).normal(0.0, 10.0, 100)
     singles, [difference] = estimate_measure(MEAN, [{"x": base}, {"x": base + 0.5}])
     assert difference.value == pytest.approx(0.5)

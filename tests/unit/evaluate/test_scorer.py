@@ -95,7 +95,7 @@ def test_divergence_is_the_sum_over_positions(
         expected.append(float((p.exp() * (p - q)).sum()))
     assert found == pytest.approx(expected, rel=1e-5)
     assert all(value > 0 for value in found)
-    # A base is not away from itself.
+    # The divergence of the base from itself is zero.
     assert scorer(tiny_recipe(), model).divergences(EXAMPLES[:2]) == [0, 0]
 
 

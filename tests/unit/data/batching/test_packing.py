@@ -58,7 +58,7 @@ def test_rows_hold_whole_examples_each_of_them_once(seed: int) -> None:
     rows = best_fit_decreasing(lengths, MAX_LENGTH)
     assert sorted(i for row in rows for i in row) == list(range(500))
     assert max(sum(lengths[i] for i in row) for row in rows) <= MAX_LENGTH
-    # It never opens a row where another had room: no two rows fit into one.
+    # Packing never opens a row while another has room: no two rows fit into one.
     fills = sorted(sum(lengths[i] for i in row) for row in rows)
     assert fills[0] + fills[1] > MAX_LENGTH
     assert len(rows) <= 11 / 9 * (sum(lengths) / MAX_LENGTH) * 1.1 + 1

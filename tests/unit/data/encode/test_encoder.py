@@ -42,7 +42,7 @@ STOPS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "phi
 
 
 def chat(*contents: str) -> list[Message]:
-    """User and assistant in turn."""
+    """Alternate user and assistant messages."""
     return [
         Message("assistant", content, train=True) if i % 2 else Message("user", content, False)
         for i, content in enumerate(contents)
@@ -50,7 +50,7 @@ def chat(*contents: str) -> list[Message]:
 
 
 def whole(messages: list[Message], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[int]:
-    """Token ids as transformers makes them."""
+    """Tokenize a conversation with transformers."""
     turns = [{"role": m.role, "content": m.content} for m in messages]
     ids: list[int] = tokenizer.apply_chat_template(turns, return_dict=False, **options)
     return ids
@@ -114,7 +114,7 @@ def test_a_template_without_headers(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer("mistral")
     example = Encoder(tokenizer).encode(TURNS, max_length=4096).example
     assert example.input_ids == whole(TURNS, tokenizer)
-    # The space is the model's to write: the prompt ends before it.
+    # The model has to write the space: the prompt ends before it.
     assert supervised_text(example, tokenizer) == [f" {answer}</s>" for answer in ANSWERS]
 
 
@@ -282,7 +282,7 @@ def test_a_truncated_row_keeps_its_beginning(tokenizer: PreTrainedTokenizerFast)
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_a_token_across_prompt_and_completion_is_supervised_whole_or_not_at_all(
+def test_a_row_with_a_token_across_prompt_and_completion_is_lost(
     make_tokenizer: TokenizerMaker, trim_offsets: bool
 ) -> None:
     tokenizer = make_tokenizer(None)

@@ -1,4 +1,4 @@
-"""Figures are found in tokens and labels, and each kind of mistake is counted and named."""
+"""The audit computes its figures from tokens and labels, and counts each kind of mistake."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def row(text: str) -> Example:
 
 
 def rows(*texts: str) -> Examples:
-    """Rows of one source, which stand at `a:1`, `a:2` ..."""
+    """Build rows of one source at the places `a:1`, `a:2` ..."""
     places = [f"a:{number}" for number in range(1, len(texts) + 1)]
     return Examples([row(text) for text in texts], [0] * len(texts), places)
 

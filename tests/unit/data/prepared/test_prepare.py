@@ -1,4 +1,4 @@
-"""Rows become a prepared set: cut as the recipe says, counted, kept, and read from the disk."""
+"""Prepare rows: truncate them, count losses, cache the result and read it back."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_cut_prompt_cuts_an_answer_that_is_too_long_at_its_end(
     tokenizer = make_tokenizer("llama3")
     whole, encoded = cut(tokenizer, "cut_prompt", 8)
     first = next(i for i, label in enumerate(whole.labels) if label != IGNORE_INDEX)
-    # One token is left for the first of the answer to follow.
+    # One token of the prompt is left, so that the answer can be predicted.
     assert encoded.example.input_ids == [
         tokenizer.bos_token_id,
         *whole.input_ids[first - 1 : first + 6],
@@ -358,7 +358,7 @@ def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -
         Workers(tokenizer, max_length=64, truncate="cut_end", number=2) as workers,
     ):
         list(workers.encode(rows()))
-    # Most of it is what two processes take to import transformers.
+    # Most of the time goes into importing transformers in two processes.
     assert time.monotonic() - started < 60
 
 

@@ -60,13 +60,13 @@ def test_the_drift_check_does_not_reread_shuffled_rows(
     tokenizer = recipe.model.load_tokenizer()
     training = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
     if limit is None:
-        # What is read to its end is an error now.
+        # From now on, reading the file to its end is an error.
         path.write_bytes(path.read_bytes()[:-2000])
     [side] = audit_data(recipe.data, training, None, tokenizer)
     [drift] = [
         one for one in side.findings if one.what == "rows whose prompt differs in generation"
     ]
-    # Of 256 rows, or 40, each seventh is cut.
+    # Every seventh of the 256 (or 40) rows is truncated.
     assert drift.count == 0
     assert drift.total == pytest.approx(6 / 7 * (limit or 256), abs=6)
     with pytest.raises(DataError, match="cut short") if limit is None else nullcontext():

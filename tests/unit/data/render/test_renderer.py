@@ -20,7 +20,7 @@ from qlora_cli.types import Conversation, Message, ToolCall
 
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 
-# As those of Qwen: calls and answers of tools, reasoning after the last question only.
+# Like Qwen's template: tool calls and answers, reasoning after the last question only.
 TOOLS_AND_REASONING = """\
 {%- for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}
 {%- set ns = namespace(asked=0) %}
@@ -254,7 +254,7 @@ WITH_LAST_BLOCK = (
 def test_an_answer_may_repeat_the_text_that_the_template_puts_before_it(
     make_tokenizer: TokenizerMaker, content: str
 ) -> None:
-    """An empty block of reasoning before each answer (GLM), or before the last (Qwen 3)."""
+    """GLM writes an empty reasoning block before each answer, Qwen 3 before the last one."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
     row = Conversation(chat("a", content, "b", content))

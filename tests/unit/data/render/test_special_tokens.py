@@ -1,4 +1,4 @@
-"""A special token typed in a message is text, and makes no turn."""
+"""A special token typed in a message is text and does not start or end a turn."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz_|<>/.\n0123456789O▁"
 
 
 def metaspace(scheme: str) -> Tokenizer:
-    """In the manner of SentencePiece, with a normalizer (Llama 2) or without (Mistral)."""
+    """A SentencePiece-like tokenizer, with a normalizer (Llama 2) or without (Mistral)."""
     vocabulary = {text: i for i, text in enumerate([*SPECIAL, *dict.fromkeys(LETTERS)])}
-    # Bytes that a merge could put together to a special token.
+    # Bytes that a merge could join into a special token.
     merges = [("<", "/"), ("</", "s"), ("</s", ">")]
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))

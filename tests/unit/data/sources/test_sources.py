@@ -25,7 +25,7 @@ def source(path: Path | str, **settings: Any) -> Source:
 
 
 def read(path: Path | str, **settings: Any) -> tuple[list[LocatedRow], str]:
-    """The rows, and what was said about the bad ones."""
+    """Return the rows and the messages about bad ones."""
     bad = BadRows()
     rows = list(source(path, **settings).read(bad))
     try:
@@ -148,7 +148,7 @@ def test_a_bad_line_is_named_and_the_others_survive(
         ("a.yaml", b"text: a", ": no data file; found a.yaml, expected .jsonl, .ndjson, .json"),
     ],
 )
-def test_a_truncated_file_is_an_error(
+def test_an_unparsable_file_is_an_error(
     tmp_path: Path, name: str, content: bytes, reason: str
 ) -> None:
     path = tmp_path / name
