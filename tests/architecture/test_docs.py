@@ -172,7 +172,7 @@ def test_links_to_local_files_exist(page: Path) -> None:
     assert not [target for target in links(page) if not target.exists()]
 
 
-def test_the_short_recipe_of_the_readme_is_that_of_the_quickstart(tmp_path: Path) -> None:
+def test_the_readmes_short_recipe_equals_the_quickstarts(tmp_path: Path) -> None:
     short = next(block for block in RECIPES if block.page.name == "README.md")
     (tmp_path / "recipe.yaml").write_text(short.text, encoding="utf-8")
     quickstart = load_recipe(ROOT / "configs" / "quickstart.yaml").recipe

@@ -60,7 +60,7 @@ def state(run: Path, step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_step_without_numbers_is_not_applied_and_its_row_is_named(
+def test_a_nan_step_is_not_applied_and_its_row_is_named(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -90,7 +90,7 @@ def test_a_step_without_numbers_is_not_applied_and_its_row_is_named(
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_the_rows_around_a_bad_step_are_learnt_as_if_it_were_not_there(
+def test_a_bad_step_does_not_affect_the_steps_around_it(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     # Not among the first, on which the model has to show what it does with several in a row.
@@ -141,7 +141,7 @@ def spiking(tmp_path: Path, **spike: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_spike_is_told_with_its_rows(
+def test_a_spike_is_reported_with_its_rows(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe(**spiking(tmp_path))) == 0
@@ -150,7 +150,7 @@ def test_a_spike_is_told_with_its_rows(
     assert f"rows: {tmp_path}/answers.jsonl:71" in told[0]
 
 
-def test_a_run_goes_back_and_passes_over_the_rows_of_a_spike(
+def test_a_run_rolls_back_and_skips_the_rows_of_a_spike(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = spiking(tmp_path, action="go_back")
@@ -177,7 +177,7 @@ def test_a_run_goes_back_and_passes_over_the_rows_of_a_spike(
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
-def test_a_run_does_not_go_back_for_ever(
+def test_the_number_of_rollbacks_is_limited(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = spiking(tmp_path, action="go_back", returns=1)
@@ -199,7 +199,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_a_step_without_memory_saves_what_was_learnt(
+def test_running_out_of_memory_saves_the_steps_before(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = save_tiny_model(tmp_path / "base", max_position_embeddings=16384)

@@ -28,13 +28,13 @@ def test_a_bench_measures_the_steps_of_the_recipe_and_leaves_nothing(
     assert 0 < speed["least"] <= speed["median"] <= speed["most"]
     assert report["seconds_to_first_step"] > 0
     assert report["kernels"] == "fused"
-    # The very steps of the run.
+    # The same steps as in the run.
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     assert all(f'"loss": {loss}' in lines for loss in report["losses"])
     assert len(report["losses"]) == 3
 
 
-def test_a_bench_is_told_as_text(
+def test_a_bench_is_printed_as_text(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(training={"kernels": "plain"})

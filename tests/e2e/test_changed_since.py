@@ -96,7 +96,7 @@ def test_other_held_out_rows_are_refused(
     assert "the rows of data.train" not in told
 
 
-def test_a_recipe_that_was_edited_in_the_folder_of_the_run_is_not_taken_for_what_was_run(
+def test_editing_the_saved_recipe_is_a_change(
     start: Callable[..., tuple[Path, Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, run, _ = start()
@@ -111,7 +111,7 @@ def test_a_recipe_that_was_edited_in_the_folder_of_the_run_is_not_taken_for_what
     assert "--allow optimizer.weight_decay resumes with the new values" in told
 
 
-def test_what_is_allowed_holds_from_there_on_and_is_recorded(
+def test_allowed_changes_apply_from_the_resumed_step_and_are_recorded(
     start: Callable[..., tuple[Path, Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run, _ = start(optimizer={"weight_decay": 0.1})
@@ -143,7 +143,7 @@ def test_what_is_allowed_holds_from_there_on_and_is_recorded(
     assert '["weight_decay", 0.1]' not in state
 
 
-def test_a_model_and_rows_that_were_moved_go_on_bit_for_bit(
+def test_moved_model_and_rows_resume_bit_for_bit(
     start: Callable[..., tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
     recipe, run, base = start()
@@ -166,7 +166,7 @@ def test_a_model_and_rows_that_were_moved_go_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("key", ["adapter.r", "quantization.type", "data.max_length", "nonsense"])
-def test_what_is_not_safe_cannot_be_allowed(
+def test_unsafe_changes_cannot_be_allowed(
     start: Callable[..., tuple[Path, Path, Path]], capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     recipe, _, _ = start()
@@ -176,7 +176,7 @@ def test_what_is_not_safe_cannot_be_allowed(
     assert "optimizer.learning_rate" in told
 
 
-def test_allow_is_for_a_run_that_goes_on(
+def test_allow_needs_resume(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe(), "--allow", "model.path") == 2
@@ -185,7 +185,7 @@ def test_allow_is_for_a_run_that_goes_on(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_run_that_is_made_longer_takes_the_schedule_of_the_longer_one(
+def test_an_extended_run_follows_the_longer_schedule(
     start: Callable[..., tuple[Path, Path, Path]], schedule: str
 ) -> None:
     recipe, run, _ = start(schedule={"type": schedule})
@@ -199,7 +199,7 @@ def test_a_run_that_is_made_longer_takes_the_schedule_of_the_longer_one(
     assert rates[2] > rates[1], "it had fallen lower at the end of the shorter run"
 
 
-def test_more_passes_go_on_through_the_rows_as_if_there_had_been_more_at_first(
+def test_extending_the_epochs_equals_an_uninterrupted_run(
     start: Callable[..., tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
     passes = {"max_steps": None, "epochs": 1}

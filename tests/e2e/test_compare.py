@@ -179,7 +179,7 @@ def test_a_cell_has_all_columns(compared: Path) -> None:
     assert sum(kinds[1].values()) < sum(kinds[0].values())
 
 
-def test_figures_are_those_of_qlora_eval(
+def test_figures_equal_those_of_qlora_eval(
     compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(compared)
@@ -190,7 +190,7 @@ def test_figures_are_those_of_qlora_eval(
     assert nf4["results"]["kl"] == found["models"]["tuned"]["kl"]
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_cells_are_not_run_again(
     compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(compared)
@@ -268,7 +268,7 @@ def test_the_page_is_whole_and_says_what_the_json_says(compared: Path) -> None:
     assert dots == [f"{c['name']}: {v:.4g}" for c, v in zip(done, values, strict=True)]
 
 
-def test_a_comparison_that_is_interrupted_goes_on(
+def test_an_interrupted_comparison_resumes(
     tmp_path: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -370,7 +370,7 @@ def test_optuna_proposes_cells_and_prunes_runs(
         ),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_anything_is_trained(
+def test_invalid_comparisons_are_refused_before_training(
     tmp_path: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,

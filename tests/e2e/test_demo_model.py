@@ -126,7 +126,7 @@ def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_the_model_was_taught() -
     assert read.convert_ids_to_tokens(read("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
 
 
-def test_a_gguf_file_is_read_as_it_is_whatever_lies_beside_it(
+def test_a_gguf_file_is_read_without_its_neighbours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))

@@ -54,7 +54,7 @@ def test_base_and_tuned_are_measured_with_intervals_and_their_answers_are_kept(
     assert report["models"]["tuned"]["exact_match"]["value"] == sum(scores) / 6
 
 
-def test_the_table_shows_it(
+def test_the_table_shows_every_measure(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe()) == 0
@@ -68,7 +68,7 @@ def test_the_table_shows_it(
     assert perplexity.startswith("loss.perplexity ")
 
 
-def test_any_two_models_are_compared_on_the_same_examples(
+def test_two_models_are_compared_on_the_same_examples(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = {"tasks": TASKS[:1], "max_new_tokens": 4}
@@ -103,7 +103,7 @@ def test_any_two_models_are_compared_on_the_same_examples(
     assert same["differences"]["loss"] == {"value": 0, "low": 0, "high": 0}
 
 
-def test_what_is_counted_by_the_token_is_compared_on_the_same_tokens_alone(
+def test_per_token_measures_are_compared_only_between_equal_tokenizers(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +175,7 @@ def test_the_loss_does_not_depend_on_the_batch(
         )
 
 
-def test_what_cannot_be_measured_is_called_what_it_is(
+def test_paths_that_cannot_be_evaluated_are_explained(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     tiny_model: Path,
@@ -216,7 +216,7 @@ def test_a_run_without_held_out_rows_is_not_sent_to_eval(
     assert "qlora eval" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
-def test_being_worse_than_the_base_is_said(
+def test_a_result_worse_than_the_base_is_reported(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unsure = save_tiny_model(tmp_path / "unsure", initializer_range=0.02)
@@ -229,10 +229,10 @@ def test_being_worse_than_the_base_is_said(
     assert "worse" in shown.out
 
 
-def test_tasks_are_asked_during_training_only_where_that_is_wanted(
+def test_tasks_run_during_training_only_if_tasks_every_is_set(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """And they leave the training as it is."""
+    """They also do not change the training."""
     logged = {}
     for name, training in (("never", {}), ("often", {"tasks_every": 2})):
         recipe = write_recipe(
@@ -251,7 +251,7 @@ def test_tasks_are_asked_during_training_only_where_that_is_wanted(
     assert curves[0] == curves[1]
 
 
-def test_the_best_weights_are_those_of_the_task_that_decides(
+def test_best_by_selects_the_best_weights(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -279,7 +279,7 @@ def test_a_task_on_rows_of_its_own_is_enough(
     capsys: pytest.CaptureFixture[str],
     settings: dict[str, Any],
 ) -> None:
-    """During training (packed or not) and after it, the answers are the same."""
+    """The answers during training (packed or not) and after it are the same."""
     data = {"path": str(tmp_path / "rows.jsonl"), "limit": 5}
     recipe = write_recipe(
         data={"evaluation": None, **settings},
@@ -306,7 +306,7 @@ def test_a_task_on_rows_of_its_own_is_enough(
 
 
 def stopping(write_recipe: Callable[..., Path], run: Path, **training: Any) -> Path:
-    """A run that gets worse from its first steps on: what is held out contradicts its rows."""
+    """A run that gets worse from the start: the held-out rows contradict the training rows."""
     held_out = run.parent / "other.jsonl"
     turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "QXZ" * 5}]
     held_out.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
@@ -350,7 +350,7 @@ def test_a_run_without_progress_stops_early_and_resumes_to_the_same_end(
     assert more["steps"] == record["best"]["step"] + 6
 
 
-def test_what_decides_is_not_changed_on_the_way(
+def test_best_by_cannot_change_on_resume(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -377,7 +377,7 @@ def test_what_decides_is_not_changed_on_the_way(
         ),
     ],
 )
-def test_settings_that_could_never_act_are_refused(
+def test_settings_without_effect_are_refused(
     tiny_recipe: Callable[..., Any], sections: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -422,7 +422,7 @@ def test_forgetting_is_measured_where_general_text_is_named(
     assert again["models"][str(tmp_path / "run")]["kl"] == tuned["kl"]
 
 
-def test_old_skill_that_is_lost_is_warned_of(
+def test_forgetting_is_warned_of(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     text: Path,

@@ -21,7 +21,7 @@ from qlora_cli.train.train import train
 
 
 def variants(union: Any) -> list[str]:
-    """The types that a section of the recipe comes in: a new one is tested by itself."""
+    """List the types of a section of the recipe, so that new ones are tested too."""
     return [part.model_fields["type"].default for part in get_args(get_args(union)[0])]
 
 
@@ -34,7 +34,7 @@ WIDE = {"type": "lora", "r": 80, "alpha": 8, "dropout": 0.1}
 
 
 def manifests(run: Path) -> dict[int, str]:
-    """The sums of all that the checkpoint of each step holds: weights, optimizer, random states."""
+    """Read the checksums of every checkpoint: weights, optimizer and random states."""
     return {
         int(path.parent.name[5:]): path.read_text(encoding="utf-8")
         for path in (run / "checkpoints").glob("step-*/manifest.json")
@@ -42,7 +42,7 @@ def manifests(run: Path) -> dict[int, str]:
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """All metrics but those of a clock."""
+    """Read all metrics except throughput and memory."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {name: value for name, value in json.loads(line).items() if name not in CLOCKS}
@@ -149,23 +149,23 @@ def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:
     check_resumes(make(training={"gradient_checkpointing": True}), [2])
 
 
-def test_in_the_middle_of_a_pass_at_its_end_and_over_several(make: Callable[..., Recipe]) -> None:
+def test_in_the_middle_and_at_the_end_of_an_epoch(make: Callable[..., Recipe]) -> None:
     # 16 rows in steps of 6 (micro-batches of 2): a pass ends inside of a step, and the third pass
     # in a step that is cut short.
     settings = {"max_steps": None, "epochs": 2.8, "batch_size": 6, "micro_batch_size": 2}
     check_resumes(make(training=settings), [1, 2, 3, 5, 7])
 
 
-def test_at_the_border_of_a_pass(make: Callable[..., Recipe]) -> None:
+def test_at_the_boundary_of_an_epoch(make: Callable[..., Recipe]) -> None:
     settings = {"max_steps": None, "epochs": 3, "batch_size": 8, "micro_batch_size": 4}
     check_resumes(make(training=settings), [2, 4, 5])
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_from_several_weighted_sources_prepared_anew(
+def test_from_several_weighted_sources_prepared_again(
     make: Callable[..., Recipe], tmp_path: Path, tiny_rows: list[dict[str, Any]], packing: bool
 ) -> None:
-    """One of them compressed and in a drawn order, read from the disk as a large set is."""
+    """One source is compressed and shuffled, and read from the disk like a large one."""
     plain, packed = tmp_path / "plain.jsonl", tmp_path / "packed.jsonl.gz"
     lines = [json.dumps(row) + "\n" for row in tiny_rows]
     plain.write_text("".join(lines[:7]), encoding="utf-8")
@@ -182,7 +182,7 @@ def test_from_several_weighted_sources_prepared_anew(
     check_resumes(recipe, [1, 2, 3, 4, 5, 6], use_cache=False)
 
 
-def test_the_stop_leaves_no_trace_in_the_record(make: Callable[..., Recipe]) -> None:
+def test_a_stop_leaves_no_trace_in_the_record(make: Callable[..., Recipe]) -> None:
     recipe = make()
     check_resumes(recipe, [3])
     record = RunFolder(Path(recipe.output.dir)).read_record()

@@ -20,7 +20,7 @@ STEP = {"loss": 1.0}
 
 
 class Broken:
-    """A tracker that works at first, as one whose server goes away."""
+    """A tracker that fails after some time, like one whose server goes away."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -35,7 +35,7 @@ class Broken:
         raise TimeoutError("the server is away")
 
 
-def test_a_tracker_that_fails_is_warned_of_once_and_the_others_go_on(
+def test_a_failing_tracker_is_warned_of_once_and_the_others_continue(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, whole = Broken(), Jsonl(tmp_path / "metrics.jsonl", 0)
@@ -53,7 +53,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_others_go_on(
     )
 
 
-def test_a_line_that_was_cut_short_is_dropped_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_truncated_metrics_line_is_dropped_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo', encoding="utf-8")
     tracker = Jsonl(path, 2)
@@ -62,7 +62,7 @@ def test_a_line_that_was_cut_short_is_dropped_when_the_run_goes_on(tmp_path: Pat
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
-def test_a_run_whose_reader_went_away_goes_on(
+def test_a_run_survives_a_closed_output_pipe(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """`qlora train recipe.yaml 2>&1 | head -n 1`: the console is a closed pipe from then on."""
@@ -99,7 +99,7 @@ def test_best_weights_that_cannot_be_written_cost_no_step(
     def log_and_block(self: Any, metrics: Any, step: int) -> None:
         log(self, metrics, step)
         if step == 2:
-            # A file where a folder has to be: as little to be written to as a full disk.
+            # A file in place of the folder cannot be written to, like a full disk.
             (run / ".best.unfinished").write_text("", encoding="utf-8")
 
     monkeypatch.setattr(Console, "log", log_and_block)
@@ -118,7 +118,7 @@ def test_best_weights_that_cannot_be_written_cost_no_step(
 def test_an_evaluation_that_fails_costs_no_step(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Weights that are finite, and so large that the loss on the held-out rows is not.
+    # Finite weights, so large that the loss on the held-out rows is not finite.
     recipe = write_recipe(
         optimizer={"learning_rate": 1e25},
         training={"max_steps": 2, "eval_every": 1, "save_every": None},

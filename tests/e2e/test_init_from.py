@@ -44,7 +44,7 @@ def parent(begin: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {}])
-def test_a_new_run_begins_where_its_parent_ended(
+def test_a_new_run_starts_from_its_parents_weights(
     begin: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -66,7 +66,7 @@ def test_a_new_run_begins_where_its_parent_ended(
     }  # fmt: skip
 
 
-def test_a_chain_is_in_the_record_and_in_the_card_without_paths(
+def test_the_chain_of_parents_is_recorded_without_paths(
     begin: Callable[..., Path], parent: Path, tmp_path: Path
 ) -> None:
     assert exit_code("train", begin("second", parent / "best")) == 0
@@ -82,7 +82,7 @@ def test_a_chain_is_in_the_record_and_in_the_card_without_paths(
     assert str(tmp_path) not in card
 
 
-def test_an_adapter_that_is_no_run_can_be_begun_from(
+def test_a_plain_adapter_can_be_a_parent(
     begin: Callable[..., Path], parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(parent / "last", tmp_path / "alone")
@@ -91,7 +91,7 @@ def test_an_adapter_that_is_no_run_can_be_begun_from(
     assert (record["parent"]["name"], record["parent"]["weights"]) == ("alone", None)
 
 
-def test_what_goes_on_does_not_need_its_parent_any_more(
+def test_a_resumed_run_does_not_need_its_parent(
     begin: Callable[..., Path], parent: Path, tmp_path: Path
 ) -> None:
     recipe = begin("second", parent, training={"save_every": 1})
@@ -177,7 +177,7 @@ def test_tensors_that_do_not_fit_are_refused(
     assert "Traceback" not in told
 
 
-def test_nothing_to_begin_from_is_named(
+def test_a_missing_parent_is_named(
     begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", begin("second", tmp_path / "nowhere")) == 2

@@ -1,4 +1,4 @@
-"""Methods that are more than weights beside a layer: resumed, measured, merged and asked."""
+"""Methods beyond LoRA layers: resume, evaluate, merge and generate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_goes_on_where_it_was(
+def test_every_method_resumes_exactly(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
 ) -> None:
     recipe = tiny_recipe(
@@ -52,7 +52,7 @@ def test_a_method_goes_on_where_it_was(
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_was_trained_is_measured_merged_and_asked(
+def test_every_method_can_be_evaluated_merged_and_generated_from(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
 ) -> None:
     recipe = tiny_recipe(

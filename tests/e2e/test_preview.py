@@ -196,7 +196,7 @@ def test_bad_data_is_an_error(recipe: Path, run: Run) -> None:
     assert "train.jsonl:1: field 'completion': missing" in error
 
 
-def test_overlap_is_said_when_training_begins(recipe: Path, run: Run) -> None:
+def test_overlap_is_reported_when_training_begins(recipe: Path, run: Run) -> None:
     _, _, error = run("preview", recipe, "-q")
     assert error == ""
     code, _, error = run("train", recipe)
@@ -213,7 +213,7 @@ def test_overlap_is_said_when_training_begins(recipe: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "preview"])
-def test_a_limit_that_is_crossed_stops_before_the_model_is_loaded(
+def test_an_exceeded_limit_stops_before_the_model_is_loaded(
     recipe: Path, run: Run, command: str
 ) -> None:
     code, out, error = run(command, recipe, "--set", "data.audit.max_overlap=0.5")
@@ -307,7 +307,7 @@ def test_both_answers_of_a_preference_are_shown(recipe: Path, run: Run) -> None:
     ("is_terminal", "no_color", "is_coloured"),
     [(True, "", True), (True, "1", False), (False, "", False)],
 )
-def test_colour_is_for_terminals_that_want_it(
+def test_colour_only_for_terminals_that_support_it(
     recipe: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,

@@ -93,7 +93,7 @@ def test_bad_rows(printed: Printed, tiny_model: Path) -> None:
     check_quote(quote("bad rows"), printed("-q", "preview", "recipe.yaml", code=2))
 
 
-def test_exit_codes_in_the_documentation_are_those_of_help(printed: Printed) -> None:
+def test_exit_codes_in_the_documentation_match_help(printed: Printed) -> None:
     help_text = printed("--help")
     listed = help_text[help_text.index("Exit codes:") : help_text.index("Options:")]
     codes = dict(line.split(maxsplit=1) for line in listed.splitlines()[1:] if line.strip())

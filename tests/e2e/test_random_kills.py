@@ -13,7 +13,7 @@ from benchmarks.random_kills.page import as_markdown
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_comes_to_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_result(tmp_path: Path) -> None:
     form = tiny_form(tmp_path, kills=4, max_steps=8)
     report = examine(form, tmp_path, seed=5)
     assert len(report["kills"]) == 4
@@ -23,7 +23,7 @@ def test_a_run_that_is_killed_at_random_moments_comes_to_the_same(tmp_path: Path
     assert is_same(report), report
     assert "| in all | 4 |" in as_markdown({"tiny": report | {"note": "other work ran."}})
 
-    # What is compared is seen, if it differs.
+    # A difference in the compared files is detected.
     experiment = Experiment(form, tmp_path)
     experiment.manifests = whole_checkpoints(experiment.whole)
     assert not any(experiment.compare().values())

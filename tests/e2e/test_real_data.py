@@ -146,7 +146,7 @@ def test_three_steps_are_trained_on_each_set(name: str, random_model: Path, tmp_
     path = write_recipe(tmp_path, name, random_model, limit=64, max_length=256, max_lost=1)
     train(load_recipe(path, ["training.max_steps=3"]).recipe)
     assert len(losses(tmp_path)) == 3
-    # Of tokens that are all as likely as each other.
+    # The loss of a uniform distribution over the vocabulary.
     assert losses(tmp_path)[0] == pytest.approx(math.log(49152), abs=1.5)
 
 

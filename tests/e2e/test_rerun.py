@@ -33,7 +33,7 @@ def change_record(run: Path, **values: Any) -> None:
     (run / "run.json").write_text(json.dumps({**record, **values}), encoding="utf-8")
 
 
-def test_a_run_that_is_repeated_has_the_same_result(
+def test_a_repeated_run_has_the_same_result(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -55,7 +55,7 @@ def test_a_run_that_is_repeated_has_the_same_result(
     assert "run-again already holds a run" in capsys.readouterr().err
 
 
-def test_a_run_that_was_cut_and_went_on_is_repeated_in_one_go(
+def test_a_resumed_run_is_repeated_uninterrupted(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", run / "recipe.yaml", "--resume", "2") == 0
@@ -97,7 +97,7 @@ def test_other_versions_are_listed_and_need_not_matter(
     assert "changed: packages.torch: 1.0 -> " in capsys.readouterr().out
 
 
-def test_settings_that_changed_on_the_way_are_listed(
+def test_settings_changed_on_resume_are_listed(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = ("--set", "optimizer.learning_rate=1e-3", "--allow", "optimizer.learning_rate")

@@ -56,7 +56,7 @@ def recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_sources_are_learnt_together_and_measured_on_the_rows_held_out(
+def test_sources_are_mixed_and_evaluated_on_the_held_out_rows(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", recipe, "--json") == 0

@@ -87,7 +87,7 @@ def test_a_chat_through_a_pipe(runs: list[Path]) -> None:
     assert {one["message"] for one in said} == {"say ab 2"}
 
 
-def test_what_is_wrong_in_a_pipe_ends_the_chat(
+def test_errors_in_piped_input_end_the_chat(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/swop\nho\n"))

@@ -1,4 +1,4 @@
-"""The whole way through the command line, on a tiny model."""
+"""Train, evaluate and merge a tiny model from the command line."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_
     assert adapters[0] != adapters[2]
 
 
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
+def test_the_gradient_does_not_depend_on_micro_batching(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     curves = []
@@ -193,7 +193,7 @@ def test_a_folder_with_a_run_is_not_overwritten(
     ],
     ids=["model", "adapter", "data", "nan"],
 )
-def test_what_goes_wrong_has_its_own_exit_code(
+def test_each_failure_has_its_own_exit_code(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     sections: dict[str, Any],
@@ -222,7 +222,7 @@ def test_local_paths_open_no_socket(
     qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
 
 
-def test_two_ranks_learn_what_one_learns(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_ranks_equal_one_rank(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe(
         quantization={"type": "nf4"},
         # 16 rows in steps of 6: the last step is short, and one rank has fewer rows in it.
@@ -275,7 +275,7 @@ world.close()
 """
 
 
-def test_gradients_of_ranks_lie_in_what_is_exchanged(tmp_path: Path) -> None:
+def test_gradients_are_views_of_the_exchanged_buffer(tmp_path: Path) -> None:
     """Gradients are views of the exchanged buffer after the last micro-batch of a step."""
     script = tmp_path / "shares.py"
     script.write_text(_SHARES, encoding="utf-8")
@@ -351,7 +351,7 @@ def test_a_finished_run_can_be_made_longer_and_not_shorter(
     assert "beyond the last step, 3" in capsys.readouterr().err
 
 
-def test_what_was_cut_short_in_its_last_evaluation_evaluates_again(
+def test_a_run_stopped_in_its_last_evaluation_evaluates_on_resume(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = write_recipe(training={"max_steps": 2})
@@ -446,7 +446,7 @@ def test_merge_finds_a_base_that_was_moved(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_a_merge_that_is_not_the_trained_model_is_refused_and_leaves_nothing(
+def test_a_merge_that_differs_from_the_trained_model_is_refused_and_leaves_nothing(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -482,7 +482,7 @@ def test_an_update_of_a_tied_head_is_refused(
     assert "lm_head shares its weights" in capsys.readouterr().err
 
 
-def test_a_setting_of_the_base_does_not_change_what_greedy_means(
+def test_the_bases_generation_config_does_not_affect_greedy_decoding(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = []
@@ -569,7 +569,7 @@ def test_a_model_trained_on_packed_rows_is_an_ordinary_one(
     assert report["models"]["tuned"]["loss"]["value"] == pytest.approx(logged, rel=1e-12)
 
 
-def test_the_weight_of_a_source_says_how_often_it_is_learnt(
+def test_a_sources_weight_sets_how_often_it_is_trained_on(
     write_recipe: Callable[..., Path], tmp_path: Path, tiny_rows: list[dict[str, Any]]
 ) -> None:
     paths = [tmp_path / f"{name}.jsonl" for name in ("much", "little")]
@@ -609,7 +609,7 @@ def test_packed_training_resumes_where_it_stopped(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_packing_is_refused_for_a_model_whose_state_crosses_the_seam(
+def test_packing_is_refused_for_models_with_recurrent_state(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import MambaConfig, MambaForCausalLM
@@ -629,7 +629,7 @@ def test_packing_is_refused_for_a_model_whose_state_crosses_the_seam(
     assert "--set data.packing=false" in shown
 
 
-def test_a_run_is_not_written_among_the_files_of_somebody(
+def test_a_run_is_not_written_into_a_folder_with_other_files(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe()
@@ -641,7 +641,7 @@ def test_a_run_is_not_written_among_the_files_of_somebody(
     assert recipe.read_bytes() == before
 
 
-def test_a_kill_while_the_record_is_written_is_in_nobodys_way(
+def test_leftovers_of_a_killed_record_write_do_not_matter(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = write_recipe(training={"max_steps": 2, "save_every": 1}), tmp_path / "run"
@@ -777,7 +777,7 @@ def test_a_signal_before_the_first_step_ends_a_run_at_once(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_run_ends_saved_when_its_time_is_over(
+def test_a_run_saves_and_stops_at_its_time_limit(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -808,7 +808,7 @@ def test_a_run_ends_saved_when_its_time_is_over(
     assert losses(tmp_path / "run") == expected
 
 
-def test_a_run_goes_on_from_the_checkpoint_that_is_named(
+def test_a_run_resumes_from_the_named_checkpoint(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
@@ -843,7 +843,7 @@ def test_two_processes_do_not_train_in_one_folder(
     qlora("train", recipe, "--resume", "auto")  # released with the process, or the run
 
 
-def test_a_run_that_only_got_worse_says_so(
+def test_a_run_that_only_got_worse_is_reported(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unsure = save_tiny_model(tmp_path / "unsure", initializer_range=0.02)
@@ -852,7 +852,7 @@ def test_a_run_that_only_got_worse_says_so(
     assert "was never better than that of the untrained model" in capsys.readouterr().err
 
 
-def test_what_was_trained_can_be_read_by_whoever_reads_its_folder(
+def test_adapter_files_inherit_the_folders_permissions(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     qlora("train", write_recipe(training={"max_steps": 1}))

@@ -190,7 +190,7 @@ def test_a_pickled_file_as_the_model_is_refused(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_pickles_beside_safetensors_are_left_alone(here: Path, trap: Trap) -> None:
+def test_pickles_next_to_safetensors_are_ignored(here: Path, trap: Trap) -> None:
     for folder in (here / "base", here / "run" / "last"):
         for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "x.pkl"):
             trap.plant(folder / name)

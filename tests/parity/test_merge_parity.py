@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("base", ["none", "nf4"])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in REFUSED])
-def test_a_merge_is_that_of_peft(variant: str, tied: bool, base: str, tmp_path: Path) -> None:
+def test_a_merge_equals_pefts_merge(variant: str, tied: bool, base: str, tmp_path: Path) -> None:
     found = examine(dict(VARIANTS[variant]), tmp_path, tied=tied, config=BASES[base])
     assert not found.note
     if tied and variant in ONE_SIDE:
@@ -45,7 +45,7 @@ def test_a_merge_is_that_of_peft(variant: str, tied: bool, base: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("variant", "reason"), REFUSED.items())
-def test_what_cannot_be_merged_is_refused_with_the_reason(
+def test_unmergeable_adapters_are_refused_with_the_reason(
     variant: str, reason: str, tmp_path: Path
 ) -> None:
     found = examine(dict(VARIANTS[variant]), tmp_path, tied=False, config=BASES["none"])

@@ -116,7 +116,7 @@ def test_differences_are_in_percent_of_the_reference() -> None:
     assert found == pytest.approx([1.0, -1.0])
 
 
-def test_what_was_measured_is_not_measured_again(
+def test_existing_measurements_are_reused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"question": f"say {word}", "answer": word * 3} for word in ("ab", "cd", "ef", "gh")]

@@ -53,7 +53,7 @@ def test_geometry_of_a_config() -> None:
     assert sum(shape.size * shape.count for shape in SMOLLM.linears) == 106_168_320
 
 
-def test_geometry_is_that_of_the_model() -> None:
+def test_geometry_is_read_from_the_model() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -161,7 +161,7 @@ def test_memory_counts_from_the_interpreter_and_from_the_loaded_model() -> None:
     assert found["above_loaded_mb"] == 1100
 
 
-def test_a_peak_while_loading_is_no_peak_of_training() -> None:
+def test_a_peak_while_loading_does_not_count_as_training() -> None:
     seen = observed()
     seen.loaded = mark(10.0, cpu=8.0, used=8.0, rss=900, peak=5000)
     found = figures_of(seen)
@@ -340,7 +340,7 @@ def test_ours_is_the_command_line_with_a_recipe_that_loads(tmp_path: Path) -> No
     assert recipe.data.packing
 
 
-def test_what_ours_says_is_understood() -> None:
+def test_our_output_is_parsed() -> None:
     from qlora_cli.models.report import TrainedCounts, TrainedModules
 
     ours = CONTESTANTS["ours"]
@@ -382,7 +382,7 @@ def test_a_sweep_of_micro_batches_reaches_settings_with_their_own() -> None:
 # Options.
 
 
-def test_places_are_not_told() -> None:
+def test_paths_are_not_reported() -> None:
     words = ["--data", "/secret", "--note=much", "--threads", "1", "2", "--ours", "a b=c"]
     assert told(words) == "--threads 1 2 --ours 'a b=c'"
 

@@ -24,7 +24,7 @@ def drawn(rank: int, seed: int) -> Update:
     return Update.of(a, b, 0.5)
 
 
-def test_figures_from_factors_equal_those_of_the_product() -> None:
+def test_figures_from_factors_equal_the_products_figures() -> None:
     one, other = drawn(3, 0), drawn(5, 1)
     first, second = one.b @ one.a, other.b @ other.a
     assert one.norm() == pytest.approx(float(first.norm()), rel=1e-12)
@@ -96,9 +96,7 @@ def test_updates_equal_what_peft_adds_to_the_weights(
 
 # PEFT warns of patterns that it writes itself.
 @pytest.mark.filterwarnings("ignore:.*_pattern keys")
-def test_factors_of_experts_are_not_read_as_those_of_one_matrix(
-    tmp_path: Path, tiny_model: Path
-) -> None:
+def test_factors_of_experts_are_not_read_as_one_matrix(tmp_path: Path, tiny_model: Path) -> None:
     """Their A has the rows of all experts together, so the scale would be wrong."""
     settings = json.loads((tiny_model / "config.json").read_text("utf-8"))
     config = MixtralConfig(**{**settings, "model_type": "mixtral"}, num_local_experts=4)

@@ -113,7 +113,7 @@ def test_the_loss_uses_the_labels_unchanged(tiny_model: Path, method: Any) -> No
 
 
 @each_method
-def test_answers_equal_those_of_repeated_forwards(tiny_model: Path, method: Any) -> None:
+def test_answers_equal_repeated_forwards(tiny_model: Path, method: Any) -> None:
     """Generate in a batch with left padding and a cache, and compare with plain forwards."""
     model = method.attach(load(tiny_model)).eval()
     tokenizer = make_tokenizer()

@@ -63,7 +63,7 @@ def test_validate_prints_every_value_with_its_origin(run: Run) -> None:
     assert values["  learning_rate: 0.0002"] == "recipe.yaml:5"
 
 
-def test_what_validate_prints_is_a_recipe(run: Run) -> None:
+def test_the_output_of_validate_is_a_recipe(run: Run) -> None:
     out = run("validate", "recipe.yaml")[1]
     Path("printed.yaml").write_text(out, encoding="utf-8")
     code, again, _ = run("validate", "printed.yaml", "--json")

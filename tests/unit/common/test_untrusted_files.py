@@ -128,7 +128,7 @@ def test_json_is_an_object_of_bounded_depth() -> None:
             object_of(other)
 
 
-def test_a_file_without_end_is_no_json(tmp_path: Path) -> None:
+def test_pipes_and_huge_files_are_refused_as_json(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ValueError, match="not a regular file"):
         read_object(tmp_path / "config.json")

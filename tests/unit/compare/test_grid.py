@@ -172,7 +172,7 @@ def test_a_recipe_that_cannot_be_is_a_cell_with_its_reason(recipe: Path) -> None
         ),
     ],
 )
-def test_what_cannot_be_understood_is_said_at_once(
+def test_invalid_arguments_are_refused_at_once(
     recipe: Path, asked: dict[str, list[str]], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""A damaged file: each bad row is named with its line and what is wrong; the others survive."""
+"""Damaged files: each bad row is named by line and reason; the other rows are kept."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def answer(text: str) -> Row:
 
 
 KINDS: dict[str, tuple[Damage, str]] = {
-    # The text is no JSON.
+    # The text is not JSON.
     "cut off": (lambda q: line(q)[:-20], "not JSON: Unterminated string"),
     "no closing brace": (lambda q: line(q)[:-1], "not JSON: Expecting ',' delimiter"),
     "single quotes": (lambda q: repr(row(q)).encode(), "not JSON: Expecting property name"),
@@ -104,21 +104,21 @@ KINDS: dict[str, tuple[Damage, str]] = {
         lambda q: line(q * (10 * MB // len(q)))[:-20],
         "not JSON: Unterminated string",
     ),
-    # The bytes are no UTF-8, or not at this place.
+    # The bytes are not UTF-8, or not allowed here.
     "Latin-1": (replaced(b"Answer", b"R\xe9ponse"), "not UTF-8: byte 0xe9"),
     "Windows-1252": (replaced(b"Answer", b"\x93Answer\x94"), "not UTF-8: byte 0x93"),
     "half a character": (replaced(b"Answer", "ä".encode()[:1]), "not UTF-8: byte 0xc3"),
     "surrogate in UTF-8": (replaced(b"Answer", b"\xed\xa0\xbd"), "not UTF-8: byte 0xed"),
     "UTF-16": (lambda q: "ä {}".encode("utf-16-le"), "not UTF-8: byte 0xe4"),
     "byte order mark": (lambda q: b"\xef\xbb\xbf" + line(q), "a byte order mark before it"),
-    # JSON, but no row.
+    # JSON, but not a row.
     "list": (lambda q: b"[" + line(q) + b"]", "expected an object, found list"),
     "string": (lambda q: json.dumps(q).encode(), "expected an object, found str"),
     "number": (lambda q: b"17", "expected an object, found int"),
     "null": (lambda q: b"null", "expected an object, found null"),
     "empty object": (lambda q: b"{}", "field 'messages': missing; found nothing"),
     "other key": (replaced(b"messages", b"mesages"), "field 'messages': missing; found 'mesages'"),
-    # A row, but no conversation.
+    # A row, but not a conversation.
     "null messages": (messages(lambda q: None), r"field 'messages': got (null|None)"),
     "text for messages": (messages(lambda q: q), "field 'messages': got 'Question"),
     "no messages": (messages(lambda q: []), "field 'messages'"),
@@ -175,7 +175,7 @@ ODD_BUT_GOOD = [
 
 
 def damaged_file(path: Path, seed: int = 0) -> tuple[dict[int, str], list[str]]:
-    """Writes it; returns what is wrong (kind by line) and the questions of the good rows."""
+    """Write the file; return the damage (kind by line) and the questions of the good rows."""
     rng = random.Random(seed)
     kinds = list(KINDS)
     # The largest stand once; each of the others about ten times.

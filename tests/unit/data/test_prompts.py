@@ -1,4 +1,4 @@
-"""Rows that ask something, with an answer or without."""
+"""Read prompts from rows with or without an answer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def given(question: Question) -> str:
     ],
     ids=str,
 )
-def test_a_row_without_an_answer_asks_what_it_says(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_a_row_without_an_answer_becomes_a_prompt(tmp_path: Path, row: dict[str, Any]) -> None:
     question = ask(tmp_path, row)
     assert given(question) == HI
     assert question.reference is None
@@ -74,7 +74,7 @@ def test_the_answer_of_a_row_is_a_reference_and_not_in_the_prompt(
     assert question.reference == "ho"
 
 
-def test_a_system_message_is_put_before_conversations_that_have_none(tmp_path: Path) -> None:
+def test_a_system_message_is_added_only_where_it_is_missing(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "hi"}]}
     assert given(ask(tmp_path, row, system="be brief")).startswith(
         "<|im_start|>system\nbe brief<|im_end|>\n"
@@ -83,7 +83,7 @@ def test_a_system_message_is_put_before_conversations_that_have_none(tmp_path: P
     assert "be brief" not in given(ask(tmp_path, row, system="be brief"))
 
 
-def test_the_format_of_the_recipe_comes_first_where_its_columns_are(tmp_path: Path) -> None:
+def test_the_recipes_format_is_preferred_if_the_row_has_its_columns(tmp_path: Path) -> None:
     template = TemplateFormat(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
     found = given(ask(tmp_path, {"question": "hi"}, formats=[template]))
     assert found == HI.replace("hi", "Q: hi").replace(
@@ -102,7 +102,7 @@ def test_the_format_of_the_recipe_comes_first_where_its_columns_are(tmp_path: Pa
     ],
     ids=str,
 )
-def test_prompts_of_a_model_without_template_are_continued_as_they_are(
+def test_without_a_template_prompts_are_continued_verbatim(
     tmp_path: Path, row: dict[str, Any], formats: list[Any]
 ) -> None:
     assert given(ask(tmp_path, row, formats=formats, is_plain=True)) == "hi"
@@ -114,13 +114,13 @@ def test_lines_of_a_text_file_are_messages(tmp_path: Path) -> None:
     assert [given(q) for q in read_questions(path, ENCODER)] == [HI, HI.replace("hi", "ho")]
 
 
-def test_special_tokens_that_are_typed_are_text(tmp_path: Path) -> None:
+def test_typed_special_tokens_are_encoded_as_text(tmp_path: Path) -> None:
     typed = ask(tmp_path, {"prompt": "hi<|im_end|>"}).prompt.input_ids
     assert typed.count(TOKENIZER.eos_token_id) == 1
     assert given(ask(tmp_path, {"prompt": "hi<|im_end|>"})).count("<|im_end|>") == 2
 
 
-def test_all_rows_that_ask_nothing_are_counted(tmp_path: Path) -> None:
+def test_rows_without_a_prompt_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"x": 1}\n{"prompt": "hi"}\n{"prompt": ""}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: found 'x'; expected.*:3:.*empty"):

@@ -1,4 +1,4 @@
-"""Intervals against closed forms and against what is drawn again and again."""
+"""Compare intervals with closed forms and with repeated sampling."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def one(measure: Measure, *samples: object) -> Estimate:
     return estimate
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
-    """For many examples it is the mean, plus and minus 1.96 standard errors."""
+def test_the_interval_of_a_mean_agrees_with_the_normal_distribution() -> None:
+    """For many examples, the interval is the mean plus and minus 1.96 standard errors."""
     samples = np.random.default_rng(1).normal(3.0, 2.0, 2000)
     found = one(MEAN, *samples)
     error = 1.96 * samples.std() / math.sqrt(len(samples))
@@ -31,7 +31,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     assert found.high == pytest.approx(samples.mean() + error, abs=error / 10)
 
 
-def test_the_interval_of_a_few_examples_is_that_of_all_their_resamples() -> None:
+def test_the_interval_of_a_few_examples_agrees_with_all_resamples() -> None:
     """Resampled means of 0 and 1 are 0, 1/2 or 1, with probability 1/4, 1/2 and 1/4."""
     assert one(MEAN, 0.0, 1.0) == Estimate(0.5, 0.0, 1.0)
     # The mean of 1, 2 and 4 is at least 1; (1/3)^3 = 3.7% of the resamples are all ones.
@@ -60,8 +60,8 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(
     assert 180 <= held <= 198
 
 
-def test_a_difference_is_of_the_same_examples() -> None:
-    """Base and tuned vary much, and their difference not at all."""
+def test_differences_are_paired_by_example() -> None:
+    """Both models vary a lot between examples, but their difference is constant."""
     base = np.random.default_rng(3).normal(0.0, 10.0, 100)
     singles, [difference] = estimate_measure(MEAN, [{"x": base}, {"x": base + 0.5}])
     assert difference.value == pytest.approx(0.5)
@@ -81,7 +81,7 @@ def test_the_difference_of_shares_has_the_spread_of_discordant_pairs() -> None:
     assert difference.high == pytest.approx(0.04 + error, abs=0.002)
 
 
-def test_what_never_happened_may_still_happen() -> None:
+def test_a_rate_of_zero_has_a_nonzero_upper_bound() -> None:
     """All of 20 are wrong: the share of right ones is below 1 - 0.025^(1/20) (Clopper, Pearson)."""
     bound = 1 - 0.025 ** (1 / 20)
     assert one(SHARE, *[0.0] * 20) == Estimate(0.0, 0.0, pytest.approx(bound))

@@ -47,7 +47,7 @@ def plain(model: Any, example: Example) -> float:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
-def test_likelihoods_are_those_of_one_row_after_the_other(
+def test_batched_likelihoods_equal_row_by_row_likelihoods(
     tiny_recipe: Callable[..., Any], model: Any, size: int
 ) -> None:
     found = scorer(tiny_recipe(evaluation={"batch_size": size}), model).log_likelihoods(EXAMPLES)
@@ -95,7 +95,7 @@ def test_divergence_is_the_sum_over_positions(
         expected.append(float((p.exp() * (p - q)).sum()))
     assert found == pytest.approx(expected, rel=1e-5)
     assert all(value > 0 for value in found)
-    # A base is not away from itself.
+    # The divergence of the base from itself is zero.
     assert scorer(tiny_recipe(), model).divergences(EXAMPLES[:2]) == [0, 0]
 
 

@@ -69,7 +69,7 @@ def test_kinds_that_only_llama_cpp_makes_name_the_package(
     assert caught.value.hint == 'pip install "qlora[gguf-export]"'
 
 
-def test_what_the_converter_says_is_passed_on(
+def test_the_converters_error_is_passed_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converter(tmp_path, monkeypatch, "echo 'ERROR: TinyForCausalLM is not supported' >&2; exit 1")
@@ -78,7 +78,7 @@ def test_what_the_converter_says_is_passed_on(
     assert not list(folder.glob("*.gguf")) + list(folder.glob(".gguf*"))
 
 
-def test_a_file_is_not_written_over(
+def test_an_existing_file_is_not_overwritten(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converter(tmp_path, monkeypatch, "exit 0")
@@ -89,7 +89,7 @@ def test_a_file_is_not_written_over(
 
 
 def converter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a program in the place of the converter: one that does what a converter may do wrong."""
+    """Replace the converter by a program that fails in one of the ways a converter may."""
     tools = folder / "tools"
     tools.mkdir()
     (tools / "convert-hf-to-gguf").write_text(f"#!/bin/sh\n{script}\n")
@@ -113,7 +113,9 @@ def test_nothing_to_export_is_a_mistake(folder: Path, arguments: dict[str, Any])
         export(folder, **arguments)
 
 
-def test_an_adapter_is_no_model_to_export(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_adapter_cannot_be_exported_as_a_model(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
     train(tiny_recipe())
     with pytest.raises(RecipeError, match="is not a model folder"):
         export(tmp_path / "run" / "last", bnb_4bit=tmp_path / "packed")
@@ -145,7 +147,7 @@ def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> 
     assert twice.kl < once.kl / 10
 
 
-def test_an_update_survives_packing_on_the_original_weights_alone() -> None:
+def test_an_update_survives_packing_only_on_the_original_weights() -> None:
     """Support the advice to merge with `--base original`."""
     torch.manual_seed(0)
     weight = torch.randn(256, 256) * 0.02
@@ -198,7 +200,7 @@ def test_a_disk_that_is_full_leaves_no_packed_folder(folder: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*packed*"))
 
 
-def test_a_packed_folder_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+def test_a_packed_folder_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     with pytest.raises(RecipeError, match="packed exists"):
         export(folder, bnb_4bit=tmp_path / "packed")
@@ -265,14 +267,14 @@ def test_llama_cpp_computes_what_transformers_computes(folder: Path, tmp_path: P
 
 
 @needs_llama_cpp
-def test_a_file_with_other_weights_is_found_out(folder: Path, tmp_path: Path) -> None:
+def test_a_file_with_other_weights_is_detected(folder: Path, tmp_path: Path) -> None:
     write_gguf(folder, tmp_path / "mine.gguf", scale=1.5)
     with pytest.raises(ModelError, match="is not the model: KL is"):
         Reference.of(folder).check(tmp_path / "mine.gguf", "f32")
 
 
 @needs_llama_cpp
-def test_a_file_that_reads_text_otherwise_is_found_out(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_tokenizes_differently_is_detected(folder: Path, tmp_path: Path) -> None:
     write_gguf(folder, tmp_path / "mine.gguf")
     reference = Reference.of(folder)
     reference.input_ids[0][0] += 1

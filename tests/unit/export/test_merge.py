@@ -50,9 +50,7 @@ def change(run: Path, change_one: Callable[[dict[str, torch.Tensor]], None]) -> 
     save_file(tensors, path)
 
 
-def test_files_names_and_dtypes_are_those_of_the_base(
-    run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_files_names_and_dtypes_match_the_base(run: Callable[..., Path], tmp_path: Path) -> None:
     merge(run(quantization={"type": "nf4"}), tmp_path / "merged", weights="last")
     base, merged = Shards(tmp_path / "base"), Shards(tmp_path / "merged")
     assert len(base.files) > 2
@@ -179,7 +177,7 @@ def test_a_folder_has_its_name_when_its_files_are_on_the_disk(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_precision_is_that_of_the_training_wherever_it_is_merged(
+def test_merging_uses_the_precision_of_the_training(
     run: Callable[..., Path], tmp_path: Path, precision: str
 ) -> None:
     """`auto` takes one on the machine that trains, and maybe another on the one that merges."""
@@ -263,7 +261,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_memory_is_that_of_a_shard_and_not_of_the_model(
+def test_merging_needs_the_memory_of_one_shard(
     large: Path, tmp_path: Path, quantization: str
 ) -> None:
     def peak(base: Path, run: Path, name: str) -> int:

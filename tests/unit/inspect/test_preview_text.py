@@ -115,7 +115,7 @@ def test_nothing_hides_in_a_text(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_marks_in_the_data_are_no_marks() -> None:
+def test_markers_in_the_data_are_not_treated_as_markers() -> None:
     spans = [TextSpan("⟦x⟧ ◆", is_supervised=False, is_special=False)]
     assert r"  \u27e6x\u27e7 \u25c6" in preview_text([side(spans)], colour=False)
     assert "⟦x⟧ ◆" in preview_text([side(spans)], colour=True)

@@ -1,4 +1,4 @@
-"""A step knows of its objective only what the contract says: tried with a toy one, on pairs."""
+"""A step uses only the contract of its objective, as a toy objective on pairs shows."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_step_divides_by_the_weight_of_the_objective(
     assert train_step(setup, SETTINGS, TrainState(step=1))["loss"] < metrics["loss"]
 
 
-def test_a_step_does_not_depend_on_how_its_pairs_are_cut(
+def test_a_step_does_not_depend_on_micro_batching(
     make_setup: Callable[..., Setup[FixedBatches]],
 ) -> None:
     whole = train_step(make_setup([pairs(0, 1, 2, 3)]), SETTINGS, TrainState())

@@ -228,7 +228,7 @@ def test_a_model_that_has_no_sdpa_keeps_its_soft_cap() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("s_aux", torch.ones(4)), ("softcap", 50.0)])
-def test_what_sdpa_would_leave_out_is_refused(name: str, value: Any) -> None:
+def test_options_that_sdpa_would_ignore_are_refused(name: str, value: Any) -> None:
     module = make_model("Llama", "sdpa").model.layers[0].self_attn
     attend = transformers.AttentionInterface()[NAME]
     states = torch.randn(1, 4, 5, 8)

@@ -149,7 +149,7 @@ def test_trained_share_counts_packed_weights_in_full(tiny_model: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_held_in_16_bit_is_computed_with_in_16_bit(kind: Any, held: torch.dtype) -> None:
+def test_weights_held_in_16_bit_are_computed_in_16_bit(kind: Any, held: torch.dtype) -> None:
     assert kind.compute_in(torch.float32) == held
     # Under autocast of another kind the weights are cast.
     assert kind.compute_in(torch.float16) == torch.float16

@@ -16,7 +16,7 @@ from tests.conftest import save_tiny_model
 
 @pytest.mark.parametrize("kind", ["zero", "tiny", "twin", "trained"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_stop_token_that_looks_untrained_is_named(
+def test_an_untrained_stop_token_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, tied: bool
 ) -> None:
     model = load_model(save_tiny_model(tmp_path / "model", tie_word_embeddings=tied))
@@ -33,7 +33,7 @@ def test_a_stop_token_that_looks_untrained_is_named(
     assert ("<|im_end|> looks untrained" in caplog.text) is (kind != "trained")
 
 
-def test_a_head_that_is_trained_can_learn_it(tmp_path: Path) -> None:
+def test_a_trained_head_is_not_warned_about(tmp_path: Path) -> None:
     model = load_model(save_tiny_model(tmp_path / "model"))
     with torch.no_grad():
         model.get_output_embeddings().weight[256] = 0

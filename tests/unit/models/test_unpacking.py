@@ -12,7 +12,7 @@ from tests.conftest import MODEL, needs_model
 
 @needs_model
 @pytest.mark.slow
-def test_what_a_kill_left_of_an_unpacked_model_is_removed(
+def test_leftovers_of_a_killed_unpacking_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))

@@ -112,7 +112,7 @@ def test_each_optimizer_is_compared_with_its_library() -> None:
 @pytest.mark.parametrize(
     ("config", "library", "options"), LIBRARIES, ids=lambda one: getattr(one, "type", "")
 )
-def test_twenty_steps_equal_those_of_the_library(config, library, options) -> None:
+def test_twenty_steps_equal_the_librarys(config, library, options) -> None:
     ours, theirs = make_parameters(), make_parameters()
     optimizer = config.build(named(ours), CPU)
     run(optimizer, ours, 20)
@@ -171,7 +171,7 @@ def test_muon_without_a_matrix_in_a_layer_is_refused() -> None:
     assert "adamw" in (caught.value.hint or "")
 
 
-def test_the_schedules_warmup_equals_that_of_schedulefree() -> None:
+def test_the_warmup_equals_schedulefrees() -> None:
     ours, theirs = make_parameters(), make_parameters()
     optimizer = ScheduleFreeAdamW(learning_rate=RATE).build(named(ours), CPU)
     reference = schedulefree.AdamWScheduleFree(theirs[:2], lr=RATE, warmup_steps=5, foreach=False)

@@ -84,7 +84,7 @@ def test_each_schedule_is_compared_with_transformers() -> None:
 
 
 @pytest.mark.parametrize(("ours", "name", "options"), PAIRS)
-def test_after_warmup_each_schedule_equals_that_of_transformers(ours, name, options) -> None:
+def test_after_warmup_each_schedule_equals_transformers(ours, name, options) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     theirs = transformers.get_scheduler(
         name,

@@ -125,7 +125,7 @@ def test_other_text_is_refused(field: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("field", "text"), [("whole", "1"), ("number", "0.5"), ("truth", "true")])
-def test_quoted_text_is_no_number(field: str, text: str) -> None:
+def test_quoted_text_is_not_a_number(field: str, text: str) -> None:
     with pytest.raises(ValueError, match="the quotes make it text, so remove them"):
         read(f"{field}: '{text}'")
 

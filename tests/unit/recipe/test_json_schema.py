@@ -106,7 +106,7 @@ def test_a_recipe_on_another_may_leave_out_anything() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_the_loader_requires_the_schema_requires(
+def test_the_schema_requires_what_the_loader_requires(
     problems: Callable[..., list[str]], path: tuple[str | int, ...]
 ) -> None:
     recipe = copy.deepcopy(WHOLE)

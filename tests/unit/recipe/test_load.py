@@ -331,7 +331,7 @@ def test_every_value_has_an_origin(load: Load) -> None:
     assert len({line.index("  # ") for line in values}) == 1
 
 
-def test_what_is_written_is_read_back(load: Load) -> None:
+def test_a_written_recipe_round_trips(load: Load) -> None:
     loaded = load(
         BASE,
         'model.path="a\\u2028: #b"',
@@ -369,6 +369,6 @@ def test_the_file_is_named_as_it_was_given(tmp_path: Path) -> None:
         ("text\n", "recipe.yaml:1:1  found text; a recipe has the sections model, "),
     ],
 )
-def test_files_that_are_no_recipe(problems: Problems, text: str, expected: str) -> None:
+def test_files_that_are_not_recipes(problems: Problems, text: str, expected: str) -> None:
     (found,) = problems(text)
     assert found.startswith(expected)

@@ -1,4 +1,4 @@
-"""Every documented key does something: changing it changes the resolved recipe, there alone."""
+"""Changing a documented key changes the resolved recipe, and only at that key."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_checks_inside_a_variant_are_named_by_their_path(
     assert found.startswith("recipe.yaml:6:52  data.train.format: system ('Hi') needs as_chat")
 
 
-def test_nothing_is_concluded_from_what_is_wrong(
+def test_a_wrong_value_does_not_cause_further_errors(
     problems: Callable[..., list[str]], minimal: str
 ) -> None:
     """With its own default, a misspelt batch size would not fit; that would be a false lead."""
@@ -204,7 +204,7 @@ def test_nothing_is_concluded_from_what_is_wrong(
     assert "training.micro_batchsize" in found[0]
 
 
-def test_no_message_speaks_the_language_of_the_library(
+def test_messages_do_not_use_pydantics_wording(
     problems: Callable[..., list[str]],
 ) -> None:
     text = "\n".join(
@@ -217,7 +217,7 @@ def test_no_message_speaks_the_language_of_the_library(
         assert word not in text
 
 
-def test_names_of_other_tools_lead_to_keys_of_ours(load: Callable[..., LoadedRecipe]) -> None:
+def test_key_names_of_other_tools_lead_to_ours(load: Callable[..., LoadedRecipe]) -> None:
     paths = set(key_paths(Recipe))
     names = {path.rpartition(".")[2] for path in paths}
     assert OTHER_NAMES

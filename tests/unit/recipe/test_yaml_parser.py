@@ -103,7 +103,7 @@ def test_aliases_cannot_grow_without_bound() -> None:
         ("[" * 200_000, "nested more than"),
     ],
 )
-def test_what_yaml_lets_pass_is_reported(text: str, expected: str) -> None:
+def test_mistakes_that_yaml_accepts_are_reported(text: str, expected: str) -> None:
     assert expected in problem(text)
 
 
@@ -141,7 +141,7 @@ def test_other_bytes_are_refused(tmp_path: Path, data: bytes, expected: str) -> 
     assert str(found).startswith(expected)
 
 
-def test_paths_that_are_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     messages = [
         str(read_tree(path, "r.yaml").problems[0])
         for path in (tmp_path / "none.yaml", tmp_path, tmp_path / ("x" * 300), tmp_path / "a\0b")

@@ -48,7 +48,7 @@ def model(tiny_model: Path) -> Any:
 
 
 def plain(model: Any, prompt: list[int], option: list[int]) -> float:
-    """One row, all of it, without padding."""
+    """Compute the log-likelihood of `option` in one unpadded forward pass."""
     ids = torch.tensor([[*prompt, *option]])
     with torch.no_grad():
         log_p = torch.log_softmax(model.eval()(input_ids=ids).logits[0].double(), -1)
@@ -131,7 +131,7 @@ def test_a_row_whose_answer_names_no_option_is_told_with_its_place(
     assert len(ask(skipping, model)[1]) == 2
 
 
-def test_rows_that_are_learnt_are_no_questions(
+def test_training_rows_are_not_questions(
     tiny_recipe: Callable[..., Any], model: Any, tmp_path: Path
 ) -> None:
     rows = [

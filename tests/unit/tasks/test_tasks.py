@@ -16,7 +16,7 @@ from qlora_cli.types import Example, Prompt
 
 
 class Parrot:
-    """Answers each prompt with its reference, in brackets if it is told to."""
+    """A model that looks its answer up by the prompt's reference, and else says `?`."""
 
     def __init__(self, answers: dict[str, str]) -> None:
         self._answers = answers

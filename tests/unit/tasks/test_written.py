@@ -90,14 +90,14 @@ def test_a_reference_of_which_nothing_is_left_is_refused() -> None:
         ExactMatch(ignore_punctuation=True, anywhere=True).score("?!", "whatever")
 
 
-def test_a_pattern_that_is_none_is_refused_when_the_recipe_is_read(
+def test_an_invalid_pattern_is_refused_when_the_recipe_is_read(
     tiny_recipe: Callable[..., Any],
 ) -> None:
     with pytest.raises(ValidationError, match=r"'\(' is not a regular expression"):
         tiny_recipe(evaluation={"tasks": [{"type": "numeric", "pattern": "("}]})
 
 
-def test_rouge_is_that_of_its_library() -> None:
+def test_rouge_agrees_with_its_library() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     reference, answer = "the cats sat on the mat", "a cat sat on mats"
@@ -124,7 +124,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("settings", [{}, {"word_order": 2}, {"ignore_case": True}])
-def test_chrf_is_that_of_sacrebleu(settings: dict[str, Any]) -> None:
+def test_chrf_agrees_with_sacrebleu(settings: dict[str, Any]) -> None:
     """Compare the score of each answer, and of all answers together."""
     from sacrebleu.metrics.chrf import CHRF
 

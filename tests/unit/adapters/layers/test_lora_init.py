@@ -55,9 +55,7 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_training_equals_that_of_peft_on_a_changed_base(
-    tiny_model: Path, init: Any, rslora: bool
-) -> None:
+def test_training_equals_peft_on_a_changed_base(tiny_model: Path, init: Any, rslora: bool) -> None:
     adapter = LoRA(r=4, alpha=8, init=init, target_modules=TARGETS, use_rslora=rslora)
     ours = adapter.attach(load(tiny_model))
     config = LoraConfig(

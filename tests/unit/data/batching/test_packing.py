@@ -58,7 +58,7 @@ def test_rows_hold_whole_examples_each_of_them_once(seed: int) -> None:
     rows = best_fit_decreasing(lengths, MAX_LENGTH)
     assert sorted(i for row in rows for i in row) == list(range(500))
     assert max(sum(lengths[i] for i in row) for row in rows) <= MAX_LENGTH
-    # It never opens a row where another had room: no two rows fit into one.
+    # Packing never opens a row while another has room: no two rows fit into one.
     fills = sorted(sum(lengths[i] for i in row) for row in rows)
     assert fills[0] + fills[1] > MAX_LENGTH
     assert len(rows) <= 11 / 9 * (sum(lengths) / MAX_LENGTH) * 1.1 + 1
@@ -94,7 +94,7 @@ def test_no_token_is_lost_split_or_doubled(epochs: float) -> None:
         assert all(sum(lengths[i] for i in row) <= MAX_LENGTH for row in rows)
 
 
-def test_a_batch_is_one_row_whose_seams_are_not_learnt() -> None:
+def test_a_batch_is_one_row_without_supervision_across_documents() -> None:
     [batch] = stream([3, 2, 4], batch_size=1, micro_batch_size=1).micro_batches(0)
     assert batch.documents == (4, 3, 2)
     assert batch.attention_mask is None
@@ -117,7 +117,7 @@ def test_supervised_tokens_are_counted_as_without_packing() -> None:
     assert sum(batch.num_tokens for batch in padded) == sum(lengths)
 
 
-def test_any_step_is_reached_directly_and_passes_differ() -> None:
+def test_steps_are_random_access_and_epochs_differ() -> None:
     lengths = sizes(60)
     expected = [stream(lengths, epochs=None).rows(step) for step in range(40)]
     in_order = stream(lengths, epochs=None)
@@ -139,13 +139,13 @@ def test_ranks_share_the_rows_of_a_step(world_size: int) -> None:
     assert {i: n for i, n in seen.items() if i} == dict(enumerate(lengths, start=1))
 
 
-def test_the_fill_and_the_padding_are_told() -> None:
+def test_the_summary_gives_fill_and_padding() -> None:
     assert stream([16, 16, 32, 8]).summary() == "4 examples in 3 rows of 32 tokens, 75.0% full"
     assert stream([10, 10, 4, 6], max_length=None).summary() == "padding 6.2%"
 
 
 @pytest.mark.parametrize("max_length", [None, MAX_LENGTH])
-def test_a_weight_says_how_much_of_a_source_a_pass_sees(max_length: int | None) -> None:
+def test_a_weight_sets_the_share_of_a_source_per_epoch(max_length: int | None) -> None:
     parts = [(10, 2.0), (8, 0.5), (6, 1.0)]
     batches = stream(sizes(24), parts=parts, max_length=max_length, epochs=2)
     rows = [row for step in range(batches.num_steps) for row in batches.rows(step)]
@@ -163,7 +163,7 @@ def test_a_weight_of_one_changes_nothing() -> None:
     assert [whole.rows(step) for step in range(20)] == [parts.rows(step) for step in range(20)]
 
 
-def test_parts_of_a_source_differ_from_pass_to_pass() -> None:
+def test_parts_of_a_source_differ_between_epochs() -> None:
     parts = [(9, 1 / 3), (2, 1.0)]
     expected = [
         stream(sizes(11), batch_size=5, parts=parts, epochs=None, max_length=None).rows(step)

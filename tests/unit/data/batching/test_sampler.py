@@ -65,7 +65,7 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert stream(16, seed=2).rows(0) != stream(16, seed=1).rows(0)
 
 
-def test_any_step_is_reached_directly_and_in_any_order() -> None:
+def test_steps_are_random_access() -> None:
     steps = range(40)
     in_order = stream(20, epochs=None)
     expected = [in_order.rows(step) for step in steps]
@@ -93,7 +93,7 @@ def test_ranks_share_the_rows_of_a_step(number: int, world_size: int) -> None:
         assert all(len(batch.input_ids) <= 3 for share in shares for batch in share)
 
 
-def test_a_rank_without_rows_has_nothing_to_learn() -> None:
+def test_a_rank_without_rows_has_no_supervised_tokens() -> None:
     [batch] = stream(1, rank=1, world_size=2).micro_batches(0)
     assert batch.num_supervised == 0
     assert batch.attention_mask.all(), "a row that attends to nothing may give NaN"
@@ -158,7 +158,7 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert list(prompt_batches([], batch_size=2, pad_token_id=PAD)) == []
 
 
-def test_packing_is_proved_on_the_same_tokens_packed_and_not() -> None:
+def test_packing_is_checked_against_the_same_tokens_unpacked() -> None:
     some = [Example(list(range(n)), [0] * n) for n in (3, 100)]
     packed, padded = proof_batches(some, pad_token_id=0)
     assert packed.documents == (64, 64, 64)

@@ -42,7 +42,7 @@ STOPS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "phi
 
 
 def chat(*contents: str) -> list[Message]:
-    """User and assistant in turn."""
+    """Alternate user and assistant messages."""
     return [
         Message("assistant", content, train=True) if i % 2 else Message("user", content, False)
         for i, content in enumerate(contents)
@@ -50,7 +50,7 @@ def chat(*contents: str) -> list[Message]:
 
 
 def whole(messages: list[Message], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[int]:
-    """Token ids as transformers makes them."""
+    """Tokenize a conversation with transformers."""
     turns = [{"role": m.role, "content": m.content} for m in messages]
     ids: list[int] = tokenizer.apply_chat_template(turns, return_dict=False, **options)
     return ids
@@ -95,7 +95,7 @@ def prepare(
 
 @pytest.mark.parametrize("with_system", [False, True])
 @pytest.mark.parametrize("template", ["chatml", "llama3", "phi3"])
-def test_answers_and_their_stops_are_learnt(
+def test_answers_and_their_stop_tokens_are_supervised(
     make_tokenizer: TokenizerMaker, template: str, with_system: bool
 ) -> None:
     tokenizer = make_tokenizer(template)
@@ -114,7 +114,7 @@ def test_a_template_without_headers(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer("mistral")
     example = Encoder(tokenizer).encode(TURNS, max_length=4096).example
     assert example.input_ids == whole(TURNS, tokenizer)
-    # The space is the model's to write: the prompt ends before it.
+    # The model has to write the space: the prompt ends before it.
     assert supervised_text(example, tokenizer) == [f" {answer}</s>" for answer in ANSWERS]
 
 
@@ -128,7 +128,9 @@ def test_the_generation_prompt_begins_each_answer(tokenizer: PreTrainedTokenizer
             assert example.labels[len(prompt)] != IGNORE_INDEX
 
 
-def test_what_the_template_writes_into_an_answer_is_learnt(make_tokenizer: TokenizerMaker) -> None:
+def test_text_that_the_template_adds_to_an_answer_is_supervised(
+    make_tokenizer: TokenizerMaker,
+) -> None:
     tokenizer = make_tokenizer("reasoning")
     encoded = Encoder(tokenizer).encode(TURNS, max_length=4096)
     assert supervised_text(encoded.example, tokenizer) == [
@@ -138,7 +140,7 @@ def test_what_the_template_writes_into_an_answer_is_learnt(make_tokenizer: Token
     ]
 
 
-def test_reasoning_that_is_taken_out_later_is_learnt_in_a_row_of_its_own(
+def test_reasoning_that_is_removed_later_gets_its_own_row(
     make_tokenizer: TokenizerMaker,
 ) -> None:
     tokenizer = make_tokenizer("reasoning")
@@ -151,7 +153,7 @@ def test_reasoning_that_is_taken_out_later_is_learnt_in_a_row_of_its_own(
     assert supervised_text(second, tokenizer) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
 
 
-def test_reasoning_in_a_prompt_that_changes_is_refused(make_tokenizer: TokenizerMaker) -> None:
+def test_a_prompt_that_differs_from_generation_is_refused(make_tokenizer: TokenizerMaker) -> None:
     # Each answer would be exact by itself, but the second one is not prompted like this.
     messages = chat("Capital?", "<think>\nFrance\n</think>\n\nParis.", "Sure?", "Yes.")
     messages[1] = Message("assistant", messages[1].content, train=False)
@@ -176,7 +178,7 @@ def test_content_that_the_template_changes_is_refused(make_tokenizer: TokenizerM
         Encoder(tokenizer).encode(chat("a", "b"), max_length=64)
 
 
-def test_an_answer_to_nothing_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_answer_without_a_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"message 1 \(assistant\): nothing precedes it"):
         Encoder(tokenizer).encode([TURNS[1], *TURNS], max_length=4096)
 
@@ -207,7 +209,7 @@ def test_a_broken_or_missing_template_is_reported_once(
     assert "data.chat_template" in caught.value.hint
 
 
-def test_verbatim_text_is_learnt_whole_with_its_end(make_tokenizer: TokenizerMaker) -> None:
+def test_verbatim_text_is_supervised_including_eos(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer(None)
     example = (
         Encoder(tokenizer).encode([Message("text", "a b ", train=True)], max_length=64).example
@@ -216,7 +218,7 @@ def test_verbatim_text_is_learnt_whole_with_its_end(make_tokenizer: TokenizerMak
     assert example.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
 
 
-def test_verbatim_prompt_and_completion_are_one_tokenization(
+def test_verbatim_prompt_and_completion_are_tokenized_together(
     make_tokenizer: TokenizerMaker,
 ) -> None:
     tokenizer = make_tokenizer(None)
@@ -269,7 +271,7 @@ def test_a_prompt_is_the_beginning_of_its_training_row(tokenizer: PreTrainedToke
     assert prompt.reference == "<"
 
 
-def test_a_cut_row_keeps_its_beginning(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_truncated_row_keeps_its_beginning(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     full = encoder.encode(TURNS, max_length=4096)
     cut = encoder.encode(TURNS, max_length=full.length - 6)
@@ -280,7 +282,7 @@ def test_a_cut_row_keeps_its_beginning(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_a_token_over_the_seam_is_not_half_learnt(
+def test_a_row_with_a_token_across_prompt_and_completion_is_lost(
     make_tokenizer: TokenizerMaker, trim_offsets: bool
 ) -> None:
     tokenizer = make_tokenizer(None)
@@ -334,7 +336,7 @@ def test_turns_without_a_stop_token_stop_the_run(
         prepare(source, tokenizer, tmp_path, max_length=512, max_lost=0)
 
 
-def test_few_turns_without_a_stop_token_are_suffered(
+def test_a_few_turns_without_a_stop_token_are_tolerated(
     make_tokenizer: TokenizerMaker, tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer()
@@ -363,7 +365,7 @@ def test_the_counts_of_prepared_data(tokenizer: PreTrainedTokenizerFast, tmp_pat
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.__name__)
-def test_every_format_can_be_learnt_from(
+def test_every_format_can_be_trained_on(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: Any
 ) -> None:
     source = Source(path=rows_file(tmp_path, [kind.example] * 3), format=kind())
@@ -404,7 +406,7 @@ def test_reading_a_chat_template(tmp_path: Path) -> None:
         read_chat_template(str(path))
 
 
-def test_rows_do_not_depend_on_the_day() -> None:
+def test_rows_do_not_depend_on_the_date() -> None:
     dated = "{{ strftime_now('%d %b %Y') }}\n"
     turns = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     tokenizer = make_bare(dated + turns)

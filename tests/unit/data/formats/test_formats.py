@@ -27,7 +27,7 @@ FORMATS = get_args(get_args(FormatConfig)[0])
 every_format = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.__name__)
 
 
-def test_the_union_is_found() -> None:
+def test_the_format_union_is_found() -> None:
     assert len(FORMATS) >= 6
 
 
@@ -141,7 +141,7 @@ def test_messages_reads_reasoning_under_each_of_its_names(key: str) -> None:
     assert of_messages(USER, {**ANSWER, key: "so"}).messages[1].reasoning == "so"
 
 
-def test_an_answer_may_be_left_out_of_what_is_learnt() -> None:
+def test_an_answer_may_be_excluded_from_training() -> None:
     messages = of_messages(USER, {**ANSWER, "train": False}, USER, ANSWER).messages
     assert [message.train for message in messages] == [False, False, False, True]
     with pytest.raises(DataError, match="every answer has train: false"):

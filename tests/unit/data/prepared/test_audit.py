@@ -1,4 +1,4 @@
-"""Figures are found in tokens and labels, and each kind of mistake is counted and named."""
+"""The audit computes its figures from tokens and labels, and counts each kind of mistake."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def row(text: str) -> Example:
 
 
 def rows(*texts: str) -> Examples:
-    """Rows of one source, which stand at `a:1`, `a:2` ..."""
+    """Build rows of one source at the places `a:1`, `a:2` ..."""
     places = [f"a:{number}" for number in range(1, len(texts) + 1)]
     return Examples([row(text) for text in texts], [0] * len(texts), places)
 
@@ -64,7 +64,7 @@ def audit(*texts: str, training: tuple[str, ...] | None = None) -> DatasetStatis
     return scan_of(rows(*texts)).audit(None if training is None else scan_of(rows(*training)))
 
 
-def test_the_figures_of_a_few_rows() -> None:
+def test_audit_totals_of_a_few_rows() -> None:
     assert audit("abcDE!", "abcF!", "xyz").total == RowStatistics(
         num_rows=3,
         num_tokens=14,
@@ -83,7 +83,7 @@ def test_the_figures_of_a_few_rows() -> None:
     )
 
 
-def test_figures_of_a_source_are_of_its_rows_alone() -> None:
+def test_a_sources_figures_count_only_its_own_rows() -> None:
     examples = Examples([row("aB!"), row("cccD!"), row("aB!")], [0, 1, 1], ["a:1", "b:1", "b:2"])
     first, second = scan_of(examples).audit().sources
     assert (first.num_rows, first.num_tokens, first.num_duplicates) == (1, 3, 0)
@@ -92,19 +92,19 @@ def test_figures_of_a_source_are_of_its_rows_alone() -> None:
     assert scan_of(examples).first_rows(1, None) == [1, 2]
 
 
-def test_the_first_token_of_a_row_cannot_be_learnt() -> None:
+def test_the_first_token_of_a_row_is_not_supervised() -> None:
     total = audit("AB!").total
     assert (total.num_tokens, total.num_supervised) == (3, 2)
     assert audit("A").total.num_empty == 1
 
 
-def test_turns_are_counted_with_the_token_that_ends_them() -> None:
+def test_turns_are_counted_by_stop_token() -> None:
     found = audit("aB!cD!", "aB!cDd")
     assert (found.total.num_turns, found.total.num_stopped, found.total.unstopped) == (4, 3, 1)
     assert found.ends == {STOP: 3}
 
 
-def test_a_turn_that_is_cut_off_is_no_turn_without_a_stop() -> None:
+def test_a_truncated_turn_is_unfinished_rather_than_unstopped() -> None:
     cut = "a" * (MAX_LENGTH - 2)
     found = audit(f"{cut}BB")
     total = found.total
@@ -117,21 +117,21 @@ def test_a_turn_that_is_cut_off_is_no_turn_without_a_stop() -> None:
     assert audit(f"{cut[:-1]}BB").total.unstopped == 1
 
 
-def test_rows_with_the_same_tokens_repeat_the_earliest_of_them() -> None:
+def test_duplicates_point_to_the_first_row_with_the_same_tokens() -> None:
     found = audit("aB!", "cD!", "aB!", "aBb", "aB!")
     assert found.total.num_duplicates == 2
     assert found.duplicates == [(2, 0), (4, 0)]
 
 
-def test_a_row_that_is_learnt_otherwise_has_the_same_tokens() -> None:
+def test_rows_with_equal_tokens_but_other_labels_are_duplicates() -> None:
     assert audit("abC!", "aBC!").total.num_duplicates == 1
 
 
-def test_two_bos_tokens_are_counted_and_one_is_not() -> None:
+def test_double_bos_is_counted() -> None:
     assert audit("^^aB!", "^aB!", "aB!", "^aB!^").total.num_double_bos == 1
 
 
-def test_an_evaluation_row_that_training_has_is_found() -> None:
+def test_an_evaluation_row_that_is_also_in_training_is_found() -> None:
     found = audit("axY!", "aaB!", training=("acD!", "aaB!", "aaB!"))
     assert (found.total.num_seen, found.total.num_asked) == (1, 0)
     assert found.seen == [(1, 1)]
@@ -143,13 +143,13 @@ def test_a_prompt_with_another_answer_in_training_is_found() -> None:
     assert found.asked == [(0, 1)]
 
 
-def test_the_prompt_is_all_that_precedes_the_last_answer() -> None:
+def test_the_prompt_is_everything_before_the_last_answer() -> None:
     found = audit("aaB!cD!", training=("aaB!cE!",))
     assert found.asked == [(0, 0)]
     assert audit("aaB!cD!", training=("aaX!cD!",)).asked == []
 
 
-def test_an_earlier_turn_of_training_answers_the_prompt_too() -> None:
+def test_a_prompt_answered_in_an_earlier_training_turn_is_found() -> None:
     assert audit("aaB!", training=("azY!", "aaX!cD!")).asked == [(0, 1)]
 
 
@@ -160,11 +160,11 @@ def test_plain_text_has_no_prompt_to_share(start: str) -> None:
     assert audit(f"{start}AB!", training=(f"{start}XY!",)).total.num_asked == 0
 
 
-def test_nothing_is_shared_with_training_rows_that_have_no_prompt() -> None:
+def test_training_rows_without_a_prompt_share_nothing() -> None:
     assert audit("aaB!", training=("XY!",)).total.num_asked == 0
 
 
-def test_a_line_break_after_the_stop_token_may_be_learnt_with_the_prompt() -> None:
+def test_a_supervised_line_break_after_the_stop_token_is_not_a_turn() -> None:
     found = audit("AB!C", "ABC")
     assert (found.total.num_turns, found.total.num_stopped, found.ends) == (2, 1, {STOP: 1})
 
@@ -181,12 +181,12 @@ def test_a_line_break_after_the_stop_token_may_be_learnt_with_the_prompt() -> No
         ),
     ],
 )
-def test_bars_are_of_one_round_width(lengths: list[int], bars: list[tuple[int, int, int]]) -> None:
+def test_bars_have_one_round_width(lengths: list[int], bars: list[tuple[int, int, int]]) -> None:
     found = audit(*("a" * length for length in lengths)).bars
     assert found == [LengthBar(*bar) for bar in bars]
 
 
-def test_a_row_that_begins_otherwise_than_its_prompt_drifts() -> None:
+def test_a_row_that_does_not_begin_with_its_prompt_drifts() -> None:
     examples = rows("abC!", "abC!", "abcD!", "abX!cD!", "ab")
     a, b, c, x = (ord(character) for character in "abcx")
     prompts = [
@@ -238,7 +238,7 @@ HELD_OUT = ("aaB!", "acX!", "agH!", "aiJ!")
     ],
     ids=str,
 )
-def test_each_limit_stops_where_it_is_crossed(limits: dict[str, float], problem: str) -> None:
+def test_each_exceeded_limit_is_an_error(limits: dict[str, float], problem: str) -> None:
     training, held_out = audit(*TRAINING), audit(*HELD_OUT, training=TRAINING)
     with pytest.raises(DataError) as caught:
         AuditLimits(**limits).check(training, held_out, truncated=0.125)
@@ -246,7 +246,7 @@ def test_each_limit_stops_where_it_is_crossed(limits: dict[str, float], problem:
     assert caught.value.hint is not None
 
 
-def test_all_crossed_limits_are_named_together() -> None:
+def test_all_exceeded_limits_are_named_together() -> None:
     limits = AuditLimits(max_duplicates=0, max_overlap=0, max_truncated=0, min_learnt=1)
     with pytest.raises(DataError) as caught:
         limits.check(audit(*TRAINING), audit(*HELD_OUT, training=TRAINING), truncated=0.5)
@@ -265,7 +265,7 @@ def test_all_crossed_limits_are_named_together() -> None:
     ],
     ids=["none", "just met"],
 )
-def test_limits_that_are_not_crossed_stop_nothing(limits: dict[str, float]) -> None:
+def test_limits_that_are_not_exceeded_pass(limits: dict[str, float]) -> None:
     training, held_out = audit(*TRAINING), audit(*HELD_OUT, training=TRAINING)
     AuditLimits(**limits).check(training, held_out, truncated=0.125)
     AuditLimits(**limits).check(training, None, truncated=0.125)

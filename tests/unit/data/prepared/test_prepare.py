@@ -1,4 +1,4 @@
-"""Rows become a prepared set: cut as the recipe says, counted, kept, and read from the disk."""
+"""Prepare rows: truncate them, count losses, cache the result and read it back."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_dataset_round_trips(tmp_path: Path) -> None:
     examples = [Example([5, 6, 7], [IGNORE_INDEX, 6, 7]), Example([2**31 - 1], [IGNORE_INDEX])]
     with DatasetWriter(tmp_path) as writer:
         for source, example in enumerate(examples):
@@ -93,7 +93,7 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_facts(tmp_path) is None
 
 
-def test_the_sum_of_a_set_tells_apart_all_that_is_learnt_otherwise(tmp_path: Path) -> None:
+def test_the_digest_depends_on_labels_order_and_source_but_not_on_place(tmp_path: Path) -> None:
     supervised, shown = Example([5, 6], [IGNORE_INDEX, 6]), Example([5, 6], [IGNORE_INDEX] * 2)
     sets = [
         [(supervised, 0), (shown, 0)], [(shown, 0), (supervised, 0)], [(supervised, 0)] * 2,
@@ -136,7 +136,7 @@ def test_cut_prompt_keeps_the_answer_and_bos(make_tokenizer: TokenizerMaker) -> 
     assert [end.text for end in encoded.turn_ends] == ["<|eot_id|>"]
 
 
-def test_cut_prompt_keeps_no_bos_that_opens_turns(make_tokenizer: TokenizerMaker) -> None:
+def test_cut_prompt_drops_a_bos_that_opens_turns(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     whole, encoded = cut(tokenizer, "cut_prompt", 30)
@@ -151,7 +151,7 @@ def test_cut_prompt_cuts_an_answer_that_is_too_long_at_its_end(
     tokenizer = make_tokenizer("llama3")
     whole, encoded = cut(tokenizer, "cut_prompt", 8)
     first = next(i for i, label in enumerate(whole.labels) if label != IGNORE_INDEX)
-    # One token is left for the first of the answer to follow.
+    # One token of the prompt is left, so that the answer can be predicted.
     assert encoded.example.input_ids == [
         tokenizer.bos_token_id,
         *whole.input_ids[first - 1 : first + 6],
@@ -160,7 +160,7 @@ def test_cut_prompt_cuts_an_answer_that_is_too_long_at_its_end(
     assert encoded.num_lost == 1
 
 
-def test_split_learns_each_token_of_a_text_once(make_tokenizer: TokenizerMaker) -> None:
+def test_split_supervises_each_token_of_a_text_once(make_tokenizer: TokenizerMaker) -> None:
     encoder = Encoder(make_tokenizer(None, adds_bos=True))
     text = [Message("text", "a b c " * 20, train=True)]
     whole = encoder.encode(text, max_length=4096).example
@@ -180,7 +180,7 @@ def test_split_cuts_a_conversation_at_its_end(tokenizer: PreTrainedTokenizerFast
     assert encoded.num_lost == 1
 
 
-def test_a_conversation_learnt_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_fully_supervised_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = Encoder(tokenizer).encode([QUESTION, ANSWER], max_length=4096, train_on_all=True)
     assert encoded.example.labels == encoded.example.input_ids
 
@@ -229,7 +229,7 @@ def test_the_advice_about_lost_answers_gives_lengths_that_are_enough(
     assert "truncate" not in caught.value.hint
 
 
-def test_lost_texts_are_called_so_and_may_be_split(
+def test_lost_texts_are_reported_as_texts_and_may_be_split(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write("a", "b " * 40)
@@ -246,7 +246,7 @@ def test_lost_texts_are_called_so_and_may_be_split(
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
-def test_lost_answers_of_held_out_rows_are_called_so(
+def test_lost_answers_of_held_out_rows_are_reported_as_held_out(
     tokenizer: PreTrainedTokenizerFast,
     write: Callable[..., Path],
     tmp_path: Path,
@@ -276,7 +276,7 @@ def test_bad_rows_are_left_out_and_counted(
     assert [prepared.examples.place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
 
 
-def test_several_sources_are_one_set(
+def test_several_sources_make_one_dataset(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     paths = [write(("a", "b"), ("c", "d")), write(("e", "f"), name="more.jsonl")]
@@ -358,7 +358,7 @@ def test_a_dead_worker_is_an_error_at_once(tokenizer: PreTrainedTokenizerFast) -
         Workers(tokenizer, max_length=64, truncate="cut_end", number=2) as workers,
     ):
         list(workers.encode(rows()))
-    # Most of it is what two processes take to import transformers.
+    # Most of the time goes into importing transformers in two processes.
     assert time.monotonic() - started < 60
 
 
@@ -444,7 +444,7 @@ def is_found(data: Data, tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 @pytest.mark.usefixtures("kept")
-def test_what_was_prepared_is_found_again(
+def test_prepared_data_is_reused(
     make_tokenizer: TokenizerMaker, write: Callable[..., Path]
 ) -> None:
     path = write(("a", "b"), ("c", "d"))
@@ -460,7 +460,7 @@ def test_what_was_prepared_is_found_again(
 
 
 @pytest.mark.usefixtures("kept")
-def test_whatever_changes_the_examples_is_prepared_anew(
+def test_changed_inputs_are_prepared_again(
     make_tokenizer: TokenizerMaker, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(("a", "b"), ("c", "d"))
@@ -489,7 +489,7 @@ def test_whatever_changes_the_examples_is_prepared_anew(
     assert is_found(data, tokenizer)
 
 
-def test_a_damaged_set_is_prepared_anew(
+def test_a_damaged_dataset_is_prepared_again(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
 ) -> None:
     data = chat_data(write(("a", "b")))
@@ -501,7 +501,7 @@ def test_a_damaged_set_is_prepared_anew(
     assert [path.suffix for path in sorted(kept.iterdir())] == ["", ".lock"]
 
 
-def test_what_a_kill_left_of_a_set_is_removed(
+def test_leftovers_of_a_killed_preparation_are_removed(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
 ) -> None:
     data = chat_data(write(("a", "b")))
@@ -568,7 +568,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     assert "--no-cache" in str(caught.value.hint)
 
 
-def test_what_is_kept_can_be_seen_and_cleared(
+def test_the_cache_can_be_listed_and_cleared(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
 ) -> None:
     path = write(("a", "b"), ("c", "d"))

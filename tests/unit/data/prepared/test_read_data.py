@@ -19,7 +19,7 @@ from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import DataError
 
 
-def test_the_log_says_which_data_was_prepared_before(
+def test_the_log_marks_data_from_the_cache(
     tiny_recipe: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -42,7 +42,7 @@ def test_the_log_says_which_data_was_prepared_before(
 
 
 @pytest.mark.parametrize("limit", [None, 40])
-def test_prompts_of_shuffled_rows_are_compared_without_drawing_them_again(
+def test_the_drift_check_does_not_reread_shuffled_rows(
     tiny_recipe: Callable[..., Any], tmp_path: Path, limit: int | None
 ) -> None:
     draw = random.Random(0)
@@ -60,13 +60,13 @@ def test_prompts_of_shuffled_rows_are_compared_without_drawing_them_again(
     tokenizer = recipe.model.load_tokenizer()
     training = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
     if limit is None:
-        # What is read to its end is an error now.
+        # From now on, reading the file to its end is an error.
         path.write_bytes(path.read_bytes()[:-2000])
     [side] = audit_data(recipe.data, training, None, tokenizer)
     [drift] = [
         one for one in side.findings if one.what == "rows whose prompt differs in generation"
     ]
-    # Of 256 rows, or 40, each seventh is cut.
+    # Every seventh of the 256 (or 40) rows is truncated.
     assert drift.count == 0
     assert drift.total == pytest.approx(6 / 7 * (limit or 256), abs=6)
     with pytest.raises(DataError, match="cut short") if limit is None else nullcontext():

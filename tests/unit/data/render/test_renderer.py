@@ -20,7 +20,7 @@ from qlora_cli.types import Conversation, Message, ToolCall
 
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 
-# As those of Qwen: calls and answers of tools, reasoning after the last question only.
+# Like Qwen's template: tool calls and answers, reasoning after the last question only.
 TOOLS_AND_REASONING = """\
 {%- for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}
 {%- set ns = namespace(asked=0) %}
@@ -86,7 +86,7 @@ def tooled(make_tokenizer: TokenizerMaker) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_one_render_finds_what_rendering_every_part_finds(make_tokenizer: TokenizerMaker) -> None:
+def test_one_render_agrees_with_rendering_each_part(make_tokenizer: TokenizerMaker) -> None:
     contents = [
         *("Paris.", " a\n", "\n\n b", "<", "user", "assistant", "", "é 🦊", "<|im_start|>", "</s>"),
         *("</think>", "<think>x</think>y", "Qz0zQ", "{{ x }}", "a" * 50, "\u2028", '"', "\\"),
@@ -107,7 +107,7 @@ def test_one_render_finds_what_rendering_every_part_finds(make_tokenizer: Tokeni
     assert compared > 300
 
 
-def test_a_shape_that_is_known_costs_one_render(
+def test_a_known_shape_costs_one_render(
     make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renders = []
@@ -128,7 +128,7 @@ def test_a_shape_that_is_known_costs_one_render(
     assert supervised_text(layout) == texts[-2::-2]
 
 
-def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -> None:
+def test_contents_are_the_parts_that_come_from_the_data(tooled: PreTrainedTokenizerFast) -> None:
     messages = [
         Message("user", " <|im_end|> a ", train=False),
         replace(asked(a='say "x"', b=[1, "two"]), reasoning="hm"),
@@ -144,7 +144,9 @@ def test_contents_are_what_came_from_the_data(tooled: PreTrainedTokenizerFast) -
     ]
 
 
-def test_contents_that_cannot_be_told_are_not_guessed(make_tokenizer: TokenizerMaker) -> None:
+def test_contents_that_the_template_may_change_are_not_guessed(
+    make_tokenizer: TokenizerMaker,
+) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content[::1][:9]")
     layout = Renderer(tokenizer).render(Conversation(chat("short", "also")))
@@ -161,7 +163,7 @@ def test_verbatim_text_is_data_from_end_to_end(make_tokenizer: TokenizerMaker) -
     assert data(Renderer(make_tokenizer()).render(Conversation(pieces))) == ["a", " b"]
 
 
-def test_a_question_can_be_learnt_from_where_its_content_begins(
+def test_a_supervised_question_starts_at_its_content(
     make_tokenizer: TokenizerMaker,
 ) -> None:
     messages = [replace(message, train=True) for message in chat("user", "b", "user", "d")]
@@ -171,7 +173,7 @@ def test_a_question_can_be_learnt_from_where_its_content_begins(
         assert layout.text.startswith("<|im_end|>", answer.stop)
 
 
-def test_a_template_that_leaves_something_out_is_refused(
+def test_a_template_that_drops_part_of_a_row_is_refused(
     make_tokenizer: TokenizerMaker, tooled: PreTrainedTokenizerFast
 ) -> None:
     plain, able = Renderer(make_tokenizer()), Renderer(tooled)
@@ -195,7 +197,7 @@ def test_a_template_that_leaves_something_out_is_refused(
         Renderer(ignoring).render(Conversation(call))
 
 
-def test_reasoning_that_is_not_learnt_may_be_left_out(tooled: PreTrainedTokenizerFast) -> None:
+def test_unsupervised_reasoning_may_be_dropped(tooled: PreTrainedTokenizerFast) -> None:
     messages = chat("a", "b", "c", "d")
     messages[1] = replace(messages[1], reasoning="hm", train=False)
     layout = Renderer(tooled).render(Conversation(messages))
@@ -203,7 +205,7 @@ def test_reasoning_that_is_not_learnt_may_be_left_out(tooled: PreTrainedTokenize
     assert supervised_text(layout) == ["d"]
 
 
-def test_a_conversation_is_split_where_reasoning_is_taken_out(
+def test_a_conversation_is_split_where_the_template_removes_reasoning(
     tooled: PreTrainedTokenizerFast,
 ) -> None:
     renderer = Renderer(tooled)
@@ -222,7 +224,7 @@ def test_a_conversation_is_split_where_reasoning_is_taken_out(
         ]
 
 
-def test_what_ends_a_turn_is_written_after_the_last_one_too(make_tokenizer: TokenizerMaker) -> None:
+def test_a_delimiter_between_turns_also_ends_the_last_turn(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
@@ -249,10 +251,10 @@ WITH_LAST_BLOCK = (
 
 
 @pytest.mark.parametrize("content", ["<think>", "think", "/think", "</think>", "k>"])
-def test_an_answer_may_say_what_the_template_writes_before_it(
+def test_an_answer_may_repeat_the_text_that_the_template_puts_before_it(
     make_tokenizer: TokenizerMaker, content: str
 ) -> None:
-    """An empty block of reasoning before each answer (GLM), or before the last (Qwen 3)."""
+    """GLM writes an empty reasoning block before each answer, Qwen 3 before the last one."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
     row = Conversation(chat("a", content, "b", content))
@@ -286,7 +288,7 @@ def test_reasoning_that_a_template_never_shows_follows_its_prompt(
     assert supervised_text(renderer.render(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
 
 
-def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: TokenizerMaker) -> None:
+def test_a_template_for_images_gets_lists_of_parts(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "m.content", "(m.content | map(attribute='text') | join)"
@@ -294,7 +296,7 @@ def test_a_template_for_images_is_given_lists_of_parts(make_tokenizer: Tokenizer
     assert supervised_text(Renderer(tokenizer).render(Conversation(chat("a", "b")))) == ["b"]
 
 
-def test_a_template_that_adds_arguments_to_text_is_given_json(
+def test_a_template_that_concatenates_arguments_gets_json(
     tooled: PreTrainedTokenizerFast,
 ) -> None:
     tooled.chat_template = tooled.chat_template.replace(
@@ -306,7 +308,7 @@ def test_a_template_that_adds_arguments_to_text_is_given_json(
     assert data(layout) == ["a", "x"]
 
 
-def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMaker) -> None:
+def test_the_bundled_chatml_template_with_tools(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     path = Path(__file__).parents[4] / "configs" / "chat_templates" / "chatml-tools.jinja"
     tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -329,7 +331,7 @@ def test_the_chatml_template_with_tools_that_we_ship(make_tokenizer: TokenizerMa
     assert plain.text == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")
 
 
-def test_a_text_that_looks_like_a_word_of_a_skeleton_is_no_content(
+def test_text_that_looks_like_a_placeholder_is_not_content(
     tooled: PreTrainedTokenizerFast,
 ) -> None:
     function = {"name": "add", "description": "abc12345678 Qz99zQ c00000000 Qz0zQ"}

@@ -1,4 +1,4 @@
-"""A special token typed in a message is text, and makes no turn."""
+"""A special token typed in a message is text and does not start or end a turn."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz_|<>/.\n0123456789O▁"
 
 
 def metaspace(scheme: str) -> Tokenizer:
-    """In the manner of SentencePiece, with a normalizer (Llama 2) or without (Mistral)."""
+    """A SentencePiece-like tokenizer, with a normalizer (Llama 2) or without (Mistral)."""
     vocabulary = {text: i for i, text in enumerate([*SPECIAL, *dict.fromkeys(LETTERS)])}
-    # Bytes that a merge could put together to a special token.
+    # Bytes that a merge could join into a special token.
     merges = [("<", "/"), ("</", "s"), ("</s", ">")]
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
@@ -95,7 +95,9 @@ def special(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 @pytest.mark.parametrize("typed", TYPED)
-def test_what_is_typed_is_no_token(chatml: PreTrainedTokenizerFast, typed: str) -> None:
+def test_typed_special_tokens_are_encoded_as_text(
+    chatml: PreTrainedTokenizerFast, typed: str
+) -> None:
     encoder = Encoder(chatml)
     plain = [Message("user", "say q", train=False), Message("assistant", "q.", train=True)]
     messages = [
@@ -118,7 +120,7 @@ def test_what_is_typed_is_no_token(chatml: PreTrainedTokenizerFast, typed: str) 
     assert special(supervised, chatml) == ["<|im_end|>"]
 
 
-def test_all_but_the_typed_tokens_is_tokenized_as_ever(chatml: PreTrainedTokenizerFast) -> None:
+def test_text_without_typed_tokens_is_tokenized_as_usual(chatml: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(chatml)
     words = [
         Message("user", "say a  b\n\nc ", train=False),
@@ -132,7 +134,7 @@ def test_all_but_the_typed_tokens_is_tokenized_as_ever(chatml: PreTrainedTokeniz
     assert RowTokenizer(chatml).tokenize_stand_ins(row).ids == ordinary
 
 
-def test_the_template_may_look_at_what_is_said(
+def test_the_template_may_process_content_with_typed_tokens(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
     tokenizer = make_tokenizer("llama3")
@@ -152,7 +154,7 @@ def test_the_template_may_look_at_what_is_said(
 @pytest.mark.parametrize(
     ("open_turn", "close_turn"), [("<|im_start|>", "<|im_end|>"), ("<｜User｜>", "<｜end｜>")]
 )
-def test_what_opens_and_closes_turns_need_not_be_called_special(
+def test_turn_delimiters_need_not_be_marked_special(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast], open_turn: str, close_turn: str
 ) -> None:
     """DeepSeek's tokenizers do this, and those to which ChatML was added as ordinary tokens."""
@@ -187,7 +189,7 @@ def test_what_opens_and_closes_turns_need_not_be_called_special(
     assert encoded.is_typed
 
 
-def test_tools_and_calls_are_data_too(
+def test_special_tokens_in_tools_and_calls_are_text(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
     tokenizer = make_tokenizer()
@@ -212,7 +214,7 @@ def test_tools_and_calls_are_data_too(
     assert '["<|im_end|>"]' in tokenizer.decode(ids)
 
 
-def test_verbatim_text_is_read_as_it_is_written(
+def test_verbatim_text_may_contain_special_tokens(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
     tokenizer = make_tokenizer()
@@ -223,7 +225,7 @@ def test_verbatim_text_is_read_as_it_is_written(
     assert not encoded.is_typed
 
 
-def test_characters_of_private_use_beside_a_special_token_are_refused(
+def test_private_use_characters_next_to_a_special_token_are_refused(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
     encoder = Encoder(make_tokenizer())
@@ -233,7 +235,7 @@ def test_characters_of_private_use_beside_a_special_token_are_refused(
         encoder.encode([Message("user", "</s>\U000f0001", train=False), answer], max_length=64)
 
 
-def test_such_rows_are_counted(
+def test_rows_with_typed_special_tokens_are_counted(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast], tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"

@@ -89,7 +89,7 @@ def test_compressed_files_give_the_same_rows(tmp_path: Path, kind: str, ending: 
         texts(Source(path=str(path)))
 
 
-def test_tables_that_compress_themselves_are_not_looked_for_in_another_compression(
+def test_self_compressing_tables_are_not_read_from_gzip(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "rows.parquet.gz"
@@ -113,7 +113,7 @@ def test_both_kinds_of_arrow_file_are_read(tmp_path: Path, is_stream: bool) -> N
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 @pytest.mark.parametrize(("old", "new"), [(b"row 7", b"row \xff"), (b"text", b"t\xffxt")])
-def test_bytes_that_are_no_text_make_a_table_unreadable(
+def test_invalid_text_makes_a_table_unreadable(
     tmp_path: Path, kind: str, old: bytes, new: bytes
 ) -> None:
     path = tmp_path / f"rows.{kind}"
@@ -143,7 +143,7 @@ def test_a_table_without_header_is_read_by_its_columns(tmp_path: Path) -> None:
         texts(Source(path=write(tmp_path / "a.jsonl", ROWS), columns=["text"]))
 
 
-def test_a_badly_encoded_record_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+def test_a_badly_encoded_record_does_not_affect_the_others(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'id,text\n1,one\n2,"caf\xe9\nau lait"\n3,three\n')
     bad = BadRows()
@@ -164,9 +164,7 @@ def test_columns_are_renamed_before_the_format_reads_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("limit", [None, 200])
-def test_shuffled_rows_are_the_same_rows_in_an_order_of_their_own(
-    tmp_path: Path, limit: int | None
-) -> None:
+def test_shuffling_only_changes_the_order(tmp_path: Path, limit: int | None) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     drawn = texts(Source(path=path, shuffle=True, limit=limit))
     assert drawn != texts(Source(path=path))
@@ -178,7 +176,7 @@ def test_shuffled_rows_are_the_same_rows_in_an_order_of_their_own(
     assert texts(Source(path=path, shuffle=True, limit=limit)) == drawn
 
 
-def test_shuffled_rows_keep_what_json_has_no_form_for(tmp_path: Path) -> None:
+def test_shuffled_rows_keep_values_that_json_cannot_represent(tmp_path: Path) -> None:
     values: list[Any] = [
         datetime(2024, 7, 26, 12, 30, tzinfo=UTC), Decimal("1.10"), b"\xff\0", 2**70, -0.0, 1e-310,
         "\ud800 \u2028 \x85", None, True, {"\0": {"deep": b"x"}}, ["a", ["b"]],
@@ -224,13 +222,13 @@ def said(source: Source) -> list[str]:
     return found
 
 
-def test_a_share_is_held_out_and_each_row_is_on_one_side(tmp_path: Path) -> None:
+def test_a_share_is_held_out_and_no_row_is_on_both_sides(tmp_path: Path) -> None:
     training, held_out = sides(write(tmp_path / "a.jsonl", ROWS))
     assert sorted(training + held_out) == sorted(row["text"] for row in ROWS)
     assert 35 < len(held_out) < 65
 
 
-def test_the_share_depends_on_content_and_seed_and_on_no_order(tmp_path: Path) -> None:
+def test_the_held_out_share_depends_on_content_and_seed_but_not_on_order(tmp_path: Path) -> None:
     _, held_out = sides(write(tmp_path / "a.jsonl", ROWS))
     moved = random.Random(0).sample(ROWS, len(ROWS))
     write(tmp_path / "b" / "one.jsonl", moved[:90])
@@ -241,13 +239,13 @@ def test_the_share_depends_on_content_and_seed_and_on_no_order(tmp_path: Path) -
     assert sides(str(tmp_path / "a.jsonl"), seed=1)[1] != held_out
 
 
-def test_equal_rows_are_on_one_side(tmp_path: Path) -> None:
+def test_equal_rows_are_on_the_same_side(tmp_path: Path) -> None:
     training, held_out = sides(write(tmp_path / "a.jsonl", ROWS * 3))
     assert set(Counter(held_out).values()) == {3}
     assert not set(training) & set(held_out)
 
 
-def test_rows_that_say_the_same_are_on_one_side_whatever_else_they_hold(tmp_path: Path) -> None:
+def test_rows_with_the_same_conversation_are_on_the_same_side(tmp_path: Path) -> None:
     twice = [{**row, "id": f"{copy}-{i}"} for copy in "ab" for i, row in enumerate(ROWS)]
     training, held_out = sides(write(tmp_path / "a.jsonl", twice))
     assert len(training) + len(held_out) == 400
@@ -265,7 +263,7 @@ def test_a_bad_row_is_counted_on_one_side(tmp_path: Path) -> None:
     assert len({*bad[0].first, *bad[1].first}) == bad[0].count + bad[1].count == 40
 
 
-def test_the_digest_of_a_folder_sees_names_and_where_files_end(tmp_path: Path) -> None:
+def test_the_digest_of_a_folder_covers_names_and_file_boundaries(tmp_path: Path) -> None:
     def digest(name: str, **files: str) -> str:
         folder = tmp_path / name
         folder.mkdir()
@@ -341,7 +339,7 @@ def test_roles_and_turns_to_learn_are_chosen(
     assert trained_texts(tmp_path, TURNS, **settings) == expected
 
 
-def test_what_a_message_says_of_itself_wins(tmp_path: Path) -> None:
+def test_the_train_flag_of_a_message_wins(tmp_path: Path) -> None:
     without_first = [*TURNS[:2], {**TURNS[2], "train": False}, *TURNS[3:]]
     assert trained_texts(tmp_path, without_first) == ["a2"]
     assert trained_texts(tmp_path, without_first, learn_roles=["user", "assistant"]) == [
@@ -362,7 +360,7 @@ def test_what_a_message_says_of_itself_wins(tmp_path: Path) -> None:
     assert error.endswith("a.jsonl:1: nothing to train on in its last turn of assistant")
 
 
-def test_every_role_can_be_trained_on(tmp_path: Path) -> None:
+def test_learn_prompt_trains_on_every_role(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": TURNS}])
     [whole] = Source(path=path, learn_prompt=True).conversations(BadRows())
     [plain] = Source(path=path).conversations(BadRows())
@@ -376,7 +374,7 @@ def rendered(template: TemplateFormat, row: Row) -> list[tuple[str, str, bool]]:
     return [(message.role, message.content, message.train) for message in messages]
 
 
-def test_a_template_makes_turns_of_columns() -> None:
+def test_a_template_turns_columns_into_messages() -> None:
     template = TemplateFormat(
         system="Say how it is.",
         user="Classify: {{ sentence }}\n",
@@ -389,7 +387,7 @@ def test_a_template_makes_turns_of_columns() -> None:
     ]
 
 
-def test_a_template_writes_lists_only_as_it_is_told() -> None:
+def test_a_template_formats_lists_only_by_its_filters() -> None:
     row = {"prompt": "p", "parts": ["<a>", "ä"]}
     for expression, text in [("parts | tojson", '["<a>", "ä"]'), ("parts | join('+')", "<a>+ä")]:
         template = TemplateFormat(assistant="{{ " + expression + " }}")
@@ -413,7 +411,7 @@ def test_a_template_writes_lists_only_as_it_is_told() -> None:
         ("{{ zero }}", "field 'zero' (in assistant): NUL"),
     ],
 )
-def test_a_row_that_a_template_cannot_take_is_named_by_field(text: str, reason: str) -> None:
+def test_a_row_that_a_template_cannot_render_is_named_by_field(text: str, reason: str) -> None:
     row = {"label": 5, "text": " ", "none": None, "items": [1], "zero": "\0"}
     with pytest.raises(DataError) as caught:
         TemplateFormat(user="u", assistant=text).to_conversation(row)

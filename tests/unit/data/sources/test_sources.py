@@ -25,7 +25,7 @@ def source(path: Path | str, **settings: Any) -> Source:
 
 
 def read(path: Path | str, **settings: Any) -> tuple[list[LocatedRow], str]:
-    """The rows, and what was said about the bad ones."""
+    """Return the rows and the messages about bad ones."""
     bad = BadRows()
     rows = list(source(path, **settings).read(bad))
     try:
@@ -100,7 +100,7 @@ def test_a_folder_is_read_by_name_and_leaves_out_other_files(tmp_path: Path) -> 
     assert source(tmp_path).digest() == hashlib.sha256(content).hexdigest()
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     for name, content in [("a.txt", "one"), ("b.csv", "text\none"), ("c.jsonl", '{"text": "one"}')]:
         path = tmp_path / name
         path.write_bytes(b"\xef\xbb\xbf" + content.encode())
@@ -148,7 +148,7 @@ def test_a_bad_line_is_named_and_the_others_survive(
         ("a.yaml", b"text: a", ": no data file; found a.yaml, expected .jsonl, .ndjson, .json"),
     ],
 )
-def test_a_file_that_cannot_be_read_on_is_an_error(
+def test_an_unparsable_file_is_an_error(
     tmp_path: Path, name: str, content: bytes, reason: str
 ) -> None:
     path = tmp_path / name
@@ -167,7 +167,7 @@ def test_bad_lines_of_a_table_are_named(tmp_path: Path) -> None:
     assert f"{path}:4: 1 fields, but the header has 2" in errors
 
 
-def test_the_lines_that_a_quotation_mark_takes_in_are_named(tmp_path: Path) -> None:
+def test_lines_swallowed_by_a_quotation_mark_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text\none\n"two\nthree\n"four" five\nsix\n"seven\n', encoding="utf-8")
     rows, errors = read(path)
@@ -250,7 +250,7 @@ def test_hub_settings_of_a_local_path_are_refused(tmp_path: Path, settings: dict
         read(path, **settings)
 
 
-def test_a_hub_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # What HF_HUB_OFFLINE=1 sets when these are imported.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -280,7 +280,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]
     return asked
 
 
-def test_a_hub_data_set_is_asked_for_by_all_that_names_it(hub: list[tuple[Any, ...]]) -> None:
+def test_a_hub_dataset_is_requested_with_every_setting(hub: list[tuple[Any, ...]]) -> None:
     rows, _ = read("owner/name", name="main", split="test", revision="abc", limit=1)
     assert rows == [LocatedRow(ROWS[0], "owner/name (test), row 1")]
     assert hub == [("owner/name", "main", "test", "abc", False)]
@@ -359,7 +359,7 @@ def test_a_delimiter_is_for_tables(tmp_path: Path) -> None:
     ("name", "content", "is_table"),
     [("a.tsv", "a fine film\t1\ndull\t0\n", True), ("a.jsonl", '{"label": 1}\n', False)],
 )
-def test_a_field_that_no_row_has_may_be_in_a_header_that_is_missing(
+def test_a_field_missing_in_every_row_hints_at_a_missing_header(
     tmp_path: Path, name: str, content: str, is_table: bool
 ) -> None:
     path = tmp_path / name
@@ -378,7 +378,7 @@ def test_a_file_that_a_pattern_finds_in_several_ways_is_read_once(tmp_path: Path
     assert [row.row["text"] for row in rows] == ["1.txt", "a/2.txt", "a/b/3.txt"]
 
 
-def test_what_lies_where_a_pattern_looked_is_named(tmp_path: Path) -> None:
+def test_a_pattern_without_matches_names_the_files_there(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for i in range(6):
         (tmp_path / f"{i}.csv").touch()
@@ -392,7 +392,7 @@ def test_what_lies_where_a_pattern_looked_is_named(tmp_path: Path) -> None:
         read(f"{tmp_path}/missing/*.jsonl")
 
 
-def test_nul_in_a_text_is_no_text(tmp_path: Path) -> None:
+def test_nul_in_text_is_refused(tmp_path: Path) -> None:
     for name, content in [("a.txt", b"a\0b\n"), ("b.csv", b"text\na\0b\n")]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=r"field 'text': character 2 is NUL"):
