@@ -1,8 +1,8 @@
-"""Bytes that torch's allocator gave out on the CPU, moment by moment.
+"""Record the bytes allocated by torch on the CPU over time.
 
-It sees what no operation shows: compiled code, which makes its tensors without an operation, and
-what kernels allocate inside. Watching takes memory itself, so that the resident set says nothing
-meanwhile.
+This includes memory that a count of operations misses: tensors made by compiled code, and
+allocations inside kernels. The profiler needs memory itself, so do not measure the resident set at
+the same time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qlora_cli.plan.trace.memory_counter import MemoryCounter
 
 
 class Marked(MemoryCounter):
-    """A count that need not be entered: its stages are to be seen in what a profiler notes."""
+    """A memory counter that marks its stages for the profiler. It need not be entered."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -28,10 +28,10 @@ class Marked(MemoryCounter):
 
 
 class Allocator:
-    """Notes while it is entered.
+    """Record allocations while the context is active.
 
     Args:
-        held: bytes that were given out before, and are counted too.
+        held: bytes allocated before, which are counted too.
     """
 
     def __init__(self, held: int = 0) -> None:
@@ -58,7 +58,7 @@ class Allocator:
         self._totals = list(zip((when for when, _ in changes), totals, strict=True))
 
     def peak(self, stage: str | None = None) -> int:
-        """The most that was given out at once, in the stages of this name (of a `Marked` count)."""
+        """Return the peak of allocated bytes, within the stages of this name if given."""
         spans = [(e.start_ns(), e.end_ns()) for e in self._events if e.name() == _mark(stage or "")]
         return max(
             total

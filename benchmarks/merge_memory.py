@@ -1,4 +1,4 @@
-"""Merge a model that is many times larger than the memory that it may take.
+"""Merge a model many times larger than its memory limit.
 
     python -m benchmarks.merge_memory /somewhere/with/10/GB
 
@@ -38,7 +38,7 @@ finally:
 def make_base(
     folder: Path, *, hidden: int, layers: int, shard: int, vocabulary: int = 32000
 ) -> int:
-    """A random bfloat16 Llama, layer by layer into shards of about so many bytes. Returns bytes."""
+    """Write a random bfloat16 Llama in shards, layer by layer, and return its bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -78,7 +78,7 @@ def make_base(
 
 
 def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
-    """A run folder with a random adapter, as training leaves it."""
+    """Make a run folder with a random adapter, as training writes it."""
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -123,7 +123,7 @@ def make_run(run: Path, base: Path, *, quantization: str, r: int = 16) -> None:
 
 
 def merge(run: Path, output: Path, *options: str, limit: int = LIMIT) -> str:
-    """Merge in a process of its own. Returns what it wrote to standard error.
+    """Merge in a separate process, and return its standard error.
 
     Raises:
         CalledProcessError: it failed, or needed more than `limit` bytes of data (0: no limit).

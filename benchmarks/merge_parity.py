@@ -1,4 +1,4 @@
-"""Each variant of LoRA: merged tensor by tensor, beside PEFT's merge in memory.
+"""Compare our merge with PEFT's merge in memory, for each variant of LoRA.
 
     python benchmarks/merge_parity.py > benchmarks/merge_parity.md
 
@@ -78,7 +78,7 @@ BASES: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "in
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one merge compares."""
+    """Differences of one merge."""
 
     note: str = ""
     tensors: int = 0
@@ -91,7 +91,7 @@ class Outcome:
 
 
 def make_model(kind: str, *, tied: bool) -> Any:
-    """A random model of two layers."""
+    """Make a random model of two layers."""
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
@@ -133,7 +133,7 @@ def make_model(kind: str, *, tied: bool) -> Any:
 
 
 def save_adapter(base: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """An adapter that PEFT wrote, with something drawn in every trained tensor."""
+    """Write an adapter with PEFT, with random values in every trained tensor."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -149,12 +149,12 @@ def save_adapter(base: Path, folder: Path, settings: dict[str, Any]) -> None:
 
 
 def reference(base: Path, adapter: Path, rounded: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Base plus adapter by PEFT, over the weights in `rounded` where there are such."""
+    """Load base plus adapter with PEFT, with the weights in `rounded` if given."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    # The weights are stored in bfloat16, and dequantized to it, but for 8 bit.
+    # Weights are stored in bfloat16 or dequantized to it, except in 8 bit.
     for name, value in rounded.items():
         parameter = model.get_parameter(name)
         parameter.data = value.float() if value.dtype == torch.float32 else value.to(dtype)

@@ -1,4 +1,4 @@
-"""MMLU without examples, by `qlora eval` and lm-evaluation-harness: the same file and prompt.
+"""Compare `qlora eval` and lm-evaluation-harness on zero-shot MMLU, with the same file and prompt.
 
     python benchmarks/mmlu_parity.py MODEL zero_shot_val.jsonl --limit 400
 
@@ -42,7 +42,7 @@ def write_recipe(folder: Path, model: str, rows: Path) -> Path:
 
 
 def write_task(folder: Path, rows: Path) -> None:
-    """The same for lm-evaluation-harness."""
+    """Write the task for lm-evaluation-harness."""
     task = {
         "task": "mmlu_file",
         "dataset_path": "json",
@@ -58,7 +58,7 @@ def write_task(folder: Path, rows: Path) -> None:
 
 
 def by_harness(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str, Any], list[int]]:
-    """Its figures, and whether each question was answered rightly."""
+    """Return the harness's figures, and whether each answer is right."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -77,7 +77,7 @@ def by_harness(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str,
 
 
 def by_qlora(recipe: Path, folder: Path, limit: int | None) -> tuple[dict[str, Any], list[int]]:
-    """The same of `qlora eval`."""
+    """Return the figures of `qlora eval`, and whether each answer is right."""
     records = folder / "records.jsonl"
     overrides = [] if limit is None else [f"evaluation.limit={limit}"]
     report = evaluate(recipe, overrides, tasks=["mmlu"], records=records).to_json()

@@ -53,7 +53,7 @@ def gsm8k(path: Path) -> list[list[dict[str, str]]]:
 
 
 def long_conversations(count: int = 300, turns: int = 50) -> list[list[dict[str, str]]]:
-    """Conversations of `turns` messages of 5 to 40 words."""
+    """Make conversations of `turns` messages of 5 to 40 words."""
     draw = random.Random("long conversations")
     text = "the river road house of light and stone carries seven small boats to market"
     words = text.split()

@@ -1,4 +1,4 @@
-"""The same run on a base in NF4, in 8 bit and in its own precision: three loss curves side by side.
+"""Compare loss curves of the same run on a base in NF4, in 8 bit and in its own precision.
 
     python benchmarks/quantization_curves.py --data FOLDER_WITH_GSM8K
 
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def processor() -> str:
-    """The name of the processor, as Linux tells it."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def run(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once; the curve, the losses before and after, and what it took."""
+    """Train once; return the loss curve, held-out losses, time and memory."""
     settings = [
         *KINDS[kind],
         f"data.train.path={options.data}/train.jsonl",
@@ -63,7 +63,7 @@ def run(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The page: a table of the curves, step by step."""
+    """Render the page: a table of the curves, step by step."""
     runs = report["runs"]
     kinds = list(runs)
     lines = [

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Words:
     """Vocabulary of the requests of one split.
 
-    In sentences, {room} and {who} stand for the values, {when} for a day and a time in either
-    order, {do} for one of the verbs.
+    In sentences, {room} and {who} are the values, {when} is a day and a time in either order, and
+    {do} is one of the verbs.
     """
 
     names: tuple[str, ...]
@@ -43,7 +43,7 @@ TRAIN = Words(
         "Vogel|Wagner|Walker|Wang|Weber|Wilson|Wolf|Wright|Yamada|Yang|Young|Zhang|"
         "Ziegler"
     ),
-    # Many verbs in the same few sentences: a verb never seen before is then read for what it means.
+    # Many verbs in a few sentences, so that the model generalises to new verbs.
     book_verbs=_split(
         "book|reserve|hold|keep|block|save|secure|get|arrange|schedule|claim|grab|request|take|"
         "assign|allocate|order|find|organise|earmark|lock in|ask for|pick|prepare|sort out|bag|"

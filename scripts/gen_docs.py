@@ -148,7 +148,7 @@ def recipe_page() -> str:
 
 
 def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator[str]:
-    """The keys of a section, by variant, and the sections below it."""
+    """Render the keys of a section, by variant, and the sections below it."""
     field_type = FieldType.of(info)
     parts = _parts(field_type)
     if not parts:
@@ -177,7 +177,7 @@ def _parts(field_type: FieldType) -> tuple[type[Config], ...]:
 
 
 def _tables(parts: tuple[type[Config], ...]) -> Iterator[str]:
-    """One table for all variants with the same keys."""
+    """Render one table for all variants with the same keys."""
     kinds: dict[tuple[str, ...], list[str]] = {}
     for part in parts:
         kinds.setdefault(tuple(_rows(part)), []).append(f"`{_type(part)}`" if parts[1:] else "")
@@ -233,7 +233,7 @@ def cli_page() -> str:
 
 
 def _commands(name: str, command: Any) -> Iterator[str]:
-    """A command, and those below it."""
+    """Render a command and its subcommands."""
     yield from _command(name, command)
     for below, one in getattr(command, "commands", {}).items():
         yield from _commands(f"{name} {below}", one)
@@ -313,7 +313,7 @@ def json_page() -> str:
 
 
 def _report(report: type[Report], path: str) -> Iterator[str]:
-    """A table of the keys of a report, and one for each report in it."""
+    """Render the keys of a report as a table, and those of the reports in it."""
     yield f"{_about(report)}\n"
     yield from ["| key | value | meaning |", "|---|---|---|"]
     docs, types = report_docs(report), get_type_hints(report)
@@ -329,7 +329,7 @@ def _report(report: type[Report], path: str) -> Iterator[str]:
 
 
 def _reports_in(kind: Any) -> Iterator[tuple[type[Report], str]]:
-    """The reports that a value holds, and how their place in it is written."""
+    """Yield the report classes within a type, each with its path."""
     if isinstance(kind, type) and issubclass(kind, Report):
         yield kind, ""
     more = {Sequence: "[]", list: "[]", tuple: "[]", Mapping: ".*", dict: ".*"}

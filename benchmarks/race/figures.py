@@ -1,4 +1,4 @@
-"""From what was seen of runs to figures. Pure functions."""
+"""Compute figures from observed runs. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPREAD = ("tokens_per_second", "cpu_seconds_per_1000_tokens")
 def of_run(
     seen: Observed, *, warmup: int, threads: int, num_processors: int, interpreter_mb: float
 ) -> Figures:
-    """The figures of one run.
+    """Compute the figures of one run.
 
     Args:
         warmup: first steps that do not count (they are reported by their seconds).
@@ -75,7 +75,7 @@ def _per_step(steps: Sequence[tuple[Mark, Mapping[str, float]]]) -> list[int]:
 
 
 def loss_difference(run: Figures, reference: Figures) -> float | None:
-    """The largest relative difference of a step's loss; None where the steps had other rows."""
+    """Return the largest relative difference of a step's loss; None if the rows differ."""
     same = all(run[key] == reference[key] for key in ("tokens", "supervised"))
     if not same:
         return None
@@ -90,10 +90,10 @@ def has_rows(run: Figures, rows: Rows) -> bool:
 
 
 def together(runs: Sequence[Figures]) -> Figures:
-    """Several runs of one contestant: medians, and of speed the lowest and the highest too.
+    """Combine several runs of one contestant: medians, and the range of the speed.
 
-    What others had at most is that of the run in which it was most: it makes all of them busy.
-    Lists (losses and the like) are those of the first run; a run that failed does not count.
+    The load by other processes is the maximum over the runs, so one busy run marks them all busy.
+    Lists, such as losses, are those of the first run. Failed runs do not count.
     """
     whole = [run for run in runs if "failed" not in run]
     if not whole:
@@ -115,6 +115,6 @@ def together(runs: Sequence[Figures]) -> Figures:
 
 
 def fastest(results: Mapping[str, Figures]) -> str | None:
-    """The name of the contestant with the most tokens per second; None if all failed."""
+    """Return the name of the fastest contestant; None if all failed."""
     whole = {name: f["tokens_per_second"] for name, f in results.items() if "failed" not in f}
     return max(whole, key=lambda name: whole[name]) if whole else None

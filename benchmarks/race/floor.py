@@ -1,10 +1,15 @@
-"""The floor: what the step has to compute, at the rate at which this machine multiplies matrices.
+"""The floor: minimum time of a step at the rate of this machine's matrix products.
 
-Counted: the products of the frozen linear layers (forward, and the gradient of their input), of the
-adapter (forward, and the gradients of input and of both factors), of attention (causal, forward and
-backward without recomputation) and of the head at supervised positions; and the weights are
-dequantized once for each use. Element-wise work, the loss, the optimizer and all recomputation are
-not in it. The gradient of the first layer's input, which nobody needs, is: 1 part in 30 of a third.
+It counts the products of
+
+- the frozen linear layers: forward, and the gradient of their input;
+- the adapter: forward, and the gradients of its input and of both factors;
+- attention: causal, forward and backward, without recomputation;
+- the head at supervised positions;
+
+and one dequantization of the weights for each use. It does not count element-wise work, the loss,
+the optimizer or recomputation. It does count the gradient of the first layer's input, although no
+step needs it (with 30 layers, 1/30 of about a third of the work).
 
     python -m benchmarks.race.floor JOB
 
@@ -24,12 +29,12 @@ from typing import Any
 
 _LEAST_SECONDS = 0.3
 _COPIES = 6
-"""Weights that a product takes in turn: none is in a cache because it was just used."""
+"""Number of weights used in turn, so that none is cached from its last use."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix of the model, inputs to outputs, that is there `count` times."""
+    """A matrix shape of the model, and how often it occurs."""
 
     name: str
     inputs: int
@@ -55,7 +60,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Geometry:
-        """From config.json."""
+        """Read the sizes from config.json."""
         heads = config["num_attention_heads"]
         return cls(
             hidden=config["hidden_size"],
@@ -69,7 +74,7 @@ class Geometry:
 
     @property
     def linears(self) -> list[Shape]:
-        """The quantized matrices, those of one shape together."""
+        """List the quantized matrices, grouped by shape."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             Shape("q_proj", self.hidden, queries, self.layers),
@@ -87,7 +92,7 @@ class Geometry:
 def operations(
     geometry: Geometry, *, lengths: Sequence[int], supervised: int, r: int
 ) -> dict[str, float]:
-    """Floating-point operations of one step; a multiplication with its addition counts as two.
+    """Count the floating-point operations of one step. A multiply-add counts as two.
 
     Args:
         lengths: tokens of each row.
@@ -114,7 +119,7 @@ def seconds_of_step(
     *,
     micro_steps: float,
 ) -> dict[str, float]:
-    """The floor of one step, part by part.
+    """Compute the floor of one step in seconds, by part.
 
     The linears and the head at the rates of their own shapes; the adapter and attention, whose
     products are too thin to reach it, at the rate of the linears; the dequantization as measured.
@@ -131,7 +136,7 @@ def seconds_of_step(
 
 
 def best_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The best rates of several measurements: a floor is what is possible."""
+    """Return the best rates of several measurements, as a floor is a lower bound."""
     best: dict[str, Any] = dict(measured[0])
     for key in ("linears_per_second", "head_per_second"):
         best[key] = max(one[key] for one in measured)
@@ -140,7 +145,7 @@ def best_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measure(geometry: Geometry, *, tokens: int, supervised: int, threads: int) -> dict[str, Any]:
-    """Rates of this machine for the very shapes of one micro-step, in bfloat16.
+    """Measure the rates of this machine for the shapes of one micro-step, in bfloat16.
 
     Args:
         tokens: of a micro-step; `supervised` of them have logits.
@@ -166,7 +171,7 @@ def measure(geometry: Geometry, *, tokens: int, supervised: int, threads: int) -
 
 
 def _product_seconds(shape: Shape, rows: int) -> float:
-    """Seconds of the forward product and that of the input's gradient."""
+    """Time the forward product and the product for the input's gradient."""
     import torch
 
     copies = min(shape.count, _COPIES)
@@ -195,7 +200,7 @@ def _dequantize_seconds(shape: Shape) -> float:
 
 
 def _fastest(once: Callable[[], object]) -> float:
-    """Seconds of the fastest call; the first, which may set something up, is left out."""
+    """Return the seconds of the fastest call. The first may include setup and does not count."""
     once()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < _LEAST_SECONDS:

@@ -1,4 +1,4 @@
-"""How speed and memory grow: with the length of rows, with the micro-batch, with the rank."""
+"""Measure speed and memory by row length, micro-batch and rank."""
 
 from __future__ import annotations
 

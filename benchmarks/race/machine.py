@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import psutil
 
 MOST_BY_OTHERS = 0.05
-"""Share of the processors' time that others may have in a run that counts."""
+"""Maximum share of CPU time that other processes may use in a valid run."""
 
 
 @dataclass(frozen=True)
 class Busy:
-    """Seconds of processor time that the whole machine has spent, by everybody, and stolen."""
+    """CPU seconds used on the whole machine, by all processes, and stolen."""
 
     used: float
     stolen: float
@@ -22,7 +22,7 @@ class Busy:
     @classmethod
     def now(cls) -> Busy:
         times = psutil.cpu_times()
-        # Guests' time is in the users' already.
+        # The user time already includes the guests' time.
         left_out = ("guest", "guest_nice", "idle", "iowait", "steal")
         used = sum(value for name, value in times._asdict().items() if name not in left_out)
         return cls(used, times.steal)
@@ -31,13 +31,13 @@ class Busy:
 def others_share(
     before: Busy, after: Busy, *, own_seconds: float, seconds: float, num_processors: int
 ) -> float:
-    """Share of the processors' time that went to others than our process, stolen time included."""
+    """Return the share of CPU time used by other processes, including stolen time."""
     others = after.used - before.used - own_seconds + after.stolen - before.stolen
     return max(0.0, others) / (seconds * num_processors)
 
 
 def share_before(seconds: float = 1.0) -> float:
-    """Share of the processors' time that is used while we wait."""
+    """Return the share of CPU time used while this process sleeps."""
     before, started = Busy.now(), time.perf_counter()
     time.sleep(seconds)
     return others_share(

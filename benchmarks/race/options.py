@@ -15,11 +15,11 @@ DEFAULT = ["ours", "ours-lean", "trl", "trl-best"]
 CACHE = Path("~/.cache/qlora/race").expanduser()
 
 PLACES = {"--data", "--model", "--environments", "--cache", "--output", "--note"}
-"""Options that name places on this machine, or are told elsewhere."""
+"""Options with local paths, and those reported elsewhere on the page."""
 
 
 def parse(words: Sequence[str], about: str) -> argparse.Namespace:
-    """The options of a race."""
+    """Parse the options of a race."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.race",
         description=about,
@@ -43,17 +43,17 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.jsonl of GSM8K")
     add("--model", type=Path, default=DEMO, help="GGUF file or folder")
-    add("--environments", type=Path, help="what environments.sh made")
-    add("--cache", type=Path, default=CACHE, help="keeps the losses of the reference")
+    add("--environments", type=Path, help="folder made by environments.sh")
+    add("--cache", type=Path, default=CACHE, help="cache of the reference losses")
     add("--output", type=Path, help="the report (race.json or race_growth.json in benchmarks/)")
-    add("--note", default="", help="what else the machine did, for the page")
+    add("--note", default="", help="other load on the machine, for the page")
 
 
 def _add_race(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     known = f"of {', '.join(CONTESTANTS)}; trl-best is the best of --heats"
     add("--contestants", nargs="+", default=DEFAULT, help=known)
-    ours = "one more of ours, with these keys of the recipe (may be given several times)"
+    ours = "add qlora with these recipe keys (repeatable)"
     add("--ours", action="append", default=[], metavar="'NAME KEY=VALUE ...'", help=ours)
     add("--heats", nargs="+", default=TUNED_TRL, help="settings to choose trl-best from")
     add("--heat-steps", type=int, default=2, help="steps of a heat")
@@ -79,7 +79,7 @@ def _add_growth(parser: argparse.ArgumentParser) -> None:
 
 
 def told(words: Sequence[str]) -> str:
-    """The options as given, without those of `PLACES`."""
+    """Return the given options, without those in `PLACES`."""
     left = iter(words)
     kept = []
     for word in left:
@@ -91,7 +91,7 @@ def told(words: Sequence[str]) -> str:
 
 
 def interpreters(options: argparse.Namespace) -> dict[Kind, str]:
-    """The Python of each kind of contestant: our own where no environment was made for it.
+    """Return the Python of each kind of contestant; ours unless another was made.
 
     Raises:
         SystemExit: a contestant has no environment.

@@ -1,4 +1,4 @@
-"""The page and the README's table, from the report of a race."""
+"""Render the page and the README's table from the report of a race."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- race: begin -->", "<!-- race: end -->"
 
 
 def as_markdown(report: Report) -> str:
-    """The whole page."""
+    """Render the whole page."""
     sizes = report["sizes"]
     lines = [
         "<!-- Written by `python -m benchmarks.race`; run that instead of editing. -->",
@@ -45,7 +45,7 @@ def as_markdown(report: Report) -> str:
 
 
 def readme_table(report: Report) -> str:
-    """The short table: the last race (the most threads), speed, memory and losses."""
+    """Render the short table: speed, memory and losses of the race with the most threads."""
     race = report["races"][-1]
     rows = [
         [
@@ -65,7 +65,7 @@ def readme_table(report: Report) -> str:
 
 
 def put_between(text: str, inserted: str) -> str:
-    """The text with what stands between the two marks replaced.
+    """Replace the text between the two marks.
 
     Raises:
         ValueError: the marks are not there, once each and in order.
@@ -221,7 +221,7 @@ def _percent(value: float | None, digits: int) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     return [
         "| " + " | ".join(titles) + " |",
         "|---" * len(titles) + "|",

@@ -1,7 +1,7 @@
-"""Run a contestant and watch it from outside: all are measured in the same way.
+"""Run a contestant, and measure it from outside in the same way as all others.
 
-A contestant tells of its steps in a file. When a line comes, the time, the processor time and the
-memory of its process are read here, within `_PAUSE` seconds.
+A contestant logs its steps to a file. Within `_PAUSE` seconds of each line, the time, CPU
+time and memory of the process are read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Mark:
 
 @dataclass
 class Observed:
-    """All that was seen of one run."""
+    """Measurements of one run."""
 
     start: Mark
     loaded: Mark | None = None
@@ -52,7 +52,7 @@ class Observed:
 
 
 class Tail:
-    """The lines that a file gains, once they are whole."""
+    """Read the complete lines that are appended to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,7 +71,7 @@ class Tail:
 
 
 def environment(threads: int, *, project: Path | None) -> dict[str, str]:
-    """Variables of a contestant: the same threads for all, no hub; our sources for ours alone."""
+    """Return the environment of a contestant: equal threads, offline, our sources only for us."""
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     variables |= {
         name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -93,7 +93,7 @@ def watch(
     """Run a command to its end, or for `limit` seconds.
 
     Args:
-        folder: where the contestant writes, and its log is kept.
+        folder: for the files and the log of the contestant.
     """
     others, load = share_before(), os.getloadavg()[0]
     log = folder / "log.txt"
@@ -114,7 +114,7 @@ def watch(
                     break
         finally:
             if process.poll() is None:
-                # A group of its own: what it started ends with it.
+                # It has its own process group, so its children end too.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode and not seen.failure:
@@ -129,7 +129,7 @@ def look(
     tails: tuple[Tail, Tail],
     seen: Observed,
 ) -> None:
-    """Take down what the new lines tell of."""
+    """Record the steps in new lines."""
     lines, log = (tail.read() for tail in tails)
     if not lines and not log:
         return
@@ -145,7 +145,7 @@ def look(
 
 
 def read(process: psutil.Process, started: float) -> Mark:
-    """Time, processor time and memory at this moment."""
+    """Measure time, CPU time and memory now."""
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     kib = {
         name: int(value.split()[0])
@@ -172,12 +172,12 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def reset_peak(pid: int) -> None:
-    """Have the kernel count the peak from now on (man 5 proc, clear_refs): loading is left out."""
+    """Reset the kernel's peak (man 5 proc, clear_refs), to exclude loading."""
     Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
 
 
 def interpreter_mb(python: str, imports: str, variables: dict[str, str]) -> float:
-    """Resident memory of an interpreter that has imported all that a contestant imports."""
+    """Measure the resident memory of an interpreter with a contestant's imports."""
     script = f"{imports}\nprint(open('/proc/self/status').read())"
     done = subprocess.run(
         [python, "-c", script], capture_output=True, text=True, env=variables, check=True

@@ -1,4 +1,4 @@
-"""The rows of a race: one file of conversations for us, and the same as tokens for the others.
+"""The rows of a race: a file of conversations for us, and the same as tokens for the others.
 
 Ours prepares and orders them; the others are given the very tokens and labels, in the very order
 in which ours takes them, so that each step of all contestants learns from the same rows.
@@ -22,7 +22,7 @@ Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Files with the rows of a race, and what the rows of each step come to."""
+    """Files with the rows of a race, and token counts of each step."""
 
     conversations: Path
     in_order: Path
@@ -40,7 +40,7 @@ class Rows:
 
 
 def gsm8k(folder: Path, number: int, name: str = "train.jsonl") -> list[Conversation]:
-    """The first rows of a split: a question, and the answer to learn."""
+    """Read the first rows of a split as conversations of question and answer."""
     with (folder / name).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, number)]
     return [_conversation(row["question"], row["answer"]) for row in rows]
@@ -128,7 +128,7 @@ def write(
 def in_our_order(
     examples: Sequence[Example], *, rows_per_step: int, seed: int
 ) -> list[list[Example]]:
-    """The examples of each step of one pass, as our stream of batches takes them."""
+    """Return the examples of each step of one epoch, in the order of our batches."""
     from qlora_cli.data.batching.sampler import BatchStream
 
     stream = BatchStream(

@@ -26,9 +26,9 @@ class Stage:
     """Model, folders and settings shared by all runs of a race."""
 
     work: Path
-    """A folder for what the runs write; emptied as they end."""
+    """Folder for the runs' files. Each run is removed when it ends."""
     kept: Path
-    """A folder for losses of the reference, which are computed once."""
+    """Folder for the reference losses, which are computed once."""
     model: Path
     pythons: Mapping[Kind, str]
     threads: int
@@ -68,7 +68,7 @@ class Stage:
     def in_turn(
         self, several: Sequence[Contestant], rows: Rows, sizes: Sizes, *, repetitions: int
     ) -> dict[str, Figures]:
-        """All of them, one after the other, and again: A B A B."""
+        """Run all contestants in turn, and repeat: A B A B."""
         runs: dict[str, list[Figures]] = {one.name: [] for one in several}
         for _ in range(repetitions):
             for one in several:
@@ -76,7 +76,7 @@ class Stage:
         return {name: together(each) for name, each in runs.items()}
 
     def reference(self, rows: Rows, sizes: Sizes) -> Figures:
-        """Losses of the same work in float32; computed once for the same rows and versions."""
+        """Return the float32 losses of the same work, cached by rows and versions."""
         facts = [vars(sizes), versions(self.pythons["plain"]), rows.by_length.read_text()]
         peer = Path(__file__).parent / "peers" / "with_transformers.py"
         facts += [peer.read_text(), (self.model / "config.json").read_text(), str(self.model)]
@@ -94,7 +94,7 @@ class Stage:
         return figures
 
     def rates(self, rows: Rows, sizes: Sizes) -> dict[str, Any]:
-        """How quickly this machine computes the products of one micro-step."""
+        """Measure the rates of the products of one micro-step."""
         steps = len(rows.lengths)
         micro_steps = sizes.rows_per_step / sizes.micro_batch
         job = self.work / "floor.json"
@@ -116,7 +116,7 @@ class Stage:
     def floor(
         self, measured: Sequence[Mapping[str, Any]], rows: Rows, sizes: Sizes
     ) -> dict[str, Any]:
-        """The floor of a mean step, and the tokens per second that it would allow."""
+        """Compute the floor of a mean step, and its tokens per second."""
         steps = len(rows.lengths)
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         geometry, rates = Geometry.of(config), best_of(measured)
@@ -147,7 +147,7 @@ class Stage:
 
 
 def versions(python: str) -> dict[str, str]:
-    """The packages of an environment that have a part in the race."""
+    """Return the versions of the relevant packages in an environment."""
     names = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "llamafactory"]
     script = (
         "import importlib.metadata as m, json, sys\n"
@@ -162,7 +162,7 @@ def versions(python: str) -> dict[str, str]:
 
 
 def summary(figures: Figures) -> str:
-    """One line for whoever waits."""
+    """Format the figures of a run as one line of progress."""
     if "failed" in figures:
         return f"failed: {figures['failed'].splitlines()[-1]}"
     busy = ", the machine was busy" if figures["is_busy"] else ""

@@ -21,20 +21,20 @@ def read_rows(job: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def packs_per_step(rows: list[dict[str, list[int]]], rows_per_step: int, length: int) -> int:
-    """How many packs of `length` hold about as many tokens as `rows_per_step` rows."""
+    """Return how many packs of `length` have about as many tokens as `rows_per_step` rows."""
     tokens = sum(len(row["input_ids"]) for row in rows) / len(rows)
     return max(1, round(tokens * rows_per_step / length))
 
 
 class Lines:
-    """One JSON object a line, written out at once: the race measures when it reads them."""
+    """Write one JSON object per line, unbuffered: the race measures when it reads a line."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self._path = Path(job["lines"])
         self._tokens = 0
 
     def loaded(self, model: Any) -> None:
-        """The model is ready to be trained."""
+        """Record that the model is ready for training."""
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._write(
             event="loaded",
@@ -56,10 +56,10 @@ class Lines:
 
 
 def trainer_callback(lines: Lines, rows: list[dict[str, list[int]]], rows_per_step: int) -> Any:
-    """For a Trainer of transformers that logs every step and takes the rows in order.
+    """Make a callback for a transformers Trainer that logs every step and takes rows in order.
 
     Args:
-        rows: as it forwards them, so packed if it packs.
+        rows: in the order of the forward passes; packed rows if the trainer packs.
     """
     from transformers import TrainerCallback
 

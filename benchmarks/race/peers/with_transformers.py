@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def build(job: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The 4-bit base with a new adapter on it, in float32."""
+    """Load the 4-bit base and attach a new float32 adapter."""
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=dtype,
@@ -73,7 +73,7 @@ def chunks(rows: list[Row], size: int) -> Iterator[list[Row]]:
 
 
 def loss_sum(model: Any, rows: list[Row]) -> torch.Tensor:
-    """Cross-entropy, summed over the supervised tokens: logits are made at their places alone."""
+    """Sum the cross-entropy of the supervised tokens, with logits only at their positions."""
     width = max(len(row["input_ids"]) for row in rows)
     ids, mask, labels = (
         torch.tensor([part(row) + [fill] * (width - len(row["input_ids"])) for row in rows])
