@@ -123,17 +123,14 @@ def combine_adapters(
     Example:
       qlora adapters combine runs/a runs/b --weights 0.7,0.3 --output runs/a-and-b
     """
-    from qlora_cli.export.combine_adapters import combine, read_weights
+    from qlora_cli.export.combine_adapters import CombineOptions, combine, read_weights
 
     report = combine(
         paths,
         output,
+        CombineOptions(method, density, rank, seed),
         overrides,
-        method=method,
         weights=read_weights(weights),
-        density=density,
-        rank=rank,
-        seed=seed,
         measure=not no_eval,
     )
     show(report, as_json, combine_text(report))

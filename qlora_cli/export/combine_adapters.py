@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,34 @@ from qlora_cli.tasks.task import TaskOutcomes
 _OF_A_RUN = ("README.md", "run.json", "recipe.yaml")
 
 
+@dataclass(frozen=True)
+class CombineOptions:
+    """How adapters are combined."""
+
+    method: str
+    """One of PEFT's, such as "linear", "cat", "svd", "ties" or "dare_linear"."""
+    density: float = 0.5
+    """Share of values to keep, for the methods that drop some."""
+    rank: int | None = None
+    """Rank of the result, for the methods that end in a singular value decomposition."""
+    seed: int = 0
+    """Seed of random dropping."""
+
+
 def combine(
     paths: Sequence[Path],
     output: Path,
+    options: CombineOptions,
     overrides: Sequence[str] = (),
     *,
-    method: str,
     weights: Sequence[float] | None = None,
-    density: float = 0.5,
-    rank: int | None = None,
-    seed: int = 0,
     measure: bool = True,
 ) -> dict[str, Any]:
     """Make one adapter of several, and write it as a folder that the other commands take.
 
     Args:
         overrides: changes to the recipe that is written with it, which is the first run's.
-        method: one of PEFT's, such as "linear", "cat", "svd", "ties" or "dare_linear".
         weights: one per adapter; None gives each the same weight, with a sum of 1.
-        density: share of values to keep, for the methods that drop some.
-        rank: rank of the result, for the methods that end in a singular value decomposition.
         measure: evaluate the result and its parents, if the recipe says how.
 
     Returns:
@@ -66,6 +75,7 @@ def combine(
     if output.exists():
         raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
     shares = _weights(paths, weights)
+    method, density = options.method, options.density
     if method not in METHODS:
         raise RecipeError(f"--method: {method}; there is {', '.join(METHODS)}")
     if METHODS[method] and density == 0:
@@ -75,12 +85,7 @@ def combine(
     read = [read_lora(place) for place in places]
     check_same_shapes(places, [updates for _, _, updates in read])
     config, saved = combine_adapters(
-        [(config, saved) for config, saved, _ in read],
-        shares,
-        method=method,
-        density=density,
-        rank=rank,
-        seed=seed,
+        [(config, saved) for config, saved, _ in read], shares, **asdict(options)
     )
     made = read_updates(config, saved)
     report = {
@@ -90,7 +95,7 @@ def combine(
         "method": method,
         "density": density if METHODS[method] else None,
         "rank": config.r,
-        "seed": seed,
+        "seed": options.seed,
         "norm": math.hypot(*(update.norm() for update in made.values())),
         "error": _error(made, [updates for _, _, updates in read], shares),
     }

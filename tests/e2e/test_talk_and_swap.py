@@ -173,7 +173,7 @@ def test_adapters_are_listed_inspected_compared_and_combined(
 def test_forgetting_alone_is_enough_to_measure_what_was_combined(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    from qlora_cli.export.combine_adapters import combine
+    from qlora_cli.export.combine_adapters import CombineOptions, combine
 
     text = tmp_path / "general.txt"
     text.write_text("some lines of general text\n" * 20, encoding="utf-8")
@@ -182,7 +182,7 @@ def test_forgetting_alone_is_enough_to_measure_what_was_combined(
         "evaluation.tasks=[]",
         f"evaluation.forgetting={{path: {text}, window: 64}}",
     ]
-    report = combine(runs, tmp_path / "made", settings, method="linear")
+    report = combine(runs, tmp_path / "made", CombineOptions("linear"), settings)
     assert [list(one["measures"]) for one in report["evaluations"]] == [
         ["forgetting.perplexity"],
         ["forgetting.perplexity"],
