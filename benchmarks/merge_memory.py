@@ -3,8 +3,8 @@
     python -m benchmarks.merge_memory /somewhere/with/10/GB
 
 Writes a random sharded model of 4.2 GB and an adapter on all of its linear layers, then runs
-`qlora merge --no-logits` on them in a process whose data segment (private writable memory, touched
-or not: RLIMIT_DATA) the kernel holds below 1 GiB; prints that process's peak figures.
+`qlora merge --no-logits` on them in a process with a data segment of at most 1 GiB (RLIMIT_DATA:
+all private writable memory, touched or not), and prints the peak memory of that process.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/merge_parity.py > benchmarks/merge_parity.md
 
-Tiny random bfloat16 models; every trained tensor is drawn, none is zero. The reference for a
-quantized base is PEFT's merge over the unquantized model that holds the dequantized weights.
+It uses tiny bfloat16 models with random weights; every trained tensor is random too, and not zero.
+For a quantized base, the reference is PEFT's merge into an unquantized model with the dequantized
+weights.
 """
 
 from __future__ import annotations
@@ -235,12 +236,14 @@ def main() -> None:
     """Print the table."""
     quiet_libraries()
     warnings.simplefilter("ignore")
-    print("# Merge parity\n\nMade by `python benchmarks/merge_parity.py`; what the columns say:")
-    print("tensors bit-equal to PEFT's merge in memory over the same (dequantized) base; largest")
     print(
-        "difference over the largest value of the tensor; difference of float32 logits from those"
+        "# Merge parity\n\nMade by `python benchmarks/merge_parity.py`. Columns: tensors that are"
     )
-    print("of base plus adapter, over their range; what became of tied matrices.\n")
+    print("bit-equal to PEFT's merge in memory on the same (dequantized) base; largest difference,")
+    print(
+        "relative to the largest value of the tensor; difference of float32 logits from base plus"
+    )
+    print("adapter, relative to their range; whether tied matrices are still tied.\n")
     print("| variant | tied | base | bit-equal to PEFT | largest difference | logits | written |")
     print("|---|---|---|---|---|---|---|")
     for variant, settings in VARIANTS.items():

@@ -2,8 +2,8 @@
 
     python benchmarks/mmlu_parity.py MODEL zero_shot_val.jsonl --limit 400
 
-Rows have `input` (ends in "Answer:") and `output` (a letter). The harness loads the model by
-itself. Needs `pip install "qlora[harness]"`; prints a line of JSON.
+Rows have `input` (ends in "Answer:") and `output` (a letter). The harness loads the model
+itself. Needs `pip install "qlora[harness]"`. Prints a line of JSON.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def report(
     columns = (
         "model", "attention", "weights", "computed in",
         "change of the other examples' logits, in units of their spread",
-        "gradient over the seam (0)", "difference of a loss, packed and unpacked", "outcome",
+        "gradient across the boundary (0)", "difference of a loss, packed and unpacked", "outcome",
     )  # fmt: skip
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"

@@ -74,7 +74,7 @@ def page(found: dict[str, Any]) -> str:
         "# One real step of a 7B-shaped model",
         "",
         f"{MODEL}'s dimensions with random weights, in NF4 with double quantization; LoRA on all",
-        f"linear layers; one row of {LENGTH} tokens, checkpointing, AdamW. On a CPU, in a process.",
+        f"linear layers; one row of {LENGTH} tokens, checkpointing, AdamW. On a CPU.",
         "",
         "```bash",
         "python -m benchmarks.plan_7b",
@@ -85,7 +85,7 @@ def page(found: dict[str, Any]) -> str:
         *rows,
         "",
         f"The resident set rose by {found['resident'] / MIB:,.1f} MiB from the first weight to the",
-        f"peak of the step: {above / MIB:+,.1f} MiB beside the prediction, "
+        f"peak of the step: {above / MIB:+,.1f} MiB above the prediction, "
         f"{above / max(found['predicted'].values()):+.2%}.",
         f"The trace took {found['seconds_of_trace']} s.",
     ]

@@ -150,8 +150,9 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "# Preparation",
         "",
-        f"Rows per second, {REPEATS} runs each in turn: lowest / median / highest; and the median "
-        "processor time of all threads, ours and theirs, which other work disturbs less. "
+        f"Rows per second of {REPEATS} runs each in turn: lowest / median / highest. Processor "
+        "seconds: median over the runs, of all threads, ours and theirs; other work on the machine "
+        "affects them less. "
         f"{report['machine']}, 2 threads; {report['note']}",
         "",
         "| data | rows | tokens | qlora | TRL | median, ours to theirs | processor seconds |",
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
     parser.add_argument("--gsm8k", type=Path, help="training split of GSM8K, as jsonl")
     parser.add_argument("--peer-python", help="interpreter with trl")
-    parser.add_argument("--note", default="nothing else ran.", help="what else the machine did")
+    parser.add_argument("--note", default="nothing else ran.", help="other load on the machine")
     parser.add_argument("--only", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -11,7 +11,7 @@ die() {
     exit "${2:-1}"
 }
 
-# stage NAME COMMAND...: run a command, and say before and after what it is and how long it took.
+# stage NAME COMMAND...: run a command, and log its name and duration.
 STAGES=()
 stage() {
     local name=$1 started=$SECONDS

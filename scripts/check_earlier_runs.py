@@ -1,8 +1,8 @@
 """Check that runs of an earlier commit still work: `python scripts/check_earlier_runs.py COMMIT`.
 
-The code of COMMIT trains a tiny run to its end, and another that it stops halfway. The code of this
-checkout then resumes the second, and evaluates and merges both. The resumed run must end with the
-very weights of the first. Exit status: 0 if it does.
+The code of COMMIT trains a tiny run to its end, and stops another halfway. The code of this
+checkout then resumes the second run, and evaluates and merges both. The resumed run must end
+with the same weights as the first. Exit status: 0 if it does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Words of the demo data. `TRAIN` and `TEST` share no name, no room and no sentence."""
+"""Words of the demo data. `TRAIN` and `TEST` do not share names, rooms or sentences."""
 
 from __future__ import annotations
 

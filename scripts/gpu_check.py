@@ -2,8 +2,8 @@
 
 Exit status: 0 all checks passed, 1 at least one failed, 3 there is no CUDA card.
 
-`--device cpu` tries the script itself on a machine without a card: what needs one is left out, and
-nothing is proven about any card.
+`--device cpu` tests the script itself on a machine without a card. It skips checks that need a card
+and proves nothing about CUDA.
 """
 
 from __future__ import annotations

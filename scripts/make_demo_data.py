@@ -3,9 +3,8 @@
     Set room B210 aside for Dr Okafor on Friday at 15:30.
     {"action":"book","room":"B210","who":"Dr Okafor","day":"friday","time":"15:30"}
 
-The test rows are a fair examination: their names, rooms and a third of their sentences are never
-seen in training (`demo_words.py`), and no request stands in both files. The same seed gives the
-same bytes.
+The test is fair: names, rooms and a third of the sentences in the test rows never occur in training
+(`demo_words.py`), and the two files share no request. The same seed gives the same bytes.
 """
 
 from __future__ import annotations

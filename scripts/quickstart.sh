@@ -41,7 +41,7 @@ while (($#)); do
         *) refuse "there is no $1" ;;
     esac
 done
-# A relative path is meant from where the user stands.
+# A relative path is relative to the user's working directory.
 if [[ -e $model ]]; then
     model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model")
 fi

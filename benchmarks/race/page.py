@@ -79,14 +79,14 @@ def put_between(text: str, inserted: str) -> str:
 
 def _explained(report: Report) -> list[str]:
     return [
-        f"Each contestant is a process of its own; in turn, {report['repetitions']} runs of each; "
-        f"the first {report['warmup']} of the steps of each run is not counted. Tokens are those "
-        "of the rows: padding does not count. Speed and processor time are medians, with the "
-        "lowest and the highest; memory is the peak of resident memory, whole, above an "
-        "interpreter that has imported the same, and above the loaded model. The loss is the "
-        "largest relative difference of a step from the same work in float32 (`other rows`: "
-        "TRL's packing cuts the steps in its own way). A run is marked busy where others had "
-        f"more than {MOST_BY_OTHERS:.0%} of the processors.",
+        f"Each contestant runs in its own process, {report['repetitions']} times in turn. "
+        f"Steps that do not count: the first {report['warmup']} of each run. Tokens are those of "
+        "the rows, without padding. Speed and processor time are medians, with the lowest and the "
+        "highest. Memory is the peak of resident memory: in total, above an interpreter with the "
+        "same imports, and above the loaded model. The loss is the largest relative difference of "
+        "a step from the same work in float32 (`other rows`: TRL's packing makes other steps). A "
+        "run is marked busy if other processes used more than "
+        f"{MOST_BY_OTHERS:.0%} of the processors.",
         "",
     ]
 

@@ -1,7 +1,7 @@
 """The rows of a race: a file of conversations for us, and the same as tokens for the others.
 
-Ours prepares and orders them; the others are given the very tokens and labels, in the very order
-in which ours takes them, so that each step of all contestants learns from the same rows.
+Ours prepares and orders them. The others get the same tokens and labels in the same order, so each
+step of every contestant trains on the same rows.
 """
 
 from __future__ import annotations
