@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,11 @@ def write_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..
         return path
 
     return write
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Mark all values of a parameter slow but for a few, which `scripts/test.sh` tries too."""
+    return [one if one in quick else pytest.param(one, marks=pytest.mark.slow) for one in values]
 
 
 def exit_code(*arguments: object) -> int:

@@ -150,6 +150,7 @@ def test_a_spike_is_reported_with_its_rows(
     assert f"rows: {tmp_path}/answers.jsonl:71" in told[0]
 
 
+@pytest.mark.slow
 def test_a_run_rolls_back_and_skips_the_rows_of_a_spike(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +199,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_running_out_of_memory_saves_the_steps_before(
     write_recipe: Callable[..., Path], tmp_path: Path

@@ -180,7 +180,7 @@ def test_allow_needs_resume(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("train", write_recipe(), "--allow", "model.path") == 2
-    assert "give --resume too" in capsys.readouterr().err
+    assert "hint: add --resume" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -131,6 +131,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_every_cell_is_a_row_and_a_failed_one_has_its_reason(compared: Path) -> None:
     report = report_of(compared)
     jsonschema.validate(report, SCHEMA)
@@ -150,6 +151,7 @@ def test_every_cell_is_a_row_and_a_failed_one_has_its_reason(compared: Path) -> 
     assert all(f"{name}: failed: " in text for name in cells if cells[name]["status"] == "failed")
 
 
+@pytest.mark.slow
 def test_a_cell_has_all_columns(compared: Path) -> None:
     report = report_of(compared)
     lora, nf4 = (cell for cell in report["cells"] if cell["status"] == "finished")
@@ -179,6 +181,7 @@ def test_a_cell_has_all_columns(compared: Path) -> None:
     assert sum(kinds[1].values()) < sum(kinds[0].values())
 
 
+@pytest.mark.slow
 def test_figures_equal_those_of_qlora_eval(
     compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +193,7 @@ def test_figures_equal_those_of_qlora_eval(
     assert nf4["results"]["kl"] == found["models"]["tuned"]["kl"]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again(
     compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +240,7 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_says_what_the_json_says(compared: Path) -> None:
     text = (compared / "out/comparison.html").read_text("utf-8")
     report = report_of(compared)
@@ -252,7 +257,7 @@ def test_the_page_is_whole_and_says_what_the_json_says(compared: Path) -> None:
     assert titles[:3] == [
         "Training loss by tokens",
         "Training loss by seconds of training",
-        "Memory at the peak: tensors by kind as planned",
+        "Peak memory: planned tensors by kind",
     ]
     assert len(plots) == 3 + len(report["measures"])
     for plot in plots:
@@ -268,6 +273,7 @@ def test_the_page_is_whole_and_says_what_the_json_says(compared: Path) -> None:
     assert dots == [f"{c['name']}: {v:.4g}" for c, v in zip(done, values, strict=True)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_resumes(
     tmp_path: Path,
     tiny_model: Path,
@@ -303,6 +309,7 @@ def test_an_interrupted_comparison_resumes(
     assert [point["step"] for point in first["curve"]] == list(range(1, 401))
 
 
+@pytest.mark.slow
 def test_optuna_proposes_cells_and_prunes_runs(
     tmp_path: Path,
     tiny_model: Path,

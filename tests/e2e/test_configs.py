@@ -11,7 +11,7 @@ import pytest
 from qlora_cli.adapters import AdapterConfig
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.train.train import train
-from tests.conftest import save_tiny_model
+from tests.conftest import mostly_slow, save_tiny_model
 
 METHODS = get_args(get_args(AdapterConfig)[0])
 
@@ -26,7 +26,7 @@ def test_there_is_a_recipe_of_each_kind() -> None:
     assert methods == {method for method, _ in kinds}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", mostly_slow(CONFIGS, *CONFIGS[::5]), ids=lambda path: path.stem)
 def test_three_steps(
     path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

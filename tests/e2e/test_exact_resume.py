@@ -18,6 +18,7 @@ from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.train import train
+from tests.conftest import mostly_slow
 
 
 def variants(union: Any) -> list[str]:
@@ -84,7 +85,9 @@ def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Re
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "optimizer", mostly_slow(OPTIMIZERS, OPTIMIZERS[0], OPTIMIZERS[3]), ids=lambda one: one.__name__
+)
 def test_with_each_optimizer_in_4_bit_and_unquantized(
     make: Callable[..., Recipe], optimizer: Any, quantization: str
 ) -> None:
@@ -161,7 +164,7 @@ def test_at_the_boundary_of_an_epoch(make: Callable[..., Recipe]) -> None:
     check_resumes(make(training=settings), [2, 4, 5])
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", mostly_slow([False, True], True))
 def test_from_several_weighted_sources_prepared_again(
     make: Callable[..., Recipe], tmp_path: Path, tiny_rows: list[dict[str, Any]], packing: bool
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_truncated_metrics_line_is_dropped_on_resume(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_closed_output_pipe(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

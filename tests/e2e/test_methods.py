@@ -18,6 +18,7 @@ from qlora_cli.inference.session import open_session
 from qlora_cli.plan.plan import plan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
+from tests.conftest import mostly_slow
 from tests.e2e.test_exact_resume import check_resumes
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "adalora"))
 def test_every_method_resumes_exactly(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
 ) -> None:
@@ -51,7 +52,7 @@ def test_every_method_resumes_exactly(
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "prefix"))
 def test_every_method_can_be_evaluated_merged_and_generated_from(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, method: str, quantization: str
 ) -> None:

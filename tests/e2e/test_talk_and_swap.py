@@ -58,6 +58,7 @@ def runs(
     return folders
 
 
+@pytest.mark.slow
 def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their_own(
     runs: list[Path], tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_all_prompts_of_a_file_are_answered_in_order(
     assert "exists" in error
 
 
+@pytest.mark.slow
 def test_adapters_are_listed_inspected_compared_and_combined(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

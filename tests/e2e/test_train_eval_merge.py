@@ -23,7 +23,7 @@ from qlora_cli.cli import main
 from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.types import Prompt
-from tests.conftest import exit_code, output_of, save_tiny_model
+from tests.conftest import exit_code, mostly_slow, output_of, save_tiny_model
 
 
 def qlora(*arguments: object) -> None:
@@ -37,7 +37,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", mostly_slow(["bf16", "fp32"], "bf16"))
 def test_train_eval_merge(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
@@ -116,6 +116,7 @@ def test_the_saved_recipe_repeats_the_run(
     assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_fresh_processes_give_byte_identical_adapters_and_another_seed_does_not(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -275,6 +276,7 @@ world.close()
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_views_of_the_exchanged_buffer(tmp_path: Path) -> None:
     """Gradients are views of the exchanged buffer after the last micro-batch of a step."""
     script = tmp_path / "shares.py"
@@ -525,7 +527,7 @@ def test_references_that_a_task_cannot_score_are_found_before_training(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("quantization", mostly_slow(["nf4", "int8", "none"], "nf4"))
 def test_packed_rows_train_like_padded_ones(
     write_recipe: Callable[..., Path], tmp_path: Path, quantization: str
 ) -> None:

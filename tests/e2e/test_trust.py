@@ -300,7 +300,7 @@ def test_a_pickle_among_prepared_data_is_never_unpickled(
     shown = capsys.readouterr().out
     files = [file for file in (here / "cache").rglob("*") if file.is_file() and file.suffix]
     names = {file.name for file in files if file.suffix != ".lock"}
-    assert len(names) == 7
+    assert len(names) == 8
     for name in sorted(names):
         for file in [file for file in files if file.name == name]:
             trap.plant(file)
@@ -428,6 +428,7 @@ def test_every_command_is_tried() -> None:
     assert set(names(get_command(app))) <= tried
 
 
+@pytest.mark.slow
 def test_with_local_paths_no_command_opens_a_socket(
     all_commands: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

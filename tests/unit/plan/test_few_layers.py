@@ -26,6 +26,7 @@ GEMMA = Gemma2Config(num_hidden_layers=9, sliding_window=16, **LAYERS)
 QWEN = Qwen3Config(num_hidden_layers=5, **LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "checkpointing"),
     [

@@ -134,6 +134,7 @@ def test_command_prints_a_plan(
     assert json.dumps(report["model"]["path"])[1:-1] in text
 
 
+@pytest.mark.slow
 def test_table_compares_methods(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],

@@ -21,6 +21,7 @@ from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
 
 
+@pytest.mark.slow
 def test_fit_finds_the_least_harmful_change(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

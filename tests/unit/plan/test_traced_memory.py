@@ -31,7 +31,7 @@ from qlora_cli.plan.trace.memory_counter import (
 )
 from qlora_cli.plan.traced_memory import MemoryTrace, trace_memory
 from qlora_cli.recipe.schema import Recipe
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, mostly_slow
 from tests.unit.plan.tiny import CPU, LAYERS, RECIPES, WIDE, count_real_run, peak_of
 
 OPTIMIZERS = [one for one in get_args(get_args(OptimizerConfig)[0]) if one().unpaged is None]
@@ -78,6 +78,7 @@ def save_qwen3(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "checkpointing"),
     [
@@ -113,6 +114,7 @@ def test_trace_equals_real_tensors_with_head_norms(
     assert traced.flops[STEP] == real.flops[STEP] > 0
 
 
+@pytest.mark.slow
 def test_offloaded_inputs_are_not_counted_on_the_device(
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
@@ -159,7 +161,9 @@ def test_offloaded_real_inputs_are_counted_on_the_host(tiny_recipe: Callable[...
     assert count.host_bytes == 2 * 2**14  # two layers of 192 x 32 values in two bytes, rounded up
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "optimizer", mostly_slow(OPTIMIZERS, *OPTIMIZERS[:2]), ids=lambda one: one.__name__
+)
 def test_optimizer_states_are_traced(tiny_recipe: Callable[..., Recipe], optimizer: Any) -> None:
     """Train all weights: matrices of more than 4,096 weights (8-bit states apply to these), norms.
 
@@ -216,7 +220,7 @@ def test_expert_matmuls_are_counted(tiny_recipe: Callable[..., Recipe]) -> None:
     assert two - one == 2 * 2 * 64 * 3 * 256 * 128
 
 
-@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
+@pytest.mark.parametrize("checkpointing", mostly_slow([True, "mlp", False], "mlp"))
 def test_compiled_kernels_take_less_than_fused_ones(
     tiny_recipe: Callable[..., Recipe], checkpointing: bool | str
 ) -> None:

@@ -58,7 +58,8 @@ def test_a_run_larger_than_the_disk_is_refused_before_it_trains(
     )
     assert exit_code("train", recipe) == 4
     told = capsys.readouterr().err
-    assert "1,000,000,000,001 checkpoints of 0.0 MiB at once" in told
+    assert "1,000,000,000,001 checkpoints of 0.0 MiB (" in told
+    assert "output.keep_checkpoints is 1,000,000,000,000" in told
     assert "output.keep_checkpoints=1 needs only 0.1 MiB" in told
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

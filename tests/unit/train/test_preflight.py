@@ -33,6 +33,7 @@ from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import preflight
 from qlora_cli.train.preflight import memory_summary, resolve_auto, try_largest
 from qlora_cli.train.train import train
+from tests.conftest import mostly_slow
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
 
@@ -48,7 +49,8 @@ def run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Pat
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "adamw_8bit", "ademamix", "schedule_free_adamw", "muon"]
+    "optimizer",
+    mostly_slow(["adamw", "adamw_8bit", "ademamix", "schedule_free_adamw", "muon"], "muon"),
 )
 def test_a_run_is_the_same_with_its_largest_batches_tried_first(
     run: Callable[..., Path], optimizer: str, monkeypatch: pytest.MonkeyPatch

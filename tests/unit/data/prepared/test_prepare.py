@@ -290,6 +290,7 @@ def test_several_sources_make_one_dataset(
     assert prepared.num_tokens == sum(one.num_tokens for one in alone)
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same(
     make_tokenizer: TokenizerMaker, write: Callable[..., Path], tmp_path: Path
 ) -> None:
