@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from qlora_cli._compat import restore_splitting
 from qlora_cli.common.atomic_files import atomic_folder
@@ -50,10 +50,13 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, GgufConfig
 
+    # transformers would believe a config or tokenizer in the same folder, not the file. The name is
+    # fixed, so that the next run removes what a kill left behind.
+    alone = folder.with_name(f".{folder.name}.alone")
+    shutil.rmtree(alone, ignore_errors=True)
+    alone.mkdir()
     try:
-        with atomic_folder(folder) as unfinished, TemporaryDirectory(prefix="qlora-") as made:
-            # transformers would believe a config or tokenizer in the same folder, not the file.
-            alone = Path(made)
+        with atomic_folder(folder) as unfinished:
             (alone / path.name).symlink_to(path.resolve())
             # Its progress bar cannot be switched off, and is not an error.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -73,3 +76,5 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     # A damaged file raises any kind of error, deep in the libraries that read it.
     except Exception as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
+    finally:
+        shutil.rmtree(alone, ignore_errors=True)
