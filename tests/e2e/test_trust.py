@@ -437,6 +437,7 @@ def test_with_local_paths_no_command_opens_a_socket(
     assert done.stdout.endswith("sockets: []\n")
 
 
+@pytest.mark.slow
 def test_with_local_paths_no_library_fetches_code_from_the_hub(
     all_commands: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
