@@ -30,7 +30,8 @@ _READ_BEFORE = [
 ]  # fmt: skip
 _READ = [
     "recipe/load.py:load_recipe", "recipe/yaml_parser.py:read_tree",
-    "recipe/validation.py:validate_tree", "recipe/field_types.py:convert",
+    "recipe/validation.py:validate_tree", "recipe/validation.py:_plain",
+    "recipe/field_types.py:convert",
 ]  # fmt: skip
 STOPS: dict[str, dict[str, list[str]]] = {
     "optimizer.learning_rate": {
@@ -40,7 +41,7 @@ STOPS: dict[str, dict[str, list[str]]] = {
         ],
         "qlora_cli/loop/setup.py": [
             *_READ, "loop/setup.py:build_setup", "loop/setup.py:assemble", "optim/base.py:build",
-            "optim/base.py:_grouped",
+            "optim/base.py:_grouped", "optim/groups.py:group_parameters",
         ],
     },
     "adapter.r": {
@@ -76,8 +77,10 @@ STOPS: dict[str, dict[str, list[str]]] = {
             "data/batches.py:BatchStream",
         ],
         "qlora_cli/loop/setup.py": [
-            "data/sources/source.py:conversations", "data/encode/encoder.py:encode_rows",
+            "data/sources/source.py:conversations", "data/prepared/prepare.py:_encode",
+            "data/prepared/workers.py:encode", "data/encode/encoder.py:encode_rows",
             "data/render/renderer.py:render_all", "data/render/answer_spans.py:find_answers",
+            "data/render/chat_template.py:render",
             "data/encode/tokens.py:tokenize", "data/encode/labels.py:label",
             "data/encode/truncate.py:truncate_row",
             "data/prepared/mmap_dataset.py:DatasetWriter", "data/batching/order.py:RowOrder",
