@@ -251,9 +251,9 @@ def test_where_memory_is_short_only_the_weights_are_compared(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of 550 MB in shards of 64 MB, with a run in each kind."""
+    """A base of 330 MB in shards of 64 MB, with a run in each kind."""
     place = tmp_path_factory.mktemp("large")
-    make_base(place / "base", hidden=1024, layers=20, shard=2**26, vocabulary=512)
+    make_base(place / "base", hidden=1024, layers=12, shard=2**26, vocabulary=512)
     for quantization in ("none", "nf4"):
         make_run(place / quantization, place / "base", quantization=quantization, r=4)
     return place
@@ -262,8 +262,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_merging_needs_the_memory_of_one_shard(
-    large: Path, tmp_path: Path, quantization: str
+    large: Path, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Freed tensors go back to the system at once. Otherwise glibc keeps up to 50 MiB of them,
+    # differently in each run.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+
     def peak(base: Path, run: Path, name: str) -> int:
         text = merge_within(run, tmp_path / name, limit=0)
         return int(text.split()[-2]) * 1024
@@ -275,7 +279,7 @@ def test_merging_needs_the_memory_of_one_shard(
     largest = max(file.stat().st_size for file in shards.files)
     total = sum(file.stat().st_size for file in shards.files)
     adapter = (large / quantization / "last" / "adapter_model.safetensors").stat().st_size
-    bound = 1.5 * largest + adapter
+    bound = largest + adapter
     assert total > 4 * bound
     alone = peak(small / "base", small / "run", "without")
     assert peak(large / "base", large / quantization, "merged") - alone <= bound
