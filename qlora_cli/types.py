@@ -189,6 +189,26 @@ class TrainState:
     """Steps whose rows were skipped after spikes; later rows take their place."""
     returns: int = 0
     """Number of times that the run went back to a checkpoint after a spike."""
+    not_applied: int = 0
+    """Steps of the run that were not applied: their loss or gradient was not finite."""
+    first_loss: float | None = None
+    """Training loss of the first step that was applied."""
+    last_loss: float | None = None
+    """Training loss of the last step that was applied."""
+
+    @property
+    def is_trained(self) -> bool:
+        """At least one step was applied."""
+        return self.step > self.not_applied
+
+    def count(self, loss: float, *, is_applied: bool) -> None:
+        """Count a step that was just done."""
+        self.step += 1
+        if not is_applied:
+            self.not_applied += 1
+            return
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
 
     @property
     def position(self) -> int:

@@ -50,7 +50,7 @@ def fit(
     while state.step < max_steps and not hooks.should_stop(state):
         with monitor.out_of_memory(state, hooks.save):
             metrics = train_step(setup, settings, state)
-        state.step += 1
+        state.count(metrics["loss"], is_applied=is_finite(metrics))
         if monitor.goes_back(metrics, state):
             continue
         is_last = state.step == max_steps

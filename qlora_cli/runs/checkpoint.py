@@ -198,10 +198,12 @@ def load_checkpoint(
 
 def _state_of(values: dict[str, Any]) -> TrainState:
     state = TrainState(**values)
-    numbers = (state.step, state.tokens, 0 if state.best_step is None else state.best_step)
+    best_step = 0 if state.best_step is None else state.best_step
+    numbers = (state.step, state.tokens, best_step, state.not_applied)
     if not all(type(one) is int and one >= 0 for one in numbers):
         raise ValueError(f"{state} is not the state of a run")
-    if not isinstance(state.best_value, float | None):
+    values_read = (state.best_value, state.first_loss, state.last_loss)
+    if not all(isinstance(one, float | None) for one in values_read):
         raise ValueError(f"{state} is not the state of a run")
     return state
 

@@ -128,6 +128,9 @@ class RunFolder:
             if not any(self.checkpoints.glob("step-*")):
                 reason = "the run ended before its first checkpoint"
                 hint = f"delete {self.root}, and start the run again"
+            if self.record.exists() and self.read_record().get("status") == "failed":
+                reason = "no step of the run was applied"
+                hint = f"delete {self.root}, and start the run again with other settings"
             if which == "best" and (self.root / "last").is_dir():
                 reason, hint = "the run was not evaluated after its first step", "--weights last"
             raise RecipeError(f"{folder} does not exist: {reason}", hint=hint)

@@ -162,7 +162,7 @@ class CheckpointManager:
         self._saved_step = state.step
 
     def keep_best(self, metrics: dict[str, float], state: TrainState) -> None:
-        """Keep the weights if they are the best so far. The untrained start does not count.
+        """Keep the weights if they are the best so far. Untrained weights do not count.
 
         Args:
             metrics: of an evaluation; the one that decides may be missing.
@@ -171,7 +171,7 @@ class CheckpointManager:
         if value is None:
             return
         found = {"by": self._best_by, "value": value}
-        if state.step == 0:
+        if not state.is_trained:
             if self._world.is_main:
                 self._run.update_record(untrained=found)
             return
@@ -210,8 +210,17 @@ class CheckpointManager:
         """Write the last weights and complete the record.
 
         Raises:
-            TrainingError: they are not finite.
+            TrainingError: they are not finite, or no step was applied.
         """
+        if not state.is_trained:
+            self.note(status="failed", steps=state.step, steps_not_applied=state.not_applied)
+            raise TrainingError(
+                f"{self._run.root}: no step was applied: in all {state.step} steps the loss or the "
+                "gradient was not finite. The weights are untrained and were not written",
+                hint="look at the rows named above; then start again in another output.dir with a "
+                "lower optimizer.learning_rate, or with training.precision bf16 or fp32 in place "
+                "of fp16",
+            )
         if self._world.is_main:
             refuse_non_finite(self._setup.model, state.step)
             with _written("last weights", self._run.root):
@@ -219,6 +228,9 @@ class CheckpointManager:
             self._run.update_record(
                 status="finished",
                 steps=state.step,
+                steps_not_applied=state.not_applied,
+                first_loss=state.first_loss,
+                last_loss=state.last_loss,
                 tokens=state.tokens,
                 seconds=round(seconds, 1),
                 peak_memory_bytes=self._world.peak_memory_bytes(),

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from qlora_cli.common.formatting import size_text
+from qlora_cli.common.formatting import duration_text, size_text
 
 
 def run_text(folder: str, record: Mapping[str, Any]) -> str:
     """Describe a finished run and the next command (`record` is its run.json)."""
-    lines = [f"{folder}: {record['status']} after {record['steps']} steps"]
+    steps = f"{record['steps']:,} steps"
     if record["steps"] < record["max_steps"]:
-        lines[0] += f" of {record['max_steps']}: stopped early by training.patience"
+        steps += f" of {record['max_steps']:,} (stopped early by training.patience)"
+    facts = [f"{folder}: {record['status']} after {steps} and {duration_text(record['seconds'])}"]
+    if skipped := record["steps_not_applied"]:
+        facts.append(f"{skipped:,} of the steps not applied (loss or gradient not finite)")
+    facts.append(f"training loss {record['first_loss']:.4f} to {record['last_loss']:.4f}")
+    weights = "last/"
     if best := record.get("best"):
-        lines.append(f"best {best['by']}: {best['value']:.4f} at step {best['step']}")
-    next_command = f"qlora eval {folder}"
-    if not record["tasks"]:
-        next_command = f"qlora merge {folder} --output {folder}/merged"
-    return "\n".join([*lines, f"next: {next_command}"])
+        facts.append(f"best {best['by']} {best['value']:.4f} at step {best['step']}")
+        weights += " and best/"
+    facts.append(f"weights in {weights}, log in metrics.jsonl")
+    return f"{'; '.join(facts)}\nnext: {_next_command(folder, record)}"
+
+
+def _next_command(folder: str, record: Mapping[str, Any]) -> str:
+    run = shlex.quote(folder)
+    if record["tasks"]:
+        return f"qlora eval {run}"
+    return f"qlora merge {run} --output {shlex.quote(str(Path(folder, 'merged')))}"
 
 
 def bench_text(report: Mapping[str, Any]) -> str:

@@ -52,6 +52,10 @@ def adapter(run: Path) -> bytes:
     return (run / "last" / "adapter_model.safetensors").read_bytes()
 
 
+def record(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "run.json").read_text(encoding="utf-8")))
+
+
 def state(run: Path, step: int) -> dict[str, Any]:
     path = run / "checkpoints" / f"step-{step:08d}" / "state.json"
     tree = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +81,9 @@ def test_a_nan_step_is_not_applied_and_its_row_is_named(
         },
     )  # fmt: skip
     assert exit_code("train", recipe) == 0
-    told = capsys.readouterr().err
+    summary, told = capsys.readouterr()
+    assert "; 1 of the steps not applied" in summary
+    assert record(tmp_path / "run")["steps_not_applied"] == 1
     assert "it was not applied; rows: " in told
     assert "the loss is nan, the gradient's norm nan" in told
     named = told.split("not applied; rows: ")[1].splitlines()[0].split(", ")
@@ -88,6 +94,32 @@ def test_a_nan_step_is_not_applied_and_its_row_is_named(
     assert sum(row["loss"] is None for row in rows) == 1, "logged as it is, and though not due"
     saved = load_file(tmp_path / "run" / "last" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_in_which_no_step_was_applied_has_no_result(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    steps: int,
+) -> None:
+    recipe = write_recipe(
+        model={"path": str(damaged_base(tmp_path))},
+        data=rows_file(tmp_path, [f"ef {ODD}"] * 4),
+        training={"max_steps": steps},
+    )
+    run = tmp_path / "run"
+    assert exit_code("train", recipe) == 4
+    printed, told = capsys.readouterr()
+    assert not printed
+    assert f"no step was applied: in all {steps} steps" in told
+    found = record(run)
+    assert (found["status"], found["steps_not_applied"]) == ("failed", steps)
+    assert not (run / "last").exists()
+    assert not (run / "best").exists()
+    assert exit_code("merge", run, "--output", tmp_path / "merged") == 2
+    assert "no step of the run was applied" in capsys.readouterr().err
+    assert exit_code("train", recipe, "--resume", "auto") == 4
 
 
 def test_a_bad_step_does_not_affect_the_steps_around_it(

@@ -78,27 +78,45 @@ def test_a_difference_is_called_one_where_zero_is_outside_of_its_interval(
     assert line.endswith(verdict)
 
 
-def test_run_text_names_the_best_step_if_there_is_one() -> None:
-    record = {
-        "status": "finished",
-        "steps": 8,
-        "max_steps": 8,
-        "tasks": ["loss"],
-        "best": {"step": 6, "by": "loss", "value": 0.5},
-    }
-    assert run_text("runs/x", record).splitlines() == [
-        "runs/x: finished after 8 steps",
-        "best loss: 0.5000 at step 6",
+RECORD = {
+    "status": "finished",
+    "steps": 8,
+    "max_steps": 8,
+    "steps_not_applied": 0,
+    "seconds": 90.0,
+    "first_loss": 3.25,
+    "last_loss": 0.75,
+    "tasks": ["loss"],
+    "best": {"step": 6, "by": "loss", "value": 0.5},
+}
+
+
+def test_run_text_says_how_the_run_went_and_what_is_next() -> None:
+    assert run_text("runs/x", RECORD).splitlines() == [
+        "runs/x: finished after 8 steps and 90 s; training loss 3.2500 to 0.7500; best loss 0.5000 "
+        "at step 6; weights in last/ and best/, log in metrics.jsonl",
         "next: qlora eval runs/x",
     ]
-    assert "best" not in run_text("runs/x", {**record, "best": None})
-    early = run_text("runs/x", {**record, "steps": 7})
-    assert early.startswith("runs/x: finished after 7 steps of 8: stopped early by training")
+    assert "best" not in run_text("runs/x", {**RECORD, "best": None})
+    early = run_text("runs/x", {**RECORD, "steps": 7})
+    assert early.startswith("runs/x: finished after 7 steps of 8 (stopped early by training")
+
+
+def test_run_text_counts_steps_that_were_not_applied() -> None:
+    assert "not applied" not in run_text("runs/x", RECORD)
+    text = run_text("runs/x", {**RECORD, "steps_not_applied": 3})
+    assert "; 3 of the steps not applied (loss or gradient not finite);" in text.splitlines()[0]
 
 
 def test_run_text_does_not_send_to_eval_what_cannot_be_measured() -> None:
-    record = {"status": "finished", "steps": 8, "max_steps": 8, "tasks": []}
+    record = {**RECORD, "tasks": []}
     assert run_text("runs/x", record).endswith("next: qlora merge runs/x --output runs/x/merged")
+
+
+def test_run_text_quotes_the_folder_for_a_shell() -> None:
+    record = {**RECORD, "tasks": []}
+    command = "qlora merge 'my runs/x' --output 'my runs/x/merged'"
+    assert run_text("my runs/x", record).endswith(f"next: {command}")
 
 
 def test_merge_text() -> None:
