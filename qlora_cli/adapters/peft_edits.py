@@ -65,6 +65,11 @@ class PeftEdits(WeightEdits):
         """Id of a parameter of the base -> its names, several where it is tied."""
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             self._base_names.setdefault(id(parameter), []).append(name)
+        buffers = {id(buffer): name for name, buffer in skeleton.named_buffers()}
+        self._stored_buffers = {i: name for i, name in buffers.items() if name in names.in_files}
+        """Id of a buffer of the base that its files hold, such as the bias of a router -> name."""
+        self._computed_buffers = set(buffers) - set(self._stored_buffers)
+        """Ids of buffers that the model computes, such as the scale of an embedding."""
         self._first_name = {name: same[0] for same in self._base_names.values() for name in same}
         adapted, matched = self._wrap(skeleton, config, shapes)
         self._sources = {key: saved[0] for key, saved in matched.items()}
@@ -91,7 +96,7 @@ class PeftEdits(WeightEdits):
 
     def apply(self, name: str, read: ReadBase) -> Tensor:
         def base(wanted: str) -> Tensor:
-            saved = self._replaced.get(self._first_name[wanted])
+            saved = self._replaced.get(self._first_name.get(wanted, wanted))
             return read(wanted) if saved is None else self._read(saved)
 
         if name in self._parts:
@@ -177,7 +182,7 @@ class PeftEdits(WeightEdits):
         with with_values(module, values):
             values.clear()
             restore_index_tables(module)
-            if is_incomplete(module):
+            if is_incomplete(module, self._computed_buffers):
                 raise ModelError(
                     f"PEFT's merge of {name} needs values that {self._folder} does not hold"
                 )
@@ -199,6 +204,8 @@ class PeftEdits(WeightEdits):
             elif names := self._base_names.get(key):
                 inside = [one for one in names if one.startswith(f"{name}.")]
                 values[key] = base((inside or names)[0])
+            elif buffer := self._stored_buffers.get(key):
+                values[key] = base(buffer)
         return values
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +58,20 @@ def merge_module(module: Any) -> Any:
     return module.get_base_layer()
 
 
-def is_incomplete(module: nn.Module) -> bool:
+def is_incomplete(module: nn.Module, computed: Collection[int]) -> bool:
     """Tell whether a layer of PEFT still has tensors on the meta device.
 
     (Where rows of an embedding are trained, the old rows stay there: no merge reads them.)
+
+    Args:
+        computed: ids of buffers of the base that are not in its files. No merge reads them either.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tensors = (*module.parameters(), *module.buffers())
-    return isinstance(module, BaseTunerLayer) and any(tensor.is_meta for tensor in tensors)
+    return isinstance(module, BaseTunerLayer) and any(
+        tensor.is_meta and id(tensor) not in computed for tensor in tensors
+    )
 
 
 def restore_index_tables(module: nn.Module) -> None:

@@ -87,7 +87,7 @@ class TokenLoss(Objective):
         with self._autocast(device):
             states = self._states(batch, places)
             head: Any = self._halves[1] if self.is_split else nn.Identity()
-            width = head.out_features if self.is_split else states.shape[-1]
+            width = _vocabulary_size(head) if self.is_split else states.shape[-1]
             sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
             # Without any label (on a rank without rows) there is no chunk.
             for at in _chunks(len(targets), width, device):
@@ -141,6 +141,19 @@ def _without_adapter(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _vocabulary_size(head: nn.Module) -> int:
+    """Return the number of logits of a head, with or without PEFT's wrapper around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inner: Any = head
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        inner = head.original_module
+    elif isinstance(head, BaseTunerLayer):
+        inner = head.get_base_layer()
+    return int(inner.out_features)
+
+
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Find the positions that predict a supervised token.
 
@@ -159,7 +172,7 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 def head_loss(
     hidden: Tensor,
     targets: Tensor,
-    head: nn.Linear,
+    head: nn.Module,
     cross_entropy: CrossEntropy = cross_entropy,
 ) -> Tensor:
     """Sum the cross-entropy of `head(hidden)` against `targets`; compute its gradient on the way.
@@ -185,7 +198,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
-        head: nn.Linear,
+        head: nn.Module,
         cross_entropy: CrossEntropy,
         *weights: Tensor,
     ) -> Tensor:
@@ -193,7 +206,7 @@ class _HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wanted else None
         weight_grads = [torch.zeros_like(weight) for weight in weights]
-        for rows in _chunks(len(targets), head.out_features, hidden.device):
+        for rows in _chunks(len(targets), _vocabulary_size(head), hidden.device):
             with torch.set_grad_enabled(wanted):
                 states = hidden[rows].detach().requires_grad_(wanted)
                 logits = head(states)  # (n, V)

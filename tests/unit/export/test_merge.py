@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
@@ -118,6 +125,64 @@ def test_a_head_that_is_the_embedding_is_changed_with_it(
     report = merge(tmp_path / "run", tmp_path / "merged", weights="last")
     assert report.logit_error < 1e-5
     assert list(Shards(tmp_path / "merged").tensors) == list(Shards(base).tensors)
+
+
+EXPERTS: dict[str, Any] = {
+    "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+DEEPSEEK: dict[str, Any] = {
+    **EXPERTS, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}  # fmt: skip
+GLM: dict[str, Any] = {**EXPERTS, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "adapter"),
+    [
+        ("DeepseekV3", DEEPSEEK, {}),
+        ("DeepseekV3", DEEPSEEK, {"type": "loha", "r": 4, "target_modules": ["kv_b_proj"]}),
+        ("DeepseekV3", DEEPSEEK, {"type": "freeze", "patterns": [r"\.gate\."], "last_layers": 0}),
+        ("Glm4Moe", GLM, {}),
+        ("Glm4Moe", GLM, {"target_modules": ["mlp.gate", "q_proj"]}),
+        ("Dots1", GLM, {}),
+    ],
+)
+def test_the_buffer_of_a_router_is_copied(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    family: str,
+    config: dict[str, Any],
+    adapter: dict[str, Any],
+) -> None:
+    base = save_tiny_model(tmp_path / "base", family=family, **config)
+    tensors = load_file(base / "model.safetensors")
+    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert biases
+    for name in biases:
+        torch.nn.init.normal_(tensors[name])
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    method = adapter if "type" in adapter else {"type": "lora", "r": 4, "alpha": 8, **adapter}
+    train(tiny_recipe(model={"path": str(base)}, adapter=method))
+    assert merge(tmp_path / "run", tmp_path / "merged", weights="last").logit_error < 1e-5
+    before, after = Shards(base), Shards(tmp_path / "merged")
+    assert list(after.tensors) == list(before.tensors)
+    assert all(after.digest(name) == before.digest(name) for name in biases)
+
+
+def test_lora_on_an_embedding_with_a_computed_scale_is_merged(
+    tiny_recipe: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Gemma 3 scales its embedding by a buffer that is not in the files."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    settings = json.loads((base / "config.json").read_text("utf-8"))
+    config = Gemma3TextConfig(**{**settings, "model_type": "gemma3_text", "head_dim": 8})
+    Gemma3ForCausalLM(config).save_pretrained(base)
+    adapter = {"type": "lora", "r": 4, "target_modules": ["embed_tokens", "q_proj"]}
+    train(tiny_recipe(model={"path": str(base)}, adapter=adapter))
+    assert merge(tmp_path / "run", tmp_path / "merged", weights="last").logit_error < 1e-5
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

@@ -1,16 +1,20 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from qlora_cli.adapters import LoRA
+from qlora_cli.adapters import OFT, LoHa, LoKr, LoRA, OtherPeft
 from qlora_cli.data.batching.sampler import eval_batches
+from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.quantization import Nf4, Unquantized
 from qlora_cli.objectives import supervised
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
+from tests.conftest import save_tiny_model
 
 
 def make_batch() -> Batch:
@@ -64,6 +68,50 @@ def test_equals_the_plain_loss_and_its_gradients(
     for name, gradient in found.items():
         # Float32 sums in another order.
         torch.testing.assert_close(2 * gradient, expected_gradients[name], rtol=1e-5, atol=1e-5)
+
+
+HEAD = {"target_modules": ["lm_head"]}
+
+
+@pytest.mark.parametrize("quantization", [Unquantized(), Nf4()], ids=["float32", "nf4"])
+@pytest.mark.parametrize(
+    ("adapter", "tied"),
+    [
+        (LoRA(r=4, trainable_token_indices=[256, 257]), True),
+        (LoRA(r=4, trainable_token_indices=[0]), False),
+        (LoRA(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 259]), True),
+        (LoRA(r=4, **HEAD), False),
+        (LoHa(r=4, **HEAD), False),
+        (LoKr(r=4, **HEAD), False),
+        (OFT(oft_block_size=8, **HEAD), False),
+        (OtherPeft(peft_type="miss", config={"r": 4}, **HEAD), False),
+    ],
+    ids=lambda value: f"{value.type}" if hasattr(value, "type") else f"tied={value}",
+)
+def test_a_head_in_a_wrapper_has_the_plain_loss_and_its_gradients(
+    tmp_path: Path, adapter: Any, tied: bool, quantization: Any
+) -> None:
+    base = BaseModelConfig(path=str(save_tiny_model(tmp_path / "m", tie_word_embeddings=tied)))
+    options = quantization.load_options(torch.float32)
+    model = adapter.attach(base.load(options, torch.device("cpu")))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    batch = make_batch()
+    expected = plain_loss(model, batch)
+    expected.backward()
+    expected_gradients = gradients(model)
+
+    objective = TokenLoss(model, torch.float32)
+    loss, _ = objective(batch)
+    loss.backward()
+    found = gradients(model)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert found.keys() == expected_gradients.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-4)
+    assert objective.of_rows(batch).sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_a_soft_cap_after_the_head_is_detected_and_applied() -> None:
