@@ -33,7 +33,15 @@ class FullFineTune(AdapterMethod):
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the weights as an ordinary model folder."""
-        model.save_pretrained(folder)
+        from transformers import GenerationConfig
+
+        settings = model.generation_config
+        # transformers refuses to save some settings that it has loaded. The run writes them itself.
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = settings
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """Replace the base's weights by saved ones. `model` is changed in place.

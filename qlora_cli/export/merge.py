@@ -7,18 +7,19 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.formatting import size_text
-from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.distributed.world import World
-from qlora_cli.errors import ModelError, RecipeError
+from qlora_cli.errors import RecipeError
 from qlora_cli.export.dequantize import FakeQuantizer
+from qlora_cli.export.merge_files import verify_files, write_files
 from qlora_cli.export.merge_shards import ShardMerger
 from qlora_cli.export.verify import compare_models, refuse_infidelity
 from qlora_cli.models.base import refuse_prequantized
@@ -31,14 +32,9 @@ from qlora_cli.runs.merge_report import MergeReport
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder, Weights, recipe_of_run
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 log = logging.getLogger("qlora")
 
 Base = Literal["as-trained", "original"]
-
-_WEIGHT_FILES = {".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"} | PICKLED
 
 
 def merge(
@@ -86,6 +82,7 @@ def merge(
             digests = plan.write(unfinished)
             plan.verify(unfinished, digests)
             write_files(located, trained, tokenizer, plan, unfinished)
+            verify_files(located, trained, tokenizer, plan, unfinished)
             base = "as-trained" if plan.is_as_trained else "original"
             found = None
             if with_logits:
@@ -124,21 +121,47 @@ def _precision_of(run: RunFolder) -> list[str]:
 
 
 def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> ShardMerger:
-    """Plan the merge before anything is written.
+    """Plan the merge of a run before anything is written.
 
     Raises:
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
-    trust = recipe.model.trust_remote_code
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
+    return plan_merge(
+        recipe.adapter,
+        located,
+        trained,
+        recipe.quantization.load_options(dtype),
+        base=base,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def plan_merge(
+    adapter: AdapterMethod,
+    located: Path,
+    trained: Path,
+    load_options: dict[str, Any],
+    *,
+    base: Base | None = None,
+    trust_remote_code: bool = False,
+) -> ShardMerger:
+    """Plan the merge of a trained adapter into the model of a folder.
+
+    Args:
+        load_options: what `load_options()` of the quantization returns.
+
+    Raises:
+        ModelError: the trained weights do not fit the base, or cannot be merged.
+    """
     shards = Shards(located)
     rounding = FakeQuantizer(
-        build_skeleton(located, trust_remote_code=trust), recipe.quantization.load_options(dtype)
+        build_skeleton(located, trust_remote_code=trust_remote_code), load_options
     )
-    skeleton = build_skeleton(located, trust_remote_code=trust)
+    skeleton = build_skeleton(located, trust_remote_code=trust_remote_code)
     names = WeightNames(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
-    edits = recipe.adapter.weight_edits(skeleton, names, trained)
+    edits = adapter.weight_edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"
     return ShardMerger(shards, names, edits, rounding, tied, as_trained=is_as_trained)
 
@@ -160,44 +183,3 @@ def refuse_full_disk(folder: Path, size: int) -> None:
 def free_bytes(folder: Path) -> int:
     """Return the free space on the disk of a folder."""
     return shutil.disk_usage(folder).free
-
-
-def write_files(
-    located: Path,
-    trained: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: ShardMerger,
-    folder: Path,
-) -> None:
-    """Write every file except the weights: the base's own, then tokenizer and generation config as
-    trained.
-
-    config.json is the last one: until it exists, no program takes the folder for a model.
-    """
-    for file in sorted(located.iterdir()):
-        is_weight = file.suffix in _WEIGHT_FILES or file.name.endswith(".index.json")
-        if file.is_file() and not is_weight and file.name not in ("config.json", "README.md"):
-            shutil.copyfile(file, folder / file.name)
-    tokenizer.save_pretrained(folder)
-    shutil.copyfile(trained / "generation_config.json", folder / "generation_config.json")
-    config = read_object(located / "config.json")
-    for section in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        if plan.untied and (section is config or "tie_word_embeddings" in section):
-            section["tie_word_embeddings"] = False
-        if plan.vocab_size is not None and "vocab_size" in section:
-            section["vocab_size"] = plan.vocab_size
-    if plan.vocab_size is not None:
-        check_vocabulary(plan.vocab_size, tokenizer)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
-
-    Raises:
-        ModelError: there are tokens without an embedding.
-    """
-    if len(tokenizer) > vocab_size:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens and the merged model {vocab_size}"
-        )

@@ -20,6 +20,7 @@ from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inspect.preview_html import preview_page
 from qlora_cli.inspect.preview_model import SourceView, SplitView, make_sample
 from qlora_cli.inspect.preview_text import preview_text
+from qlora_cli.loop.run_data import check_tokens
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Example
 
@@ -60,6 +61,7 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     held_out = None
     if found := sources["evaluation"]:
         held_out = read("evaluation", found)
+    check_tokens(recipe, tokenizer, [training, *([held_out] if held_out else [])])
     audited = audit_data(data, training, held_out, tokenizer)
     splits = [
         _Split(split, names[split], sources[split], result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,20 @@ from qlora_cli.data.prepared.audit import check_data
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.data.render.chat_template import read_chat_template
+from qlora_cli.errors import DataError
 from qlora_cli.models.identity import identify
+from qlora_cli.models.tokenizer_check import require_as_in_file
+from qlora_cli.models.vocabulary import embedding_rows
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import take_fingerprint
 from qlora_cli.tasks.task import TaskItems, read_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_COMPARED = 64
+"""Rows whose tokens are compared with those of the tokenizer's file."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,38 @@ def read_recipe_data(recipe: Recipe, *, use_cache: bool = True) -> RecipeData:
     evaluation = None
     if sources := data.evaluation_sources:
         evaluation = read_data("evaluation", data, sources, tokenizer, use_cache=use_cache)
+    check_tokens(recipe, tokenizer, [training, *([evaluation] if evaluation else [])])
     return RecipeData(tokenizer, training, evaluation)
+
+
+def check_tokens(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prepared: Sequence[PreparedData]
+) -> None:
+    """Refuse rows with tokens that the model's embedding or the tokenizer's file does not have.
+
+    `load_tokenizer` checks the tokenizer itself. Plain text may still contain a special token that
+    no template writes and that has no row in the embedding.
+
+    Raises:
+        DataError: a row has a token without a row in the embedding.
+        ModelError: the tokenizer's own file gives other tokens for one of the first rows.
+    """
+    model = recipe.model
+    folder = model.locate()
+    rows = embedding_rows(folder, trust_remote_code=model.trust_remote_code)
+    for one in prepared:
+        texts = (str(tokenizer.decode(example.input_ids)) for example in one.examples[:_COMPARED])
+        require_as_in_file(tokenizer, folder, texts)
+        if rows is None:
+            continue
+        if found := one.examples.first_with_token_from(rows):
+            index, token_id = found
+            raise DataError(
+                f"{one.examples.place(index)}: the row has token {token_id}, and the model's "
+                f"embedding has {rows} rows (0 to {rows - 1})",
+                hint="remove the special token from the text, or use the tokenizer that belongs "
+                "to this model",
+            )
 
 
 def prepare_data(recipe: Recipe, *, use_cache: bool = True) -> RunData:

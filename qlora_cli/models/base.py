@@ -23,6 +23,7 @@ from qlora_cli.models.gguf import unpack_gguf, unpacked_folder
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.tokenizer import load_tokenizer
+from qlora_cli.models.vocabulary import check_vocabulary, embedding_rows
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,8 @@ class BaseModelConfig(Config):
             chat_template: Jinja text that replaces the tokenizer's own.
 
         Raises:
-            ModelError: it cannot be loaded, or is not a fast tokenizer.
+            ModelError: it cannot be loaded, is not a fast tokenizer, or has tokens without a row
+                in the model's embedding.
         """
         folder = self.locate()
         refuse_prequantized(folder)
@@ -134,6 +136,9 @@ class BaseModelConfig(Config):
         if chat_template is not None:
             refuse_endless(chat_template, "data.chat_template")
             tokenizer.chat_template = chat_template
+        rows = embedding_rows(folder, trust_remote_code=self.trust_remote_code)
+        if rows is not None:
+            check_vocabulary(tokenizer, rows, folder)
         return tokenizer
 
     def is_at_hand(self) -> bool:

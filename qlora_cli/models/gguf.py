@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 from qlora_cli._compat import restore_splitting
@@ -14,10 +15,11 @@ from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.common.hashing import hash_file
 from qlora_cli.errors import ModelError
 from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.tokenizer_files import save_plainly
 
 log = logging.getLogger("qlora")
 
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 """Increase it when files are unpacked in another way than before."""
 
 
@@ -43,7 +45,15 @@ def unpack_gguf(path: Path) -> Path:
 
 def unpacked_folder(path: Path) -> Path:
     """Return the folder of an unpacked GGUF file, whether it exists or not."""
-    return cache_folder() / "gguf" / f"{hash_file(path)[:32]}-{_FORMAT_VERSION}"
+    found = path.stat()
+    digest = _hash_once(path, found.st_size, found.st_mtime_ns)
+    return cache_folder() / "gguf" / f"{digest[:32]}-{_FORMAT_VERSION}"
+
+
+@lru_cache(maxsize=16)
+def _hash_once(path: Path, size: int, changed: int) -> str:
+    """Hash a file of this size and time of change: a run asks for its base several times."""
+    return hash_file(path)
 
 
 def _write_unpacked(path: Path, folder: Path) -> None:
@@ -72,7 +82,7 @@ def _write_unpacked(path: Path, folder: Path) -> None:
             )
             restore_splitting(tokenizer, path)
             model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
+            save_plainly(tokenizer, unfinished)
     # A damaged file raises any kind of error, deep in the libraries that read it.
     except Exception as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error

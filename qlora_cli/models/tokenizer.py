@@ -12,6 +12,7 @@ from qlora_cli.common.untrusted_files import (
     refuse_foreign,
 )
 from qlora_cli.errors import ModelError
+from qlora_cli.models.tokenizer_check import as_in_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,8 +22,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """Load the tokenizer of a model or adapter folder.
 
     Raises:
-        ModelError: it cannot be loaded, has a link that leads out of the folder, or is not a fast
-            tokenizer (masks need offsets into the text).
+        ModelError: it cannot be loaded, has a link that leads out of the folder, is not a fast
+            tokenizer (masks need offsets into the text), or gives other tokens than its file.
     """
     from transformers import AutoTokenizer
 
@@ -31,6 +32,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        if tokenizer.is_fast:
+            tokenizer = as_in_file(tokenizer, folder)
+    except ModelError:
+        raise
     # A damaged file raises any kind of error; the tokenizers library raises Exception itself.
     except Exception as error:
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from error
@@ -41,12 +46,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     if tokenizer.pad_token_id is None:
         # Padding is masked by position and never by id, so the id can be shared.
         tokenizer.pad_token = tokenizer.eos_token
-    for template in _templates_of(tokenizer):
+    for template in templates_of(tokenizer):
         refuse_endless(template, f"the chat template in {folder}")
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _templates_of(tokenizer: Any) -> list[str]:
+def templates_of(tokenizer: Any) -> list[str]:
     """Return all chat templates: a tokenizer has none, one, or several by name."""
     found = tokenizer.chat_template or {}
     return list(found.values()) if isinstance(found, dict) else [found]

@@ -15,6 +15,7 @@ from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.distributed.world import set_seed
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.loop.setup import Batches, Setup
+from qlora_cli.models.tokenizer_files import save_generation_config, save_tokenizer
 from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.checkpoint import (
@@ -200,8 +201,9 @@ class CheckpointManager:
         """Write the trained weights and their tokenizer."""
         with self._recipe.optimizer.evaluation_weights(self._setup.optimizer):
             self._recipe.adapter.save(self._setup.model, folder)
-        self._tokenizer.save_pretrained(folder)
-        self._setup.base.generation_config.save_pretrained(folder)
+        base = self._recipe.model.locate()
+        save_tokenizer(self._tokenizer, base, folder)
+        save_generation_config(self._setup.base, base, folder)
 
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._lower_is_better else value > than

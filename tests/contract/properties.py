@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluate.divergence import compare
-from qlora_cli.export.merge import prepare, write_files
+from qlora_cli.export.merge import prepare
+from qlora_cli.export.merge_files import verify_files, write_files
 from qlora_cli.export.verify import MAX_KL
 from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.loop.fast_path import ComputeOptions
@@ -116,7 +117,9 @@ class Case:
         plan = prepare(recipe, located, trained, None)
         folder.mkdir()
         plan.verify(folder, plan.write(folder))
-        write_files(located, trained, load_tokenizer(located), plan, folder)
+        tokenizer = load_tokenizer(located)
+        write_files(located, trained, tokenizer, plan, folder)
+        verify_files(located, trained, tokenizer, plan, folder)
         return load_model(folder, dtype=torch.float32).eval()
 
 

@@ -158,6 +158,20 @@ class MmapDataset(Sequence[Example]):
         start, end = self._span(self._place_ends, index)
         return self._places[start : end - 1].tobytes().decode("utf-8", "surrogateescape")
 
+    def first_with_token_from(self, token_id: int) -> tuple[int, int] | None:
+        """Find the first example with a token of this id or a larger one.
+
+        Returns:
+            The index of the example, and the id; None if there is none.
+        """
+        import numpy as np
+
+        if not len(self._input_ids) or int(self._input_ids.max()) < token_id:
+            return None
+        position = int(np.argmax(self._input_ids >= token_id))
+        example = int(np.searchsorted(self._ends, position, side="right"))
+        return example, int(self._input_ids[position])
+
     def __len__(self) -> int:
         return len(self._ends)
 
