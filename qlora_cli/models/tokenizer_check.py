@@ -16,6 +16,11 @@ from qlora_cli.errors import ModelError
 
 log = logging.getLogger("qlora")
 
+_HINT = (
+    'if the file is right, set "tokenizer_class": "PreTrainedTokenizerFast" in the '
+    "tokenizer_config.json of that folder"
+)
+
 PROBES = (
     "Hello world, it's 2024! I've 1234567 reasons; don't you?",
     "  two spaces,   three\ttab\n\nnew\r\n lines \n  and trailing  ",
@@ -65,8 +70,7 @@ def as_in_file(tokenizer: Any, folder: Path) -> Any:
     raise ModelError(
         f"{path}: transformers loads it as {kind}, which gives other tokens than the file "
         f"({_example(tokenizer, stored, text)})",
-        hint='set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json beside it '
-        "if the file is right",
+        hint=_HINT,
     )
 
 
@@ -91,8 +95,7 @@ def require_as_in_file(tokenizer: Any, folder: Path, texts: Iterable[str]) -> No
         raise ModelError(
             f"{path}: transformers loads it as {type(tokenizer).__name__}, which gives other "
             f"tokens than the file for a row of the data ({_example(tokenizer, stored, text)})",
-            hint='set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json beside '
-            "it if the file is right",
+            hint=_HINT,
         )
 
 
