@@ -50,7 +50,7 @@ stage "demo model" get_demo_model
 stage "lint" ruff check .
 stage "text" python scripts/check_text.py
 stage "format" ruff format --check .
-stage "types" mypy
+stage "types" mypy --num-workers auto
 stage "dependencies" deptry .
 stage "docs" python scripts/gen_docs.py --check
 stage "tests" run_tests "$@"

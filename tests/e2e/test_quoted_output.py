@@ -144,6 +144,7 @@ def test_results_of_the_quickstart(printed: Printed, write_recipe: Callable[...,
     check_quote(mask_numbers(quote("quickstart")), mask_numbers(done.stdout))
 
 
+@pytest.mark.slow
 def test_the_tutorial(
     printed: Printed, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

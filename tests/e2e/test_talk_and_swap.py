@@ -76,14 +76,13 @@ def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their
     assert not torch.equal(swapped["tuned"], swapped["other"])
 
 
-def test_a_chat_through_a_pipe(runs: list[Path]) -> None:
-    command = [
-        sys.executable, "-m", "qlora_cli", "chat", str(runs[0]), "--adapter", f"other={runs[1]}",
-        "--max-new-tokens", "8", "--json", "-q",
-    ]  # fmt: skip
+def test_a_chat_through_a_pipe(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = "say ab 2\n\n/base\nsay ab 2\n/swap other\n/reset\nsay ab 2\n/quit\nnever asked\n"
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    arguments = ("--adapter", f"other={runs[1]}", "--max-new-tokens", 8, "--json")
+    said = [json.loads(line) for line in qlora(capsys, "chat", runs[0], *arguments).splitlines()]
     assert [one["model"] for one in said] == ["tuned", "base", "other"]
     assert {one["message"] for one in said} == {"say ab 2"}
 

@@ -223,6 +223,7 @@ def test_local_paths_open_no_socket(
     qlora("merge", tmp_path / "run", "--output", tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_rank(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe(
         quantization={"type": "nf4"},

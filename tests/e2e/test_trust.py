@@ -447,6 +447,7 @@ def test_with_local_paths_no_library_fetches_code_from_the_hub(
     assert not list(folder.glob("kernels.f*"))
 
 
+@pytest.mark.slow
 def test_a_secret_in_the_environment_is_written_nowhere(
     all_commands: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
