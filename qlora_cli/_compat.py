@@ -55,6 +55,7 @@ def forbid_hub_kernels() -> None:
     "kernels-community/quantization-bitsandbytes" and runs what it gets, whatever paths are local.
     No setting prevents this. Remove it when there is one.
     """
+    # None makes every import of the package fail; typeshed allows modules only.
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
@@ -84,6 +85,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     forbid_hub_kernels()
     bound_product_caches()
+    # Users cannot act on what these libraries log; what matters to them, our code reports.
     for name in ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|accelerate)\b")

@@ -557,6 +557,7 @@ def run_check(bench: Bench, check: Check) -> tuple[str, str]:
         return "not here", "needs a card"
     except AssertionError as error:
         return "FAIL", str(error)
+    # One failing check must not hide the results of the others.
     except Exception as error:
         return "FAIL", f"{type(error).__name__}: {last_line(str(error))}"
 

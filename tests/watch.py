@@ -65,7 +65,7 @@ def watching() -> Iterator[Watch]:
     """Watch this process. (A hook cannot be removed, so all watches share one.)"""
     if not getattr(sys, "_qlora_is_watched", False):
         sys.addaudithook(_hook)
-        sys._qlora_is_watched = True  # type: ignore[attr-defined]
+        sys._qlora_is_watched = True  # type: ignore[attr-defined]  # set here only
     watch = Watch()
     _watches.append(watch)
     try:

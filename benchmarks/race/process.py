@@ -133,6 +133,7 @@ def look(
     lines, log = (tail.read() for tail in tails)
     if not lines and not log:
         return
+    # The process may end while it is read.
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
         mark = read(watched, started)
         told = one.loaded(lines, log)

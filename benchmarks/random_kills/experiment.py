@@ -95,8 +95,8 @@ def until(heard: Iterator[tuple[float, str]], step: int) -> Iterator[tuple[float
     """Yield lines until one reports the step, or a later one."""
     for moment, line in heard:
         yield moment, line
-        told = step_of(line)
-        if told is not None and told >= step:
+        found = step_of(line)
+        if found is not None and found >= step:
             return
 
 
@@ -111,8 +111,8 @@ def kill_within(
     timer.start()
     for moment, line in heard:
         yield moment, line
-        told = step_of(line)
-        if told is not None and told >= step:
+        found = step_of(line)
+        if found is not None and found >= step:
             process.kill()
             break
     timer.cancel()
@@ -123,15 +123,15 @@ class Clock:
 
     def __init__(self, attempt: Attempt, warm: Attempt, max_steps: int) -> None:
         self._warm = warm.seconds
-        self._told: dict[int, float] = {}
+        self._step_times: dict[int, float] = {}
         for moment, line in attempt.lines:
             step = step_of(line)
             if step is not None:
-                self._told.setdefault(step, moment)
+                self._step_times.setdefault(step, moment)
             elif line.startswith("one epoch: "):
                 self._prepared = moment
             elif "finished after" in line:
-                self._told[max_steps + 1] = moment
+                self._step_times[max_steps + 1] = moment
 
     def seconds(self, aim: Aim) -> float:
         if aim.step is None:
@@ -140,7 +140,7 @@ class Clock:
 
     def turn(self, step: int) -> float:
         """Return the seconds from a step to the next, or from the last step to the end."""
-        return self._told[step + 1] - self._told[step]
+        return self._step_times[step + 1] - self._step_times[step]
 
 
 class Experiment:
@@ -194,8 +194,8 @@ class Experiment:
             if step is not None:
                 lines += until(heard, step)
             if seconds is not None:
-                told = step_of(lines[-1][1]) if lines else None
-                lines += kill_within(process, heard, seconds, 0 if told is None else told + 1)
+                found = step_of(lines[-1][1]) if lines else None
+                lines += kill_within(process, heard, seconds, 0 if found is None else found + 1)
             lines += heard
         return Attempt(lines, time.monotonic() - started, process.returncode, began)
 
@@ -250,7 +250,7 @@ class Experiment:
         return "writing the last weights" if step == form.max_steps else "step"
 
     def kill(self, aim: Aim, clock: Clock) -> dict[str, Any] | None:
-        """One kill, and what it left; None if the process had ended before."""
+        """Kill one process and describe what it left; None if it had already ended."""
         if aim.is_cold:
             self.forget_prepared()
         words = self.resume_options()
@@ -258,13 +258,13 @@ class Experiment:
         attempt = self.start(self.run, *words, step=aim.step, seconds=clock.seconds(aim))
         if attempt.exit_code == 0:
             return None
-        told = "\n".join(line for _, line in attempt.lines)
+        output = "\n".join(line for _, line in attempt.lines)
         if attempt.exit_code != -9:
-            sys.exit(f"qlora train {' '.join(words)} failed ({attempt.exit_code}):\n{told}")
+            sys.exit(f"qlora train {' '.join(words)} failed ({attempt.exit_code}):\n{output}")
         whole = whole_checkpoints(self.run)
         saved, done = max(whole, default=0), attempt.step or 0
         return {
-            "went_on_from": before,
+            "resumed_from_step": before,
             "where": self.where(attempt),
             "seconds": round(attempt.seconds, 2),
             "step": done,

@@ -66,7 +66,7 @@ def _form_lines(name: str, report: dict[str, Any]) -> list[str]:
 
 
 def _started(kill: dict[str, Any]) -> str:
-    from_step = kill["went_on_from"]
+    from_step = kill["resumed_from_step"]
     return "the start" if from_step is None else f"step {from_step}"
 
 

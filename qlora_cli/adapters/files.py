@@ -66,7 +66,7 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
         else:
             _check_sizes(settings, max((max(one) for one in shapes.values() if one), default=1))
         config: Any = PeftConfig.from_pretrained(str(folder))
-    # PEFT checks no types: a wrong setting fails in any way, wherever it is used first.
+    # PEFT does not check types: a wrong setting raises any kind of error, where it is first used.
     except Exception as error:
         raise ModelError(f"{path} cannot be read as the settings of an adapter: {error}") from error
     if config.peft_type == "LORA":

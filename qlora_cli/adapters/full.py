@@ -66,7 +66,7 @@ class FullFineTune(AdapterMethod):
                 local_files_only=True,
                 output_loading_info=True,
             )
-        # Inconsistent settings fail in any way, wherever they are used first.
+        # Inconsistent settings raise any kind of error, wherever they are first used.
         except Exception as error:
             raise ModelError(f"{folder} does not fit the base model: {error}") from error
         missing = {*found["missing_keys"], *map(str, found["mismatched_keys"])}

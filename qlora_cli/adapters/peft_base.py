@@ -25,6 +25,7 @@ def peft_errors(message: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
+    # PEFT raises any kind of error for settings or files that do not fit.
     except Exception as error:
         raise ModelError(f"{message}: {error}") from error
 

@@ -125,7 +125,7 @@ class PeftEdits(WeightEdits):
             warnings.simplefilter("ignore")
             try:
                 adapted = get_peft_model(skeleton, config)
-            # PEFT checks no types: a wrong setting fails in any way, wherever it is used first.
+            # PEFT does not check types: a wrong setting raises any error, where it is first used.
             except Exception as error:
                 raise ModelError(f"{self._folder} does not fit the base model: {error}") from error
             return adapted, match_saved(adapted, shapes, set(self._base_names), self._folder)

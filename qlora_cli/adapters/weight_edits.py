@@ -37,7 +37,7 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
             skeleton: PreTrainedModel = CAUSAL_LM.auto_class().from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    # Inconsistent settings fail in any way, wherever they are used first.
+    # Inconsistent settings raise any kind of error, wherever they are first used.
     except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be read: {error}") from error
     skeleton.tie_weights()

@@ -58,6 +58,7 @@ def run_worker(cell: Cell, root: Path, level: int) -> None:
             {"error": masked(str(error)), "hint": error.hint, "exit_code": error.exit_code}
         )
         sys.exit(error.exit_code)
+    # Any error fails this cell only: the report has to say why.
     except Exception as error:
         message = masked(f"{type(error).__name__}: {error}")
         store.save_failure({"error": message, "hint": None, "exit_code": 1})

@@ -262,7 +262,7 @@ def _read_terminal(settings: ChatSettings) -> Iterator[str]:
     """Yield typed lines until Ctrl-D."""
     # Importing readline gives input() line editing and a history. Windows has no such module.
     with suppress(ImportError):
-        import readline  # noqa: F401
+        import readline  # noqa: F401  imported for its effect on input()
     while True:
         try:
             # A terminal may send bytes that are not UTF-8.

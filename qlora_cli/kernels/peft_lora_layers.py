@@ -29,7 +29,7 @@ class UpdateFirstLinear(PeftLinear):  # type: ignore[misc]  # PEFT is not typed
         return update_first(self, x)
 
 
-class UpdateFirstLinear4bit(PeftLinear4bit):  # type: ignore[misc]
+class UpdateFirstLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # as above
     """LoRA on a 4-bit layer."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -40,7 +40,7 @@ class UpdateFirstLinear4bit(PeftLinear4bit):  # type: ignore[misc]
         return update_first(self, x)
 
 
-class ScaleKeepingLinear8bit(PeftLinear8bit):  # type: ignore[misc]
+class ScaleKeepingLinear8bit(PeftLinear8bit):  # type: ignore[misc]  # as above
     """PEFT's LoRA on an 8-bit layer, fixed so that DoRA does not lose the scales of the weight.
 
     DoRA dequantizes the weight in each forward pass. On a CPU, PEFT 0.21 then replaces the weight

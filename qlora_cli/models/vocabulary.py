@@ -35,7 +35,7 @@ def embedding_rows(folder: Path, *, trust_remote_code: bool = False) -> int | No
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    # Inconsistent settings fail in any way, wherever they are used first.
+    # Inconsistent settings raise any kind of error, wherever they are first used.
     except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be read: {error}") from error
     rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)

@@ -264,6 +264,7 @@ def _merges(case: Case, *, tied: bool) -> str:
         try:
             case.merge(recipe, trained)
         except ModelError as error:
+            # Not `pytest.raises`: the reason is also the result in the table.
             assert reason in str(error)  # noqa: PT017
             return f"no merge: {reason}"
         raise AssertionError("it was merged, but declares `no_merge`")
@@ -280,7 +281,7 @@ def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
             recipe = case.recipe(quantization={"type": kind})
         except ValidationError as error:
             reason: str = case.adapter.no_quantization[kind]
-            assert reason in str(error)  # noqa: PT017
+            assert reason in str(error)  # noqa: PT017  as above
             assert _fails_without_refusal(case, kind), (
                 "the recipe is refused although training works"
             )

@@ -17,7 +17,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_result(tmp_path: Path
     form = tiny_form(tmp_path, kills=4, max_steps=8)
     report = examine(form, tmp_path, seed=5)
     assert len(report["kills"]) == 4
-    assert any(kill["went_on_from"] for kill in report["kills"]), (
+    assert any(kill["resumed_from_step"] for kill in report["kills"]), (
         "at least one run resumed from a checkpoint"
     )
     assert is_same(report), report

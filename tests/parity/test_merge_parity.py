@@ -24,6 +24,7 @@ REFUSED = {
     "OLoRA": "init_lora_weights (olora) changed the base",
 }
 
+# PEFT warns about some of the variants; here only the numbers matter.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -53,6 +53,7 @@ def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model_alone(wide_model: P
 @pytest.mark.skipif(
     not bnb_functional.has_avx512bf16(), reason="the fault is in a kernel for AVX512-BF16"
 )
+# torch warns that this kernel has no gradient, which is the fault itself.
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit.*:UserWarning")
 def test_the_shim_is_still_needed(wide_model: Path) -> None:
     before = gradient_norms(wide_model, evaluate=False, is_cured=False)

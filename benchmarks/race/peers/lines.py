@@ -63,7 +63,7 @@ def trainer_callback(lines: Lines, rows: list[dict[str, list[int]]], rows_per_st
     """
     from transformers import TrainerCallback
 
-    class Tell(TrainerCallback):  # type: ignore[misc]
+    class Tell(TrainerCallback):  # type: ignore[misc]  # untyped where transformers is absent
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             lines.loaded(kwargs["model"])
 

@@ -15,7 +15,7 @@ def load_libraries() -> None:
     PEFT makes a few scalars when it is imported, and bitsandbytes its quantization tables at their
     first use. Made within a trace, they would count in the first trace of a process only.
     """
-    import peft  # noqa: F401
+    import peft  # noqa: F401  imported for the scalars that it makes
     from bitsandbytes import functional
 
     weight = torch.ones(64, 64)

@@ -89,7 +89,7 @@ class MemoryCounter(TorchDispatchMode):
     def __init__(
         self, device: Device = "cpu", granularity: int = 1, vocabulary_size: int = 0
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch is not typed here
         self.peaks: dict[Segment, Peak] = {}
         self.flops: Counter[str] = Counter()
         self.products: set[Any] = set()

@@ -52,7 +52,7 @@ class TracedTensor(Tensor):
         self.meta, self.maker = meta, maker
         return self
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes `tensor_contents`
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
 
     @property
@@ -80,6 +80,7 @@ class TracedTensor(Tensor):
         return made
 
     @classmethod
+    # torch declares it as an instance method; it is called as a class method.
     def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
@@ -148,7 +149,7 @@ class TraceNewTensors(TorchDispatchMode):
     """Create traced tensors in place of CPU tensors while the mode is entered."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch is not typed here
 
     def __torch_dispatch__(
         self,

@@ -89,6 +89,7 @@ def test_a_name_that_matches_nothing_is_refused_with_similar_names(
     assert hint is None or (caught.value.hint is not None and hint in caught.value.hint)
 
 
+# PEFT warns of the missing tensors that these cases remove; our error is tested.
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 @pytest.mark.parametrize(
     ("targets", "message"),

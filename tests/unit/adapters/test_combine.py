@@ -55,6 +55,7 @@ def test_cat_is_the_weighted_sum(
         torch.testing.assert_close(product, wanted, rtol=1e-5, atol=1e-5)
 
 
+# PEFT warns that a density of 1 drops nothing, which is meant here.
 @pytest.mark.filterwarnings("ignore:The density 1.0")
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_gives_the_result_of_peft_on_the_model_itself(
