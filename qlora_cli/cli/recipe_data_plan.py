@@ -14,7 +14,6 @@ from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, s
 from qlora_cli.errors import RecipeError
 from qlora_cli.inspect.cache_text import cache_text
 from qlora_cli.plan.text import plan_text, table_text
-from qlora_cli.recipe.load import dump_with_origins, load_recipe
 
 
 def _is_coloured() -> bool:
@@ -35,6 +34,8 @@ def validate(
     Example:
       qlora validate recipe.yaml --set adapter.r=8
     """
+    from qlora_cli.recipe.load import dump_with_origins, load_recipe
+
     loaded = load_recipe(recipe, overrides)
     values = loaded.recipe.model_dump(mode="json")
     show({"recipe": values, "origins": loaded.origins}, as_json, dump_with_origins(loaded))
@@ -78,6 +79,8 @@ def preview(
       qlora preview recipe.yaml --html preview.html
       qlora preview recipe.yaml --json --source train > rows.jsonl
     """
+    from qlora_cli.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.inspect.preview import preview
 
@@ -141,6 +144,8 @@ def plan(
       qlora plan recipe.yaml --device H100 --table
       qlora plan recipe.yaml --html plan.html
     """
+    from qlora_cli.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.common.html import write_page
     from qlora_cli.plan.html import plan_page

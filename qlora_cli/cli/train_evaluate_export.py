@@ -21,7 +21,6 @@ from qlora_cli.common.report import to_json
 from qlora_cli.errors import EXIT_DIFFERENT
 from qlora_cli.evaluate.text import harness_text
 from qlora_cli.export.text import export_text
-from qlora_cli.recipe.load import load_recipe
 from qlora_cli.runs.evaluation_table import evaluation_table
 from qlora_cli.runs.merge_report import merge_text
 from qlora_cli.train.text import bench_text, rerun_text, run_text
@@ -68,6 +67,8 @@ def train(
       qlora train recipe.yaml --resume auto --set optimizer.learning_rate=1e-5 \
         --allow optimizer.learning_rate
     """
+    from qlora_cli.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train.train import train
 
@@ -99,6 +100,8 @@ def bench(
       qlora bench recipe.yaml
       qlora bench recipe.yaml --set training.kernels=compiled --set training.micro_batch_size=8
     """
+    from qlora_cli.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides)
     from qlora_cli.train.benchmark import bench
 

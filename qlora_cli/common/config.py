@@ -22,6 +22,8 @@ class Config(BaseModel):
         validate_default=True,
         # `model` is a section of the recipe, not one of pydantic's names.
         protected_namespaces=(),
+        # Build a validator when it is first used: a recipe uses few of the variants.
+        defer_build=True,
     )
 
 

@@ -15,7 +15,7 @@ from qlora_cli.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as exit:
-    print(json.dumps([exit.code, sorted(name.partition(".")[0] for name in sys.modules)]))
+    print(json.dumps([exit.code, sorted(sys.modules)]))
 """
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "numpy", "rich"}
@@ -42,4 +42,6 @@ def test_nothing_heavy_is_loaded(tmp_path: Path, arguments: tuple[str, ...]) -> 
     code, modules = json.loads(done.stdout.splitlines()[-1])
     assert code == (2 if "none.yaml" in arguments else 0)
     assert "qlora_cli" in modules
-    assert not HEAVY & set(modules)
+    assert not HEAVY & {name.partition(".")[0] for name in modules}
+    # The recipe's classes take two thirds of the time of `qlora --help`.
+    assert ("qlora_cli.recipe.load" in modules) == (arguments[0] == "validate")
