@@ -25,7 +25,7 @@ from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.errors import ModelError
 from qlora_cli.export.dequantize import FakeQuantizer
 from qlora_cli.export.merge_shards import ShardMerger
-from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.models.quantization import FourBit, Int8, QuantizationConfig, Unquantized
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames
 
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # PEFT turns it into target_parameters, with the router's among them.
     "all-linear (Mixtral)": {"kind": "mixtral", "target_modules": "all-linear"},
 }  # fmt: skip
-BASES: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "int8": Int8()}
+BASES: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": FourBit(), "int8": Int8()}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from qlora_cli.data.prepared.prepare import PreparedData, prepare
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.packed_attention import attend_by_document, check_packing
-from qlora_cli.models.quantization import Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.models.quantization import FourBit, Int8, QuantizationConfig, Unquantized
 from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.types import Example
 
@@ -42,7 +42,7 @@ BATCHES = ((4, 4), (16, 4), (32, 4), (64, 4))
 """Rows per step and per forward. If both are equal, rows are not grouped by length."""
 
 BACK_ENDS = ("eager", "sdpa")
-WEIGHTS: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": Nf4(), "int8": Int8()}
+WEIGHTS: dict[str, QuantizationConfig] = {"none": Unquantized(), "nf4": FourBit(), "int8": Int8()}
 DTYPES = (torch.float32, torch.bfloat16)
 
 SIZE: dict[str, Any] = {

@@ -27,7 +27,7 @@ from qlora_cli.export.report import ExportReport
 from qlora_cli.inference.batch import GenerationReport
 from qlora_cli.inspect.adapters import AdapterDifference, AdapterList, AdapterReport
 from qlora_cli.inspect.preview import PreviewRow
-from qlora_cli.recipe.field_types import FieldType
+from qlora_cli.recipe.field_types import FieldType, type_names
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.yaml_writer import yaml_lines
 from qlora_cli.runs.merge_report import MergeReport
@@ -160,7 +160,7 @@ def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator
         return
     seen[parts] = path
     if len(parts) > 1:
-        yield from (f"- `type: {_type(part)}`: {_about(part)}" for part in parts)
+        yield from (f"- `type: {_types(part)}`: {_about(part)}" for part in parts)
         yield ""
     yield from _tables(parts)
     below = {
@@ -180,7 +180,7 @@ def _tables(parts: tuple[type[Config], ...]) -> Iterator[str]:
     """Render one table for all variants with the same keys."""
     kinds: dict[tuple[str, ...], list[str]] = {}
     for part in parts:
-        kinds.setdefault(tuple(_rows(part)), []).append(f"`{_type(part)}`" if parts[1:] else "")
+        kinds.setdefault(tuple(_rows(part)), []).append(f"`{_types(part)}`" if parts[1:] else "")
     for rows, names in kinds.items():
         if not rows:
             yield f"{', '.join(names)}: no other keys.\n"
@@ -208,7 +208,8 @@ def _default(info: FieldInfo) -> str:
         return "required"
     default = info.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, Config):
-        return f"`{{type: {_type(type(default))}}}`" if "type" in type(default).model_fields else ""
+        name = getattr(default, "type", None)
+        return f"`{{type: {name}}}`" if name else ""
     (line, _), *_ = yaml_lines({"x": default})
     return f"`{line.removeprefix('x: ')}`"
 
@@ -220,8 +221,8 @@ def _presence(info: FieldInfo) -> str:
     return f"Default: {default}." if "type" in default else "Optional."
 
 
-def _type(part: type[Config]) -> str:
-    return str(part.model_fields["type"].default)
+def _types(part: type[Config]) -> str:
+    return "`, `".join(type_names(part))
 
 
 def _about(part: type[Any]) -> str:

@@ -174,6 +174,15 @@ def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
     return [one if one in quick else pytest.param(one, marks=pytest.mark.slow) for one in values]
 
 
+def each_optimizer() -> list[Any]:
+    """Return an optimizer of each type, with its defaults."""
+    from qlora_cli.recipe.field_types import FieldType
+    from qlora_cli.recipe.schema import Recipe
+
+    variants = FieldType.of(Recipe.model_fields["optimizer"]).variants
+    return [kind.model_validate({"type": name}) for name, kind in variants.items()]
+
+
 def exit_code(*arguments: object) -> int:
     """Run a command in this process."""
     from qlora_cli.cli import main

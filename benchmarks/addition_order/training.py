@@ -21,7 +21,7 @@ from qlora_cli.loop.setup import Setup
 from qlora_cli.loop.step import train_step
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.packed_attention import attend_by_document
-from qlora_cli.models.quantization import Nf4, Unquantized
+from qlora_cli.models.quantization import FourBit, Unquantized
 from qlora_cli.models.report import count_trained_weights
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss
@@ -30,7 +30,7 @@ from qlora_cli.optim.schedules import Linear
 from qlora_cli.recipe.sections import Training
 from qlora_cli.types import Batch, Example, StepHooks, TrainState
 
-BASES = {"nf4": Nf4(), "none": Unquantized()}
+BASES = {"nf4": FourBit(), "none": Unquantized()}
 
 
 @dataclass(frozen=True)

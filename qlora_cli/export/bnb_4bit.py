@@ -18,7 +18,7 @@ from qlora_cli.evaluate.divergence import TEXTS, compare, logits_of
 from qlora_cli.export.report import PackedModel, TrainedAgreement
 from qlora_cli.models.base import load_model
 from qlora_cli.models.heads import CAUSAL_LM
-from qlora_cli.models.quantization import Nf4
+from qlora_cli.models.quantization import FourBit
 from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.models.tokenizer_files import save_tokenizer
 from qlora_cli.runs.run_folder import RunFolder, recipe_of_run
@@ -55,7 +55,7 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> PackedModel:
     unpacked = logits_of(load_model(folder, dtype=torch.float32).eval(), rows)
     try:
         with atomic_folder(output) as unfinished:
-            load_model(folder, **Nf4().load_options(torch.bfloat16)).save_pretrained(unfinished)
+            load_model(folder, **FourBit().load_options(torch.bfloat16)).save_pretrained(unfinished)
             save_tokenizer(tokenizer, folder, unfinished)
             for name in ("generation_config.json", "README.md"):
                 if (folder / name).is_file():

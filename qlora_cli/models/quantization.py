@@ -46,7 +46,11 @@ class _Quantized(Config):
         return model
 
 
-class _FourBit(_Quantized):
+class FourBit(_Quantized):
+    """4-bit NormalFloat (`nf4`: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) or
+    4-bit floating point (`fp4`), in the same blocks."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
     max_unquantized: ClassVar[float] = 0.2
     """Maximum share of the linear weights that may stay in 16 bit; above it the run is refused."""
 
@@ -66,7 +70,8 @@ class _FourBit(_Quantized):
         """Return the dtype that a step computes in, if `training.precision` resolves to `dtype`."""
         return _step_dtype(self.compute_dtype, dtype)
 
-    def _load_options(self, quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
+    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Return keyword arguments for `from_pretrained`; `auto` resolves to `dtype`."""
         import torch
         from transformers import BitsAndBytesConfig
 
@@ -82,32 +87,12 @@ class _FourBit(_Quantized):
             "dtype": compute_dtype,
             "quantization_config": BitsAndBytesConfig(
                 load_in_4bit=True,
-                bnb_4bit_quant_type=quant_type,
+                bnb_4bit_quant_type=self.type,
                 bnb_4bit_use_double_quant=self.double_quant,
                 bnb_4bit_compute_dtype=compute_dtype,
                 bnb_4bit_quant_storage=self.quant_storage,
             ),
         }
-
-
-class Nf4(_FourBit):
-    """4-bit NormalFloat (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
-
-    type: Literal["nf4"] = "nf4"
-
-    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return keyword arguments for `from_pretrained`; `auto` resolves to `dtype`."""
-        return self._load_options("nf4", dtype)
-
-
-class Fp4(_FourBit):
-    """4-bit floating point, with the same blocks as NF4."""
-
-    type: Literal["fp4"] = "fp4"
-
-    def load_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return keyword arguments for `from_pretrained`; `auto` resolves to `dtype`."""
-        return self._load_options("fp4", dtype)
 
 
 class Int8(_Quantized):
@@ -168,4 +153,4 @@ class Unquantized(Config):
         return model
 
 
-QuantizationConfig = Annotated[Nf4 | Fp4 | Int8 | Unquantized, Field(discriminator="type")]
+QuantizationConfig = Annotated[FourBit | Int8 | Unquantized, Field(discriminator="type")]

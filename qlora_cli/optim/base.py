@@ -23,15 +23,11 @@ Groups = list[dict[str, Any]]
 class Optimizer(Config):
     """The base of all optimizers."""
 
-    state_bytes: ClassVar[int]
-    """Bytes in a checkpoint for each trained weight."""
-    unpaged: ClassVar[type[Optimizer] | None] = None
-    """The class that replaces a paged optimizer without CUDA. (With CUDA, states of 100,000 values
-    or more are in memory that the host and the GPU share.)"""
-    in_32_bit: ClassVar[type[Optimizer] | None] = None
-    """The same algorithm with 32-bit states, for an optimizer with 8-bit states."""
+    num_means: ClassVar[int]
+    """Running means or sums that it keeps of each trained weight."""
     is_schedule_free: ClassVar[bool] = False
     """The optimizer averages weights over the steps instead of decaying the learning rate."""
+    type: str
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate; the schedule scales it."""
     weight_decay: float = Field(0.0, ge=0)
@@ -44,8 +40,22 @@ class Optimizer(Config):
 
     @property
     def is_paged(self) -> bool:
-        """Tell whether states may move to the host when CUDA is used."""
-        return self.unpaged is not None
+        """Tell whether states may move to the host when CUDA is used.
+
+        With CUDA, states of 100,000 values or more are then in memory that host and GPU share.
+        """
+        return self.type.startswith("paged_")
+
+    @property
+    def has_8bit_states(self) -> bool:
+        """Tell whether the states of large tensors are quantized to 8 bits."""
+        return self.type.endswith("_8bit")
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes in a checkpoint for each trained weight."""
+        # In 8 bits, one more: scales, quantization maps, and small tensors that stay in 32 bit.
+        return self.num_means + 1 if self.has_8bit_states else 4 * self.num_means
 
     def build(self, parameters: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
         """Build the optimizer of those `parameters` that require a gradient.
@@ -55,14 +65,13 @@ class Optimizer(Config):
         Raises:
             RecipeError: a group has no parameter, or the optimizer cannot train any of them.
         """
-        if self.unpaged is None or device.type == "cuda":
+        if not self.is_paged or device.type == "cuda":
             return self._make(self._grouped(parameters))
-        plain = self.unpaged(**{name: value for name, value in self if name != "type"})
+        unpaged = self.type.removeprefix("paged_").removesuffix("_32bit")
         log.warning(
-            "optimizer.type: %s needs CUDA for paging; using %s instead",
-            *(one.model_fields["type"].default for one in (type(self), self.unpaged)),
+            "optimizer.type: %s needs CUDA for paging; using %s instead", self.type, unpaged
         )
-        return plain.build(parameters, device)
+        return self.model_copy(update={"type": unpaged}).build(parameters, device)
 
     def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Return a context in which the trained weights are those to evaluate and to save."""

@@ -1,11 +1,8 @@
-"""AdamW, Lion and AdEMAMix, each with 32-bit or 8-bit states, paged or not.
-
-Each variant is a class of its own, because the recipe's documentation and type checkers read them.
-"""
+"""AdamW, Lion and AdEMAMix, each with 32-bit or 8-bit states, paged or not: see `type`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -24,81 +21,45 @@ Beta2 = Annotated[
 Eps = Annotated[float, Field(gt=0, description="Added to the denominator.")]
 
 
-def _from_bitsandbytes(name: str, groups: Groups, **options: Any) -> torch.optim.Optimizer:
+def _from_bitsandbytes(config: Optimizer, groups: Groups, **options: Any) -> torch.optim.Optimizer:
+    """Build the class of bitsandbytes that has the states of `config.type`."""
     import bitsandbytes.optim
 
-    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, **options)
+    # Not AdEMAMix32bit: in bitsandbytes 0.50 its states have the wrong shape.
+    name = f"{'Paged' * config.is_paged}{type(config).__name__}{'8bit' * config.has_8bit_states}"
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(
+        groups, lr=config.learning_rate, **options
+    )
     return optimizer
 
 
-class AdamWFamily(Optimizer):
-    """The settings of AdamW, built from bitsandbytes."""
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101). With `_8bit`, block-wise
+    8-bit states (https://arxiv.org/abs/2110.02861); with `paged_`, states may move to the host when
+    the GPU is full (QLoRA, section 3)."""
 
-    in_bitsandbytes: ClassVar[str]
-    """The name of the class in bitsandbytes."""
-    state_bytes = 8  # two running means in 32 bit
+    type: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    num_means = 2
     beta1: Beta1 = 0.9
     beta2: Beta2 = 0.999
     eps: Eps = 1e-8
 
-    def _options(self) -> dict[str, Any]:
-        """Return the settings by their names in torch and bitsandbytes."""
-        return {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "eps": self.eps}
-
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
-        return _from_bitsandbytes(self.in_bitsandbytes, groups, **self._options())
-
-
-class AdamW(AdamWFamily):
-    """AdamW with 32-bit states (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
-
-    type: Literal["adamw"] = "adamw"
-
-    def _make(self, groups: Groups) -> torch.optim.Optimizer:
+        betas = (self.beta1, self.beta2)
+        if self.type != "adamw":
+            return _from_bitsandbytes(self, groups, betas=betas, eps=self.eps)
         from torch.optim import AdamW as TorchAdamW
 
         # Fused, because foreach needs temporary memory of three times the adapter's size.
-        return TorchAdamW(groups, fused=True, **self._options())
+        return TorchAdamW(groups, lr=self.learning_rate, betas=betas, eps=self.eps, fused=True)
 
 
-_IN_8_BIT = 1
-"""Bytes in addition to one for each running mean: scales, quantization maps, and small tensors that
-stay in 32 bit."""
+class Lion(Optimizer):
+    """Moves each weight by the sign of a running mean (Chen et al. 2023,
+    https://arxiv.org/abs/2302.06675); `_8bit` and `paged_` as for AdamW."""
 
-
-class AdamW8bit(AdamWFamily):
-    """AdamW with block-wise 8-bit states (https://arxiv.org/abs/2110.02861)."""
-
-    type: Literal["adamw_8bit"] = "adamw_8bit"
-    in_bitsandbytes = "AdamW8bit"
-    state_bytes = 2 + _IN_8_BIT
-    in_32_bit = AdamW
-
-
-class PagedAdamW32bit(AdamWFamily):
-    """AdamW whose 32-bit states may move to the host when the GPU is full (QLoRA, section 3)."""
-
-    type: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
-    in_bitsandbytes = "PagedAdamW32bit"
-    unpaged = AdamW
-
-
-class PagedAdamW8bit(AdamWFamily):
-    """AdamW whose 8-bit states may move to the host when the GPU is full."""
-
-    type: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
-    in_bitsandbytes = "PagedAdamW8bit"
-    state_bytes = AdamW8bit.state_bytes
-    unpaged = AdamW8bit
-    in_32_bit = PagedAdamW32bit
-
-
-class LionFamily(Optimizer):
-    """The settings of Lion, built from bitsandbytes."""
-
-    in_bitsandbytes: ClassVar[str]
-    """The name of the class in bitsandbytes."""
-    state_bytes = 4  # one running mean in 32 bit
+    type: Literal["lion", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"] = "lion"
+    num_means = 1
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate; the schedule scales it. Each step moves every weight by the full rate, so
     choose it three to ten times smaller than for AdamW."""
@@ -108,50 +69,17 @@ class LionFamily(Optimizer):
     """Decay of the running mean of the gradient."""
 
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
-        betas = (self.beta1, self.beta2)
-        return _from_bitsandbytes(self.in_bitsandbytes, groups, lr=self.learning_rate, betas=betas)
+        return _from_bitsandbytes(self, groups, betas=(self.beta1, self.beta2))
 
 
-class Lion(LionFamily):
-    """Moves each weight by the sign of a running mean (Chen et al. 2023, https://arxiv.org/abs/2302.06675)."""
+class AdEMAMix(Optimizer):
+    """AdamW with a second, slow running mean of the gradient (https://arxiv.org/abs/2409.03137);
+    `_8bit` and `paged_` as for AdamW."""
 
-    type: Literal["lion"] = "lion"
-    in_bitsandbytes = "Lion"
-
-
-class Lion8bit(LionFamily):
-    """Lion with a block-wise 8-bit state."""
-
-    type: Literal["lion_8bit"] = "lion_8bit"
-    in_bitsandbytes = "Lion8bit"
-    state_bytes = 1 + _IN_8_BIT
-    in_32_bit = Lion
-
-
-class PagedLion32bit(LionFamily):
-    """Lion whose 32-bit state may move to the host when the GPU is full."""
-
-    type: Literal["paged_lion_32bit"] = "paged_lion_32bit"
-    in_bitsandbytes = "PagedLion"
-    unpaged = Lion
-
-
-class PagedLion8bit(LionFamily):
-    """Lion whose 8-bit state may move to the host when the GPU is full."""
-
-    type: Literal["paged_lion_8bit"] = "paged_lion_8bit"
-    in_bitsandbytes = "PagedLion8bit"
-    state_bytes = Lion8bit.state_bytes
-    unpaged = Lion8bit
-    in_32_bit = PagedLion32bit
-
-
-class AdEMAMixFamily(Optimizer):
-    """The settings of AdEMAMix, built from bitsandbytes."""
-
-    in_bitsandbytes: ClassVar[str]
-    """The name of the class in bitsandbytes."""
-    state_bytes = 12  # three running means in 32 bit
+    type: Literal["ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"] = (
+        "ademamix"
+    )
+    num_means = 3
     beta1: Beta1 = 0.9
     beta2: Beta2 = 0.999
     eps: Eps = 1e-8
@@ -165,47 +93,11 @@ class AdEMAMixFamily(Optimizer):
 
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
         return _from_bitsandbytes(
-            self.in_bitsandbytes,
+            self,
             groups,
-            lr=self.learning_rate,
             betas=(self.beta1, self.beta2, self.beta3),
             eps=self.eps,
             alpha=self.alpha,
             t_alpha=self.slow_warmup_steps,
             t_beta3=self.slow_warmup_steps,
         )
-
-
-class AdEMAMix(AdEMAMixFamily):
-    """AdamW with a second, slow running mean of the gradient (https://arxiv.org/abs/2409.03137)."""
-
-    type: Literal["ademamix"] = "ademamix"
-    # Not AdEMAMix32bit: in bitsandbytes 0.50 its states have the wrong shape.
-    in_bitsandbytes = "AdEMAMix"
-
-
-class AdEMAMix8bit(AdEMAMixFamily):
-    """AdEMAMix with block-wise 8-bit states."""
-
-    type: Literal["ademamix_8bit"] = "ademamix_8bit"
-    in_bitsandbytes = "AdEMAMix8bit"
-    state_bytes = 3 + _IN_8_BIT
-    in_32_bit = AdEMAMix
-
-
-class PagedAdEMAMix32bit(AdEMAMixFamily):
-    """AdEMAMix whose 32-bit states may move to the host when the GPU is full."""
-
-    type: Literal["paged_ademamix_32bit"] = "paged_ademamix_32bit"
-    in_bitsandbytes = "PagedAdEMAMix"
-    unpaged = AdEMAMix
-
-
-class PagedAdEMAMix8bit(AdEMAMixFamily):
-    """AdEMAMix whose 8-bit states may move to the host when the GPU is full."""
-
-    type: Literal["paged_ademamix_8bit"] = "paged_ademamix_8bit"
-    in_bitsandbytes = "PagedAdEMAMix8bit"
-    state_bytes = AdEMAMix8bit.state_bytes
-    unpaged = AdEMAMix8bit
-    in_32_bit = PagedAdEMAMix32bit

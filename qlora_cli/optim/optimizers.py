@@ -12,21 +12,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.optim.base import Groups, Optimizer
-from qlora_cli.optim.families import (
-    AdamW,
-    AdamW8bit,
-    AdamWFamily,
-    AdEMAMix,
-    AdEMAMix8bit,
-    Lion,
-    Lion8bit,
-    PagedAdamW8bit,
-    PagedAdamW32bit,
-    PagedAdEMAMix8bit,
-    PagedAdEMAMix32bit,
-    PagedLion8bit,
-    PagedLion32bit,
-)
+from qlora_cli.optim.families import AdamW, AdEMAMix, Beta1, Beta2, Eps, Lion
 from qlora_cli.optim.groups import NamedParameters
 
 if TYPE_CHECKING:
@@ -39,7 +25,7 @@ class Adafactor(Optimizer):
     """Keeps only the row and column means of squared gradients (https://arxiv.org/abs/1804.04235)."""
 
     type: Literal["adafactor"] = "adafactor"
-    state_bytes = 0  # a row and a column for each matrix
+    num_means = 0  # a row and a column for each matrix
     learning_rate: float = Field(1e-2, gt=0)
     """Peak learning rate; the schedule scales it. It is relative to the weights: a step changes a
     tensor by about this share of its root mean square (taken as at least 0.001)."""
@@ -64,7 +50,7 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     type: Literal["sgd"] = "sgd"
-    state_bytes = 4
+    num_means = 1
     learning_rate: float = Field(1e-2, gt=0)
     """Peak learning rate; the schedule scales it."""
     weight_decay: float = Field(0.0, ge=0)
@@ -93,21 +79,30 @@ class SGD(Optimizer):
         )
 
 
-class ScheduleFreeAdamW(AdamWFamily):
+class ScheduleFreeAdamW(Optimizer):
     """AdamW with averaged weights instead of a schedule (https://arxiv.org/abs/2405.15682). The
     average is evaluated and saved."""
 
     type: Literal["schedule_free_adamw"] = "schedule_free_adamw"
     is_schedule_free = True
+    num_means = 2
     learning_rate: float = Field(1e-3, gt=0)
     """Learning rate, constant after warm-up. Choose it larger than for AdamW."""
     beta1: float = Field(0.9, gt=0, lt=1)
     """How close to the average the gradient is computed (1 is at the average)."""
+    beta2: Beta2 = 0.999
+    eps: Eps = 1e-8
 
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
         from schedulefree import AdamWScheduleFree
 
-        optimizer = AdamWScheduleFree(groups, foreach=False, **self._options())
+        optimizer = AdamWScheduleFree(
+            groups,
+            lr=self.learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            foreach=False,
+        )
         optimizer.train()
         plain: torch.optim.Optimizer = optimizer
         return plain
@@ -134,12 +129,15 @@ def _averaged(optimizer: Any) -> Iterator[None]:
             parameter.detach().copy_(values)
 
 
-class Muon(AdamWFamily):
+class Muon(Optimizer):
     """Orthogonal updates for the matrices in the layers (https://arxiv.org/abs/2502.16982), AdamW
     for embeddings, head, norms and biases."""
 
     type: Literal["muon"] = "muon"
-    state_bytes = 4  # for matrices; 8 for what AdamW trains
+    num_means = 1  # for matrices; 2 for what AdamW trains
+    beta1: Beta1 = 0.9
+    beta2: Beta2 = 0.999
+    eps: Eps = 1e-8
     momentum: float = Field(0.95, ge=0, lt=1)
     """Decay of the running sum of gradients, with Nesterov momentum."""
 
@@ -175,7 +173,14 @@ class Muon(AdamWFamily):
         others = _select(groups, {id(p) for _, p in named} - hidden)
         if not others:
             return muon
-        return combine_optimizers(muon, TorchAdamW(others, fused=True, **self._options()))
+        adamw = TorchAdamW(
+            others,
+            lr=self.learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=True,
+        )
+        return combine_optimizers(muon, adamw)
 
 
 def _select(groups: Groups, wanted: set[int]) -> Groups:
@@ -185,37 +190,20 @@ def _select(groups: Groups, wanted: set[int]) -> Groups:
 
 
 OptimizerConfig = Annotated[
-    AdamW
-    | AdamW8bit
-    | PagedAdamW32bit
-    | PagedAdamW8bit
-    | Lion
-    | Lion8bit
-    | PagedLion32bit
-    | PagedLion8bit
-    | AdEMAMix
-    | AdEMAMix8bit
-    | PagedAdEMAMix32bit
-    | PagedAdEMAMix8bit
-    | Adafactor
-    | SGD
-    | ScheduleFreeAdamW
-    | Muon,
+    AdamW | Lion | AdEMAMix | Adafactor | SGD | ScheduleFreeAdamW | Muon,
     Field(discriminator="type"),
 ]
 
 
-def lighter_twin(optimizer: OptimizerConfig, *, pages: bool) -> type[Optimizer] | None:
-    """Return the variant of an optimizer whose states take the least GPU memory.
+def lighter_twin(optimizer: OptimizerConfig, *, pages: bool) -> str | None:
+    """Return the type of an optimizer whose states take the least GPU memory.
 
-    It has 8-bit states, and is paged if possible; None if `optimizer` is that variant already.
+    It has 8-bit states, and is paged if possible; None if there is none, or `optimizer` is it.
 
     Args:
         pages: states can move to the host.
     """
-    kinds: tuple[type[Optimizer], ...] = get_args(get_args(OptimizerConfig)[0])
-    found: type[Optimizer] = type(optimizer)
-    found = next((kind for kind in kinds if kind.in_32_bit is found), found)
-    if pages:
-        found = next((kind for kind in kinds if kind.unpaged is found), found)
-    return None if found is type(optimizer) else found
+    name = optimizer.type.removeprefix("paged_").removesuffix("_32bit").removesuffix("_8bit")
+    lightest = f"{'paged_' * (pages or optimizer.is_paged)}{name}_8bit"
+    types = get_args(type(optimizer).model_fields["type"].annotation)
+    return lightest if lightest in types and lightest != optimizer.type else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.config import Config
 from qlora_cli.data.prepared.prepare import TooManyLost
@@ -13,6 +13,7 @@ from qlora_cli.loop.run_data import RecipeData, read_recipe_data
 from qlora_cli.optim.optimizers import lighter_twin
 from qlora_cli.plan.estimate import estimate, is_padding_free
 from qlora_cli.plan.rows import missing_locally, read_rows
+from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -143,8 +144,7 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
 
 def _kind(section: str, name: str) -> type[Config]:
     """Find the class of a section with this `type`."""
-    kinds: tuple[type[Config], ...] = get_args(Recipe.model_fields[section].annotation)
-    return next(kind for kind in kinds if kind.model_fields["type"].default == name)
+    return FieldType.of(Recipe.model_fields[section]).variants[name]
 
 
 def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
@@ -167,7 +167,7 @@ def _levels(recipe: Recipe, target: Target) -> Iterator[Changes]:
         changes["quantization.type"] = "nf4"
         yield dict(changes)
     if twin := lighter_twin(recipe.optimizer, pages=target.kind == "cuda"):
-        changes["optimizer.type"] = twin.model_fields["type"].default
+        changes["optimizer.type"] = twin
         yield dict(changes)
     length = recipe.data.max_length // 2
     while length >= _SHORTEST:
@@ -202,7 +202,7 @@ def _different(recipe: Recipe, changes: Changes) -> Changes:
             continue
         found[key] = value
         if name == "type":
-            defaults = _kind(section, value)().model_dump(mode="json")
+            defaults = _kind(section, value).model_validate({"type": value}).model_dump(mode="json")
             repeated = {k: v for k, v in after[section].items() if v != defaults[k]}
             found |= {f"{section}.{k}": v for k, v in repeated.items()}
     return found

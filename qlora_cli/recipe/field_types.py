@@ -96,7 +96,7 @@ class FieldType:
         """The sections to choose from, by their `type`."""
         if len(self.sections) == 1:
             return {}
-        return {variant_name(section): section for section in self.sections}
+        return {name: section for section in self.sections for name in type_names(section)}
 
     @property
     def all_sections(self) -> tuple[type[Config], ...]:
@@ -145,10 +145,9 @@ class FieldType:
         return value in self.choices or type(value) in self.scalars
 
 
-def variant_name(section: type[Config]) -> str:
-    """The `type` that selects a variant."""
-    name: str = section.model_fields["type"].default
-    return name
+def type_names(section: type[Config]) -> tuple[str, ...]:
+    """The values of `type` that select a variant, its default first."""
+    return get_args(section.model_fields["type"].annotation)
 
 
 def key_paths(config_class: type[Config], prefix: str = "") -> Iterator[str]:

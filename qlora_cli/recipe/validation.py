@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.common.config import Config
 from qlora_cli.common.secrets import find_secret
-from qlora_cli.recipe.field_types import FieldType, variant_name
+from qlora_cli.recipe.field_types import FieldType, type_names
 from qlora_cli.recipe.messages import Explainer, InvalidValue, secret_message
 from qlora_cli.recipe.yaml_parser import (
     Items,
@@ -89,7 +89,7 @@ def _plain(node: Node, expected: FieldType, default: object = None) -> object:
     if section is None and "type" not in node.entries and not node.place.line:
         # No file has this section: an override of one of its keys completes the default one.
         section = type(default) if isinstance(default, Config) else None
-        values |= {"type": variant_name(section)} if section else {}
+        values |= {"type": type_names(section)[0]} if section else {}
     for name, entry in node.entries.items():
         info = section.model_fields.get(name) if section else None
         if info is None:

@@ -1,16 +1,15 @@
-"""Base of tasks in which the model chooses the most likely of several options."""
+"""Tasks in which the model chooses the most likely of several options."""
 
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.task import Outcome, Scorer, Task
+from qlora_cli.tasks.task import Outcome, Scorer
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
 
 if TYPE_CHECKING:
@@ -30,23 +29,24 @@ class ChoiceItem:
     """One per option: the tokens of the prompt and of the option; the option's are supervised."""
 
 
-class ChoiceTask(Task):
-    """A task whose items have options."""
+def evaluate_choices(
+    scorer: Scorer,
+    items: Sequence[ChoiceItem],
+    values: Callable[[ChoiceItem, list[float]], dict[str, float]],
+) -> list[Outcome]:
+    """Choose the most likely option of each item.
 
-    def evaluate(self, scorer: Scorer, items: Sequence[ChoiceItem]) -> list[Outcome]:
-        found = iter(scorer.log_likelihoods([e for q in items for e in q.examples]))
-        outcomes = []
-        for item in items:
-            log_p = [next(found) for _ in item.options]
-            chosen = item.options[log_p.index(max(log_p))]
-            right = item.options[item.answer]
-            values = self.values(item, log_p)
-            outcomes.append(Outcome(item.place, item.prompt, right, chosen, values))
-        return outcomes
-
-    @abstractmethod
-    def values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
-        """Return the values of an item, given the log-likelihood of each option in nats."""
+    Args:
+        values: the values of an item, given the log-likelihood of each option in nats.
+    """
+    found = iter(scorer.log_likelihoods([e for q in items for e in q.examples]))
+    outcomes = []
+    for item in items:
+        log_p = [next(found) for _ in item.options]
+        chosen = item.options[log_p.index(max(log_p))]
+        right = item.options[item.answer]
+        outcomes.append(Outcome(item.place, item.prompt, right, chosen, values(item, log_p)))
+    return outcomes
 
 
 def encode_choice(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.tasks.task import GenerationTask, Measure, Values
+from qlora_cli.tasks.task import Measure, Task, Values
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -21,7 +21,7 @@ _BETA = 2
 """Weight of recall relative to precision."""
 
 
-class ChrF(GenerationTask):
+class ChrF(Task):
     """chrF of all examples together (Popović 2015, https://aclanthology.org/W15-3049/).
 
     It works in any script. Like `sacrebleu`, it sums the matches over all examples before it

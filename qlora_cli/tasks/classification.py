@@ -12,8 +12,8 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.choice import ChoiceItem, ChoiceTask, encode_choice, split_at_answer
-from qlora_cli.tasks.task import Measure, Values, mean_of, read_rows
+from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices, split_at_answer
+from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values, mean_of, read_rows
 from qlora_cli.types import Conversation
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class Classification(ChoiceTask):
+class Classification(Task):
     """The most likely label is the row's answer: accuracy, and F1 averaged over labels.
 
     Rows have the same form as for training on labels: the last answer is the label.
@@ -59,7 +59,10 @@ class Classification(ChoiceTask):
                 raise DataError(f"{row.place}: {error}", hint=error.hint) from error
         return choices
 
-    def values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
+    def evaluate(self, scorer: Scorer, items: Sequence[ChoiceItem]) -> list[Outcome]:
+        return evaluate_choices(scorer, items, self._values)
+
+    def _values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
         chosen = log_p.index(max(log_p))
         return {
             "classification": float(chosen == item.answer),

@@ -7,10 +7,10 @@ from typing import Literal
 
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.pattern import AnswerPattern, last_match
-from qlora_cli.tasks.task import GenerationTask
+from qlora_cli.tasks.task import Task
 
 
-class ExactMatch(GenerationTask):
+class ExactMatch(Task):
     """The answer equals the reference, apart from white space at both ends."""
 
     type: Literal["exact_match"] = "exact_match"

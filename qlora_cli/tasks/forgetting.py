@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from qlora_cli.data.config import Data
+from qlora_cli.data.formats import FormatConfig, Text
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.loss import TokenTask, mean_per_token, perplexity, token_measure
-from qlora_cli.tasks.perplexity import PlainText, bos, read_texts, slide
+from qlora_cli.tasks.loss import evaluate_tokens, mean_per_token, perplexity, token_measure
+from qlora_cli.tasks.perplexity import bos, read_texts, slide
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, read_prompts
 from qlora_cli.types import Example
 
@@ -22,16 +23,18 @@ _PROMPTS = 64
 """Maximum number of prompts to compare; each has hundreds of positions."""
 
 
-class GeneralText(PlainText):
+class GeneralText(Source):
     """Text unrelated to the training data, such as an encyclopedia."""
 
+    format: FormatConfig = Text()
+    """How to turn a row into text."""
     window: int = Field(512, ge=16)
     """Tokens per window; the rows are joined and cut into windows."""
     max_windows: int | None = Field(64, ge=2)
     """Maximum number of windows; null reads all."""
 
 
-class Forgetting(TokenTask):
+class Forgetting(Task):
     """Perplexity of general text, in windows that do not overlap."""
 
     type: Literal["forgetting"] = "forgetting"
@@ -67,6 +70,9 @@ class Forgetting(TokenTask):
             (f"{source.path}, window {number}", window)
             for number, window in enumerate(whole[: source.max_windows], start=1)
         ]
+
+    def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        return evaluate_tokens(scorer, items)
 
 
 class Divergence(Task):

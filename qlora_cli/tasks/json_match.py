@@ -6,10 +6,10 @@ import json
 from typing import Literal
 
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.task import GenerationTask
+from qlora_cli.tasks.task import Task
 
 
-class JsonMatch(GenerationTask):
+class JsonMatch(Task):
     """The answer is the same JSON value as the reference; key order and spacing do not count."""
 
     type: Literal["json_match"] = "json_match"

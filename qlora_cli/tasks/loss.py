@@ -17,18 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class TokenTask(Task):
-    """A task that scores given tokens by their likelihood; its items are (place, example)."""
-
-    def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
-        sums = scorer.log_likelihoods([example for _, example in items])
-        return [
-            Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
-            for (place, example), log_p in zip(items, sums, strict=True)
-        ]
-
-
-class Loss(TokenTask):
+class Loss(Task):
     """Cross-entropy in nats per supervised token, over all tokens of all rows together.
 
     Rows are prepared as for training, and `evaluation.limit` does not apply to them. The loss on
@@ -54,6 +43,18 @@ class Loss(TokenTask):
         """Prepare all examples, each with the location of its row."""
         prepared, _ = load_or_prepare(sources, tokenizer, settings)
         return [(prepared.examples.place(i), one) for i, one in enumerate(prepared.examples)]
+
+    def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
+        return evaluate_tokens(scorer, items)
+
+
+def evaluate_tokens(scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
+    """Score the supervised tokens of each (place, example) by their likelihood."""
+    sums = scorer.log_likelihoods([example for _, example in items])
+    return [
+        Outcome(place, "", "", "", {"nats": -log_p, "tokens": example.num_supervised})
+        for (place, example), log_p in zip(items, sums, strict=True)
+    ]
 
 
 def token_measure(name: str, aggregate: Callable[[Values], NDArray[float64]]) -> Measure:

@@ -15,15 +15,15 @@ from qlora_cli.data.formats.fields import as_list, as_text, parsed, value_of
 from qlora_cli.data.formats.template import check_template, rendered
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.choice import ChoiceItem, ChoiceTask, encode_choice
-from qlora_cli.tasks.task import Measure, mean_of
+from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices
+from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, mean_of
 from qlora_cli.types import Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class MultipleChoice(ChoiceTask):
+class MultipleChoice(Task):
     """The most likely option is the correct one.
 
     The score of an option is the sum of its tokens' log p. The measure `normalized` divides it by
@@ -90,7 +90,10 @@ class MultipleChoice(ChoiceTask):
             raise DataError(f"{self.label}: no rows")
         return items
 
-    def values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
+    def evaluate(self, scorer: Scorer, items: Sequence[ChoiceItem]) -> list[Outcome]:
+        return evaluate_choices(scorer, items, self._values)
+
+    def _values(self, item: ChoiceItem, log_p: list[float]) -> dict[str, float]:
         per_byte = [
             nats / len(option.encode()) for nats, option in zip(log_p, item.options, strict=True)
         ]

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.pattern import AnswerPattern, last_match
-from qlora_cli.tasks.task import GenerationTask
+from qlora_cli.tasks.task import Task
 
 # A minus is a sign unless it follows something to subtract from.
 _SIGN = r"(?:(?<![\w)])[-−][$€£]?)?"
@@ -17,7 +17,7 @@ _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = rf"({_SIGN}(?:{_WHOLE}(?:\.\d+)?|(?<!\d)\.\d+))"
 
 
-class Numeric(GenerationTask):
+class Numeric(Task):
     """The last number of the answer equals the last number of the reference, as in GSM8K.
 
     `1,234.50`, `$1234.5` and `1234.5` are the same number.

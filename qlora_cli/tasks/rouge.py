@@ -6,10 +6,10 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.tasks.task import GenerationTask
+from qlora_cli.tasks.task import Task
 
 
-class Rouge(GenerationTask):
+class Rouge(Task):
     """ROUGE F-measure (Lin 2004, https://aclanthology.org/W04-1013/), for English only.
 
     The library finds only words of the letters a to z and digits. Needs the extra `scores`.

@@ -1,8 +1,7 @@
-"""Base classes of evaluation tasks, and the values they exchange."""
+"""The base of evaluation tasks, and the values that they exchange."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,7 +79,10 @@ def mean_of(name: str, *, lower_is_better: bool = False, is_share: bool = True) 
 
 
 class Task(Config):
-    """One evaluation. A subclass prepares items, runs a model on them, and defines measures."""
+    """One evaluation: generate an answer to each prompt, and `score` it against the reference.
+
+    A task that runs the model in another way overrides `read_items`, `evaluate` and `measures`.
+    """
 
     type: str
     name: str | None = Field(None, min_length=1)
@@ -93,7 +95,18 @@ class Task(Config):
         """Name of the task in tables."""
         return self.name or self.type
 
-    @abstractmethod
+    def score(self, reference: str, answer: str) -> float:
+        """Score an answer against a reference.
+
+        Raises:
+            DataError: the reference cannot be scored against.
+        """
+        raise NotImplementedError
+
+    def values(self, reference: str, answer: str) -> dict[str, float]:
+        """Return the values of one answer."""
+        return {self.type: self.score(reference, answer)}
+
     def read_items(
         self,
         sources: Sequence[Source],
@@ -112,14 +125,24 @@ class Task(Config):
         Raises:
             DataError: there are no rows, or some cannot be used (the message counts them).
         """
+        prompts = read_prompts(sources, tokenizer, settings, limit=limit)
+        for prompt in prompts:
+            try:
+                self.values(prompt.reference, "")
+            except DataError as error:
+                raise DataError(f"{prompt.place}: {error}", hint=error.hint) from error
+        return prompts
 
-    @abstractmethod
     def evaluate(self, scorer: Scorer, items: Sequence[Any]) -> list[Outcome]:
         """Run a model on all items."""
+        return [
+            Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
+            for q, answer in zip(items, scorer.generate(items), strict=True)
+        ]
 
-    @abstractmethod
     def measures(self) -> Sequence[Measure]:
         """Return the measures of the task, the main one first."""
+        return [mean_of(self.type)]
 
     def named_measures(self) -> Iterator[tuple[str, Measure]]:
         """Yield measures with their names in tables. The main measure has the name of the task."""
@@ -158,47 +181,6 @@ def read_prompts(
         for source in sources
         for prompt in prepare_prompts(source, tokenizer, skip=skip, limit=limit)
     ][:limit]
-
-
-class GenerationTask(Task):
-    """A task that scores generated text, on prompts prepared from rows as in training."""
-
-    @abstractmethod
-    def score(self, reference: str, answer: str) -> float:
-        """Score an answer against a reference.
-
-        Raises:
-            DataError: the reference cannot be scored against.
-        """
-
-    def values(self, reference: str, answer: str) -> dict[str, float]:
-        """Return the values of one answer."""
-        return {self.type: self.score(reference, answer)}
-
-    def measures(self) -> Sequence[Measure]:
-        return [mean_of(self.type)]
-
-    def read_items(
-        self,
-        sources: Sequence[Source],
-        tokenizer: PreTrainedTokenizerFast,
-        settings: Data,
-        *,
-        limit: int | None,
-    ) -> list[Prompt]:
-        prompts = read_prompts(sources, tokenizer, settings, limit=limit)
-        for prompt in prompts:
-            try:
-                self.values(prompt.reference, "")
-            except DataError as error:
-                raise DataError(f"{prompt.place}: {error}", hint=error.hint) from error
-        return prompts
-
-    def evaluate(self, scorer: Scorer, items: Sequence[Prompt]) -> list[Outcome]:
-        return [
-            Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
-            for q, answer in zip(items, scorer.generate(items), strict=True)
-        ]
 
 
 TaskItems = list[tuple[Task, Sequence[Any]]]

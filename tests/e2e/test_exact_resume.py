@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_cli.models.quantization import QuantizationConfig
-from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.train import train
-from tests.conftest import mostly_slow
+from tests.conftest import each_optimizer, mostly_slow
 
 
 def variants(union: Any) -> list[str]:
@@ -26,7 +25,7 @@ def variants(union: Any) -> list[str]:
     return [part.model_fields["type"].default for part in get_args(get_args(union)[0])]
 
 
-OPTIMIZERS = get_args(get_args(OptimizerConfig)[0])
+OPTIMIZERS = each_optimizer()
 QUANTIZATIONS = variants(QuantizationConfig)
 CLOCKS = {"tokens_per_second", "peak_memory_bytes"}
 
@@ -86,15 +85,19 @@ def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Re
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize(
-    "optimizer", mostly_slow(OPTIMIZERS, OPTIMIZERS[0], OPTIMIZERS[3]), ids=lambda one: one.__name__
+    "optimizer", mostly_slow(OPTIMIZERS, OPTIMIZERS[0], OPTIMIZERS[3]), ids=lambda one: one.type
 )
 def test_with_each_optimizer_in_4_bit_and_unquantized(
     make: Callable[..., Recipe], optimizer: Any, quantization: str
 ) -> None:
-    name = optimizer.model_fields["type"].default
     recipe = make(
         adapter=WIDE,
-        optimizer={"type": name, "learning_rate": 1e-2, "weight_decay": 0.1, "lora_plus_ratio": 2},
+        optimizer={
+            "type": optimizer.type,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "lora_plus_ratio": 2,
+        },
         quantization={"type": quantization},
         schedule={
             "type": "constant" if optimizer.is_schedule_free else "cosine",

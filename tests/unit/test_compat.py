@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 
 from qlora_cli.adapters import LoRA
 from qlora_cli.models.base import BaseModelConfig
-from qlora_cli.models.quantization import Int8, Nf4
+from qlora_cli.models.quantization import FourBit, Int8
 from tests.conftest import save_tiny_model
 
 INPUT = torch.arange(1, 13)[None]
@@ -23,7 +23,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def gradient_norms(folder: Path, *, evaluate: bool, is_cured: bool) -> list[float]:
     model = BaseModelConfig(path=str(folder)).load(
-        Nf4().load_options(torch.bfloat16), torch.device("cpu")
+        FourBit().load_options(torch.bfloat16), torch.device("cpu")
     )
     for module in model.modules():
         if isinstance(module, Linear4bit) and not is_cured:

@@ -41,19 +41,21 @@ def _multiply_4bit(
     blocksize: int,
     quant_type: str,
     bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
+    *double_quant: Tensor,
 ) -> Tensor:
     """Multiply by a 4-bit weight that is dequantized first.
 
     bitsandbytes does this for many rows (always above 1,536). For fewer rows it may use a kernel
     that never holds the weight, depending on the card, so this is the maximum.
+
+    Args:
+        double_quant: `absmax` in 8 bits, its code and its offset, where it is quantized too.
     """
     ops = torch.ops.bitsandbytes
-    if absmax_8bit is not None and absmax_offset is not None:
-        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
-        absmax = absmax + absmax_offset
+    if double_quant:  # torch leaves out trailing arguments that equal their defaults
+        quantized, code, offset = double_quant
+        absmax = ops.dequantize_blockwise(quantized, absmax, code, 256, torch.float32)
+        absmax = absmax + offset
     weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, rows.dtype)
     return torch.nn.functional.linear(rows, weight, bias)
 

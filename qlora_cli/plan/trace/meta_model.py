@@ -30,7 +30,7 @@ def load_traced(
     """Load a model of traced tensors as `from_pretrained` would; frozen, in training mode.
 
     Args:
-        load_options: the result of `Nf4.load_options()` or another quantization's.
+        load_options: the result of `FourBit.load_options()` or another quantization's.
         count: counts the memory of loading, and the kind of each tensor afterwards.
         options: options of the model's constructor, such as `attn_implementation`.
     """

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from qlora_cli.adapters import LoRA
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
-from qlora_cli.models.quantization import Fp4, Int8, Nf4, QuantizationConfig, Unquantized
+from qlora_cli.models.quantization import FourBit, Int8, QuantizationConfig, Unquantized
 from qlora_cli.models.report import (
     count_base_weights,
     count_trained_weights,
@@ -19,10 +19,10 @@ from qlora_cli.models.report import (
 CPU = torch.device("cpu")
 INPUT = torch.arange(1, 13)[None]
 KINDS = {
-    "nf4": Nf4(),
-    "nf4-single": Nf4(double_quant=False),
-    "nf4-bf16-storage": Nf4(quant_storage="bfloat16"),
-    "fp4": Fp4(),
+    "nf4": FourBit(),
+    "nf4-single": FourBit(double_quant=False),
+    "nf4-bf16-storage": FourBit(quant_storage="bfloat16"),
+    "fp4": FourBit(type="fp4"),
     "int8": Int8(),
     "int8-no-outliers": Int8(outlier_threshold=0),
     "none": Unquantized(),
@@ -50,7 +50,7 @@ def test_compute_and_model_dtype_agree_and_nothing_is_upcast(tiny_model, kind, d
 
 
 def test_dtypes_set_apart_are_obeyed(tiny_model: Path) -> None:
-    model = load(tiny_model, Nf4(compute_dtype="float32"), torch.bfloat16)
+    model = load(tiny_model, FourBit(compute_dtype="float32"), torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
     model = load(tiny_model, Unquantized(dtype="float16"), torch.bfloat16)
     assert model.dtype == torch.float16
@@ -112,7 +112,7 @@ def test_restored_weights_are_those_that_the_quantized_ones_stand_for(tiny_model
 
 def test_packed_weights_are_counted_as_what_they_stand_for(tiny_model: Path) -> None:
     full = count_base_weights(load(tiny_model, Unquantized()))
-    for kind in (Nf4(), Nf4(quant_storage="bfloat16"), Fp4(), Int8()):
+    for kind in (FourBit(), FourBit(quant_storage="bfloat16"), FourBit(type="fp4"), Int8()):
         report = count_base_weights(load(tiny_model, kind))
         assert report.num_weights == full.num_weights
         assert report.unquantized_linear == {}
@@ -124,7 +124,7 @@ def test_a_4_bit_model_that_stayed_mostly_16_bit_is_refused_by_name(tiny_model: 
     report = count_base_weights(load(tiny_model, Unquantized()))
     refuse_mostly_unquantized(report, Unquantized.max_unquantized)
     with pytest.raises(ModelError, match=r"100% of the linear weights .*layers\.\d\.mlp"):
-        refuse_mostly_unquantized(report, Nf4.max_unquantized)
+        refuse_mostly_unquantized(report, FourBit.max_unquantized)
 
 
 def test_trained_share_counts_packed_weights_in_full(tiny_model: Path) -> None:
@@ -142,7 +142,7 @@ def test_trained_share_counts_packed_weights_in_full(tiny_model: Path) -> None:
     [
         (Unquantized(dtype="bfloat16"), torch.bfloat16),
         (Unquantized(dtype="float16"), torch.float16),
-        (Nf4(compute_dtype="bfloat16"), torch.bfloat16),
+        (FourBit(compute_dtype="bfloat16"), torch.bfloat16),
         (Unquantized(), torch.float32),
         (Unquantized(dtype="float32"), torch.float32),
         (Int8(), torch.float32),

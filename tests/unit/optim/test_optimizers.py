@@ -1,6 +1,6 @@
 import logging
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import bitsandbytes.optim
 import pytest
@@ -8,21 +8,14 @@ import schedulefree
 import torch
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.optim.families import (
-    AdamW,
-    AdamW8bit,
-    AdEMAMix,
-    AdEMAMix8bit,
-    Lion,
-    Lion8bit,
-    PagedAdamW32bit,
-)
+from qlora_cli.optim.families import AdamW, AdEMAMix, Lion
 from qlora_cli.optim.groups import ParameterGroup
-from qlora_cli.optim.optimizers import SGD, Adafactor, Muon, OptimizerConfig, ScheduleFreeAdamW
+from qlora_cli.optim.optimizers import SGD, Adafactor, Muon, ScheduleFreeAdamW, lighter_twin
 from qlora_cli.optim.schedules import Constant
+from tests.conftest import each_optimizer
 
 CPU = torch.device("cpu")
-CLASSES = get_args(get_args(OptimizerConfig)[0])
+OPTIMIZERS = each_optimizer()
 
 
 def named(parameters: list[torch.nn.Parameter]) -> list[tuple[str, torch.nn.Parameter]]:
@@ -48,21 +41,21 @@ def run(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], 
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("config_class", CLASSES)
-def test_every_optimizer_lowers_the_loss_and_keeps_frozen_weights(config_class) -> None:
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+def test_every_optimizer_lowers_the_loss_and_keeps_frozen_weights(config) -> None:
     parameters = make_parameters()
     before = [p.detach().clone() for p in parameters]
-    optimizer = config_class(learning_rate=1e-2).build(named(parameters), CPU)
+    optimizer = config.model_copy(update={"learning_rate": 1e-2}).build(named(parameters), CPU)
     run(optimizer, parameters, 5)
     assert not torch.equal(parameters[0], before[0])
     assert not torch.equal(parameters[1], before[1])
     assert torch.equal(parameters[2], before[2])
 
 
-@pytest.mark.parametrize("config_class", CLASSES)
-def test_weight_decay_applies_only_to_matrices(config_class) -> None:
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+def test_weight_decay_applies_only_to_matrices(config) -> None:
     parameters = make_parameters()
-    optimizer = config_class(weight_decay=0.5).build(named(parameters), CPU)
+    optimizer = config.model_copy(update={"weight_decay": 0.5}).build(named(parameters), CPU)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay == {id(parameters[0]): 0.5, id(parameters[1]): 0.0}
 
@@ -77,16 +70,16 @@ BNB = bitsandbytes.optim
 
 LIBRARIES: list[tuple[Any, Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
     (AdamW(**OUR_ADAM), torch.optim.AdamW, ADAM),
-    (AdamW8bit(**OUR_ADAM), BNB.AdamW8bit, ADAM),
+    (AdamW(type="adamw_8bit", **OUR_ADAM), BNB.AdamW8bit, ADAM),
     (Lion(**OURS, beta1=0.8, beta2=0.95), BNB.Lion, {"lr": RATE, "betas": (0.8, 0.95)}),
-    (Lion8bit(**OURS), BNB.Lion8bit, {"lr": RATE}),
+    (Lion(type="lion_8bit", **OURS), BNB.Lion8bit, {"lr": RATE}),
     (AdEMAMix(**OUR_SLOW), BNB.ademamix._ReferenceAdEMAMix, SLOW),
     (
         AdEMAMix(**OUR_SLOW, slow_warmup_steps=30),
         BNB.ademamix._ReferenceAdEMAMix,
         {**SLOW, "t_alpha": 30, "t_beta3": 30},
     ),
-    (AdEMAMix8bit(**OUR_SLOW), BNB.AdEMAMix8bit, SLOW),
+    (AdEMAMix(type="ademamix_8bit", **OUR_SLOW), BNB.AdEMAMix8bit, SLOW),
     (
         Adafactor(**OURS, beta2_decay=0.7, clip_threshold=1.5),
         torch.optim.Adafactor,
@@ -102,11 +95,28 @@ LIBRARIES: list[tuple[Any, Callable[..., torch.optim.Optimizer], dict[str, Any]]
 ]
 
 
+@pytest.mark.parametrize(
+    ("config", "pages", "twin"),
+    [
+        (AdamW(), True, "paged_adamw_8bit"),
+        (AdamW(), False, "adamw_8bit"),
+        (AdamW(type="adamw_8bit"), True, "paged_adamw_8bit"),
+        (AdamW(type="adamw_8bit"), False, None),
+        (AdamW(type="paged_adamw_32bit"), False, "paged_adamw_8bit"),
+        (Lion(type="paged_lion_8bit"), True, None),
+        (AdEMAMix(), True, "paged_ademamix_8bit"),
+        (Muon(), True, None),
+        (ScheduleFreeAdamW(), True, None),
+    ],
+)
+def test_the_lighter_twin_has_8bit_states_and_pages(config, pages, twin) -> None:
+    assert lighter_twin(config, pages=pages) == twin
+
+
 def test_each_optimizer_is_compared_with_its_library() -> None:
     """Paged optimizers run unpaged here. Muon has two libraries, and is tested below."""
-    tested = {type(config) for config, _, _ in LIBRARIES} | {Muon}
-    assert {c for c in CLASSES if c().unpaged is None} == tested
-    assert {c().unpaged for c in CLASSES} - {None} <= tested
+    tested = {config.type for config, _, _ in LIBRARIES} | {"muon"}
+    assert {config.type for config in OPTIMIZERS if not config.is_paged} == tested
 
 
 @pytest.mark.parametrize(
@@ -201,9 +211,9 @@ def test_evaluation_uses_the_average_and_does_not_change_training() -> None:
     run(optimizer, ours, 1)  # which is possible only in training mode
 
 
-@pytest.mark.parametrize("config_class", CLASSES)
-def test_each_resumes_bit_for_bit_from_its_saved_state(config_class) -> None:
-    config = config_class(learning_rate=1e-2, weight_decay=0.1)
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+def test_each_resumes_bit_for_bit_from_its_saved_state(config) -> None:
+    config = config.model_copy(update={"learning_rate": 1e-2, "weight_decay": 0.1})
     whole, cut = make_parameters(), make_parameters()
     run(config.build(named(whole), CPU), whole, 6)
     first = config.build(named(cut), CPU)
@@ -232,25 +242,25 @@ def settings(optimizer: torch.optim.Optimizer, parameters: Any) -> dict[str, tup
     }
 
 
-@pytest.mark.parametrize("config_class", CLASSES)
-def test_groups_have_their_own_learning_rate_and_weight_decay(config_class) -> None:
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+def test_groups_have_their_own_learning_rate_and_weight_decay(config) -> None:
     parameters = lora()
     groups = [
         ParameterGroup(match="lora_B", learning_rate=0.5),
         ParameterGroup(match=r"norm$|layers\.0", weight_decay=0.25),
     ]
-    config = config_class(learning_rate=0.125, weight_decay=1, groups=groups)
+    settings_of = {"learning_rate": 0.125, "weight_decay": 1, "groups": groups}
+    config = config.model_copy(update=settings_of)
     found = settings(config.build(parameters, CPU), parameters)
     assert found == {LORA[0]: (0.125, 0.25), LORA[1]: (0.5, 1.0), LORA[2]: (0.125, 0.25)}
 
 
-@pytest.mark.parametrize("config_class", CLASSES)
-def test_lora_plus_is_a_key_or_a_group(config_class, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
+def test_lora_plus_is_a_key_or_a_group(config, caplog: pytest.LogCaptureFixture) -> None:
     parameters = lora()
-    short = config_class(learning_rate=0.125, lora_plus_ratio=4)
-    long = config_class(
-        learning_rate=0.125, groups=[ParameterGroup(match="lora_B", learning_rate=0.5)]
-    )
+    groups = [ParameterGroup(match="lora_B", learning_rate=0.5)]
+    short = config.model_copy(update={"learning_rate": 0.125, "lora_plus_ratio": 4})
+    long = config.model_copy(update={"learning_rate": 0.125, "groups": groups})
     with caplog.at_level(logging.INFO, logger="qlora"):
         found = settings(short.build(parameters, CPU), parameters)
     assert found == settings(long.build(parameters, CPU), parameters)
@@ -281,7 +291,7 @@ def test_8bit_states_stay_close_to_32_bit_ones() -> None:
     exact, rounded = make_parameters(), make_parameters()
     start = make_parameters()[0]
     run(AdamW(learning_rate=1e-2).build(named(exact), CPU), exact, 20)
-    run(AdamW8bit(learning_rate=1e-2).build(named(rounded), CPU), rounded, 20)
+    run(AdamW(type="adamw_8bit", learning_rate=1e-2).build(named(rounded), CPU), rounded, 20)
     error = (exact[0] - rounded[0]).norm() / (exact[0] - start).norm()
     assert 0 < error < 0.1
 
@@ -290,7 +300,7 @@ def test_paged_falls_back_without_cuda_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="qlora"):
-        optimizer = PagedAdamW32bit().build(named(make_parameters()), CPU)
+        optimizer = AdamW(type="paged_adamw_32bit").build(named(make_parameters()), CPU)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [record.getMessage() for record in caplog.records] == [
         "optimizer.type: paged_adamw_32bit needs CUDA for paging; using adamw instead"

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from qlora_cli.common.config import Config
-from qlora_cli.recipe.field_types import FieldType, variant_name
+from qlora_cli.recipe.field_types import FieldType, type_names
 from qlora_cli.recipe.validation import validate_tree
 from qlora_cli.recipe.yaml_parser import Mapping, parse_tree
 
@@ -161,7 +161,7 @@ def test_words(field: str, words: str) -> None:
 def test_variants_are_told_apart_by_type() -> None:
     assert of("colour").variants == {"red": Red, "blue": Blue}
     assert of("maybe_red").variants == {}
-    assert variant_name(Blue) == "blue"
+    assert type_names(Blue) == ("blue",)
 
 
 @pytest.mark.parametrize(

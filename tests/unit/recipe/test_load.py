@@ -8,7 +8,7 @@ import pytest
 
 from qlora_cli.adapters import FullFineTune, LoRA
 from qlora_cli.errors import RecipeError
-from qlora_cli.models.quantization import Int8, Nf4
+from qlora_cli.models.quantization import FourBit, Int8
 from qlora_cli.optim.families import AdamW
 from qlora_cli.recipe.load import (
     MAX_EXTENDS,
@@ -145,7 +145,7 @@ def test_extends_merges_sections_and_replaces_lists(load: Load) -> None:
 def test_another_type_replaces_the_section(load: Load) -> None:
     load(BASE)
     write(base=BASE)
-    assert load("extends: base.yaml\nquantization: {type: nf4}\n").recipe.quantization == Nf4()
+    assert load("extends: base.yaml\nquantization: {type: nf4}\n").recipe.quantization == FourBit()
     same = load("extends: base.yaml\nquantization: {type: int8}\n").recipe.quantization
     assert same == Int8(outlier_threshold=3)
 
@@ -250,7 +250,7 @@ def test_the_last_override_wins_over_the_file(load: Load) -> None:
     ],
 )
 def test_overriding_the_type_replaces_the_section(load: Load, overrides: tuple[str, ...]) -> None:
-    assert load(BASE, *overrides).recipe.quantization == Nf4(double_quant=False)
+    assert load(BASE, *overrides).recipe.quantization == FourBit(double_quant=False)
     assert (
         load(BASE, "adapter.type=full", "quantization.type=none").recipe.adapter == FullFineTune()
     )

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.common.config import Config, field_docs
 from qlora_cli.errors import RecipeError
-from qlora_cli.recipe.field_types import FieldType, key_paths, variant_name
+from qlora_cli.recipe.field_types import FieldType, key_paths, type_names
 from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
 
@@ -65,7 +65,7 @@ def _choice(key: str, variant: type[Config]) -> tuple[str, ...]:
         for name, info in variant.model_fields.items()
         if info.is_required()
     ]
-    return f"{key}.type={variant_name(variant)}", *required
+    return f"{key}.type={type_names(variant)[0]}", *required
 
 
 def candidates(field_type: FieldType) -> Iterator[str]:

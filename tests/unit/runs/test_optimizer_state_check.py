@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
-from qlora_cli.optim.families import AdamW, AdamW8bit
-from qlora_cli.optim.optimizers import OptimizerConfig
+from qlora_cli.optim.families import AdamW
 from qlora_cli.runs.optimizer_state_check import check_optimizer
+from tests.conftest import each_optimizer
 
-OPTIMIZERS = [config_class() for config_class in get_args(get_args(OptimizerConfig)[0])]
+OPTIMIZERS = each_optimizer()
 
 
 def stepped(config: Any) -> torch.optim.Optimizer:
@@ -82,7 +82,7 @@ def test_a_state_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("name", ["qmap1", "absmax2"])
 def test_the_maps_of_8_bit_states_have_their_sizes(name: str) -> None:
-    optimizer = stepped(AdamW8bit())
+    optimizer = stepped(AdamW(type="adamw_8bit"))
     saved = copy.deepcopy(optimizer.state_dict())
     inner(saved["state"][0])[name] = torch.ones(3)
     with pytest.raises(ValueError, match=name):

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +23,6 @@ from qlora_cli.loop import run_data
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.loop.run_data import read_recipe_data
 from qlora_cli.loop.setup import assemble
-from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.plan.dry_run import FixedBatches, SingleProcess
 from qlora_cli.plan.plan import plan
 from qlora_cli.plan.rows import PlanRows
@@ -33,7 +32,7 @@ from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train import preflight
 from qlora_cli.train.preflight import memory_summary, resolve_auto, try_largest
 from qlora_cli.train.train import train
-from tests.conftest import mostly_slow
+from tests.conftest import each_optimizer, mostly_slow
 
 LONG: dict[str, Any] = {"training": {"max_steps": 40, "log_every": 10}}
 
@@ -204,14 +203,16 @@ def test_a_short_run_has_no_preflight(
     assert "largest batches" not in caplog.text
 
 
-@pytest.mark.parametrize("kind", get_args(get_args(OptimizerConfig)[0]), ids=lambda k: k.__name__)
-def test_making_the_optimizer_states_does_not_change_weights(kind: Any) -> None:
+@pytest.mark.parametrize("config", each_optimizer(), ids=lambda config: config.type)
+def test_making_the_optimizer_states_does_not_change_weights(config: Any) -> None:
     torch.manual_seed(0)
     weights = {
         "model.layers.0.a.weight": nn.Parameter(torch.randn(32, 16)),
         "norm.weight": nn.Parameter(torch.randn(16)),
     }
-    optimizer = kind(weight_decay=0.1).build(weights.items(), torch.device("cpu"))
+    optimizer = config.model_copy(update={"weight_decay": 0.1}).build(
+        weights.items(), torch.device("cpu")
+    )
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
