@@ -48,11 +48,7 @@ def recipe_schema() -> Schema:
 def _parts(part: type[Config]) -> set[type[Config]]:
     below: set[type[Config]] = {part}
     for info in part.model_fields.values():
-        field_type = FieldType.of(info)
-        for part_below in (
-            *field_type.sections,
-            *(field_type.item.sections if field_type.item else ()),
-        ):
+        for part_below in FieldType.of(info).all_sections:
             below |= _parts(part_below)
     return below
 

@@ -60,9 +60,7 @@ def test_every_key_is_described_and_no_other_is_let_in(name: str, section: dict[
 def keys(part: type[Config]) -> Iterator[str]:
     for name, info in part.model_fields.items():
         yield name
-        field_type = FieldType.of(info)
-        item = field_type.item.sections if field_type.item else ()
-        for below in (*field_type.sections, *item):
+        for below in FieldType.of(info).all_sections:
             yield from keys(below)
 
 

@@ -155,8 +155,7 @@ def _leaves(value: object, prefix: str = "") -> dict[str, object]:
 def parts_of(part: type[Config]) -> set[type[Config]]:
     found = {part}
     for info in part.model_fields.values():
-        field_type = FieldType.of(info)
-        for below in (*field_type.sections, *(field_type.item.sections if field_type.item else ())):
+        for below in FieldType.of(info).all_sections:
             found |= parts_of(below)
     return found
 
