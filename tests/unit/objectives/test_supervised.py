@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from qlora_cli.adapters import OFT, LoHa, LoKr, LoRA, OtherPeft
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.models.base import BaseModelConfig
-from qlora_cli.models.quantization import Nf4, Unquantized
+from qlora_cli.models.quantization import FourBit, Unquantized
 from qlora_cli.objectives import supervised
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
@@ -73,7 +73,7 @@ def test_equals_the_plain_loss_and_its_gradients(
 HEAD = {"target_modules": ["lm_head"]}
 
 
-@pytest.mark.parametrize("quantization", [Unquantized(), Nf4()], ids=["float32", "nf4"])
+@pytest.mark.parametrize("quantization", [Unquantized(), FourBit()], ids=["float32", "nf4"])
 @pytest.mark.parametrize(
     ("adapter", "tied"),
     [
