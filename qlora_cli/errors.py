@@ -18,6 +18,7 @@ EXIT_CODES = {
     6: "out of memory during training; the run is saved up to then",
     7: "a repeated run (rerun) has a different result",
     8: "some cells of a comparison failed; the others are complete",
+    9: "standard output is full or closed; files are written as usual",
     130: "interrupted by Ctrl-C; a run is saved first",
     143: "interrupted by SIGTERM; a run is saved first",
 }
@@ -69,8 +70,14 @@ class OutOfMemory(QloraError):
     exit_code = 6
 
 
+class OutputFailed(QloraError):
+    """Standard output is full or closed."""
+
+    exit_code = 9
+
+
 class Interrupted(BaseException):
-    """The run was asked to end, and is saved.
+    """The command was asked to end; a run is saved.
 
     Like KeyboardInterrupt it is not an `Exception`, so that no handler of those swallows it.
     """
@@ -78,3 +85,5 @@ class Interrupted(BaseException):
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)
         self.exit_code = exit_code
+        self.kept: str | None = "nothing was kept of its result"
+        """What is left on the disk, for the user; None if that was logged."""

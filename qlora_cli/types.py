@@ -24,6 +24,16 @@ GGUF_KINDS = (
 )  # fmt: skip
 """Weight formats of GGUF files, by llama.cpp's names: those that need no calibration data."""
 
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """The number of positions that a model was made for."""
+
+    length: int
+    is_table: bool
+    """Positions are rows of a table, so that a longer row cannot be computed."""
+
+
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
 

@@ -24,6 +24,7 @@ from qlora_cli.adapters.targets import (
     require_each,
     target_settings,
 )
+from qlora_cli.common.config import UserPath
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class LoRA(AdapterMethod):
     freeze_a: bool = False
     """Freeze the factors A at their random values and train only B (LoRA-FA,
     https://arxiv.org/abs/2308.03303): half as many trained weights."""
-    init_from: str | None = Field(None, min_length=1)
+    init_from: UserPath | None = Field(None, min_length=1)
     """Warm start: folder of a run (its last weights) or of an adapter whose weights a new run
     starts with. Its rank, alpha and targets must be the same."""
 

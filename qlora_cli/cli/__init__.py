@@ -18,14 +18,17 @@ from qlora_cli.cli import (
     recipe_data_plan,
     train_evaluate_export,
 )
+from qlora_cli.cli.commands import Commands
 from qlora_cli.cli.options import Quiet
 from qlora_cli.common.secrets import MaskedFormatter, masked
+from qlora_cli.common.standard_output import guarded_output, write_output
 from qlora_cli.errors import EXIT_CODES, Interrupted, QloraError
 
 log = logging.getLogger("qlora")
 
 app = typer.Typer(
     add_completion=False,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -35,7 +38,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"qlora {__version__}")
+        write_output(f"qlora {__version__}\n")
         raise typer.Exit
 
 
@@ -88,6 +91,7 @@ app.command("cache")(recipe_data_plan.show_cache)
 app.command()(recipe_data_plan.schema)
 
 adapters_app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="List, inspect, compare and combine adapters.",
@@ -109,13 +113,16 @@ def main(args: Sequence[str] | None = None) -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        app(args=args, prog_name="qlora")
+        with guarded_output():  # of the help too
+            app(args=args, prog_name="qlora")
     except QloraError as error:
         typer.echo(f"error: {masked(str(error))}", err=True)
         if error.hint:
             typer.echo(f"hint: {masked(error.hint)}", err=True)
         sys.exit(error.exit_code)
     except Interrupted as error:
+        if error.kept is not None:
+            log.warning("stopped by %s: %s", error, error.kept)
         sys.exit(error.exit_code)
     finally:
         log.removeHandler(handler)

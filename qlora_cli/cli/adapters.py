@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.cli.options import AdapterPath, Json, Overrides, Quiet, Seed, show
+from qlora_cli.cli.options import AdapterPath, Json, Overrides, Quiet, Seed, show, user_path
 from qlora_cli.inspect.adapters_text import combine_text, diff_text, inspect_text, list_text
 
 
 def list_adapters(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to search.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="DIR", help="Folder to search.")
+    ],
     as_json: Json = False,
     quiet: Quiet = None,
 ) -> None:
@@ -68,10 +70,14 @@ def diff_adapters(
 
 def combine_adapters(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of runs or adapters.")
+        list[Path],
+        typer.Argument(parser=user_path, metavar="ADAPTER...", help="Folders of runs or adapters."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to create; it must not exist.")
+        Path,
+        typer.Option(
+            "--output", parser=user_path, metavar="DIR", help="Folder to create; it must not exist."
+        ),
     ],
     overrides: Overrides,
     method: Annotated[

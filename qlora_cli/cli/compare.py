@@ -7,18 +7,22 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.cli.options import Json, Overrides, Quiet, show
+from qlora_cli.cli.options import Json, Overrides, Quiet, show, user_path
 from qlora_cli.errors import EXIT_FAILED_CELLS
 
 
 def compare(
     recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", help="One or more recipes.")
+        list[Path],
+        typer.Argument(parser=user_path, metavar="RECIPE...", help="One or more recipes."),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            "--out", metavar="DIR", help="Folder of the comparison, new or to be continued."
+            "--out",
+            parser=user_path,
+            metavar="DIR",
+            help="Folder of the comparison, new or to be continued.",
         ),
     ],
     overrides: Overrides,

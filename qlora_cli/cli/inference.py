@@ -21,6 +21,7 @@ from qlora_cli.cli.options import (
     TopP,
     WeightsOption,
     show,
+    user_path,
 )
 from qlora_cli.inference.text import generate_text
 
@@ -69,6 +70,7 @@ def generate(
         Path,
         typer.Option(
             "--prompts",
+            parser=user_path,
             metavar="FILE",
             help="Rows with messages, conversations, instruction, prompt or text; rows in the "
             "format of the run's recipe; or lines of text.",
@@ -77,7 +79,10 @@ def generate(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", metavar="FILE", help="File for the answers, one JSON object per line."
+            "--output",
+            parser=user_path,
+            metavar="FILE",
+            help="File for the answers, one JSON object per line.",
         ),
     ],
     overrides: Overrides,

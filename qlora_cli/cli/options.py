@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from qlora_cli.common.standard_output import write_output
+from qlora_cli.common.user_paths import expand_path
 from qlora_cli.types import GGUF_KINDS
 
 log = logging.getLogger("qlora")
@@ -30,13 +32,37 @@ def _decoded_text(text: str | None) -> str | None:
     return None if text is None else _decoded([text])[0]
 
 
+def user_path(text: str | Path) -> Path:
+    """Read the path of an option or argument: `~` is expanded, `$NAME` refused."""
+    return Path(path_text(str(text)))
+
+
+def path_text(text: str) -> str:
+    """Do the same with a path that may also be another word, such as the id of a model."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _model_path(text: str) -> str:
+    return path_text(_decoded([text])[0])
+
+
+def _adapter_paths(texts: list[str]) -> list[str]:
+    parts = (text.partition("=") for text in _decoded(texts))
+    return [f"{name}{equals}{path_text(path)}" for name, equals, path in parts]
+
+
 def _known_kinds(kinds: list[str]) -> list[str]:
     if unknown := sorted(set(kinds) - set(GGUF_KINDS)):
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(GGUF_KINDS)}")
     return kinds
 
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RecipePath = Annotated[
+    Path, typer.Argument(parser=user_path, metavar="RECIPE", help="The recipe, a YAML file.")
+]
 Overrides = Annotated[
     list[str],
     typer.Option(
@@ -84,7 +110,7 @@ ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        callback=_decoded_text,
+        callback=_model_path,
         help="Folder of a run, adapter or model; or a recipe, a GGUF file, a Hub id.",
     ),
 ]
@@ -95,7 +121,7 @@ Adapters = Annotated[
         metavar="NAME=PATH",
         default_factory=list,
         show_default=False,
-        callback=_decoded,
+        callback=_adapter_paths,
         help="Load another run or adapter over the same base (repeatable).",
     ),
 ]
@@ -138,7 +164,7 @@ Seed = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random generator (0).")
 ]
 AdapterPath = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="Folder of a run or an adapter.")
+    Path, typer.Argument(parser=user_path, metavar="ADAPTER", help="Folder of a run or an adapter.")
 ]
 
 
@@ -146,4 +172,5 @@ def show(report: Mapping[str, object], as_json: bool, text: str) -> None:
     """Print a report as one JSON document, or as text."""
     # With several training processes, only the first one prints.
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else text.rstrip())
+        shown = json.dumps(report, indent=2, ensure_ascii=False) if as_json else text.rstrip()
+        write_output(f"{shown}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show
+from qlora_cli.cli.options import Json, NoCache, Overrides, Quiet, RecipePath, show, user_path
+from qlora_cli.common.standard_output import write_output
 from qlora_cli.errors import RecipeError
 from qlora_cli.inspect.cache_text import cache_text
 from qlora_cli.plan.text import plan_text, table_text
+
+log = logging.getLogger("qlora")
 
 
 def _is_coloured() -> bool:
@@ -35,8 +39,13 @@ def validate(
       qlora validate recipe.yaml --set adapter.r=8
     """
     from qlora_cli.recipe.load import dump_with_origins, load_recipe
+    from qlora_cli.recipe.packages import require_packages
+    from qlora_cli.recipe.without_effect import settings_without_effect
 
     loaded = load_recipe(recipe, overrides)
+    require_packages(loaded.recipe, for_tasks=True)
+    for line in settings_without_effect(loaded.recipe, loaded.recipe.training.max_steps):
+        log.warning(line)
     values = loaded.recipe.model_dump(mode="json")
     show({"recipe": values, "origins": loaded.origins}, as_json, dump_with_origins(loaded))
 
@@ -58,7 +67,12 @@ def preview(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write one HTML page instead of printing."),
+        typer.Option(
+            "--html",
+            parser=user_path,
+            metavar="FILE",
+            help="Write one HTML page instead of printing.",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per row, one per line.")
@@ -87,11 +101,11 @@ def preview(
     found = preview(loaded.recipe, source=source, use_cache=not no_cache)
     if as_json:
         for row in found.rows(rows):
-            typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+            write_output(f"{json.dumps(row.to_json(), ensure_ascii=False)}\n")
     if html is not None:
         found.write_page(html, rows or 3, title=f"Preview of {recipe.name}")
     if html is None and not as_json:
-        typer.echo(found.text(rows or 3, colour=_is_coloured()))
+        write_output(f"{found.text(rows or 3, colour=_is_coloured())}\n")
     found.check()
 
 
@@ -124,7 +138,10 @@ def plan(
     html: Annotated[
         Path | None,
         typer.Option(
-            "--html", metavar="FILE", help="Also write the plan as an HTML page with a chart."
+            "--html",
+            parser=user_path,
+            metavar="FILE",
+            help="Also write the plan as an HTML page with a chart.",
         ),
     ] = None,
     as_json: Json = False,

@@ -15,7 +15,9 @@ from qlora_cli.cli.options import (
     Quiet,
     RecipePath,
     WeightsOption,
+    path_text,
     show,
+    user_path,
 )
 from qlora_cli.common.report import to_json
 from qlora_cli.errors import EXIT_DIFFERENT
@@ -49,6 +51,7 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|STEP|PATH",
+            callback=lambda text: text and path_text(text),
             help="Resume from a checkpoint in output.dir; auto is the newest intact one.",
         ),
     ] = None,
@@ -110,10 +113,17 @@ def bench(
 
 
 def rerun(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    run: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="RUN", help="Folder of a finished run.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="DIR", help="Folder of the new run (default: RUN-again)."),
+        typer.Option(
+            "--output",
+            parser=user_path,
+            metavar="DIR",
+            help="Folder of the new run (default: RUN-again).",
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = None,
@@ -141,7 +151,10 @@ def rerun(
 
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A run, a model folder or a recipe.")
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="TARGET", help="A run, a model folder or a recipe."
+        ),
     ],
     overrides: Overrides,
     tasks: Annotated[
@@ -155,18 +168,29 @@ def evaluate(
     compare: Annotated[
         Path | None,
         typer.Option(
-            "--compare", metavar="RUN_OR_MODEL", help="Compare with this instead of the base."
+            "--compare",
+            parser=user_path,
+            metavar="RUN_OR_MODEL",
+            help="Compare with this instead of the base.",
         ),
     ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            "--recipe", metavar="RECIPE", help="Recipe with the data and tasks, for a model folder."
+            "--recipe",
+            parser=user_path,
+            metavar="RECIPE",
+            help="Recipe with the data and tasks, for a model folder.",
         ),
     ] = None,
     records: Annotated[
         Path | None,
-        typer.Option("--records", metavar="FILE", help="Write prompts and answers to this file."),
+        typer.Option(
+            "--records",
+            parser=user_path,
+            metavar="FILE",
+            help="Write prompts and answers to this file.",
+        ),
     ] = None,
     harness: Annotated[
         str | None,
@@ -180,6 +204,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--harness-path",
+            parser=user_path,
             metavar="DIR",
             help="Folder with more tasks for --harness (YAML files).",
         ),
@@ -241,9 +266,12 @@ def evaluate(
 
 
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(parser=user_path, metavar="RUN", help="Folder of a run.")],
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to create; it must not exist.")
+        Path,
+        typer.Option(
+            "--output", parser=user_path, metavar="DIR", help="Folder to create; it must not exist."
+        ),
     ],
     overrides: Overrides,
     gguf: GgufOption,
@@ -295,18 +323,27 @@ def merge(
 
 def export_model(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model folder written by merge.")
+        Path,
+        typer.Argument(parser=user_path, metavar="MODEL", help="A model folder written by merge."),
     ],
     gguf: GgufOption,
     bnb_4bit: Annotated[
         Path | None,
         typer.Option(
-            "--bnb-4bit", metavar="DIR", help="Folder to create, with weights packed into NF4."
+            "--bnb-4bit",
+            parser=user_path,
+            metavar="DIR",
+            help="Folder to create, with weights packed into NF4.",
         ),
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="RUN", help="Compare the 4-bit model with this run's model."),
+        typer.Option(
+            "--run",
+            parser=user_path,
+            metavar="RUN",
+            help="Compare the 4-bit model with this run's model.",
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = None,

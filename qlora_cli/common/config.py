@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from qlora_cli.common.docstrings import attribute_docs
+from qlora_cli.common.user_paths import expand_path
+
+UserPath = Annotated[str, AfterValidator(expand_path)]
+"""A path in a recipe; or, where the key takes one, the id of a model or dataset on the Hub."""
 
 
 class Config(BaseModel):

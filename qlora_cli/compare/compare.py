@@ -19,7 +19,7 @@ from qlora_cli.compare.report import make_report
 from qlora_cli.compare.store import ResultStore
 from qlora_cli.compare.subprocess_runner import run_in_subprocess
 from qlora_cli.distributed.world import World
-from qlora_cli.errors import RecipeError
+from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.evaluate.evaluate import choose_tasks
 from qlora_cli.runs.run_folder import RunFolder
 
@@ -64,6 +64,9 @@ def compare(request: CompareRequest, folder: Path, search: Search | None = None)
                 _run_grid(grid, folder, check, cells)
             else:
                 run_search(grid, search, folder, check, cells)
+        except Interrupted as why:
+            why.kept = "complete cells are kept, and the same command continues"
+            raise
         finally:
             report = _write(cells, folder) if cells else {}
         return report

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.common.config import Config
+from qlora_cli.common.config import Config, UserPath
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.prepared.findings import AuditLimits
 from qlora_cli.data.sources import BadRows, Portion, Source
@@ -40,7 +40,7 @@ class Data(Config):
     """Put several short rows into one of `max_length`; none can attend to the others."""
     audit: AuditLimits = AuditLimits()
     """Limits on the content of the rows that stop the run."""
-    chat_template: str | None = None
+    chat_template: UserPath | None = None
     """Jinja file to use instead of the tokenizer's chat template."""
 
     @model_validator(mode="after")

@@ -76,11 +76,6 @@ def read_questions(
     return questions
 
 
-def is_verbatim(format: FormatConfig) -> bool:
-    """Return True if rows of this format have no chat template."""
-    return isinstance(format, Text) or (isinstance(format, PromptCompletion) and not format.as_chat)
-
-
 def _read(
     row: Row, formats: Sequence[FormatConfig], is_plain: bool
 ) -> tuple[Conversation, str | None]:

@@ -175,7 +175,8 @@ def evaluate_model(
     task_items = read_tasks(tasks, settings.data, tokenizer, limit=settings.evaluation.limit)
     stops = stop_token_ids(evaluated.trained) if evaluated.trained else []
     if sources := settings.data.evaluation_sources:
-        held_out = read_data("evaluation", settings.data, sources, tokenizer)
+        context = evaluated.recipe.model.read_context()
+        held_out = read_data("evaluation", settings.data, sources, tokenizer, context=context)
         stops = [*stops, *held_out.stop_token_ids]
     recipe = evaluated.recipe
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+from qlora_cli.common.standard_output import write_output
 from qlora_cli.errors import DataError, QloraError, RecipeError
 from qlora_cli.inference.sampling import Completion, Sampling
 from qlora_cli.inference.session import BASE, InferenceSession, SessionModel
@@ -225,7 +226,7 @@ def chat(
     """
     is_terminal = sys.stdin.isatty()
     settings = ChatSettings(
-        write=_write,
+        write=write_output,
         note=lambda text: print(text, file=sys.stderr, flush=True),
         is_strict=not is_terminal,
         as_json=as_json,
@@ -242,11 +243,6 @@ def chat(
     for line in _read_terminal(settings) if is_terminal else _read_pipe():
         if not conversation.handle(line):
             return
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _read_pipe() -> Iterator[str]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.data.encode.encoder import Encoder
-from qlora_cli.data.formats import FormatConfig, PromptCompletion, TemplateFormat
-from qlora_cli.data.prompts import is_verbatim
+from qlora_cli.data.formats import FormatConfig, PromptCompletion, TemplateFormat, is_verbatim
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError

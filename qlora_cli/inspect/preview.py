@@ -11,7 +11,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.html import write_page
 from qlora_cli.common.report import ABSENT, Absent, Report
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
-from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_limits
+from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_context, check_limits
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text
 from qlora_cli.data.render.chat_template import read_chat_template
@@ -22,7 +22,7 @@ from qlora_cli.inspect.preview_model import SourceView, SplitView, make_sample
 from qlora_cli.inspect.preview_text import preview_text
 from qlora_cli.loop.run_data import check_tokens
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.types import Example
+from qlora_cli.types import Example, ModelContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,28 +46,29 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     if source is not None and source not in known:
         raise RecipeError(f"--source: found {source}; choose from {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
+    context = recipe.model.read_context()
     lost_errors: list[TooManyLost] = []
 
     def read(name: str, some: list[Source]) -> PreparedData:
         try:
-            return read_data(name, data, some, tokenizer, use_cache=use_cache)
+            return read_data(name, data, some, tokenizer, use_cache=use_cache, context=context)
         except TooManyLost as error:
             # Show the data anyway, so that the user sees why. This raises again if no row is left.
             lost_errors.append(error)
             tolerant = data.model_copy(update={"max_lost": 1.0})
-            return read_data(name, tolerant, some, tokenizer, use_cache=use_cache)
+            return read_data(name, tolerant, some, tokenizer, use_cache=use_cache, context=context)
 
     training = read("training", sources["train"])
     held_out = None
     if found := sources["evaluation"]:
         held_out = read("evaluation", found)
     check_tokens(recipe, tokenizer, [training, *([held_out] if held_out else [])])
-    audited = audit_data(data, training, held_out, tokenizer)
+    audited = audit_data(data, training, held_out, tokenizer, context=context)
     splits = [
         _Split(split, names[split], sources[split], result)
         for split, result in zip(names, audited, strict=True)
     ]
-    return Preview(recipe, tokenizer, splits, source, lost_errors)
+    return Preview(recipe, tokenizer, splits, source, lost_errors, context)
 
 
 def _names(split: str, num_sources: int) -> list[str]:
@@ -104,6 +105,8 @@ class Preview:
     """The only source or split whose rows are shown."""
     lost_errors: list[TooManyLost]
     """Splits that lose more than `data.max_lost` allows."""
+    context: ModelContext | None
+    """The positions that the model was made for, if its config says so."""
 
     def text(self, num_samples: int, *, colour: bool) -> str:
         """Format samples, statistics and findings for a terminal."""
@@ -136,10 +139,13 @@ class Preview:
                     )
 
     def check(self) -> None:
-        """Raise DataError if `qlora train` would stop at `data.max_lost` or `data.audit`."""
+        """Raise DataError if `qlora train` would stop here: at `data.max_lost`, at `data.audit`, or
+        at rows that the model has no positions for."""
         for error in self.lost_errors:
             raise error
-        check_limits(self.recipe.data, [split.audited for split in self.splits])
+        audited = [split.audited for split in self.splits]
+        check_limits(self.recipe.data, audited)
+        check_context(audited, self.context)
 
     def _rows(self, split: _Split, source: int, num_rows: int | None) -> Iterator[_ShownRow]:
         """Yield the first rows of a source if it is shown; for preferences, both answers."""

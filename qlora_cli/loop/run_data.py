@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.data.prepared.audit import check_data
@@ -17,6 +18,7 @@ from qlora_cli.models.vocabulary import embedding_rows
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import take_fingerprint
 from qlora_cli.tasks.task import TaskItems, read_tasks
+from qlora_cli.types import ModelContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,6 +35,14 @@ class RecipeData:
     tokenizer: PreTrainedTokenizerFast
     training: PreparedData
     evaluation: PreparedData | None
+    context: ModelContext | None
+    """The positions that the model was made for, if its config says so."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training or evaluation row."""
+        sides = [self.training, *([self.evaluation] if self.evaluation else [])]
+        return max(side.longest for side in sides)
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,14 @@ def read_recipe_data(recipe: Recipe, *, use_cache: bool = True) -> RecipeData:
     """
     data = recipe.data
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    training = read_data("training", data, data.train_sources, tokenizer, use_cache=use_cache)
+    context = recipe.model.read_context()
+    read = partial(read_data, use_cache=use_cache, context=context)
+    training = read("training", data, data.train_sources, tokenizer)
     evaluation = None
     if sources := data.evaluation_sources:
-        evaluation = read_data("evaluation", data, sources, tokenizer, use_cache=use_cache)
+        evaluation = read("evaluation", data, sources, tokenizer)
     check_tokens(recipe, tokenizer, [training, *([evaluation] if evaluation else [])])
-    return RecipeData(tokenizer, training, evaluation)
+    return RecipeData(tokenizer, training, evaluation, context)
 
 
 def check_tokens(
@@ -109,7 +121,9 @@ def prepare_data(recipe: Recipe, *, use_cache: bool = True) -> RunData:
     rows = read_recipe_data(recipe, use_cache=use_cache)
     evaluation = recipe.evaluation
     tasks = read_tasks(evaluation.tasks, recipe.data, rows.tokenizer, limit=evaluation.limit)
-    audit = check_data(recipe.data, rows.training, rows.evaluation, rows.tokenizer)
+    audit = check_data(
+        recipe.data, rows.training, rows.evaluation, rows.tokenizer, context=rows.context
+    )
     base = identify(recipe.model.locate())
     fingerprint = take_fingerprint(base, rows.tokenizer, rows.training, rows.evaluation)
-    return RunData(rows.tokenizer, rows.training, rows.evaluation, tasks, audit, base, fingerprint)
+    return RunData(**vars(rows), tasks=tasks, audit=audit, base=base, fingerprint=fingerprint)

@@ -22,6 +22,7 @@ from qlora_cli.models.report import TrainedCounts, count_trained_weights, warn_o
 from qlora_cli.models.tokenizer import set_stop_tokens
 from qlora_cli.objectives.base import Objective
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.without_effect import settings_without_effect
 from qlora_cli.types import Batch, StepHooks
 
 if TYPE_CHECKING:
@@ -122,6 +123,30 @@ def build_setup(
         DeviceCapabilities.of(world.device, dtype),
     )
     return assemble(recipe, base, model, options, batches, world, max_steps)
+
+
+def warn_of_no_effect(recipe: Recipe, setup: Setup[BatchStream]) -> None:
+    """Log a warning for each setting that changes nothing in this run."""
+    settings, batches = recipe.training, setup.batches
+    found = settings_without_effect(recipe, setup.max_steps)
+    if settings.kernels in ("fused", "compiled") and setup.kernels == "plain":
+        found.append(
+            f"training.kernels ({settings.kernels}) has no effect: no layer of this model and "
+            "adapter can be replaced, and the layers of transformers are used"
+        )
+    if batches.packs_nothing():
+        found.append(
+            f"data.packing (true) has no effect: no two rows fit into data.max_length "
+            f"({recipe.data.max_length:,} tokens) together"
+        )
+    if (number := batches.rows_per_epoch()) < settings.batch_size:
+        found.append(
+            f"training.batch_size ({settings.batch_size:,}) is more than the {number:,} rows of an "
+            "epoch, so a step sees all rows"
+            + (", some of them several times" if settings.passes is None else "")
+        )
+    for line in found:
+        log.warning(line)
 
 
 def assemble(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable
-from qlora_cli.common.config import Config
+from qlora_cli.common.config import Config, UserPath
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
@@ -19,11 +19,13 @@ from qlora_cli.common.untrusted_files import (
     refuse_no_safetensors,
 )
 from qlora_cli.errors import ModelError
+from qlora_cli.models.context import read_context
 from qlora_cli.models.gguf import unpack_gguf, unpacked_folder
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.models.vocabulary import check_vocabulary, embedding_rows
+from qlora_cli.types import ModelContext
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,7 @@ _WANTED_FILES = [
 class BaseModelConfig(Config):
     """The base model."""
 
-    path: str = Field(min_length=1)
+    path: UserPath = Field(min_length=1)
     """Hub id, folder with safetensors weights, or GGUF file (dequantized when loaded)."""
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
@@ -64,7 +66,7 @@ class BaseModelConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         is_pinned = self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision)
-        is_here = Path(self.path).expanduser().is_dir()
+        is_here = Path(self.path).is_dir()
         if self.trust_remote_code and not is_pinned and not is_here:
             raise ValueError(
                 "model.trust_remote_code (true) needs model.revision, a full commit (40 "
@@ -79,7 +81,7 @@ class BaseModelConfig(Config):
         Raises:
             ModelError: the model is not found, or has no safetensors weights.
         """
-        path = Path(self.path).expanduser()
+        path = Path(self.path)
         if path.suffix == ".gguf":
             return unpack_gguf(path)
         if path.is_file():
@@ -141,9 +143,17 @@ class BaseModelConfig(Config):
             check_vocabulary(tokenizer, rows, folder)
         return tokenizer
 
+    def read_context(self) -> ModelContext | None:
+        """Read how many positions the model was made for; None if its config does not say.
+
+        Raises:
+            ModelError: the model is not found.
+        """
+        return read_context(read_object(self.locate() / "config.json"))
+
     def is_at_hand(self) -> bool:
         """Tell whether the model is a local folder or file."""
-        return Path(self.path).expanduser().exists()
+        return Path(self.path).exists()
 
     def read_config(self) -> tuple[PretrainedConfig, str]:
         """Read the config without the weights.
@@ -156,7 +166,7 @@ class BaseModelConfig(Config):
         """
         from transformers import AutoConfig
 
-        path = Path(self.path).expanduser()
+        path = Path(self.path)
         try:
             if path.suffix == ".gguf" and path.is_file():
                 if (unpacked := unpacked_folder(path)).is_dir():
@@ -213,7 +223,7 @@ class BaseModelConfig(Config):
         )
 
         parent = Path(self.path).parent
-        is_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
+        is_local = self.path.startswith((".", "/")) or self.path.count("/") > 1
         if is_local or (parent != Path() and parent.is_dir()):
             raise ModelError(f"model.path: no such folder: {self.path}")
         wanted = [*_WANTED_FILES, "*.py"] if self.trust_remote_code else _WANTED_FILES

@@ -8,10 +8,12 @@ from typing import Any
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters import LoRA
 from qlora_cli.distributed.devices import find_target
+from qlora_cli.models.context import read_context
 from qlora_cli.plan.estimate import estimate
 from qlora_cli.plan.rows import assume_rows
 from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, shrink_to_fit
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.without_effect import settings_without_effect
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"adapter": {"type": "full"}, "quantization": {"type": "none"}},
@@ -88,5 +90,8 @@ def plan(
         report = estimate(recipe, config, target)
     report["micro_batch"] = {"rows": recipe.training.fixed_micro_batch_size, "is_auto": is_auto}
     report["model"] = {"path": recipe.model.path, "dimensions": source, **report["model"]}
+    context = read_context(config.to_dict())
+    report["context"] = context and context.length
+    report["warnings"] = settings_without_effect(recipe, report["rows"]["steps"])
     report["seconds"] = round(time.monotonic() - started, 1)
     return report

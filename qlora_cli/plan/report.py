@@ -38,6 +38,7 @@ def build_report(
             "micro_batches": [[list(one.input_ids.shape) for one in s] for s in rows.steps],
             "steps": rows.num_steps,
             "tokens": rows.tokens,
+            "longest": rows.longest,
         },
         "peak": {"stage": name, **stages[name]},
         "stages": stages,

@@ -24,6 +24,8 @@ class PlanRows:
     """Tokens of all steps, without padding."""
     origin: str
     """Source of these figures."""
+    longest: int
+    """Tokens of the longest example."""
 
 
 def read_rows(
@@ -45,7 +47,8 @@ def read_rows(
     num_steps = recipe.training.max_steps or batches.num_steps
     held_out = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
     tokens = batches.tokens(num_steps)
-    return PlanRows(batches.largest(num_steps), held_out, num_steps, tokens, "the data")
+    steps = batches.largest(num_steps)
+    return PlanRows(steps, held_out, num_steps, tokens, "the data", data.longest)
 
 
 def missing_locally(recipe: Recipe) -> str:
@@ -68,4 +71,5 @@ def assume_rows(recipe: Recipe, why: str, *, padding_free: bool) -> PlanRows:
     steps = settings.max_steps
     tokens = steps and steps * settings.batch_size * data.max_length
     origin = f"rows of data.max_length ({why})"
-    return PlanRows([[full] * num_micro_batches], held_out, steps, tokens, origin)
+    longest = data.max_length
+    return PlanRows([[full] * num_micro_batches], held_out, steps, tokens, origin, longest)

@@ -17,6 +17,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
     lines = [
         _model_line(report),
         _rows_line(report["rows"]),
+        *_warnings(report),
         *_auto(report),
         "",
         _head(device),
@@ -77,6 +78,18 @@ def _rows_line(rows: Mapping[str, Any]) -> str:
     shapes = ", ".join(f"{height} x {width}" for height, width in largest)
     steps = "" if rows["steps"] is None else f"; {rows['steps']:,} steps, {rows['tokens']:,} tokens"
     return f"largest micro-batches: {shapes} tokens (from {rows['from']}){steps}"
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    """Warn of settings without effect, and of rows that are longer than the model's context."""
+    lines = [f"warning: {line}" for line in report["warnings"]]
+    context, longest = report["context"], report["rows"]["longest"]
+    if context is not None and longest > context:
+        lines.append(
+            f"warning: rows of up to {longest:,} tokens are longer than the model's context of "
+            f"{context:,}; --set data.max_length={context} is safe"
+        )
+    return lines
 
 
 def _auto(report: Mapping[str, Any]) -> list[str]:

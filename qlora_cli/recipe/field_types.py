@@ -34,8 +34,12 @@ def _read_int(text: str) -> int | None:
     value = _read_float(text)
     if value is None or not value.is_integer():
         return None
-    # A float would round integers of more than 15 digits.
-    return int(text) if re.fullmatch(rf"[-+]?{_DIGITS}", text) else int(value)
+    if not re.fullmatch(rf"[-+]?{_DIGITS}", text):
+        return int(value)
+    # A float would round integers of more than 15 digits. Python refuses to read thousands of
+    # digits, zeros in front included.
+    digits = text.lstrip("+-").replace("_", "").lstrip("0") or "0"
+    return -int(digits) if text.startswith("-") else int(digits)
 
 
 _SCALARS: dict[type, tuple[str, Callable[[str], Plain | None]]] = {

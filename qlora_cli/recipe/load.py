@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.common.secrets import masked
+from qlora_cli.common.user_paths import expand_path
 from qlora_cli.errors import RecipeError
+from qlora_cli.recipe.other_tools import OTHER_NAMES
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.validation import validate_tree
 from qlora_cli.recipe.yaml_parser import (
@@ -35,48 +37,13 @@ from qlora_cli.recipe.yaml_writer import Leaf, yaml_lines
 MAX_EXTENDS = 10
 """Maximum length of a chain of `extends`."""
 
+MAX_OVERRIDE = 200
+"""Characters of an override that a message repeats."""
+
 MAX_ALIGNED = 60
 """Comments are aligned up to this column."""
 
 _JINJA = re.compile("{{|{%")
-
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "rank": "r",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target_modules": "target_modules",
-    "base_model": "model.path",
-    "model_name_or_path": "model.path",
-    "load_in_4bit": "quantization.type",
-    "load_in_8bit": "quantization.type",
-    "dataset": "data.train.path",
-    "train_on_inputs": "data.train.format",
-    "seq_len": "max_length",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "max_seq_length": "max_length",
-    "block_size": "max_length",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "batch_size",
-    "max_norm": "max_grad_norm",
-    "clip": "max_grad_norm",
-    "lr_scheduler": "schedule.type",
-    "lr_scheduler_type": "schedule.type",
-    "warmup": "warmup_steps",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_checkpoints",
-    "output_dir": "output.dir",
-    "report_to": "trackers",
-    "attn_implementation": "attention",
-}
-"""Other tools' names for our keys, for "did you mean"."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +179,7 @@ class _Layers:
         return _merged(tree, layer) if tree and layer else tree
 
     def _override(self, text: str) -> Mapping | None:
-        source = f"--set {text}"
+        source = f"--set {text if len(text) <= MAX_OVERRIDE else text[:MAX_OVERRIDE] + '...'}"
         self.sources.append(source)
         place = SourcePosition(source)
         key, equals, value = text.partition("=")
@@ -249,7 +216,11 @@ class _Layers:
         if not isinstance(node, Scalar) or node.is_null or not node.text:
             self._report(node.place, "extends: it takes the path of one YAML file")
             return None
-        base = path.parent / node.text
+        try:
+            base = path.parent / expand_path(node.text)
+        except ValueError as error:
+            self._report(node.place, f"extends: {error}")
+            return None
         if not os.path.isfile(base):  # unlike Path.is_file, it accepts invalid names
             self._report(node.place, f"extends: there is no file {base}")
             return None
@@ -267,7 +238,7 @@ class _Layers:
 
 def _name_beside(source: str, node: Node) -> str:
     assert isinstance(node, Scalar)
-    return os.path.normpath(Path(source).parent / node.text)
+    return os.path.normpath(Path(source).parent / expand_path(node.text))
 
 
 def _merged(base: Mapping, over: Mapping) -> Mapping:
@@ -285,7 +256,7 @@ def _merged(base: Mapping, over: Mapping) -> Mapping:
             entries[key] = Entry(entries[key].place, _merged(below, entry.node))
         else:
             entries[key] = entry
-    return Mapping(entries, base.place)
+    return Mapping(entries, base.place, base.unread + over.unread)
 
 
 def _type_of(section: Mapping) -> str | None:

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 from qlora_cli.common.config import Config, field_docs
 from qlora_cli.recipe.field_types import FieldType, key_paths
+from qlora_cli.recipe.other_tools import INSTEAD
 from qlora_cli.recipe.yaml_parser import (
     Items,
     KeyPath,
@@ -60,6 +61,8 @@ class Explainer:
     root_class: type[Config]
     other_names: ReadOnlyDict[str, str]
     places: ReadOnlyDict[KeyPath, SourcePosition]
+    unread: ReadOnlyDict[KeyPath, Sequence[SourcePosition]] = field(default_factory=dict)
+    """Mappings with keys that could not be read (`<<`), and the places of their values."""
 
     def problems(self, errors: Sequence[InvalidValue]) -> list[Problem]:
         """Describe errors. Of a union, pydantic reports an error for each alternative it tried."""
@@ -69,7 +72,21 @@ class Explainer:
         # The alternative that fits the value best has got further: its errors are those to show.
         explained |= {path[:i] for path in (*explained, *wrong) for i in range(len(path))}
         found = [*described, *(error for path, error in wrong.items() if path not in explained)]
-        return [problem for error in found for problem in self._describe(error)]
+        return [
+            problem
+            for error in found
+            if not self._follows_from_unread(error)
+            for problem in self._describe(error)
+        ]
+
+    def _follows_from_unread(self, error: InvalidValue) -> bool:
+        """Tell if an error is only about a key that could not be read, which is reported already:
+        it lacks in its section, or its value has an anchor under a key of its own."""
+        if error.kind == "extra_forbidden" and error.node is not None:
+            merged = [place for places in self.unread.values() for place in places if place.line]
+            return error.node.place in merged
+        path = error.path[:-1] if error.kind == "missing" else error.path
+        return error.kind in ("missing", "union_tag_not_found") and path in self.unread
 
     def _describe(self, error: InvalidValue) -> list[Problem]:
         path, node = error.path, error.node
@@ -118,6 +135,8 @@ class Explainer:
         fields = section.model_fields
         owner = section.__name__ if "type" in fields else dotted(error.path[:-1]) or "a recipe"
         message = f'{owner} has no "{_shortened(key)}"; it takes {", ".join(fields)}'
+        if key in INSTEAD:
+            return f"{message}; instead: {INSTEAD[key]}"
         takers = [name for name, other in error.variants.items() if key in other.model_fields]
         if takers:
             return f"{message}; {key} belongs to type {', '.join(takers)}"

@@ -61,13 +61,18 @@ class Recipe(Config):
 
     def is_over(self, step: int, best_step: int | None) -> bool:
         """Return whether `training.patience` evaluations have passed since the best one."""
-        settings = self.training
-        every = settings.eval_every if self.evaluation.best_by == "loss" else None
-        every = every or settings.tasks_every
-        if settings.patience is None or best_step is None:
+        patience, every = self.training.patience, self.steps_between_evaluations
+        if patience is None or best_step is None:
             return False
         assert every is not None, "checked when the recipe is read"
-        return (step - best_step) // every >= settings.patience
+        return (step - best_step) // every >= patience
+
+    @property
+    def steps_between_evaluations(self) -> int | None:
+        """Steps between two evaluations that `training.patience` counts."""
+        settings = self.training
+        every = settings.eval_every if self.evaluation.best_by == "loss" else None
+        return every or settings.tasks_every
 
     @property
     def eval_batch_size(self) -> int:

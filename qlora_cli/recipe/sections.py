@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.common.config import Config
+from qlora_cli.common.config import Config, UserPath
 from qlora_cli.recipe.rules import TRAINING_RULES, apply_rules
 from qlora_cli.tasks import TaskConfig
 from qlora_cli.tasks.forgetting import GeneralText
@@ -131,7 +131,7 @@ class Evaluation(Config):
 class Output(Config):
     """Files that a run writes."""
 
-    dir: str = Field(min_length=1)
+    dir: UserPath = Field(min_length=1)
     """Folder of the run."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""

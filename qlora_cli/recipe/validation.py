@@ -67,7 +67,7 @@ def validate_tree(
             replace(_locate(start, error["loc"]), kind=error["type"], reason=_reason(error))
             for error in invalid.errors(include_url=False, include_input=False)
         ]
-        explainer = Explainer(config_class, other_names, places)
+        explainer = Explainer(config_class, other_names, places, dict(_unread(root, ())))
         others = explainer.problems([one for one in found if one.path not in secrets])
     problems = [*secrets.values(), *others]
     return ValidationResult(None if problems else config, problems, places)
@@ -158,6 +158,18 @@ def _places(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, SourcePosition
         for i, item in enumerate(node.nodes):
             yield (*path, i), item.place
             yield from _places(item, (*path, i))
+
+
+def _unread(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, tuple[SourcePosition, ...]]]:
+    """Mappings with keys that could not be read, and the places of their values."""
+    if isinstance(node, Mapping):
+        if node.unread:
+            yield path, node.unread
+        for name, entry in node.entries.items():
+            yield from _unread(entry.node, (*path, name))
+    elif isinstance(node, Items):
+        for i, item in enumerate(node.nodes):
+            yield from _unread(item, (*path, i))
 
 
 def _secrets(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Problem]]:

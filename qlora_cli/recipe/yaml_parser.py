@@ -97,6 +97,8 @@ class Mapping:
 
     entries: dict[str, Entry]
     place: SourcePosition
+    unread: tuple[SourcePosition, ...] = ()
+    """Places of values under a key that could not be read, which is reported already."""
 
 
 Node = Scalar | Items | Mapping
@@ -285,17 +287,23 @@ class _Builder:
 
     def _mapping(self, path: KeyPath, place: SourcePosition) -> Mapping:
         entries: dict[str, Entry] = {}
+        unread: list[SourcePosition] = []
         while not isinstance(event := next(self.events), MappingEndEvent):
             key = self._node(event, path)
             name = self._key_name(key, path)
-            value = self._node(next(self.events), (*path, name or "?"))
+            event = next(self.events)
+            value = self._node(event, (*path, name or "?"))
+            if name is None:
+                # The value of an alias was written where its anchor is.
+                alias = event.anchor if isinstance(event, AliasEvent) else None
+                unread.append(self.anchors[alias][0].place if alias else value.place)
             if name in entries:
                 first = entries[name].place
                 where = f", first in line {first.line}" if first.line else ""
                 self._report(key.place, (*path, name), f"is given twice{where}")
             elif name is not None:
                 entries[name] = Entry(key.place, value)
-        return Mapping(entries, place)
+        return Mapping(entries, place, tuple(unread))
 
     def _key_name(self, key: Node, path: KeyPath) -> str | None:
         if not isinstance(key, Scalar) or key.is_null:

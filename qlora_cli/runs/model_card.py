@@ -208,7 +208,7 @@ def _setting(value: Any) -> str:
 
 
 def _is_on_hub(path: str) -> bool:
-    here = Path(path).expanduser()
+    here = Path(path)
     is_file = names_a_file(path) or here.suffix == ".gguf"
     return is_hub_id(path) and not is_file and not here.exists()
 

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ import torch
 
 from qlora_cli.common.atomic_files import atomic_folder, replace_file, unfinished_of
 from qlora_cli.common.untrusted_files import read_object, refuse_links
-from qlora_cli.errors import RecipeError
+from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.models.identity import identify, refuse_other_base
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
@@ -91,6 +91,35 @@ class RunFolder:
             raise RecipeError(f"output.dir: {self.root}: {error.strerror}") from error
 
     @contextmanager
+    def started(self, *, resume: bool, is_main: bool) -> Iterator[None]:
+        """Create or reopen the folder. If the run fails before it has a record, remove it again.
+
+        Args:
+            is_main: this process writes the folder.
+
+        Raises:
+            RecipeError: as `start`.
+            ModelError: as `start`.
+            Interrupted: it says what is kept.
+        """
+        new = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        try:
+            self.start(resume=resume)
+            yield
+        except Interrupted as why:
+            if why.kept is not None and any(self.checkpoints.glob("step-*")):
+                why.kept = (
+                    f"the checkpoints in {self.checkpoints} are kept, and --resume auto continues "
+                    "from the newest"
+                )
+            raise
+        finally:
+            if is_main and not self.record.exists():
+                for path in new:
+                    with suppress(OSError):  # others put files there meanwhile
+                        path.rmdir()
+
+    @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder against other processes.
 
@@ -103,8 +132,10 @@ class RunFolder:
         try:
             # The system releases the lock of a process that dies.
             with filelock.FileLock(path, timeout=0):
-                yield
-                path.unlink(missing_ok=True)
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
         except filelock.Timeout as error:
             raise RecipeError(
                 f"output.dir: another process is training in {self.root}",
@@ -124,7 +155,8 @@ class RunFolder:
             return self.root
         folder = self.root / which
         if not folder.is_dir():
-            reason, hint = "the run has not finished", f"qlora train {self.recipe} --resume auto"
+            reason = "the run has not finished"
+            hint = f"qlora train {shlex.quote(str(self.recipe))} --resume auto"
             if not any(self.checkpoints.glob("step-*")):
                 reason = "the run ended before its first checkpoint"
                 hint = f"delete {self.root}, and start the run again"

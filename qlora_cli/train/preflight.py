@@ -81,7 +81,8 @@ def preflight(recipe: Recipe, setup: Setup[BatchStream], data: RecipeData) -> di
     steps, settings = batches.largest(max_steps), recipe.training
     num_micro_steps = max_steps * -(-settings.batch_size // settings.fixed_micro_batch_size)
     evaluation = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
-    rows = PlanRows(steps, evaluation, max_steps, batches.tokens(max_steps), "the data")
+    tokens = batches.tokens(max_steps)
+    rows = PlanRows(steps, evaluation, max_steps, tokens, "the data", data.longest)
     is_planned = setup.trained.total >= _MIN_WEIGHTS and max_steps >= _MIN_STEPS
     planned = {}
     if is_planned and world.is_main:

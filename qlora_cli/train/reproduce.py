@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,7 +55,7 @@ def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
     if record.get("status") != "finished":
         raise RecipeError(
             f"{path}: the run has not finished, so it has no result to compare with",
-            hint=f"qlora train {run.recipe} --resume auto finishes it",
+            hint=f"qlora train {shlex.quote(str(run.recipe))} --resume auto finishes it",
         )
     again = RunFolder(output or path.absolute().with_name(f"{path.absolute().name}-again"))
     recipe = _elsewhere(recorded_recipe(run), again.root)

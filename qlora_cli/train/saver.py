@@ -252,6 +252,7 @@ class CheckpointManager:
         if state.step:
             then = "it is saved, and --resume auto continues from here"
         log.warning("stopped after step %d (%s): %s", state.step, why, then)
+        why.kept = None
 
     def _warn_if_untrained_is_best(self) -> None:
         record = self._run.read_record()

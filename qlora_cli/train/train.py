@@ -20,8 +20,9 @@ from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.fit import Hooks, fit
 from qlora_cli.loop.monitor import TrainingMonitor
 from qlora_cli.loop.run_data import RunData, prepare_data
-from qlora_cli.loop.setup import Batches, Setup, build_setup
+from qlora_cli.loop.setup import Batches, Setup, build_setup, warn_of_no_effect
 from qlora_cli.loop.trackers import Tracker, open_trackers
+from qlora_cli.recipe.packages import require_packages
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import Changes, refuse_changes, refuse_unsafe
 from qlora_cli.runs.run_folder import RunFolder
@@ -70,16 +71,18 @@ def train(
             init_weights=None if warm_start is None else warm_start.load_into,
             kernels=run.recorded_kernels(),
         )
+        warn_of_no_effect(recipe, setup)
         saver = CheckpointManager(run.folder, setup, recipe, data.tokenizer)
         saver.require_disk_space(has_best=data.evaluation is not None)
         state = TrainState() if run.resume is None else saver.resume(run.resume, changes)
+        memory = preflight(recipe, setup, data)
+        # From here on the folder is a run; what failed before leaves nothing.
         saver.record(
             status="training",
             origins=origins,
             is_micro_batch_auto=is_auto,
             **_facts(setup, data, warm_start),
         )
-        memory = preflight(recipe, setup, data)
         monitor = _monitor(setup, data, recipe, saver)
         hooks = _hooks(setup, data, recipe, saver, run)
         started = time.monotonic()
@@ -137,14 +140,15 @@ def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterat
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
+    require_packages(recipe, for_tasks=recipe.training.tasks_every is not None)
     if allow and resume is None:
         raise RecipeError("--allow is for a run that is resumed", hint="add --resume")
     refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
     folder = RunFolder(Path(recipe.output.dir))
-    folder.start(resume=resume is not None)
     with (
+        folder.started(resume=resume is not None, is_main=world.is_main),
         StopSignals(recipe.training.stop_after_seconds) as stop,
         folder.locked() if world.is_main else nullcontext(),
     ):

@@ -58,6 +58,6 @@ def find_warm_start(recipe: Recipe, base: Mapping[str, str]) -> WarmStart | None
     adapter = recipe.adapter
     if not isinstance(adapter, LoRA) or adapter.init_from is None:
         return None
-    place = AdapterFolder.find(Path(adapter.init_from).expanduser())
+    place = AdapterFolder.find(Path(adapter.init_from))
     place.check_base(recipe, base)
     return WarmStart(adapter, place)

@@ -121,6 +121,14 @@ class BatchStream:
         rows = self._order.epoch(0)
         return round(sum(map(self._length, rows)) / len(rows) * num_steps * self.batch_size)
 
+    def rows_per_epoch(self) -> int:
+        """Return the number of rows in the first epoch; packed ones, with packing."""
+        return len(self._order.epoch(0))
+
+    def packs_nothing(self) -> bool:
+        """Tell if packing leaves each example in a row of its own."""
+        return self.max_length is not None and all(len(row) == 1 for row in self._order.epoch(0))
+
     def summary(self) -> str:
         """Describe the first epoch in one line for the log: how full its rows are."""
         rows = self._order.epoch(0)

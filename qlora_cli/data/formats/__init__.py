@@ -23,9 +23,15 @@ __all__ = [
     "ShareGpt",
     "TemplateFormat",
     "Text",
+    "is_verbatim",
 ]
 
 FormatConfig = Annotated[
     Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference | TemplateFormat,
     Field(discriminator="type"),
 ]
+
+
+def is_verbatim(format: FormatConfig) -> bool:
+    """Return True if rows of this format have no chat template."""
+    return isinstance(format, Text) or (isinstance(format, PromptCompletion) and not format.as_chat)

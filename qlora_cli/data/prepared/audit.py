@@ -13,9 +13,16 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.prepared.findings import Finding, find_drift, findings
 from qlora_cli.data.prepared.prepare import PreparedData
-from qlora_cli.data.prepared.statistics import DatasetScan, DatasetStatistics, LocatedExamples, scan
+from qlora_cli.data.prepared.statistics import (
+    NAMED,
+    DatasetScan,
+    DatasetStatistics,
+    LocatedExamples,
+    scan,
+)
 from qlora_cli.data.sources import BadRows, Source
-from qlora_cli.types import Conversation
+from qlora_cli.errors import DataError
+from qlora_cli.types import Conversation, ModelContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,6 +42,8 @@ class AuditedDataset:
     scan: DatasetScan
     audit: DatasetStatistics
     findings: list[Finding]
+    beyond: Finding | None
+    """Rows longer than the model's context; None if that is not known."""
 
     @property
     def truncated(self) -> float:
@@ -47,7 +56,7 @@ class AuditedDataset:
         found = "; ".join(
             f"{finding.what}: {', '.join([finding.found, *finding.named[:1]])}"
             for finding in self.findings
-            if finding.count
+            if finding.count and finding is not self.beyond
         )
         return (
             f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
@@ -60,12 +69,18 @@ def audit_data(
     training_data: PreparedData,
     held_out: PreparedData | None,
     tokenizer: PreTrainedTokenizerFast,
+    *,
+    context: ModelContext | None = None,
 ) -> list[AuditedDataset]:
-    """Audit the training rows, then the evaluation rows."""
-    training = _audited("training", data, training_data, tokenizer, None)
+    """Audit the training rows, then the evaluation rows.
+
+    Args:
+        context: that of the model, if known.
+    """
+    training = _audited("training", data, training_data, tokenizer, None, context)
     if held_out is None:
         return [training]
-    return [training, _audited("evaluation", data, held_out, tokenizer, training)]
+    return [training, _audited("evaluation", data, held_out, tokenizer, training, context)]
 
 
 def check_data(
@@ -73,17 +88,24 @@ def check_data(
     training_data: PreparedData,
     held_out: PreparedData | None,
     tokenizer: PreTrainedTokenizerFast,
+    *,
+    context: ModelContext | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Audit the rows, log a line about each dataset, and return the statistics.
 
+    Args:
+        context: that of the model, if known.
+
     Raises:
-        DataError: a limit of `data.audit` is crossed.
+        DataError: a limit of `data.audit` is crossed, or a row has more tokens than a model with a
+            table of positions can take.
     """
-    sides = audit_data(data, training_data, held_out, tokenizer)
+    sides = audit_data(data, training_data, held_out, tokenizer, context=context)
     for side in sides:
-        is_suspect = any(finding.count for finding in side.findings)
+        is_suspect = any(finding.count for finding in side.findings if finding is not side.beyond)
         log.log(logging.WARNING if is_suspect else logging.INFO, side.summary())
     check_limits(data, sides)
+    check_context(sides, context)
     return {side.name: side.audit.record() for side in sides}
 
 
@@ -94,12 +116,32 @@ def check_limits(data: Data, sides: list[AuditedDataset]) -> None:
     data.audit.check(training.audit, evaluation, truncated=training.truncated)
 
 
+def check_context(sides: list[AuditedDataset], context: ModelContext | None) -> None:
+    """Warn of rows that are longer than the model's context.
+
+    Raises:
+        DataError: the model looks positions up in a table, and so cannot compute such a row.
+    """
+    for side in sides:
+        if context is None or side.beyond is None or not side.beyond.count:
+            continue
+        what = (
+            f"{side.name} data: {side.beyond.found} rows are longer than the model's context of "
+            f"{context.length:,} tokens, such as {side.beyond.named[0]}"
+        )
+        remedy = f"data.max_length={context.length}"
+        if context.is_table:
+            raise DataError(f"{what}; it has no positions for them", hint=f"--set {remedy}")
+        log.warning("%s: it was not trained on such positions; --set %s is safe", what, remedy)
+
+
 def _audited(
     name: str,
     data: Data,
     prepared: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
     training: AuditedDataset | None,
+    context: ModelContext | None,
 ) -> AuditedDataset:
     rows = prepared.examples
     scanned = scan(rows, tokenizer, max_length=data.max_length)
@@ -113,7 +155,17 @@ def _audited(
     ]
     cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
     found = findings(rows, audit, find_drift(rows, prompts), cut, training=training_rows)
-    return AuditedDataset(name, prepared, scanned, audit, found)
+    beyond = None
+    if context is not None:
+        longer = scanned.longer_than(context.length)
+        beyond = Finding(
+            f"rows longer than the model's context ({context.length:,})",
+            len(longer),
+            audit.total.num_rows,
+            tuple(rows.place(row) for row in longer[:NAMED]),
+        )
+        found.insert(1, beyond)
+    return AuditedDataset(name, prepared, scanned, audit, found, beyond)
 
 
 def _candidates(source: Source, scanned: DatasetScan, index: int) -> list[int]:

@@ -20,6 +20,7 @@ from qlora_cli.data.prepared.mmap_dataset import read_facts
 from qlora_cli.data.prepared.prepare import PreparedData, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
+from qlora_cli.types import ModelContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,10 +50,12 @@ def load_or_prepare(
     data: Data,
     *,
     use_cache: bool = True,
+    context: ModelContext | None = None,
 ) -> tuple[PreparedData, bool]:
     """Return the prepared data of some sources, and whether it was cached.
 
     Args:
+        context: that of the model; no longer row is advised.
         use_cache: if False, prepare the data again and delete it when the program ends.
 
     Raises:
@@ -61,7 +64,7 @@ def load_or_prepare(
     if not use_cache:
         folder = Path(tempfile.mkdtemp(prefix="qlora-"))
         try:
-            prepared = prepare(sources, tokenizer, data, folder)
+            prepared = prepare(sources, tokenizer, data, folder, context=context)
         # Ctrl-C must not leave it behind either.
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +74,7 @@ def load_or_prepare(
     digests = digests_of(sources)
     folder = _folder() / key_of(sources, tokenizer, data, joined_digest(digests))
     try:
-        return _find_or_make(folder, sources, tokenizer, data, digests)
+        return _find_or_make(folder, sources, tokenizer, data, digests, context)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: prepared data cannot be stored here: {error}",
@@ -143,6 +146,7 @@ def _find_or_make(
     tokenizer: PreTrainedTokenizerFast,
     data: Data,
     digests: Sequence[str],
+    context: ModelContext | None,
 ) -> tuple[PreparedData, bool]:
     import filelock
 
@@ -156,7 +160,7 @@ def _find_or_make(
             return prepared, True
         shutil.rmtree(folder, ignore_errors=True)
         with atomic_folder(folder) as unfinished:
-            prepare(sources, tokenizer, data, unfinished, digests=digests)
+            prepare(sources, tokenizer, data, unfinished, digests=digests, context=context)
     prepared = PreparedData.open(folder)
     assert prepared is not None
     return prepared, False
@@ -181,8 +185,11 @@ def read_data(
     tokenizer: PreTrainedTokenizerFast,
     *,
     use_cache: bool = True,
+    context: ModelContext | None = None,
 ) -> PreparedData:
     """Load or prepare the examples of all sources, and log a line about them."""
-    prepared, is_old = load_or_prepare(sources, tokenizer, data, use_cache=use_cache)
+    prepared, is_old = load_or_prepare(
+        sources, tokenizer, data, use_cache=use_cache, context=context
+    )
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared

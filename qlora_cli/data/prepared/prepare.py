@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow
-from qlora_cli.data.formats import Text
+from qlora_cli.data.formats import Text, is_verbatim
 from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
 from qlora_cli.data.prepared.workers import Workers
-from qlora_cli.data.prompts import is_verbatim
 from qlora_cli.data.sources import BadRows, Source, counted, first_lines
 from qlora_cli.errors import DataError
-from qlora_cli.types import Conversation, Prompt
+from qlora_cli.types import Conversation, ModelContext, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -113,11 +112,13 @@ def prepare(
     folder: Path,
     *,
     digests: Sequence[str] | None = None,
+    context: ModelContext | None = None,
 ) -> PreparedData:
     """Read, format, encode and check all rows of some sources, and write them to a folder.
 
     Args:
         digests: the digest of each source, if already known.
+        context: that of the model; no longer row is advised.
 
     Raises:
         DataError: there are no rows, bad rows (all are counted), too many lost answers, turns that
@@ -135,7 +136,7 @@ def prepare(
         ) as workers,
     ):
         for index, source in enumerate(sources):
-            tally = _Tally(source, data)
+            tally = _Tally(source, data, context)
             for place, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
                 tally.add(place, encoded)
                 for example in encoded.examples:
@@ -234,10 +235,11 @@ _COUNTS = (
 class _Tally:
     """Counts of what became of the rows of one source."""
 
-    def __init__(self, source: Source, data: Data) -> None:
+    def __init__(self, source: Source, data: Data, context: ModelContext | None) -> None:
         self._path = source.path
         self._rows = source.rows_are
         self._data = data
+        self._context = context
         self._is_verbatim = is_verbatim(source.format)
         self.is_text = isinstance(source.format, Text)
         self.counts: Counter[str] = Counter()
@@ -306,7 +308,12 @@ class _Tally:
             return
         most = lengths[-(len(lengths) // 100) - 1]
         also = f", {most} keeps 99 %" if now < most < lengths[-1] else ""
-        yield f"data.max_length: {lengths[-1]} keeps every row whole{also}"
+        if self._context is None or lengths[-1] <= self._context.length:
+            yield f"data.max_length: {lengths[-1]} keeps every row whole{also}"
+        elif now < self._context.length:
+            share = sum(length <= self._context.length for length in lengths) / len(lengths)
+            context = f"{self._context.length}, the model's context, keeps {share:.1%} of the rows"
+            yield f"data.max_length: {context} whole"
         if self._is_verbatim:
             yield "data.truncate: split makes several rows of a long text"
         elif self._data.truncate != "cut_prompt":

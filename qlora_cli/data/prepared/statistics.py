@@ -199,6 +199,13 @@ class DatasetScan:
         rows: list[int] = np.flatnonzero(np.array(self._sources) == source)[:count].tolist()
         return rows
 
+    def longer_than(self, length: int) -> list[int]:
+        """Return the rows with more than `length` tokens."""
+        import numpy as np
+
+        rows: list[int] = np.flatnonzero(np.array(self._lengths) > length).tolist()
+        return rows
+
     def audit(self, training: DatasetScan | None = None) -> DatasetStatistics:
         """Compute the statistics.
 

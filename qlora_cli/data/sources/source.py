@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.common.config import Config
+from qlora_cli.common.config import Config, UserPath
 from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.data.sources.files import (
@@ -32,7 +32,7 @@ from qlora_cli.types import Conversation, Row
 class Source(Config):
     """Rows of one kind, from one place."""
 
-    path: str = Field(min_length=1)
+    path: UserPath = Field(min_length=1)
     """File (jsonl, json, csv, tsv, parquet, arrow, txt; or compressed: gz, bz2, xz, zst), folder of
     such files, pattern such as `data/**/*.jsonl`, or id of a Hub dataset."""
     format: FormatConfig = Messages()
@@ -131,7 +131,7 @@ class Source(Config):
 
     def is_at_hand(self) -> bool:
         """Return True if the rows can be read without a network."""
-        return Path(self.path).expanduser().exists() or is_pattern(self.path)
+        return Path(self.path).exists() or is_pattern(self.path)
 
     def digest(self) -> str:
         """Hash the files' names and bytes in order, or all rows of a Hub dataset (sha256).

@@ -293,7 +293,7 @@ def test_names_beyond_ascii_in_an_ascii_environment(tmp_path: Path) -> None:
     assert "# rezept-ü.yaml:1" in out
 
 
-def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_is_exit_code_130_and_one_line(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     os.mkfifo(recipe)
     command = [sys.executable, "-m", "qlora_cli", "validate", str(recipe)]
@@ -304,7 +304,8 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path: Path) -> None:
     with subprocess.Popen(command, **pipes, **heeding) as process, recipe.open("wb"):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (130, b"", b"")
+    said = b"stopped by Ctrl-C: nothing was kept of its result\n"
+    assert (process.returncode, out, err) == (130, b"", said)
 
 
 def test_validate_answers_in_half_a_second(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_out_of_memory_in_the_preflight_ends_the_run_with_advice(
     def end(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
-    rows = PlanRows([[full_batch(1, 16, padding_free=False)]], None, 1, 1, "here")
+    rows = PlanRows([[full_batch(1, 16, padding_free=False)]], None, 1, 1, "here", 16)
     model.get_input_embeddings().register_forward_hook(end)
     with pytest.raises(OutOfMemory, match="1x16 tokens") as caught:
         try_largest(setup, rows, is_counted=True)

@@ -1,0 +1,83 @@
+"""How many positions a model was made for, by its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_cli.models.context import read_context
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (LLAMA, 4096),
+        ({**LLAMA, "rope_scaling": None}, 4096),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+        # Llama 3.1 counts the scaled positions, and Qwen with YaRN the original ones.
+        (
+            {
+                **LLAMA,
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+        (
+            {
+                **LLAMA,
+                "max_position_embeddings": 32768,
+                "rope_scaling": {
+                    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+                },
+            },
+            131072,
+        ),
+        ({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 4096),
+        ({**LLAMA, "rope_parameters": {"full_attention": {"factor": 8.0}}}, 4096),
+        ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"model_type": "mpt", "max_seq_len": 2048}, 2048),
+        ({"model_type": "bloom"}, None),
+        ({"model_type": "mamba", "max_position_embeddings": None}, None),
+        ({"model_type": "x", "max_position_embeddings": -1}, None),
+    ],
+)  # fmt: skip
+def test_length_of_the_context(config: dict[str, Any], length: int | None) -> None:
+    context = read_context(config)
+    assert (context and context.length) == length
+    assert context is None or not context.is_table
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_learned_positions_are_a_table(kind: str) -> None:
+    context = read_context({"model_type": kind, "n_positions": 1024})
+    assert context is not None
+    assert (context.length, context.is_table) == (1024, True)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "GPTNeo", "Llama", "GPTNeoX", "Falcon"])
+def test_models_with_a_table_of_positions_are_known(family: str) -> None:
+    """Compare with the modules of transformers' model: an embedding with a row per position."""
+    import torch
+    import transformers
+    from torch import nn
+
+    changes = {"attention_types": [[["global"], 1]]} if family == "GPTNeo" else {}
+    config = getattr(transformers, f"{family}Config")(num_hidden_layers=1, **changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    context = read_context(config.to_dict())
+    assert context is not None
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and context.length <= module.num_embeddings <= context.length + 2
+    ]
+    assert context.is_table == bool(tables)
