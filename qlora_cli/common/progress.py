@@ -8,6 +8,8 @@ import time
 log = logging.getLogger("qlora")
 
 _EVERY_SECONDS = 10.0
+_MIN_SHARE = 0.05
+"""Share of the work after which the time left is estimated: the first part is slower."""
 
 
 class Progress:
@@ -32,10 +34,9 @@ class Progress:
             return
         self._shown = now
         left = (now - self._started) / self._done * (self._total - self._done)
+        minutes, seconds = divmod(round(left), 60)
+        text = f"about {minutes}:{seconds:02d} left"
+        is_early = self._done < _MIN_SHARE * self._total
         log.info(
-            "%s: %d of %d, about %d:%02d left",
-            self._what,
-            self._done,
-            self._total,
-            *divmod(round(left), 60),
+            "%s: %d of %d%s", self._what, self._done, self._total, "" if is_early else f", {text}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -86,10 +87,37 @@ def find_target(name: str, number: int = 1) -> Target:
     for card in CARDS:
         if _plain(card.name) in (wanted, wanted.removeprefix("nvidia").removeprefix("geforce")):
             return replace(card, number=number)
+    refuse_several(name)
     raise RecipeError(
         f"--device: {name} is unknown",
         hint="use cpu, cuda, an amount of memory such as 24GiB, or one of "
         + ", ".join(card.name for card in CARDS),
+    )
+
+
+_NUMBER_FIRST = re.compile(r"(\d+)(?: *[x×*] *| +)(.+)", re.IGNORECASE)
+_NUMBER_LAST = re.compile(r"(.+?) *[x×*] *(\d+)", re.IGNORECASE)
+
+
+def refuse_several(name: str) -> None:
+    """Raise RecipeError if a name is that of several devices, such as `4 x H100` or `A100,A100`."""
+    cards = [one.strip() for one in re.split(r"[,+;]", name)]
+    number, card = len(cards), cards[0]
+    if first := _NUMBER_FIRST.fullmatch(name.strip()):
+        number, card = int(first[1]), first[2]
+    elif last := _NUMBER_LAST.fullmatch(name.strip()):
+        number, card = int(last[2]), last[1]
+    names = {_plain(one.name) for one in CARDS}
+    if number == 1 or not (_plain(card) in names or _SIZE.fullmatch(card)):
+        return
+    if len(set(map(_plain, cards))) > 1:
+        raise RecipeError(
+            f"--device: {name} names different devices; a plan is for one kind",
+            hint="name the smallest, and give --gpus for their number",
+        )
+    raise RecipeError(
+        f"--device: {name} names several devices",
+        hint=f"--device {shlex.quote(card)} --gpus {number}",
     )
 
 

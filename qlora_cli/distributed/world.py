@@ -7,11 +7,13 @@ import random
 from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from qlora_cli.common.formatting import size_text
 from qlora_cli.distributed.precision import PRECISIONS, cpu_is_fast_in_bfloat16, no_bfloat16
 
 T = TypeVar("T")
@@ -36,6 +38,18 @@ class World:
     def is_main(self) -> bool:
         """Tell if this process writes files and logs."""
         return self.rank == 0
+
+    def summary(self) -> str:
+        """Name the device, its memory and the number of processes, for the log."""
+        if self.device.type == "cuda":
+            found = torch.cuda.get_device_properties(self.device)
+            name = f"{found.name}, {size_text(found.total_memory)}"
+        elif self.device.type == "cpu":
+            free = psutil.virtual_memory().available
+            name = f"CPU, {torch.get_num_threads()} threads, {size_text(free)} free"
+        else:
+            name = self.device.type
+        return name if self.size == 1 else f"{self.size} x {name}"
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks."""

@@ -90,7 +90,7 @@ def use_padding_free(
         log.info("with padding: %s", str(error).removeprefix("data.packing: "))
         attend_by_row(model)
         return False
-    log.info(check.summary())
+    log.log(logging.INFO if packing else logging.DEBUG, check.summary())
     return True
 
 
@@ -122,7 +122,7 @@ def prepare_layers(
         _offload(base, options.device.host)
     if fused == 0:
         return "plain"
-    log.info("kernels: %d layers as one function each, %s", fused, kernels)
+    log.debug("kernels: %d layers as one function each, %s", fused, kernels)
     return kernels
 
 

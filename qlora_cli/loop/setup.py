@@ -110,6 +110,7 @@ def build_setup(
     warn_of_untrained(base, dict(zip(*stops, strict=True)))
     trained = count_trained_weights(model)
     log.info(trained.summary())
+    log.debug(trained.table())
 
     options = ComputeOptions(
         dtype,

@@ -19,6 +19,9 @@ log = logging.getLogger("qlora")
 
 Metrics = Mapping[str, float]
 
+_MIN_TIMED = 5
+"""Steps after the first that an estimate of the time left is based on; fewer in a short run."""
+
 
 class Tracker(Protocol):
     """Log the metrics of a step, as numbers on the host."""
@@ -41,13 +44,14 @@ class Console:
         self._is_live = stream.isatty()
         self._max_steps = max_steps
         self._first_step = first_step
-        self._started = time.monotonic()
+        self._timed: tuple[int, float] | None = None
+        """The first step that was logged, and when: it also took what comes before all steps."""
         self._width = 0
 
     def log(self, metrics: Metrics, step: int) -> None:
         if "loss" in metrics:
             self._write(self._progress(metrics, step), stays=not self._is_live)
-        else:
+        elif any(name.startswith("eval_") for name in metrics):  # not what is only kept in files
             shown = "  ".join(
                 f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}"
                 for name, value in metrics.items()
@@ -62,15 +66,22 @@ class Console:
         return (
             f"step {step}/{self._max_steps}  loss {metrics['loss']:.4f}  "
             f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"{size_text(metrics['peak_memory_bytes'])}  {self._time_left(step)} left"
+            f"{size_text(metrics['peak_memory_bytes'])}{self._time_left(step)}"
         )
 
     def _time_left(self, step: int) -> str:
-        done = step - self._first_step
-        seconds = (time.monotonic() - self._started) / done * (self._max_steps - step)
+        """Estimate the time left, once the steps that were timed are enough for that."""
+        now = time.monotonic()
+        if self._timed is None:
+            self._timed = step, now
+        first, since = self._timed
+        if step - first < min(_MIN_TIMED, max(1, (self._max_steps - self._first_step) // 4)):
+            return ""
+        seconds = (now - since) / (step - first) * (self._max_steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return f"  {left} left"
 
     def _write(self, line: str, *, stays: bool) -> None:
         if not self._is_live:

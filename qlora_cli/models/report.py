@@ -44,7 +44,8 @@ class WeightCounts:
             f"{size_text(size)} {dtype}" for dtype, size in self.bytes_by_dtype.items()
         )
         share = self.num_unquantized / self.num_weights
-        return f"base model: {self.num_weights:,} weights in {held}; {share:.1%} unquantized"
+        unquantized = "" if share == 1 else f"; {share:.1%} unquantized"
+        return f"base model: {self.num_weights:,} weights in {held}{unquantized}"
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,17 @@ class TrainedCounts:
     total: int
 
     def summary(self) -> str:
-        """Format a small table for the log."""
+        """Format one line for the log."""
+        share = self.trained / self.total
+        return f"trained: {self.trained:,} of {self.total:,} weights ({share:.2%})"
+
+    def table(self) -> str:
+        """Format the trained weights by the name of their module."""
         width = max(len(row.name) for row in self.rows)
-        lines = [
+        return "\n".join(
             f"  {row.name:<{width}}  {row.num_modules:>5} modules  {row.num_weights:>13,} weights"
             for row in self.rows
-        ]
-        share = self.trained / self.total
-        lines.insert(0, f"trained: {self.trained:,} of {self.total:,} weights ({share:.2%})")
-        return "\n".join(lines)
+        )
 
 
 def held_bytes(model: Module, optimizer: Optimizer) -> dict[str, int]:

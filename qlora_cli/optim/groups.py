@@ -89,7 +89,7 @@ def group_parameters(
             for params, decay in zip((matrices, others), decays, strict=True)
             if params
         ]
-    log.info("%s", "; ".join(lines))
+    log.log(logging.INFO if groups else logging.DEBUG, "%s", "; ".join(lines))
     return result
 
 

@@ -15,6 +15,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
     """Format the report of `plan`: what a recipe needs, and whether it fits."""
     peak, process, device = report["peak"], report["process"], report["device"]
     lines = [
+        _verdict(report),
         _model_line(report),
         _rows_line(report["rows"]),
         *_warnings(report),
@@ -37,7 +38,6 @@ def plan_text(report: Mapping[str, Any]) -> str:
         "",
         f"tensors {size_text(peak['bytes'])}; the whole process "
         f"{size_text(process['low'])} to {size_text(process['high'])}",
-        _verdict(report),
         *_changes(report),
         f"adapter on disk {size_text(report['adapter_bytes'])}, a checkpoint "
         f"{size_text(report['checkpoint_bytes'])}",

@@ -87,28 +87,41 @@ class MergeReport(Report):
 
 
 def merge_text(report: MergeReport) -> str:
-    """Describe what was written, and how close it is to the trained model."""
-    update = report.update
-    lines = [
-        f"{report.output}: {size_text(report.bytes)} in {report.dtype}, base {report.base}",
+    """Say what was written and what it means, then the figures."""
+    update, comparison = report.update, report.comparison
+    lines = [f"{report.output}: {size_text(report.bytes)} in {report.dtype}, base {report.base}"]
+    if comparison is None:
+        lines.append("logits were not compared; each weight was")
+    else:
+        assert report.kl is not None
+        assert report.top1_agreement is not None
+        agreement = agreement_text(kl=report.kl, top1_agreement=report.top1_agreement)
+        lines.append(f"against base plus adapter: {agreement}")
+    lines += [
         f"{update.updated} weights updated, {update.copied} copied; rounding error "
         f"{percent_text(update.rounding_error)} of the update",
+        *_quantization(report),
     ]
-    if update.quantization_error is not None:
-        lines.append(
-            f"quantizing the base changed it by {update.quantization_error:.0%} of the update "
-            "(expected: the adapter was trained against the quantized base)"
-        )
-    comparison = report.comparison
-    if comparison is None:
-        return "\n".join([*lines, "logits were not compared"])
-    assert report.kl is not None
-    assert report.top1_agreement is not None
-    agreement = agreement_text(kl=report.kl, top1_agreement=report.top1_agreement)
-    lines.append(f"against base plus adapter: {agreement}")
-    for name, choice in comparison.choices.items():
+    for name, choice in comparison.choices.items() if comparison else ():
         line = f"--base {name}: KL from the model as trained {choice.kl:.1e}"
-        if choice.loss is not None:
+        if choice.loss is not None and comparison is not None:
             line += f", loss {choice.loss:.4f} (as trained {comparison.trained_loss:.4f})"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _quantization(report: MergeReport) -> list[str]:
+    """Say what the quantization of the base means for this merge."""
+    error = report.update.quantization_error
+    if error is None:
+        return []
+    size = f"{error:.1f} times" if error >= 1 else f"{error:.0%} of"
+    if report.base == "as-trained":
+        return [
+            "the update is added to the quantized base that it was trained on, as it learnt; "
+            f"that base differs from the original weights by {size} the update, which is normal"
+        ]
+    return [
+        "the update is added to the original weights, and was trained on the quantized ones, which "
+        f"differ from them by {size} the update: compare the losses below"
+    ]

@@ -181,7 +181,7 @@ def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> i
     elif setup.world.device.type != "cpu":
         taken = setup.world.peak_memory_bytes()
     result = "fit" if taken is None else f"take {size_text(taken)} of tensors"
-    log.info("the largest batches (%s tokens) %s", shapes, result)
+    log.debug("the largest batches (%s tokens) %s", shapes, result)
     return taken
 
 

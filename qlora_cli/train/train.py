@@ -146,6 +146,7 @@ def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterat
     refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
+    log.info("device: %s", world.summary())
     folder = RunFolder(Path(recipe.output.dir))
     with (
         folder.started(resume=resume is not None, is_main=world.is_main),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_cli.errors import Interrupted
+from qlora_cli.runs.run_folder import RunFolder
 from tests.conftest import exit_code
 
 FAILURES: dict[str, dict[str, Any]] = {
@@ -54,15 +53,23 @@ def test_a_folder_that_was_there_stays(write_recipe: Callable[..., Path], folder
     assert list(run.iterdir()) == []
 
 
-def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(
-    write_recipe: Callable[..., Path], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.mkfifo("rows.fifo")
-    source = {"path": str(folder / "rows.fifo.jsonl")}
-    os.rename("rows.fifo", "rows.fifo.jsonl")
-    recipe = write_recipe(data={"train": source, "evaluation": None})
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()  # reading the pipe waits for ever
-    assert exit_code("train", recipe) == 130
-    assert "stopped by SIGINT: nothing was kept" in capsys.readouterr().err
-    assert not (folder / "run").exists()
+def test_ctrl_c_says_what_is_kept(folder: Path) -> None:
+    run = RunFolder(folder / "new" / "run")
+
+    def interrupt(*, resume: bool) -> str | None:
+        with (
+            pytest.raises(Interrupted) as caught,
+            run.started(resume=resume, is_main=True),
+            run.locked(),
+        ):
+            raise Interrupted("SIGINT", 130)
+        return caught.value.kept
+
+    assert interrupt(resume=False) == "nothing was kept of its result"
+    assert not (folder / "new").exists()
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    run.update_record(status="training")
+    kept = interrupt(resume=True)
+    assert kept is not None
+    assert "are kept, and --resume auto continues" in kept
+    assert run.record.exists()

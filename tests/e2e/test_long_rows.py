@@ -36,7 +36,7 @@ def test_rows_beyond_the_context_are_named_by_each_command(
     recipe = write_recipe(**settings(rows), training={"max_steps": 1})
     assert exit_code("preview", recipe) == 0
     table = capsys.readouterr().out
-    assert f"rows longer than the model's context ({CONTEXT})  1 of 3 (33.33%)\n  {rows}:2" in table
+    assert f"rows beyond the model's context ({CONTEXT})    1 of 3 (33.33%)\n  {rows}:2" in table
     assert exit_code("plan", recipe, "--device", "24GiB") == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "context" in line]
     assert len(warnings) == 1
@@ -54,7 +54,7 @@ def test_nothing_is_said_of_rows_that_fit(
 ) -> None:
     recipe = write_recipe(**settings(rows, max_length=CONTEXT, max_lost=1))
     assert exit_code("preview", recipe) == 0
-    assert f"model's context ({CONTEXT})  0 of 3" in capsys.readouterr().out
+    assert f"beyond the model's context ({CONTEXT})    0 of 3" in capsys.readouterr().out
     assert exit_code("plan", recipe, "--device", "24GiB") == 0
     assert "context" not in capsys.readouterr().out
 

@@ -84,6 +84,7 @@ lengths 25 to 28 tokens, median 25; 78 tokens, 12.8% supervised
   28 to 28  ████████████████████ 1
 supervised turns: 3, ended by <|im_end|> 3
 rows longer than data.max_length         0 of 3
+rows beyond the model's context (512)    0 of 3
 rows with nothing to learn               0 of 3
 turns that end in no stop token          0 of 3
 rows whose prompt differs in generation  0 of 3
@@ -107,6 +108,7 @@ lengths 25 to 27 tokens, median 26; 78 tokens, 11.5% supervised
   27 to 27  ████████████████████████████████████████ 1
 supervised turns: 3, ended by <|im_end|> 3
 rows longer than data.max_length              0 of 3
+rows beyond the model's context (512)         0 of 3
 rows with nothing to learn                    0 of 3
 turns that end in no stop token               0 of 3
 rows whose prompt differs in generation       0 of 3

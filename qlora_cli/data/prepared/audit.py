@@ -103,7 +103,7 @@ def check_data(
     sides = audit_data(data, training_data, held_out, tokenizer, context=context)
     for side in sides:
         is_suspect = any(finding.count for finding in side.findings if finding is not side.beyond)
-        log.log(logging.WARNING if is_suspect else logging.INFO, side.summary())
+        log.log(logging.WARNING if is_suspect else logging.DEBUG, side.summary())
     check_limits(data, sides)
     check_context(sides, context)
     return {side.name: side.audit.record() for side in sides}
@@ -159,7 +159,7 @@ def _audited(
     if context is not None:
         longer = scanned.longer_than(context.length)
         beyond = Finding(
-            f"rows longer than the model's context ({context.length:,})",
+            f"rows beyond the model's context ({context.length:,})",
             len(longer),
             audit.total.num_rows,
             tuple(rows.place(row) for row in longer[:NAMED]),

@@ -137,15 +137,17 @@ def test_merge_text() -> None:
     )  # fmt: skip
     assert merge_text(report).splitlines() == [
         "m: 3.0 MiB in bfloat16, base as-trained",
-        "14 weights updated, 6 copied; rounding error 1.0% of the update",
-        "quantizing the base changed it by 250% of the update "
-        "(expected: the adapter was trained against the quantized base)",
         "against base plus adapter: same next token at 97.5% of positions, "
         "KL 2.0e-03 nats per token",
+        "14 weights updated, 6 copied; rounding error 1.0% of the update",
+        "the update is added to the quantized base that it was trained on, as it learnt; "
+        "that base differs from the original weights by 2.5 times the update, which is normal",
         "--base as-trained: KL from the model as trained 2.0e-03, loss 1.5100 (as trained 1.5000)",
         "--base original: KL from the model as trained 1.0e-01",
     ]
-    assert merge_text(replace(report, comparison=None)).endswith("logits were not compared")
+    assert "logits were not compared" in merge_text(replace(report, comparison=None))
+    original = merge_text(replace(report, base="original"))
+    assert "differ from them by 2.5 times the update: compare the losses below" in original
 
 
 def test_cache_text_says_what_is_kept_and_what_was_deleted() -> None:

@@ -48,3 +48,27 @@ def test_card_is_recognised_by_the_words_of_its_name(
 ) -> None:
     found = known_card(name, gibibytes * 2**30)
     assert (found and found.name) == card
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("2x RTX 4090", "--device 'RTX 4090' --gpus 2"),
+        ("4 H100", "--device H100 --gpus 4"),
+        ("8xA100", "--device A100 --gpus 8"),
+        ("H100 x 8", "--device H100 --gpus 8"),
+        ("2 * 24GiB", "--device 24GiB --gpus 2"),
+        ("A100,A100,A100", "--device A100 --gpus 3"),
+        ("A100 + H100", "name the smallest, and give --gpus for their number"),
+    ],
+)
+def test_several_devices_point_to_the_option_for_their_number(name: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=r"several devices|different devices") as caught:
+        find_target(name)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("name", ["RTX 9090", "x", "4090x", "cuda:0", "24 parsecs"])
+def test_an_unknown_device_is_not_several(name: str) -> None:
+    with pytest.raises(RecipeError, match="is unknown"):
+        find_target(name)

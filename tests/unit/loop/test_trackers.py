@@ -2,6 +2,8 @@ import io
 import json
 from pathlib import Path
 
+import pytest
+
 from qlora_cli.loop.trackers import Console, Jsonl, TensorBoard, open_trackers
 
 STEP = {
@@ -20,6 +22,7 @@ class Terminal(io.StringIO):
 def test_off_a_terminal_each_step_is_one_plain_line() -> None:
     stream = io.StringIO()
     console = Console(stream, max_steps=10)
+    console.log({"planned_memory_bytes": 2**20}, 0)
     console.log(STEP, 1)
     console.log({"eval_loss": 1.5}, 1)
     console.close()
@@ -27,9 +30,32 @@ def test_off_a_terminal_each_step_is_one_plain_line() -> None:
     assert "\r" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
     assert len(lines) == 2
-    assert lines[0].startswith("step 1/10  loss 1.2500  lr 2.00e-04  1,234 tokens/s  2.00 GiB  ")
-    assert lines[0].endswith(" left")
+    assert lines[0].startswith("step 1/10  loss 1.2500  lr 2.00e-04  1,234 tokens/s  2.00 GiB")
+    assert lines[0].endswith("  2.00 GiB"), "one step is not enough for an estimate"
     assert lines[1] == "step 1  eval_loss 1.5000"
+
+
+@pytest.mark.parametrize(("max_steps", "first_shown"), [(100, 6), (8, 3), (2, 2)])
+def test_the_time_left_is_estimated_after_some_steps(max_steps: int, first_shown: int) -> None:
+    stream = io.StringIO()
+    console = Console(stream, max_steps)
+    for step in range(1, max_steps + 1):
+        console.log(STEP, step)
+    shown = [line.endswith(" left") for line in stream.getvalue().splitlines()]
+    assert shown.index(True) == first_shown - 1
+    assert all(shown[first_shown - 1 :])
+
+
+def test_the_first_step_does_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take minutes: kernels are compiled in it."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = io.StringIO()
+    console = Console(stream, max_steps=26)
+    for step in range(1, 7):
+        now += 300 if step == 1 else 3
+        console.log(STEP, step)
+    assert stream.getvalue().splitlines()[-1].endswith("  1:00 left")
 
 
 def test_on_a_terminal_steps_overwrite_one_line_and_evaluations_stay() -> None:
