@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import exit_code, output_of
 
 CONTEXT = 512
-"""Of the tiny model. Its tokens are bytes."""
+"""Positions of the tiny model, whose tokens are bytes."""
 
 
 @pytest.fixture
