@@ -86,4 +86,4 @@ class Interrupted(BaseException):
         super().__init__(reason)
         self.exit_code = exit_code
         self.kept: str | None = "nothing was kept of its result"
-        """What is left on the disk, for the user; None if that was logged."""
+        """The files that are left, in words for the user; None if that was logged."""

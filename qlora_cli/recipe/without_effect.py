@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.adapters import AdaLoRA, BitFit
 from qlora_cli.data.formats import is_verbatim
-from qlora_cli.optim.families import AdEMAMixFamily
+from qlora_cli.optim.families import AdEMAMix
 from qlora_cli.optim.schedules import InverseRoot
 from qlora_cli.tasks import MultipleChoice
-from qlora_cli.tasks.task import GenerationTask
+from qlora_cli.tasks.task import Task
 
 if TYPE_CHECKING:
     from qlora_cli.recipe.schema import Recipe
@@ -111,7 +111,7 @@ def tasks_are_asked(recipe: Recipe) -> Warnings:
         "evaluation.max_new_tokens": None if number == default else number,
         "evaluation.generation_batch_size": evaluation.generation_batch_size,
     }
-    is_asked = any(isinstance(task, GenerationTask) for task in tasks)
+    is_asked = any(type(task).evaluate is Task.evaluate for task in tasks)  # it generates
     for key, value in () if is_asked else of_answers.items():
         if value is not None:
             yield f"{key} ({value}) has no effect: no task of evaluation.tasks generates"
@@ -166,7 +166,7 @@ def inverse_root_decays(recipe: Recipe, max_steps: int) -> Warnings:
 
 def slow_means_warm_up(recipe: Recipe, max_steps: int) -> Warnings:
     optimizer = recipe.optimizer
-    steps = optimizer.slow_warmup_steps if isinstance(optimizer, AdEMAMixFamily) else None
+    steps = optimizer.slow_warmup_steps if isinstance(optimizer, AdEMAMix) else None
     if steps is not None and steps > max_steps:
         yield (
             f"optimizer.slow_warmup_steps ({steps:,}) is more than the {max_steps:,} steps of the "

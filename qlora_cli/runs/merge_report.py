@@ -118,7 +118,7 @@ def _quantization(report: MergeReport) -> list[str]:
     size = f"{error:.1f} times" if error >= 1 else f"{error:.0%} of"
     if report.base == "as-trained":
         return [
-            "the update is added to the quantized base that it was trained on, which keeps what was trained; "
+            "the update is added to the quantized base that it was trained on, as it should be; "
             f"that base differs from the original weights by {size} the update, which is normal"
         ]
     return [

@@ -140,7 +140,7 @@ def test_merge_text() -> None:
         "against base plus adapter: same next token at 97.5% of positions, "
         "KL 2.0e-03 nats per token",
         "14 weights updated, 6 copied; rounding error 1.0% of the update",
-        "the update is added to the quantized base that it was trained on, which keeps what was trained; "
+        "the update is added to the quantized base that it was trained on, as it should be; "
         "that base differs from the original weights by 2.5 times the update, which is normal",
         "--base as-trained: KL from the model as trained 2.0e-03, loss 1.5100 (as trained 1.5000)",
         "--base original: KL from the model as trained 1.0e-01",
