@@ -31,7 +31,8 @@ def validate(
     """Check a recipe, and print all its values with their origins.
 
     An origin is a line of the recipe or of a recipe that it extends, --set, or the default. No
-    model or data is opened. --json prints recipe (the values) and
+    model or data is opened. Settings without effect are warned of, and packages that are missing
+    are refused. --json prints recipe (the values) and
     origins (the place of each dotted key).
 
     \b

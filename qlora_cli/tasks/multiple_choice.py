@@ -131,7 +131,7 @@ def _index(answer: str, number: int) -> int:
     """Return the index of the option that a letter or a number names."""
     is_letter = len(answer) == 1 and answer in string.ascii_letters
     index = string.ascii_uppercase.index(answer.upper()) if is_letter else -1
-    if answer.isascii() and answer.isdigit():
+    if answer.isascii() and answer.isdigit() and len(answer) < 10:
         index = int(answer)
     if not 0 <= index < number:
         raise DataError(f"answer {answer!r} is not the letter or number of one of {number} options")

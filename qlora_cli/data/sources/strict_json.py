@@ -9,6 +9,23 @@ from typing import Any
 from qlora_cli.types import Row
 
 _MAX_DEPTH = 100
+_MAX_DIGITS = 4300
+"""Digits of a whole number that Python reads."""
+
+
+class _LongNumber(int):
+    """Stands for a whole number of more digits than Python reads; its value is their number."""
+
+
+def _read_int(text: str) -> int:
+    return _LongNumber(len(text)) if len(text) > _MAX_DIGITS else int(text)
+
+
+def _long_number(value: object) -> _LongNumber | None:
+    """Return a number that is too long, or the first of a list."""
+    if isinstance(value, list):
+        return next(filter(None, map(_long_number, value)), None)
+    return value if isinstance(value, _LongNumber) else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
@@ -18,6 +35,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} is in one object twice")
+    for name, value in pairs:
+        if (long := _long_number(value)) is not None:
+            raise ValueError(
+                f"the field {name!r} has a number of {int(long):,} digits, and {_MAX_DIGITS:,} can "
+                "be read; put it in quotes if it is text"
+            )
     return row
 
 
@@ -25,7 +48,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"not JSON: {name} is not a JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_read_int
+)
 
 
 def parse(text: str) -> Any:

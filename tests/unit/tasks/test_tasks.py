@@ -104,6 +104,12 @@ def test_exact_match() -> None:
     assert ExactMatch().score("Paris", "paris") == 0
 
 
+def test_a_number_of_thousands_of_digits_is_a_wrong_answer() -> None:
+    assert JsonMatch().score("[1]", f"[{'9' * 5000}]") == 0
+    with pytest.raises(DataError, match="needs JSON references"):
+        JsonMatch().score("9" * 5000, "1")
+
+
 def test_json_match() -> None:
     assert JsonMatch().score('{"a": 1, "b": 2}', '{"b":2,"a":1}') == 1
     assert JsonMatch().score("[1]", "[true]") == 0

@@ -421,3 +421,23 @@ def test_a_row_that_a_template_cannot_render_is_named_by_field(text: str, reason
 def test_a_broken_template_is_found_when_the_recipe_is_read() -> None:
     with pytest.raises(ValueError, match="user: line 2 of the template: Expected an expression"):
         TemplateFormat(user="Classify\n{{ }}")
+
+
+@pytest.mark.parametrize("value", ["{}", "[1, {}]", '{{"inner": {}}}', "-{}"])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_number_of_thousands_of_digits_names_its_field(
+    tmp_path: Path, value: str, kind: str
+) -> None:
+    """Python refuses to read it, and would advise to change a setting of Python."""
+    row = f'{{"text": "a", "wide": {value.format("9" * 5000)}}}'
+    path = tmp_path / f"rows.{kind}"
+    path.write_text(row if kind == "jsonl" else f"[{row}]", encoding="utf-8")
+    field = "inner" if "inner" in value else "wide"
+    bad = BadRows()
+    try:
+        assert list(Source(path=str(path)).read(bad)) == []
+        said = "".join(bad.first)
+    except DataError as error:  # a json file is read as a whole
+        said = str(error)
+    assert f"the field '{field}' has a number of 5,00" in said
+    assert "put it in quotes" in said
