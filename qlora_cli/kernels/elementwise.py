@@ -179,31 +179,45 @@ class Elementwise:
 
     def try_out(
         self, device: torch.device, dtype: torch.dtype, *, norms_heads: bool = False
-    ) -> None:
+    ) -> dict[str, Tensor]:
         """Run each function once, so that a failure to compile appears here and not in a step.
 
         The sizes are those of a small step, because they decide whether a kernel uses threads.
 
         Args:
             norms_heads: whether the model normalises heads, so that those functions are compiled.
+
+        Returns:
+            All results, by function. They are the same for equal functions and random states.
         """
         rows, width, heads, size = 512, 1024, 16, 64
         x, y = (torch.rand(rows, width, device=device, dtype=dtype) for _ in range(2))
         # A parameter, as in norms: functions are compiled again for a plain tensor.
         weight = nn.Parameter(torch.rand_like(x[0]), requires_grad=False)
         angles = torch.rand(rows, size, device=device)
-        _, factor = self.rms_norm(x, weight, 1e-6)
-        self.add_rms_norm(x, y, weight, 1e-6)
-        self.apply_rms_norm(x, factor, weight)
-        self.rms_norm_backward(x, y, factor, weight, x)
-        self.rotate(x.view(rows, heads, size), angles.to(dtype), angles.to(dtype))
+        done: dict[str, Tensor | tuple[Tensor, ...]] = {}
+        done["rms_norm"] = _, factor = self.rms_norm(x, weight, 1e-6)
+        done["add_rms_norm"] = self.add_rms_norm(x, y, weight, 1e-6)
+        done["apply_rms_norm"] = self.apply_rms_norm(x, factor, weight)
+        done["rms_norm_backward"] = self.rms_norm_backward(x, y, factor, weight, x)
+        states, angles = x.view(rows, heads, size), angles.to(dtype)
+        done["rotate"] = self.rotate(states, angles, angles)
         if norms_heads:
             # A view of a wider matmul output, as in a layer: other strides would compile again.
             states = torch.rand(rows, 2 * heads, size, device=device, dtype=dtype)[:, :heads]
-            norm = torch.rand_like(states[0]), 1e-6, angles.to(dtype), angles.to(dtype)
-            self.norm_rotate_backward(self.norm_rotate(states, *norm), states, *norm)
-        self.swiglu_backward(self.swiglu(x), x)
+            norm = torch.rand_like(states[0]), 1e-6, angles, angles
+            done["norm_rotate"] = rotated = self.norm_rotate(states, *norm)
+            done["norm_rotate_backward"] = self.norm_rotate_backward(rotated, states, *norm)
+        done["swiglu"] = opened = self.swiglu(x)
+        done["swiglu_backward"] = self.swiglu_backward(opened, x)
         scores = torch.rand(2, rows // 4, rows // 2, device=device)
-        row = self.dot(scores.to(dtype), scores.to(dtype))
+        done["dot"] = row = self.dot(scores.to(dtype), scores.to(dtype))
         places = torch.arange(rows // 4, device=device)
-        self.scores_backward(scores, scores.to(dtype), row, row.clone(), places, 1.0)
+        done["scores_backward"] = self.scores_backward(
+            scores, scores.to(dtype), row, row.clone(), places, 1.0
+        )
+        return {
+            f"{name} ({i})": one
+            for name, found in done.items()
+            for i, one in enumerate((found,) if isinstance(found, Tensor) else found)
+        }

@@ -20,7 +20,7 @@ from qlora_cli.common.untrusted_files import (
 )
 from qlora_cli.errors import ModelError
 from qlora_cli.models.context import read_context
-from qlora_cli.models.gguf import unpack_gguf, unpacked_folder
+from qlora_cli.models.gguf import unpack_gguf, unpacked_config
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ class BaseModelConfig(Config):
         path = Path(self.path)
         try:
             if path.suffix == ".gguf" and path.is_file():
-                if (unpacked := unpacked_folder(path)).is_dir():
+                if (unpacked := unpacked_config(path)) is not None:
                     return AutoConfig.from_pretrained(unpacked, local_files_only=True), path.name
                 config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
                 return config, path.name

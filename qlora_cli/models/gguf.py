@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from qlora_cli._compat import restore_splitting
-from qlora_cli.common.atomic_files import atomic_folder
+from qlora_cli.common.atomic_files import atomic_folder, replace_file
 from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.common.hashing import hash_file
+from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.tokenizer_files import save_plainly
@@ -33,26 +35,65 @@ def unpack_gguf(path: Path) -> Path:
 
     if not path.is_file():
         raise ModelError(f"model.path: no such file: {path}")
-    folder = unpacked_folder(path)
+    folder = _folder_of(path)
+    # Processes that train together read what is there side by side, without the lock.
+    if damaged_file(folder) is None:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # With several processes or runs the first unpacks, and the others wait.
+    # The first process unpacks, and the others wait.
     with filelock.FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
+        damaged = damaged_file(folder)
+        if damaged and folder.exists():
+            log.warning("%s: damaged (%s); %s is unpacked anew", folder, damaged, path.name)
+        if damaged:
             log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
             _write_unpacked(path, folder)
     return folder
 
 
-def unpacked_folder(path: Path) -> Path:
-    """Return the folder of an unpacked GGUF file, whether it exists or not."""
-    found = path.stat()
-    digest = _hash_once(path, found.st_size, found.st_mtime_ns)
-    return cache_folder() / "gguf" / f"{digest[:32]}-{_FORMAT_VERSION}"
+def unpacked_config(path: Path) -> Path | None:
+    """Return the folder of a GGUF file that is unpacked already, if its config.json is intact."""
+    folder = _folder_of(path)
+    return folder if damaged_file(folder, only="config.json") is None else None
 
 
-@lru_cache(maxsize=16)
-def _hash_once(path: Path, size: int, changed: int) -> str:
-    """Hash a file of this size and time of change: a run asks for its base several times."""
+def damaged_file(folder: Path, *, only: str | None = None) -> str | None:
+    """Read an unpacked folder, and return the name of a file that is not as it was written, if any.
+
+    Args:
+        only: read this file alone.
+    """
+    manifest = _manifest_of(folder)
+    try:
+        files = read_object(manifest)
+        names = {file.name for file in folder.iterdir()}
+        if names != files.keys():
+            return min(names ^ files.keys())
+        for name in sorted(names) if only is None else [only]:
+            if _hash_once(folder / name) != files[name]:
+                return name
+    except (OSError, ValueError):
+        return manifest.name
+    return None
+
+
+def _folder_of(path: Path) -> Path:
+    return cache_folder() / "gguf" / f"{_hash_once(path)[:32]}-{_FORMAT_VERSION}"
+
+
+def _manifest_of(folder: Path) -> Path:
+    """Return the file that lists the digests of an unpacked folder."""
+    return folder.with_suffix(".json")
+
+
+def _hash_once(path: Path) -> str:
+    """Hash a file; once in this process, unless its size or time changes."""
+    stat = path.stat()
+    return _hash_of(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@cache
+def _hash_of(path: Path, stamp: tuple[int, ...]) -> str:
     return hash_file(path)
 
 
@@ -66,7 +107,7 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     shutil.rmtree(alone, ignore_errors=True)
     alone.mkdir()
     try:
-        with atomic_folder(folder) as unfinished:
+        with atomic_folder(folder, replace=True) as unfinished:
             (alone / path.name).symlink_to(path.resolve())
             # Its progress bar cannot be switched off, and is not an error.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -83,6 +124,9 @@ def _write_unpacked(path: Path, folder: Path) -> None:
             restore_splitting(tokenizer, path)
             model.save_pretrained(unfinished)
             save_plainly(tokenizer, unfinished)
+            # Read back now; the name of the folder comes last, so it always has its digests.
+            digests = {file.name: hash_file(file) for file in unfinished.iterdir()}
+            replace_file(_manifest_of(folder), json.dumps(digests))
     # A damaged file raises any kind of error, deep in the libraries that read it.
     except Exception as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error

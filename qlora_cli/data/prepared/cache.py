@@ -16,7 +16,7 @@ from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.cache_folder import cache_folder
 from qlora_cli.common.hashing import hash_json, hash_pieces
 from qlora_cli.data.config import Data
-from qlora_cli.data.prepared.mmap_dataset import read_facts
+from qlora_cli.data.prepared.mmap_dataset import damaged_file, read_facts
 from qlora_cli.data.prepared.prepare import PreparedData, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
@@ -151,19 +151,23 @@ def _find_or_make(
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that train together, the first prepares and the others wait here. The
-    # operating system releases the lock of a process that dies.
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        prepared = PreparedData.open(folder)
-        if prepared is not None:
-            folder.touch()
-            return prepared, True
-        shutil.rmtree(folder, ignore_errors=True)
-        with atomic_folder(folder) as unfinished:
-            prepare(sources, tokenizer, data, unfinished, digests=digests, context=context)
+    # Processes that train together read what is there side by side, without the lock.
     prepared = PreparedData.open(folder)
-    assert prepared is not None
-    return prepared, False
+    if prepared is None:
+        # The first process prepares and the others wait here. The operating system releases the
+        # lock of a process that dies.
+        with filelock.FileLock(folder.with_suffix(".lock")):
+            prepared = PreparedData.open(folder)
+            if prepared is None:
+                if folder.exists():
+                    log.warning(
+                        "%s: damaged (%s); its rows are prepared anew", folder, damaged_file(folder)
+                    )
+                with atomic_folder(folder, replace=True) as unfinished:
+                    prepare(sources, tokenizer, data, unfinished, digests=digests, context=context)
+                return PreparedData.open_written(folder), False
+    folder.touch()
+    return prepared, True
 
 
 def _folder() -> Path:

@@ -7,9 +7,10 @@ sources.bin        int32 per example: index of its source
 linked.bin         uint8 per example: 1 if it stays with the example before it
 places.txt         utf-8: the place of each example's row, one per line
 place_ends.bin     int64 per example: number of bytes of places.txt up to its end
-facts.json         what is known about the whole dataset
+facts.json         what is known about the whole dataset, and size and digest of each file
 
-So a dataset larger than memory can be trained on like a small one.
+So a dataset larger than memory can be trained on like a small one. The digests are computed while
+the files are written, and `damaged_file` compares the files with them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
-from qlora_cli.common.hashing import new_sha256
+from qlora_cli.common.atomic_files import describe_file
+from qlora_cli.common.hashing import hash_json, new_sha256
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.types import IGNORE_INDEX, Example
 
@@ -51,6 +53,7 @@ class DatasetWriter:
         self._num_tokens = 0
         self._num_place_bytes = 0
         self._digest = new_sha256()
+        self._digests = {name: new_sha256() for name in _COLUMNS}
         with ExitStack() as stack:
             self._files: dict[str, BinaryIO] = {
                 name: stack.enter_context((folder / name).open("wb")) for name in _COLUMNS
@@ -88,9 +91,13 @@ class DatasetWriter:
     def close(self, facts: dict[str, Any]) -> None:
         """Complete the dataset, with facts about the whole of it."""
         self._stack.close()
-        sizes = {name: (self._folder / name).stat().st_size for name in _COLUMNS}
-        text = json.dumps({"facts": facts, "bytes": sizes}, indent=2)
-        (self._folder / _FACTS).write_text(text + "\n", encoding="utf-8")
+        files = {
+            name: {"bytes": (self._folder / name).stat().st_size, "sha256": digest.hexdigest()}
+            for name, digest in self._digests.items()
+        }
+        known = {"facts": facts, "files": files}
+        text = json.dumps({**known, "sha256": hash_json(known)}, indent=2)
+        (self._folder / _FACTS).write_text(text, encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +112,7 @@ class DatasetWriter:
 
     def _write(self, name: str, data: bytes | array[int]) -> None:
         self._files[name].write(data)
+        self._digests[name].update(data)
 
 
 class MmapDataset(Sequence[Example]):
@@ -196,10 +204,36 @@ class MmapDataset(Sequence[Example]):
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """Return the facts given to `DatasetWriter.close`; None if the dataset is not complete."""
+    known = _read_known(folder)
+    if known is None:
+        return None
+    sizes = {name: described["bytes"] for name, described in known["files"].items()}
+    try:
+        found = {name: (folder / name).stat().st_size for name in sizes}
+    except OSError:
+        return None
+    facts: dict[str, Any] = known["facts"]
+    return facts if found == sizes else None
+
+
+def damaged_file(folder: Path) -> str | None:
+    """Read a dataset, and return the name of a file that is not as it was written, if any."""
+    known = _read_known(folder)
+    if known is None:
+        return _FACTS
+    for name in _COLUMNS:
+        try:
+            if describe_file(folder / name) != known["files"][name]:
+                return name
+        except OSError:
+            return name
+    return None
+
+
+def _read_known(folder: Path) -> dict[str, Any] | None:
     try:
         known = read_object(folder / _FACTS)
-        sizes = {name: (folder / name).stat().st_size for name in _COLUMNS}
     except (OSError, ValueError):
         return None
-    facts = known.get("facts")
-    return facts if isinstance(facts, dict) and known.get("bytes") == sizes else None
+    digest = known.pop("sha256", None)
+    return known if digest == hash_json(known) else None

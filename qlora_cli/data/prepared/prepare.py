@@ -14,7 +14,12 @@ from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow
 from qlora_cli.data.formats import Text, is_verbatim
-from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
+from qlora_cli.data.prepared.mmap_dataset import (
+    DatasetWriter,
+    MmapDataset,
+    damaged_file,
+    read_facts,
+)
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, Source, counted, first_lines
 from qlora_cli.errors import DataError
@@ -78,12 +83,28 @@ class PreparedData:
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData | None:
-        """Open what `prepare` wrote to a folder. Returns None if it is not complete."""
+        """Open what `prepare` wrote to a folder. Returns None if any byte of it differs."""
         facts = read_facts(folder)
         names = {field.name for field in fields(cls)} - {"examples"}
-        if facts is None or set(facts) != names:
+        if facts is None or set(facts) != names or damaged_file(folder):
             return None
         return cls(examples=MmapDataset(folder), **facts)
+
+    @classmethod
+    def open_written(cls, folder: Path) -> PreparedData:
+        """Open what was written to a folder just now.
+
+        Raises:
+            DataError: it is not read back as it was written.
+        """
+        prepared = cls.open(folder)
+        if prepared is None:
+            raise DataError(
+                f"{folder}: {damaged_file(folder)} is read back otherwise than it was written: the "
+                "disk is faulty",
+                hint="name a folder on another disk in QLORA_CACHE (with --no-cache: in TMPDIR)",
+            )
+        return prepared
 
     def summary(self) -> str:
         """Summarize the data in one line for the log."""
@@ -163,9 +184,7 @@ def prepare(
                 "rows_digest": writer.digest,
             }
         )
-    prepared = PreparedData.open(folder)
-    assert prepared is not None
-    return prepared
+    return PreparedData.open_written(folder)
 
 
 def digests_of(sources: Sequence[Source]) -> list[str]:

@@ -17,6 +17,7 @@ from qlora_cli.runs.checkpoint import (
     save_checkpoint,
 )
 from qlora_cli.types import TrainState
+from tests.damage import DAMAGE
 
 CPU = torch.device("cpu")
 
@@ -103,24 +104,24 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path).name == "step-00000004"
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "state.safetensors", "one byte"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Run(AdamW())
-    run.steps(1)
-    run.save(tmp_path)
+    run = Run(AdamW(), width=8)
+    older = run.save(tmp_path)
     run.steps(1)
     newest = run.save(tmp_path)
-    if damage == "one byte":
-        file = newest / "trained.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content)
-    else:
-        (newest / damage).unlink()
-    assert newest_checkpoint(tmp_path).name == "step-00000001"
-    assert "step-00000002 is damaged" in caplog.text
+    files = sorted(newest.iterdir())
+    assert len(files) == 4
+    for file in files:
+        written = file.read_bytes()
+        for damage, change in [*DAMAGE.items(), ("removed", None)]:
+            file.unlink() if change is None else file.write_bytes(change(written))
+            caplog.clear()
+            assert newest_checkpoint(tmp_path) == older, f"{file.name} {damage}"
+            assert "step-00000001 is damaged" in caplog.text
+        file.write_bytes(written)
+        assert newest_checkpoint(tmp_path) == newest
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:

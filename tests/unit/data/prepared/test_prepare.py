@@ -30,6 +30,7 @@ from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, LocatedRow, Portion
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
+from tests.damage import DAMAGE
 
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 
@@ -490,15 +491,31 @@ def test_changed_inputs_are_prepared_again(
     assert is_found(data, tokenizer)
 
 
-def test_a_damaged_dataset_is_prepared_again(
-    tokenizer: PreTrainedTokenizerFast, write: Callable[..., Path], kept: Path
+def test_damaged_data_is_prepared_again(
+    tokenizer: PreTrainedTokenizerFast,
+    write: Callable[..., Path],
+    kept: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    data = chat_data(write(("a", "b")))
-    assert not is_found(data, tokenizer)
-    [folder] = (entry.folder for entry in cache.list_datasets())
-    (folder / "input_ids.bin").write_bytes(b"")
-    assert not is_found(data, tokenizer)
-    assert is_found(data, tokenizer)
+    data = chat_data(write(("a", "b"), ("c d", "e")))
+    whole, _ = load_or_prepare(data.train_sources, tokenizer, data)
+    folder = whole.examples.folder
+    before = content(folder)
+    assert len(before) == 8
+    for name, written in before.items():
+        for damage, change in DAMAGE.items():
+            damaged = change(written)
+            if damaged == written:  # the sources of a single source are all zero
+                continue
+            (folder / name).write_bytes(damaged)
+            caplog.clear()
+            assert not is_found(data, tokenizer), f"{name} {damage}"
+            [line] = [message for message in caplog.messages if "damaged" in message]
+            assert line == f"{folder}: damaged ({name}); its rows are prepared anew"
+            assert content(folder) == before
+            assert is_found(data, tokenizer)
+        (folder / name).unlink()
+        assert not is_found(data, tokenizer), f"{name} removed"
     assert [path.suffix for path in sorted(kept.iterdir())] == ["", ".lock"]
 
 

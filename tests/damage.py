@@ -1,0 +1,21 @@
+"""Ways in which a file on a disk may be damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def flipped(data: bytes) -> bytes:
+    """Flip one bit in the middle."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a bit flipped": flipped,
+    "the last bit flipped": lambda data: data[:-1] + bytes([data[-1] ^ 128]),
+    "zeroed": lambda data: bytes(len(data)),
+    "truncated": lambda data: data[:-1],
+    "emptied": lambda data: b"",
+    "lengthened": lambda data: data + data[-1:],
+}
