@@ -89,6 +89,12 @@ tool calls) and the token that ends the turn are supervised; there is at most on
 
 - **Text that a template puts before the content** is supervised if the model has to write it: an
   empty block of reasoning (Qwen 3, GLM), the channel (GPT-OSS).
+- **Several tokens that end a turn** (Command A: `<|END_RESPONSE|>`, then EOS): all of them are
+  supervised, up to EOS if it ends every turn, or else up to the last. Generation here stops at the
+  first of them, and elsewhere at EOS. What a template writes only after the last turn (Phi 3: EOS
+  after `<|end|>`) is not supervised. The column "ends with" has the tokens of each template.
+- **An early answer alone** (column "early"): where the template changes it when the conversation
+  continues, the row ends after it.
 - **Split**: some templates change an answer when the conversation continues: they remove its
   reasoning, or end it with another token. Such a conversation becomes several rows, and in each the
   last answer is as the model has to write it, with supervised reasoning. For an answer without
@@ -284,8 +290,13 @@ def templates_page() -> str:
     for name, entries in kept.items():
         checked = sum(entry.get("conversations", 0) for entry in entries.values())
         cells = [cell(entries[kind]) for kind in kinds]
+        # The answer of the first conversation is "Paris."; what follows ends the turn.
+        rows_of_texts = entries["single"].get("supervised", [])
+        ending = rows_of_texts[0][0].rpartition("Paris.")[2] if rows_of_texts else ""
+        cells.append(f"`{json.dumps(ending, ensure_ascii=False)[1:-1]}`" if ending else "")
+        cells[-1] = cells[-1].replace("|", "\\|")
         rows.append(f"| {' | '.join([f'`{name}`', *cells, str(checked)])} |")
-    head = f"| {' | '.join(['template', *kinds, 'conversations checked'])} |"
+    head = f"| {' | '.join(['template', *kinds, 'ends with', 'conversations checked'])} |"
     plain = {name: entries for name, entries in kept.items() if "," not in name}
     whole = sum(
         all(entries[kind]["outcome"] == "exact" for kind in ("single", "multi"))
@@ -296,7 +307,7 @@ def templates_page() -> str:
             TEMPLATES_HEAD,
             f"Exact for single and for several turns: {whole} of {len(plain)}.\n",
             head,
-            "|---" * (len(kinds) + 2) + "|",
+            "|---" * (len(kinds) + 3) + "|",
             *rows,
             "",
             "## Why some are refused",

@@ -75,6 +75,14 @@ def preview(
             help="Write one HTML page instead of printing.",
         ),
     ] = None,
+    bad_rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--bad-rows",
+            metavar="FILE",
+            help="Also write every bad row, with its reason, as JSON lines.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per row, one per line.")
     ] = False,
@@ -93,12 +101,16 @@ def preview(
       qlora preview recipe.yaml --rows 1
       qlora preview recipe.yaml --html preview.html
       qlora preview recipe.yaml --json --source train > rows.jsonl
+      qlora preview recipe.yaml --bad-rows bad.jsonl
     """
     from qlora_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    from qlora_cli.inspect.bad_rows import write_bad_rows
     from qlora_cli.inspect.preview import preview
 
+    if bad_rows is not None:
+        write_bad_rows(loaded.recipe, bad_rows)
     found = preview(loaded.recipe, source=source, use_cache=not no_cache)
     if as_json:
         for row in found.rows(rows):

@@ -10,6 +10,7 @@ from qlora_cli.common.config import Config, UserPath
 from qlora_cli.data.formats import Preference
 from qlora_cli.data.prepared.findings import AuditLimits
 from qlora_cli.data.sources import BadRows, Portion, Source
+from qlora_cli.data.sources.repair import Repair
 from qlora_cli.errors import DataError
 
 
@@ -25,7 +26,11 @@ class Data(Config):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of `shuffle` and `evaluation_share`, independent of the training seed."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """Action for rows that cannot be used: name the first ten and stop, or skip them."""
+    """Action for rows that cannot be used: count them by reason and stop, or skip them."""
+    repair: list[Repair] = Field([])
+    """Repairs of conversations, each counted: `parse_json_strings` (turns given as JSON text),
+    `role_names` (`Human`, `model`, `bot` ...), `merge_same_role` (joins consecutive turns of one
+    role with an empty line), `drop_trailing_user` (a last question without an answer)."""
     max_length: int = Field(1024, ge=8)
     """Maximum tokens per row."""
     truncate: Literal["drop", "cut_end", "cut_prompt", "split"] = "cut_end"
@@ -82,7 +87,13 @@ class Data(Config):
 
     def _portions(self, sources: Source | list[Source], *, held_out: bool) -> list[Source]:
         return [
-            Portion.of(source, seed=self.seed, share=self.evaluation_share, held_out=held_out)
+            Portion.of(
+                source,
+                seed=self.seed,
+                share=self.evaluation_share,
+                held_out=held_out,
+                repair=self.repair,
+            )
             for source in (sources if isinstance(sources, list) else [sources])
         ]
 

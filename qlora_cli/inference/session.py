@@ -228,10 +228,10 @@ def _parse_adapter(text: str, weights: Weights) -> tuple[str, AdapterFolder]:
 
 
 def _end_of_turn(encoder: Encoder) -> int | None:
-    """Find the token that ends an assistant turn in the chat template."""
+    """Find the first token that ends an assistant turn in the chat template."""
     row = [Message("user", "a", train=False), Message("assistant", "b", train=True)]
     try:
         encoded = encoder.encode(row, max_length=2**20)
     except DataError:
         return None
-    return next((end.token_id for end in encoded.turn_ends), None)
+    return next((token for end in encoded.turn_ends for token in end.token_ids), None)

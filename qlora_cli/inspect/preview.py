@@ -13,7 +13,7 @@ from qlora_cli.common.report import ABSENT, Absent, Report
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_context, check_limits
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text
+from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text, repaired_text
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
@@ -195,6 +195,7 @@ class Preview:
                 num_dropped=prepared.counts[i]["num_lost"],
                 num_cut=prepared.counts[i]["num_truncated"],
                 ignored=ignored_text(prepared.ignored[i]),
+                repaired=repaired_text(prepared.repaired[i]),
                 figures=audited.audit.sources[i],
                 samples=[
                     make_sample(row.example, row.place, tokenizer, row.answer)

@@ -62,6 +62,9 @@ _BODY = template("""\
 </table></div>
 {% for source in split.sources %}
 <h3>{{ source.name }}: {{ source.path }}</h3>
+{% if source.repaired %}
+<p>Rows repaired: {{ source.repaired }}</p>
+{% endif %}
 {% if source.ignored %}
 <p>Not read in messages: {{ source.ignored }}</p>
 {% endif %}

@@ -50,6 +50,8 @@ class SourceView:
     """Rows without supervised tokens."""
     num_cut: int
     """Rows longer than `data.max_length`, including the dropped ones."""
+    repaired: str
+    """Repairs, with the number of rows that each changed."""
     ignored: str
     """Keys of messages that are not read, with their counts."""
     figures: RowStatistics

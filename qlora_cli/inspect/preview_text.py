@@ -50,6 +50,8 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
         f"{source.num_dropped:,} dropped, {source.num_cut:,} cut; "
         f"{source.figures.num_tokens:,} tokens, {source.figures.supervised_share:.1%} supervised"
     )
+    if source.repaired:
+        yield f"rows repaired: {source.repaired}"
     if source.ignored:
         yield f"not read in messages: {source.ignored}"
     for sample in source.samples:

@@ -207,7 +207,7 @@ def _can_compile(run: Callable[[], dict[str, Tensor]], wanted: dict[str, Tensor]
 
 def _kernel_folder() -> str:
     """Return where torch.compile keeps kernels."""
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder: str = cache_dir()
     return folder

@@ -74,17 +74,17 @@ def encode_choice(
         encoded = encoder.encode([*before, completed], max_length=sys.maxsize)
         if encoded.lost is not None:
             raise DataError(encoded.lost)
-        examples.append(_without_end(encoded.example, encoded.turn_ends[-1].token_id))
+        examples.append(_without_end(encoded.example, encoded.turn_ends[-1].length))
     first = examples[0]
     start = next(i for i, label in enumerate(first.labels) if label != IGNORE_INDEX)
     prompt = str(tokenizer.decode(first.input_ids[:start]))
     return ChoiceItem(place, prompt, options, answer, examples)
 
 
-def _without_end(example: Example, end: int | None) -> Example:
-    """Cut the end of the turn, which is the same for every option."""
+def _without_end(example: Example, length: int) -> Example:
+    """Cut the tokens that end the turn, which are the same for every option."""
     last = max(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
-    stop = last + 1 if end is None else last
+    stop = last + 1 - length
     return Example(example.input_ids[:stop], example.labels[:stop])
 
 

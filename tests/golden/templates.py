@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from qlora_cli.data.render.renderer import RenderedRow, Renderer
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, ToolCall
@@ -103,6 +105,7 @@ _CONVERSATIONS: dict[str, list[list[Message]]] = {
     "single": _SINGLE,
     "multi": _MULTI,
     "system": [[Message("system", "Be brief.", False), *m] for m in (_SINGLE[0], *_MULTI)],
+    "early": [[replace(m, train=i == 1) for i, m in enumerate(turns)] for turns in _MULTI],
     "tools": [
         [*_chat("Weather in Oslo?"), *_call("Oslo", 1), Message("assistant", "It rains.", True)],
         [*_chat("Hi", "Hello.", 'Weather in "Rome"?'), *_call('"Rome"', 1)[:1]],
@@ -238,6 +241,7 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
     length, whole = len(row.messages), ids(layout.text)
     trained = [i for i, message in enumerate(row.messages) if message.train]
     texts = pieces(layout, tokenizer)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     prompt = hand(trained[-1], add_generation_prompt=True)
     if name in NO_REASONING_KEPT:
         # The template removes reasoning even from the last turn, and the prompt opens with it.
@@ -246,7 +250,7 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
         answer = texts[-1].partition("</think>\n\n")[2]
         assert ids(opened + answer) == hand(length)
     elif name in NO_END_OF_TURN:
-        assert whole[:-1] == hand(length)
+        assert (whole[:-1] if row.messages[-1].train else whole) == hand(length)
     else:
         assert whole == hand(length)
     assert whole.count(tokenizer.bos_token_id) <= 1 or name == "smolvlm"
@@ -256,9 +260,11 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
         assert ids(layout.text[: answer.start]) == prompt == whole[: len(prompt)]
         last = whole[len(prompt) : len(prompt) + len(ids(text))][-1]
         assert last in tokenizer.added_tokens_decoder, "no stop token is supervised"
-        stop = tokenizer.added_tokens_decoder[last].content
         if not message.tool_calls:
-            body = text.removesuffix(stop).rstrip()
+            body = text
+            # Several tokens may end a turn.
+            while found := [stop for stop in added if body.endswith(stop)]:
+                body = body.removesuffix(max(found, key=len)).rstrip()
             assert body.endswith(message.content.strip())
             before = body.removesuffix(message.content.strip())
             assert (message.reasoning or "") in before
@@ -269,6 +275,8 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
         # At inference this turn is the last: the template writes the same.
         alone = hand(i + 1)[len(prompt) :]
         short = ids(text)
+        if tokenizer.eos_token_id in _of_every_turn(name, tokenizer, row, i, len(prompt)):
+            assert last == tokenizer.eos_token_id, "EOS ends every turn, and is not supervised"
         empty = re.compile(r"^\s*<think>\s*</think>\s*")
         assert (
             alone[: len(short)] == short
@@ -276,6 +284,19 @@ def check(name: str, tokenizer: Any, row: Conversation, layout: RenderedRow) -> 
             or name in NO_REASONING_KEPT
             or ids(empty.sub("", tokenizer.decode(alone)))[: len(short)] == short
         )
+
+
+def _of_every_turn(name: str, tokenizer: Any, row: Conversation, i: int, start: int) -> list[int]:
+    """Return what the template writes for turn `i`, whether the conversation continues or not."""
+    turns = [*row.messages[: i + 1], Message("user", "a", train=False)]
+    ends = i + 1, i + 2
+    try:
+        short, long = (by_hand(name, tokenizer, replace(row, messages=turns), end) for end in ends)
+    except TemplateError:
+        return []
+    pairs = zip(short, long, strict=False)
+    same = next((k for k, (a, b) in enumerate(pairs) if a != b), len(short))
+    return short[start:same]
 
 
 def outcomes(name: str) -> dict[str, dict[str, Any]]:

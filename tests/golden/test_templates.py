@@ -47,6 +47,7 @@ def test_most_templates_and_all_well_known_ones_are_exact() -> None:
         of_family = [name for name in KEPT if name.startswith(family)]
         assert of_family, family
         assert set(of_family) <= set(found), family
+    assert exact("multi") == exact("multi", "early")
     assert len(exact("system")) >= 36
     assert len(exact("tools")) >= 22
     assert len(exact("reasoning")) >= 18

@@ -36,7 +36,11 @@ class Labeller:
                 if start < answer.start:
                     straddles = _straddles(row.text, answer.start, start, ends[first])
             follows = row.text[answer.end : answer.end + 20]
-            turn_ends.append((after, TurnEnd(ids[last] if is_stopped else None, follows)))
+            # Text that brings its own end-of-text token ends after it.
+            begin = min(bisect_right(ends, answer.end), last)
+            added = [i for i in range(begin, last + 1) if is_stopped and ids[i] in self._added_ids]
+            length = after - added[0] if added else 0
+            turn_ends.append((after, TurnEnd(tuple(ids[i] for i in added), length, follows)))
         return LabelledRow(
             Example(ids, labels),
             turn_ends,

@@ -14,8 +14,10 @@ Truncate = Literal["drop", "cut_end", "cut_prompt", "split"]
 class TurnEnd:
     """The end of a supervised turn."""
 
-    token_id: int | None
-    """The added token (such as `<|im_end|>`) that ends it; None if something else follows."""
+    token_ids: tuple[int, ...]
+    """The added tokens that end it (most often one: `<|im_end|>`); () if something else follows."""
+    length: int
+    """Number of tokens from the first of them to the last."""
     text: str
     """The text that follows the content."""
 

@@ -54,7 +54,8 @@ def list_of(values: Mapping[str, Any], field: str, where: str = "") -> list[tupl
 def as_list(value: object, path: str, expected: str) -> list[tuple[str, Any]]:
     """Return the entries of a value that must be a list, each with its path."""
     if not isinstance(value, list):
-        raise DataError(f"field '{path}': got {shown(value)}, expected {expected}")
+        kind = "JSON text " if isinstance(value, str) and value.lstrip().startswith("[") else ""
+        raise DataError(f"field '{path}': got {kind}{shown(value)}, expected {expected}")
     return [(f"{path}[{i}]", entry) for i, entry in enumerate(value)]
 
 

@@ -38,6 +38,23 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "observation": "tool",
     "tool": "tool",
 }
+OTHER_ROLES: dict[str, str] = {
+    "human": "user",
+    "prompter": "user",
+    "question": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "answer": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+}
+"""Names of roles in other tools, in lower case, which `data.repair: [role_names]` reads."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MARKS = ("train", "weight")
 # A system prompt may be empty on purpose (some templates insert their own otherwise), and so may
@@ -176,8 +193,10 @@ def _role(turn: Mapping[str, Any], key: str, where: str, roles: Mapping[str, Rol
     # A list or an object as a role cannot be a dictionary key.
     role = roles.get(name) if isinstance(name, str) else None
     if role is None:
+        is_known = isinstance(name, str) and name.strip().lower() in OTHER_ROLES
         raise DataError(
             f"field '{path_of(where, key)}': got {shown(name)}, expected one of {', '.join(roles)}"
+            f"{'; data.repair: role_names reads it' if is_known else ''}"
         )
     return role
 

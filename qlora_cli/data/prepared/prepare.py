@@ -68,6 +68,8 @@ class PreparedData:
     """Supervised turns that were cut, in whole or in part."""
     ignored: list[dict[str, int]]
     """For each source: message keys that are not read, and the number of messages with each."""
+    repaired: list[dict[str, int]]
+    """For each source: repairs (`data.repair`), and the number of rows that each changed."""
     learnt_as: str
     """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
@@ -168,13 +170,16 @@ def prepare(
         # would return them for this digest.
         for source, digest in zip(sources, digests, strict=True):
             source.refuse_changed(digest)
-        stop_token_ids = sorted({i for t in tallies for i in t.turn_ends if isinstance(i, int)})
+        stop_token_ids = sorted(
+            {i for t in tallies for end in t.turn_ends if isinstance(end, tuple) for i in end}
+        )
         counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
         writer.close(
             {
                 "paths": [source.path for source in sources],
                 "counts": [{name: tally.counts[name] for name in _COUNTS} for tally in tallies],
                 "ignored": [dict(tally.ignored.most_common()) for tally in tallies],
+                "repaired": [dict(tally.repaired.most_common()) for tally in tallies],
                 "learnt_as": "texts" if all(tally.is_text for tally in tallies) else "answers",
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
@@ -263,10 +268,12 @@ class _Tally:
         self.is_text = isinstance(source.format, Text)
         self.counts: Counter[str] = Counter()
         self.longest = 0
-        self.turn_ends: Counter[int | str] = Counter()
-        """Number of supervised turns that end in each token, or in other text."""
+        self.turn_ends: Counter[tuple[int, ...] | str] = Counter()
+        """Number of supervised turns that end in the same added tokens, or in other text."""
         self.ignored: Counter[str] = Counter()
         """Message keys that are not read, and the number of messages with each."""
+        self.repaired: Counter[str] = Counter()
+        """The number of rows that each repair changed."""
         self._lost = BadRows()
         self._lengths = array("I")
 
@@ -284,9 +291,7 @@ class _Tally:
             num_supervised=sum(example.num_supervised for example in row.examples),
         )
         self.longest = max([self.longest, *(len(one.input_ids) for one in row.examples)])
-        self.turn_ends.update(
-            end.text if end.token_id is None else end.token_id for end in row.turn_ends
-        )
+        self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
         if row.lost is not None:
             what = "cut" if row.examples else "left out"
             length = f"{row.length:,} tokens, data.max_length {max_length:,}"
@@ -368,8 +373,10 @@ def _encode(
             yield place, encoded
     if tally.ignored:
         log.warning("%s: not read in messages: %s", source.path, ignored_text(tally.ignored))
-    bad.first += refused.first
-    bad.count += refused.count
+    if bad.repaired:
+        tally.repaired = bad.repaired
+        log.info("%s: repaired %s", source.path, repaired_text(bad.repaired))
+    bad.extend(refused)
     if bad.count and not tally.counts["num_rows"]:
         raise source.unusable(bad)
     bad.check(source.path, skip=skip)
@@ -387,3 +394,8 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
     most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
     more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
     return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])
+
+
+def repaired_text(repaired: Mapping[str, int]) -> str:
+    """List repairs, with the number of rows that each changed: `role_names (7)`."""
+    return ", ".join(f"{name} ({count:,})" for name, count in repaired.items())

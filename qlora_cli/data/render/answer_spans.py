@@ -27,7 +27,8 @@ class AnswerSpan:
     end: int
     """The place after the content."""
     stop: int
-    """The place where the token that ends the turn is expected: after white space, if any."""
+    """The place where the token that ends the turn is expected: after white space, if any. Of
+    several tokens that end it, the one at which generation ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,40 @@ class _Finder:
             )
         self._check_reasoning(i, turn[start:at])
         end = at + len(content)
-        return end, _skip_space(turn, end)
+        return end, self._find_stop(i, turn, end)
+
+    def _find_stop(self, i: int, turn: str, end: int) -> int:
+        """Find the token at which generation ends, in what the template writes after the content.
+
+        That is EOS, if it ends this turn wherever it stands, or else the last of such tokens. What
+        is written only after the last turn (Phi 3: an EOS after `<|end|>`) is none of them.
+        """
+        found = self._template.added_in(turn, end)
+        if len(found) > 1 or (found and found[0] != _skip_space(turn, end)):
+            kept = self._end_of_every_turn(i, turn)
+            found = [place for place in found if self._end_of_token(turn, place) <= kept]
+            eos = [place for place in found if self._template.is_eos_at(turn, place)]
+            found = eos[:1] or found[-1:]
+        return found[0] if found else _skip_space(turn, end)
+
+    def _end_of_every_turn(self, i: int, turn: str) -> int:
+        """Return where a turn ends if its conversation continues."""
+        if self._additions.closing and i == len(self._messages) - 1:
+            return len(turn)
+        # A template may remove the reasoning once the conversation continues.
+        last = replace(_apart(self._messages[i]), reasoning=None)
+        bare = [*self._messages[:i], last]
+        shorter = self._render(bare)
+        try:
+            longer = self._render([*bare, Message("user", "a", train=False)])
+        except TemplateRefused:
+            return len(turn)
+        return len(turn) - (len(shorter) - _common(shorter, longer))
+
+    def _end_of_token(self, text: str, at: int) -> int:
+        token = self._template.added_at(text, at)
+        assert token is not None
+        return at + len(token)
 
     def _find_end_of_calls(self, i: int, turn: str, start: int) -> tuple[int, int]:
         """Find what is written after the calls, up to where the tool's answer would begin."""

@@ -81,6 +81,15 @@ class ChatTemplate:
         found = self._added.match(text, at)
         return found[0] if found else None
 
+    def added_in(self, text: str, start: int) -> list[int]:
+        """Return the places of the added tokens in a text, from `start` on."""
+        return [found.start() for found in self._added.finditer(text, start)]
+
+    def is_eos_at(self, text: str, at: int) -> bool:
+        """Return True if the added token at a place is the tokenizer's EOS."""
+        eos: str | None = self._tokenizer.eos_token
+        return eos is not None and self.added_at(text, at) == eos
+
     def stop_before(self, text: str, start: int, end: int) -> int | None:
         """Find the added token that ends at `end` and may stop a turn that begins at `start`.
 

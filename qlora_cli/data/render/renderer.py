@@ -104,12 +104,13 @@ class Renderer:
     def split(self, conversation: Conversation) -> list[Conversation]:
         """Split a conversation into rows; into one, if one can hold all its answers.
 
-        A template may take the reasoning out of an answer once the conversation continues. As the
-        last turn of a row of its own, that answer is what the model has to write.
+        A template may write an answer differently once the conversation continues (DeepSeek removes
+        its reasoning). As the last turn of a row, that answer is what the model has to write.
         """
         trained = [i for i, message in enumerate(conversation.messages) if message.train]
         roles = {conversation.messages[i].role for i in trained}
-        if len(trained) < 2 or roles != {"assistant"} or conversation.train_on_all:
+        is_last_only = trained == [len(conversation.messages) - 1]
+        if is_last_only or roles != {"assistant"} or conversation.train_on_all:
             return [conversation]
         skeleton = Skeleton(conversation)
         is_plain = not self._template.looks_at(skeleton.values)
@@ -120,19 +121,23 @@ class Renderer:
             groups = self._group(conversation, trained)
             if is_plain:
                 self._groups[skeleton.shape] = groups
-        if len(groups) == 1:
+        if not groups:
             return [conversation]
         return [_only(conversation, group) for group in groups]
 
     def _group(self, conversation: Conversation, trained: list[int]) -> list[list[int]]:
-        """Group the answers that one row can hold; all in one group if there is no way."""
+        """Group the answers by the rows that hold them.
+
+        Returns:
+            [] for the conversation as it is: it holds all of them, or there is no way.
+        """
         if self._is_exact(conversation):
-            return [trained]
+            return []
         groups, left = [], trained
         while left:
             first = len(left) - 1
             if not self._is_exact(_only(conversation, left[first:])):
-                return [trained]  # rendering it gives the reason
+                return []  # rendering it gives the reason
             while first and self._is_exact(_only(conversation, left[first - 1 :])):
                 first -= 1
             groups.append(left[first:])

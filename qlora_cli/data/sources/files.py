@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from qlora_cli.data.sources.rows import BadRows, LocatedRow
+from qlora_cli.data.sources.saved_dataset import saved_files
 from qlora_cli.data.sources.strict_json import (
     as_object,
     list_items,
@@ -76,6 +77,8 @@ def find_files(path: str) -> list[Path]:
         if not matching:
             raise DataError(f"{path}: nothing matches; {_contents(_fixed_part(path))}")
         found = [file for file in matching if file.is_file()]
+    elif root.is_dir() and (saved := saved_files(root)) is not None:
+        found = saved
     else:
         found = sorted(root.iterdir()) if root.is_dir() else [root]
     files = _data_files([file for file in found if file.is_file()], path)
@@ -178,9 +181,9 @@ _COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 
 
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
-    first, line, num_rows = "", "", 0
+    opening, line, num_rows = "", "", 0
     for place, line in _lines(path, bad):
-        first = first or line.lstrip()[:1]
+        opening = opening or line
         try:
             row = as_object(parse(line))
         except json.JSONDecodeError as error:
@@ -192,6 +195,13 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[LocatedRow]:
         else:
             num_rows += 1
             yield LocatedRow(row, place)
+    # A nested object on a line of its own would be a valid row.
+    if opening.strip() == "{" and line.strip() == "}":
+        raise DataError(
+            f"{path}: objects over several lines, where each line should be an object of its own",
+            hint="jq -c . FILE > NEW_FILE writes one object per line",
+        )
+    first = opening.lstrip()[:1]
     # In a list with one object per line, the last line has no comma, so it is a valid row.
     if first == "[" and line.rstrip()[-1:] == "]" and num_rows <= 1:
         raise DataError(

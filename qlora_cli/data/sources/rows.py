@@ -6,10 +6,12 @@ import hashlib
 import heapq
 import json
 import logging
+import re
 import tempfile
 import uuid
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from qlora_cli.types import Row
 log = logging.getLogger("qlora")
 
 _SHOWN = 10
+_FEW = 3
+"""Bad rows that are shown without counting their reasons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +35,53 @@ class LocatedRow:
 
 
 class BadRows:
-    """Rows that cannot be used: all are counted, and the first ones are kept for the report."""
+    """Rows that cannot be used: all are counted by reason, and the first ones kept for the report.
 
-    def __init__(self, *, keep: int = _SHOWN) -> None:
+    Args:
+        keep: number of rows to keep in `first`.
+        write: is given the place and the reason of every row.
+    """
+
+    def __init__(
+        self, *, keep: int = _SHOWN, write: Callable[[str, str], None] | None = None
+    ) -> None:
         self.count = 0
         self.first: list[str] = []
         """Place and problem of the first of them."""
         self._keep = keep
+        self._write = write
+        self.repaired: Counter[str] = Counter()
+        """The number of rows that each repair (`data.repair`) changed."""
+        self._reasons: Counter[str] = Counter()
+        """The number of rows for each reason, without what differs from row to row."""
+        self._examples: dict[str, list[str]] = {}
+        """Place and problem of the first rows of each reason."""
 
     def add(self, place: str, reason: object) -> None:
+        """Count a row, and keep it if it is among the first, or the first of its reason."""
+        kind = _kind(str(reason))
+        if kind not in self._reasons and len(self._reasons) >= _MAX_REASONS:
+            kind = "other reasons"
         self.count += 1
+        self._reasons[kind] += 1
+        line = f"{place}: {reason}"
         if len(self.first) < self._keep:
-            self.first.append(f"{place}: {reason}")
+            self.first.append(line)
+        if self._reasons[kind] <= _SHOWN:
+            self._examples.setdefault(kind, []).append(line)
+        if self._write is not None:
+            self._write(place, str(reason))
+
+    def extend(self, others: BadRows) -> None:
+        """Add the rows of another count."""
+        self.count += others.count
+        self.first += others.first
+        self._reasons += others._reasons
+        for kind, lines in others._examples.items():
+            self._examples.setdefault(kind, []).extend(lines)
 
     def check(self, path: str, *, skip: bool = False) -> None:
-        """Report the bad rows, if there are any: their number and the first ten.
+        """Report the bad rows, if there are any: the number for each reason, and the first ten.
 
         Args:
             skip: log a warning instead of raising.
@@ -58,13 +94,71 @@ class BadRows:
         if skip:
             log.warning("%s", self.report(path, ", left out"))
             return
-        hint = "repair them, or leave them out with data.on_bad_row: skip"
-        raise DataError(self.report(path), hint=hint)
+        usual = "repair them, or leave them out with data.on_bad_row: skip"
+        if self.count > _SHOWN:
+            usual += "; qlora preview RECIPE --bad-rows FILE writes all of them"
+        way = self.way_out()
+        raise DataError(self.report(path), hint=usual if way is None else f"{way}; or {usual}")
 
     def report(self, path: str, what: str = "") -> str:
-        """Return their number, what became of them, and the first ten."""
-        head = f"{path}: {counted(self.count, 'bad row')}{what}"
-        return f"{head}\n{first_lines(self.first, self.count)}"
+        """Return their number, what became of them, the reasons by number, and the first ten."""
+        lines = [f"{path}: {counted(self.count, 'bad row')}{what}"]
+        ranked = self._reasons.most_common()
+        # A few rows, or one of each reason, are all there is to say.
+        if self.count <= _FEW or ranked[0][1] == 1:
+            return "\n".join([*lines, first_lines(self.first, self.count)])
+        lines += [f"  {number:,} x {kind}" for kind, number in ranked[:_SHOWN]]
+        if len(ranked) > _SHOWN:
+            rest = sum(number for _, number in ranked[_SHOWN:])
+            lines.append(f"  {rest:,} x {len(ranked) - _SHOWN:,} other reasons")
+        of_each = max(1, _SHOWN // len(ranked))
+        examples = [line for kind, _ in ranked for line in self._examples[kind][:of_each]]
+        return "\n".join([*lines, "such as", first_lines(examples, self.count)])
+
+    def way_out(self) -> str | None:
+        """Say what helps with the most common reason, if it is that of most rows."""
+        [(kind, number)] = self._reasons.most_common(1)
+        way = next((text for part, text in _WAYS_OUT.items() if re.search(part, kind)), None)
+        if way is None or 2 * number <= self.count:
+            return None
+        return way if number == self.count else f"{way} ({number:,} of {self.count:,} rows)"
+
+
+_MAX_REASONS = 1000
+_TYPE_AND_RULE = r"(?: \(\w+\))?, (?:expected|which) "
+# In this order. The name of a field and the type of a value stay, and values and numbers do not:
+# `field 'messages[3].content': got 7 (int)` becomes `field messages[..].content: got .. (int)`.
+_VARIES = [
+    (re.compile(r"field '([^']*)'"), r"field \1"),
+    (
+        re.compile(rf"\bgot (JSON text )?(?!null).*?({_TYPE_AND_RULE})"),
+        r"got \1..\2",
+    ),
+    (re.compile(r"missing; found .*"), "missing"),
+    (re.compile(r"'[^']*'|\"[^\"]*\""), "'..'"),
+    (re.compile(r"(?<![-\w])\d[\d,]*\b"), ".."),
+]
+
+
+def _kind(reason: str) -> str:
+    """Return a reason without what differs from row to row."""
+    for pattern, instead in _VARIES:
+        reason = pattern.sub(instead, reason)
+    return reason
+
+
+_TOOLS = "data.chat_template: configs/chat_templates/chatml-tools.jinja writes tools and calls"
+_WAYS_OUT = {
+    "leaves the tools out|of its tool calls": _TOOLS,
+    "two messages of role (user|assistant|system) in a row": "data.repair: [merge_same_role]",
+    "ends with a message of role user": "data.repair: [drop_trailing_user]",
+    "got JSON text .*, expected a list of messages": "data.repair: [parse_json_strings]",
+    "role_names reads it": "data.repair: [role_names]",
+    r"field [^\s.]+: got \.\. \((int|float|bool)\), expected text": "data.train.format: {type: "
+    'template, user: "{{ prompt }}", assistant: "{{ completion }}"} with the names of your columns '
+    "writes numbers as text",
+}
+"""Ways out by a pattern in the reason."""
 
 
 def counted(number: int, noun: str) -> str:

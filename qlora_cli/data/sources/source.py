@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from qlora_cli.data.sources.files import (
 )
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
+from qlora_cli.data.sources.repair import Repair, repaired
 from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
@@ -34,7 +36,8 @@ class Source(Config):
 
     path: UserPath = Field(min_length=1)
     """File (jsonl, json, csv, tsv, parquet, arrow, txt; or compressed: gz, bz2, xz, zst), folder of
-    such files, pattern such as `data/**/*.jsonl`, or id of a Hub dataset."""
+    such files or of datasets' `save_to_disk`, pattern such as `data/**/*.jsonl`, or id of a Hub
+    dataset."""
     format: FormatConfig = Messages()
     """The format of the rows."""
     name: str | None = None
@@ -119,6 +122,8 @@ class Source(Config):
             )
             if self.columns is None and self._is_local() and any(map(is_table, self._files())):
                 hint += "; a file without a header needs data.train.columns, the names in order"
+        elif way := bad.way_out():
+            hint = f"{way}; {hint}"
         return DataError(bad.report(self.path), hint=hint)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
@@ -262,15 +267,24 @@ class Portion(Source):
     """The training rows of a source, or its held-out rows."""
 
     seed: int
+    repair: list[Repair]
     share: float | None
     """Share of the rows that is held out."""
     held_out: bool
 
     @classmethod
-    def of(cls, source: Source, *, seed: int, share: float | None, held_out: bool) -> Portion:
+    def of(
+        cls,
+        source: Source,
+        *,
+        seed: int,
+        share: float | None,
+        held_out: bool,
+        repair: Sequence[Repair] = (),
+    ) -> Portion:
         """Select one portion of a source. Without a share, no rows are held out from it."""
         settings = {name: getattr(source, name) for name in Source.model_fields}
-        return cls(**settings, seed=seed, share=share, held_out=held_out)
+        return cls(**settings, seed=seed, share=share, held_out=held_out, repair=list(repair))
 
     @property
     def rows_are(self) -> str:
@@ -279,8 +293,12 @@ class Portion(Source):
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """Yield the rows of this portion in order. What is not a row is added to `bad`."""
-        rows = self._taken(bad, self.seed)
-        return rows if self.share is None else filter(self._is_here, rows)
+        for located in self._taken(bad, self.seed):
+            changes: Counter[str] = Counter()
+            row = LocatedRow(repaired(located.row, self.repair, changes), located.place)
+            if self.share is None or self._is_here(row):
+                bad.repaired.update(changes)
+                yield row
 
     def _where(self) -> str:
         if self.share is None:

@@ -229,6 +229,7 @@ def test_no_option_is_removed() -> None:
             "recipe",
             "--set",
             "--rows",
+            "--bad-rows",
             "--source",
             "--html",
             "--json",

@@ -248,16 +248,21 @@ def test_the_first_ten_are_shown_and_all_are_counted(
     for text, head in ((str(stopped.value), "501 bad rows"), (caplog.messages[0], "501 bad rows,")):
         first, *lines, last = text.splitlines()
         assert first.startswith(f"{path}: {head}")
-        assert [f"  {error}" for error in bad.first] == lines
+        at = lines.index("such as")
+        counts = [int(one.split(" x ")[0]) for one in lines[:at]]
+        assert counts[:-1] == sorted(counts[:-1], reverse=True)
+        assert sum(counts) == 501
         assert last == "  ... and 491 more"
-        assert [int(one.split(":")[1]) for one in lines] == sorted(kinds)[:10]
+        assert {int(one.split(":")[1]) for one in lines[at + 1 :]} <= set(kinds)
+    assert [int(one.split(":")[1]) for one in bad.first] == sorted(kinds)[:10]
 
 
 def test_a_file_without_one_good_row_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{\n" * 12, encoding="utf-8")
     bad = BadRows()
-    with pytest.raises(DataError, match=r"a.jsonl: 12 bad rows\n(.*\n){10}  ... and 2 more"):
+    report = r"a.jsonl: 12 bad rows\n  12 x not JSON.*\nsuch as\n(.*\n){10}  ... and 2 more"
+    with pytest.raises(DataError, match=report):
         list(Source(path=str(path)).conversations(bad))
 
 
@@ -303,3 +308,52 @@ def test_rows_are_not_held_in_memory(tmp_path: Path, how: str, num_rows: int, mo
     rows, grown = map(int, done.stdout.split())
     assert rows == num_rows
     assert grown < most, f"{grown} MiB more than before the first row"
+
+
+def chat(*turns: tuple[str, str]) -> bytes:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return json.dumps({"messages": messages}).encode()
+
+
+USER, ANSWER = ("user", "a"), ("assistant", "b")
+# One cause in most rows, and the way out that the hint names first.
+CAUSES = {
+    "two of one role": (chat(USER, ("user", "c"), ANSWER), "data.repair: [merge_same_role]"),
+    "two answers": (chat(USER, ANSWER, ANSWER), "data.repair: [merge_same_role]"),
+    "a last question": (chat(USER, ANSWER, USER), "data.repair: [drop_trailing_user]"),
+    "JSON text": (
+        json.dumps({"messages": json.dumps([{"role": "user", "content": "a"}])}).encode(),
+        "data.repair: [parse_json_strings]",
+    ),
+    "a capital": (chat(("User", "a"), ANSWER), "data.repair: [role_names]"),
+    "another name": (chat(("human", "a"), ("bot", "b")), "data.repair: [role_names]"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_main_cause_is_named_first_with_its_way_out(tmp_path: Path, cause: str) -> None:
+    bad_line, way = CAUSES[cause]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n".join([chat(USER, ANSWER), *[bad_line] * 4, b"{", b"[]"]))
+    bad = BadRows()
+    assert len(list(Source(path=str(path)).conversations(bad))) == 1
+    with pytest.raises(DataError) as caught:
+        bad.check(str(path))
+    lines = str(caught.value).splitlines()
+    assert lines[1].startswith("  4 x field messages")
+    assert str(caught.value.hint).startswith(f"{way} (4 of 6 rows); or repair them")
+    # Without one usable row, the way out is named too.
+    path.write_bytes(b"\n".join([bad_line] * 4))
+    with pytest.raises(DataError, match="4 x ") as caught:
+        list(Source(path=str(path)).conversations(BadRows()))
+    assert str(caught.value.hint).startswith(f"{way}; no other row can be used")
+
+
+def test_a_rare_cause_is_not_named_in_the_hint(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n".join([chat(USER, ANSWER), chat(USER, USER, ANSWER), *[b"{"] * 3]))
+    bad = BadRows()
+    list(Source(path=str(path)).conversations(bad))
+    with pytest.raises(DataError) as caught:
+        bad.check(str(path))
+    assert str(caught.value.hint).startswith("repair them")

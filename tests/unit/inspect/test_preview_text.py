@@ -46,6 +46,7 @@ def side(spans: list[TextSpan], path: str = "rows.jsonl", place: str = "rows.jso
                 num_bad=1,
                 num_dropped=1,
                 num_cut=2,
+                repaired="",
                 ignored="",
                 figures=audit.sources[0],
                 samples=[Sample(place, num_tokens=1234, num_supervised=2, spans=spans)],

@@ -105,7 +105,7 @@ def test_answers_and_their_stop_tokens_are_supervised(
     stop = STOPS[template]
     assert supervised_text(encoded.example, tokenizer) == [answer + stop for answer in ANSWERS]
     stop_id = tokenizer.convert_tokens_to_ids(stop)
-    assert [end.token_id for end in encoded.turn_ends] == [stop_id] * 3
+    assert [end.token_ids for end in encoded.turn_ends] == [(stop_id,)] * 3
     assert encoded.lost is None
     assert encoded.length == len(encoded.example.input_ids)
 
@@ -246,7 +246,7 @@ def test_at_most_one_bos_and_one_eos_around_text(
     assert ids.count(tokenizer.bos_token_id) == bos_due
     assert ids.count(tokenizer.eos_token_id) == 1
     assert encoded.example.labels[-1] == ids[-1] == tokenizer.eos_token_id
-    assert [end.token_id for end in encoded.turn_ends] == [tokenizer.eos_token_id]
+    assert [end.token_ids for end in encoded.turn_ends] == [(tokenizer.eos_token_id,)]
 
 
 def test_at_most_one_bos_in_conversations_and_prompts(make_tokenizer: TokenizerMaker) -> None:

@@ -198,10 +198,20 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         bad.check(str(path))
     message = str(caught.value).splitlines()
-    assert message[0] == f"{path}: 14 bad rows"
-    assert message[1] == f"  {path}:2: field 'text': got 7 (int), expected text"
-    assert message[-1] == "  ... and 4 more"
-    assert len(message) == 12
+    assert message == [
+        f"{path}: 14 bad rows",
+        "  12 x field text: got .. (int), expected text",
+        "  1 x not JSON: Expecting property name enclosed in double quotes (column ..)",
+        "  1 x field text: missing",
+        "such as",
+        *(f"  {path}:{i}: field 'text': got 7 (int), expected text" for i in (2, 3, 4)),
+        f"  {path}:14: not JSON: Expecting property name enclosed in double quotes (column 2)",
+        f"  {path}:15: field 'text': missing; found 'txt'",
+        "  ... and 9 more",
+    ]
+    assert str(caught.value.hint).startswith("data.train.format: {type: template")
+    assert "(12 of 14 rows)" in str(caught.value.hint)
+    assert "--bad-rows FILE" in str(caught.value.hint)
 
 
 def test_conversations_keep_their_place(tmp_path: Path) -> None:
@@ -314,6 +324,24 @@ def test_a_list_in_a_jsonl_file_is_named(tmp_path: Path, content: bytes) -> None
     with pytest.raises(DataError, match=r"a.jsonl: one JSON list, where each line") as caught:
         read(path)
     assert str(caught.value.hint).startswith("rename it to .json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{\n  "text": "a"\n}\n',
+        b'{\n  "text": "a"\n}\n{\n  "text": "b"\n}',
+        b'{\n  "messages": [\n    {"role": "user"},\n    {"role": "assistant"}\n  ]\n}',
+        b'\n{\r\n\t"text": "a"\r\n}\r\n',
+        b'{\n"text":\n"a"\n}',
+    ],
+)
+def test_indented_objects_in_a_jsonl_file_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.jsonl: objects over several lines") as caught:
+        read(path)
+    assert str(caught.value.hint).startswith("jq -c . FILE")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

@@ -1,0 +1,51 @@
+"""Write all rows that cannot be used to a file."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from qlora_cli.common.atomic_files import atomic_file
+from qlora_cli.data.encode.encoder import RefusedRow
+from qlora_cli.data.prepared.workers import Workers
+from qlora_cli.data.render.chat_template import read_chat_template
+from qlora_cli.data.sources import BadRows
+from qlora_cli.errors import DataError, RecipeError
+from qlora_cli.recipe.schema import Recipe
+
+
+def write_bad_rows(recipe: Recipe, path: Path) -> int:
+    """Write a JSON line with `row` (its place) and `reason` for each bad row; return their number.
+
+    Raises:
+        QloraError: the file cannot be written, or the tokenizer cannot be loaded.
+    """
+    data, count = recipe.data, 0
+    tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
+    try:
+        with atomic_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+
+            def write(place: str, reason: str) -> None:
+                file.write(json.dumps({"row": place, "reason": reason}) + "\n")
+
+            for source in [*data.train_sources, *data.evaluation_sources]:
+                bad = BadRows(write=write)
+                # A source without a usable row, or without a row at all, is an error of the
+                # preview that follows.
+                with (
+                    suppress(DataError),
+                    Workers(
+                        tokenizer,
+                        max_length=data.max_length,
+                        truncate=data.truncate,
+                        number=data.workers,
+                    ) as workers,
+                ):
+                    for place, encoded in workers.encode(source.conversations(bad)):
+                        if isinstance(encoded, RefusedRow):
+                            bad.add(place, encoded.reason)
+                count += bad.count
+    except OSError as error:
+        raise RecipeError(f"--bad-rows: {path}: cannot be written: {error.strerror}") from error
+    return count

@@ -1,0 +1,123 @@
+"""Repairs change what they name, count it, and leave everything else as it is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from qlora_cli.data.config import Data
+from qlora_cli.data.sources import BadRows
+from qlora_cli.data.sources.repair import Repair, repaired
+from qlora_cli.types import Row
+
+ALL: tuple[Repair, ...] = get_args(Repair)
+
+
+def turns(*pairs: tuple[str, Any], **more: Any) -> list[Row]:
+    return [{"role": role, "content": content, **more} for role, content in pairs]
+
+
+def shared(*pairs: tuple[str, str]) -> list[Row]:
+    return [{"from": role, "value": value} for role, value in pairs]
+
+
+U, A, S = ("user", "a"), ("assistant", "b"), ("system", "s")
+GOOD = turns(U, A)
+CASES: dict[str, tuple[Repair, Any, Any]] = {
+    "JSON text": ("parse_json_strings", json.dumps(GOOD), GOOD),
+    "JSON text with white space": ("parse_json_strings", f"\n {json.dumps(GOOD, indent=1)}", GOOD),
+    "JSON text of ShareGPT": ("parse_json_strings", json.dumps(shared(U, A)), shared(U, A)),
+    "a capital": ("role_names", turns(("User", "a"), ("ASSISTANT ", "b")), GOOD),
+    "other names": ("role_names", turns(("human", "a"), ("bot", "b")), GOOD),
+    "model": ("role_names", turns(U, ("model", "b")), GOOD),
+    "ShareGPT": ("role_names", shared(("Human", "a"), ("chatgpt", "b")), shared(U, A)),
+    "questions": (
+        "merge_same_role",
+        turns(S, U, ("user", "c"), A),
+        turns(S, ("user", "a\n\nc"), A),
+    ),
+    "answers": ("merge_same_role", turns(U, A, A, A), turns(U, ("assistant", "b\n\nb\n\nb"))),
+    "systems": ("merge_same_role", turns(S, S, U, A), turns(("system", "s\n\ns"), U, A)),
+    "ShareGPT twice": (
+        "merge_same_role",
+        shared(("human", "a"), ("human", "c"), ("gpt", "b")),
+        shared(("human", "a\n\nc"), ("gpt", "b")),
+    ),
+    "a last question": ("drop_trailing_user", turns(U, A, U), GOOD),
+    "two last questions": (
+        "drop_trailing_user",
+        [*turns(U, A), *turns(U, date="today"), *turns(U)],
+        GOOD,
+    ),
+    "ShareGPT at the end": (
+        "drop_trailing_user",
+        shared(("human", "a"), ("gpt", "b"), ("human", "c")),
+        shared(("human", "a"), ("gpt", "b")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_repair_changes_what_it_names_and_nothing_without_it(case: str) -> None:
+    repair, given, wanted = CASES[case]
+    row = {"id": 7, "messages": given, "note": "[x"}
+    counts: Counter[str] = Counter()
+    assert repaired(row, [repair], counts) == {**row, "messages": wanted}
+    assert counts == {repair: 1}
+    assert row["messages"] == given
+    others = [one for one in ALL if one != repair]
+    counts.clear()
+    assert repaired(row, others, counts) == row
+    assert not counts
+
+
+UNTOUCHED: dict[str, Any] = {
+    "good turns": GOOD,
+    "a text": "[user] hello",
+    "JSON text of something else": "[1, 2]",
+    "an object in JSON": '{"role": "user"}',
+    "broken JSON": '[{"role": "user"',
+    "a list of texts": ["user", "user"],
+    "an empty list": [],
+    "null": None,
+    "answers of two tools": turns(U, ("tool", "1"), ("tool", "2")),
+    "marked turns": turns(U, A, A, train=False),
+    "calls": [*turns(U), *turns(A, A, tool_calls=[{"name": "f"}])],
+    "parts": turns(("user", [{"type": "text", "text": "a"}]), ("user", "b")),
+    "an unknown role": turns(("narrator", "a"), A),
+    "a role that is a list": turns((["user"], "a"), A),  # type: ignore[arg-type]
+    "ShareGPT's own names": shared(("human", "a"), ("function_call", "{}"), ("gpt", "b")),
+}
+
+
+@pytest.mark.parametrize("case", UNTOUCHED)
+def test_repairs_leave_everything_else_as_it_is(case: str) -> None:
+    row = {"messages": UNTOUCHED[case]}
+    counts: Counter[str] = Counter()
+    repairs = [one for one in ALL if case != "parts" or one != "drop_trailing_user"]
+    assert repaired(row, repairs, counts) == row
+    assert not counts
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_repairs_of_a_source_are_counted_once(tmp_path: Path, share: float | None) -> None:
+    path = tmp_path / "train.jsonl"
+    rows: list[Row] = [{"messages": turns(U, ("Assistant", f"{i}"), U)} for i in range(20)]
+    rows += [{"messages": turns(U, ("assistant", f"good {i}"))} for i in range(5)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    data = Data.model_validate(
+        {"train": {"path": str(path)}, "evaluation_share": share, "repair": list(ALL)}
+    )
+    counts: Counter[str] = Counter()
+    found = 0
+    for source in [*data.train_sources, *data.evaluation_sources]:
+        bad = BadRows()
+        found += len(list(source.conversations(bad)))
+        assert bad.count == 0
+        counts += bad.repaired
+    assert found == 25
+    assert counts == {"role_names": 20, "drop_trailing_user": 20}
