@@ -66,7 +66,7 @@ def damaged_file(folder: Path, *, only: str | None = None) -> str | None:
     manifest = _manifest_of(folder)
     try:
         files = read_object(manifest)
-        names = {file.name for file in folder.iterdir()}
+        names = set(_files_in(folder))
         if names != files.keys():
             return min(names ^ files.keys())
         for name in sorted(names) if only is None else [only]:
@@ -79,6 +79,10 @@ def damaged_file(folder: Path, *, only: str | None = None) -> str | None:
 
 def _folder_of(path: Path) -> Path:
     return cache_folder() / "gguf" / f"{_hash_once(path)[:32]}-{_FORMAT_VERSION}"
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
 
 
 def _manifest_of(folder: Path) -> Path:
@@ -125,7 +129,7 @@ def _write_unpacked(path: Path, folder: Path) -> None:
             model.save_pretrained(unfinished)
             save_plainly(tokenizer, unfinished)
             # Read back now; the name of the folder comes last, so it always has its digests.
-            digests = {file.name: hash_file(file) for file in unfinished.iterdir()}
+            digests = {name: hash_file(unfinished / name) for name in _files_in(unfinished)}
             replace_file(_manifest_of(folder), json.dumps(digests))
     # A damaged file raises any kind of error, deep in the libraries that read it.
     except Exception as error:
