@@ -77,9 +77,9 @@ TEMPLATES_HEAD = """\
 <!-- Written by scripts/gen_docs.py from tests/golden/templates.json; see there. -->
 # Chat templates
 
-`qlora` trains on what the model has to write after the generation prompt, up to the token that ends
-the turn, and on nothing else. If this cannot be verified for a conversation with a template, the
-conversation is refused with the reason. This page lists the outcome for chat templates of
+`qlora` trains only on what the model has to write after the generation prompt, up to and including
+the token that ends the turn. If this cannot be verified for a conversation, the conversation is
+refused with the reason. This page lists the outcome for chat templates of
 well-known models, as collected by the library TRL. Each was tried with the conversations of
 `tests/golden/templates.py`.
 
@@ -98,15 +98,15 @@ tool calls) and the token that ends the turn are supervised; there is at most on
 - **Split**: some templates change an answer when the conversation continues: they remove its
   reasoning, or end it with another token. Such a conversation becomes several rows, and in each the
   last answer is as the model has to write it, with supervised reasoning. For an answer without
-  reasoning, Qwen 3 leaves out only the empty block; that answer is supervised as it is, and nothing
-  is split.
+  reasoning, Qwen 3 omits only the empty block; that answer is supervised as it is, and the
+  conversation is not split.
 - **DeepSeek R1 and V3**: the generation prompt opens a block of reasoning that the template removes
   from every answer. The row is the prompt, the reasoning (or none), `</think>`, an empty line and
   the answer: what the model has to write, although the template never shows it.
 - **GLM 4**: a turn ends where the next one begins. The last answer gets the token that would
   follow: `<|user|>`, or `<|observation|>` after a tool call.
-- **Nemotron 3** asks for reasoning, and it writes answers without reasoning differently from the
-  start of its prompt. Answers without reasoning are exact with `{% set enable_thinking = false %}`
+- **Nemotron 3** opens a block of reasoning in its generation prompt, but writes answers without
+  reasoning in another form, so the prompt is not their prefix. Answers without reasoning are exact with `{% set enable_thinking = false %}`
   in front of the template: save it to a file, and name the file in `data.chat_template`. The tuned
   model keeps that template. `reasoning_effort` and similar variables of other templates can be set
   in the same way.

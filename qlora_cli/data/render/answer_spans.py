@@ -98,12 +98,12 @@ class _Finder:
         self._additions = additions
 
     def check_whole(self) -> None:
-        """Raise DataError if the template leaves out what the model should be given."""
+        """Raise DataError if the template omits something that the model should see."""
         if self._tools and self._render(self._messages, tools=False) == self._render(
             self._messages
         ):
             raise DataError(
-                "the chat template leaves the tools out (data.chat_template may name one that "
+                "the chat template omits the tools (data.chat_template may name one that "
                 "writes them, such as configs/chat_templates/chatml-tools.jinja)"
             )
         for i, message in enumerate(self._messages):
@@ -111,7 +111,7 @@ class _Finder:
             # reasoning.
             if message.role != "assistant" and not _holds(self._text, message.content.strip()):
                 raise DataError(
-                    f"{self._what(i)}: the chat template changes its content or leaves it out"
+                    f"{self._what(i)}: the chat template changes or omits its content"
                 )
 
     def find(self, i: int) -> AnswerSpan:
@@ -121,10 +121,10 @@ class _Finder:
         if i == 0:
             raise DataError(f"{what}: nothing precedes it, so the model would have no prompt")
         prompt = self._render(self._messages[:i], prompting=True)
-        _check_prefix(prompt, text, f"{what}: the prompt that the model is given for it")
+        _check_prefix(prompt, text, f"{what}: its generation prompt")
         start, is_last = len(prompt), i == len(self._messages) - 1
         turn = text if is_last else self._render(self._messages[: i + 1])
-        _check_prefix(prompt, turn, f"{what}: the prompt that the model is given for it")
+        _check_prefix(prompt, turn, f"{what}: its generation prompt")
         end, stop = self._find_end(i, turn, start)
         stop_token = self._template.added_at(turn, stop)
         written = turn[start : end if stop_token is None else stop + len(stop_token)]
@@ -149,7 +149,7 @@ class _Finder:
         places = list(_occurrences(content, turn, start))
         if not places:
             raise DataError(
-                f"{self._what(i)}: the chat template changes its content or leaves it out"
+                f"{self._what(i)}: the chat template changes or omits its content"
             )
         # The turn is the last, and the content is its end. What the template may write before it
         # (Qwen3: a reasoning block) may contain the same words followed by an added token; and a
@@ -215,7 +215,7 @@ class _Finder:
         for value in values:
             if not _holds(written, value):
                 raise DataError(
-                    f"{self._what(i)}: the chat template leaves out {value!r} of its tool calls"
+                    f"{self._what(i)}: the chat template omits {value!r} from its tool calls"
                 )
         end = start + len(written.rstrip())
         stop = self._template.stop_before(turn, start, end)
@@ -239,8 +239,7 @@ class _Finder:
         reasoning = self._messages[i].reasoning
         if reasoning is not None and reasoning.strip() not in written:
             raise DataError(
-                f"{self._what(i)}: the chat template leaves out its reasoning, which is to be "
-                "trained on"
+                f"{self._what(i)}: the chat template omits its reasoning, which is supervised"
             )
 
     def _has_thought(self, i: int) -> bool:
@@ -329,14 +328,14 @@ def _holds(text: str, value: str) -> bool:
 def _check_prefix(prefix: str, text: str, what: str) -> None:
     if not text.startswith(prefix):
         raise DataError(
-            f"{what} is not how the whole conversation begins, so the tokens to train on are "
+            f"{what} is not a prefix of the rendered conversation, so the tokens to train on are "
             f"ambiguous: {_difference(prefix, text)}"
         )
 
 
 def _difference(one: str, other: str) -> str:
     same = _common(one, other)
-    return f"{one[same : same + 30]!r} there is {other[same : same + 30]!r} here"
+    return f"the prompt has {one[same : same + 30]!r}, the row {other[same : same + 30]!r}"
 
 
 def _common(one: str, other: str) -> int:

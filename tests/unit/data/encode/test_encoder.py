@@ -174,7 +174,7 @@ def test_a_template_without_generation_prompt_is_refused(make_tokenizer: Tokeniz
 def test_content_that_the_template_changes_is_refused(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content | upper")
-    with pytest.raises(DataError, match=r"message 2 .*changes its content or leaves it out"):
+    with pytest.raises(DataError, match=r"message 2 .*changes or omits its content"):
         Encoder(tokenizer).encode(chat("a", "b"), max_length=64)
 
 

@@ -151,10 +151,10 @@ def test_contents_that_the_template_may_change_are_not_guessed(
     tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content[::1][:9]")
     layout = Renderer(tokenizer).render(Conversation(chat("short", "also")))
     assert data(layout) == ["short", "also"]
-    with pytest.raises(DataError, match=r"message 1 \(user\): .* changes its content or leaves"):
+    with pytest.raises(DataError, match=r"message 1 \(user\): .* changes or omits its content"):
         Renderer(tokenizer).render(Conversation(chat("much longer than that", "b")))
     tokenizer.chat_template = tokenizer.chat_template.replace("[:9]", " | replace('#', '')")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* changes its content"):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* changes or omits its content"):
         Renderer(tokenizer).render(Conversation(chat("a", "b # c")))
 
 
@@ -179,9 +179,9 @@ def test_a_template_that_drops_part_of_a_row_is_refused(
     plain, able = Renderer(make_tokenizer()), Renderer(tooled)
     call = [*chat("a"), asked(a=1), told("2"), Message("assistant", "b", train=True)]
     rows = {
-        r"^the chat template leaves the tools out": Conversation(chat("a", "b"), tools=TOOLS),
-        r"^message 2 \(assistant\): .* leaves out 'add' of its tool calls": Conversation(call),
-        r"^message 2 \(assistant\): .* leaves out its reasoning, which is to be": Conversation(
+        r"^the chat template omits the tools": Conversation(chat("a", "b"), tools=TOOLS),
+        r"^message 2 \(assistant\): .* omits 'add' from its tool calls": Conversation(call),
+        r"^message 2 \(assistant\): .* omits its reasoning, which is supervised": Conversation(
             [chat("a")[0], Message("assistant", "b", train=True, reasoning="hm")]
         ),
     }
@@ -193,7 +193,7 @@ def test_a_template_that_drops_part_of_a_row_is_refused(
     ignoring.chat_template = tooled.chat_template.replace(
         "{%- for m in messages %}\n", "{%- for m in messages if m.role != 'tool' %}\n"
     )
-    with pytest.raises(DataError, match=r"message 3 \(tool\): .* leaves it out"):
+    with pytest.raises(DataError, match=r"message 3 \(tool\): .* changes or omits its content"):
         Renderer(ignoring).render(Conversation(call))
 
 
