@@ -30,7 +30,7 @@ class QloraError(Exception):
 
     Args:
         message: what is wrong, where, what was found and what is allowed.
-        hint: what to do next, if there is one best next thing.
+        hint: the best thing to do next, if there is one.
     """
 
     exit_code: ClassVar[int] = 1
@@ -79,7 +79,7 @@ class OutputFailed(QloraError):
 class Interrupted(BaseException):
     """The command was asked to end; a run is saved.
 
-    Like KeyboardInterrupt it is not an `Exception`, so that no handler of those swallows it.
+    Like KeyboardInterrupt it is not an `Exception`, so `except Exception` does not swallow it.
     """
 
     def __init__(self, reason: str, exit_code: int) -> None:

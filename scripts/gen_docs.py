@@ -106,10 +106,10 @@ tool calls) and the token that ends the turn are supervised; there is at most on
 - **GLM 4**: a turn ends where the next one begins. The last answer gets the token that would
   follow: `<|user|>`, or `<|observation|>` after a tool call.
 - **Nemotron 3** opens a block of reasoning in its generation prompt, but writes answers without
-  reasoning in another form, so the prompt is not their prefix. Answers without reasoning are exact with `{% set enable_thinking = false %}`
-  in front of the template: save it to a file, and name the file in `data.chat_template`. The tuned
-  model keeps that template. `reasoning_effort` and similar variables of other templates can be set
-  in the same way.
+  reasoning in another form, so the prompt is not their prefix. Answers without reasoning are exact
+  with `{% set enable_thinking = false %}` in front of the template: save it to a file, and name the
+  file in `data.chat_template`. The tuned model keeps that template. `reasoning_effort` and similar
+  variables of other templates can be set in the same way.
 - **Llama 3.2 and GPT-OSS** write today's date into the system message. Here it is always 26 July
   2024 (the fallback of Llama's templates), in training as in `eval`, `generate` and `chat`: rows
   must not depend on the day on which they are prepared. The template saved with the model is

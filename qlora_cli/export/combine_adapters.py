@@ -54,21 +54,21 @@ def combine(
     weights: Sequence[float] | None = None,
     measure: bool = True,
 ) -> dict[str, Any]:
-    """Make one adapter of several, and write it as a folder that the other commands take.
+    """Combine several adapters into one, and write it as a folder that other commands accept.
 
     Args:
-        overrides: changes to the recipe that is written with it, which is the first run's.
+        overrides: changes to the recipe of the first run, which is written with the result.
         weights: one per adapter; None gives each the same weight, with a sum of 1.
         measure: evaluate the result and its parents, if the recipe says how.
 
     Returns:
         {"output", "adapters", "weights", "method", "density", "rank", "seed", "norm", "error",
-        "evaluations"}: `error` is the distance from the weighted sum of what the adapters add, over
-        that sum's norm; `evaluations` has for each parent what `evaluate` returns, with the outcome
-        as the second model.
+        "evaluations"}: `error` is the distance from the weighted sum of the updates, relative to
+        its norm; `evaluations` has the report of `evaluate` for each parent, with the result as the
+        second model.
 
     Raises:
-        RecipeError: the numbers do not fit together, or `output` exists.
+        RecipeError: the options contradict each other, or `output` exists.
         ModelError: the adapters cannot be combined.
     """
     quiet_libraries()
@@ -77,9 +77,9 @@ def combine(
     shares = _weights(paths, weights)
     method, density = options.method, options.density
     if method not in METHODS:
-        raise RecipeError(f"--method: {method}; there is {', '.join(METHODS)}")
+        raise RecipeError(f"--method: unknown method {method}; choose from {', '.join(METHODS)}")
     if METHODS[method] and density == 0:
-        raise RecipeError(f"--density: 0 leaves nothing over; {method} needs more than 0, up to 1")
+        raise RecipeError(f"--density: 0 drops every value; {method} needs more than 0, up to 1")
     places = [AdapterFolder.find(path) for path in paths]
     check_same_base(places)
     read = [read_lora(place) for place in places]
@@ -108,7 +108,7 @@ def combine(
 
 
 def read_weights(text: str | None) -> list[float] | None:
-    """The numbers of `--weights`.
+    """Parse the numbers of `--weights`.
 
     Raises:
         RecipeError: they are not finite numbers.
@@ -119,10 +119,10 @@ def read_weights(text: str | None) -> list[float] | None:
         weights = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise RecipeError(
-            f"--weights {text}: needs numbers with commas between them", hint="--weights 0.7,0.3"
+            f"--weights {text}: takes numbers separated by commas", hint="--weights 0.7,0.3"
         ) from error
     if not all(map(math.isfinite, weights)):
-        raise RecipeError(f"--weights {text}: needs finite numbers")
+        raise RecipeError(f"--weights {text}: takes finite numbers only")
     return weights
 
 
@@ -193,7 +193,7 @@ def _write(
 def _evaluate(
     output: Path, recipe: Recipe, places: Sequence[AdapterFolder]
 ) -> list[dict[str, Any]]:
-    """The outcome beside each parent, all of them on what the recipe asks."""
+    """Evaluate the result against each parent, on the rows and tasks of the recipe."""
     asked = recipe.evaluation
     if not (recipe.data.evaluation_sources or asked.tasks or asked.forgetting):
         return []

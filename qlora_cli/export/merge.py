@@ -59,8 +59,8 @@ def merge(
         with_logits: compare the written model with base plus adapter, if memory allows.
 
     Raises:
-        RecipeError: no finished run, or `output` exists.
-        ModelError: it cannot be merged, or the result is not what was trained.
+        RecipeError: `run_folder` is not a finished run, or `output` exists.
+        ModelError: the run cannot be merged, or the result differs from what was trained.
     """
     quiet_libraries()
     run = RunFolder(run_folder)
@@ -71,9 +71,9 @@ def merge(
         raise RecipeError(f"--output: {output} exists", hint="choose another folder, or remove it")
     trained = run.weights(weights)
     tokenizer = load_tokenizer(trained, trust_remote_code=recipe.model.trust_remote_code)
-    located = recipe.model.locate()
-    refuse_prequantized(located)
-    plan = prepare(recipe, located, trained, base)
+    base_folder = recipe.model.locate()
+    refuse_prequantized(base_folder)
+    plan = prepare(recipe, base_folder, trained, base)
 
     try:
         with atomic_folder(output) as unfinished:
@@ -81,8 +81,8 @@ def merge(
             refuse_full_disk(unfinished, size)
             digests = plan.write(unfinished)
             plan.verify(unfinished, digests)
-            write_files(located, trained, tokenizer, plan, unfinished)
-            verify_files(located, trained, tokenizer, plan, unfinished)
+            write_files(base_folder, trained, tokenizer, plan, unfinished)
+            verify_files(base_folder, trained, tokenizer, plan, unfinished)
             base = "as-trained" if plan.is_as_trained else "original"
             found = None
             if with_logits:
@@ -120,7 +120,7 @@ def _precision_of(run: RunFolder) -> list[str]:
     return [] if precision is None else [f"training.precision={precision}"]
 
 
-def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> ShardMerger:
+def prepare(recipe: Recipe, base_folder: Path, trained: Path, base: Base | None) -> ShardMerger:
     """Plan the merge of a run before anything is written.
 
     Raises:
@@ -129,7 +129,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
     return plan_merge(
         recipe.adapter,
-        located,
+        base_folder,
         trained,
         recipe.quantization.load_options(dtype),
         base=base,
@@ -139,7 +139,7 @@ def prepare(recipe: Recipe, located: Path, trained: Path, base: Base | None) -> 
 
 def plan_merge(
     adapter: AdapterMethod,
-    located: Path,
+    base_folder: Path,
     trained: Path,
     load_options: dict[str, Any],
     *,
@@ -154,11 +154,11 @@ def plan_merge(
     Raises:
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
-    shards = Shards(located)
+    shards = Shards(base_folder)
     rounding = FakeQuantizer(
-        build_skeleton(located, trust_remote_code=trust_remote_code), load_options
+        build_skeleton(base_folder, trust_remote_code=trust_remote_code), load_options
     )
-    skeleton = build_skeleton(located, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(base_folder, trust_remote_code=trust_remote_code)
     names = WeightNames(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
     edits = adapter.weight_edits(skeleton, names, trained)

@@ -22,7 +22,7 @@ _WEIGHT_FILES = {".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"} | P
 
 
 def write_files(
-    located: Path,
+    base_folder: Path,
     trained: Path,
     tokenizer: PreTrainedTokenizerFast,
     plan: ShardMerger,
@@ -31,26 +31,26 @@ def write_files(
     """Write every file except the weights: the base's own, then tokenizer and generation config as
     trained.
 
-    config.json is the last one: until it exists, no program takes the folder for a model.
+    config.json is written last: until it exists, no program takes the folder for a model.
     """
-    for file in _others(located):
+    for file in _others(base_folder):
         shutil.copyfile(file, folder / file.name)
-    save_tokenizer(tokenizer, located, folder)
-    if (located / GENERATION).is_file():
-        copy_generation_config(located, stop_token_ids(trained), folder)
+    save_tokenizer(tokenizer, base_folder, folder)
+    if (base_folder / GENERATION).is_file():
+        copy_generation_config(base_folder, stop_token_ids(trained), folder)
     else:
         shutil.copyfile(trained / GENERATION, folder / GENERATION)
     if plan.vocab_size is not None:
         refuse_larger_tokenizer(tokenizer, plan.vocab_size)
-    config = read_object(located / "config.json")
+    config = read_object(base_folder / "config.json")
     if not _change_config(config, plan):
-        shutil.copyfile(located / "config.json", folder / "config.json")
+        shutil.copyfile(base_folder / "config.json", folder / "config.json")
         return
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def verify_files(
-    located: Path,
+    base_folder: Path,
     trained: Path,
     tokenizer: PreTrainedTokenizerFast,
     plan: ShardMerger,
@@ -62,17 +62,19 @@ def verify_files(
         ModelError: config, generation config, tokenizer or chat template differ from the base in
             more than training changed, or a copied file differs.
     """
-    config = read_object(located / "config.json")
+    config = read_object(base_folder / "config.json")
     _change_config(config, plan)
     if read_object(folder / "config.json") != config:
-        raise ModelError(f"{folder / 'config.json'} is not the base's")
-    _verify_generation(located, trained, folder)
+        raise ModelError(
+            f"{folder / 'config.json'} differs from the base's in more than the merge changed"
+        )
+    _verify_generation(base_folder, trained, folder)
     written = load_tokenizer(folder)
     grown = plan.vocab_size is not None
-    if not grown and written.get_vocab() != load_tokenizer(located).get_vocab():
-        raise ModelError(f"{folder}: the tokenizer has other tokens than the base's")
+    if not grown and written.get_vocab() != load_tokenizer(base_folder).get_vocab():
+        raise ModelError(f"{folder}: the tokenizer's vocabulary is not the base's")
     if (text := first_difference(written, tokenizer.backend_tokenizer, PROBES)) is not None:
-        raise ModelError(f"{folder}: the tokenizer gives other tokens than in training ({text!r})")
+        raise ModelError(f"{folder}: {text!r} gives other tokens than in training")
     if written.chat_template != tokenizer.chat_template:
         raise ModelError(f"{folder}: the chat template is not that of training")
     for name in ("eos_token", "bos_token", "pad_token", "unk_token"):
@@ -92,9 +94,9 @@ def refuse_larger_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int)
         )
 
 
-def _others(located: Path) -> Iterator[Path]:
+def _others(base_folder: Path) -> Iterator[Path]:
     """Yield the base's files that are neither weights nor written by another function."""
-    for file in sorted(located.iterdir()):
+    for file in sorted(base_folder.iterdir()):
         is_weight = file.suffix in _WEIGHT_FILES or file.name.endswith(".index.json")
         if file.is_file() and not is_weight and file.name not in ("config.json", "README.md"):
             yield file
@@ -114,14 +116,14 @@ def _change_config(config: dict[str, Any], plan: ShardMerger) -> bool:
     return bool(plan.untied) or plan.vocab_size is not None
 
 
-def _verify_generation(located: Path, trained: Path, folder: Path) -> None:
+def _verify_generation(base_folder: Path, trained: Path, folder: Path) -> None:
     """Check that the generation settings are the base's, with the stop tokens of training."""
     path = folder / GENERATION
     if stop_token_ids(folder) != stop_token_ids(trained):
         raise ModelError(f"{path}: eos_token_id is not that of training")
-    if not (located / GENERATION).is_file():
+    if not (base_folder / GENERATION).is_file():
         return
-    written, base = read_object(path), read_object(located / GENERATION)
+    written, base = read_object(path), read_object(base_folder / GENERATION)
     if missing := set(as_ids(base.get("eos_token_id"))) - set(stop_token_ids(folder)):
         raise ModelError(f"{path}: eos_token_id lacks {sorted(missing)} of the base")
     if {**written, "eos_token_id": None} != {**base, "eos_token_id": None}:

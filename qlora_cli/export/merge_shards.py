@@ -168,7 +168,7 @@ class ShardMerger:
         """Read the written files back and check that all updates, and nothing else, are in them.
 
         Raises:
-            ModelError: they are not.
+            ModelError: an update is missing or lost, or another weight has changed.
         """
         written = Shards(folder)
         layout = {
@@ -179,9 +179,14 @@ class ShardMerger:
             if wanted is None or found is None:
                 raise ModelError(f"{folder}: {name} is {'unexpected' if found else 'missing'}")
             if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
-                raise ModelError(f"{folder}: {name} is {found.dtype} {found.shape}")
+                raise ModelError(
+                    f"{folder}: {name} is {found.dtype} {found.shape}, "
+                    f"not {wanted.dtype} {wanted.shape}"
+                )
             if written.digest(name) != digests[name]:
-                raise ModelError(f"{folder}: {name} is not what was written; is the disk sound?")
+                raise ModelError(
+                    f"{folder}: {name} is not what was written; the disk may be faulty"
+                )
             if not self._is_touched(name) and self._base.digest(name) != digests[name]:
                 raise ModelError(f"{folder}: {name} has changed, but has no update")
         statistics = self.statistics
@@ -233,13 +238,13 @@ class ShardMerger:
         if not bool(torch.isfinite(written).all()):
             raise ModelError(f"{name} is not finite after merging: the training went wrong")
         if tuple(written.shape) != stored.shape:
-            raise ModelError(f"{name} would have the shape {tuple(written.shape)}")
-        self._enter(name, live, value, written)
+            raise ModelError(f"{name} would be {tuple(written.shape)}, not {stored.shape}")
+        self._count(name, live, value, written)
         del value
         yield bytes_of(written)
 
-    def _enter(self, name: str, live: str, value: Tensor, written: Tensor) -> None:
-        """Add a weight that is not copied to the statistics."""
+    def _count(self, name: str, live: str, value: Tensor, written: Tensor) -> None:
+        """Update the statistics with a weight that was not copied bit for bit."""
         statistics = self.statistics
         if live not in self._edits.names:
             if live in self._rounded:

@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama, which does not run a model's own chat template but asks for another."""
+"""Write a Modelfile for Ollama, which needs the chat template in a language of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Turns = Sequence[tuple[str, str]]
-"""Role and content of each."""
+"""Role and content of each turn."""
 Render = Callable[[Turns], str]
 
 _SYSTEM, _USER, _ANSWER, _LAST = "sys1x", "ask2x", "answer3x", "last4x"
@@ -45,7 +45,7 @@ class TurnTemplate:
         return "".join(around[role][0] + said + around[role][1] for role, said in turns)
 
     def text(self, gguf_file: str, stops: Sequence[str]) -> str:
-        """The Modelfile."""
+        """Return the text of the Modelfile."""
         lines = [
             f"FROM ./{gguf_file}",
             'TEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}'
@@ -91,10 +91,10 @@ def modelfile(
 
 
 def _pieces(render: Render) -> TurnTemplate | None:
-    """Take a rendered conversation apart, and see whether the pieces make others.
+    """Split a rendered conversation into the texts around its turns, and check them on others.
 
     Raises:
-        ValueError, TemplateError: it cannot be taken apart.
+        ValueError, TemplateError: it cannot be split.
     """
     whole = render([("system", _SYSTEM), ("user", _USER), ("assistant", _ANSWER), ("user", _LAST)])
     before_system, rest = _cut(whole, _SYSTEM)

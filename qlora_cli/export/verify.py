@@ -129,7 +129,7 @@ def read_rows(
         try:
             held_out = read_data("evaluation", recipe.data, sources, tokenizer)
         except DataError as error:
-            log.warning("models are compared on some fixed text: %s", error)
+            log.warning("models are compared on fixed texts, not on evaluation rows: %s", error)
         else:
             vocabulary = len(tokenizer)
             return list(_first(held_out.examples, _MAX_LOGITS // vocabulary)), True

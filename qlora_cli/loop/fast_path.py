@@ -47,7 +47,7 @@ dtype are not more. Measured: 1e-5 in float32, 1.5 steps in bfloat16."""
 
 @dataclass(frozen=True)
 class CompiledKernels:
-    """Compiled kernels, or what stands for them in a trace."""
+    """Compiled kernels, or their stand-ins in a trace."""
 
     elementwise: Elementwise
     cross_entropy: CrossEntropy
@@ -60,7 +60,7 @@ class ComputeOptions:
     dtype: torch.dtype
     """Autocast dtype; float32 means no autocast."""
     kernels: Kernels = "fused"
-    """The kernels that the layers get, where the model's layers can have them."""
+    """Kernels for the layers that support them."""
     device: DeviceCapabilities = field(default_factory=DeviceCapabilities)
     compiled: CompiledKernels | None = None
     """The kernels of `compiled`; None compiles them on this machine."""
@@ -92,7 +92,7 @@ def use_padding_free(
     except ModelError as error:
         if packing:
             raise
-        log.info("with padding: %s", str(error).removeprefix("data.packing: "))
+        log.info("rows are padded: %s", str(error).removeprefix("data.packing: "))
         attend_by_row(model)
         return False
     log.log(logging.INFO if packing else logging.DEBUG, check.summary())
@@ -164,7 +164,7 @@ def loss_kernel(kernels: Kernels, device: torch.device, options: ComputeOptions)
     if options.compiled is not None:
         return options.compiled.cross_entropy
     compiled, dtype = compiled_cross_entropy(), options.dtype
-    # Almost as large as in a step: several threads are used only if they pay for this size.
+    # Almost as large as in a step: the compiler decides by the size if threads are worth it.
     logits = torch.rand(64, 8192, device=device, dtype=dtype)
     targets = torch.arange(64, device=device)
 
@@ -188,7 +188,7 @@ def _can_compile(run: Callable[[], dict[str, Tensor]], wanted: dict[str, Tensor]
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).split("\n")[0]
         log.warning(
-            "kernels are not compiled, which costs some speed: %s (earlier runs' kernels: %s)",
+            "kernels cannot be compiled, so steps are somewhat slower: %s (earlier runs' kernels: %s)",
             reason,
             _kernel_folder(),
         )

@@ -41,7 +41,7 @@ def fit(
         OutOfMemory: in a step; a checkpoint of the steps before it has been saved.
     """
     setup, max_steps = replace(setup, shared=setup.world.share(setup.objective)), setup.max_steps
-    # Before the first step, and again where a resumed run may have been cut short in it.
+    # A resumed run evaluates again: its interruption may have cut this evaluation short.
     if is_evaluated(settings, state.step) or state.step in (0, max_steps):
         tracker.log(hooks.evaluate(state), state.step)
     setup.shared.train()
@@ -51,13 +51,13 @@ def fit(
         with monitor.out_of_memory(state, hooks.save):
             metrics = train_step(setup, settings, state)
         state.count(metrics["loss"], is_applied=is_finite(metrics))
-        if monitor.goes_back(metrics, state):
+        if monitor.rolls_back(metrics, state):
             continue
         is_last = state.step == max_steps
 
         if is_due(settings.log_every, state.step) or is_last or not is_finite(metrics):
             tracker.log(meter.read(metrics, state, setup.world), state.step)
-        # While numbers are bad, no checkpoint replaces one that was saved when they were good.
+        # While losses are bad or high, no checkpoint replaces an earlier, good one.
         is_sound = state.bad_steps == state.high_steps == 0
         is_saved = (is_due(settings.save_every, state.step) and is_sound) or is_last
         if is_saved:

@@ -15,7 +15,7 @@ class Meter:
         self.restart(state)
 
     def restart(self, state: TrainState) -> None:
-        """Start a new interval, without the time spent on anything but steps."""
+        """Start a new interval, so that time spent outside of steps does not count."""
         self._tokens = state.tokens
         self._since = time.monotonic()
 

@@ -22,11 +22,11 @@ from qlora_cli.types import Batch, TrainState
 log = logging.getLogger("qlora")
 
 _MIN_LOSSES = 5
-"""Fewest losses that a median is taken of."""
+"""Minimum number of losses for a running median."""
 _MIN_LENGTH = 8
 """Smallest value of `data.max_length`."""
 _MAX_NAMED = 8
-"""Most rows that a message names."""
+"""Maximum number of rows that a message names."""
 
 
 class TrainingMonitor:
@@ -34,10 +34,10 @@ class TrainingMonitor:
 
     Args:
         settings: `training.spike` and `training.max_bad_steps` decide what is done.
-        row_name: the place of an example's row by its index, such as `train.jsonl:17`.
-        max_length: most tokens of a row.
+        row_name: returns the place of an example, such as `train.jsonl:17`, for its index.
+        max_length: maximum number of tokens per row.
         is_packed: rows are filled with examples up to `max_length`.
-        go_back: loads the newest checkpoint, and its state into the given one.
+        go_back: restores the newest checkpoint, and copies its state into the given one.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class TrainingMonitor:
         setup.optimizer.register_step_pre_hook(lambda *_: self._set_updating(True))
         setup.optimizer.register_step_post_hook(lambda *_: self._set_updating(False))
 
-    def goes_back(self, metrics: Mapping[str, float], state: TrainState) -> bool:
-        """Check the step that was just done.
+    def rolls_back(self, metrics: Mapping[str, float], state: TrainState) -> bool:
+        """Check the step that just ended, and roll back to a checkpoint if the loss has jumped.
 
         Returns:
             True if the run went back to an earlier step, so that this one does not count.
@@ -82,23 +82,23 @@ class TrainingMonitor:
             f"({median(state.recent_losses):.4g}) for {spike.steps} steps, and is now "
             f"{metrics['loss']:.4g}; rows: {self._names(self._rows(state.position - 1))}"
         )
-        state.recent_losses, state.high_steps = [], 0  # the next losses get a median of their own
+        state.recent_losses, state.high_steps = [], 0  # the median starts again
         if spike.action == "warn":
             log.warning("%s", what)
             return False
         if state.returns == spike.returns:
             raise TrainingError(
-                f"{what}; the run went back {state.returns} times before",
+                f"{what}; the run has already been rolled back {state.returns} times",
                 hint="try a lower optimizer.learning_rate, or look at the rows that are named",
             )
-        self._pass_over(what, state)
+        self._roll_back(what, state)
         return True
 
     @contextmanager
     def out_of_memory(
         self, state: TrainState, save: Callable[[TrainState], None]
     ) -> Iterator[None]:
-        """Run a step; if memory runs out in it, save the steps before it.
+        """Run a step; if memory runs out, save the steps before it.
 
         Raises:
             OutOfMemory: with what was in memory, and what to change.
@@ -113,11 +113,11 @@ class TrainingMonitor:
             message, hint = self._describe(state, batches), self._advise(batches)
         else:
             return
-        # Out of the `except` block the error is gone, and the tensors that its frames held.
+        # Outside of the `except` block, the error and the tensors in its frames have been freed.
         self._setup.optimizer.zero_grad(set_to_none=True)
         set_random_states(generators)
         self._setup.world.free_memory()
-        saved = "no step had been done yet"
+        saved = "no step was completed"
         if self._is_updating or self._setup.world.size > 1:
             saved = "the steps since the last checkpoint are lost"
         elif state.step:
@@ -130,7 +130,7 @@ class TrainingMonitor:
         if self._setup.scaler.is_enabled() and math.isfinite(metrics["loss"]):
             scale = self._setup.scaler.get_scale()
             if scale >= 1:  # this is how fp16 finds its scale; below 1 it has found none
-                log.info("step %d: too large for fp16, not applied; scale %g", state.step, scale)
+                log.info("step %d: overflow in fp16, not applied; loss scale %g", state.step, scale)
                 return
         state.bad_steps += 1
         dtype = str(self._setup.objective.dtype).removeprefix("torch.")
@@ -142,13 +142,13 @@ class TrainingMonitor:
             log.warning("%s", what)
             return
         raise TrainingError(
-            f"{what}. That is {state.bad_steps} in a row (training.max_bad_steps); the checkpoints "
-            "before are untouched, and weights that are not finite are never saved",
+            f"{what}. That is {state.bad_steps} in a row (training.max_bad_steps); earlier "
+            "checkpoints are untouched, and weights that are not finite are never saved",
             hint="try a lower optimizer.learning_rate, more schedule.warmup_steps, or "
             "training.precision bf16 in place of fp16",
         )
 
-    def _pass_over(self, what: str, state: TrainState) -> None:
+    def _roll_back(self, what: str, state: TrainState) -> None:
         failed, position, returns = state.step, state.position, state.returns
         self._go_back(state)
         state.returns = returns + 1
@@ -206,7 +206,7 @@ class TrainingMonitor:
         )
         return (
             f"out of memory in step {state.step + 1}, whose micro-batches are {shapes} tokens. "
-            f"Held at the peak: {parts}"
+            f"In memory at the peak: {parts}"
         )
 
     def _advise(self, batches: list[Batch]) -> str:
@@ -224,7 +224,7 @@ class TrainingMonitor:
             length = min(length, context.length) if context else length
             advice.append(f"--set data.max_length={length}")
         if not advice:
-            return "qlora plan RECIPE --fit looks for the least harmful changes with which it fits"
+            return "qlora plan RECIPE --fit finds the least harmful changes that make it fit"
         return " and ".join(advice[:2])
 
 

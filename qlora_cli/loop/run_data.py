@@ -1,4 +1,4 @@
-"""Read everything that a run learns from and is evaluated on, before any model is loaded."""
+"""Read the training and evaluation data of a run, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunData(RecipeData):
     """Everything that a run reads, checked."""
 
     tasks: TaskItems
-    """The tasks that are asked during training, with their questions."""
+    """The tasks to run during training, with their items."""
     audit: dict[str, dict[str, Any]]
     """Figures about the training and the evaluation rows, for the record."""
     base: Mapping[str, str]
@@ -111,7 +111,7 @@ def check_tokens(
 
 
 def prepare_data(recipe: Recipe, *, use_cache: bool = True) -> RunData:
-    """Read, tokenize and audit all rows, and the questions of all tasks.
+    """Read, tokenize and audit all rows, and the items of all tasks.
 
     A bad row is found here, before a large model is loaded.
 

@@ -46,7 +46,7 @@ class Setup(Generic[BatchesT_co]):
     """Everything that a training step needs; on real tensors, or on the traced ones of a plan."""
 
     base: PreTrainedModel
-    """The base model, with the layers that the adapter put in."""
+    """The base model, with the layers that the adapter added."""
     model: Any
     """The base model in its adapter's wrapper, if the adapter has one."""
     objective: Objective
@@ -76,9 +76,9 @@ def build_setup(
     """Load the base model, attach the adapter, and build what trains it.
 
     Args:
-        recipe: `training.micro_batch_size` is a number by now.
+        recipe: its `training.micro_batch_size` must be a number, not `auto`.
         init_weights: loads the weights of an earlier adapter into the model (a warm start).
-        kernels: those that a resumed run had; None chooses.
+        kernels: those of a resumed run, which it keeps; None chooses them.
 
     Raises:
         QloraError: the model, the adapter or the device does not suit the recipe.
@@ -116,7 +116,7 @@ def build_setup(
         dtype,
         kernels
         or choose_kernels(
-            # Fused layers leave padded rows to the layers that they replace.
+            # Fused layers pass padded rows to the original layers.
             settings.kernels if padding_free else "plain",
             world.device.type,
             work=trained.total * batches.tokens(max_steps),
@@ -159,7 +159,7 @@ def assemble(
     world: World,
     max_steps: int,
 ) -> Setup[BatchesT]:
-    """Put kernels into a model that has its adapter, and build objective and optimizer over it.
+    """Install kernels in a model with its adapter, and build its objective and optimizer.
 
     A run calls this through `build_setup`; a plan calls it on traced tensors.
     """
@@ -196,8 +196,8 @@ def stream_batches(
     """Build the stream of training micro-batches of one rank.
 
     Args:
-        padding_free: put the examples of a micro-batch into one row, one after the other, instead
-            of padding them.
+        padding_free: concatenate the examples of a micro-batch into one row instead of padding
+            them.
     """
     settings, weights = recipe.training, [source.weight for source in recipe.data.train_sources]
     return BatchStream(

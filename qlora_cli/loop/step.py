@@ -20,7 +20,7 @@ def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> 
     Averaging each micro-batch's own mean would over-weight short answers and make the result
     depend on how the batch was cut. Summing and dividing once does not.
 
-    A step whose loss or gradient is not finite is not applied: no weight would survive it.
+    A step whose loss or gradient is not finite is not applied: it would make the weights NaN.
 
     Returns:
         "loss", "grad_norm", "learning_rate", the weight under the objective's `unit`, and the

@@ -87,7 +87,7 @@ class Console:
         if not self._is_live:
             print(line, file=self._stream, flush=True)
             return
-        # Padded with blanks, to erase the rest of a longer line before.
+        # Padded with blanks to erase the rest of a longer previous line.
         self._stream.write("\r" + line.ljust(self._width) + ("\n" if stays else ""))
         self._stream.flush()
         self._width = 0 if stays else len(line)
@@ -111,7 +111,7 @@ class Jsonl:
         # JSON has no infinity, which the first steps in fp16 may have as their gradient norm.
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        # So that others can follow the run, and a killed run loses nothing.
+        # Other programs can follow the run, and a killed run loses nothing.
         self._file.flush()
 
     def close(self) -> None:

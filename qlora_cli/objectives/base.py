@@ -42,7 +42,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def weight(self, batch: Batch) -> int:
-        """Count what the loss of a step is divided by, on the host: tokens, rows or pairs."""
+        """Count the tokens, rows or pairs that the loss of a step is divided by, on the host."""
 
     @abstractmethod
     def of_rows(self, batch: Batch) -> Tensor:

@@ -17,8 +17,8 @@ from qlora_cli.types import IGNORE_INDEX, Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Float32 logits of one chunk. A larger chunk saves no time once the product fills the machine. On a
-# CPU, a chunk that fits the caches is read from there, and the C library keeps its memory.
+# Float32 logits of one chunk. A larger chunk saves no time once a matmul uses the whole machine. On
+# a CPU, a chunk should fit the caches, and malloc reuses its memory instead of returning it.
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
 
 

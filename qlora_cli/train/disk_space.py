@@ -30,8 +30,8 @@ class DiskBudget:
         """Bytes of one checkpoint."""
         return self.weights + self.state
 
-    def most(self, keep: int) -> int:
-        """Bytes at the fullest moment: a new checkpoint is complete before an old one goes."""
+    def peak(self, keep: int) -> int:
+        """Return the most bytes in use: a checkpoint is written before an old one is removed."""
         return self.checkpoint * min(keep + 1, self.saves) + self.weights * (1 + self.has_best)
 
     def require(self, free: int, folder: Path) -> None:
@@ -40,15 +40,15 @@ class DiskBudget:
         Args:
             free: bytes, including those that the run already uses.
         """
-        if self.most(self.keep) <= free:
+        if self.peak(self.keep) <= free:
             return
         copies = "last and best" if self.has_best else "last"
         hint = "free some space, or write to another disk (--set output.dir=...)"
-        if self.most(1) <= free:
-            hint += f"; --set output.keep_checkpoints=1 needs only {size_text(self.most(1))}"
+        if self.peak(1) <= free:
+            hint += f"; --set output.keep_checkpoints=1 needs only {size_text(self.peak(1))}"
         raise TrainingError(
             f"output.dir: {folder} has room for {size_text(free)}, and the run needs "
-            f"{size_text(self.most(self.keep))}: {min(self.keep + 1, self.saves):,} checkpoints of "
+            f"{size_text(self.peak(self.keep))}: {min(self.keep + 1, self.saves):,} checkpoints of "
             f"{size_text(self.checkpoint)} (output.keep_checkpoints is {self.keep:,}, and "
             f"one more while it is written), and {copies} weights of "
             f"{size_text(self.weights)} each",

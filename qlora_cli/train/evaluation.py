@@ -45,20 +45,20 @@ class RunEvaluator:
         """
         with self._saver.rescuing(state):
             try:
-                # Several processes cannot leave an evaluation at different places.
+                # Several processes must not leave an evaluation at different points.
                 is_alone = self._setup.world.size == 1
                 with (
                     self._recipe.optimizer.evaluation_weights(self._setup.optimizer),
                     self._stop.at_once() if is_alone else nullcontext(),
                 ):
-                    metrics = {**self._measure_loss(), **self._ask_tasks(state)}
+                    metrics = {**self._measure_loss(), **self._run_tasks(state)}
             except Interrupted:
                 return {}
             self._saver.keep_best(metrics, state)
             return metrics
 
     def _measure_loss(self) -> dict[str, float]:
-        """Return loss (the mean over all that the objective counts) and perplexity."""
+        """Return loss (the mean over what the objective's weight counts) and perplexity."""
         rows, world = self._data.evaluation, self._setup.world
         if rows is None:
             return {}
@@ -72,11 +72,13 @@ class RunEvaluator:
         totals = world.sum(evaluate_loss(self._setup.objective, batches, world.device))
         loss = float(totals[0] / totals[1])
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss on the evaluation rows is {loss}: the weights are bad")
+            raise TrainingError(
+                f"the loss on the evaluation rows is {loss}: the weights are useless"
+            )
         return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
-    def _ask_tasks(self, state: TrainState) -> dict[str, float]:
-        """Ask the tasks every `training.tasks_every` steps, and after the last one."""
+    def _run_tasks(self, state: TrainState) -> dict[str, float]:
+        """Run the tasks every `training.tasks_every` steps, and after the last one."""
         setup, every = self._setup, self._recipe.training.tasks_every
         is_last = state.step == setup.max_steps and every is not None
         if not (is_due(every, state.step) or is_last):

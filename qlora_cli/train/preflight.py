@@ -46,7 +46,7 @@ def resolve_auto(
     """Replace `training.micro_batch_size: auto` by the number that fits the free memory here.
 
     Args:
-        data: the rows of the recipe, which the search lays out in micro-batches of each size.
+        data: the rows of the recipe; the search forms micro-batches of each size from them.
         resumed: the run that is resumed, which keeps its number; None for a new run.
 
     Raises:
@@ -72,7 +72,7 @@ def preflight(recipe: Recipe, setup: Setup[BatchStream], data: RecipeData) -> di
 
     Returns:
         {"planned_memory_bytes", "tried_memory_bytes" (both of tensors),
-        "planned_process_low_bytes", "planned_process_high_bytes"}, without those not known.
+        "planned_process_low_bytes", "planned_process_high_bytes"}; unknown ones are absent.
 
     Raises:
         OutOfMemory: with what to change.
@@ -152,8 +152,8 @@ def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> i
     """Run forward, backward and update on the largest batches, and leave everything as it was.
 
     Args:
-        is_counted: count the tensors, where no allocator does. Not possible with compiled kernels:
-            a function first called while its operations are watched is never compiled afterwards.
+        is_counted: count tensors operation by operation, where no allocator counts them. Not
+            possible with compiled kernels: a function first called in this way is never compiled.
 
     Returns:
         Bytes of tensors at the peak, from the GPU's allocator or from the count.
@@ -173,7 +173,7 @@ def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> i
         raise OutOfMemory(
             f"out of memory with the largest batches of the run ({shapes} tokens), which were "
             "tried before its first step",
-            hint="qlora plan RECIPE --fit looks for the least harmful changes with which it fits",
+            hint="qlora plan RECIPE --fit finds the least harmful changes that make it fit",
         ) from error
     taken = None
     if is_counted:
@@ -187,8 +187,8 @@ def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> i
 
 def _run_batches(setup: Setup[Batches], rows: PlanRows) -> None:
     objective, optimizer, device = setup.objective, setup.optimizer, setup.world.device
-    # States that exist (in a resumed run) stay in memory. Paged ones are not made here, because
-    # bitsandbytes would keep them when they are dropped afterwards.
+    # Existing states (of a resumed run) stay in memory. Paged ones are not made here, because
+    # bitsandbytes would keep their memory after they are dropped.
     makes_states = not optimizer.state and not getattr(optimizer, "is_paged", False)
     # The first micro-batch makes the states, which exist in all later steps.
     for step in ([rows.steps[0][:1]] if makes_states else []) + rows.steps:

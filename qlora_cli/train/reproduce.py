@@ -66,7 +66,7 @@ def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
 
 
 def _elsewhere(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the same run in another folder, without its deadline (which affects no result)."""
+    """Return the recipe with another output folder, and without its deadline."""
     document = recipe.model_dump(mode="json")
     document["output"]["dir"] = str(folder)
     document["training"]["stop_after"] = None

@@ -112,7 +112,7 @@ class CheckpointManager:
     def record(self, **values: object) -> None:
         """Write the resolved recipe, and facts about the run."""
         if self._world.is_main:
-            # First: a folder without a record is not a run, and may not hold anything else.
+            # Written first: a folder with other files and no record would be refused.
             self._run.update_record(
                 recipe=self._recipe.model_dump(mode="json"),
                 seed=self._recipe.training.seed,
@@ -120,7 +120,7 @@ class CheckpointManager:
                 **values,
                 **environment(),
             )
-            # Atomically: it may be the only copy of the recipe that the user has.
+            # Written atomically: it may be the user's only copy of the recipe.
             replace_file(self._run.recipe, dump_recipe(self._recipe))
 
     def note(self, **values: object) -> None:
@@ -135,15 +135,15 @@ class CheckpointManager:
 
     @contextmanager
     def rescuing(self, state: TrainState) -> Iterator[None]:
-        """If an error in here is about to end the run, save the steps since the last checkpoint.
+        """Save the steps since the last checkpoint if an error in the block ends the run.
 
-        The other processes may be anywhere by then, so nobody waits for them. With several
-        processes dropout therefore draws other numbers after a resume.
+        The other processes may be anywhere by then, so this one does not wait for them. With
+        several processes dropout therefore draws other numbers after a resume.
         """
         try:
             yield
         except Exception:
-            # As in the loop: a state that may be bad does not replace a good one.
+            # As in the loop: a possibly bad state does not replace a good one.
             is_sound = state.bad_steps == state.high_steps == 0
             if is_sound and state.step > self._saved_step:
                 self._save(state, [random_states()])
@@ -166,7 +166,7 @@ class CheckpointManager:
         """Keep the weights if they are the best so far. Untrained weights do not count.
 
         Args:
-            metrics: of an evaluation; the one that decides may be missing.
+            metrics: of an evaluation; the one of `evaluation.best_by` may be missing.
         """
         value = metrics.get(f"eval_{self._best_by}")
         if value is None:
@@ -182,7 +182,7 @@ class CheckpointManager:
             with _written("best weights", self._run.root):
                 self._run.update_record(best={"step": state.step, **found, **metrics})
                 self._run.replace("best", self._write_weights)
-        # Last: a run that is killed in here and resumed has to find them better again.
+        # Set last: a run that is killed above and resumed must find these weights better again.
         state.best_step, state.best_value = state.step, value
 
     def _load(self, path: Path) -> tuple[TrainState, bool]:
@@ -239,16 +239,16 @@ class CheckpointManager:
             )
             self._run.write_readme()
             write_cards(self._run)
-            # The last save may have been cut short after its checkpoint was written.
+            # A kill may have ended the last save before it removed older checkpoints.
             keep = self._recipe.output.keep_checkpoints
             drop_old_checkpoints(self._run.checkpoints, state.step, keep)
             self._warn_if_untrained_is_best()
         self._world.wait()
         self._world.close()
 
-    def interrupted(self, state: TrainState, why: Interrupted) -> None:
+    def log_interruption(self, state: TrainState, why: Interrupted) -> None:
         """Log what was saved of a run that was interrupted after `state.step` steps."""
-        then = "no step had been done yet"
+        then = "no step was completed"
         if state.step:
             then = "it is saved, and --resume auto continues from here"
         log.warning("stopped after step %d (%s): %s", state.step, why, then)

@@ -43,17 +43,17 @@ def train(
     use_cache: bool = True,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Train a recipe. Returns the record of the run, which is also in its folder, as run.json.
+    """Train a recipe, and return the record of the run (run.json in its folder).
 
     Args:
         resume: continue from a checkpoint in `output.dir`: the newest complete one ("auto"), or
             one by its step or path.
         allow: keys of the recipe whose values may differ from those that the run started with.
-        use_cache: keep the prepared data, and reuse what was kept before.
+        use_cache: keep prepared rows on disk, and reuse those of earlier runs.
         origins: where each value of the recipe comes from, for the record.
 
     Raises:
-        QloraError: of one of its kinds, with its exit code.
+        QloraError: one of its subclasses, with its exit code.
         Interrupted: by a signal or `training.stop_after`; a checkpoint has been saved.
     """
     with open_run(recipe, resume, allow) as run:
@@ -61,7 +61,7 @@ def train(
         data = prepare_data(recipe, use_cache=use_cache)
         is_auto = recipe.training.micro_batch_size == "auto"
         recipe = resolve_auto(recipe, data, run.world, run.folder if run.is_resumed else None)
-        # A resumed run has its weights in the checkpoint, wherever they came from at first.
+        # A resumed run has its weights in the checkpoint, even if it began with a warm start.
         warm_start = None if run.is_resumed else find_warm_start(recipe, data.base)
         changes = run.refuse_changes(recipe, data)
         setup = build_setup(
@@ -96,7 +96,7 @@ def train(
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that holds the lock of its folder, and that signals and a deadline can end."""
+    """A run whose folder is locked, and that a signal or a deadline can stop."""
 
     folder: RunFolder
     world: World
@@ -112,17 +112,17 @@ class OpenRun:
         return self.resume is not None
 
     def refuse_changes(self, recipe: Recipe, data: RunData) -> Changes:
-        """Return what differs from the start of a resumed run and may.
+        """Return the allowed differences from the start of a resumed run.
 
         Raises:
-            RecipeError: something differs that may not.
+            RecipeError: something differs that must not.
         """
         if not self.is_resumed:
             return {}
         return refuse_changes(self.folder, recipe, data.fingerprint, self.allow)
 
     def recorded_kernels(self) -> Kernels | None:
-        """Return the kernels of a resumed run, which it keeps: others round differently."""
+        """Return the kernels of a resumed run, which it keeps: other kernels round differently."""
         return self.folder.read_record().get("kernels") if self.is_resumed else None
 
     def is_asked_to_stop(self) -> bool:
@@ -132,17 +132,17 @@ class OpenRun:
 
 @contextmanager
 def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterator[OpenRun]:
-    """Make or reopen the run folder, lock it, and take signals.
+    """Make or reopen the run folder, lock it, and handle signals.
 
     Raises:
-        RecipeError: the folder is taken, or `allow` names keys that cannot be allowed.
+        RecipeError: the folder holds another run, or `allow` names keys that cannot be allowed.
         DataError: the recipe's data cannot be trained on.
     """
     quiet_libraries()
     recipe.data.refuse_untrainable()
     require_packages(recipe, for_tasks=recipe.training.tasks_every is not None)
     if allow and resume is None:
-        raise RecipeError("--allow is for a run that is resumed", hint="add --resume")
+        raise RecipeError("--allow has an effect only on a resumed run", hint="add --resume")
     refuse_unsafe(allow)
     world = World()
     log.disabled = not world.is_main
@@ -153,12 +153,13 @@ def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterat
         StopSignals(recipe.training.stop_after_seconds) as stop,
         folder.locked() if world.is_main else nullcontext(),
     ):
-        world.wait()  # a rank that is late must not find the run of its own main process
+        # A late rank must not mistake the folder that its main process made for an earlier run.
+        world.wait()
         yield OpenRun(folder, world, stop, resume, allow)
 
 
 def _facts(setup: Setup[Batches], data: RunData, warm_start: WarmStart | None) -> dict[str, Any]:
-    """Facts about a run that begins, for its record."""
+    """Collect facts about a new run for its record."""
     rows = data.evaluation
     return {
         "max_steps": setup.max_steps,
@@ -224,7 +225,7 @@ def _finish(
         Interrupted: the run was asked to stop.
     """
     if run.stop.asked is not None:
-        saver.interrupted(state, run.stop.asked)
+        saver.log_interruption(state, run.stop.asked)
         raise run.stop.asked
     if state.step < setup.max_steps:
         log.info(

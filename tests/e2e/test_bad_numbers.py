@@ -216,7 +216,7 @@ def test_the_number_of_rollbacks_is_limited(
     sections = spiking(tmp_path, action="go_back", returns=1)
     sections["data"] = rows_file(tmp_path, ["ab ab ab"] * 68 + ["QXZ%&?@" * 4] * 3)
     assert exit_code("train", write_recipe(**sections)) == 4
-    assert "the run went back 1 times before" in capsys.readouterr().err
+    assert "the run has already been rolled back 1 times" in capsys.readouterr().err
 
 
 _SHORT_OF_MEMORY = """

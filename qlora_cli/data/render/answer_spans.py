@@ -110,9 +110,7 @@ class _Finder:
             # Answers are checked one by one, and those that are not supervised may lose their
             # reasoning.
             if message.role != "assistant" and not _holds(self._text, message.content.strip()):
-                raise DataError(
-                    f"{self._what(i)}: the chat template changes or omits its content"
-                )
+                raise DataError(f"{self._what(i)}: the chat template changes or omits its content")
 
     def find(self, i: int) -> AnswerSpan:
         if self._messages[i].role != "assistant":
@@ -148,9 +146,7 @@ class _Finder:
         content = (_apart(message) if self._has_thought(i) else message).content.strip()
         places = list(_occurrences(content, turn, start))
         if not places:
-            raise DataError(
-                f"{self._what(i)}: the chat template changes or omits its content"
-            )
+            raise DataError(f"{self._what(i)}: the chat template changes or omits its content")
         # The turn is the last, and the content is its end. What the template may write before it
         # (Qwen3: a reasoning block) may contain the same words followed by an added token; and a
         # template may end turns without a token of their own.

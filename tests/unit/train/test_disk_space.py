@@ -17,9 +17,9 @@ ROOM = DiskBudget(weights=10 * MIB, state=20 * MIB, keep=2, saves=9, has_best=Tr
 
 
 def test_the_fullest_moment_has_one_checkpoint_more_than_are_kept() -> None:
-    assert ROOM.most(2) == (3 * 30 + 2 * 10) * MIB
-    assert DiskBudget(10, 20, keep=2, saves=9, has_best=False).most(2) == 3 * 30 + 10
-    assert DiskBudget(10, 20, keep=5, saves=2, has_best=False).most(5) == 2 * 30 + 10
+    assert ROOM.peak(2) == (3 * 30 + 2 * 10) * MIB
+    assert DiskBudget(10, 20, keep=2, saves=9, has_best=False).peak(2) == 3 * 30 + 10
+    assert DiskBudget(10, 20, keep=5, saves=2, has_best=False).peak(5) == 2 * 30 + 10
 
 
 @pytest.mark.parametrize(

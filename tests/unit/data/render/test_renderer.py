@@ -154,7 +154,9 @@ def test_contents_that_the_template_may_change_are_not_guessed(
     with pytest.raises(DataError, match=r"message 1 \(user\): .* changes or omits its content"):
         Renderer(tokenizer).render(Conversation(chat("much longer than that", "b")))
     tokenizer.chat_template = tokenizer.chat_template.replace("[:9]", " | replace('#', '')")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* changes or omits its content"):
+    with pytest.raises(
+        DataError, match=r"message 2 \(assistant\): .* changes or omits its content"
+    ):
         Renderer(tokenizer).render(Conversation(chat("a", "b # c")))
 
 
