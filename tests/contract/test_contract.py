@@ -49,7 +49,9 @@ def test_the_example_in_contributing_is_the_code() -> None:
 @pytest.mark.filterwarnings("ignore:.*_pattern keys")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.name)
-def test_the_page_is_true(name: str, prop: Property, bases: Path, tmp_path: Path) -> None:
+def test_the_contract_page_matches_the_outcomes(
+    name: str, prop: Property, bases: Path, tmp_path: Path
+) -> None:
     expected = EXPECTED.get(name, {}).get(prop.name)
     found = prop.check(Case(SUBJECTS[name], bases, tmp_path))
     assert found == expected, "docs/contract.md is not current: run scripts/gen_contract.py"

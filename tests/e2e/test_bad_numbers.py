@@ -97,7 +97,7 @@ def test_a_nan_step_is_not_applied_and_its_row_is_named(
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_run_in_which_no_step_was_applied_has_no_result(
+def test_a_run_without_an_applied_step_fails(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -119,7 +119,7 @@ def test_gsm8k_trains(tmp_path: Path) -> None:
     assert held_out[-1] < held_out[0]
 
 
-def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_the_model_was_taught() -> None:
+def test_the_tokenizer_of_a_gguf_base_splits_numbers_as_in_pretraining() -> None:
     loaded = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"model.path={MODEL}"])
     read = loaded.recipe.model.load_tokenizer()
     # Each digit by itself, so that the two spaces before them stay together.

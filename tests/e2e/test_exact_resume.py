@@ -87,7 +87,7 @@ def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Re
 @pytest.mark.parametrize(
     "optimizer", mostly_slow(OPTIMIZERS, OPTIMIZERS[0], OPTIMIZERS[3]), ids=lambda one: one.type
 )
-def test_with_each_optimizer_in_4_bit_and_unquantized(
+def test_each_optimizer_resumes_exactly_in_4_bit_and_unquantized(
     make: Callable[..., Recipe], optimizer: Any, quantization: str
 ) -> None:
     recipe = make(
@@ -108,17 +108,19 @@ def test_with_each_optimizer_in_4_bit_and_unquantized(
 
 
 @pytest.mark.parametrize("quantization", sorted({*QUANTIZATIONS} - {"nf4", "none"}))
-def test_with_each_other_quantization(make: Callable[..., Recipe], quantization: str) -> None:
+def test_each_other_quantization_resumes_exactly(
+    make: Callable[..., Recipe], quantization: str
+) -> None:
     check_resumes(make(quantization={"type": quantization}), [2])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_in_16_bit(make: Callable[..., Recipe], precision: str) -> None:
+def test_a_16_bit_run_resumes_exactly(make: Callable[..., Recipe], precision: str) -> None:
     check_resumes(make(training={"precision": precision}), [2])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "schedule_free_adamw"])
-def test_with_all_weights_trained(make: Callable[..., Recipe], optimizer: str) -> None:
+def test_full_fine_tuning_resumes_exactly(make: Callable[..., Recipe], optimizer: str) -> None:
     settings = {"type": optimizer, "learning_rate": 1e-3}
     check_resumes(make(adapter={"type": "full"}, optimizer=settings), [2])
 
@@ -151,24 +153,26 @@ def test_schedule_free_saves_the_average_and_evaluating_changes_nothing(
     assert abs(average - point) > 1e-3 * abs(point)
 
 
-def test_with_recomputed_activations(make: Callable[..., Recipe]) -> None:
+def test_a_run_with_recomputed_activations_resumes_exactly(make: Callable[..., Recipe]) -> None:
     check_resumes(make(training={"gradient_checkpointing": True}), [2])
 
 
-def test_in_the_middle_and_at_the_end_of_an_epoch(make: Callable[..., Recipe]) -> None:
+def test_a_run_resumes_exactly_in_the_middle_and_at_the_end_of_an_epoch(
+    make: Callable[..., Recipe],
+) -> None:
     # 16 rows in steps of 6 (micro-batches of 2): a pass ends inside of a step, and the third pass
     # in a step that is cut short.
     settings = {"max_steps": None, "epochs": 2.8, "batch_size": 6, "micro_batch_size": 2}
     check_resumes(make(training=settings), [1, 2, 3, 5, 7])
 
 
-def test_at_the_boundary_of_an_epoch(make: Callable[..., Recipe]) -> None:
+def test_a_run_resumes_exactly_at_the_boundary_of_an_epoch(make: Callable[..., Recipe]) -> None:
     settings = {"max_steps": None, "epochs": 3, "batch_size": 8, "micro_batch_size": 4}
     check_resumes(make(training=settings), [2, 4, 5])
 
 
 @pytest.mark.parametrize("packing", mostly_slow([False, True], True))
-def test_from_several_weighted_sources_prepared_again(
+def test_a_run_with_weighted_sources_resumes_exactly_from_rows_prepared_again(
     make: Callable[..., Recipe], tmp_path: Path, tiny_rows: list[dict[str, Any]], packing: bool
 ) -> None:
     """One source is compressed and shuffled, and read from the disk like a large one."""
@@ -188,7 +192,7 @@ def test_from_several_weighted_sources_prepared_again(
     check_resumes(recipe, [1, 2, 3, 4, 5, 6], use_cache=False)
 
 
-def test_a_stop_leaves_no_trace_in_the_record(make: Callable[..., Recipe]) -> None:
+def test_an_interruption_does_not_change_the_record(make: Callable[..., Recipe]) -> None:
     recipe = make()
     check_resumes(recipe, [3])
     record = RunFolder(Path(recipe.output.dir)).read_record()

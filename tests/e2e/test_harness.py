@@ -98,7 +98,7 @@ def test_a_task_that_the_harness_does_not_have_is_refused(
     assert "has no task no_such_task" in capsys.readouterr().err
 
 
-def test_without_the_package_the_install_is_named(
+def test_a_missing_harness_is_reported_with_its_install_command(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

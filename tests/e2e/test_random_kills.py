@@ -68,5 +68,5 @@ def test_kills_are_aimed_so_that_the_run_advances_to_its_end(kills: int, max_ste
         ("one epoch: padding 1.0%", None),
     ],
 )
-def test_the_console_tells_the_step(line: str, step: int | None) -> None:
+def test_the_step_is_read_from_a_console_line(line: str, step: int | None) -> None:
     assert step_of(line) == step

@@ -59,7 +59,7 @@ def runs(
 
 
 @pytest.mark.slow
-def test_two_runs_swapped_in_one_process_are_what_they_are_in_processes_of_their_own(
+def test_two_runs_swapped_in_one_process_answer_as_in_separate_processes(
     runs: list[Path], tmp_path: Path
 ) -> None:
     from qlora_cli.inference.session import open_session
@@ -203,7 +203,7 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
     assert "has other weights" in error
 
 
-def test_what_can_be_named_to_talk_to(
+def test_chat_accepts_runs_recipes_adapters_and_models(
     tiny_recipe: Callable[..., Any],
     runs: list[Path],
     tiny_model: Path,

@@ -56,7 +56,7 @@ def trap(tmp_path: Path) -> Iterator[Trap]:
     assert not trap.mark.exists(), "a pickle was unpickled"
 
 
-def test_the_trap_works(tmp_path: Path) -> None:
+def test_the_trap_detects_unpickling(tmp_path: Path) -> None:
     trap = Trap(tmp_path)
     trap.plant(tmp_path / "x.pkl")
     with watching() as watch:

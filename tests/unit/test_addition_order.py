@@ -26,7 +26,7 @@ def adapter(way: str, cell: Cell, path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("base", list(BASES))
-def test_all_ways_begin_with_the_same_adapter(tiny_model: Path, base: str) -> None:
+def test_all_variants_begin_with_the_same_adapter(tiny_model: Path, base: str) -> None:
     cell = replace(CELL, base=base)
     expected, *others = (adapter(way, cell, tiny_model) for way in ("float32", "ours", "peft"))
     assert len(expected) == 28
@@ -48,7 +48,7 @@ def test_the_reference_multiplies_by_the_values_that_the_others_do(tiny_model: P
         assert torch.equal(layer.base_layer.weight, held.float())
 
 
-def test_of_a_small_update_the_output_keeps_all_in_our_order_and_not_in_pefts(
+def test_a_small_update_reaches_the_output_in_our_order_and_not_in_pefts(
     tiny_model: Path,
 ) -> None:
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_the_page_has_each_setting_once_with_the_spread_of_its_seeds() -> None:
     assert "| 2 x 2 | 2 | 0.50 (0.50 to 0.50) | 1.00 |" in page
 
 
-def test_a_seed_that_was_not_trained_in_every_way_is_not_on_the_page() -> None:
+def test_a_seed_without_every_variant_is_not_on_the_page() -> None:
     half = [measured("float32", [2.0, 1.0], 1.5), measured("ours", [2.0, 1.0], 1.5)]
     assert whole_settings(report(*half)) == []
     assert len(whole_settings(report(*half, measured("peft", [2.0, 1.0], 1.5)))) == 1

@@ -53,7 +53,7 @@ def cell(method: str, accuracy: float = 0.8, **settings: str) -> dict[str, Any]:
     ("low", "high", "holds"),
     [(-0.009, 0.009, True), (-0.05, 0.02, None), (-0.05, -0.02, False), (0.02, 0.05, False)],
 )
-def test_within_one_percent_goes_by_the_interval(
+def test_within_one_percent_is_decided_by_the_interval(
     low: float, high: float, holds: bool | None
 ) -> None:
     one = {"value": 0.0, "low": low, "high": high}
@@ -128,7 +128,7 @@ def test_the_picture_is_an_image_of_its_own() -> None:
     assert names == ["full: 80%", "lora 4: 90%"]
 
 
-def test_its_recipes_and_its_script() -> None:
+def test_recipes_and_script_of_the_page_exist() -> None:
     recipes = sorted(FOLDER.glob("*.yaml"))
     assert recipes
     for path in recipes:

@@ -44,7 +44,7 @@ def gradient_norms(folder: Path, *, evaluate: bool, is_cured: bool) -> list[floa
     return [float(p.grad.norm()) for p in adapted.parameters() if p.grad is not None]
 
 
-def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model_alone(wide_model: Path) -> None:
+def test_an_evaluation_does_not_change_the_gradients_of_a_4_bit_model(wide_model: Path) -> None:
     before = gradient_norms(wide_model, evaluate=False, is_cured=True)
     after = gradient_norms(wide_model, evaluate=True, is_cured=True)
     assert after == before

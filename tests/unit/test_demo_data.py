@@ -59,7 +59,7 @@ def test_same_seed_same_bytes(demo_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "other" / name).read_bytes() != first
 
 
-def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("mine\n", encoding="utf-8")
     refused = write_demo(tmp_path)
@@ -84,7 +84,7 @@ def test_rows_follow_the_schema(demo_folder: Path) -> None:
         assert not set("{}") & set(request)
 
 
-def test_no_request_twice(demo_folder: Path) -> None:
+def test_no_request_occurs_twice(demo_folder: Path) -> None:
     rows = read(demo_folder, "train.jsonl") + read(demo_folder, "test.jsonl")
     requests = [demo.normalise(messages[1]["content"]) for messages in rows]
     assert len(set(requests)) == len(requests)

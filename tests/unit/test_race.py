@@ -141,7 +141,7 @@ def figures_of(seen: Observed, **more: Any) -> dict[str, Any]:
     return of_run(seen, **options)
 
 
-def test_figures_of_a_run() -> None:
+def test_figures_of_a_run_are_computed_from_its_steps() -> None:
     found = figures_of(observed())
     # 200 and 300 tokens in the 6 s after the first step.
     assert found["tokens_per_second"] == pytest.approx(500 / 6)
@@ -182,7 +182,7 @@ def test_a_busy_machine_is_noticed() -> None:
     assert figures_of(seen)["others_share_most"] == 0.5
 
 
-def test_stolen_time_is_others_time() -> None:
+def test_stolen_time_counts_as_use_by_others() -> None:
     share = others_share(
         Busy(10.0, 1.0), Busy(14.0, 2.0), own_seconds=3.0, seconds=4.0, num_processors=2
     )
@@ -190,7 +190,7 @@ def test_stolen_time_is_others_time() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_too_few_steps_are_a_failure(steps: int) -> None:
+def test_a_contestant_with_too_few_steps_fails(steps: int) -> None:
     seen = observed()
     del seen.steps[steps:]
     assert figures_of(seen) == {"failed": f"{steps} steps were seen"}
@@ -224,7 +224,7 @@ def test_repetitions_give_medians_and_a_spread() -> None:
     assert together([{"failed": "killed"}]) == {"failed": "killed", "repetitions": 0}
 
 
-def test_the_mark_names_the_most_that_others_had_in_or_before_a_run() -> None:
+def test_the_busy_mark_shows_the_highest_share_before_or_in_a_run() -> None:
     quiet, before, during = observed(), observed(), observed(others=0.3)
     before.others_before = 0.4
     found = together([figures_of(seen) for seen in (quiet, before, during)])
@@ -284,7 +284,7 @@ def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
     assert 60 < last.peak_mb - seen.loaded.resident_mb < 200 < seen.loaded.peak_mb
 
 
-def test_the_end_of_the_log_tells_why_a_process_failed(tmp_path: Path) -> None:
+def test_the_end_of_the_log_explains_why_a_process_failed(tmp_path: Path) -> None:
     seen = watch_script("raise SystemExit('no such option')", tmp_path)
     assert seen.failure == "no such option"
     assert figures_of(seen) == {"failed": "no such option"}
@@ -315,7 +315,7 @@ def test_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     assert tail.read() == []
 
 
-def test_our_sources_are_not_in_the_peers_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_do_not_get_our_pythonpath(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "somewhere")
     assert "PYTHONPATH" not in environment(2, project=None)
     assert environment(2, project=Path("here"))["PYTHONPATH"] == "here"
@@ -327,7 +327,7 @@ def test_our_sources_are_not_in_the_peers_way(monkeypatch: pytest.MonkeyPatch) -
 ROWS = Rows(Path("c"), Path("o"), Path("l"), lengths=[[1]], supervised=[[1]])
 
 
-def test_ours_is_the_command_line_with_a_recipe_that_loads(tmp_path: Path) -> None:
+def test_our_contestant_runs_the_command_line_with_a_valid_recipe(tmp_path: Path) -> None:
     from qlora_cli.recipe.load import load_recipe
 
     one = named([], ["mine data.packing=true training.micro_batch_size=8"])[0]
@@ -352,7 +352,7 @@ def test_our_output_is_parsed() -> None:
     assert ours.step('{"step": 1, "eval_loss": 2.0}') is None
 
 
-def test_a_peers_job_says_the_same_work(tmp_path: Path) -> None:
+def test_a_peers_job_describes_the_same_work(tmp_path: Path) -> None:
     command = CONTESTANTS["trl-single"].command("py", Path("base"), ROWS, Sizes(r=8), tmp_path)
     assert command[:2] == ["py", str(Path(command[1]))]
     assert Path(command[1]).is_file()
@@ -367,7 +367,7 @@ def test_every_contestant_has_its_script(tmp_path: Path) -> None:
         assert any(Path(word).is_file() for word in command[1:3]) or one.kind == "ours"
 
 
-def test_names_that_are_not_known_are_refused() -> None:
+def test_unknown_contestants_are_refused() -> None:
     assert [one.name for one in named(["trl", "ours", "trl"], [])] == ["trl", "ours"]
     with pytest.raises(SystemExit, match="no such contestant: nobody"):
         named(["nobody"], [])
@@ -471,7 +471,7 @@ def test_the_reference_is_the_loss_of_the_model_itself() -> None:
 # Rows.
 
 
-def test_fitting_finds_the_most() -> None:
+def test_fitting_finds_the_largest_number_that_fits() -> None:
     assert fitting(lambda n: 2 * n + 1, 10) == 4
     assert fitting(lambda n: n + 20, 10) == 0
     assert fitting(lambda n: n, 10) == 10
@@ -563,6 +563,6 @@ def test_the_short_table_goes_between_the_marks() -> None:
             put_between(wrong, "new")
 
 
-def test_contestants_are_told_apart() -> None:
+def test_contestants_are_listed_under_their_names() -> None:
     assert all(name == one.name for name, one in CONTESTANTS.items())
     assert isinstance(CONTESTANTS["reference"], Contestant)

@@ -45,7 +45,7 @@ def test_bash_can_read_it(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
-def test_help_from_any_folder(script: Path, tmp_path: Path) -> None:
+def test_shell_scripts_have_help_from_any_folder(script: Path, tmp_path: Path) -> None:
     assert os.access(script, os.X_OK)
     result = run(script, "--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -55,7 +55,7 @@ def test_help_from_any_folder(script: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", PYTHON)
-def test_help_of_python(script: str, tmp_path: Path) -> None:
+def test_python_scripts_have_help(script: str, tmp_path: Path) -> None:
     result = run(sys.executable, ROOT / "scripts" / script, "--help", cwd=tmp_path)
     assert result.returncode == 0
     assert "usage:" in result.stdout
@@ -110,7 +110,7 @@ def fake_qlora(tmp_path: Path) -> Path:
         ("training", False, "train recipe.yaml"),
     ],
 )
-def test_training_is_taken_up(
+def test_the_script_starts_or_resumes_training(
     fake_qlora: Path, status: str | None, checkpoints: bool, called: str | None
 ) -> None:
     run_folder = fake_qlora / "run"

@@ -66,7 +66,7 @@ def test_a_row_without_a_mask_equals_the_row_in_a_batch(tiny_model: Path, method
     torch.testing.assert_close(logits(model)[1:, :4], alone, rtol=0, atol=1e-5)
 
 
-def test_a_prompt_of_words_acts_like_those_words(tiny_model: Path) -> None:
+def test_a_prompt_initially_acts_like_words_before_the_row(tiny_model: Path) -> None:
     base = load(tiny_model)
     model = PromptTuning(num_virtual_tokens=3).attach(load(tiny_model)).eval()
     words = torch.tensor([7, 70, 170])
@@ -77,7 +77,7 @@ def test_a_prompt_of_words_acts_like_those_words(tiny_model: Path) -> None:
     torch.testing.assert_close(logits(model, IDS, None), expected, rtol=0, atol=1e-5)
 
 
-def test_a_prefix_starts_as_words_before_the_row(tiny_model: Path) -> None:
+def test_a_prefix_initially_acts_like_words_before_the_row(tiny_model: Path) -> None:
     base = load(tiny_model)
     torch.manual_seed(3)
     model = PrefixTuning(num_virtual_tokens=3).attach(load(tiny_model)).eval()
@@ -91,7 +91,7 @@ def test_a_prefix_starts_as_words_before_the_row(tiny_model: Path) -> None:
 
 
 @each_method
-def test_disabled_it_is_the_base(tiny_model: Path, method: Any) -> None:
+def test_a_disabled_adapter_computes_the_base(tiny_model: Path, method: Any) -> None:
     expected = logits(load(tiny_model))
     model = method.attach(load(tiny_model)).eval()
     with model.disable_adapter():
@@ -150,7 +150,7 @@ def test_several_can_be_swapped_on_one_base(tiny_model: Path, method: Any, tmp_p
 
 
 @each_method
-def test_another_architecture(method: Any) -> None:
+def test_virtual_tokens_work_on_another_architecture(method: Any) -> None:
     config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=260)
     base = GPT2LMHeadModel(config).requires_grad_(False).eval()
     model = method.attach(base).eval()

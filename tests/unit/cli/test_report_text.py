@@ -69,7 +69,7 @@ def test_evaluation_table_of_one_model() -> None:
         (None, None, True, "no clear difference"),
     ],
 )
-def test_a_difference_is_called_one_where_zero_is_outside_of_its_interval(
+def test_a_difference_is_reported_if_zero_is_outside_of_its_interval(
     low: float | None, high: float | None, lower_is_better: bool, verdict: str
 ) -> None:
     measures = {"loss": {**REPORT["measures"]["loss"], "lower_is_better": lower_is_better}}

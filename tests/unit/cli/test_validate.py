@@ -115,7 +115,7 @@ def test_a_wrong_command_line_is_exit_code_2(run: Run, arguments: tuple[str, ...
     assert "Usage: qlora" in out + err
 
 
-def test_version(run: Run) -> None:
+def test_version_is_printed(run: Run) -> None:
     assert run("--version") == (0, f"qlora {__version__}\n", "")
 
 
@@ -133,7 +133,7 @@ def leaves(group: Any, name: str = "") -> dict[str, Any]:
 COMMANDS = leaves(get_command(app))
 
 
-def test_commands() -> None:
+def test_the_commands_stay_the_same() -> None:
     assert list(COMMANDS) == [
         "train", "rerun", "bench", "compare", "eval", "merge", "export", "chat", "generate",
         "validate", "preview", "plan", "cache", "schema",

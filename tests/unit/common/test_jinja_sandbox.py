@@ -41,20 +41,20 @@ def render(template: str) -> str:
 
 
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_way_out_of_the_sandbox_is_an_error(template: str) -> None:
+def test_an_escape_from_the_sandbox_is_an_error(template: str) -> None:
     with pytest.raises(DataError, match="refuses the conversation"):
         render(template)
 
 
 @pytest.mark.parametrize("template", ENDLESS)
-def test_a_loop_without_end_is_ended(template: str) -> None:
+def test_an_endless_loop_is_stopped(template: str) -> None:
     started = time.process_time()
     with pytest.raises(OutOfTimeError, match="the chat template: not at its end after 2 s"):
         render(template)
     assert time.process_time() - started < 5
 
 
-def test_a_recursion_without_end_is_an_error() -> None:
+def test_an_endless_recursion_is_an_error() -> None:
     with pytest.raises(DataError):
         render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
 
@@ -70,12 +70,12 @@ def test_a_power_is_refused_before_jinja_computes_it(tmp_path: Path, template: s
         load_tokenizer(tmp_path)
 
 
-def test_what_is_no_power_passes() -> None:
+def test_expressions_without_powers_are_accepted() -> None:
     refuse_endless("a ** b {{ '**' }} {# ** #} {{ 2 * 3 }}", "x")
     refuse_endless("{{ not jinja", "x")  # told when it is used
 
 
-def test_a_limit_ends_with_its_block_and_is_not_for_threads() -> None:
+def test_a_time_limit_ends_with_its_block_and_is_refused_in_threads() -> None:
     with limited_time("x", 0.05):
         pass
     ended = time.process_time() + 0.2

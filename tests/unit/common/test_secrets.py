@@ -31,6 +31,6 @@ def test_secrets_are_found_and_hidden(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOLD_NOT)
-def test_other_texts_are_left_alone(text: str) -> None:
+def test_texts_without_secrets_are_unchanged(text: str) -> None:
     assert find_secret(text) is None
     assert masked(text) == text

@@ -147,7 +147,7 @@ def test_pipes_and_huge_files_are_refused_as_json(tmp_path: Path) -> None:
         ("generation_config.json", stop_token_ids),
     ],
 )
-def test_settings_that_are_nested_without_end_are_an_error(
+def test_endlessly_nested_settings_are_an_error(
     model: Path, name: str, read: Callable[[Path], object]
 ) -> None:
     (model / name).write_text('{"a":' * 100_000, encoding="utf-8")
@@ -202,7 +202,7 @@ def test_settings_of_an_adapter_that_name_code_or_files_are_an_error(
 
 
 @pytest.mark.parametrize("settings", HOSTILE, ids=str)
-def test_settings_of_an_adapter_that_cannot_be_are_an_error(
+def test_impossible_adapter_settings_are_an_error(
     adapter: Path, tiny_model: Path, settings: dict[str, Any]
 ) -> None:
     from qlora_cli.adapters import LoRA
@@ -222,7 +222,7 @@ def test_a_rank_that_no_tensor_has_takes_no_memory(adapter: Path, tiny_model: Pa
         LoRA().load(load_model(tiny_model), adapter)
 
 
-def test_an_expression_that_takes_for_ever_is_ended(adapter: Path, tiny_model: Path) -> None:
+def test_an_endless_expression_is_stopped(adapter: Path, tiny_model: Path) -> None:
     from qlora_cli.adapters import LoRA
 
     change(adapter / "adapter_config.json", target_modules="(([a-z._0-9]+)+)+!")
@@ -262,7 +262,7 @@ HEADERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=str)
-def test_a_header_that_cannot_be_true_is_an_error(tmp_path: Path, header: dict[str, Any]) -> None:
+def test_an_implausible_header_is_an_error(tmp_path: Path, header: dict[str, Any]) -> None:
     text = json.dumps(header).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))

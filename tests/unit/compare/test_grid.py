@@ -80,7 +80,7 @@ def test_a_key_is_varied_for_the_methods_that_have_it(recipe: Path) -> None:
     assert ranks == [None, 4, 16, 4, 4, 16, 16]
 
 
-def test_lists_are_values_and_files_have_names_that_differ(recipe: Path) -> None:
+def test_varied_lists_are_values_and_cells_have_distinct_names(recipe: Path) -> None:
     vary = ["adapter.target_modules=[q_proj,v_proj],all-linear,'.*(q|v)_proj','.*[qv]_proj'"]
     found = cells(recipe, vary=vary)
     targets = [cell.recipe and getattr(cell.recipe.adapter, "target_modules", 0) for cell in found]
@@ -129,7 +129,7 @@ def test_a_key_may_be_one_of_the_type_that_another_override_chooses(recipe: Path
     assert lora.recipe.adapter.model_dump()["r"] == 2
 
 
-def test_a_recipe_that_cannot_be_is_a_cell_with_its_reason(recipe: Path) -> None:
+def test_an_invalid_recipe_is_a_cell_with_its_reason(recipe: Path) -> None:
     good, bad = cells(recipe, vary=["adapter.r=4,0"])
     assert good.error is None
     assert bad.recipe is None

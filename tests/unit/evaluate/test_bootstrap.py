@@ -46,7 +46,7 @@ def test_the_interval_of_a_few_examples_agrees_with_all_resamples() -> None:
     ],
     ids=["normal", "share"],
 )
-def test_nineteen_of_twenty_intervals_hold_the_truth(
+def test_95_percent_of_intervals_contain_the_true_value(
     draw: Callable[[np.random.Generator], object], truth: float
 ) -> None:
     generator = np.random.default_rng(2)
@@ -108,7 +108,7 @@ def test_many_examples_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     assert one(MEAN, *samples) == whole
 
 
-def test_a_ratio_of_sums_is_resampled_as_one() -> None:
+def test_a_ratio_of_sums_is_resampled_by_example() -> None:
     """The loss is over tokens: a long example counts for as much as it has tokens."""
     outcomes = [
         Outcome("", "", "", "", {"nats": 2.0 * n, "tokens": float(n)}) for n in (1, 10, 100)

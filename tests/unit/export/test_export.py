@@ -97,7 +97,7 @@ def converter(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Non
     monkeypatch.setenv("PATH", str(tools), prepend=":")
 
 
-def test_an_unknown_kind_is_refused_with_those_there_are(
+def test_an_unknown_gguf_kind_is_refused_with_the_known_ones(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -108,7 +108,7 @@ def test_an_unknown_kind_is_refused_with_those_there_are(
 
 
 @pytest.mark.parametrize("arguments", [{}, {"gguf": []}])
-def test_nothing_to_export_is_a_mistake(folder: Path, arguments: dict[str, Any]) -> None:
+def test_export_without_an_output_is_an_error(folder: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="nothing to export"):
         export(folder, **arguments)
 
@@ -283,7 +283,7 @@ def test_a_file_that_tokenizes_differently_is_detected(folder: Path, tmp_path: P
 
 
 @needs_llama_cpp
-def test_a_stop_token_that_llama_cpp_does_not_know_is_named(
+def test_a_stop_token_unknown_to_llama_cpp_is_named(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_gguf(folder, tmp_path / "mine.gguf")

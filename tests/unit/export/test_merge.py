@@ -216,7 +216,7 @@ def test_experts_that_the_files_hold_apart_are_merged_one_by_one(
     ],
     ids=["zero", "below the grid", "nan", "missing", "too much"],
 )
-def test_an_adapter_that_cannot_be_right_leaves_no_folder(
+def test_a_wrong_adapter_leaves_no_merged_folder(
     run: Callable[..., Path], tmp_path: Path, damage: Callable[[Any], None], message: str
 ) -> None:
     folder = run()
@@ -273,7 +273,7 @@ def test_a_disk_that_is_full_after_all_leaves_no_folder(
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_a_base_of_equal_shapes_is_another_base(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_another_base_of_equal_shapes_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
     """Every tensor would fit, and every proof would hold: of a model that nobody trained."""
     folder = run()
     other = save_tiny_model(tmp_path / "other", dtype="bfloat16", hidden_size=64)

@@ -43,5 +43,5 @@ def test_a_system_message_of_the_template_is_named() -> None:
     [None, NO_SYSTEM, OTHER_END, UPPER],
     ids=["none", "no system", "long ones end otherwise", "contents are changed"],
 )
-def test_a_template_that_cannot_be_said_so_has_no_modelfile(template: str | None) -> None:
+def test_a_template_that_ollama_cannot_express_has_no_modelfile(template: str | None) -> None:
     assert modelfile(make_tokenizer(template), "mine.gguf", []) is None

@@ -105,7 +105,7 @@ def test_answers_can_be_json(session: InferenceSession) -> None:
     assert [line["model"] for line in lines] == ["base", "one"]
 
 
-def test_two_slashes_send_one_and_an_unknown_command_is_an_error(
+def test_two_slashes_escape_one_and_an_unknown_command_is_an_error(
     session: InferenceSession,
 ) -> None:
     talk = Talk(session, settings={"as_json": True})

@@ -68,7 +68,7 @@ def test_a_completion_does_not_depend_on_the_rest_of_its_batch(
     assert [one.num_tokens for one in together] == [one.num_tokens for one in alone]
 
 
-def test_the_seed_fixes_what_is_sampled(tiny_model: Path) -> None:
+def test_the_seed_fixes_the_samples(tiny_model: Path) -> None:
     first, again, other = (
         complete(tiny_model, temperature=2.0, max_new_tokens=12, seed=seed) for seed in (0, 0, 1)
     )

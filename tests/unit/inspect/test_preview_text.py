@@ -112,7 +112,7 @@ def test_the_answers_of_a_preference_are_named() -> None:
         ("⏎ is a key", r"\u23ce is a key"),
     ],
 )
-def test_nothing_hides_in_a_text(text: str, shown: str) -> None:
+def test_invisible_characters_are_shown(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 

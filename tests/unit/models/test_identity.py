@@ -11,7 +11,7 @@ from qlora_cli.models.identity import identify
 from tests.conftest import save_tiny_model
 
 
-def test_a_model_is_known_again_in_other_files_and_not_with_another_weight(
+def test_the_digest_of_a_model_depends_on_weights_and_not_on_files(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     known = identify(tiny_model)

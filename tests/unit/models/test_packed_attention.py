@@ -144,7 +144,7 @@ def test_padded_batches_are_computed_as_by_plain_sdpa(architecture: str) -> None
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_check_holds(architecture: str, attention: str) -> None:
+def test_packed_rows_pass_the_isolation_check(architecture: str, attention: str) -> None:
     model = make_model(architecture, attention).train()
     check = check_packing(model, *proof_batches(examples(), pad_token_id=0), torch.float32)
     assert check.leak == check.gradient_leak == 0
@@ -161,7 +161,7 @@ def refused(model: Any) -> str:
     return str(caught.value)
 
 
-def test_a_convolution_that_sees_over_the_seam_is_refused() -> None:
+def test_a_convolution_across_the_boundary_of_examples_is_refused() -> None:
     settings = {
         **SIZE,
         "layer_types": ["conv", "full_attention"],
@@ -181,7 +181,7 @@ def test_a_recurrent_state_is_refused() -> None:
     assert "data.packing: mamba" in refused(model)
 
 
-def test_sdpa_with_one_document_for_all_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_over_all_examples_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_boundaries(batch: Batch) -> dict[str, Any]:
         return {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.input_ids)}
 
@@ -200,13 +200,13 @@ def eight_bit(tmp_path: Path) -> Any:
     return model
 
 
-def test_the_check_holds_in_8_bit_though_outliers_tie_rows_together(eight_bit: Any) -> None:
+def test_8_bit_models_pass_the_isolation_check_despite_shared_outliers(eight_bit: Any) -> None:
     check = check_packing(eight_bit, *proof_batches(examples(), pad_token_id=0), torch.float32)
     assert check.leak > 0.01
     assert check.gradient_leak == 0
 
 
-def test_a_leak_that_is_less_than_the_noise_of_8_bit_is_refused(eight_bit: Any) -> None:
+def test_a_leak_below_the_noise_of_8_bit_is_refused(eight_bit: Any) -> None:
     def blend(module: Any, arguments: Any, hidden: Tensor) -> Tensor:
         """A little of the token before, whichever example that is from."""
         return hidden + 0.01 * F.pad(hidden, (0, 0, 1, -1))
@@ -236,7 +236,7 @@ def test_options_that_sdpa_would_ignore_are_refused(name: str, value: Any) -> No
         attend(module, states, states[:, :2], states[:, :2], None, (3, 2), **{name: value})
 
 
-def test_a_window_that_is_in_the_mask_alone_is_refused() -> None:
+def test_a_sliding_window_only_in_the_mask_is_refused() -> None:
     attend = transformers.AttentionInterface()[NAME]
     module = make_model("Mistral", "sdpa").model.layers[0].self_attn
     states = torch.randn(1, 4, 9, 8)

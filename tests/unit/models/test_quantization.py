@@ -49,7 +49,7 @@ def test_compute_and_model_dtype_agree_and_nothing_is_upcast(tiny_model, kind, d
             assert module.compute_dtype == dtype
 
 
-def test_dtypes_set_apart_are_obeyed(tiny_model: Path) -> None:
+def test_explicit_dtypes_are_used(tiny_model: Path) -> None:
     model = load(tiny_model, FourBit(compute_dtype="float32"), torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
     model = load(tiny_model, Unquantized(dtype="float16"), torch.bfloat16)

@@ -82,7 +82,7 @@ def test_a_run_and_its_merge_have_the_files_of_the_base(
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
 
 
-def test_another_template_changes_the_template_alone(
+def test_another_chat_template_changes_only_the_template(
     base: Path, tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     template = CHATML.replace("user", "human") + "{# another #}"
@@ -180,7 +180,7 @@ OTHER_PYTHON = os.environ.get("QLORA_TRANSFORMERS_4", "")
 
 
 @pytest.mark.skipif(not OTHER_PYTHON, reason="QLORA_TRANSFORMERS_4 names no python")
-def test_transformers_4_reads_what_is_written(
+def test_transformers_4_reads_the_written_files(
     base: Path, tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     train(tiny_recipe(model={"path": str(base)}))

@@ -74,7 +74,7 @@ def pad_beyond(base: Path) -> None:
         (pad_beyond, r"generation_config.json: pad_token_id .32000. is not a token"),
     ],
 )
-def test_it_is_refused_by_every_command_that_reads_rows(
+def test_a_missing_embedding_row_is_refused_by_train_preview_and_plan(
     base: Path, tiny_recipe: Callable[..., Any], damage: Callable[[Path], None], said: str
 ) -> None:
     damage(base)

@@ -43,7 +43,7 @@ def test_pieces_are_what_transformers_puts_together(mixtral: Path) -> None:
             assert torch.equal(shards.read(one.name), held)
 
 
-def test_a_stack_with_a_gap_has_no_pieces(mixtral: Path) -> None:
+def test_stacked_experts_with_a_gap_are_not_matched(mixtral: Path) -> None:
     stored = Shards(mixtral).tensors
     del stored[next(name for name in stored if name.endswith("experts.3.w1.weight"))]
     names = WeightNames(build_skeleton(mixtral, trust_remote_code=False), stored)

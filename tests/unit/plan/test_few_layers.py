@@ -40,7 +40,7 @@ QWEN = Qwen3Config(num_hidden_layers=5, **LAYERS)
     ],
     ids=lambda value: getattr(value, "model_type", str(value)),
 )
-def test_few_layers_predict_many(
+def test_a_trace_of_few_layers_predicts_many_layers(
     tiny_recipe: Callable[..., Recipe],
     config: PretrainedConfig,
     checkpointing: bool,

@@ -51,7 +51,7 @@ def test_run_takes_the_planned_memory(
         assert planned == pytest.approx(real + unseen, rel=1e-2)
 
 
-def test_kinds_add_up(tiny_recipe: Callable[..., Recipe]) -> None:
+def test_memory_by_kind_adds_up_to_the_total(tiny_recipe: Callable[..., Recipe]) -> None:
     missing = {"train": {"path": "nowhere.jsonl"}, "evaluation": None}
     report = plan(tiny_recipe(quantization={"type": "nf4"}, data=missing), device="cpu")
     for entry in report["stages"].values():

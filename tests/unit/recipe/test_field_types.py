@@ -154,11 +154,11 @@ def test_quoted_text_is_text(field: str, text: str) -> None:
         ("auto", "auto, or a whole number (at least 1)"),
     ],
 )
-def test_words(field: str, words: str) -> None:
+def test_a_field_type_is_described_in_words(field: str, words: str) -> None:
     assert of(field).words() == words
 
 
-def test_variants_are_told_apart_by_type() -> None:
+def test_variants_are_distinguished_by_type() -> None:
     assert of("colour").variants == {"red": Red, "blue": Blue}
     assert of("maybe_red").variants == {}
     assert type_names(Blue) == ("blue",)

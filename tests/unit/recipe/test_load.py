@@ -38,7 +38,9 @@ def write(**texts: str) -> None:
 # Values -------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_numbers_where_a_number_is_due(load: Load, minimal: str) -> None:
+def test_every_spelling_of_a_number_is_read_where_a_number_is_expected(
+    load: Load, minimal: str
+) -> None:
     recipe = load(
         minimal + "optimizer: {type: adamw, learning_rate: 2e-4, eps: 1E-5}\n"
         "training: {max_steps: 1_000, batch_size: 1e2, max_grad_norm: 1}\n"
@@ -49,7 +51,7 @@ def test_numbers_are_numbers_where_a_number_is_due(load: Load, minimal: str) -> 
     assert recipe.training.max_grad_norm == 1.0
 
 
-def test_words_and_numbers_are_text_where_text_is_due(load: Load) -> None:
+def test_words_and_numbers_are_text_where_text_is_expected(load: Load) -> None:
     recipe = load(
         "model: {path: no, revision: 123}\n"
         "data: {train: {path: yes, split: off}}\noutput: {dir: 2e-4}\n"
@@ -60,7 +62,7 @@ def test_words_and_numbers_are_text_where_text_is_due(load: Load) -> None:
 
 
 @pytest.mark.parametrize(("text", "value"), [("no", False), ("off", False), ("True", True)])
-def test_words_are_truth_values_where_these_are_due(
+def test_yes_and_no_are_booleans_where_a_boolean_is_expected(
     load: Load, minimal: str, text: str, value: bool
 ) -> None:
     recipe = load(f"{minimal}training: {{gradient_checkpointing: {text}}}\n").recipe
@@ -80,7 +82,7 @@ def test_target_modules_in_each_form(load: Load, minimal: str, text: str, value:
     assert lora(loaded).target_modules == value
 
 
-def test_null_and_patterns(load: Load, minimal: str) -> None:
+def test_null_and_rank_patterns_are_read(load: Load, minimal: str) -> None:
     loaded = load(
         minimal + "adapter: {type: lora, rank_pattern: {q_proj: 4, 1: 1e1}}\n"
         "training: {max_grad_norm: null, eval_every: }\n"
@@ -161,7 +163,7 @@ def test_extends_in_a_chain_and_from_other_folders(load: Load) -> None:
     assert loaded.origins["model.path"] == "base.yaml:1"
 
 
-def test_files_of_one_name_are_told_apart(load: Load) -> None:
+def test_origins_distinguish_files_with_the_same_name(load: Load) -> None:
     load(BASE)
     Path("shared").mkdir()
     Path("shared/recipe.yaml").write_text(BASE, encoding="utf-8")
@@ -192,12 +194,14 @@ def test_mistakes_in_a_base_are_placed_there(load: Load, problems: Problems) -> 
         ("training: {extends: a.yaml}\n", 'training has no "extends"'),
     ],
 )
-def test_bad_extends(problems: Problems, minimal: str, text: str, expected: str) -> None:
+def test_bad_extends_is_refused_with_its_place(
+    problems: Problems, minimal: str, text: str, expected: str
+) -> None:
     (found,) = problems(text + minimal)
     assert expected in found
 
 
-def test_circles_and_endless_chains(load: Load, problems: Problems) -> None:
+def test_circular_and_endless_extends_are_refused(load: Load, problems: Problems) -> None:
     load(BASE)
     write(a="extends: b.yaml\n", b="extends: ./a.yaml\n")
     (found,) = problems("extends: a.yaml\n")

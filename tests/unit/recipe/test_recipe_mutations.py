@@ -327,12 +327,12 @@ def test_the_undamaged_recipe_is_good(capsys: pytest.CaptureFixture[str]) -> Non
     assert "nf4" in capsys.readouterr().out
 
 
-def test_there_are_many_kinds() -> None:
+def test_there_are_many_kinds_of_mutation() -> None:
     assert len(KINDS) >= 20
 
 
 @pytest.mark.parametrize("number", range(NUM_RECIPES))
-def test_damage_is_explained(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_recipes_are_explained(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     name, text = damaged(number)
     write(text)
     with pytest.raises(SystemExit) as exit_:
@@ -344,7 +344,7 @@ def test_damage_is_explained(number: int, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("number", [0, 19, 33])
-def test_a_real_process_says_the_same(number: int) -> None:
+def test_a_subprocess_prints_the_same_errors(number: int) -> None:
     write(damaged(number)[1])
     command = [sys.executable, "-m", "qlora_cli", "validate", "recipe.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")

@@ -98,7 +98,7 @@ from qlora_cli.recipe.schema import Recipe
         ("adapter: {type: }\n", "...adapter.type: found nothing; it takes one of ..."),
     ],
 )
-def test_one_problem(
+def test_a_single_problem_is_one_message(
     problems: Callable[..., list[str]], minimal: str, text: str, expected: str
 ) -> None:
     # `output` is given in some of these texts.
@@ -195,7 +195,7 @@ def test_checks_inside_a_variant_are_named_by_their_path(
     assert found.startswith("recipe.yaml:6:52  data.train.format: system ('Hi') needs as_chat")
 
 
-def test_a_wrong_value_does_not_cause_further_errors(
+def test_a_wrong_value_causes_no_further_errors(
     problems: Callable[..., list[str]], minimal: str
 ) -> None:
     """With its own default, a misspelt batch size would not fit; that would be a false lead."""

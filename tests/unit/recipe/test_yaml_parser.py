@@ -42,7 +42,7 @@ def test_scalars_stay_text() -> None:
     assert plain(tree.root) == {**expected, "1": None}
 
 
-def test_places_count_from_one() -> None:
+def test_lines_and_columns_count_from_one() -> None:
     root = parse_tree("a: 1\nb:\n  - x\n  -  y\n", "r.yaml").root
     assert isinstance(root, Mapping)
     items = root.entries["b"].node
@@ -156,7 +156,7 @@ def test_empty_documents_are_null() -> None:
         assert plain(parse_tree(text, "r.yaml").root) is None
 
 
-def test_places_without_lines() -> None:
+def test_overrides_have_no_lines() -> None:
     tree = parse_tree("{a: 1, a: 2}", "--set x", with_lines=False)
     assert str(tree.problems[0]) == "--set x  a: is given twice"
 
@@ -165,6 +165,6 @@ def test_a_problem_is_one_line() -> None:
     assert problem('"a\\nb": 1\n"a\\nb": 2\n') == "r.yaml:2:1  a b: is given twice, first in line 1"
 
 
-def test_dotted() -> None:
+def test_key_paths_are_written_with_dots() -> None:
     assert dotted(("evaluation", "tasks", 0, "type")) == "evaluation.tasks[0].type"
     assert dotted(()) == ""

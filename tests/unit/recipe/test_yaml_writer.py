@@ -15,7 +15,7 @@ def written(values: dict[str, Any]) -> str:
     return "".join(f"{line}\n" for line, _ in yaml_lines(values))
 
 
-def test_layout() -> None:
+def test_the_written_layout_is_stable() -> None:
     values = {
         "a": {"b": 1, "c": [1, "x y"], "d": {}, "e": []},
         "f": [{"type": "g", "h": {"i": None}}, {"type": "j"}],
@@ -79,7 +79,7 @@ def test_random_text_is_read_back() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-8, 2e-4, 1e16, 1e300, -1.5, 0.1, sys.float_info.min])
-def test_numbers_are_numbers_in_yaml_1_1_too(value: float) -> None:
+def test_written_numbers_are_numbers_in_yaml_1_1(value: float) -> None:
     read = yaml.safe_load(written({"key": value}))["key"]
     assert isinstance(read, float)
     assert read == value

@@ -67,7 +67,7 @@ class Run:
 @pytest.mark.parametrize(
     "config", [AdamW(learning_rate=1e-2), AdamW(type="adamw_8bit", learning_rate=1e-2)]
 )
-def test_going_on_from_a_checkpoint_is_bit_identical(config: AdamW, tmp_path: Path) -> None:
+def test_resuming_from_a_checkpoint_is_bit_identical(config: AdamW, tmp_path: Path) -> None:
     run = Run(config)
     run.steps(3)
     path = run.save(tmp_path)
@@ -148,7 +148,7 @@ def test_a_save_that_was_cut_short_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(run.save(tmp_path).parent) == path
 
 
-def test_a_run_that_has_ended_clears_away_what_its_last_save_had_still_to_do(
+def test_a_finished_run_removes_the_checkpoints_that_its_last_save_left(
     tmp_path: Path,
 ) -> None:
     run = Run(AdamW())
@@ -160,7 +160,7 @@ def test_a_run_that_has_ended_clears_away_what_its_last_save_had_still_to_do(
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "step-00000004"}
 
 
-def test_a_run_that_was_taken_back_leaves_no_checkpoint_of_its_old_way(tmp_path: Path) -> None:
+def test_a_rolled_back_run_keeps_no_later_checkpoint(tmp_path: Path) -> None:
     run = Run(AdamW())
     for _ in range(4):
         run.steps(1)

@@ -74,7 +74,7 @@ def test_an_evaluation_is_added_to_the_card_of_the_weights_that_were_measured(
     assert "## Evaluation" not in last
 
 
-def test_no_place_of_this_machine_is_in_a_card(
+def test_a_card_contains_no_path_of_this_machine(
     make_run: Callable[..., RunFolder], tmp_path: Path
 ) -> None:
     run = make_run(quantization={"type": "nf4"})

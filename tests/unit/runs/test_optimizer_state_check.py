@@ -34,7 +34,7 @@ def stepped(config: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: config.type)
-def test_its_own_state_is_taken(config: Any) -> None:
+def test_an_optimizer_accepts_its_own_state(config: Any) -> None:
     optimizer = stepped(config)
     check_optimizer(optimizer.state_dict(), optimizer)
 
@@ -100,7 +100,7 @@ def test_other_settings_are_refused(key: str, value: Any) -> None:
         check_optimizer(saved, optimizer)
 
 
-def test_a_parameter_that_is_not_there_is_refused() -> None:
+def test_state_of_a_missing_parameter_is_refused() -> None:
     optimizer = stepped(AdamW())
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][7] = saved["state"][0]

@@ -114,7 +114,7 @@ def test_options_of_one_token_share_a_forward(
     assert seen == [1, 1, 2]
 
 
-def test_a_row_whose_answer_names_no_option_is_told_with_its_place(
+def test_a_row_whose_answer_is_not_an_option_is_reported_with_its_place(
     tiny_recipe: Callable[..., Any], model: Any, tmp_path: Path
 ) -> None:
     rows = [*QUESTIONS, {**QUESTIONS[0], "answer": 3}, {**QUESTIONS[0], "answer": "Z"}]
@@ -131,7 +131,7 @@ def test_a_row_whose_answer_names_no_option_is_told_with_its_place(
     assert len(ask(skipping, model)[1]) == 2
 
 
-def test_training_rows_are_not_questions(
+def test_training_rows_are_not_evaluated(
     tiny_recipe: Callable[..., Any], model: Any, tmp_path: Path
 ) -> None:
     rows = [
@@ -151,7 +151,7 @@ def test_training_rows_are_not_questions(
     assert [question.place for question in ask(recipe, model)[1]] == places
 
 
-def test_settings_of_multiple_choice_that_cannot_be_are_refused(
+def test_contradictory_settings_of_multiple_choice_are_refused(
     tiny_recipe: Callable[..., Any],
 ) -> None:
     def refused(message: str, **settings: Any) -> None:
@@ -165,7 +165,7 @@ def test_settings_of_multiple_choice_that_cannot_be_are_refused(
 
 @pytest.mark.parametrize("as_chat", [True, False])
 @pytest.mark.parametrize("labels", [None, ["good", "bad", "neither"]])
-def test_the_likeliest_label_is_chosen(
+def test_the_most_likely_label_is_chosen(
     tiny_recipe: Callable[..., Any],
     model: Any,
     tmp_path: Path,
@@ -201,7 +201,7 @@ def test_the_likeliest_label_is_chosen(
     ]
 
 
-def test_a_label_that_is_not_listed_is_told_with_its_place(
+def test_an_unlisted_label_is_reported_with_its_place(
     tiny_recipe: Callable[..., Any], model: Any
 ) -> None:
     task = {"type": "classification", "labels": ["yes", "no"]}

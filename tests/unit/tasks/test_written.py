@@ -43,7 +43,7 @@ def test_the_last_number_of_a_text(text: str, number: str) -> None:
     assert last_number(text) == Decimal(number)
 
 
-def test_a_text_may_have_no_number() -> None:
+def test_a_text_without_a_number_has_no_last_number() -> None:
     assert last_number("none at all.") is None
     assert last_number("") is None
 
@@ -85,7 +85,7 @@ def test_exact_match_options(settings: dict[str, Any], answer: str, score: float
     assert ExactMatch(**settings).score("New York", answer) == score
 
 
-def test_a_reference_of_which_nothing_is_left_is_refused() -> None:
+def test_a_reference_that_normalizes_to_nothing_is_refused() -> None:
     with pytest.raises(DataError, match=r"nothing is left to compare of the reference '\?!'"):
         ExactMatch(ignore_punctuation=True, anywhere=True).score("?!", "whatever")
 
@@ -146,7 +146,7 @@ def test_chrf_agrees_with_sacrebleu(settings: dict[str, Any]) -> None:
     assert both[1] == pytest.approx(float(found))
 
 
-def test_nothing_in_common_is_a_chrf_of_zero() -> None:
+def test_chrf_is_zero_without_common_ngrams() -> None:
     task = ChrF()
     [measure] = task.measures()
     outcome = Outcome("", "", "a", "", task.values("a", ""))

@@ -144,7 +144,7 @@ def test_on_a_gpu_the_tensors_are_compared() -> None:
     )
 
 
-def test_a_run_of_untraceable_code_says_so_and_continues(
+def test_a_run_with_an_untraceable_model_logs_this_and_continues(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(preflight, "_MIN_WEIGHTS", 0)

@@ -75,7 +75,7 @@ def test_steps_are_random_access() -> None:
     assert stream(20, epochs=None).rows(10**6) == in_order.rows(10**6)
 
 
-def test_the_order_is_the_same_everywhere() -> None:
+def test_the_order_of_rows_stays_the_same() -> None:
     # Written out: another order would change every run that is resumed in a new process.
     batches = stream(9, batch_size=9, seed=5, epochs=2)
     assert order(batches, 1) == [4, 1, 0, 3, 2, 7, 5, 6, 8]

@@ -302,7 +302,7 @@ def lost_rows(
     return chat_source(folder, *[long] * num_long, *[short] * (20 - num_long)), max_length
 
 
-def test_rows_with_nothing_to_learn_are_dropped_and_named(
+def test_rows_without_supervised_tokens_are_dropped_and_named(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, max_length = lost_rows(tokenizer, tmp_path, 1)

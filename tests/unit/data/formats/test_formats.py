@@ -37,7 +37,7 @@ def test_recipe_names_it_by_type(kind: Any) -> None:
 
 
 @every_format
-def test_its_example_gives_something_to_learn(kind: Any) -> None:
+def test_each_formats_example_has_supervised_tokens(kind: Any) -> None:
     row = copy.deepcopy(kind.example)
     messages = kind().to_conversation(row).messages
     assert row == kind.example, "the row was changed"

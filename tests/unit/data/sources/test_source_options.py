@@ -252,7 +252,7 @@ def test_rows_with_the_same_conversation_are_on_the_same_side(tmp_path: Path) ->
     assert not set(training) & set(held_out)
 
 
-def test_a_bad_row_is_counted_on_one_side(tmp_path: Path) -> None:
+def test_a_bad_row_is_counted_in_one_split_only(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, *({"body": i} for i in range(40))])
     data = Data(train=Source(path=path, format=Text()), evaluation_share=0.25)
     bad = BadRows(keep=100), BadRows(keep=100)
@@ -333,7 +333,7 @@ def trained_texts(tmp_path: Path, turns: list[Row], **settings: Any) -> list[str
         ({"learn_roles": ["user"], "learn_turns": "last"}, ["u2"]),
     ],
 )
-def test_roles_and_turns_to_learn_are_chosen(
+def test_learn_roles_and_learn_turns_choose_the_supervised_turns(
     tmp_path: Path, settings: dict[str, Any], expected: list[str]
 ) -> None:
     assert trained_texts(tmp_path, TURNS, **settings) == expected
