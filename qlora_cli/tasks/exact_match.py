@@ -35,7 +35,7 @@ class ExactMatch(Task):
         expected = self._normal(reference)
         if reference and not expected:
             raise DataError(
-                f"exact_match: nothing is left to compare of the reference {reference[:80]!r}"
+                f"exact_match: the reference {reference[:80]!r} is empty without what the task ignores"
             )
         if found is None:
             return 0.0

@@ -75,7 +75,7 @@ def test_expressions_without_powers_are_accepted() -> None:
     refuse_endless("{{ not jinja", "x")  # told when it is used
 
 
-def test_a_time_limit_ends_with_its_block_and_is_refused_in_threads() -> None:
+def test_a_time_limit_ends_with_its_block_and_has_no_effect_in_threads() -> None:
     with limited_time("x", 0.05):
         pass
     ended = time.process_time() + 0.2

@@ -86,7 +86,7 @@ def test_exact_match_options(settings: dict[str, Any], answer: str, score: float
 
 
 def test_a_reference_that_normalizes_to_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match=r"nothing is left to compare of the reference '\?!'"):
+    with pytest.raises(DataError, match=r"the reference '\?!' is empty without what"):
         ExactMatch(ignore_punctuation=True, anywhere=True).score("?!", "whatever")
 
 
