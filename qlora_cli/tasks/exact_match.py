@@ -35,7 +35,7 @@ class ExactMatch(Task):
         expected = self._normal(reference)
         if reference and not expected:
             raise DataError(
-                f"exact_match: the reference {reference[:80]!r} is empty without what the task ignores"
+                f"exact_match: the reference {reference[:80]!r} is empty without what is ignored"
             )
         if found is None:
             return 0.0
