@@ -1,3 +1,6 @@
-"""Fine-tune language models from one YAML recipe. Start reading at `train/train.py`, then `loop/fit.py`."""
+"""Fine-tune language models from one YAML recipe.
+
+Start reading at `train/train.py`, then `loop/fit.py`.
+"""
 
 __version__ = "0.1.0"

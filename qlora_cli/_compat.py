@@ -78,14 +78,14 @@ _KEPT_PRODUCTS = "128"
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars, notices and telemetry out of a clean run.
 
-    What matters of them we check and say ourselves (unmatched adapter keys, unquantized weights,
+    Our own code checks and reports what matters (unmatched adapter keys, unquantized weights,
     casts). Must run before transformers is imported.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     forbid_hub_kernels()
     bound_product_caches()
-    # Users cannot act on what these libraries log; what matters to them, our code reports.
+    # Users cannot act on what these libraries log below the level of an error.
     for name in ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|accelerate)\b")

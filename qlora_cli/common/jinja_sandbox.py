@@ -53,7 +53,7 @@ def limited_time(name: str, seconds: float = SECONDS) -> Iterator[None]:
     """Interrupt the block if it takes too long. Works only in the main thread.
 
     Raises:
-        OutOfTimeError: it did.
+        OutOfTimeError: the block took too long.
     """
     is_main = threading.current_thread() is threading.main_thread()
     # Windows has no such clock.

@@ -22,7 +22,7 @@ class StopSignals:
     """Handles signals while it is entered.
 
     Args:
-        stop_after: seconds from now after which the run is to end; None never.
+        stop_after: seconds from now until the run must end; None for no limit.
     """
 
     def __init__(self, stop_after: float | None = None) -> None:

@@ -28,7 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, no object, too large, or nested too deeply.
+        ValueError: it is not JSON, not an object, too large, or nested too deeply.
     """
     # A pipe would be waited for without end.
     if path.exists() and not path.is_file():
@@ -44,7 +44,7 @@ def object_of(data: bytes) -> dict[str, Any]:
     """Parse JSON that is an object.
 
     Raises:
-        ValueError: it is no JSON, no object, or nested too deeply.
+        ValueError: it is not JSON, not an object, or nested too deeply.
     """
     try:
         found = json.loads(data)

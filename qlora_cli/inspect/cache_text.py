@@ -10,7 +10,7 @@ from qlora_cli.common.formatting import age_text, size_text
 
 
 def cache_text(report: Mapping[str, Any]) -> str:
-    """The prepared sets that are kept, or were until now (`report` as `qlora cache --json`)."""
+    """List the cached datasets, or those just deleted (`report` as `qlora cache --json`)."""
     sets = report["sets"]
     total = f"{len(sets)} prepared sets, {size_text(sum(one['size'] for one in sets))}"
     if report["cleared"]:

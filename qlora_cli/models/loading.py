@@ -1,4 +1,4 @@
-"""Load the base model as a recipe wants it held."""
+"""Load the base model in the dtype and quantization of a recipe."""
 
 from __future__ import annotations
 

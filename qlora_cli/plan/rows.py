@@ -52,7 +52,7 @@ def read_rows(
 
 
 def missing_locally(recipe: Recipe) -> str:
-    """Say what of a recipe would have to be downloaded to plan with its rows; empty if nothing."""
+    """Name what must be downloaded to plan with the rows of a recipe; empty if nothing."""
     if not recipe.model.is_at_hand():
         return "the model's tokenizer is not available"
     sources = [*recipe.data.train_sources, *recipe.data.evaluation_sources]
