@@ -137,6 +137,9 @@ JSON_REPORTS: dict[str, type[Report]] = {
 """Each command whose `--json` is documented, with its report. `qlora merge` writes it to
 merge.json too."""
 
+PIPE = "\\|"
+"""A pipe in a cell of a table, inside code too, as GitHub's Markdown reads it."""
+
 _JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 Sections = dict[tuple[type[Config], ...], str]
@@ -206,7 +209,7 @@ def _rows(part: type[Config]) -> Iterator[str]:
         if _parts(field_type) and field_type.item:
             takes = f"{'a section, or ' * bool(field_type.sections)}a list of sections (below)"
         cells = [f"`{name}`", takes, _default(info), " ".join(docs[name].split())]
-        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+        yield f"| {' | '.join(cell.replace('|', PIPE) for cell in cells)} |"
 
 
 def _default(info: FieldInfo) -> str:
@@ -265,12 +268,12 @@ def _option(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"| `{parameter.metavar}` | {parameter.help} |"
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    value = f" `{parameter.metavar}`" if parameter.metavar else ""
+    value = f" `{parameter.metavar.replace('|', PIPE)}`" if parameter.metavar else ""
     notes = ["Required."] * parameter.required
     if parameter.metavar and isinstance(parameter.default, str):
         notes.append(f"Default: {parameter.default}.")
-    cell = " ".join([f"{names}{value}", "|", parameter.help, *notes])
-    return "| " + cell.replace("last|best", "last&#124;best") + " |"
+    about = " ".join([parameter.help, *notes]).replace("|", PIPE)
+    return f"| {names}{value} | {about} |"
 
 
 def templates_page() -> str:

@@ -67,7 +67,7 @@ def train(
     Example:
       qlora train recipe.yaml --set training.max_steps=100 --set output.dir=runs/short
       qlora train runs/short/recipe.yaml --resume auto
-      qlora train recipe.yaml --resume auto --set optimizer.learning_rate=1e-5 \
+      qlora train recipe.yaml --resume auto --set optimizer.learning_rate=1e-5 \\
         --allow optimizer.learning_rate
     """
     from qlora_cli.recipe.load import load_recipe
@@ -94,7 +94,7 @@ def bench(
 ) -> None:
     """Measure the speed and memory of a few training steps. Nothing is kept.
 
-    By default, only long runs compile kernels; set training.kernels=compiled to measure those.
+    By default, only long runs compile kernels; training.kernels=compiled measures compiled ones.
     --json prints tokens_per_second (median, least, most), seconds_to_first_step, peak_memory_bytes,
     processor_seconds_per_1000_tokens, losses, kernels and the environment.
 
