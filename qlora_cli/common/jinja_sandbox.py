@@ -43,7 +43,7 @@ def refuse_endless(template: str, name: str) -> None:
     for line, kind, word in words:
         if (kind, word) == ("operator", "**"):
             raise ModelError(
-                f"{name}, line {line}: a power (**) can take for ever, and is not allowed",
+                f"{name}, line {line}: a power (**) can take forever, and is not allowed",
                 hint="multiply, or name another template",
             )
 
@@ -62,7 +62,7 @@ def limited_time(name: str, seconds: float = SECONDS) -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise OutOfTimeError(f"{name}: not at its end after {seconds:g} s")
+        raise OutOfTimeError(f"{name}: not finished after {seconds:g} s")
 
     # The clock of this process's own work: a busy or sleeping machine does not count.
     before = signal.signal(signal.SIGVTALRM, end)

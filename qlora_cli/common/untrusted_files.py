@@ -51,7 +51,7 @@ def object_of(data: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}, and no object")
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
     level: list[Any] = [found]
     for _ in range(MAX_JSON_DEPTH):
         level = [below for item in level for below in _inside(item)]
@@ -191,9 +191,9 @@ def _named_files(folder: Path) -> Iterator[tuple[object, Path]]:
         yield from ((name, tokenizer) for name in (listed if isinstance(listed, list) else [0]))
     if config.exists() and (weights := _read(config).get("transformers_weights")) is not None:
         raise ModelError(
-            f"{config}: transformers_weights ({weights!r}) names the weights otherwise than every "
-            "other program looks for them; it is not followed",
-            hint="name the file model.safetensors, and take the key out",
+            f"{config}: transformers_weights ({weights!r}) names a weights file that other programs "
+            "do not look for; this key is not supported",
+            hint="rename the file to model.safetensors, and remove the key",
         )
 
 

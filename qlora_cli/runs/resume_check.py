@@ -102,8 +102,8 @@ def refuse_unsafe(allow: Sequence[str]) -> None:
     for key in allow:
         if not any(fnmatchcase(key, safe) or safe == f"{key}.*" for safe in SAFE):
             raise RecipeError(
-                f"--allow: {key} cannot be allowed: with another value it would be neither the old "
-                f"run nor a new one; allowed are {', '.join(SAFE)}",
+                f"--allow: {key} cannot be allowed: another value would make this a different "
+                f"run; allowed are {', '.join(SAFE)}",
                 hint="change it back, or start a new run in another output.dir",
             )
 

@@ -341,7 +341,7 @@ class _Tally:
         if self._is_verbatim:
             yield "data.truncate: split makes several rows of a long text"
         elif self._data.truncate != "cut_prompt":
-            yield "data.truncate: cut_prompt takes from the prompt, so that answers stay"
+            yield "data.truncate: cut_prompt shortens the prompt, so that answers stay"
 
     def _check_stops(self) -> None:
         num_ends = self.turn_ends.total()

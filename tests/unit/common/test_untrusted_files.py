@@ -226,7 +226,7 @@ def test_an_endless_expression_is_stopped(adapter: Path, tiny_model: Path) -> No
     from qlora_cli.adapters import LoRA
 
     change(adapter / "adapter_config.json", target_modules="(([a-z._0-9]+)+)+!")
-    with pytest.raises(ModelError, match="not at its end"):
+    with pytest.raises(ModelError, match="not finished after"):
         LoRA().load(load_model(tiny_model), adapter)
 
 
