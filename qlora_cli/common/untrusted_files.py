@@ -191,8 +191,8 @@ def _named_files(folder: Path) -> Iterator[tuple[object, Path]]:
         yield from ((name, tokenizer) for name in (listed if isinstance(listed, list) else [0]))
     if config.exists() and (weights := _read(config).get("transformers_weights")) is not None:
         raise ModelError(
-            f"{config}: transformers_weights ({weights!r}) names a weights file that other programs "
-            "do not look for; this key is not supported",
+            f"{config}: transformers_weights ({weights!r}) names a weights file that other "
+            "programs do not look for; this key is not supported",
             hint="rename the file to model.safetensors, and remove the key",
         )
 
