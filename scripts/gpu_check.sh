@@ -6,9 +6,10 @@ usage() {
 Usage: scripts/gpu_check.sh
 
 Verifies on a CUDA card what could not be verified on a CPU: the 4-bit and 8-bit kernels against plain
-products, gradients with and without checkpointing and offload, attention to documents, paged
-optimizers, training in bf16 and fp16, evaluation, resuming and merging through the command line, that
-a step waits for the card once, and memory. Prints a table with a figure for each check; takes some minutes and no download.
+matmuls, gradients with and without checkpointing and offload, varlen attention, paged optimizers,
+training in bf16 and fp16, evaluation, resuming and merging through the command line, the one host wait
+of a step, and memory. Prints a table with a figure for each check. It takes some minutes and downloads
+nothing.
 
 Exit codes: 0 all checks passed, 1 at least one failed, 3 there is no CUDA card.
 HELP

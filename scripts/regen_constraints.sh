@@ -5,7 +5,7 @@ usage() {
     cat <<'HELP'
 Usage: scripts/regen_constraints.sh
 
-Write constraints.txt anew: install the newest versions that pyproject.toml allows into a fresh
+Regenerate constraints.txt: install the newest versions that pyproject.toml allows into a fresh
 environment (.venv-newest) and record them. Then run scripts/test.sh --all, and commit the file if it
 passes: the scripts install exactly these versions. The exit code is that of the first step that fails.
 HELP

@@ -14,7 +14,9 @@ Exit codes (of the step that failed):
   2    the recipe, its data or this command line cannot be used
   3    the model cannot be found, loaded, adapted or merged
   4    training stopped before its end, or the merged model is not the trained one
-  130  interrupted
+  5    training.stop_after was reached: repeat the command to resume
+  6    out of memory during training
+  130  interrupted by Ctrl-C; 143 by SIGTERM
   127  the command `qlora` is not installed
 A recipe without held-out rows and tasks is trained and merged, but not evaluated.
 HELP
