@@ -188,14 +188,14 @@ def _can_compile(run: Callable[[], dict[str, Tensor]], wanted: dict[str, Tensor]
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).split("\n")[0]
         log.warning(
-            "kernels cannot be compiled, so steps are somewhat slower: %s (earlier runs' kernels: %s)",
+            "kernels cannot be compiled, so steps are slower: %s (earlier runs' kernels: %s)",
             reason,
             _kernel_folder(),
         )
         return False
     if wrong := [name for name, one in wanted.items() if not _are_close(found[name], one)]:
         log.warning(
-            "compiled kernels are not used, because they compute something else than the plain "
+            "compiled kernels are not used, because their results differ from those of the plain "
             "ones (%s); if they were damaged on the disk, delete %s",
             wrong[0],
             _kernel_folder(),

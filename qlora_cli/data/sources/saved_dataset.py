@@ -13,7 +13,7 @@ _SPLITS, _STATE = "dataset_dict.json", "state.json"
 def saved_files(folder: Path) -> list[Path] | None:
     """Return the files of a saved `Dataset` in order; None if the folder is something else.
 
-    Files that datasets keeps beside them (`cache-*.arrow`) are not rows.
+    The `cache-*.arrow` files that the library datasets keeps in the same folder are not rows.
 
     Raises:
         DataError: it is a `DatasetDict`, which has several splits; or it is damaged.

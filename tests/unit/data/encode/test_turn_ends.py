@@ -1,4 +1,4 @@
-"""What is supervised goes up to the token at which generation ends, however a turn is closed."""
+"""Supervision ends at the token at which generation ends, however a turn is closed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_turn_is_supervised_up_to_the_token_that_ends_generation(
 def test_an_opening_that_the_model_is_given_is_not_supervised(
     make_tokenizer: TokenizerMaker,
 ) -> None:
-    """As in Command A: `<|START_RESPONSE|>` is in the prompt, two tokens end the turn."""
+    """Command A has `<|START_RESPONSE|>` in the prompt, and two tokens end the turn."""
     tokenizer = tokenizer_of(make_tokenizer, "<|end|></s>", opening="<|im_start|>")
     encoded = Encoder(tokenizer).encode(turns("a", "Paris", "b", "c"), max_length=99)
     assert supervised(tokenizer, encoded) == "Paris<|end|></s>c<|end|></s>"
