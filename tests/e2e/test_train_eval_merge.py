@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.cli import main
 from qlora_cli.inference.sampling import Sampling, TextGenerator
+from qlora_cli.models.tokenizer import as_ids
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.types import Prompt
 from tests.conftest import exit_code, mostly_slow, output_of, save_tiny_model
@@ -71,7 +72,7 @@ def test_train_eval_merge(
     assert "quantization_config" not in merged.config.to_dict()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template
-    assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert as_ids(merged.generation_config.eos_token_id) == [tokenizer.eos_token_id]
 
     alone = output_of(capsys, "eval", tmp_path / "merged", "--recipe", recipe, "--tasks", "loss")
     assert set(alone["models"]) == {"merged"}
@@ -417,7 +418,7 @@ def test_generation_stops_at_every_token_that_ends_an_answer(
         (tmp_path / "run" / "last" / "generation_config.json").read_text(encoding="utf-8")
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "last")
-    assert saved["eos_token_id"] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert as_ids(saved["eos_token_id"]) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_only_the_newest_checkpoints_are_kept(
