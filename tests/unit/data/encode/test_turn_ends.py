@@ -143,5 +143,5 @@ def test_a_conversation_that_no_row_can_hold_keeps_its_reason(
     conversation = Conversation(turns("A", "b", "C", "D", trained=(1,)))
     renderer = Renderer(tokenizer)
     assert renderer.split(conversation) == [conversation]
-    with pytest.raises(DataError, match="changes its content or leaves it out"):
+    with pytest.raises(DataError, match="changes or omits its content"):
         renderer.render(conversation)
