@@ -6,13 +6,14 @@ A new key fails the first test until it has an entry in one of the four tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from qlora_cli.common.config import Config
 from qlora_cli.data.sources import Source
 from qlora_cli.recipe.field_types import FieldType
-from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.recipe.load import LoadedRecipe, load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.without_effect import settings_without_effect
 
@@ -312,3 +313,12 @@ def test_without_a_length_only_what_is_sure_is_said(
     recipe = load(minimal, "schedule={type: linear, warmup_steps: 200}", "data.seed=7").recipe
     [line] = settings_without_effect(recipe, None)
     assert line.startswith("data.seed")
+
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_our_own_recipes_have_no_setting_without_effect(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    assert not settings_without_effect(recipe, recipe.training.max_steps)
