@@ -217,8 +217,8 @@ class CheckpointManager:
         if not state.is_trained:
             self.note(status="failed", steps=state.step, steps_not_applied=state.not_applied)
             raise TrainingError(
-                f"{self._run.root}: no step was applied: in all {state.step} steps the loss or the "
-                "gradient was not finite. The weights are untrained and were not written",
+                f"{self._run.root}: no step was applied, of {state.step}: the loss or the gradient "
+                "was never finite. The weights are untrained and were not written",
                 hint="look at the rows named above; then start again in another output.dir with a "
                 "lower optimizer.learning_rate, or with training.precision bf16 or fp32 in place "
                 "of fp16",

@@ -112,7 +112,7 @@ def test_a_run_without_an_applied_step_fails(
     assert exit_code("train", recipe) == 4
     printed, told = capsys.readouterr()
     assert not printed
-    assert f"no step was applied: in all {steps} steps" in told
+    assert f"no step was applied, of {steps}: the loss or the gradient was never finite" in told
     found = record(run)
     assert (found["status"], found["steps_not_applied"]) == ("failed", steps)
     assert not (run / "last").exists()

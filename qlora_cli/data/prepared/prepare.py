@@ -334,7 +334,7 @@ class _Tally:
         also = f", {most} keeps 99 %" if now < most < lengths[-1] else ""
         if self._context is None or lengths[-1] <= self._context.length:
             yield f"data.max_length: {lengths[-1]} keeps every row whole{also}"
-        elif now < self._context.length:
+        elif max(now, lengths[0] - 1) < self._context.length:
             share = sum(length <= self._context.length for length in lengths) / len(lengths)
             context = f"{self._context.length}, the model's context, keeps {share:.1%} of the rows"
             yield f"data.max_length: {context} whole"
