@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli import __version__
 from qlora_cli.cli import (
     adapters,
     compare,
@@ -23,6 +22,7 @@ from qlora_cli.cli.options import Quiet
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.common.standard_output import guarded_output, write_output
 from qlora_cli.errors import EXIT_CODES, Interrupted, QloraError
+from qlora_cli.version import __version__
 
 log = logging.getLogger("qlora")
 

@@ -1,7 +1,8 @@
-"""Read prompts from rows with or without an answer."""
+"""Read prompts from rows with or without an answer, and from typed requests."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Prompt, Row
 
+log = logging.getLogger("qlora")
+
 _NO_ANSWER = "[no answer]"
 """Stand-in for the answer that a format requires and the row lacks."""
 
@@ -35,6 +38,136 @@ class Question:
     """The answer in the row; None if it has none."""
 
 
+class PromptReader:
+    """Turn rows and typed requests into prompts, in the form of the training rows.
+
+    A row is read in one of `formats`, else by its columns: `messages`, `conversations`,
+    `instruction`, `prompt`, or `text` (the lines of a text file). A `prompt` or `text` is put into
+    the recipe's template if that uses a single column.
+
+    Args:
+        formats: data formats that the model was trained on.
+        is_plain: continue prompts as they are, without a chat template.
+        system: system message for conversations that have none, in place of the recipe's; None
+            takes the recipe's.
+    """
+
+    def __init__(
+        self,
+        formats: Sequence[FormatConfig] = (),
+        *,
+        is_plain: bool = False,
+        system: str | None = None,
+    ) -> None:
+        if system is not None:
+            formats = [_without_system(format) for format in formats]
+        self._formats = formats
+        self._is_plain = is_plain
+        self._system = system
+        self._is_warned = False
+
+    def question(self, row: Row, encoder: Encoder) -> Question:
+        """Encode the prompt of a row.
+
+        Raises:
+            DataError: the row has no prompt, or the chat template refuses.
+        """
+        conversation, reference = self.read(row)
+        prompt = encoder.to_prompt(conversation.messages, conversation.tools)
+        text = conversation.messages[-2].content
+        return Question(replace(prompt, text=text, reference=reference or ""), reference)
+
+    def read(self, row: Row) -> tuple[Conversation, str | None]:
+        """Return the conversation that ends in the answer to write, and the row's own answer.
+
+        Raises:
+            DataError: the row has no prompt.
+        """
+        problem = DataError(
+            f"found {', '.join(map(repr, row)) or 'nothing'}; expected messages, conversations, "
+            "instruction, prompt or text"
+        )
+        for format in self._formats:
+            try:
+                conversation, reference = _due(_whole(row, format))
+            except DataError as error:
+                problem = error
+            else:
+                return _with_system(conversation, self._system), reference
+        for format in _by_columns(row, self._is_plain):
+            try:
+                conversation, reference = _due(_whole(row, format))
+            except DataError as error:
+                problem = error
+            else:
+                if isinstance(format, PromptCompletion):
+                    conversation = self._filled(conversation, row[format.prompt_field])
+                system = self._recipe_system() if self._system is None else self._system
+                return _with_system(conversation, system), reference
+        raise problem
+
+    def conversation(self, typed: Sequence[Message]) -> list[Message]:
+        """Put each typed user message of a chat into the form of a training prompt.
+
+        The system message is that of the first one.
+
+        Raises:
+            DataError: a message is empty.
+        """
+        turns: list[Message] = []
+        for message in typed:
+            if message.role != "user":
+                turns.append(message)
+                continue
+            *before, request = self.read({"prompt": message.content})[0].messages[:-1]
+            turns += [request] if turns else [*before, request]
+        return turns
+
+    def _filled(self, conversation: Conversation, text: Any) -> Conversation:
+        """Put a request into the recipe's template."""
+        templates = [f for f in self._formats if isinstance(f, TemplateFormat)]
+        if self._is_plain or not templates or not isinstance(text, str):
+            return conversation
+        template = templates[0]
+        columns = template.prompt_columns
+        if len(columns) == 1 and all(format == template for format in self._formats):
+            filled, _ = _due(_whole({columns[0]: text}, template))
+            return replace(
+                conversation, messages=[*filled.messages[:-1], conversation.messages[-1]]
+            )
+        if not self._is_warned:
+            self._is_warned = True
+            log.warning("%s", _unfilled(columns, len(self._formats)))
+        return conversation
+
+    def _recipe_system(self) -> str | None:
+        """Return the system message of the recipe, if it names one that needs no columns."""
+        for format in self._formats:
+            if isinstance(format, PromptCompletion):
+                return format.system
+            if isinstance(format, TemplateFormat):
+                return format.fixed_system()
+        return None
+
+
+def _without_system(format: FormatConfig) -> FormatConfig:
+    if isinstance(format, PromptCompletion | TemplateFormat):
+        return format.model_copy(update={"system": None})
+    return format
+
+
+def _unfilled(columns: list[str], num_formats: int) -> str:
+    reason = (
+        f"the recipe's template uses {len(columns)} columns ({', '.join(columns) or 'none'})"
+        if num_formats == 1
+        else f"the recipe has {num_formats} sources, and they do not share one template"
+    )
+    return (
+        f"{reason}, so a single text is sent as typed, without the template; give rows with the "
+        "columns of the recipe to get the prompts of training"
+    )
+
+
 def read_questions(
     path: Path,
     encoder: Encoder,
@@ -43,53 +176,26 @@ def read_questions(
     is_plain: bool = False,
     system: str | None = None,
 ) -> list[Question]:
-    """Read a question from each row of a file.
-
-    A row is read in one of `formats`, else by its columns: `messages`, `conversations`,
-    `instruction`, `prompt`, or `text` (the lines of a text file).
-
-    Args:
-        is_plain: continue prompts as they are, without a chat template.
-        system: system message for conversations that have none.
+    """Read a question from each row of a file, as `PromptReader` does.
 
     Raises:
         DataError: there are no rows, or rows without a prompt (all are counted).
     """
     bad = BadRows()
     questions = []
+    reader = PromptReader(formats, is_plain=is_plain, system=system)
     for located in Source(path=str(path)).read(bad):
         try:
-            row, reference = _read(located.row, formats, is_plain)
-            messages = _with_system(row.messages, system)
-            prompt = encoder.to_prompt(messages, row.tools)
+            found = reader.question(located.row, encoder)
         except DataError as error:
             bad.add(located.place, error)
         else:
-            prompt = replace(
-                prompt, text=_last_message(messages), place=located.place, reference=reference or ""
-            )
-            questions.append(Question(prompt, reference))
+            questions.append(replace(found, prompt=replace(found.prompt, place=located.place)))
     if bad.count:
         raise DataError(bad.report(str(path)))
     if not questions:
         raise DataError(f"{path}: no rows")
     return questions
-
-
-def _read(
-    row: Row, formats: Sequence[FormatConfig], is_plain: bool
-) -> tuple[Conversation, str | None]:
-    """Return the conversation that ends in the answer to write, and the row's own answer."""
-    problem = DataError(
-        f"found {', '.join(map(repr, row)) or 'nothing'}; expected messages, conversations, "
-        "instruction, prompt or text"
-    )
-    for format in [*formats, *_by_columns(row, is_plain)]:
-        try:
-            return _due(_whole(row, format))
-        except DataError as error:
-            problem = error
-    raise problem
 
 
 def _by_columns(row: Row, is_plain: bool) -> Iterator[FormatConfig]:
@@ -147,12 +253,8 @@ def _due(row: Conversation) -> tuple[Conversation, str | None]:
     return replace(row, messages=messages), reference
 
 
-def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+def _with_system(conversation: Conversation, system: str | None) -> Conversation:
+    messages = conversation.messages
     if system is None or messages[0].role in ("system", "text"):
-        return messages
-    return [Message("system", system, train=False), *messages]
-
-
-def _last_message(messages: list[Message]) -> str:
-    """Return the last message before the answer, to show with the results."""
-    return messages[-2].content
+        return conversation
+    return replace(conversation, messages=[Message("system", system, train=False), *messages])

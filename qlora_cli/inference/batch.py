@@ -64,7 +64,7 @@ def generate(
         prompts, model.encoder, formats=session.formats, is_plain=session.is_plain, system=system
     )
     for row in rows:
-        session.check_length(row.prompt)
+        session.check_prompt(row.prompt)
     started = time.monotonic()
     progress = Progress("completions", len(rows))
     found: dict[int, Completion] = {}

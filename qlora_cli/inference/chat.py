@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 
 from qlora_cli.common.standard_output import write_output
@@ -63,8 +63,7 @@ class Chat:
         self._session = session
         self._sampling = sampling
         self._settings = settings
-        system = session.system if system is None else system
-        self._system = [] if system is None else [Message("system", system, train=False)]
+        self._reader = session.reader(system)
         self._history: list[Message] = []
         self._turn = 0
         self.model = session.default
@@ -138,10 +137,8 @@ class Chat:
     def _answer(
         self, model: SessionModel, messages: Sequence[Message], write: Callable[[str], None]
     ) -> Completion:
-        prompt = self._session.prompt(model, [*self._system, *messages])
-        sampling, room = self._sampling, self._remaining_tokens(len(prompt.input_ids))
-        if room is not None and room < sampling.max_new_tokens:
-            sampling = replace(sampling, max_new_tokens=room)
+        prompt = self._session.prompt(model, self._reader.conversation(messages))
+        sampling = self._session.limited(self._sampling, prompt)
         is_streamed = not self._settings.as_json
         with self._session.use(model) as generator:
             answer = generator.stream(
@@ -150,13 +147,10 @@ class Chat:
         self._turn += 1
         if is_streamed:
             write("\n")
-        if answer.ended == "length" and sampling.max_new_tokens == room:
+        is_full = sampling.max_new_tokens < self._sampling.max_new_tokens
+        if answer.ended == "length" and is_full:
             self._settings.note("the context is full; /reset clears the conversation")
         return answer
-
-    def _remaining_tokens(self, length: int) -> int | None:
-        limit = self._session.context_length
-        return None if limit is None else limit - length
 
     def _write_json(self, model: SessionModel, text: str, answer: Completion) -> None:
         if self._settings.as_json:

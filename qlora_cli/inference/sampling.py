@@ -24,7 +24,7 @@ class Sampling:
     """How the next token is chosen.
 
     Raises:
-        RecipeError: a setting would have no effect.
+        RecipeError: a setting is out of bounds, or would have no effect.
     """
 
     temperature: float = 0.0
@@ -37,11 +37,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+        }
+        for name, (is_allowed, allowed) in bounds.items():
+            if not is_allowed:
+                raise RecipeError(f"{name}: {getattr(self, name)}; allowed: {allowed}")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise RecipeError(
-                "--top-p and --top-k have no effect at temperature 0, where the most likely token "
-                "is always taken",
-                hint="give a --temperature, such as 0.7",
+                "top-p and top-k have no effect at temperature 0, where the most likely token is "
+                "always taken",
+                hint="give a temperature, such as 0.7",
             )
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.data.encode.encoder import Encoder
-from qlora_cli.data.formats import FormatConfig, PromptCompletion, TemplateFormat, is_verbatim
+from qlora_cli.data.formats import FormatConfig, is_verbatim
+from qlora_cli.data.prompts import PromptReader
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
-from qlora_cli.inference.sampling import TextGenerator
+from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.models.identity import identify
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
@@ -58,6 +59,8 @@ class InferenceSession:
             the model.
 
     Attributes:
+        recipe: how the model was loaded.
+        dtype: autocast dtype; float32 turns autocast off.
         models: by name; the base is among them unless all of its weights were trained.
         default: the model that answers unless another one is chosen.
         formats: data formats that the model was trained on; empty if unknown.
@@ -70,10 +73,9 @@ class InferenceSession:
     def __init__(
         self, recipe: Recipe, *, has_recipe: bool, tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        world = World()
-        self._device = world.device
-        self._dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
-        self._recipe = recipe
+        self.world = World()
+        self.dtype = compute_dtype(recipe.quantization, recipe.training.precision, self.world)
+        self.recipe = recipe
         self._tokenizer = tokenizer
         self.formats: list[FormatConfig] = (
             [source.format for source in recipe.data.train_sources] if has_recipe else []
@@ -81,7 +83,7 @@ class InferenceSession:
         self.is_plain = tokenizer.chat_template is None or (
             bool(self.formats) and all(map(is_verbatim, self.formats))
         )
-        self._base = load_base(recipe.model, recipe.quantization, self._dtype, world.device)
+        self._base = load_base(recipe.model, recipe.quantization, self.dtype, self.world.device)
         config = self._base.config.get_text_config()
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self._adapters = AdapterSet(self._base.eval())
@@ -100,7 +102,7 @@ class InferenceSession:
             raise RecipeError(f"--adapter: duplicate name {name}; give each adapter its own name")
         tokenizer, stops = self._tokenizer, set(as_ids(self._base.generation_config.eos_token_id))
         if adapter is not None:
-            adapter.check_base(self._recipe, identify(self._recipe.model.locate()))
+            adapter.check_base(self.recipe, identify(self.recipe.model.locate()))
             self._adapters.add(name, adapter.folder)
             stops |= {*stop_token_ids(adapter.folder)}
             if (adapter.folder / "tokenizer_config.json").is_file():
@@ -116,7 +118,7 @@ class InferenceSession:
 
     def load_full_weights(self, folder: Path) -> None:
         """Replace the base by weights that were trained in full."""
-        self._base = self._recipe.adapter.load(self._base, folder).eval()
+        self._base = self.recipe.adapter.load(self._base, folder).eval()
         self._adapters = AdapterSet(self._base)
         set_stop_tokens(self._base, stop_token_ids(folder))
         self.models.clear()
@@ -128,7 +130,7 @@ class InferenceSession:
         """Switch to the weights of a model and yield a generator for it."""
         with self._adapters.using(model.adapter) as weights:
             yield TextGenerator(
-                weights, model.tokenizer, model.stop_token_ids, self._dtype, self._device
+                weights, model.tokenizer, model.stop_token_ids, self.dtype, self.world.device
             )
 
     def prompt(self, model: SessionModel, messages: Sequence[Message]) -> Prompt:
@@ -143,24 +145,36 @@ class InferenceSession:
             # Without a template, nothing separates one turn from the next.
             role, turns = "text", [Message("text", messages[-1].content, train=False)]
         prompt = model.encoder.to_prompt([*turns, Message(role, "", train=True)])
-        self.check_length(prompt)
+        self.check_prompt(prompt)
         return prompt
 
-    def check_length(self, prompt: Prompt) -> None:
+    def reader(self, system: str | None = None) -> PromptReader:
+        """Return a reader of prompts in the form of the training rows.
+
+        Args:
+            system: system message for conversations without one; None takes the recipe's.
+        """
+        return PromptReader(self.formats, is_plain=self.is_plain, system=system)
+
+    def check_prompt(self, prompt: Prompt) -> None:
         """Raise DataError if the prompt leaves no room in the context for a completion."""
-        length = len(prompt.input_ids)
+        self.check_length(len(prompt.input_ids), prompt.place)
+
+    def check_length(self, length: int, place: str = "") -> None:
+        """Raise DataError if this many tokens leave no room in the context for a completion."""
         if self.context_length is not None and length >= self.context_length:
-            where = f"{prompt.place}: " if prompt.place else ""
+            where = f"{place}: " if place else ""
             raise DataError(
                 f"{where}the context is full: the prompt has {length:,} tokens, and the model has "
                 f"room for {self.context_length:,}"
             )
 
-    @property
-    def system(self) -> str | None:
-        """System message that the model was trained with, if its recipe names one."""
-        found = [f.system for f in self.formats if isinstance(f, PromptCompletion | TemplateFormat)]
-        return found[0] if found else None
+    def limited(self, sampling: Sampling, prompt: Prompt) -> Sampling:
+        """Limit new tokens to what the context has room for after a prompt."""
+        if self.context_length is None:
+            return sampling
+        room = self.context_length - len(prompt.input_ids)
+        return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
 
 
 def open_session(

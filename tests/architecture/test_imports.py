@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "qlora_cli"
 
 ORDER = (
-    "__main__", "cli", "compare",
+    "__main__", "__init__", "cli", "api", "compare",
     "train", "plan", "export", "inspect", "evaluate", "inference",
     "loop", "runs", "recipe",
     "tasks", "adapters", "models", "data", "objectives", "optim", "distributed",
-    "kernels", "common", "_compat", "types", "errors", "__init__",
+    "kernels", "common", "_compat", "types", "errors", "version",
 )  # fmt: skip
 """From the command line down to the ground. Below `recipe`, nothing can see a whole recipe."""
 

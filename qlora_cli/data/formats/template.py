@@ -52,6 +52,18 @@ class TemplateFormat(Config):
             ]
         )
 
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The columns that the system message and the user message use."""
+        texts = [text for role, text in self._texts() if role != "assistant"]
+        return sorted({column for text in texts for column in _compiled(text).columns})
+
+    def fixed_system(self) -> str | None:
+        """Return the system message if it is the same for every row."""
+        if self.system is None or _compiled(self.system).columns:
+            return None
+        return rendered("system", self.system, {})
+
     def _texts(self) -> list[tuple[Literal["system", "user", "assistant"], str]]:
         system = () if self.system is None else (("system", self.system),)
         return [*system, ("user", self.user), ("assistant", self.assistant)]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_cli.data.encode.encoder import Encoder
-from qlora_cli.data.formats import PromptCompletion, TemplateFormat, Text
-from qlora_cli.data.prompts import Question, read_questions
+from qlora_cli.data.formats import Messages, PromptCompletion, TemplateFormat, Text
+from qlora_cli.data.prompts import PromptReader, Question, read_questions
 from qlora_cli.errors import DataError
+from qlora_cli.types import Message
 from tests.conftest import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 ENCODER = Encoder(TOKENIZER)
+ANSWER = Message("assistant", "", train=True)
 HI = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -89,7 +92,70 @@ def test_the_recipes_format_is_preferred_if_the_row_has_its_columns(tmp_path: Pa
     assert found == HI.replace("hi", "Q: hi").replace(
         "<|im_start|>user", "<|im_start|>system\ncalm<|im_end|>\n<|im_start|>user"
     )
-    assert given(ask(tmp_path, {"prompt": "hi"}, formats=[template])) == HI
+
+
+CALM = "<|im_start|>system\ncalm<|im_end|>\n"
+QUESTION = TemplateFormat(system="calm", user="Q: {{ question }}", assistant="{{ answer }}")
+ASKED = CALM + HI.replace("hi", "Q: hi")
+
+
+@pytest.mark.parametrize(
+    ("row", "formats", "wanted"),
+    [
+        ({"prompt": "hi"}, [QUESTION], ASKED),
+        ({"text": "hi"}, [QUESTION], ASKED),
+        ({"prompt": "hi"}, [QUESTION, QUESTION], ASKED),
+        ({"prompt": "hi"}, [TemplateFormat(user="Q: {{ prompt }}", system="calm")], ASKED),
+        ({"prompt": "hi"}, [TemplateFormat(user="Q: {{ q }}", system="{{ q }}")],
+         ASKED.replace("calm", "hi")),
+        # Messages are turns already.
+        ({"messages": [{"role": "user", "content": "hi"}]}, [QUESTION], CALM + HI),
+        ({"prompt": [{"role": "user", "content": "hi"}]}, [QUESTION], CALM + HI),
+        ({"prompt": "hi"}, [PromptCompletion(prompt_field="q", system="calm")], CALM + HI),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_single_text_is_put_into_the_recipes_template(
+    tmp_path: Path,
+    row: dict[str, Any],
+    formats: list[Any],
+    wanted: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = ask(tmp_path, {**row, "completion": "ho"}, formats=formats)
+    assert given(found) == wanted
+    assert not caplog.records
+    [*turns] = PromptReader(formats).conversation([Message("user", "hi", train=False)])
+    if isinstance(row.get("prompt"), str):
+        assert given(Question(ENCODER.to_prompt([*turns, ANSWER]), None)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("formats", "reason"),
+    [
+        ([TemplateFormat(user="{{ q }} {{ context }}")], r"uses 2 columns \(context, q\)"),
+        ([TemplateFormat(user="Write a poem.")], r"uses 0 columns \(none\)"),
+        ([TemplateFormat(user="{{ q }}", system="{{ topic }}")], "uses 2 columns"),
+        ([QUESTION, Messages()], "2 sources, and they do not share one template"),
+        ([QUESTION, TemplateFormat(user="{{ q }}")], "2 sources"),
+    ],
+    ids=str,
+)
+def test_a_text_that_does_not_fill_the_template_is_sent_as_typed_with_one_warning(
+    formats: list[Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = PromptReader(formats)
+    for _ in range(2):
+        conversation, _ = reader.read({"prompt": "hi"})
+        assert conversation.messages[-2].content == "hi"
+    [record] = caplog.records
+    assert re.search(reason, record.getMessage())
+
+
+def test_an_explicit_system_message_replaces_the_recipes() -> None:
+    for row in ({"prompt": "hi"}, {"question": "hi"}):
+        messages = PromptReader([QUESTION], system="loud").read(row)[0].messages
+        assert [m.content for m in messages[:-1]] == ["loud", "Q: hi"]
 
 
 @pytest.mark.parametrize(
