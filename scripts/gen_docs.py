@@ -143,7 +143,7 @@ PIPE = "\\|"
 _JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 Sections = dict[tuple[type[Config], ...], str]
-"""Config classes, and the section of the page that lists their keys."""
+"""Config classes, and the name of the section of the page that lists their keys."""
 
 
 def recipe_page() -> str:
@@ -156,29 +156,51 @@ def recipe_page() -> str:
     return _joined([RECIPE_HEAD, *sections])
 
 
-def _section(path: str, info: FieldInfo, about: str, seen: Sections) -> Iterator[str]:
-    """Render the keys of a section, by variant, and the sections below it."""
-    field_type = FieldType.of(info)
-    parts = _parts(field_type)
+def _section(
+    path: str, info: FieldInfo, about: str, seen: Sections, variants: Sequence[str] = ()
+) -> Iterator[str]:
+    """Render the keys of a section, by variant, and the sections below it.
+
+    Args:
+        variants: the types of the section above that have this one; empty for all of them.
+    """
+    parts = _parts(FieldType.of(info))
     if not parts:
         return
-    yield f"{'#' * (path.count('.') + 2)} `{path}`\n"
+    only = f" of {', '.join(f'`{name}`' for name in variants)}" if variants else ""
+    yield f"{'#' * (path.count('.') + 2)} `{path}`{only}\n"
     yield f"{about} {_presence(info)}\n"
     if parts in seen:
-        yield f"It has the same keys as `{seen[parts]}`.\n"
+        yield f"It has the same keys as {seen[parts]}.\n"
         return
-    seen[parts] = path
+    seen[parts] = f"`{path}`{only}"
     if len(parts) > 1:
         yield from (f"- `type: {_types(part)}`: {_about(part)}" for part in parts)
         yield ""
     yield from _tables(parts)
-    below = {
-        name: (info, field_docs(part).get(name, ""))
-        for part in parts
-        for name, info in part.model_fields.items()
-    }
-    for name, (info_below, about_it) in below.items():
-        yield from _section(f"{path}.{name}", info_below, about_it, seen)
+    for name, forms in _sections_below(parts).items():
+        for below, about_it, owners in forms:
+            some = owners if len(forms) > 1 else ()
+            yield from _section(f"{path}.{name}", below, about_it, seen, some)
+
+
+def _sections_below(
+    parts: tuple[type[Config], ...],
+) -> dict[str, list[tuple[FieldInfo, str, list[str]]]]:
+    """Return each key that takes a section, in its different forms, with the types that have it.
+
+    Variants may declare a key of the same name with another section, text or default.
+    """
+    below: dict[str, dict[tuple[Any, ...], tuple[FieldInfo, str, list[str]]]] = {}
+    for part in parts:
+        types = list(type_names(part)) if parts[1:] else []
+        for name, info in part.model_fields.items():
+            if sections := _parts(FieldType.of(info)):
+                about = field_docs(part)[name]
+                form = (sections, about, _presence(info))
+                _, _, owners = below.setdefault(name, {}).setdefault(form, (info, about, []))
+                owners += types
+    return {name: list(forms.values()) for name, forms in below.items()}
 
 
 def _parts(field_type: FieldType) -> tuple[type[Config], ...]:
@@ -205,7 +227,11 @@ def _rows(part: type[Config]) -> Iterator[str]:
         if name == "type":
             continue
         field_type = FieldType.of(info)
-        takes = "a section (below)" if _parts(field_type) else field_type.words()
+        takes = (
+            f"a section (below){', or null' * field_type.nullable}"
+            if _parts(field_type)
+            else field_type.words()
+        )
         if _parts(field_type) and field_type.item:
             takes = f"{'a section, or ' * bool(field_type.sections)}a list of sections (below)"
         cells = [f"`{name}`", takes, _default(info), " ".join(docs[name].split())]

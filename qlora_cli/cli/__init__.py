@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -75,32 +75,34 @@ def qlora(version: Version = False, quiet: Quiet = None) -> None:
     """Declare the options that stand before a command."""
 
 
-app.command()(train_evaluate_export.train)
-app.command()(train_evaluate_export.rerun)
-app.command()(train_evaluate_export.bench)
-app.command()(compare.compare)
-app.command("eval")(train_evaluate_export.evaluate)
-app.command()(train_evaluate_export.merge)
-app.command("export")(train_evaluate_export.export_model)
-app.command()(inference.chat)
-app.command()(inference.generate)
-app.command()(recipe_data_plan.validate)
-app.command()(recipe_data_plan.preview)
-app.command()(recipe_data_plan.plan)
-app.command("cache")(recipe_data_plan.show_cache)
-app.command()(recipe_data_plan.schema)
+def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    """Add a command. The list of commands shows the first line of its docstring, never cut."""
+    summary = (command.__doc__ or "").partition("\n")[0]
+    group.command(name, short_help=summary)(command)
 
-adapters_app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="List, inspect, compare and combine adapters.",
-)
-app.add_typer(adapters_app, name="adapters")
-adapters_app.command("list")(adapters.list_adapters)
-adapters_app.command("inspect")(adapters.inspect_adapter)
-adapters_app.command("diff")(adapters.diff_adapters)
-adapters_app.command("combine")(adapters.combine_adapters)
+
+_add(app, "train", train_evaluate_export.train)
+_add(app, "rerun", train_evaluate_export.rerun)
+_add(app, "bench", train_evaluate_export.bench)
+_add(app, "compare", compare.compare)
+_add(app, "eval", train_evaluate_export.evaluate)
+_add(app, "merge", train_evaluate_export.merge)
+_add(app, "export", train_evaluate_export.export_model)
+_add(app, "chat", inference.chat)
+_add(app, "generate", inference.generate)
+_add(app, "validate", recipe_data_plan.validate)
+_add(app, "preview", recipe_data_plan.preview)
+_add(app, "plan", recipe_data_plan.plan)
+_add(app, "cache", recipe_data_plan.show_cache)
+_add(app, "schema", recipe_data_plan.schema)
+
+adapters_app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
+_ADAPTERS = "List, inspect, compare and combine adapters."
+app.add_typer(adapters_app, name="adapters", help=_ADAPTERS, short_help=_ADAPTERS)
+_add(adapters_app, "list", adapters.list_adapters)
+_add(adapters_app, "inspect", adapters.inspect_adapter)
+_add(adapters_app, "diff", adapters.diff_adapters)
+_add(adapters_app, "combine", adapters.combine_adapters)
 
 
 def main(args: Sequence[str] | None = None) -> None:
