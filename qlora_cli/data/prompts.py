@@ -13,6 +13,7 @@ from qlora_cli.data.formats import (
     Alpaca,
     FormatConfig,
     Messages,
+    Preference,
     PromptCompletion,
     ShareGpt,
     TemplateFormat,
@@ -238,8 +239,10 @@ def _whole(row: Row, format: FormatConfig) -> Conversation:
         case Text():
             [piece] = format.to_conversation(row).messages
             return Conversation([replace(piece, train=False), Message("text", _NO_ANSWER, True)])
-        case _:
+        case Preference():
             raise DataError("a preference row has two answers; give rows with one")
+        case _:
+            return format.to_conversation(row)
 
 
 _OPENAI = ("role", "content", "assistant")

@@ -1,4 +1,8 @@
-"""Log metrics. To add a tracker: one class here, and its name in `open_trackers`."""
+"""Log metrics.
+
+To add a tracker: one class here, its name in `open_trackers`, and in `Output.trackers` of the
+recipe.
+"""
 
 from __future__ import annotations
 

@@ -10,14 +10,12 @@ from typing import Any, get_args
 
 import yaml
 
-from qlora_cli.adapters.partial import TRAINED
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.config import Config
 from qlora_cli.data.sources import Source
-from qlora_cli.data.sources.files import names_a_file
-from qlora_cli.data.sources.hub import is_hub_id
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.card_code import card_code, is_on_hub, public
 from qlora_cli.runs.evaluation_table import evaluation_table
 from qlora_cli.runs.merge_report import MergeReport, merge_text
 from qlora_cli.runs.run_folder import RunFolder, Weights
@@ -52,7 +50,7 @@ def model_card(
     kind = "fine-tuned model" if is_whole else f"{recipe.adapter.type} adapter"
     if is_partial:
         kind = f"part of a fine-tuned model ({recipe.adapter.type})"
-    base = _public(recipe.model.path)
+    base = public(recipe.model.path)
     lines = [
         "---",
         yaml.safe_dump(_front_matter(recipe, is_whole), sort_keys=False).rstrip(),
@@ -65,7 +63,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(_whole_example(name) if is_whole else _adapter_example(recipe, name, is_partial)),
+        *card_code(recipe, name, is_whole=is_whole),
         "```",
         "",
         "## Training",
@@ -85,11 +83,11 @@ def _front_matter(recipe: Recipe, is_whole: bool) -> dict[str, Any]:
         "library_name": "transformers" if is_whole or recipe.adapter.trains_base else "peft",
         "pipeline_tag": "text-generation",
     }
-    if _is_on_hub(recipe.model.path):
+    if is_on_hub(recipe.model.path):
         entries["base_model"] = recipe.model.path
         entries["base_model_relation"] = "finetune" if is_whole else "adapter"
     paths = dict.fromkeys(source.path for source in recipe.data.train_sources)
-    if datasets := [path for path in paths if _is_on_hub(path)]:
+    if datasets := [path for path in paths if is_on_hub(path)]:
         entries["datasets"] = datasets
     tags: list[str] = [recipe.adapter.type]
     if recipe.quantization.is_quantized:
@@ -103,7 +101,7 @@ def _facts(
     """Rows of the table: base, adapter, data, settings and results."""
     revision = recipe.model.revision
     at = f", revision {revision}" if revision else ""
-    yield "base model", _public(recipe.model.path) + at
+    yield "base model", public(recipe.model.path) + at
     yield "base held in", _summary(recipe.quantization)
     yield "adapter", _summary(recipe.adapter)
     if combined := record.get("combined"):
@@ -182,8 +180,8 @@ def _data(sources: list[Source], counts: Mapping[str, Any]) -> str:
 
 
 def _source(source: Source) -> str:
-    if not _is_on_hub(source.path):
-        return _public(source.path)
+    if not is_on_hub(source.path):
+        return public(source.path)
     parts = [source.path, source.name, source.split, source.revision]
     return " ".join(part for part in parts if part)
 
@@ -204,67 +202,8 @@ def _setting(value: Any) -> str:
         return "on"
     if isinstance(value, float):
         return f"{value:g}"
-    return _public(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _is_on_hub(path: str) -> bool:
-    here = Path(path)
-    is_file = names_a_file(path) or here.suffix == ".gguf"
-    return is_hub_id(path) and not is_file and not here.exists()
-
-
-def _public(path: str) -> str:
-    """A path without its folders; Hub ids are kept."""
-    return path if _is_on_hub(path) else Path(path).name
+    return public(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
-
-
-def _whole_example(name: str) -> list[str]:
-    return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'folder = "{name}"',
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-    ]
-
-
-def _adapter_example(recipe: Recipe, name: str, is_partial: bool) -> list[str]:
-    """Load the base as in training: the adapter was trained on exactly those weights."""
-    import torch
-
-    precisions = {"fp16": torch.float16, "fp32": torch.float32}
-    dtype = precisions.get(recipe.training.precision, torch.bfloat16)
-    options = recipe.quantization.load_options(dtype)
-    imports = "AutoModelForCausalLM, AutoTokenizer"
-    arguments = [f'dtype="{str(options["dtype"]).removeprefix("torch.")}",']
-    if quantization := options.get("quantization_config"):
-        imports += ", BitsAndBytesConfig"
-        settings = quantization.to_diff_dict()
-        wanted = [f"{key}={value!r}" for key, value in settings.items() if key in _CONFIG_KEYS]
-        arguments.append(f"quantization_config=BitsAndBytesConfig({', '.join(wanted)}),")
-    library, use = "from peft import PeftModel", "model = PeftModel.from_pretrained(base, folder)"
-    if is_partial:
-        library = "from safetensors.torch import load_file"
-        use = f'base.load_state_dict(load_file(folder + "/{TRAINED}"), strict=False)'
-    return [
-        library,
-        f"from transformers import {imports}",
-        "",
-        f'folder = "{name}"',
-        "base = AutoModelForCausalLM.from_pretrained(",
-        f'    "{_public(recipe.model.path)}",',
-        *(f"    {argument}" for argument in arguments),
-        ")",
-        use,
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-    ]
-
-
-_CONFIG_KEYS = {
-    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype", "llm_int8_threshold",
-}  # fmt: skip

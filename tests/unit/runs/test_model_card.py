@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
+from qlora_cli.inference.session import open_session
+from qlora_cli.runs.card_code import card_code
 from qlora_cli.runs.merge_report import MergeReport, UpdateReport
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.train import train
+from tests.conftest import CHATML, save_tiny_model
+from tests.tiny_gguf import write_gguf
 
 PATHS = ("/tmp", "/home", "/root", "/var", "/private")
 
@@ -133,22 +138,130 @@ def test_the_example_holds_the_base_as_in_training(
     assert 'dtype="bfloat16"' in code
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_the_example_for_an_adapter_runs(
+@pytest.fixture
+def run_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """Run the code of a card where the base and the folder of the card are."""
+
+    def run(folder: Path, base: Path, *, place: str = "") -> dict[str, Any]:
+        (code,) = codes((folder / "README.md").read_text())
+        here = tmp_path / "here"
+        (here / place).mkdir(parents=True)
+        (here / place / base.name).symlink_to(base)
+        name = re.search(r'folder = "(.*?)"', code)
+        assert name
+        (here / name[1]).symlink_to(folder)
+        monkeypatch.chdir(here)
+        capsys.readouterr()
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert names["tokenizer"].chat_template
+        assert names["inputs"]["input_ids"].shape[1] > 20
+        assert capsys.readouterr().out.endswith("\n")
+        return names
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("quantization", "adapter"),
+    [
+        ("nf4", {"type": "lora"}),
+        ("none", {"type": "lora"}),
+        ("none", {"type": "bitfit"}),
+        ("none", {"type": "bottleneck", "size": 4}),
+        pytest.param("int8", {"type": "lora"}, marks=pytest.mark.slow),
+        pytest.param("none", {"type": "full"}, marks=pytest.mark.slow),
+        pytest.param("none", {"type": "freeze"}, marks=pytest.mark.slow),
+        pytest.param("none", {"type": "prompt"}, marks=pytest.mark.slow),
+        pytest.param("none", {"type": "prefix"}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_example_runs_on_a_local_folder(
     make_run: Callable[..., RunFolder],
-    monkeypatch: pytest.MonkeyPatch,
+    run_code: Callable[..., dict[str, Any]],
     tiny_model: Path,
     quantization: str,
+    adapter: dict[str, Any],
 ) -> None:
-    run = make_run(quantization={"type": quantization})
-    (code,) = codes((run.root / "last" / "README.md").read_text())
-    monkeypatch.chdir(tiny_model.parent)
-    (tiny_model.parent / "run").unlink(missing_ok=True)
-    (tiny_model.parent / "run").symlink_to(run.root / "last")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["model"].active_adapters == ["default"]
-    assert names["tokenizer"].chat_template
+    base = tiny_model
+    if adapter["type"] == "bitfit":
+        base = save_tiny_model(tiny_model.parent / "biased", attention_bias=True)
+    run = make_run(model={"path": str(base)}, quantization={"type": quantization}, adapter=adapter)
+    names = run_code(run.root / "last", base)
+    assert ("the path of your copy" in (run.root / "last" / "README.md").read_text()) == (
+        adapter["type"] != "full"
+    )
+    if adapter["type"] == "lora":
+        assert names["model"].active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_example_unpacks_a_gguf_base(
+    make_run: Callable[..., RunFolder],
+    run_code: Callable[..., dict[str, Any]],
+    tiny_model: Path,
+    tmp_path: Path,
+    quantization: str,
+) -> None:
+    file, template = tmp_path / "tiny.gguf", tmp_path / "chatml.jinja"
+    write_gguf(tiny_model, file)
+    template.write_text(CHATML, encoding="utf-8")
+    run = make_run(
+        model={"path": str(file)},
+        quantization={"type": quantization},
+        data={"chat_template": str(template)},
+        training={"precision": "bf16"},
+    )
+    names = run_code(run.root / "last", file, place="gguf")
+    with torch.no_grad():
+        found = names["model"](**names["inputs"]).logits.float()
+    session = open_session(str(run.root))
+    with torch.no_grad(), session.use(session.default) as generator:
+        wanted = generator.model(**names["inputs"]).logits.float()
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("format", "wanted"),
+    [
+        ({"type": "messages"}, '[{"role": "user", "content": "What is'),
+        (
+            {"type": "template", "system": "calm", "user": "Q: {{ q }}", "assistant": "{{ a }}"},
+            '[{"role": "system", "content": "calm"}, {"role": "user", "content": "Q: What is',
+        ),
+        (
+            {"type": "template", "user": '{{ q }} \\ "{{ c }}"', "assistant": "{{ a }}"},
+            r'[{"role": "user", "content": "{{ q }} \\ \"{{ c }}\""}]',
+        ),
+        ({"type": "text"}, 'inputs = tokenizer("The capital'),
+        ({"type": "prompt_completion", "as_chat": False}, 'inputs = tokenizer("The capital'),
+    ],
+    ids=str,
+)
+def test_the_example_asks_in_the_form_of_the_training_rows(
+    tiny_recipe: Callable[..., Any],
+    format: dict[str, Any],
+    wanted: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = tiny_recipe(data={"train": {"path": "rows.jsonl", "format": format}})
+    code = "\n".join(card_code(recipe, "mine", is_whole=False))
+    ast.parse(code)
+    assert wanted in code
+    assert not caplog.records
+
+
+def test_the_example_pins_the_revision_of_a_base_on_the_hub(
+    tiny_recipe: Callable[..., Any],
+) -> None:
+    model = {"path": "org/base-1B", "revision": "0" * 40, "trust_remote_code": True}
+    code = "\n".join(card_code(tiny_recipe(model=model), "mine", is_whole=False))
+    ast.parse(code)
+    assert f'revision="{"0" * 40}"' in code
+    assert "trust_remote_code=True" in code
+    assert "your copy" not in code
 
 
 def _proof() -> MergeReport:

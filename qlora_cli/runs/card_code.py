@@ -1,0 +1,167 @@
+"""The code of a model card: load the weights as in training, and generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qlora_cli.adapters.bottleneck import Bottleneck
+from qlora_cli.adapters.partial import TRAINED
+from qlora_cli.data.formats import TemplateFormat
+from qlora_cli.data.prompts import PromptReader, is_verbatim
+from qlora_cli.data.sources.files import names_a_file
+from qlora_cli.data.sources.hub import is_hub_id
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.types import Message
+
+_QUESTION = "What is the capital of France?"
+_CONFIG_KEYS = {
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold",
+}  # fmt: skip
+
+
+def card_code(recipe: Recipe, name: str, *, is_whole: bool) -> list[str]:
+    """Return lines that load the weights of a run and generate an answer.
+
+    Args:
+        name: the folder of the weights.
+        is_whole: the folder holds a whole model; otherwise it needs the base.
+    """
+    load = _load_whole() if is_whole else _load_on_base(recipe)
+    imports = [line for line in load if line.startswith(("from ", "import "))]
+    rest = load[len(imports) :]
+    return [
+        *imports,
+        "",
+        f"folder = {_text(name)}  # the folder of this card, or its id on the Hub",
+        *rest,
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "",
+        *_generate(recipe),
+    ]
+
+
+def is_on_hub(path: str) -> bool:
+    """Return whether a path is the id of something on the Hub, and not a local file or folder."""
+    here = Path(path)
+    is_file = names_a_file(path) or here.suffix == ".gguf"
+    return is_hub_id(path) and not is_file and not here.exists()
+
+
+def public(path: str) -> str:
+    """Return a path without its folders; Hub ids are kept."""
+    return path if is_on_hub(path) else Path(path).name
+
+
+def _load_whole() -> list[str]:
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+    ]
+
+
+def _load_on_base(recipe: Recipe) -> list[str]:
+    """Load the base as in training: the adapter was trained on exactly those weights."""
+    names = ["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig"]
+    arguments = _base_arguments(recipe)
+    if any("BitsAndBytesConfig" in argument for argument in arguments):
+        names.append("BitsAndBytesConfig")
+    path = public(recipe.model.path)
+    unpack, note = [], "" if is_on_hub(recipe.model.path) else "  # the path of your copy"
+    if path.endswith(".gguf"):
+        names.append("GgufConfig")
+        file, path, note = path, f"{path.removesuffix('.gguf')}-bfloat16", ""
+        unpack = [
+            f"# Put {file} alone into a folder: other files there would change how it is read.",
+            "AutoModelForCausalLM.from_pretrained(",
+            f'    "gguf", gguf_file={_text(file)}, dtype="bfloat16",',
+            "    quantization_config=GgufConfig(dequantize=True),",
+            f").save_pretrained({_text(path)})",
+        ]
+    libraries, attach = _attach(recipe)
+    return [
+        *libraries,
+        f"from transformers import {', '.join(sorted(names))}",
+        *unpack,
+        "base = AutoModelForCausalLM.from_pretrained(",
+        f"    {_text(path)},{note}",
+        *(f"    {argument}," for argument in arguments),
+        ")",
+        *attach,
+        "model.generation_config = GenerationConfig.from_pretrained(folder)",
+    ]
+
+
+def _base_arguments(recipe: Recipe) -> list[str]:
+    import torch
+
+    precisions = {"fp16": torch.float16, "fp32": torch.float32}
+    dtype = precisions.get(recipe.training.precision, torch.bfloat16)
+    options = recipe.quantization.load_options(dtype)
+    arguments = [f'dtype="{str(options["dtype"]).removeprefix("torch.")}"']
+    if is_on_hub(recipe.model.path) and recipe.model.revision:
+        arguments.append(f"revision={_text(recipe.model.revision)}")
+    if recipe.model.trust_remote_code:
+        arguments.append("trust_remote_code=True")
+    if quantization := options.get("quantization_config"):
+        settings = quantization.to_diff_dict()
+        wanted = [f"{key}={value!r}" for key, value in settings.items() if key in _CONFIG_KEYS]
+        arguments.append(f"quantization_config=BitsAndBytesConfig({', '.join(wanted)})")
+    return arguments
+
+
+def _attach(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the imports and the lines that put the trained weights onto the base."""
+    if recipe.adapter.trains_base:
+        load = f'base.load_state_dict(load_file(folder + "/{TRAINED}"), strict=False)'
+        return ["from safetensors.torch import load_file"], [load, "model = base"]
+    libraries, before = ["from peft import PeftModel"], []
+    if isinstance(recipe.adapter, Bottleneck):
+        libraries.append("from qlora_cli.adapters.layers.bottleneck import register")
+        before = ["register()  # PEFT itself does not have this method"]
+    return libraries, [*before, "model = PeftModel.from_pretrained(base, folder)"]
+
+
+def _generate(recipe: Recipe) -> list[str]:
+    formats = [source.format for source in recipe.data.train_sources]
+    if all(map(is_verbatim, formats)):
+        inputs = ['inputs = tokenizer("The capital of France is", return_tensors="pt")']
+    else:
+        turns = ", ".join(
+            f'{{"role": {_text(m.role)}, "content": {_text(m.content)}}}'
+            for m in _example_turns(recipe)
+        )
+        inputs = [
+            f"messages = [{turns}]",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    return [
+        *inputs,
+        "output = model.generate(**inputs.to(model.device), max_new_tokens=100)",
+        'answer = output[0, inputs["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+    ]
+
+
+def _example_turns(recipe: Recipe) -> list[Message]:
+    """Return a question in the form of the training prompts.
+
+    A template over several columns is shown as it is, to be filled in.
+    """
+    formats = [source.format for source in recipe.data.train_sources]
+    first = formats[0]
+    question = Message("user", _QUESTION, train=False)
+    if any(format != first for format in formats):
+        return [question]
+    if isinstance(first, TemplateFormat) and len(first.prompt_columns) != 1:
+        system = first.fixed_system()
+        before = [] if system is None else [Message("system", system, train=False)]
+        return [*before, Message("user", first.user, train=False)]
+    return PromptReader(formats).conversation([question])
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)
