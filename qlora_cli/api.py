@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_cli.common.user_paths import expand_path
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.inference.sampling import Sampling
@@ -196,11 +197,15 @@ class Model:
 
 
 def load_model(target: str, *, weights: Weights, overrides: Sequence[str]) -> Model:
-    """Open a session on a run, adapter, model or recipe.
+    """Open a session on a run, adapter, model or recipe. `~` in its path is expanded.
 
     Raises:
         QloraError: the model cannot be loaded.
     """
+    try:
+        target = expand_path(target)
+    except ValueError as error:
+        raise RecipeError(f"run: {error}") from error
     return Model(open_session(target, overrides, weights=weights))
 
 

@@ -28,6 +28,9 @@ def write_gguf(folder: Path, file: Path, *, scale: float = 1.0) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    # Readers need a merge. The bytes of this one are never next to each other in UTF-8.
+    rare = "\u00ff"
+    tokens += [rare + rare]
     tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
@@ -43,7 +46,7 @@ def write_gguf(folder: Path, file: Path, *, scale: float = 1.0) -> None:
             for token in tokens
         ]
     )
-    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
+    writer.add_token_merges([f"{rare} {rare}"])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

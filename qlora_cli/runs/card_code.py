@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qlora_cli.adapters.bottleneck import Bottleneck
 from qlora_cli.adapters.partial import TRAINED
-from qlora_cli.data.formats import TemplateFormat
-from qlora_cli.data.prompts import PromptReader, is_verbatim
+from qlora_cli.data.formats import TemplateFormat, is_verbatim
+from qlora_cli.data.prompts import PromptReader
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
 from qlora_cli.recipe.schema import Recipe

@@ -141,6 +141,7 @@ def test_a_model_without_template_continues_the_prompt_with_each_label(tmp_path:
         (lambda model: model.classify("hi", ["yes", ""]), "at least two different"),
         (lambda model: model.classify("x" * 600), "context is full"),
         (lambda _: qlora_cli.load("nowhere/at/all"), "no such folder"),
+        (lambda _: qlora_cli.load("$HERE/run"), "environment variables .* are not read here"),
     ],
 )
 def test_mistakes_are_errors_with_a_reason(
