@@ -1,6 +1,8 @@
 """Fine-tune language models from one YAML recipe.
 
-Start reading at `train/train.py`, then `loop/fit.py`. From Python, `load` opens the result of a run.
+Start reading at `train/train.py`, then `loop/fit.py`.
+
+From Python, `load` opens the result of a run.
 """
 
 from __future__ import annotations
