@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import (
@@ -212,7 +212,13 @@ def _by_columns(row: Row, is_plain: bool) -> Iterator[FormatConfig]:
         yield PromptCompletion(prompt_field="text", as_chat=not is_plain)
 
 
-def _whole(row: Row, format: FormatConfig) -> Conversation:
+class _Format(Protocol):
+    """A data format: one of those matched below, or a new one, whose rows need an answer."""
+
+    def to_conversation(self, row: Row) -> Conversation: ...
+
+
+def _whole(row: Row, format: _Format) -> Conversation:
     """Return the conversation of a row; its answer is `_NO_ANSWER` if the row has none."""
     match format:
         case Messages() | ShareGpt():
