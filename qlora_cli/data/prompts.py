@@ -89,6 +89,8 @@ class PromptReader:
             "instruction, prompt or text"
         )
         for format in self._formats:
+            if _ignores_request(format, row):
+                continue
             try:
                 conversation, reference = _due(_whole(row, format))
             except DataError as error:
@@ -149,6 +151,12 @@ class PromptReader:
             if isinstance(format, TemplateFormat):
                 return format.fixed_system()
         return None
+
+
+def _ignores_request(format: FormatConfig, row: Row) -> bool:
+    """Return whether a row is a single request that the format's prompt does not contain."""
+    is_fixed = isinstance(format, TemplateFormat) and not format.prompt_columns
+    return is_fixed and row.keys() == {"prompt"}
 
 
 def _without_system(format: FormatConfig) -> FormatConfig:
@@ -257,6 +265,8 @@ _SHAREGPT = ("from", "value", "gpt")
 
 def _due(row: Conversation) -> tuple[Conversation, str | None]:
     *before, last = row.messages
+    if not before:
+        raise DataError("the row has no prompt: nothing precedes its answer")
     reference = None if last.content == _NO_ANSWER else last.content
     messages = [*(replace(message, train=False) for message in before), replace(last, train=True)]
     return replace(row, messages=messages), reference

@@ -56,14 +56,14 @@ def public(path: str) -> str:
 
 def _load_whole() -> list[str]:
     return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer",
         'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
     ]
 
 
 def _load_on_base(recipe: Recipe) -> list[str]:
     """Load the base as in training: the adapter was trained on exactly those weights."""
-    names = ["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig"]
+    names = ["AutoTokenizer", "GenerationConfig", "TextStreamer"]
     arguments = _base_arguments(recipe)
     if any("BitsAndBytesConfig" in argument for argument in arguments):
         names.append("BitsAndBytesConfig")
@@ -82,7 +82,7 @@ def _load_on_base(recipe: Recipe) -> list[str]:
     libraries, attach = _attach(recipe)
     return [
         *libraries,
-        f"from transformers import {', '.join(sorted(names))}",
+        f"from transformers import AutoModelForCausalLM, {', '.join(sorted(names))}",
         *unpack,
         "base = AutoModelForCausalLM.from_pretrained(",
         f"    {_text(path)},{note}",
@@ -140,9 +140,8 @@ def _generate(recipe: Recipe) -> list[str]:
         ]
     return [
         *inputs,
-        "output = model.generate(**inputs.to(model.device), max_new_tokens=100)",
-        'answer = output[0, inputs["input_ids"].shape[1] :]',
-        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        "streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)",
+        "model.generate(**inputs.to(model.device), max_new_tokens=100, streamer=streamer)",
     ]
 
 
