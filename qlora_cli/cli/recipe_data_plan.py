@@ -26,18 +26,27 @@ def _is_coloured() -> bool:
 
 
 def validate(
-    recipe: RecipePath, overrides: Overrides, as_json: Json = False, quiet: Quiet = None
+    recipe: RecipePath,
+    overrides: Overrides,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Also check base, tokenizer and adapter together (a second)."),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = None,
 ) -> None:
     """Check a recipe, and print all its values with their origins.
 
-    An origin is a line of the recipe or of a recipe that it extends, --set, or the default. No
-    model or data is opened. Settings without effect are warned of, and packages that are missing
-    are refused. --json prints recipe (the values) and
-    origins (the place of each dotted key).
+    An origin is a line of the recipe or of a recipe that it extends, --set, or the default.
+    Settings without effect are warned of, and packages that are missing are refused. Without --deep
+    no model or data is opened. --deep takes one row through forward, backward, save, load and merge
+    on a miniature of the base, and compares the tokenizer with the embedding. --json prints recipe
+    (the values), origins (the place of each dotted key), and with --deep compatibility.
 
     \b
     Example:
       qlora validate recipe.yaml --set adapter.r=8
+      qlora validate recipe.yaml --deep
     """
     from qlora_cli.recipe.load import dump_with_origins, load_recipe
     from qlora_cli.recipe.packages import require_packages
@@ -47,8 +56,18 @@ def validate(
     require_packages(loaded.recipe, for_tasks=True)
     for line in settings_without_effect(loaded.recipe, loaded.recipe.training.max_steps):
         log.warning(line)
-    values = loaded.recipe.model_dump(mode="json")
-    show({"recipe": values, "origins": loaded.origins}, as_json, dump_with_origins(loaded))
+    report: dict[str, object] = {
+        "recipe": loaded.recipe.model_dump(mode="json"),
+        "origins": loaded.origins,
+    }
+    text = dump_with_origins(loaded)
+    if deep:
+        from qlora_cli.plan.compatibility import check_compatibility, compatibility_text
+
+        found = check_compatibility(loaded.recipe)
+        report["compatibility"] = found.to_json()
+        text = f"{text.rstrip()}\n# {compatibility_text(found)}"
+    show(report, as_json, text)
 
 
 def preview(

@@ -118,7 +118,7 @@ def trace_memory(
         return _trace(recipe, short, dtype, device, steps, held_out, kernels)
 
     period = _period(text_config(config))
-    if period is None or _names_layers(recipe):
+    if period is None or names_layers(recipe):
         return trace(num_layers)
     small = num_layers % period + 2 * period
     if small + period >= num_layers:
@@ -254,7 +254,7 @@ def _period(text: PretrainedConfig) -> int | None:
     return None
 
 
-def _names_layers(recipe: Recipe) -> bool:
+def names_layers(recipe: Recipe) -> bool:
     """Return whether adapter or optimizer may treat layers differently.
 
     A name with a digit may be that of one layer. PEFT's own settings that select layers or modules

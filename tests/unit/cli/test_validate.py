@@ -224,7 +224,7 @@ def test_no_option_is_removed() -> None:
             "--json",
             *talk,
         },
-        "validate": {"recipe", "--set", "--json", *talk},
+        "validate": {"recipe", "--set", "--deep", "--json", *talk},
         "preview": {
             "recipe",
             "--set",

@@ -1,0 +1,191 @@
+"""Check that base, adapter, tokenizer and row length go together, without any data.
+
+A dry run on a miniature of the base (the same architecture, narrow, with random weights) takes one
+row through forward, backward, save, load and merge. It takes about a second, whatever the size of
+the base, and finds what would otherwise fail after the data is prepared, or after the training.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.hashing import hash_json
+from qlora_cli.common.report import Report
+from qlora_cli.data.render.chat_template import read_chat_template
+from qlora_cli.errors import ModelError
+from qlora_cli.models.report import WeightCounts, count_base_weights, refuse_mostly_unquantized
+from qlora_cli.plan.miniature_run import UnattachedMiniature, UncheckedModel, dry_run_miniature
+from qlora_cli.plan.rows import missing_locally
+from qlora_cli.plan.trace.meta_model import build_quantized_meta_model
+from qlora_cli.plan.traced_memory import attention_option
+from qlora_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger("qlora")
+
+
+@dataclass(frozen=True, slots=True)
+class CompatibilityReport(Report):
+    """How base, adapter, tokenizer and row length go together (`qlora validate --deep`)."""
+
+    architecture: str
+    """Model type of the base."""
+    steps: list[str]
+    """Steps of the dry run that passed: forward, backward, save, load, merge."""
+    not_checked: str
+    """Why no dry run was possible; empty if it was. The run itself then finds what does not fit."""
+    seconds: float
+    """Time that the check took."""
+
+
+def check_compatibility(recipe: Recipe) -> CompatibilityReport:
+    """Refuse base, tokenizer, adapter and row length that do not go together.
+
+    Raises:
+        ModelError: by name, with the way out.
+    """
+    quiet_libraries()
+    if not missing_locally(recipe):
+        recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
+    return check_model(recipe)
+
+
+def check_model(recipe: Recipe) -> CompatibilityReport:
+    """Refuse base, adapter and row length that do not go together.
+
+    Raises:
+        ModelError: by name, with the way out.
+    """
+    quiet_libraries()
+    started = time.monotonic()
+    config, _ = recipe.model.read_config()
+    adapter = recipe.adapter
+    named = [adapter.model_dump_json(), recipe.quantization.model_dump_json()]
+    key = hash_json([config.to_json_string(use_diff=False), *named, recipe.data.max_length])
+    if key in _CHECKED:
+        return _CHECKED[key]
+    skeleton = _build_skeleton(recipe, config)
+    refuse_long_rows(skeleton, recipe.data.max_length)
+    for check in adapter.checks:
+        check(adapter, skeleton)
+    steps: list[str] = []
+    why = ""
+    # The run draws its random numbers from its own seed, whatever is drawn here.
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        try:
+            steps = dry_run_miniature(recipe, config, Path(folder))
+        except UncheckedModel as error:
+            if isinstance(error, UnattachedMiniature):
+                _attach(recipe, skeleton)
+            why = str(error)
+            log.debug("no dry run on a miniature of the base: %s", why)
+    _CHECKED[key] = CompatibilityReport(
+        architecture=str(config.model_type),
+        steps=steps,
+        not_checked=why,
+        seconds=round(time.monotonic() - started, 2),
+    )
+    return _CHECKED[key]
+
+
+_CHECKED: dict[str, CompatibilityReport] = {}
+"""Results of this process: a comparison or a search trains one base many times."""
+
+
+def compatibility_text(report: CompatibilityReport) -> str:
+    """Describe the report in one line."""
+    if report.not_checked:
+        return (
+            f"dry run: not possible for {report.architecture} ({report.not_checked}); names and "
+            "lengths go together"
+        )
+    return (
+        f"dry run of one row on a miniature of {report.architecture}: {', '.join(report.steps)} "
+        f"work ({report.seconds:.1f} s)"
+    )
+
+
+def refuse_long_rows(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse rows that are longer than a learned table of positions.
+
+    Raises:
+        ModelError: `data.max_length` is beyond the table.
+    """
+    tokens = model.get_input_embeddings()
+    declared = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        is_table = isinstance(module, nn.Embedding) and ("pos" in leaf or leaf == "wpe")
+        # Relative positions have small tables of distances.
+        if not is_table or module is tokens or not isinstance(declared, int):
+            continue
+        if module.num_embeddings >= declared and max_length > declared:
+            raise ModelError(
+                f"data.max_length ({max_length}): the model has learned positions ({name}) for "
+                f"{declared} tokens, so a longer row cannot be computed",
+                hint=f"--set data.max_length={declared}",
+            )
+
+
+def _as_quantized(skeleton: PreTrainedModel) -> WeightCounts:
+    """Count the weights of a base on the meta device, whose quantized layers are still empty."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    weights = count_base_weights(skeleton)
+    parameters = dict(skeleton.named_parameters())
+    return replace(
+        weights,
+        unquantized_linear={
+            name: number
+            for name, number in weights.unquantized_linear.items()
+            if not isinstance(parameters[name], Params4bit | Int8Params)
+        },
+    )
+
+
+def _attach(recipe: Recipe, skeleton: PreTrainedModel) -> None:
+    """Put the adapter into the base on the meta device.
+
+    Raises:
+        ModelError: it refuses the settings, and not only because there are no values.
+    """
+    try:
+        recipe.adapter.attach(skeleton)
+    except ModelError as error:
+        if "meta" not in str(error):
+            raise
+
+
+def _build_skeleton(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the base on the meta device, with layers quantized as the recipe says.
+
+    Raises:
+        ModelError: its config cannot be used, or too much of it would stay unquantized.
+    """
+    quantization = recipe.quantization
+    try:
+        # The quantizer writes into the config of its model.
+        skeleton = build_quantized_meta_model(
+            copy.deepcopy(config),
+            quantization.load_options(torch.float32),
+            **attention_option(recipe),
+        )
+        weights = _as_quantized(skeleton)
+    # Settings that contradict each other fail in any way, wherever they are used first.
+    except Exception as error:
+        raise ModelError(f"model.path: {recipe.model.path} cannot be built: {error}") from error
+    refuse_mostly_unquantized(weights, quantization.max_unquantized)
+    return skeleton

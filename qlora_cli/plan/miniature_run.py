@@ -1,0 +1,183 @@
+"""Dry-run an adapter on a miniature of a base: forward, backward, save, load and merge."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.adapters.base import AdapterMethod
+from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.export.merge import plan_merge
+from qlora_cli.kernels.cross_entropy import cross_entropy
+from qlora_cli.models.base import load_model
+from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
+from qlora_cli.plan.trace.meta_model import build_meta_model
+from qlora_cli.plan.traced_memory import names_layers
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_ROW = 12
+"""Tokens of the row."""
+_VOCABULARY = 512
+"""Tokens of the miniature, if the adapter names none beyond them."""
+_MANY_LAYERS = 40
+"""Layers of the miniature, at most, if the adapter names layers."""
+_MAX_WEIGHTS = 20_000_000
+"""Weights of the miniature. Some architectures have tables that no setting makes small."""
+_MAX_ERROR = 1e-3
+"""Largest difference of a logit after load and after merge, relative to the largest logit."""
+_PLAIN: dict[str, Any] = {"dtype": torch.float32}
+
+
+class UncheckedModel(Exception):
+    """The miniature cannot be built, or fails without the adapter too: nothing is proved."""
+
+
+class UnattachedMiniature(UncheckedModel):
+    """The adapter cannot be put into the miniature. Its sizes or those of the base may be why."""
+
+
+def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) -> list[str]:
+    """Take a row through forward, backward, save, load and merge. Returns the steps taken.
+
+    Args:
+        config: that of the real base.
+        folder: an empty folder for the files of the miniature.
+
+    Raises:
+        ModelError: the base works alone, and a step with the adapter does not.
+        UncheckedModel: the base does not work alone, or the adapter does not fit the miniature.
+    """
+    adapter, kind = recipe.adapter, str(config.model_type)
+    hint = _way_out(adapter)
+    subject = f"adapter.type ({adapter.type}) on {kind}"
+    base = folder / "base"
+    ids = torch.arange(1, _ROW + 1)[None]
+    batch = Batch(ids, torch.ones_like(ids), ids.clone())
+    try:
+        model = _build_miniature(recipe, config, base)
+        plain = _logits(model, ids)
+        if not torch.equal(_logits(model, ids), plain) or not plain.isfinite().all():
+            raise ValueError("its logits are not the same twice")
+        again = copy.deepcopy(model)
+    except Exception as error:
+        raise UncheckedModel(_said(error)) from error
+    try:
+        adapted = adapter.attach(model)
+    except Exception as error:
+        raise UnattachedMiniature(_said(error)) from error
+    with _refusing(f"{subject}: training fails", hint):
+        objective = recipe.objective.build(adapted, torch.float32, cross_entropy).train()
+        objective(batch)[0].backward()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:  # many begin at zero, which would merge to nothing
+                parameter += 0.05 * torch.randn_like(parameter)
+    trained, saved = _logits(adapted, ids), folder / "saved"
+    saved.mkdir()
+    with _refusing(f"{subject}: saving fails", hint):
+        adapter.save(adapted, saved)
+    with _refusing(f"{subject}: what is saved cannot be loaded", hint):
+        again = adapter.load(again, saved)
+    found = _logits(again, ids)
+    _require_equal(found, trained, f"{subject}: what is loaded is not what was saved", hint)
+    steps = ["forward", "backward", "save", "load"]
+    if adapter.no_merge:
+        return steps
+    merged = folder / "merged"
+    with _refusing(f"{subject}: it can be trained, but not merged", hint):
+        _merge(recipe, base, saved, merged)
+        found = _logits(load_model(merged, **_PLAIN), ids)
+    _require_equal(found, trained, f"{subject}: the merged model is not the trained one", hint)
+    return [*steps, "merge"]
+
+
+def _build_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) -> Any:
+    """Write a miniature of the base with random weights, and load it."""
+    tokens = recipe.adapter.model_dump(include={"trainable_token_indices"})
+    named = [*tokens.get("trainable_token_indices", ()), 0]
+    layers = _MANY_LAYERS if names_layers(recipe) else MAX_LAYERS
+    if "last_layers" in type(recipe.adapter).model_fields:
+        last = recipe.adapter.model_dump()["last_layers"]
+        layers = MAX_LAYERS if last <= 2 else max(MAX_LAYERS + 1, last)
+    vocab_size = max(_VOCABULARY, 1 + max(named))
+    small = shrink_config(config, vocab_size=vocab_size, max_layers=layers)
+    size = sum(
+        parameter.numel() for parameter in build_meta_model(small, torch.float32).parameters()
+    )
+    if size > _MAX_WEIGHTS:
+        raise ValueError(f"its miniature has {size:,} weights")
+    model = CAUSAL_LM.auto_class().from_config(small, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return model.requires_grad_(False)
+
+
+def _merge(recipe: Recipe, base: Path, saved: Path, folder: Path) -> None:
+    plan = plan_merge(recipe.adapter, base, saved, _PLAIN)
+    folder.mkdir()
+    plan.verify(folder, plan.write(folder))
+    for file in base.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    if plan.untied:
+        config = (folder / "config.json").read_text("utf-8")
+        (folder / "config.json").write_text(
+            config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'), "utf-8"
+        )
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits (1, T, V) of a model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
+
+
+def _require_equal(found: Tensor, wanted: Tensor, message: str, hint: str) -> None:
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    if not error <= _MAX_ERROR:  # NaN too
+        raise ModelError(
+            f"{message}: on a miniature of the base, logits differ by {error:.1e} of their range",
+            hint=hint,
+        )
+
+
+@contextmanager
+def _refusing(message: str, hint: str) -> Iterator[None]:
+    """Turn any error of a step that works without the adapter into a refusal."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"{message}: {_said(error)} (found on a miniature of the base)",
+            hint=error.hint if isinstance(error, QloraError) and error.hint else hint,
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error's message, after its kind if it is not one of ours."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, QloraError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _way_out(adapter: AdapterMethod) -> str:
+    """Say which settings of an adapter choose other weights."""
+    if "exclude_modules" in type(adapter).model_fields:
+        return (
+            "leave modules out with adapter.exclude_modules, or name others in "
+            "adapter.target_modules"
+        )
+    return "choose another adapter.type, such as lora"

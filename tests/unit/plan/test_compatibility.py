@@ -1,0 +1,139 @@
+"""Base, adapter and row length that do not go together are refused without any data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, OPTConfig, Qwen3MoeConfig
+
+from qlora_cli.cli import main
+from qlora_cli.errors import ModelError
+from qlora_cli.models.known_configs import find_known
+from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
+from qlora_cli.plan.compatibility import check_compatibility, check_model
+
+ALL = ["forward", "backward", "save", "load", "merge"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "steps"),
+    [
+        ({"type": "lora"}, ALL),
+        ({"type": "lora", "r": 64, "use_dora": True}, ALL),
+        ({"type": "lora", "trainable_token_indices": [3, 259]}, ALL),
+        ({"type": "lora", "layers_to_transform": [1]}, ALL),
+        ({"type": "lora", "init": "pissa", "r": 4}, ALL),
+        ({"type": "full"}, ALL),
+        ({"type": "freeze"}, ALL),
+        ({"type": "ia3"}, ALL),
+        ({"type": "oft"}, ALL),
+        ({"type": "prefix"}, ALL[:-1]),
+        ({"type": "bottleneck"}, ALL[:-1]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_what_goes_together_passes_every_step(
+    tiny_recipe: Callable[..., Any], adapter: dict[str, Any], steps: list[str]
+) -> None:
+    before = torch.random.get_rng_state()
+    found = check_compatibility(tiny_recipe(adapter=adapter))
+    assert (found.not_checked, found.steps) == ("", steps)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_a_quantized_base_passes_too(tiny_recipe: Callable[..., Any], quantization: str) -> None:
+    found = check_model(tiny_recipe(quantization={"type": quantization}))
+    assert (found.not_checked, found.steps) == ("", ALL)
+
+
+def config_only(folder: Path, config: Any) -> dict[str, str]:
+    config.save_pretrained(folder)
+    return {"path": str(folder)}
+
+
+MOE = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4,
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "vocab_size": 300,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "sections", "said"),
+    [
+        (GPT2Config(n_positions=64, n_layer=2), {"data": {"max_length": 65}}, r"\(65\).*wpe.* 64"),
+        (
+            OPTConfig(max_position_embeddings=64, num_hidden_layers=2, word_embed_proj_dim=768),
+            {"data": {"max_length": 65}},
+            r"\(65\).*embed_positions.* 64",
+        ),
+        (
+            Qwen3MoeConfig(**MOE),
+            {"adapter": {"type": "lora", "init": "pissa"}},
+            "adapter: PEFT refuses it",
+        ),
+        (
+            Qwen3MoeConfig(**MOE),
+            {"adapter": {"type": "freeze", "last_layers": 1}},
+            "can be trained, but not merged",
+        ),
+        (Qwen3MoeConfig(**MOE), {"quantization": {"type": "nf4"}}, "stayed unquantized"),
+        (
+            Qwen3MoeConfig(**MOE),
+            {"adapter": {"type": "lora", "target_modules": ["qproj"]}},
+            "'qproj' matches no module",
+        ),
+        (
+            Qwen3MoeConfig(**{**MOE, "pad_token_id": 300}),
+            {},
+            "cannot be built",
+        ),
+    ],
+)
+def test_what_does_not_is_refused(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    config: Any,
+    sections: dict[str, Any],
+    said: str,
+) -> None:
+    model = config_only(tmp_path / "base", config)
+    with pytest.raises(ModelError, match=said):
+        check_model(tiny_recipe(model=model, **sections))
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B"])
+def test_a_miniature_is_small_and_has_the_kinds_of_layers(name: str) -> None:
+    from transformers import AutoConfig
+
+    known = find_known(name)
+    assert known is not None
+    config = AutoConfig.for_model(**known[1])
+    small = shrink_config(config, vocab_size=512)
+    assert type(small) is type(config)
+    assert small.num_hidden_layers <= MAX_LAYERS
+    assert (small.hidden_size, small.vocab_size) == (64, 512)
+    assert config.hidden_size > 64
+
+
+def test_validate_deep_says_what_was_tried(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_cli.recipe.load import dump_recipe
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(tiny_recipe()), "utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main(["validate", str(recipe), "--deep", "--json"])
+    assert caught.value.code == 0
+    assert json.loads(capsys.readouterr().out)["compatibility"]["steps"] == ALL
+    with pytest.raises(SystemExit):
+        main(["validate", str(recipe), "--deep"])
+    assert re.search("# dry run of one row .*merge work", capsys.readouterr().out)
