@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.common.hashing import hash_json
 from qlora_cli.common.report import Report
 from qlora_cli.data.render.chat_template import read_chat_template
@@ -71,7 +72,7 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
     quiet_libraries()
     started = time.monotonic()
     config, _ = recipe.model.read_config()
-    adapter = recipe.adapter
+    adapter: AdapterMethod = recipe.adapter
     named = [adapter.model_dump_json(), recipe.quantization.model_dump_json()]
     key = hash_json([config.to_json_string(use_diff=False), *named, recipe.data.max_length])
     if key in _CHECKED:
