@@ -21,12 +21,15 @@ from typer.main import get_command
 from qlora_cli.cli import app
 from qlora_cli.common.config import Config, field_docs
 from qlora_cli.common.report import ABSENT, Report, key_of, report_docs
+from qlora_cli.compare.report import CompareReport
 from qlora_cli.evaluate.lm_eval import HarnessReport
 from qlora_cli.evaluate.report import EvaluationReport
+from qlora_cli.export.combine_report import CombineReport
 from qlora_cli.export.report import ExportReport
 from qlora_cli.inference.batch import GenerationReport
 from qlora_cli.inspect.adapters import AdapterDifference, AdapterList, AdapterReport
 from qlora_cli.inspect.preview import PreviewRow
+from qlora_cli.plan.report import PlanReport, TableReport
 from qlora_cli.recipe.field_types import FieldType, type_names
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.yaml_writer import yaml_lines
@@ -124,6 +127,9 @@ With `--json` a command prints one JSON document on standard output.
 """
 
 JSON_REPORTS: dict[str, type[Report]] = {
+    "qlora plan": PlanReport,
+    "qlora plan --table": TableReport,
+    "qlora compare": CompareReport,
     "qlora merge": MergeReport,
     "qlora export": ExportReport,
     "qlora eval": EvaluationReport,
@@ -133,6 +139,7 @@ JSON_REPORTS: dict[str, type[Report]] = {
     "qlora adapters list": AdapterList,
     "qlora adapters inspect": AdapterReport,
     "qlora adapters diff": AdapterDifference,
+    "qlora adapters combine": CombineReport,
 }
 """Each command whose `--json` is documented, with its report. `qlora merge` writes it to
 merge.json too."""

@@ -210,7 +210,7 @@ def report_of(case: Case, device: str = "RTX A6000") -> dict[str, Any]:
     """Plan a case."""
     settings = {"model": {"path": case.model}, "output": {"dir": "-"}, **case.settings}
     settings["training"] = {"precision": "bf16", **settings["training"]}
-    return plan(Recipe.model_validate(settings), device=device)
+    return plan(Recipe.model_validate(settings), device=device).to_json()
 
 
 def row(case: Case, report: dict[str, Any]) -> str:

@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from qlora_cli.compare.report import CompareReport
 from qlora_cli.compare.svg_plots import Interval, interval_plot
 from qlora_cli.compare.text import failures, results_title, tables
 from qlora_cli.evaluate.evaluate import choose_tasks
@@ -268,7 +271,8 @@ def as_markdown(all_: Comparisons, rows: Mapping[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _comparison(title: str, report: Report) -> Iterator[str]:
+def _comparison(title: str, document: Report) -> Iterator[str]:
+    report = TypeAdapter(CompareReport).validate_python(document)
     yield f"## {title}\n"
     for name, (head, *rows) in tables(report):
         if name == results_title(report) or any(set(row[1:]) - {"-"} for row in rows):

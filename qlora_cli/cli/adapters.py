@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli.options import AdapterPath, Json, Overrides, Quiet, Seed, show, user_path
-from qlora_cli.inspect.adapters_text import combine_text, diff_text, inspect_text, list_text
+from qlora_cli.inspect.adapters_text import diff_text, inspect_text, list_text
 
 
 def list_adapters(
@@ -122,14 +122,14 @@ def combine_adapters(
     given rank; the other methods approximate it in other ways. The distance from the weighted sum
     is printed. The result is an adapter folder with the recipe of the first parent that is a run;
     chat, eval and merge accept it like a run. If that recipe has evaluation data (or
-    --set data.evaluation.path=...), the result and each parent are evaluated. --json prints
-    output, adapters, weights, method, density, rank, seed, norm, error and evaluations.
+    --set data.evaluation.path=...), the result and each parent are evaluated.
 
     \b
     Example:
       qlora adapters combine runs/a runs/b --weights 0.7,0.3 --output runs/a-and-b
     """
     from qlora_cli.export.combine_adapters import CombineOptions, combine, read_weights
+    from qlora_cli.export.combine_report import combine_text
 
     report = combine(
         paths,
@@ -139,4 +139,4 @@ def combine_adapters(
         weights=read_weights(weights),
         measure=not no_eval,
     )
-    show(report, as_json, combine_text(report))
+    show(report.to_json(), as_json, combine_text(report))

@@ -107,6 +107,6 @@ def compare(
     asked = CompareRequest(recipes, names, vary, learning_rates, overrides, generation)
     how = Search(search, objective) if search and objective else None
     report = compare(asked, out, how)
-    show(report, as_json, comparison_text(report))
-    if any(cell["status"] == "failed" for cell in report["cells"]):
+    show(report.to_json(), as_json, comparison_text(report))
+    if any(cell.status == "failed" for cell in report.cells):
         raise typer.Exit(EXIT_FAILED_CELLS)

@@ -202,13 +202,13 @@ def plan(
 
     if table:
         _refuse_beside_table(html=html is not None, fit=fit, gpus=gpus > 1)
-        report = plan_table(loaded.recipe, device=device)
-        show(report, as_json, table_text(report))
+        compared = plan_table(loaded.recipe, device=device)
+        show(compared.to_json(), as_json, table_text(compared))
     else:
         report = plan(loaded.recipe, device=device, gpus=gpus, fit=fit)
         if html is not None:
             write_page(html, plan_page(report, title=f"Plan of {recipe.name}"))
-        show(report, as_json, plan_text(report))
+        show(report.to_json(), as_json, plan_text(report))
 
 
 def _refuse_beside_table(**given: bool) -> None:

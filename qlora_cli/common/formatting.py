@@ -14,7 +14,7 @@ def size_text(size: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Format seconds in the largest unit of which there are at least two."""
+    """Format seconds in the largest unit that gives a number of at least 2."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -7,15 +7,15 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.untrusted_files import refuse_links
+from qlora_cli.compare.collect import make_report
 from qlora_cli.compare.grid import Cell, CompareRequest, Grid
 from qlora_cli.compare.html import comparison_page
 from qlora_cli.compare.optuna_search import Search, run_search
-from qlora_cli.compare.report import make_report
+from qlora_cli.compare.report import CompareReport
 from qlora_cli.compare.store import ResultStore
 from qlora_cli.compare.subprocess_runner import run_in_subprocess
 from qlora_cli.distributed.world import World
@@ -28,7 +28,7 @@ __all__ = ["CompareRequest", "Search", "compare"]
 log = logging.getLogger("qlora")
 
 
-def compare(request: CompareRequest, folder: Path, search: Search | None = None) -> dict[str, Any]:
+def compare(request: CompareRequest, folder: Path, search: Search | None = None) -> CompareReport:
     """Train and evaluate every unfinished cell, one after the other.
 
     A failed cell appears in the report with its reason. The next call tries it again.
@@ -38,7 +38,7 @@ def compare(request: CompareRequest, folder: Path, search: Search | None = None)
         search: let Optuna propose the cells, instead of running the whole grid.
 
     Returns:
-        The report of `make_report`. It is also written to comparison.json and comparison.html.
+        The report, which is also written to comparison.json and comparison.html.
 
     Raises:
         RecipeError: the recipes cannot be compared, or `folder` holds another comparison.
@@ -68,7 +68,8 @@ def compare(request: CompareRequest, folder: Path, search: Search | None = None)
             why.kept = "complete cells are kept, and the same command continues"
             raise
         finally:
-            report = _write(cells, folder) if cells else {}
+            report = _write(cells, folder) if cells else None
+        assert report is not None, "a grid has at least one cell"
         return report
 
 
@@ -88,9 +89,9 @@ def _check(folder: Path, cell: Cell) -> None:
         choose_tasks(cell.recipe, None, is_tuned=True)  # raises if there is nothing to evaluate
 
 
-def _write(cells: Sequence[Cell], folder: Path) -> dict[str, Any]:
+def _write(cells: Sequence[Cell], folder: Path) -> CompareReport:
     """Write the report of all cells so far, as JSON and as a page."""
     report = make_report(cells, folder)
-    replace_file(folder / "comparison.json", json.dumps(report, indent=2) + "\n")
+    replace_file(folder / "comparison.json", json.dumps(report.to_json(), indent=2) + "\n")
     replace_file(folder / "comparison.html", comparison_page(report))
     return report

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from qlora_cli.common.formatting import MIB, size_text
 from qlora_cli.common.html import page, render, template
+from qlora_cli.compare.report import CellReport, CompareReport
 from qlora_cli.compare.svg_plots import (
     Interval,
     LineSeries,
@@ -18,8 +20,8 @@ from qlora_cli.compare.svg_plots import (
     stack_plot,
 )
 from qlora_cli.compare.text import failures, numbers, tables
-
-CellReport = Mapping[str, Any]
+from qlora_cli.evaluate.bootstrap import Estimate
+from qlora_cli.evaluate.report import MeasureInfo
 
 _STYLE = """\
 table { white-space: nowrap; }
@@ -54,7 +56,7 @@ _BODY = template("""\
 """)
 
 
-def comparison_page(report: CellReport) -> str:
+def comparison_page(report: CompareReport) -> str:
     """Return the tables and plots of a report as a page."""
     body = render(
         _BODY,
@@ -62,31 +64,27 @@ def comparison_page(report: CellReport) -> str:
         failures=list(failures(report)),
         plots=[(Markup(plot), text) for plot, text in _plots(report)],
     )
-    return page(f"Comparison: {report['folder']}", body, style=_STYLE)
+    return page(f"Comparison: {report.folder}", body, style=_STYLE)
 
 
-def _plots(report: CellReport) -> Iterator[tuple[str, str]]:
-    cells = report["cells"]
-    for key, axis, form in (
-        ("tokens", "tokens", "{:,.0f}".format),
-        ("seconds", "seconds of training", "{:,.0f}".format),
-    ):
-        lines = [
-            LineSeries(cell["name"], [(p[key], p["loss"]) for p in cell["curve"]])
-            for cell in cells
-            if cell["curve"]
-        ]
-        if lines:
+def _plots(report: CompareReport) -> Iterator[tuple[str, str]]:
+    cells = report.cells
+    if begun := [cell for cell in cells if cell.curve]:
+        for axis, curves in (
+            ("tokens", [[(p.tokens, p.loss) for p in cell.curve] for cell in begun]),
+            ("seconds of training", [[(p.seconds, p.loss) for p in cell.curve] for cell in begun]),
+        ):
+            lines = [LineSeries(c.name, curve) for c, curve in zip(begun, curves, strict=True)]
             title = f"Training loss by {axis}"
-            yield line_plot(title, lines, x=axis, y="loss", form=form), title
+            yield line_plot(title, lines, x=axis, y="loss", form="{:,.0f}".format), title
     if stacks := [*_stacks(cells)]:
         title = "Peak memory: planned tensors by kind"
         text = f"{title}; the vertical line is the measured memory of the process"
         yield stack_plot(title, stacks, mark="measured", form=_mib_text), text
-    for name, measure in report["measures"].items():
-        intervals = [Interval(cell["name"], **e) for cell, e in _estimates(cells, name)]
+    for name, measure in report.measures.items():
+        intervals = [Interval(cell.name, **e.to_json()) for cell, e in _estimates(cells, name)]
         if intervals:
-            text = f"{name}, with {report['confidence']:.0%} intervals"
+            text = f"{name}, with {report.confidence:.0%} intervals"
             yield interval_plot(text, intervals, form=_form(measure)), text
             yield from _varied(report, name, measure)
 
@@ -94,40 +92,39 @@ def _plots(report: CellReport) -> Iterator[tuple[str, str]]:
 def _stacks(cells: Sequence[CellReport]) -> Iterator[StackedBar]:
     """Yield the planned memory of each cell in MiB, which gives round ticks."""
     for cell in cells:
-        memory = cell["memory"]
-        if kinds := memory["planned_kinds"]:
+        if kinds := cell.memory.planned_kinds:
             parts = {kind: size / MIB for kind, size in kinds.items()}
-            measured = memory["measured_bytes"]
-            yield StackedBar(cell["name"], parts, measured and measured / MIB)
+            measured = cell.memory.measured_bytes
+            yield StackedBar(cell.name, parts, measured and measured / MIB)
 
 
 def _mib_text(size: float) -> str:
     return size_text(size * MIB)
 
 
-def _estimates(cells: Sequence[CellReport], name: str) -> Iterator[tuple[CellReport, CellReport]]:
+def _estimates(cells: Sequence[CellReport], name: str) -> Iterator[tuple[CellReport, Estimate]]:
     """Yield cells whose value is known and finite."""
     for cell in cells:
-        estimate = (cell["results"] or {}).get(name)
-        if estimate and estimate["value"] is not None:
+        estimate = (cell.results or {}).get(name)
+        if estimate and math.isfinite(estimate.value):
             yield cell, estimate
 
 
-def _form(measure: CellReport) -> Any:
-    return "{:.1%}".format if measure["is_share"] else "{:.4g}".format
+def _form(measure: MeasureInfo) -> Any:
+    return "{:.1%}".format if measure.is_share else "{:.4g}".format
 
 
-def _varied(report: CellReport, name: str, measure: CellReport) -> Iterator[tuple[str, str]]:
+def _varied(report: CompareReport, name: str, measure: MeasureInfo) -> Iterator[tuple[str, str]]:
     """Plot each numeric varied key against a measure, with a line for each other setting."""
-    for key in report["varied"]:
-        found = [(c, e) for c, e in _estimates(report["cells"], name) if key in c["settings"]]
-        values = numbers([cell["settings"][key] for cell, _ in found])
+    for key in report.varied:
+        found = [(c, e) for c, e in _estimates(report.cells, name) if key in c.settings]
+        values = numbers([cell.settings[key] for cell, _ in found])
         if not found or values is None or len(set(values)) < 2:
             continue
         lines: dict[str, list[tuple[float, float]]] = {}
         for x, (cell, estimate) in zip(values, found, strict=True):
-            several = len({one["recipe"] for one in report["cells"]}) > 1
-            lines.setdefault(_rest(cell, key, several=several), []).append((x, estimate["value"]))
+            several = len({one.recipe for one in report.cells}) > 1
+            lines.setdefault(_rest(cell, key, several=several), []).append((x, estimate.value))
         drawn = [LineSeries(rest, sorted(points)) for rest, points in lines.items()]
         text = f"{name} by {key}"
         yield line_plot(text, drawn, x=key, y=name, form="{:g}".format), text
@@ -135,7 +132,6 @@ def _varied(report: CellReport, name: str, measure: CellReport) -> Iterator[tupl
 
 def _rest(cell: CellReport, key: str, *, several: bool) -> str:
     """Name a cell without one key; with its recipe, if there are several."""
-    method = cell["method"] or cell["recipe"]
-    others = [f"{k}={v}" for k, v in cell["settings"].items() if k != key]
-    is_named = several and cell["method"]
-    return " ".join([*([cell["recipe"]] if is_named else []), method, *others])
+    others = [f"{k}={v}" for k, v in cell.settings.items() if k != key]
+    recipe = [cell.recipe] if several and cell.method else []
+    return " ".join([*recipe, cell.method or cell.recipe, *others])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_cli.compare.report import Latency
 from qlora_cli.evaluate.divergence import TEXTS
 from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.types import Prompt
@@ -32,14 +33,11 @@ def measure_latency(
     device: torch.device,
     new_tokens: int = NEW_TOKENS,
     repeats: int = REPEATS,
-) -> dict[str, float]:
+) -> Latency:
     """Measure the time to the first token, and the tokens per second after it, for one prompt.
 
     Both are medians of several runs, after one warm-up run. No token stops generation, so every run
     has the same number of tokens.
-
-    Returns:
-        {"first_token_seconds", "tokens_per_second"}.
     """
 
     def seconds(number: int) -> float:
@@ -53,10 +51,7 @@ def measure_latency(
     pairs = [(seconds(1), seconds(new_tokens)) for _ in range(repeats)]
     # The clock may not advance between two reads.
     rest = max(median(whole - one for one, whole in pairs), 1e-9)
-    return {
-        "first_token_seconds": median(one for one, _ in pairs),
-        "tokens_per_second": (new_tokens - 1) / rest,
-    }
+    return Latency(median(one for one, _ in pairs), (new_tokens - 1) / rest)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

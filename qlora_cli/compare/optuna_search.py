@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.compare.collect import find_measure, value_of
 from qlora_cli.compare.grid import Axis, Cell, Grid
-from qlora_cli.compare.report import find_measure, value_of
 from qlora_cli.compare.store import ResultStore
 from qlora_cli.compare.subprocess_runner import run_in_subprocess
 from qlora_cli.errors import RecipeError

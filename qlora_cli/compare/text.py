@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qlora_cli.common.formatting import align_table, duration_text, interval_text, size_text
+from qlora_cli.common.report import ABSENT, Absent
+from qlora_cli.compare.report import CellReport, CompareReport, Latency
+from qlora_cli.evaluate.bootstrap import Estimate
+from qlora_cli.evaluate.report import MeasureInfo
 
-CellReport = Mapping[str, Any]
 Table = list[list[str]]
 
 UNKNOWN = "-"
@@ -15,107 +18,114 @@ MODELS = ("base", "tuned", "merged")
 """Models whose generation is measured: base, base with adapter, and merged."""
 
 
-def comparison_text(report: CellReport) -> str:
+def comparison_text(report: CompareReport) -> str:
     """Format all tables, then the failures."""
-    parts = [f"{report['folder']}: the same data, seed and budget for all"]
+    parts = [f"{report.folder}: the same data, seed and budget for all"]
     for title, table in tables(report):
         parts += ["", title, *align_table(table)]
     failed = list(failures(report))
     parts += ["", *(f"{name}: {why}" for name, why in failed)] if failed else []
-    return "\n".join([*parts, "", f"with plots: {report['folder']}/comparison.html"])
+    return "\n".join([*parts, "", f"with plots: {report.folder}/comparison.html"])
 
 
-def tables(report: CellReport) -> Iterator[tuple[str, Table]]:
+def tables(report: CompareReport) -> Iterator[tuple[str, Table]]:
     """Yield the title and the rows of each table; the first row is the head."""
     yield "training", training_table(report)
     yield "generation, one prompt at a time", generation_table(report)
-    if report["measures"]:
+    if report.measures:
         yield results_title(report), results_table(report, "results")
-        yield f"difference from {report['first']}", results_table(report, "differences")
+        yield f"difference from {report.first}", results_table(report, "differences")
         yield (
             "difference from the base, quantized as in the cell",
             results_table(report, "from_base"),
         )
 
 
-def results_title(report: CellReport) -> str:
+def results_title(report: CompareReport) -> str:
     """Return the title of the table of results."""
-    return f"results, with {report['confidence']:.0%} intervals (bootstrap over the examples)"
+    return f"results, with {report.confidence:.0%} intervals (bootstrap over the examples)"
 
 
-def training_table(report: CellReport) -> Table:
+def training_table(report: CompareReport) -> Table:
     """Return what was trained, and what it cost."""
     head = ["", "status", "trained", "share", "files", "planned", "measured", "tokens/s", "took"]
-    return [head, *([cell["name"], *_training(cell)] for cell in report["cells"])]
+    return [head, *([cell.name, *_training(cell)] for cell in report.cells)]
 
 
 def _training(cell: CellReport) -> list[str]:
-    memory = cell["memory"]
-    planned = memory["planned_process_bytes"]
+    memory = cell.memory
     return [
-        cell["status"],
-        or_unknown(cell["trained_weights"], "{:,}".format),
-        or_unknown(cell["trained_share"], "{:.3%}".format),
-        or_unknown(cell["weights_bytes"], size_text),
-        or_unknown(planned, lambda ends: " to ".join(map(size_text, ends))),
-        or_unknown(memory["measured_bytes"], size_text),
-        or_unknown(cell["tokens_per_second"], "{:,.0f}".format),
-        or_unknown(cell["seconds"], duration_text),
+        cell.status,
+        or_unknown(cell.trained_weights, "{:,}".format),
+        or_unknown(cell.trained_share, "{:.3%}".format),
+        or_unknown(cell.weights_bytes, size_text),
+        or_unknown(memory.planned_process_bytes, lambda ends: " to ".join(map(size_text, ends))),
+        or_unknown(memory.measured_bytes, size_text),
+        or_unknown(cell.tokens_per_second, "{:,.0f}".format),
+        or_unknown(cell.seconds, duration_text),
     ]
 
 
-def generation_table(report: CellReport) -> Table:
+def generation_table(report: CompareReport) -> Table:
     """Return the time to the first token, and the tokens per second after it."""
     first = [f"first token, {model}" for model in MODELS]
     rest = [f"tokens/s, {model}" for model in MODELS]
-    rows = [[cell["name"], *_speeds(cell)] for cell in report["cells"]]
+    rows = [[cell.name, *_speeds(cell)] for cell in report.cells]
     return [["", *first, *rest], *rows]
 
 
 def _speeds(cell: CellReport) -> Iterator[str]:
-    found = cell["generation"] or {}
-    speeds = [found.get(model) or {} for model in MODELS]
-    for key, form in (
-        ("first_token_seconds", lambda value: f"{1000 * value:,.0f} ms"),
-        ("tokens_per_second", "{:,.1f}".format),
-    ):
-        yield from (
-            "refused" if "error" in one else or_unknown(one.get(key), form) for one in speeds
-        )
+    found = cell.generation
+    speeds = [Latency()] * len(MODELS) if found is None else [found.base, found.tuned, found.merged]
+    for one in speeds:
+        yield _speed(one, one.first_token_seconds, lambda value: f"{1000 * value:,.0f} ms")
+    for one in speeds:
+        yield _speed(one, one.tokens_per_second, "{:,.1f}".format)
 
 
-def results_table(report: CellReport, which: str) -> Table:
+def _speed(latency: Latency, value: float | Absent, form: Callable[[float], str]) -> str:
+    if latency.error is not ABSENT:
+        return "refused"
+    return UNKNOWN if value is ABSENT else form(value)
+
+
+def results_table(
+    report: CompareReport, which: Literal["results", "differences", "from_base"]
+) -> Table:
     """Return every measure of every cell, or its difference from another model."""
-    measures = report["measures"]
+    measures = report.measures
     sign = "" if which == "results" else "+"
-    found = {cell["name"]: cell[which] for cell in report["cells"]}
+    found: dict[str, Mapping[str, Estimate] | None] = {}
     if which == "results":
-        found = {**{f"base {name}": base for name, base in report["bases"].items()}, **found}
+        found |= {f"base {name}": base for name, base in report.bases.items()}
+    found |= {cell.name: getattr(cell, which) for cell in report.cells}
     rows = [
         [name, *(_estimate(one, key, measure, sign) for key, measure in measures.items())]
         for name, one in found.items()
     ]
-    head = [f"{name} (n={measure['n']:,})" for name, measure in measures.items()]
+    head = [f"{name} (n={measure.n:,})" for name, measure in measures.items()]
     return [["", *head], *rows]
 
 
-def _estimate(found: CellReport | None, name: str, measure: CellReport, sign: str) -> str:
+def _estimate(
+    found: Mapping[str, Estimate] | None, name: str, measure: MeasureInfo, sign: str
+) -> str:
     estimate = (found or {}).get(name)
-    return or_unknown(estimate, lambda e: interval_text(e, is_share=measure["is_share"], sign=sign))
+    if estimate is None:
+        return UNKNOWN
+    return interval_text(estimate.to_json(), is_share=measure.is_share, sign=sign)
 
 
-def failures(report: CellReport) -> Iterator[tuple[str, str]]:
+def failures(report: CompareReport) -> Iterator[tuple[str, str]]:
     """Yield the cell and the reason of each failed run, plan and merge."""
-    for cell in report["cells"]:
-        found = {
-            cell["status"]: cell["failure"],
-            "not planned": cell["memory"]["plan_error"] and {"error": cell["memory"]["plan_error"]},
-            "merging refused": (cell["generation"] or {}).get("merged"),
-        }
-        for what, one in found.items():
-            if one and "error" in one:
-                hint = f" (hint: {one['hint']})" if one.get("hint") else ""
-                yield cell["name"], f"{what}: {one['error']}{hint}"
+    for cell in report.cells:
+        if failure := cell.failure:
+            hint = f" (hint: {failure.hint})" if failure.hint else ""
+            yield cell.name, f"{cell.status}: {failure.error}{hint}"
+        if cell.memory.plan_error:
+            yield cell.name, f"not planned: {cell.memory.plan_error}"
+        if cell.generation and cell.generation.merged.error is not ABSENT:
+            yield cell.name, f"merging refused: {cell.generation.merged.error}"
 
 
 def or_unknown(value: Any, form: Callable[[Any], str]) -> str:

@@ -17,6 +17,7 @@ from qlora_cli.common.atomic_files import remove_folder
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.compare.grid import Cell
 from qlora_cli.compare.latency import measure_latency
+from qlora_cli.compare.report import CellGeneration, Latency
 from qlora_cli.compare.store import ResultStore
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import Interrupted, QloraError
@@ -107,7 +108,7 @@ def _measure(recipe: Recipe, run: RunFolder, *, with_latency: bool) -> dict[str,
     weights = run.weights("last")
     return {
         "plan": _plan(recipe),
-        "generation": _measure_generation(recipe, run) if with_latency else None,
+        "generation": _measure_generation(recipe, run).to_json() if with_latency else None,
         "weights_bytes": sum(file.stat().st_size for file in weights.glob("*.safetensors")),
         "run_bytes": sum(f.stat().st_size for f in run.root.rglob("*") if f.is_file()),
     }
@@ -119,42 +120,42 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
         report = plan(recipe, device=World().device.type)
     except QloraError as error:
         return {"error": masked(str(error))}
-    peak = report["peak"]
+    peak = report.peak
     return {
-        "tensor_bytes": peak["bytes"],
-        "process_bytes": [report["process"]["low"], report["process"]["high"]],
-        "stage": peak["stage"],
-        "kinds": peak["kinds"],
+        "tensor_bytes": peak.bytes,
+        "process_bytes": [report.process.low, report.process.high],
+        "stage": peak.stage,
+        "kinds": dict(peak.kinds),
     }
 
 
-def _measure_generation(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+def _measure_generation(recipe: Recipe, run: RunFolder) -> CellGeneration:
     """Measure the generation speed of base, adapted and merged model, or say why it failed."""
     world = World()
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     weights = run.weights("last")
     tokenizer = load_tokenizer(weights, trust_remote_code=recipe.model.trust_remote_code)
 
-    def speed(model: Any) -> dict[str, float]:
+    def speed(model: Any) -> Latency:
         return measure_latency(model, tokenizer, dtype=dtype, device=world.device)
 
     model = load_base(recipe.model, recipe.quantization, dtype, world.device)
-    found: dict[str, Any] = {"base": speed(model)}
-    found["tuned"] = speed(recipe.adapter.load(model, weights).eval())
+    base = speed(model)
+    tuned = speed(recipe.adapter.load(model, weights).eval())
     del model
     merged = run.root.parent / f".{run.root.name}.merged"
     shutil.rmtree(merged, ignore_errors=True)
     try:
         merge(run.root, merged, weights="last", with_logits=False)
         merged_recipe = _plain(recipe, merged)
-        found["merged"] = speed(
+        of_merged = speed(
             load_base(merged_recipe.model, merged_recipe.quantization, dtype, world.device)
         )
     except QloraError as error:
-        found["merged"] = {"error": masked(str(error))}
+        of_merged = Latency(error=masked(str(error)))
     finally:
         shutil.rmtree(merged, ignore_errors=True)
-    return found
+    return CellGeneration(base, tuned, of_merged)
 
 
 def _plain(recipe: Recipe, model: Path) -> Recipe:

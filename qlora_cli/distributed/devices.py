@@ -9,9 +9,8 @@ from typing import Literal
 
 import torch
 
+from qlora_cli.common.formatting import GIB
 from qlora_cli.errors import RecipeError
-
-GIB = 2**30
 
 Device = Literal["cpu", "cuda"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.combine import METHODS, combine_adapters, write_adapter
@@ -20,8 +19,8 @@ from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.evaluate.evaluate import choose_tasks, evaluate_model
 from qlora_cli.evaluate.report import summarize
 from qlora_cli.evaluate.target import EvaluatedModel
+from qlora_cli.export.combine_report import CombineReport, ParentEvaluation, combine_card
 from qlora_cli.inspect.adapters import check_same_base, check_same_shapes, ratio, read_lora
-from qlora_cli.inspect.adapters_text import combine_card
 from qlora_cli.recipe.load import dump_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import CONFIG, AdapterFolder
@@ -53,19 +52,13 @@ def combine(
     *,
     weights: Sequence[float] | None = None,
     measure: bool = True,
-) -> dict[str, Any]:
+) -> CombineReport:
     """Combine several adapters into one, and write it as a folder that other commands accept.
 
     Args:
         overrides: changes to the recipe of the first run, which is written with the result.
         weights: one per adapter; None gives each the same weight, with a sum of 1.
         measure: evaluate the result and its parents, if the recipe says how.
-
-    Returns:
-        {"output", "adapters", "weights", "method", "density", "rank", "seed", "norm", "error",
-        "evaluations"}: `error` is the distance from the weighted sum of the updates, relative to
-        its norm; `evaluations` has the report of `evaluate` for each parent, with the result as the
-        second model.
 
     Raises:
         RecipeError: the options contradict each other, or `output` exists.
@@ -88,23 +81,24 @@ def combine(
         [(config, saved) for config, saved, _ in read], shares, **asdict(options)
     )
     made = read_updates(config, saved)
-    report = {
-        "output": str(output),
-        "adapters": [str(path) for path in paths],
-        "weights": shares,
-        "method": method,
-        "density": density if METHODS[method] else None,
-        "rank": config.r,
-        "seed": options.seed,
-        "norm": math.hypot(*(update.norm() for update in made.values())),
-        "error": _error(made, [updates for _, _, updates in read], shares),
-    }
+    report = CombineReport(
+        output=str(output),
+        adapters=[str(path) for path in paths],
+        weights=shares,
+        method=method,
+        density=density if METHODS[method] else None,
+        rank=config.r,
+        seed=options.seed,
+        norm=math.hypot(*(update.norm() for update in made.values())),
+        error=_error(made, [updates for _, _, updates in read], shares),
+        evaluations=(),
+    )
     recipe = _recipe_of(places, overrides)
     _write(output, places, lambda folder: write_adapter(config, saved, folder), report, recipe)
     evaluations = _evaluate(output, recipe, places) if measure and recipe else []
     if evaluations:
-        RunFolder(output).update_record(evaluations=evaluations)
-    return {**report, "evaluations": evaluations}
+        RunFolder(output).update_record(evaluations=[one.to_json() for one in evaluations])
+    return replace(report, evaluations=evaluations)
 
 
 def read_weights(text: str | None) -> list[float] | None:
@@ -163,7 +157,7 @@ def _write(
     output: Path,
     places: Sequence[AdapterFolder],
     save: Callable[[Path], None],
-    report: dict[str, Any],
+    report: CombineReport,
     recipe: Recipe | None,
 ) -> None:
     """Write the adapter with the tokenizer of the first parent, and a recipe if there is one."""
@@ -174,17 +168,21 @@ def _write(
             for file in sorted(first.folder.iterdir()):
                 if file.name not in (CONFIG, WEIGHTS, *_OF_A_RUN) and file.is_file():
                     shutil.copy2(file, unfinished)
-            card = combine_card(output.name, report)
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            (unfinished / "README.md").write_text(combine_card(report), encoding="utf-8")
             if recipe is not None:
                 # What `qlora eval` and `qlora merge` need to know.
-                adapter = {"r": report["rank"], "alpha": report["rank"], "rank_pattern": {}}
+                adapter = {"r": report.rank, "alpha": report.rank, "rank_pattern": {}}
                 adapter |= {"alpha_pattern": {}, "use_rslora": False}
                 made = {"adapter": recipe.adapter.model_copy(update=adapter)}
                 run = RunFolder(unfinished)
                 run.recipe.write_text(dump_recipe(recipe.model_copy(update=made)), encoding="utf-8")
+                combined = report.to_json()
+                del combined["evaluations"]  # a key of its own in run.json
                 run.update_record(
-                    status="combined", base=first.base_identity(), combined=report, **environment()
+                    status="combined",
+                    base=first.base_identity(),
+                    combined=combined,
+                    **environment(),
                 )
     except OSError as error:
         raise RecipeError(f"--output: {output}: {error.strerror or error}") from error
@@ -192,7 +190,7 @@ def _write(
 
 def _evaluate(
     output: Path, recipe: Recipe, places: Sequence[AdapterFolder]
-) -> list[dict[str, Any]]:
+) -> list[ParentEvaluation]:
     """Evaluate the result against each parent, on the rows and tasks of the recipe."""
     asked = recipe.evaluation
     if not (recipe.data.evaluation_sources or asked.tasks or asked.forgetting):
@@ -208,12 +206,17 @@ def _evaluate(
         evaluated = EvaluatedModel(name, recipe, folder)
         answers |= evaluate_model(evaluated, recipe, tasks, world, alone=True)
     *parents, made = names
-    return [
-        {
-            "target": str(output),
-            **summarize(tasks, {parent: answers[parent], made: answers[made]}).to_json(),
-            "confidence": CONFIDENCE,
-            "resamples": RESAMPLES,
-        }
-        for parent in parents
-    ]
+    evaluations = []
+    for parent in parents:
+        summary = summarize(tasks, {parent: answers[parent], made: answers[made]})
+        evaluations.append(
+            ParentEvaluation(
+                target=str(output),
+                models=summary.models,
+                differences=summary.differences,
+                measures=summary.measures,
+                confidence=CONFIDENCE,
+                resamples=RESAMPLES,
+            )
+        )
+    return evaluations

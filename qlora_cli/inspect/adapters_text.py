@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.formatting import align_table, size_text
-from qlora_cli.runs.evaluation_table import evaluation_table
 
 if TYPE_CHECKING:
     from qlora_cli.inspect.adapters import (
@@ -74,37 +73,6 @@ def diff_text(report: AdapterDifference) -> str:
         if only:
             lines.append(f"only in {path}: {', '.join(only)}")
     return "\n".join(lines)
-
-
-def combine_text(report: Mapping[str, Any]) -> str:
-    """Format the report of `combine`: the new adapter, and its evaluation against its parents."""
-    tables = [evaluation_table(one) for one in report["evaluations"]]
-    made = f"{report['output']}: {_sum(report, report['adapters'])}"
-    return "\n\n".join([f"{made}\n{_error(report)}", *tables])
-
-
-def combine_card(name: str, report: Mapping[str, Any]) -> str:
-    """Write the README of a combined adapter. It contains no paths of the machine."""
-    parents = [path.rstrip("/").rpartition("/")[2] for path in report["adapters"]]
-    lines = [
-        f"# {name}",
-        "",
-        f"An adapter in PEFT's format, combined with `qlora`: {_sum(report, parents)}.",
-        f"{_error(report).capitalize()}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _sum(report: Mapping[str, Any], names: Sequence[str]) -> str:
-    parts = [f"{weight:g} x {name}" for weight, name in zip(report["weights"], names, strict=True)]
-    return f"{' + '.join(parts)} by {report['method']}, rank {report['rank']}"
-
-
-def _error(report: Mapping[str, Any]) -> str:
-    error = report["error"]
-    share = "unknown" if error is None else f"{error:.1%} of it"
-    return f"distance from the weighted sum of the updates: {share}"
 
 
 def _groups(title: str, groups: Mapping[str, UpdateGroup]) -> str:

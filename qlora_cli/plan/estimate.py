@@ -1,18 +1,21 @@
-"""Estimate what a recipe needs on a device: trace its largest batches and report on them."""
+"""Estimate the memory of a recipe on a device, by tracing its largest batches."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_cli.common.formatting import MIB
 from qlora_cli.distributed.devices import Target
 from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, SingleProcess
-from qlora_cli.plan.report import build_report
-from qlora_cli.plan.rows import PlanRows, read_rows
+from qlora_cli.plan.report import Fits, PeakMemory, ProcessMemory, StageMemory, Verdict
+from qlora_cli.plan.rows import PlanRows, find_rows
+from qlora_cli.plan.stages import peak_of_stages
 from qlora_cli.plan.trace.memory_counter import ADAPTER, BUCKETS, GRADIENTS, Peak
 from qlora_cli.plan.trace.meta_model import build_meta_model
 from qlora_cli.plan.traced_memory import (
@@ -28,23 +31,79 @@ from qlora_cli.recipe.schema import Recipe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qlora_cli.loop.run_data import RecipeData
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The memory of a recipe on a device, and whether it fits."""
+
+    recipe: Recipe
+    """The recipe, with a number as its micro-batch."""
+    rows: PlanRows
+    trace: MemoryTrace
+    stages: Mapping[str, StageMemory]
+    """Stage -> its peak."""
+    process: ProcessMemory
+    fits: Fits
+
+    @property
+    def peak(self) -> PeakMemory:
+        """The largest peak."""
+        stage = max(self.stages, key=lambda name: self.stages[name].bytes)
+        return PeakMemory(**asdict(self.stages[stage]), stage=stage)
+
 
 def estimate(
-    recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows | None = None
-) -> dict[str, Any]:
-    """Trace a recipe for a device and report what it needs.
+    recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows
+) -> MemoryEstimate:
+    """Trace a recipe for a device, and estimate the memory of its process.
 
     Args:
         config: config of the base model.
-        rows: the largest batches, if they are known already.
+        rows: the largest batches.
 
     Raises:
         UntraceableModel: the code of the model cannot be traced without data.
     """
-    if rows is None:
-        padding_free = is_padding_free(recipe, config, target)
-        rows = read_rows(recipe, padding_free=padding_free, gpus=target.number)
-    return build_report(recipe, trace_recipe(recipe, config, target, rows), target, rows)
+    trace = trace_recipe(recipe, config, target, rows)
+    stages = peak_of_stages(recipe, trace, target, rows)
+    process = _process(max(memory.bytes for memory in stages.values()), target)
+    return MemoryEstimate(recipe, rows, trace, stages, process, _fits(process, target))
+
+
+def _process(tensors: int, target: Target) -> ProcessMemory:
+    """Estimate the memory of a process whose tensors take `tensors` bytes, as a range.
+
+    On CUDA it adds a context (141 MiB measured on a T4, more on newer cards), cuBLAS workspaces and
+    memory that the allocator cannot use (6 % and up on a T4, by fitcheck-llm 0.2). On a CPU it adds
+    Python, the libraries, and memory that malloc keeps.
+    """
+    if target.kind == "cuda":
+        return ProcessMemory(round(1.02 * tensors) + 200 * MIB, round(1.12 * tensors) + 800 * MIB)
+    return ProcessMemory(tensors + 500 * MIB, round(1.05 * tensors) + 1000 * MIB)
+
+
+def _fits(process: ProcessMemory, target: Target) -> Fits:
+    memory = target.memory_bytes
+    if memory is None:
+        return Fits("unknown", None)
+    verdict: Verdict = (
+        "yes" if process.high <= memory else "perhaps" if process.low <= memory else "no"
+    )
+    return Fits(verdict, memory - process.high)
+
+
+def largest_rows(
+    recipe: Recipe, config: PretrainedConfig, target: Target, data: RecipeData | None
+) -> PlanRows:
+    """Find the largest batches of a recipe on a device.
+
+    Args:
+        data: the recipe's data; None if it is not available.
+    """
+    padding_free = is_padding_free(recipe, config, target)
+    return find_rows(recipe, data, padding_free=padding_free, gpus=target.number)
 
 
 def is_padding_free(recipe: Recipe, config: PretrainedConfig, target: Target) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 from qlora_cli.common.formatting import size_text
 from qlora_cli.common.html import page, render, template
+from qlora_cli.plan.report import PlanReport, TimelineMoment
 from qlora_cli.plan.text import moment_text, plan_text
 
 _COLOURS = (
@@ -54,17 +55,17 @@ class _Point(NamedTuple):
     kinds: Mapping[str, int]
 
 
-def plan_page(report: Mapping[str, Any], *, title: str) -> str:
+def plan_page(report: PlanReport, *, title: str) -> str:
     """Render the picture, a table of the peak, and the plan as text, from the report of `plan`."""
-    kinds = list(dict.fromkeys(k for moment in report["timeline"] for k in moment["kinds"]))
+    kinds = list(dict.fromkeys(k for moment in report.timeline for k in moment.kinds))
     colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
-    peak, device = report["peak"], report["device"]
+    peak, device = report.peak, report.device
     body = render(
         _BODY,
         picture=Markup("\n".join(_picture(report, colours))),
-        beyond=device["bytes"] is not None and not _is_in_view(report),
+        beyond=device.bytes is not None and _memory_in_view(report) is None,
         device=device,
-        moment=moment_text(peak["stage"], peak),
+        moment=moment_text(peak.stage, peak),
         peak=peak,
         colours=colours,
         text=plan_text(report),
@@ -72,17 +73,16 @@ def plan_page(report: Mapping[str, Any], *, title: str) -> str:
     return page(title, body, style=_STYLE)
 
 
-def _is_in_view(report: Mapping[str, Any]) -> bool:
-    """Tell whether the device's memory is drawn as a line."""
-    memory = report["device"]["bytes"]
-    return memory is not None and memory <= _IN_VIEW * report["peak"]["bytes"]
+def _memory_in_view(report: PlanReport) -> int | None:
+    """Return the device's memory if it is drawn as a line, else None."""
+    memory = report.device.bytes
+    return memory if memory is not None and memory <= _IN_VIEW * report.peak.bytes else None
 
 
-def _picture(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[str]:
-    top, memory = report["peak"]["bytes"], report["device"]["bytes"]
-    is_in_view = _is_in_view(report)
-    highest = 1.05 * (max(top, memory) if is_in_view else top)
-    points, bands = _places(report["timeline"])
+def _picture(report: PlanReport, colours: Mapping[str, str]) -> Iterator[str]:
+    top, memory = report.peak.bytes, _memory_in_view(report)
+    highest = 1.05 * max(top, memory or 0)
+    points, bands = _places(report.timeline)
 
     def y(size: float) -> str:
         return f"{_TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - size / highest):.1f}"
@@ -107,9 +107,9 @@ def _picture(report: Mapping[str, Any], colours: Mapping[str, str]) -> Iterator[
     for name, x in bands:
         yield f'<text x="{x:.1f}" y="{_HEIGHT - 22}">{escape(name)}</text>'
     yield _level(y(0), "0")
-    yield _level(y(top), size_text(top), f"peak, {report['peak']['stage']}")
-    if is_in_view:
-        yield _level(y(memory), size_text(memory), report["device"]["name"])
+    yield _level(y(top), size_text(top), f"peak, {report.peak.stage}")
+    if memory is not None:
+        yield _level(y(memory), size_text(memory), report.device.name)
     yield "</svg>"
 
 
@@ -123,10 +123,10 @@ def _level(y: str, size: str, name: str = "") -> str:
 
 
 def _places(
-    timeline: Sequence[Mapping[str, Any]],
+    timeline: Sequence[TimelineMoment],
 ) -> tuple[list[list[_Point]], list[tuple[str, float]]]:
     """Place each moment, stage by stage; return also each stage's name and left end."""
-    stages = [(name, list(moments)) for name, moments in groupby(timeline, lambda m: m["stage"])]
+    stages = [(name, list(moments)) for name, moments in groupby(timeline, lambda m: m.stage)]
     shares = [_SHARES.get(name, 1) if len(moments) > 1 else 1 for name, moments in stages]
     unit, left = (_WIDTH - _LEFT) / sum(shares), float(_LEFT)
     points, bands = [], []
@@ -139,7 +139,7 @@ def _places(
             steps = _steps(moments)
         points.append(
             [
-                _Point(left + width * at / steps[-1], moment["kinds"])
+                _Point(left + width * at / steps[-1], moment.kinds)
                 for at, moment in zip(steps, moments, strict=True)
             ]
         )
@@ -148,21 +148,23 @@ def _places(
     return points, bands
 
 
-def _steps(moments: Sequence[Mapping[str, Any]]) -> list[int]:
+def _steps(moments: Sequence[TimelineMoment]) -> list[int]:
     """Compute each moment's distance from the first; extrapolated layers get their width too."""
     steps = [0]
     for before, now in pairwise(moments):
-        same = (before["turn"], before["during"]) == (now["turn"], now["during"])
-        near = not same or before["place"] is None or now["place"] is None
-        steps.append(steps[-1] + (1 if near else abs(now["place"] - before["place"])))
+        same = (before.turn, before.during) == (now.turn, now.during)
+        distance = 1
+        if same and before.place is not None and now.place is not None:
+            distance = abs(now.place - before.place)
+        steps.append(steps[-1] + distance)
     return steps
 
 
-def _words(report: Mapping[str, Any]) -> str:
+def _words(report: PlanReport) -> str:
     """Describe the picture for screen readers."""
-    peaks = ", ".join(f"{name} {size_text(e['bytes'])}" for name, e in report["stages"].items())
-    stage = moment_text(report["peak"]["stage"], report["peak"])
+    peaks = ", ".join(f"{name} {size_text(m.bytes)}" for name, m in report.stages.items())
+    stage = moment_text(report.peak.stage, report.peak)
     return (
         f"Bytes of tensors, stacked by kind, through the stages of the run. The peak of each: "
-        f"{peaks}. The highest is {size_text(report['peak']['bytes'])} ({stage})."
+        f"{peaks}. The highest is {size_text(report.peak.bytes)} ({stage})."
     )

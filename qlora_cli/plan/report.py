@@ -1,86 +1,248 @@
-"""Build the report of a plan from a memory trace."""
+"""The reports of `qlora plan`. Sizes are in bytes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from qlora_cli.distributed.devices import Target
-from qlora_cli.plan.dry_run import EVALUATION, STEP
-from qlora_cli.plan.rows import PlanRows
-from qlora_cli.plan.stages import peak_of_stages, timeline_of
-from qlora_cli.plan.trace.memory_counter import STATES
-from qlora_cli.plan.traced_memory import MemoryTrace
-from qlora_cli.plan.work import estimate_work
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.common.report import Absent, Report
 
-MIB = 2**20
+Verdict = Literal["yes", "perhaps", "no", "unknown"]
 
 
-def build_report(
-    recipe: Recipe, trace: MemoryTrace, target: Target, rows: PlanRows
-) -> dict[str, Any]:
-    """Build the report of a plan, in bytes, seconds and counts."""
-    stages = peak_of_stages(recipe, trace, target, rows)
-    name = max(stages, key=lambda stage: stages[stage]["bytes"])
-    ranges = [_process_range(entry["bytes"], target) for entry in stages.values()]
-    low, high = (max(ends) for ends in zip(*ranges, strict=True))
-    trained, trains_base = trace.trained_weights, recipe.adapter.trains_base
-    states = trace.peak(EVALUATION, STEP)[1].kinds.get(STATES, 0)
-    return {
-        "model": {
-            "weights": trace.base_weights,
-            "trained": trained,
-            "trained_share": trained / (trace.base_weights + trained * (not trains_base)),
-        },
-        "device": {"name": target.name, "number": target.number, "bytes": target.memory_bytes},
-        "rows": {
-            "from": rows.origin,
-            "micro_batches": [[list(one.input_ids.shape) for one in s] for s in rows.steps],
-            "steps": rows.num_steps,
-            "tokens": rows.tokens,
-            "longest": rows.longest,
-        },
-        "peak": {"stage": name, **stages[name]},
-        "stages": stages,
-        "timeline": timeline_of(trace, stages),
-        "process": {"low": low, "high": high},
-        "fits": _verdict(low, high, target),
-        "adapter_bytes": 4 * trained * recipe.adapter.saved_per_trained,
-        "checkpoint_bytes": 4 * trained + states,
-        "quantization": recipe.quantization.model_dump(mode="json"),
-        "host": _host(recipe, trace, states, target),
-        **estimate_work(recipe, trace, rows, target),
-        "traced_layers": list(trace.traced_layers),
-        "layers": trace.num_layers,
-    }
+@dataclass(frozen=True, slots=True)
+class PlannedModel(Report):
+    """The model, and how much of it is trained."""
+
+    path: str
+    """`model.path` of the recipe."""
+    dimensions: str
+    """Source of the model's dimensions: a config.json, or built-in figures."""
+    weights: int
+    """Number of weights of the base."""
+    trained: int
+    """Number of trained weights."""
+    trained_share: float
+    """Share of trained weights in all weights, those of the adapter included."""
 
 
-def _process_range(tensors: int, target: Target) -> tuple[int, int]:
-    """Estimate how many bytes a process takes whose tensors take `tensors` bytes, as a range.
+@dataclass(frozen=True, slots=True)
+class PlannedDevice(Report):
+    """The device of the plan."""
 
-    On CUDA it adds a context (141 MiB measured on a T4, more on newer cards), cuBLAS workspaces and
-    memory that the allocator cannot use (6 % and up on a T4, by fitcheck-llm 0.2). On a CPU it adds
-    Python, the libraries, and memory that malloc keeps.
-    """
-    if target.kind == "cuda":
-        return round(1.02 * tensors) + 200 * MIB, round(1.12 * tensors) + 800 * MIB
-    return tensors + 500 * MIB, round(1.05 * tensors) + 1000 * MIB
-
-
-def _verdict(low: int, high: int, target: Target) -> dict[str, Any]:
-    memory = target.memory_bytes
-    if memory is None:
-        return {"verdict": "unknown", "margin": None}
-    verdict = "yes" if high <= memory else "perhaps" if low <= memory else "no"
-    return {"verdict": verdict, "margin": memory - high}
+    name: str
+    """Its name."""
+    number: int
+    """Number of devices that train together, from `--gpus`."""
+    bytes: int | None
+    """Memory of one device; null if unknown."""
 
 
-def _host(recipe: Recipe, trace: MemoryTrace, states: int, target: Target) -> dict[str, int]:
-    """Compute the host memory of a run on a card, in addition to Python and its libraries.
+@dataclass(frozen=True, slots=True)
+class MicroBatch(Report):
+    """The micro-batch of a run."""
 
-    Inputs of layers are traced; the rest is computed from the optimizer's states.
-    """
-    if target.kind == "cpu":
-        return {}
-    paged = states if recipe.optimizer.is_paged else 0
-    return {"saving_bytes": states, "paged_bytes": paged, "inputs_bytes": trace.host_bytes}
+    rows: int
+    """Number of rows."""
+    is_auto: bool
+    """True if the recipe has `training.micro_batch_size: auto`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LargestRows(Report):
+    """The batches that need the most memory, and the length of the run."""
+
+    from_: str
+    """Source of these figures: the data, or an assumption and the reason for it."""
+    micro_batches: Sequence[Sequence[Sequence[int]]]
+    """The most demanding steps; for each micro-batch its rows and tokens per row."""
+    steps: int | None
+    """Number of steps of the run; null if unknown."""
+    tokens: int | None
+    """Tokens of all steps, without padding; null if unknown."""
+    longest: int
+    """Tokens of the longest row."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory(Report):
+    """Peak memory of a stage."""
+
+    bytes: int
+    """Memory of all tensors."""
+    during: str
+    """Part of a step: `forward`, `backward`, `between` (backward and update) or `update`."""
+    kinds: Mapping[str, int]
+    """Purpose -> bytes, the largest first."""
+    by_formula: Sequence[str]
+    """Kinds that are computed by a formula instead of traced."""
+    paged_bytes: int | Absent
+    """Optimizer states that can be on the card or the host. They are not part of `bytes`. Absent
+    without a paged optimizer, and on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory(StageMemory):
+    """The largest peak of all stages."""
+
+    stage: str
+    """Stage with this peak."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineMoment(StageMemory):
+    """Memory at one moment of a run."""
+
+    stage: str
+    """Stage of the run."""
+    turn: int
+    """Number of forward passes that have begun in the stage."""
+    place: int | None
+    """Position in the model: 0 before the first layer, 2i + 1 in layer i, 2i + 2 after it. Null
+    after all layers in the backward pass, and in an update."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory(Report):
+    """Memory of the whole process, as a range."""
+
+    low: int
+    """Lower end."""
+    high: int
+    """Upper end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fits(Report):
+    """Comparison of the process with the memory of the device."""
+
+    verdict: Verdict
+    """`yes`: the whole range fits. `perhaps`: only its lower end. `no`: not even that."""
+    margin: int | None
+    """Memory of the device minus the upper end of the process. Null if the former is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory(Report):
+    """Host memory of a run on a card, in addition to Python and its libraries. Empty on a CPU."""
+
+    saving_bytes: int | Absent
+    """Copy of the optimizer's states while a checkpoint is saved."""
+    paged_bytes: int | Absent
+    """Optimizer states that can be paged to the host."""
+    inputs_bytes: int | Absent
+    """Offloaded inputs of layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulRate(Report):
+    """The rate from which the duration is computed."""
+
+    flops: float
+    """Matmul operations per second of one device."""
+    used: tuple[float, float]
+    """Shares of this rate that training reaches: small models, large models."""
+    is_measured: bool
+    """True if the rate was measured on this machine, false if it is the published one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport(Report):
+    """The memory and time of a recipe on a device. Sizes are in bytes."""
+
+    model: PlannedModel
+    """The model, and how much of it is trained."""
+    device: PlannedDevice
+    """The device."""
+    rows: LargestRows
+    """The batches that the plan is made with."""
+    peak: PeakMemory
+    """The largest peak."""
+    stages: Mapping[str, StageMemory]
+    """Stage of the run -> its peak."""
+    timeline: Sequence[TimelineMoment]
+    """Memory from loading to evaluation, in order."""
+    process: ProcessMemory
+    """Memory of the whole process."""
+    fits: Fits
+    """Comparison of the process with the memory of the device."""
+    adapter_bytes: int
+    """Size of the saved adapter."""
+    checkpoint_bytes: int
+    """Size of a checkpoint."""
+    quantization: Mapping[str, Any]
+    """The recipe's section `quantization`."""
+    host: HostMemory
+    """Host memory of a run on a card."""
+    flops_per_token: float
+    """Floating-point operations per token."""
+    flops: float | None
+    """Floating-point operations of the run; null if its length is unknown."""
+    seconds_of_training: tuple[float, float] | None
+    """Shortest and longest duration; null if the length of the run or the rate is unknown."""
+    rate: MatmulRate | Absent
+    """The rate from which the duration is computed; absent without a duration."""
+    traced_layers: Sequence[int]
+    """Numbers of layers of the traced models. If less than `layers`, the rest is extrapolated."""
+    layers: int
+    """Number of layers of the model."""
+    no_shorter: str | Absent
+    """Why `--fit` did not make rows shorter. Absent if nothing kept it from that."""
+    changes: Mapping[str, Any] | Absent | None
+    """Recipe key -> value that `--fit` proposes; the report describes the changed recipe. Null if
+    no change is certain to fit; absent without `--fit`."""
+    micro_batch: MicroBatch
+    """The micro-batch."""
+    context: int | None
+    """Number of positions that the model was made for; null if its config does not say."""
+    warnings: Sequence[str]
+    """Settings of the recipe that have no effect in this run."""
+    seconds: float
+    """Time that the plan took."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableModel(Report):
+    """The model of a table."""
+
+    path: str
+    """`model.path` of the recipe."""
+    dimensions: str
+    """Source of the model's dimensions: a config.json, or built-in figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableDevice(Report):
+    """The device of a table."""
+
+    name: str
+    """Its name."""
+    bytes: int | None
+    """Its memory; null if unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableCell(Report):
+    """Memory of one method at one row length."""
+
+    tensors: int
+    """Memory of all tensors at the peak."""
+    low: int
+    """Lower end of the memory of the process."""
+    high: int
+    """Upper end of the memory of the process."""
+    verdict: Verdict
+    """The verdict of a plan with this method and length."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableReport(Report):
+    """Memory of training methods for one model, at several row lengths. Sizes are in bytes."""
+
+    model: TableModel
+    """The model."""
+    device: TableDevice
+    """The device."""
+    methods: Mapping[str, Mapping[int, TableCell]]
+    """Method, then tokens per row, then its memory."""

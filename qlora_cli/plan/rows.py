@@ -28,19 +28,23 @@ class PlanRows:
     """Tokens of the longest example."""
 
 
-def read_rows(
-    recipe: Recipe, *, padding_free: bool, gpus: int = 1, data: RecipeData | None = None
+def read_available(recipe: Recipe) -> RecipeData | None:
+    """Read the data of a recipe; None if something of it would have to be downloaded."""
+    return None if missing_locally(recipe) else read_recipe_data(recipe)
+
+
+def find_rows(
+    recipe: Recipe, data: RecipeData | None, *, padding_free: bool, gpus: int = 1
 ) -> PlanRows:
-    """Read the largest batches of the data, or assume full rows if the data is not available.
+    """Find the largest batches of the data, or assume full rows if the data is not available.
 
     Args:
+        data: what `read_available` returned.
         padding_free: concatenate examples instead of padding them.
         gpus: number of devices that share a step.
-        data: the recipe's data, if it has been read already.
     """
-    if why := missing_locally(recipe):
-        return assume_rows(recipe, why, padding_free=padding_free)
-    data = data or read_recipe_data(recipe)
+    if data is None:
+        return assume_rows(recipe, missing_locally(recipe), padding_free=padding_free)
     batches = stream_batches(
         recipe, data.training, data.tokenizer, padding_free=padding_free, world_size=gpus
     )

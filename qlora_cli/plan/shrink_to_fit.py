@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.config import Config
+from qlora_cli.common.report import ABSENT, Absent
 from qlora_cli.data.prepared.prepare import TooManyLost
 from qlora_cli.distributed.devices import Target
 from qlora_cli.errors import RecipeError
-from qlora_cli.loop.run_data import RecipeData, read_recipe_data
+from qlora_cli.loop.run_data import RecipeData
 from qlora_cli.optim.optimizers import lighter_twin
-from qlora_cli.plan.estimate import estimate, is_padding_free
-from qlora_cli.plan.rows import missing_locally, read_rows
+from qlora_cli.plan.estimate import MemoryEstimate, estimate, is_padding_free, largest_rows
+from qlora_cli.plan.rows import find_rows, read_available
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
 
@@ -21,13 +23,26 @@ if TYPE_CHECKING:
 
 Changes = dict[str, Any]
 """Dotted key -> value."""
+DataReader = Callable[[], RecipeData | None]
+"""Returns the data of a recipe, or None if it is not available."""
 
 _SHORTEST = 128
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """The recipe that a plan describes, and how it differs from the given one."""
+
+    estimate: MemoryEstimate
+    changes: Changes | Absent | None = ABSENT
+    """The changes: empty if the recipe fits as it is, None if nothing suffices."""
+    no_shorter: str | Absent = ABSENT
+    """Why rows cannot be shorter, if that would lose too many answers."""
+
+
 def shrink_to_fit(
-    recipe: Recipe, config: PretrainedConfig, target: Target
-) -> tuple[Changes | None, dict[str, Any]]:
+    recipe: Recipe, config: PretrainedConfig, target: Target, read: DataReader
+) -> Fitted:
     """Try changes in order of harm, and keep the smallest ones that suffice.
 
     1. `micro_batch_size` and 2. `gradient_checkpointing`: the result stays the same.
@@ -37,10 +52,11 @@ def shrink_to_fit(
        algorithm stays the same; an optimizer without such a version is not changed.
     6. `max_length`: rows are truncated, so the training data changes.
 
+    Args:
+        read: reads the data of the recipe.
+
     Returns:
-        The changes (empty if the recipe fits as it is, None if nothing suffices), and the report
-        with them. If truncating further would lose too many answers, "no_shorter" in the report
-        of the last attempt says so.
+        The changed recipe; the last attempt if nothing suffices.
 
     Raises:
         RecipeError: the memory size of the device is unknown.
@@ -51,35 +67,37 @@ def shrink_to_fit(
             hint='name it: --device 24GiB, or --device "RTX 4090"',
         )
 
-    def tried(changes: Changes) -> dict[str, Any]:
-        return estimate(with_changes(recipe, changes), config, target)
+    def tried(changes: Changes) -> MemoryEstimate:
+        one = with_changes(recipe, changes)
+        data = read_available(one) if "data.max_length" in changes else read()
+        return estimate(one, config, target, largest_rows(one, config, target, data))
 
-    report = tried({})
-    if _fits(report):
-        return {}, report
+    found = tried({})
+    if _fits(found):
+        return Fitted(found, {})
     for changes in _levels(recipe, target):
         sizes = _micro_batch_sizes(recipe)
         smallest = {**changes, "training.micro_batch_size": 1}
         try:
-            report = tried(smallest)
+            found = tried(smallest)
         except TooManyLost as error:
             if "data.max_length" not in changes:
                 raise  # the unchanged recipe loses them
             length, why = changes["data.max_length"], str(error).splitlines()[0]
-            return None, {**report, "no_shorter": f"data.max_length {length}: {why}"}
-        if not _fits(report):
+            return Fitted(found, None, f"data.max_length {length}: {why}")
+        if not _fits(found):
             continue
         # The largest micro-batch that still fits is the fastest.
         for size in sizes:
             larger = {**changes, "training.micro_batch_size": size}
-            if size > 1 and _fits(found := tried(larger)):
-                return _different(recipe, larger), found
-        return _different(recipe, smallest), report
-    return None, report
+            if size > 1 and _fits(more := tried(larger)):
+                return Fitted(more, _different(recipe, larger))
+        return Fitted(found, _different(recipe, smallest))
+    return Fitted(found, None)
 
 
 def resolve_micro_batch_size(
-    recipe: Recipe, config: PretrainedConfig, target: Target, data: RecipeData | None = None
+    recipe: Recipe, config: PretrainedConfig, target: Target, read: DataReader
 ) -> Recipe:
     """Replace `training.micro_batch_size: auto` by a number.
 
@@ -87,7 +105,7 @@ def resolve_micro_batch_size(
     micro-batch never needs less memory, so the search is binary.
 
     Args:
-        data: the recipe's data, if it has been read already; otherwise it is read once.
+        read: reads the data of the recipe; called at most once.
 
     Raises:
         RecipeError: the memory size of the device is unknown.
@@ -104,12 +122,10 @@ def resolve_micro_batch_size(
     tried = [with_changes(recipe, {"training.micro_batch_size": size}) for size in sizes]
     if len(tried) == 1:
         return tried[0]
-    if data is None and not missing_locally(recipe):
-        data = read_recipe_data(recipe)
-    padding_free = is_padding_free(recipe, config, target)
+    data, padding_free = read(), is_padding_free(recipe, config, target)
 
     def fits(one: Recipe) -> bool:
-        rows = read_rows(one, padding_free=padding_free, gpus=target.number, data=data)
+        rows = find_rows(one, data, padding_free=padding_free, gpus=target.number)
         return _fits(estimate(one, config, target, rows))
 
     low, high = 0, len(tried)
@@ -183,8 +199,8 @@ def _micro_batch_sizes(recipe: Recipe) -> list[int]:
     return [size for size in sizes if settings.batch_size % size == 0]
 
 
-def _fits(report: dict[str, Any]) -> bool:
-    return bool(report["fits"]["verdict"] == "yes")
+def _fits(found: MemoryEstimate) -> bool:
+    return found.fits.verdict == "yes"
 
 
 def _different(recipe: Recipe, changes: Changes) -> Changes:

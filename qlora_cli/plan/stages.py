@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 
+from qlora_cli.common.report import ABSENT
 from qlora_cli.distributed.devices import Target
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP
+from qlora_cli.plan.report import StageMemory, TimelineMoment
 from qlora_cli.plan.rows import PlanRows
 from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
@@ -27,51 +29,53 @@ _COPY = "copy of optimizer states"
 
 def peak_of_stages(
     recipe: Recipe, trace: MemoryTrace, target: Target, rows: PlanRows
-) -> dict[str, dict[str, Any]]:
-    """Compute the peak of each stage: bytes, bytes by kind, and during which part."""
-    stages = {}
+) -> dict[str, StageMemory]:
+    """Compute the peak of each stage."""
+    stages: dict[str, StageMemory] = {}
     for stage in (LOAD, FIRST, STEP, EVALUATION):
         if not any(segment.stage == stage for segment in trace.peaks):
             continue
         segment, peak = trace.peak(stage)
-        stages[stage] = _entry(segment.part, peak)
+        stages[stage] = _memory(segment.part, peak)
     # The traced first step has one micro-batch. A real first step holds what later steps hold,
     # except for the optimizer states, which do not exist before its update.
     _, peak = trace.peak(STEP)
     stateless = _without_states(peak)
-    if stateless.total > stages[FIRST]["bytes"]:
-        stages[FIRST] = _entry(trace.peak(STEP)[0].part, stateless)
+    if stateless.total > stages[FIRST].bytes:
+        stages[FIRST] = _memory(trace.peak(STEP)[0].part, stateless)
     if rows.steps[0][0].documents:
-        stages[PROOF] = _entry("forward", _proof(trace), (LOGITS,))
+        stages[PROOF] = _memory("forward", _proof(trace), (LOGITS,))
     if target.kind == "cpu":
-        stages[SAVING] = _entry("update", _saving(trace), (_COPY,))
+        stages[SAVING] = _memory("update", _saving(trace), (_COPY,))
     if recipe.optimizer.is_paged and target.kind == "cuda":
-        for entry in stages.values():
-            _set_apart_paged(entry)
+        stages = {stage: _without_paged(memory) for stage, memory in stages.items()}
     return stages
 
 
 _PARTS = ("forward", "backward", "between", "update")
 
 
-def timeline_of(trace: MemoryTrace, stages: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def timeline_of(trace: MemoryTrace, stages: Mapping[str, StageMemory]) -> list[TimelineMoment]:
     """List what is alive at each moment of a run, in order.
 
     A stage whose peak is computed and not traced is a single moment.
     """
-    timeline = []
-    for stage, entry in stages.items():
-        segments = sorted((s for s in trace.peaks if s.stage == stage), key=_order)
-        moments = [
-            {**_entry(s.part, trace.peaks[s]), "turn": s.turn, "place": s.place} for s in segments
-        ]
-        if "paged_bytes" in entry:
-            for moment in moments:
-                _set_apart_paged(moment)
-        if max((m["bytes"] for m in moments), default=0) != entry["bytes"]:
-            moments = [{**entry, "turn": 1, "place": None}]
-        timeline += [{"stage": stage, **moment} for moment in moments]
+    timeline: list[TimelineMoment] = []
+    for stage, highest in stages.items():
+        moments = []
+        for segment in sorted((s for s in trace.peaks if s.stage == stage), key=_order):
+            memory = _memory(segment.part, trace.peaks[segment])
+            if highest.paged_bytes is not ABSENT:
+                memory = _without_paged(memory)
+            moments.append(_moment(memory, stage, segment.turn, segment.place))
+        if max((moment.bytes for moment in moments), default=0) != highest.bytes:
+            moments = [_moment(highest, stage, 1, None)]
+        timeline += moments
     return timeline
+
+
+def _moment(memory: StageMemory, stage: str, turn: int, place: int | None) -> TimelineMoment:
+    return TimelineMoment(**asdict(memory), stage=stage, turn=turn, place=place)
 
 
 def _order(segment: Segment) -> tuple[int, int, float]:
@@ -82,15 +86,16 @@ def _order(segment: Segment) -> tuple[int, int, float]:
     return (segment.turn + last, -1 if last else part, -place if part else place)
 
 
-def _entry(part: str, peak: Peak, by_formula: Sequence[str] = ()) -> dict[str, Any]:
+def _memory(part: str, peak: Peak, by_formula: Sequence[str] = ()) -> StageMemory:
     """Describe a peak, and name its kinds that are computed by a formula instead of traced."""
     kinds = sorted(peak.kinds.items(), key=lambda item: -item[1])
-    return {
-        "bytes": peak.total,
-        "during": part,
-        "kinds": {k: v for k, v in kinds if v},
-        "by_formula": [k for k, v in kinds if v and k in by_formula],
-    }
+    return StageMemory(
+        bytes=peak.total,
+        during=part,
+        kinds={k: v for k, v in kinds if v},
+        by_formula=[k for k, v in kinds if v and k in by_formula],
+        paged_bytes=ABSENT,
+    )
 
 
 def _proof(trace: MemoryTrace) -> Peak:
@@ -121,7 +126,8 @@ def _without_states(peak: Peak) -> Peak:
     return Peak(sum(kinds.values()), kinds)
 
 
-def _set_apart_paged(entry: dict[str, Any]) -> None:
+def _without_paged(memory: StageMemory) -> StageMemory:
     """Move paged optimizer states out of the total: they can be on the host at the peak."""
-    entry["paged_bytes"] = entry["kinds"].pop(STATES, 0)
-    entry["bytes"] -= entry["paged_bytes"]
+    kinds = dict(memory.kinds)
+    paged = kinds.pop(STATES, 0)
+    return replace(memory, bytes=memory.bytes - paged, kinds=kinds, paged_bytes=paged)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from qlora_cli.common.report import ABSENT, Absent
 from qlora_cli.distributed.devices import Target
 from qlora_cli.plan.dry_run import STEP, SingleProcess
+from qlora_cli.plan.report import MatmulRate
 from qlora_cli.plan.rows import PlanRows
 from qlora_cli.plan.trace.memory_counter import QUANTIZED, UNQUANTIZED
 from qlora_cli.plan.traced_memory import MemoryTrace
@@ -18,9 +20,17 @@ _USED = {"cuda": (0.15, 0.45), "cpu": (0.25, 0.8)}
 """Share of the peak matmul rate that training reaches: small models, large models."""
 
 
-def estimate_work(
-    recipe: Recipe, trace: MemoryTrace, rows: PlanRows, target: Target
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations and duration of a run, as in the report of a plan."""
+
+    flops_per_token: float
+    flops: float | None = None
+    seconds: tuple[float, float] | None = None
+    rate: MatmulRate | Absent = ABSENT
+
+
+def estimate_work(recipe: Recipe, trace: MemoryTrace, rows: PlanRows, target: Target) -> Work:
     """Compute the floating-point operations of a run, and a range for its duration.
 
     A micro-batch takes at least the time of reading the weights twice, forward and backward.
@@ -28,11 +38,11 @@ def estimate_work(
     num_traced = sum(batch.input_ids.numel() for step in rows.steps for batch in step)
     per_token = trace.flops[STEP] / num_traced
     if rows.tokens is None:
-        return {"flops_per_token": per_token, "flops": None, "seconds_of_training": None}
+        return Work(per_token)
     flops = per_token * rows.tokens
     rate = measure_rate() if target.kind == "cpu" else target.teraflops and target.teraflops * 1e12
     if not rate:
-        return {"flops_per_token": per_token, "flops": flops, "seconds_of_training": None}
+        return Work(per_token, flops)
     used = _USED[target.kind]
     slow, fast = (flops / (rate * target.number * share) for share in used)
     if target.bandwidth is not None and rows.num_steps is not None:
@@ -44,12 +54,8 @@ def estimate_work(
         )
         reading = 2 * weights * turns / (target.bandwidth * 1e9)
         slow, fast = max(slow, reading), max(fast, reading)
-    return {
-        "flops_per_token": per_token,
-        "flops": flops,
-        "seconds_of_training": [fast, slow],
-        "rate": {"flops": rate, "used": used, "is_measured": target.kind == "cpu"},
-    }
+    is_measured = target.kind == "cpu"
+    return Work(per_token, flops, (fast, slow), MatmulRate(rate, used, is_measured))
 
 
 def measure_rate() -> float:

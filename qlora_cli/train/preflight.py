@@ -60,7 +60,7 @@ def resolve_auto(
     else:
         config, _ = recipe.model.read_config()
         target = replace(_target(world), number=world.size)
-        found = resolve_micro_batch_size(recipe, config, target, data)
+        found = resolve_micro_batch_size(recipe, config, target, lambda: data)
         size = min(world.gather(found.training.fixed_micro_batch_size))
         why = f"the largest that fits {target.name} ({size_text(target.memory_bytes or 0)})"
     log.info("training.micro_batch_size: auto is %d, %s", size, why)
@@ -127,24 +127,23 @@ def log_plan(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> 
     try:
         config, _ = recipe.model.read_config()
         recipe = with_changes(recipe, {"training.kernels": kernels})
-        report = estimate(recipe, config, _target(world), rows)
+        found = estimate(recipe, config, _target(world), rows)
     except ModelError as error:
         log.info("no plan: %s", error)
         return {}
-    peak = report["peak"]
+    peak, process = found.peak, found.process
     log.info(
         "plan: tensors take %s at the peak (%s), the process %s to %s; traced in %.1f s",
-        size_text(peak["bytes"]),
-        peak["stage"],
-        size_text(report["process"]["low"]),
-        size_text(report["process"]["high"]),
+        size_text(peak.bytes),
+        peak.stage,
+        size_text(process.low),
+        size_text(process.high),
         time.monotonic() - started,
     )
-    process = report["process"]
     return {
-        "planned_memory_bytes": peak["bytes"],
-        "planned_process_low_bytes": process["low"],
-        "planned_process_high_bytes": process["high"],
+        "planned_memory_bytes": peak.bytes,
+        "planned_process_low_bytes": process.low,
+        "planned_process_high_bytes": process.high,
     }
 
 

@@ -15,7 +15,9 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
+from pydantic import TypeAdapter
 
+from qlora_cli.compare.report import CompareReport
 from qlora_cli.compare.text import comparison_text, tables
 from tests.conftest import exit_code, output_of
 
@@ -131,6 +133,11 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
+def typed(report: dict[str, Any]) -> CompareReport:
+    """Return the report as it was before it was written."""
+    return TypeAdapter(CompareReport).validate_python(report)
+
+
 @pytest.mark.slow
 def test_every_cell_is_a_row_and_a_failed_one_has_its_reason(compared: Path) -> None:
     report = report_of(compared)
@@ -147,7 +154,7 @@ def test_every_cell_is_a_row_and_a_failed_one_has_its_reason(compared: Path) -> 
     reason = cells["lora r=2 target_modules=[nope]"]["failure"]["error"]
     assert reason.startswith("adapter.target_modules: 'nope' matches no module of the model")
     assert "found 0; it takes a whole number (at least 1)" in cells["nf4 r=0"]["failure"]["error"]
-    text = comparison_text(report)
+    text = comparison_text(typed(report))
     assert all(f"{name}: failed: " in text for name in cells if cells[name]["status"] == "failed")
 
 
@@ -250,7 +257,9 @@ def test_the_page_is_whole_and_says_what_the_json_says(compared: Path) -> None:
     for word in ("<script", "@import", "url(", "http://", "https://"):
         assert word not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert "prefers-color-scheme: dark" in text
-    assert page.cells == [cell for _, table in tables(report) for row in table for cell in row]
+    assert page.cells == [
+        cell for _, table in tables(typed(report)) for row in table for cell in row
+    ]
     plots = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     svg = "{http://www.w3.org/2000/svg}"
     titles = [plot.findtext(f"{svg}title") for plot in plots]

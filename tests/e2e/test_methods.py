@@ -64,7 +64,7 @@ def test_every_method_can_be_evaluated_merged_and_generated_from(
     )
     planned = plan(recipe, device="cpu")
     record = train(recipe)
-    assert planned["model"]["trained"] == record["trained_weights"]
+    assert planned.model.trained == record["trained_weights"]
     # The same loss by another path; int8 rounding depends on the other tokens of a batch.
     run, tolerance = tmp_path / "run", 1e-4 if quantization == "none" else 2e-2
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -184,7 +184,7 @@ def test_forgetting_alone_is_enough_to_measure_what_was_combined(
         f"evaluation.forgetting={{path: {text}, window: 64}}",
     ]
     report = combine(runs, tmp_path / "made", CombineOptions("linear"), settings)
-    assert [list(one["measures"]) for one in report["evaluations"]] == [
+    assert [list(one.measures) for one in report.evaluations] == [
         ["forgetting.perplexity"],
         ["forgetting.perplexity"],
     ]

@@ -70,7 +70,7 @@ class PreparedData:
     """For each source: message keys that are not read, and the number of messages with each."""
     repaired: list[dict[str, int]]
     """For each source: repairs (`data.repair`), and the number of rows that each changed."""
-    learnt_as: str
+    supervised_as: str
     """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
     """Rows with special tokens in their messages, which are encoded as plain text."""
@@ -87,10 +87,11 @@ class PreparedData:
     def open(cls, folder: Path) -> PreparedData | None:
         """Open what `prepare` wrote to a folder. Returns None if any byte of it differs."""
         facts = read_facts(folder)
-        names = {field.name for field in fields(cls)} - {"examples"}
-        if facts is None or set(facts) != names or damaged_file(folder):
+        names = {_key_of(field.name): field.name for field in fields(cls)}
+        del names["examples"]
+        if facts is None or facts.keys() != names.keys() or damaged_file(folder):
             return None
-        return cls(examples=MmapDataset(folder), **facts)
+        return cls(examples=MmapDataset(folder), **{names[k]: v for k, v in facts.items()})
 
     @classmethod
     def open_written(cls, folder: Path) -> PreparedData:
@@ -110,7 +111,7 @@ class PreparedData:
 
     def summary(self) -> str:
         """Summarize the data in one line for the log."""
-        answers = f", {self.num_lost_answers:,} of {self.num_answers:,} {self.learnt_as} lost"
+        answers = f", {self.num_lost_answers:,} of {self.num_answers:,} {self.supervised_as} lost"
         typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
         bad = f", {counted(self.num_bad, 'bad row')} left out" if self.num_bad else ""
         return (
@@ -125,7 +126,12 @@ class PreparedData:
     def record(self) -> dict[str, Any]:
         """Return everything except the examples, for the record of the run."""
         names = [field.name for field in fields(self) if field.name != "examples"]
-        return {name: getattr(self, name) for name in names}
+        return {_key_of(name): getattr(self, name) for name in names}
+
+
+def _key_of(name: str) -> str:
+    """Return the key of a field in the files; one has the name that earlier versions wrote."""
+    return "learnt_as" if name == "supervised_as" else name
 
 
 def prepare(
@@ -173,6 +179,7 @@ def prepare(
         stop_token_ids = sorted(
             {i for t in tallies for end in t.turn_ends if isinstance(end, tuple) for i in end}
         )
+        is_text = all(tally.is_text for tally in tallies)
         counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
         writer.close(
             {
@@ -180,7 +187,7 @@ def prepare(
                 "counts": [{name: tally.counts[name] for name in _COUNTS} for tally in tallies],
                 "ignored": [dict(tally.ignored.most_common()) for tally in tallies],
                 "repaired": [dict(tally.repaired.most_common()) for tally in tallies],
-                "learnt_as": "texts" if all(tally.is_text for tally in tallies) else "answers",
+                _key_of("supervised_as"): "texts" if is_text else "answers",
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
                 **{name: counts[name] for name in _COUNTS},

@@ -12,6 +12,7 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP
 from qlora_cli.plan.estimate import predict_kernels, trace_recipe
 from qlora_cli.plan.plan import plan
+from qlora_cli.plan.report import MatmulRate
 from qlora_cli.plan.rows import assume_rows
 from qlora_cli.plan.text import plan_text
 from qlora_cli.plan.trace.memory_counter import (
@@ -76,13 +77,13 @@ def test_explicit_bf16_is_refused_for_a_card_without_it(tiny_recipe: Callable[..
     recipe = tiny_recipe(training={"precision": "bf16"})
     with pytest.raises(RecipeError, match="bf16 is not available on T4"):
         plan(recipe, device="T4")
-    assert plan(recipe, device="A10")["fits"]["verdict"] == "yes"
+    assert plan(recipe, device="A10").fits.verdict == "yes"
 
 
 def test_duration_is_bounded_by_compute_and_bandwidth(
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
-    def seconds(size: int) -> list[float]:
+    def seconds(size: int) -> tuple[float, float]:
         recipe = tiny_recipe(
             model={"path": "meta-llama/Llama-3.2-1B"},
             data={"train": {"path": "nowhere.jsonl"}, "evaluation": None, "max_length": 8},
@@ -90,10 +91,10 @@ def test_duration_is_bounded_by_compute_and_bandwidth(
             quantization={"type": "none"},
         )
         report = plan(recipe, device="H100")
-        assert report["rate"] == {"flops": 989e12, "used": (0.15, 0.45), "is_measured": False}
+        assert report.rate == MatmulRate(flops=989e12, used=(0.15, 0.45), is_measured=False)
         assert "15% to 45% of" in plan_text(report)
-        found: list[float] = report["seconds_of_training"]
-        return found
+        assert report.seconds_of_training is not None
+        return report.seconds_of_training
 
     # Rows of eight tokens are little to compute: the weights are read once more for each.
     for one, two in zip(seconds(1), seconds(2), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,14 +49,12 @@ def test_picture_shows_the_figures_of_the_plan(
 
 def test_highest_point_of_the_picture_is_the_peak(tiny_recipe: Callable[..., Recipe]) -> None:
     report = plan(tiny_recipe(), device="T4")
-    memory = report["peak"]["bytes"] * 2
+    device = replace(report.device, bytes=report.peak.bytes * 2)
     root = ElementTree.fromstring(
-        plan_page(
-            {**report, "device": {**report["device"], "bytes": memory}}, title="t"
-        ).removeprefix("<!doctype html>")
+        plan_page(replace(report, device=device), title="t").removeprefix("<!doctype html>")
     )
     ys = [float(c.split(",")[1]) for p in root.iter("polygon") for c in p.attrib["points"].split()]
-    zero, peak, device = (float(line.attrib["y1"]) for line in root.iter("line"))
+    zero, peak, line_of_device = (float(line.attrib["y1"]) for line in root.iter("line"))
     assert min(ys) == peak
     assert max(ys) == zero
-    assert zero - device == pytest.approx(2 * (zero - peak), rel=1e-2)
+    assert zero - line_of_device == pytest.approx(2 * (zero - peak), rel=1e-2)

@@ -44,8 +44,8 @@ def test_run_takes_the_planned_memory(
     real = max(peak.total for peak in count.peaks.values())
     # Of the base, what no operation looks at is not count_real_run here: the embeddings.
     unseen = 260 * 32 * 4
-    planned = report["peak"]["bytes"]
-    if report["peak"]["stage"] == "packing proof":  # by formula: for examples of 64 tokens
+    planned = report.peak.bytes
+    if report.peak.stage == "packing proof":  # by formula: for examples of 64 tokens
         assert real + unseen < planned < 1.2 * real
     else:
         assert planned == pytest.approx(real + unseen, rel=1e-2)
@@ -54,11 +54,11 @@ def test_run_takes_the_planned_memory(
 def test_memory_by_kind_adds_up_to_the_total(tiny_recipe: Callable[..., Recipe]) -> None:
     missing = {"train": {"path": "nowhere.jsonl"}, "evaluation": None}
     report = plan(tiny_recipe(quantization={"type": "nf4"}, data=missing), device="cpu")
-    for entry in report["stages"].values():
-        assert sum(entry["kinds"].values()) == entry["bytes"]
-    kinds = report["stages"]["step"]["kinds"]
-    trained = 4 * report["model"]["trained"]
-    assert kinds["trained weights"] == kinds["gradients"] == trained == report["adapter_bytes"]
+    for memory in report.stages.values():
+        assert sum(memory.kinds.values()) == memory.bytes
+    kinds = report.stages["step"].kinds
+    trained = 4 * report.model.trained
+    assert kinds["trained weights"] == kinds["gradients"] == trained == report.adapter_bytes
     assert 2 * trained <= kinds["optimizer states"] <= 2.1 * trained
     # Half a byte for each of the weights in the two layers.
     assert kinds["quantized weights"] == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) // 2
@@ -72,10 +72,10 @@ def test_plan_reports_host_memory_of_offload(tiny_recipe: Callable[..., Recipe])
         training={"gradient_checkpointing": "offload"},
     )
     report = plan(recipe, device="RTX 4090")
-    assert report["host"]["inputs_bytes"] > 0
+    assert report.to_json()["host"]["inputs_bytes"] > 0
     assert "for offloaded layer inputs" in plan_text(report)
-    assert plan(recipe, device="cpu")["host"] == {}
-    assert plan(recipe, device="0.1GiB", fit=True)["changes"] is None  # nothing less is known
+    assert plan(recipe, device="cpu").to_json()["host"] == {}
+    assert plan(recipe, device="0.1GiB", fit=True).changes is None  # nothing less is known
 
 
 def test_large_model_is_planned_from_its_name(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -87,37 +87,38 @@ def test_large_model_is_planned_from_its_name(tiny_recipe: Callable[..., Recipe]
         training={"gradient_checkpointing": True, "micro_batch_size": 1, "precision": "bf16"},
     )
     report = plan(recipe, device="RTX 4090")
-    assert report["model"]["weights"] == WEIGHTS["meta-llama/Llama-2-7b-hf"]
-    assert report["model"]["trained"] == 159_907_840
-    assert "not available" in report["rows"]["from"]
-    assert report["rows"]["micro_batches"] == [[[1, 512], [1, 512]]]
+    assert report.model.weights == WEIGHTS["meta-llama/Llama-2-7b-hf"]
+    assert report.model.trained == 159_907_840
+    assert "not available" in report.rows.from_
+    assert report.rows.micro_batches == [[[1, 512], [1, 512]]]
     # 3.238e9 = 224 matrices of 6,476,005,376 weights in four bits.
-    assert report["peak"]["kinds"]["quantized weights"] == 6_476_005_376 // 2
-    assert 6.0 < report["peak"]["bytes"] / 2**30 < 7.0
-    assert report["fits"]["verdict"] == "yes"
-    assert report["traced_layers"] == [2, 3]
-    assert plan(recipe, device="6GiB")["fits"]["verdict"] == "no"
+    assert report.peak.kinds["quantized weights"] == 6_476_005_376 // 2
+    assert 6.0 < report.peak.bytes / 2**30 < 7.0
+    assert report.fits.verdict == "yes"
+    assert report.traced_layers == (2, 3)
+    assert plan(recipe, device="6GiB").fits.verdict == "no"
 
 
 def test_paged_states_are_reported_separately_on_cuda(tiny_recipe: Callable[..., Recipe]) -> None:
     paged = plan(tiny_recipe(optimizer={"type": "paged_adamw_32bit"}), device="24GiB")
     plain = plan(tiny_recipe(optimizer={"type": "adamw"}), device="24GiB")
-    assert "optimizer states" not in paged["peak"]["kinds"]
-    states = plain["stages"]["step"]["kinds"]["optimizer states"]
-    assert paged["stages"]["step"]["paged_bytes"] == states
-    assert plain["stages"]["step"]["bytes"] - paged["stages"]["step"]["bytes"] == states
+    assert "optimizer states" not in paged.peak.kinds
+    states = plain.stages["step"].kinds["optimizer states"]
+    assert paged.stages["step"].paged_bytes == states
+    assert plain.stages["step"].bytes - paged.stages["step"].bytes == states
 
 
 def test_plan_uses_the_largest_batches_of_the_data(
     tiny_recipe: Callable[..., Recipe],
 ) -> None:
     report = plan(tiny_recipe(), device="cpu")
-    assert report["rows"]["from"] == "the data"
-    (rows, longest), (_, second) = report["rows"]["micro_batches"][0]
+    assert report.rows.from_ == "the data"
+    (rows, longest), (_, second) = report.rows.micro_batches[0]
     assert rows == 1  # two examples, end to end
     assert 2 * 20 < second <= longest < 2 * 96
-    assert report["rows"]["steps"] == 4
-    assert report["rows"]["tokens"] > 4 * 4 * 20
+    assert report.rows.steps == 4
+    assert report.rows.tokens is not None
+    assert report.rows.tokens > 4 * 4 * 20
 
 
 def test_command_prints_a_plan(

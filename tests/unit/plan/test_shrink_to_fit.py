@@ -12,9 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.distributed.devices import find_target
 from qlora_cli.errors import DataError, RecipeError
+from qlora_cli.loop import run_data
 from qlora_cli.plan.plan import plan
+from qlora_cli.plan.report import MicroBatch, PlanReport
 from qlora_cli.plan.shrink_to_fit import _different, _levels, with_changes
 from qlora_cli.plan.text import plan_text, set_line
 from qlora_cli.recipe.load import LoadedRecipe
@@ -38,8 +41,8 @@ def test_fit_finds_the_least_harmful_change(
 
     def changes(device: str) -> dict[str, Any]:
         report = plan(recipe, device=device, fit=True)
-        assert report["fits"]["verdict"] == "yes"
-        found: dict[str, Any] = report["changes"]
+        assert report.fits.verdict == "yes"
+        found: dict[str, Any] = report.to_json()["changes"]
         return found
 
     assert changes("80GiB") == {}
@@ -111,9 +114,9 @@ def test_fit_does_not_lose_more_answers_than_allowed(
     path.write_text((json.dumps({"messages": turns}) + "\n") * 4, encoding="utf-8")
     data = {"train": {"path": str(path)}, "evaluation": None, "max_length": 1024}
     report = plan(tiny_recipe(data=data, training={"precision": "auto"}), device="0.1GiB", fit=True)
-    assert report["changes"] is None
-    assert report["rows"]["micro_batches"][0][0][1] > 600
-    assert report["no_shorter"].startswith("data.max_length 512: ")
+    assert report.changes is None
+    assert report.rows.micro_batches[0][0][1] > 600
+    assert report.to_json()["no_shorter"].startswith("data.max_length 512: ")
     assert "rows cannot be shorter: data.max_length 512" in plan_text(report)
     # What the recipe itself loses is an error, as it is in a run.
     with pytest.raises(DataError, match="answers are lost"):
@@ -128,7 +131,7 @@ def test_fit_needs_the_memory_size_of_the_device(tiny_recipe: Callable[..., Reci
 
 
 def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Recipe]) -> None:
-    def planned(size: int | str, device: str) -> dict[str, Any]:
+    def planned(size: int | str, device: str) -> PlanReport:
         recipe = tiny_recipe(
             data={"train": {"path": "nowhere.jsonl"}, "evaluation": None, "max_length": 512},
             training={"batch_size": 12, "micro_batch_size": size},
@@ -136,14 +139,34 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Re
         return plan(recipe, device=device)
 
     four = planned(4, "80GiB")
-    report = planned("auto", f"{four['process']['high'] / 2**30 + 1e-5:.6f}GiB")
-    assert report["micro_batch"] == {"rows": 4, "is_auto": True}
-    assert report["fits"]["verdict"] == "yes"
-    assert report["rows"] == four["rows"]
-    assert report["peak"]["bytes"] == four["peak"]["bytes"]
+    report = planned("auto", f"{four.process.high / 2**30 + 1e-5:.6f}GiB")
+    assert report.micro_batch == MicroBatch(rows=4, is_auto=True)
+    assert report.fits.verdict == "yes"
+    assert report.rows == four.rows
+    assert report.peak.bytes == four.peak.bytes
     assert "micro_batch_size: auto is 4" in plan_text(report)
-    assert planned("auto", "0.1GiB")["micro_batch"]["rows"] == 1
-    assert planned("auto", "80GiB")["micro_batch"]["rows"] == 12
+    assert planned("auto", "0.1GiB").micro_batch.rows == 1
+    assert planned("auto", "80GiB").micro_batch.rows == 12
+
+
+@pytest.mark.parametrize("fit", [False, True])
+@pytest.mark.parametrize("size", ["auto", 2])
+def test_plan_reads_the_data_once(
+    tiny_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    size: str | int,
+    fit: bool,
+) -> None:
+    reads = []
+
+    def read(name: str, *arguments: Any, **settings: Any) -> Any:
+        reads.append(name)
+        return read_data(name, *arguments, **settings)
+
+    monkeypatch.setattr(run_data, "read_data", read)
+    recipe = tiny_recipe(training={"batch_size": 4, "micro_batch_size": size})
+    plan(recipe, device="24GiB", fit=fit)
+    assert reads == ["training", "evaluation"]
 
 
 def test_auto_needs_the_memory_size_of_the_device(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -118,9 +118,8 @@ def test_the_preflight_uses_the_planned_memory(
     record = json.loads((run("planned") / "run.json").read_text())
     planned, tried = record["planned_memory_bytes"], record["tried_memory_bytes"]
     report = plan(tiny_recipe(**LONG), device="cpu")
-    assert planned == report["peak"]["bytes"]
-    stages = report["stages"]
-    steps = max(stages[name]["bytes"] for name in ("step", "evaluation"))
+    assert planned == report.peak.bytes
+    steps = max(report.stages[name].bytes for name in ("step", "evaluation"))
     assert tried == pytest.approx(steps, rel=2e-2)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="qlora"):
@@ -131,7 +130,7 @@ def test_the_preflight_uses_the_planned_memory(
     assert size_text(planned) in begun
     ended = caplog.messages[-1]
     took = json.loads((again / "run.json").read_text())["peak_memory_bytes"]
-    low, high = (size_text(report["process"][end]) for end in ("low", "high"))
+    low, high = (size_text(end) for end in (report.process.low, report.process.high))
     assert f"the process took {size_text(took)} at its peak (planned {low} to {high})" in ended
     assert f"of tensors (planned {size_text(planned)})" in ended
 
