@@ -20,7 +20,7 @@ class CellFailure(Report):
     error: str
     """The error."""
     hint: str | None
-    """What to do about it; null if there is no hint."""
+    """Advice; null if there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.common.progress import Progress
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.distributed.world import World
@@ -79,8 +80,6 @@ class ModelScorer:
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
         """Return the sum of log p over the supervised tokens of each example, in nats."""
         objective = TokenLoss(self._model, self._dtype)
-        was_training = objective.training
-        objective.eval()
         found = [0.0] * len(examples)
         # Examples that differ only in their last token share one forward pass, because no hidden
         # state depends on the last token. Options of one token are such examples.
@@ -92,14 +91,14 @@ class ModelScorer:
         order = sorted(same.values(), key=lambda group: (-len(examples[group[0]].labels), group))
         progress = Progress(f"{self.name}: likelihoods", len(examples))
         size = self._recipe.eval_batch_size
-        for start in range(0, len(order), size):
-            groups = order[start : start + size]
-            indices = [i for group in groups for i in group]
-            losses = self._losses(objective, examples, groups)
-            for i, loss in zip(indices, losses, strict=True):
-                found[i] = -loss
-            progress.add(len(indices))
-        objective.train(was_training)
+        with eval_mode(objective):
+            for start in range(0, len(order), size):
+                groups = order[start : start + size]
+                indices = [i for group in groups for i in group]
+                losses = self._losses(objective, examples, groups)
+                for i, loss in zip(indices, losses, strict=True):
+                    found[i] = -loss
+                progress.add(len(indices))
         return found
 
     def _losses(
@@ -140,11 +139,9 @@ class ModelScorer:
 
     def _log_probabilities(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
         """Compute log p of the next token at each position, (T, V) in float32."""
-        was_training = model.training
-        model.eval()
-        with torch.autocast(ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        is_mixed = self._dtype != torch.float32
+        with eval_mode(model), torch.autocast(ids.device.type, self._dtype, enabled=is_mixed):
             logits = model(input_ids=ids, use_cache=False).logits[0]
-        model.train(was_training)
         return torch.log_softmax(logits.float(), -1)
 
 

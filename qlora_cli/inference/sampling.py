@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.batching.collate import prompt_batches
 from qlora_cli.errors import RecipeError
@@ -86,9 +87,7 @@ class TextGenerator:
         Each prompt samples with its own generator, seeded by `sampling.seed` and the prompt's
         index, so its completion does not depend on the other prompts in its batch.
         """
-        was_training = self.model.training
-        self.model.eval()
-        with _contiguous_head_inputs(self.model):
+        with eval_mode(self.model), _contiguous_head_inputs(self.model):
             for batch in prompt_batches(
                 prompts, batch_size=batch_size, pad_token_id=self.tokenizer.pad_token_id
             ):
@@ -102,7 +101,6 @@ class TextGenerator:
                 new = output[:, batch.input_ids.shape[1] :].tolist()
                 for index, ids in zip(batch.indices, new, strict=True):
                     yield index, self._completion(ids)
-        self.model.train(was_training)
 
     @torch.no_grad()
     def stream(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
+from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.common.formatting import size_text
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.distributed.world import is_out_of_memory
@@ -162,14 +163,12 @@ class TrainingMonitor:
 
     def _bad_examples(self, step: int) -> list[int]:
         """Find the examples of a step whose own loss is not finite; if there are none, all."""
-        was_training = self._setup.objective.training
-        self._setup.objective.eval()
-        found = [
-            example
-            for batch in self._setup.batches.micro_batches(step)
-            for example in self._bad_examples_in(batch)
-        ]
-        self._setup.objective.train(was_training)
+        with eval_mode(self._setup.objective):
+            found = [
+                example
+                for batch in self._setup.batches.micro_batches(step)
+                for example in self._bad_examples_in(batch)
+            ]
         gathered = sorted({example for each in self._setup.world.gather(found) for example in each})
         return gathered or self._rows(step)
 

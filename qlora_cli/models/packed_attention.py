@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.errors import ModelError
 from qlora_cli.types import Batch
 
@@ -214,21 +215,17 @@ def check_packing(
         ids[0, : documents[0]] = (ids[0, : documents[0]] + 1) % vocabulary_size
         return replace(batch, input_ids=ids)
 
-    was_training = model.training
-    model.eval()
     autocast = torch.autocast(packed.input_ids.device.type, dtype, enabled=dtype != torch.float32)
     try:
-        with torch.no_grad(), autocast:
+        with eval_mode(model), torch.no_grad(), autocast:
             together, apart, together_edited, apart_edited = (
                 _logits(model, batch, documents)
                 for batch in (packed, padded, edited(packed), edited(padded))
             )
-        with autocast:
+        with eval_mode(model), autocast:
             gradient_leak = _gradient_leak(model, _shortened(packed))
     except (NotImplementedError, TypeError, ValueError) as error:
         raise _refusal(model, f"does not accept packed examples: {error}") from error
-    finally:
-        model.train(was_training)
     targets = packed.input_ids[0].split(documents)
     losses = _losses(apart, targets)
     both = zip(_losses(together, targets), losses, strict=True)

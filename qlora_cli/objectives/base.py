@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.types import Batch
 
 
@@ -53,10 +54,8 @@ class Objective(nn.Module, ABC):
 def evaluate_loss(objective: Objective, batches: Iterable[Batch], device: torch.device) -> Tensor:
     """Return loss sum and weight over all batches: (2,) float64, on `device`."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    was_training = objective.training
-    objective.eval()
-    for batch in batches:
-        totals[0] += objective.of_rows(batch.to(device)).sum()
-        totals[1] += objective.weight(batch)
-    objective.train(was_training)
+    with eval_mode(objective):
+        for batch in batches:
+            totals[0] += objective.of_rows(batch.to(device)).sum()
+            totals[1] += objective.weight(batch)
     return totals

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.objectives.base import Objective
 from qlora_cli.types import IGNORE_INDEX, Batch
@@ -125,12 +126,10 @@ class TokenLoss(Objective):
             return False
         device = next(causal.parameters()).device
         input_ids = torch.arange(1, 5, device=device)[None]  # (1, 4)
-        was_training = causal.training
-        causal.eval()
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with eval_mode(causal), autocast:
             whole = causal(input_ids=input_ids, use_cache=False).logits
             split = head(decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
-        causal.train(was_training)
         return torch.equal(whole, split)
 
 

@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
+from qlora_cli.common.eval_mode import eval_mode
+
 _KINDS = (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING)
 
 
@@ -192,10 +194,7 @@ def initialize_from_words(model: PeftModel) -> None:
     base = model.get_base_model()
     number = model.active_peft_config.num_virtual_tokens
     words = torch.randint(base.get_input_embeddings().weight.shape[0], (1, number))
-    was_training = base.training
-    base.eval()
-    with model.disable_adapter():
+    with eval_mode(base), model.disable_adapter():
         cache = base(input_ids=words.to(base.device), use_cache=True).past_key_values
-    base.train(was_training)
     halves = [half[0] for layer in cache for half in layer[:2]]  # (H, V, D) of each
     virtual_token_weight(model).copy_(torch.stack(halves).permute(2, 0, 1, 3).flatten(1))
