@@ -67,7 +67,7 @@ def make_report(cells: Sequence[Cell], root: Path) -> CompareReport:
         rows.append(_row(cell, store, found))
     return CompareReport(
         folder=str(root),
-        first=first and first.name,
+        first=first.name if first else None,
         varied=list(dict.fromkeys(key for cell in cells for key in cell.settings)),
         measures=measures,
         bases=bases,
