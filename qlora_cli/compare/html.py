@@ -69,12 +69,11 @@ def comparison_page(report: CompareReport) -> str:
 
 def _plots(report: CompareReport) -> Iterator[tuple[str, str]]:
     cells = report.cells
-    if begun := [cell for cell in cells if cell.curve]:
-        for axis, curves in (
-            ("tokens", [[(p.tokens, p.loss) for p in cell.curve] for cell in begun]),
-            ("seconds of training", [[(p.seconds, p.loss) for p in cell.curve] for cell in begun]),
-        ):
-            lines = [LineSeries(c.name, curve) for c, curve in zip(begun, curves, strict=True)]
+    begun = [cell for cell in cells if cell.curve]
+    by_tokens = [LineSeries(c.name, [(p.tokens, p.loss) for p in c.curve]) for c in begun]
+    by_time = [LineSeries(c.name, [(p.seconds, p.loss) for p in c.curve]) for c in begun]
+    for axis, lines in (("tokens", by_tokens), ("seconds of training", by_time)):
+        if lines:
             title = f"Training loss by {axis}"
             yield line_plot(title, lines, x=axis, y="loss", form="{:,.0f}".format), title
     if stacks := [*_stacks(cells)]:

@@ -112,7 +112,7 @@ def plan(recipe: Recipe, *, device: str = "cuda", gpus: int = 1, fit: bool = Fal
         target,
         source,
         micro_batch=MicroBatch(recipe.training.fixed_micro_batch_size, is_auto),
-        context=context and context.length,
+        context=context.length if context else None,
         warnings=settings_without_effect(recipe, fitted.estimate.rows.num_steps),
         started=started,
     )
