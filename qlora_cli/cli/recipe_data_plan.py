@@ -99,6 +99,7 @@ def preview(
         typer.Option(
             "--bad-rows",
             metavar="FILE",
+            parser=user_path,
             help="Also write every bad row, with its reason, as JSON lines.",
         ),
     ] = None,
