@@ -89,8 +89,9 @@ def require_as_in_file(tokenizer: Any, folder: Path, texts: Iterable[str]) -> No
     if not path.is_file() or type(tokenizer) is PreTrainedTokenizerFast:
         return
     stored = Tokenizer.from_file(str(path))
-    if first_difference(tokenizer, stored, PROBES) is not None:
-        return  # a setting in tokenizer_config.json changes what the file says
+    has_config_tokens = stored.get_vocab() != tokenizer.get_vocab()
+    if has_config_tokens or first_difference(tokenizer, stored, PROBES) is not None:
+        return  # tokenizer_config.json changes what the file says
     if (text := first_difference(tokenizer, stored, texts)) is not None:
         raise ModelError(
             f"{path}: transformers loads it as {type(tokenizer).__name__}, which gives other "

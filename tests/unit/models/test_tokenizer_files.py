@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from qlora_cli.errors import ModelError
 from qlora_cli.export.merge import merge
 from qlora_cli.models.tokenizer import load_tokenizer
-from qlora_cli.models.tokenizer_check import PROBES, first_difference
+from qlora_cli.models.tokenizer_check import PROBES, first_difference, require_as_in_file
 from qlora_cli.models.tokenizer_files import (
     save_plainly,
     save_tokenizer,
@@ -173,6 +174,26 @@ def test_a_config_with_a_prefix_space_still_gives_the_files_numbers(tmp_path: Pa
     path.write_text(json.dumps({**config, "add_prefix_space": True}), "utf-8")
     stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert first_difference(load_tokenizer(tmp_path), stored, ["\n12345"]) is None
+
+
+def test_rows_with_other_tokens_than_the_file_gives_are_refused(tmp_path: Path) -> None:
+    write_base(tmp_path, kind="GPT2TokenizerFast", digits=1)
+    tokenizer = load_tokenizer(tmp_path)
+    require_as_in_file(tokenizer, tmp_path, ["say qq 12"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("qq", "r")
+    with pytest.raises(ModelError, match="for a row of the data"):
+        require_as_in_file(tokenizer, tmp_path, ["say 12", "say qq 12"])
+
+
+def test_rows_may_have_tokens_that_only_the_config_adds(tmp_path: Path) -> None:
+    write_base(tmp_path, kind="GPT2TokenizerFast", digits=1)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    added = {"320": {"content": "<|tool|>", "special": True}}
+    path.write_text(json.dumps({**config, "added_tokens_decoder": added}), "utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert "<|tool|>" in tokenizer.get_vocab()
+    require_as_in_file(tokenizer, tmp_path, ["<|tool|> 12"])
 
 
 OTHER_PYTHON = os.environ.get("QLORA_TRANSFORMERS_4", "")
