@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -137,26 +135,6 @@ def test_a_gguf_file_is_read_without_its_neighbours(
     tokenizer = BaseModelConfig(path=str(tmp_path / MODEL.name)).load_tokenizer()
     assert tokenizer.chat_template is not None
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
-
-
-def test_two_processes_at_once_unpack_a_gguf_file_once(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from qlora_cli.models.base import BaseModelConfig",
-    ]
-    command[-1] += "; print(BaseModelConfig(path=sys.argv[1]).locate())"
-    environment = {**os.environ, "QLORA_CACHE": str(tmp_path)}
-    running = [
-        subprocess.Popen(
-            [*command, str(MODEL)], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    found = {process.communicate()[0].strip() for process in running}
-    assert [process.returncode for process in running] == [0, 0]
-    (folder,) = found
-    assert [path for path in (tmp_path / "gguf").iterdir() if path.is_dir()] == [Path(folder)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")

@@ -134,7 +134,7 @@ def test_trained_share_counts_packed_weights_in_full(tiny_model: Path) -> None:
     # r x (in + out) for each of the two layers' query projections, 32 -> 32.
     assert by_name["q_proj"].num_weights == 2 * 4 * (32 + 32)
     assert by_name["q_proj"].num_modules == 2
-    assert "q_proj" in reports[0].summary()
+    assert "q_proj" in reports[0].table()
 
 
 @pytest.mark.parametrize(

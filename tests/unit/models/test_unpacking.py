@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.gguf import damaged_file
-from tests.conftest import MODEL, needs_model
+from tests.conftest import ROOT
 from tests.damage import DAMAGE
+from tests.tiny_gguf import write_gguf
 
 
-@needs_model
-@pytest.mark.slow
-def test_leftovers_of_a_killed_unpacking_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    config = BaseModelConfig(path=str(MODEL))
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a tiny GGUF file, and begin with an empty cache."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model, path)
+    return path
+
+
+def test_leftovers_of_a_killed_unpacking_are_removed(model: Path) -> None:
+    config = BaseModelConfig(path=str(model))
     folder = config.locate()
     whole = {path.name for path in folder.iterdir()}
     folder.rename(folder.with_name(f".{folder.name}.unfinished"))
@@ -29,13 +36,8 @@ def test_leftovers_of_a_killed_unpacking_are_removed(
     assert sorted(folder.parent.iterdir()) == [folder, *others]
 
 
-@needs_model
-@pytest.mark.slow
-def test_a_damaged_folder_is_unpacked_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    config = BaseModelConfig(path=str(MODEL))
+def test_a_damaged_folder_is_unpacked_anew(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = BaseModelConfig(path=str(model))
     folder = config.locate()
     digests = folder.with_suffix(".json")
     for file in [digests, *sorted(folder.iterdir())]:
@@ -48,7 +50,7 @@ def test_a_damaged_folder_is_unpacked_anew(
                 break
         file.write_bytes(written)
     assert damaged_file(folder) is None
-    assert config.read_config()[1] == MODEL.name
+    assert config.read_config()[1] == model.name
     added = folder / "chat_template.txt"
     added.write_text("x", encoding="utf-8")
     assert damaged_file(folder) == added.name
@@ -57,5 +59,23 @@ def test_a_damaged_folder_is_unpacked_anew(
     written = weights.read_bytes()
     weights.write_bytes(DAMAGE["a bit flipped"](written))
     assert config.locate() == folder
-    assert f"{folder}: damaged (model.safetensors); {MODEL.name} is unpacked anew" in caplog.text
+    assert f"{folder}: damaged (model.safetensors); {model.name} is unpacked anew" in caplog.text
     assert weights.read_bytes() == written
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_unpack_a_gguf_file_once(model: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from qlora_cli.models.base import BaseModelConfig",
+    ]
+    command[-1] += "; print(BaseModelConfig(path=sys.argv[1]).locate())"
+    running = [
+        subprocess.Popen([*command, str(model)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    found = {process.communicate()[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    (folder,) = found
+    assert [path for path in Path(folder).parent.iterdir() if path.is_dir()] == [Path(folder)]

@@ -208,6 +208,7 @@ NONE = {
     "data.on_bad_row": _VALUE, "data.max_lost": _VALUE, "data.workers": "only the time changes",
     "data.audit.max_duplicates": _VALUE, "data.audit.max_truncated": _VALUE,
     "data.audit.min_learnt": _VALUE,
+    "data.repair": "preview counts the rows that each repair changed",
     "training.seed": "orders the rows and starts the adapter, always",
     "training.max_steps": _VALUE, "training.max_grad_norm": _NUMBER,
     "training.max_bad_steps": "a run without an applied step fails whatever it says",
