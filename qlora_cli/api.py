@@ -52,7 +52,7 @@ class Model:
         """Return the answer to one prompt, as `qlora generate` writes it.
 
         Raises:
-            DataError: there is no prompt, or it does not fit into the context.
+            DataError: the prompt is missing, or does not fit into the context.
             RecipeError: a setting is out of bounds.
         """
         sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
@@ -129,7 +129,7 @@ class Model:
                 needs the space between them.
 
         Raises:
-            DataError: there is no prompt, or it does not fit into the context.
+            DataError: the prompt is missing, or does not fit into the context.
             RecipeError: there are fewer than two labels.
         """
         names = self._checked_labels(labels)

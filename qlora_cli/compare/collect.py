@@ -91,7 +91,7 @@ def find_measure(tasks: Sequence[Task], name: str) -> tuple[Task, Measure]:
     """Find a measure by name, and its task.
 
     Raises:
-        KeyError: there is no such measure.
+        KeyError: the measure is unknown.
     """
     named = {known: (task, one) for task in tasks for known, one in task.named_measures()}
     return named[name]

@@ -183,7 +183,7 @@ def head_loss(
     """
     weights = [p for p in head.parameters() if p.requires_grad]
     # torch does not type `apply`.
-    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch is not typed here
         hidden, targets, head, cross_entropy, *weights
     )
     return loss
