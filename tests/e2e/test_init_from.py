@@ -42,6 +42,7 @@ def parent(begin: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "parent"
 
 
+@pytest.mark.quick_every(5)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {}])
 def test_a_new_run_starts_from_its_parents_weights(
@@ -152,6 +153,7 @@ def damage_value(tensors: dict[str, torch.Tensor]) -> None:
     tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -291,6 +291,7 @@ def test_gradients_are_views_of_the_exchanged_buffer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -159,6 +159,7 @@ WITH_A_BASE: list[tuple[Any, ...]] = [
 ]
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     "spoil",
     [only_bin, only_pt, sharded_bin, index_to_bin, settings_to_bin, a_pickle_named_safetensors],
@@ -259,6 +260,7 @@ def test_a_pickle_in_a_checkpoint_is_never_unpickled(
     assert "Traceback" not in error
 
 
+@pytest.mark.quick_every(4)
 @pytest.mark.parametrize(
     "name",
     [
@@ -463,6 +465,7 @@ def test_a_secret_in_the_environment_is_written_nowhere(
 TOKEN = f"hf_{CANARY}0123456789"
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     "address",
     [

@@ -33,6 +33,7 @@ def test_every_template_has_a_stored_outcome() -> None:
     assert all(list(kept) == KINDS for kept in KEPT.values())
 
 
+@pytest.mark.quick_every(2)
 @with_trl
 @pytest.mark.parametrize("name", KEPT)
 def test_a_template_has_its_stored_outcome(name: str) -> None:

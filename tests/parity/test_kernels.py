@@ -17,6 +17,7 @@ from qlora_cli.kernels.elementwise import Elementwise
 from tests.parity.tiny_layers import adapted, base, batch, distance, fused, loss_and_gradients
 
 
+@pytest.mark.quick_every(7)
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp4"])
 @pytest.mark.parametrize(

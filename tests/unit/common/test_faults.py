@@ -128,6 +128,7 @@ def number_of_calls(folder: Path) -> int:
     return faults.count
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     ("act", "raised"), [(kill, Killed), (fill_up, TrainingError), (write_half, TrainingError)]
 )

@@ -138,6 +138,7 @@ DEEPSEEK: dict[str, Any] = {
 GLM: dict[str, Any] = {**EXPERTS, "head_dim": 8}
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     ("family", "config", "adapter"),
     [
@@ -205,6 +206,7 @@ def test_experts_that_the_files_hold_apart_are_merged_one_by_one(
     assert all(before.digest(name) != after.digest(name) for name in experts)
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

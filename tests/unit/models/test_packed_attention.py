@@ -264,6 +264,7 @@ def gradients_of(stream: BatchStream, model: Any, make: Callable[[Any], Any]) ->
     return found
 
 
+@pytest.mark.quick_every(5)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Gemma3"])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -21,6 +21,7 @@ from qlora_cli.plan.compatibility import check_compatibility, check_model
 ALL = ["forward", "backward", "save", "load", "merge"]
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     ("adapter", "steps"),
     [

@@ -71,6 +71,7 @@ def test_a_trace_of_few_layers_predicts_many_layers(
 PEFTS_OWN = {"r": 4, "layers_to_transform": [8]}
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     "sections",
     [

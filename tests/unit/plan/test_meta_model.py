@@ -20,6 +20,7 @@ from qlora_cli.recipe.schema import Recipe
 from tests.unit.plan.tiny import WEIGHTS
 
 
+@pytest.mark.quick_every(4)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_known_configs_have_the_published_number_of_weights(name: str) -> None:
     model = build_meta_model(AutoConfig.for_model(**KNOWN[name]), torch.bfloat16)

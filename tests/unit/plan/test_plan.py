@@ -20,6 +20,7 @@ from tests.conftest import exit_code, output_of
 from tests.unit.plan.tiny import RECIPES, WEIGHTS
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize("name", ["nf4", "packed", "int8"])
 def test_run_takes_the_planned_memory(
     tiny_recipe: Callable[..., Recipe], name: str, tmp_path: Path

@@ -40,6 +40,7 @@ IN_BOTH = ("nf4", "int8", "full")
 """Recipes that are traced in both dtypes by default; the others in float32 with the slow tests."""
 
 
+@pytest.mark.quick_every(4)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -331,6 +331,7 @@ def test_there_are_many_kinds_of_mutation() -> None:
     assert len(KINDS) >= 20
 
 
+@pytest.mark.quick_every(5)
 @pytest.mark.parametrize("number", range(NUM_RECIPES))
 def test_damaged_recipes_are_explained(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     name, text = damaged(number)

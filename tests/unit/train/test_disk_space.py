@@ -63,6 +63,7 @@ def test_a_run_larger_than_the_disk_is_refused_before_it_trains(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.quick_every(4)
 @pytest.mark.parametrize("optimizer", [one.type for one in each_optimizer()])
 def test_a_checkpoint_is_about_as_large_as_budgeted(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, optimizer: str
