@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftConf
             raise ValueError(
                 f"{named[0]} names code or files outside of the folder: they are not opened"
             )
+        _check_plain_types(settings)
         if settings.get("peft_type") == "LORA":
             _check_lora(settings)
         else:
@@ -137,6 +139,25 @@ def _check_sizes(settings: Mapping[str, Any], largest: int) -> None:
             raise ValueError(f"{key} ({value}) is larger than any side of the tensors ({largest})")
     for key in _NAMES:
         _require(key, settings.get(key), _are_names)
+
+
+def _check_plain_types(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if a setting that PEFT declares as a switch or a number is something else.
+
+    Null stands for the default, and a number may be written as 16 or 16.0.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    plain = {"bool": (bool,), "int": (int, float), "float": (int, float)}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
+    for one in fields(config) if config else ():
+        # An annotation is a string in the modules that postpone its evaluation.
+        allowed = plain.get(
+            one.type if isinstance(one.type, str) else getattr(one.type, "__name__", "")
+        )
+        value = settings.get(one.name)
+        if allowed and value is not None and type(value) not in allowed:
+            raise ValueError(f"{one.name} ({value!r}) is not a valid setting of an adapter")
 
 
 def _check_lora(settings: dict[str, Any]) -> None:
