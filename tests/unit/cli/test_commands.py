@@ -38,4 +38,5 @@ def test_unknown_commands_of_a_group(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_commands_of_other_tools_are_none_of_ours() -> None:
+    # The app is a group, which has commands.
     assert not set(_ELSEWHERE) & set(get_command(app).commands)  # type: ignore[attr-defined]

@@ -65,6 +65,7 @@ def test_a_number_of_thousands_of_digits_names_its_field(
     assert len(line) < 600
 
 
-def test_zeros_in_front_are_no_digits(load: Callable[..., object], minimal: str) -> None:
+def test_zeros_in_front_are_not_counted(load: Callable[..., object], minimal: str) -> None:
     loaded = load(minimal, f"training.max_steps={'0' * 5000}12")
+    # The fixture is typed as returning an object.
     assert loaded.recipe.training.max_steps == 12  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
 
+# mypy does not know the attributes of Annotated.
 [_EXPANDED] = UserPath.__metadata__  # type: ignore[attr-defined]
 
 PATHS = {

@@ -89,6 +89,7 @@ UNTOUCHED: dict[str, Any] = {
     "calls": [*turns(U), *turns(A, A, tool_calls=[{"name": "f"}])],
     "parts": turns(("user", [{"type": "text", "text": "a"}]), ("user", "b")),
     "an unknown role": turns(("narrator", "a"), A),
+    # A wrong type is what is tested.
     "a role that is a list": turns((["user"], "a"), A),  # type: ignore[arg-type]
     "ShareGPT's own names": shared(("human", "a"), ("function_call", "{}"), ("gpt", "b")),
 }
