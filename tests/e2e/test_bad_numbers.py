@@ -210,6 +210,7 @@ def test_a_run_rolls_back_and_skips_the_rows_of_a_spike(
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_number_of_rollbacks_is_limited(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_the_table_shows_every_measure(
     assert perplexity.startswith("loss.perplexity ")
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_on_the_same_examples(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,6 +393,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_forgetting_is_measured_where_general_text_is_named(
     write_recipe: Callable[..., Path],

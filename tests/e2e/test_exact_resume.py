@@ -83,6 +83,7 @@ def make(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Re
     return recipe
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize(
     "optimizer", mostly_slow(OPTIMIZERS, OPTIMIZERS[0], OPTIMIZERS[3]), ids=lambda one: one.type
@@ -157,6 +158,7 @@ def test_a_run_with_recomputed_activations_resumes_exactly(make: Callable[..., R
     check_resumes(make(training={"gradient_checkpointing": True}), [2])
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_in_the_middle_and_at_the_end_of_an_epoch(
     make: Callable[..., Recipe],
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_run_resumes_exactly_at_the_boundary_of_an_epoch(make: Callable[..., R
     check_resumes(make(training=settings), [2, 4, 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", mostly_slow([False, True], True))
 def test_a_run_with_weighted_sources_resumes_exactly_from_rows_prepared_again(
     make: Callable[..., Recipe], tmp_path: Path, tiny_rows: list[dict[str, Any]], packing: bool

@@ -18,6 +18,7 @@ def lines_before_the_first_step(log: str) -> list[str]:
     return lines[: next(i for i, line in enumerate(lines) if line.startswith("step 1/"))]
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_ten_lines_come_before_the_first_step(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], quantization: str

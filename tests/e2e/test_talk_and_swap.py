@@ -100,6 +100,7 @@ def test_errors_in_piped_input_end_the_chat(
     assert "error: /swop: no such command\nhint: /help lists them" in printed.err
 
 
+@pytest.mark.slow
 def test_all_prompts_of_a_file_are_answered_in_order(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +172,7 @@ def test_adapters_are_listed_inspected_compared_and_combined(
     assert proof["kl"] < 0.02
 
 
+@pytest.mark.slow
 def test_forgetting_alone_is_enough_to_measure_what_was_combined(
     runs: list[Path], tmp_path: Path
 ) -> None:

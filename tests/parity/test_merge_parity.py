@@ -28,6 +28,7 @@ REFUSED = {
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize("base", ["none", "nf4"])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize(

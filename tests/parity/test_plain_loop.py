@@ -85,6 +85,7 @@ def test_ten_steps_equal_the_plain_loop(
         torch.testing.assert_close(ours, weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize("indices", [[256, 257], [0], [259, 3, 100]], ids=str)
 def test_trained_token_rows_of_a_tied_model_equal_the_plain_loop(
     tiny_recipe: Callable[..., Any], tmp_path: Path, indices: list[int]

@@ -56,6 +56,7 @@ def test_cat_is_the_weighted_sum(
 
 
 # PEFT warns that a density of 1 drops nothing, which is meant here.
+@pytest.mark.quick_every(3)
 @pytest.mark.filterwarnings("ignore:The density 1.0")
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_gives_the_result_of_peft_on_the_model_itself(

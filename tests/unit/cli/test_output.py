@@ -14,6 +14,7 @@ RECIPE = "model: {path: base}\ndata: {train: {path: rows.jsonl}}\noutput: {dir: 
 QLORA = f"{sys.executable} -m qlora_cli"
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(
     "command",
     [

@@ -295,6 +295,7 @@ print(len(list(rows)) if sys.argv[2] == "held" else sum(1 for _ in rows), peak()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 @pytest.mark.parametrize(
     ("how", "num_rows", "most"), [("in order", 60_000, 8), ("shuffled", 40_000, 8)]

@@ -106,6 +106,7 @@ optimizer:
     assert _different(recipe, {"optimizer.type": "adamw"}) == {}
 
 
+@pytest.mark.slow
 def test_fit_does_not_lose_more_answers_than_allowed(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Re
     assert planned("auto", "80GiB").micro_batch.rows == 12
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize("fit", [False, True])
 @pytest.mark.parametrize("size", ["auto", 2])
 def test_plan_reads_the_data_once(

@@ -197,6 +197,7 @@ def test_the_example_runs_on_a_local_folder(
         assert names["model"].active_adapters == ["default"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_the_example_unpacks_a_gguf_base(
     make_run: Callable[..., RunFolder],
