@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qlora_cli.adapters.peft_base import add_adapter, load_adapter, peft_errors, save_adapter
+from qlora_cli.adapters.peft_base import (
+    add_adapter,
+    incompatible_hint,
+    load_adapter,
+    peft_errors,
+    save_adapter,
+)
 from qlora_cli.common.config import Config
 from qlora_cli.errors import ModelError
 from qlora_cli.types import StepHooks
@@ -71,7 +77,7 @@ class AdapterMethod(Config):
         """
         for check in self.checks:
             check(self, model)
-        with peft_errors("adapter: PEFT refuses it"):
+        with peft_errors("adapter: PEFT refuses it", incompatible_hint):
             config: Any = self.peft_config(model)
             adapted = add_adapter(model, config)
             self.initialize(adapted)

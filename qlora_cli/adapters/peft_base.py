@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def peft_errors(message: str) -> Iterator[None]:
+def peft_errors(message: str, find_hint: Callable[[str], str] | None = None) -> Iterator[None]:
     """Turn any error of PEFT's into a ModelError that begins with `message`.
 
     PEFT checks no types, so a wrong setting fails in any way, wherever it is used first.
+
+    Args:
+        find_hint: returns the way out of an error with this text; empty if there is none.
     """
     try:
         yield
@@ -27,7 +31,18 @@ def peft_errors(message: str) -> Iterator[None]:
         raise
     # PEFT raises any kind of error for settings or files that do not fit.
     except Exception as error:
-        raise ModelError(f"{message}: {error}") from error
+        hint = find_hint(str(error)) if find_hint else ""
+        raise ModelError(f"{message}: {error}", hint=hint or None) from error
+
+
+def incompatible_hint(said: str) -> str:
+    """Name the setting that leaves out the module that PEFT cannot train, such as Mamba's.
+
+    Args:
+        said: PEFT's error.
+    """
+    found = re.search(r"Module '([\w.]+)' is incompatible", said)
+    return f"--set adapter.exclude_modules=[{found[1]}]" if found else ""
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

@@ -205,6 +205,7 @@ class BaseModelConfig(Config):
             )
         except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
             if known is None:
+                self._refuse_missing_folder()
                 reason = str(error).strip().splitlines()[0]
                 raise ModelError(
                     f"model.path: no config.json found for {self.path}: {reason}",
@@ -222,10 +223,7 @@ class BaseModelConfig(Config):
             LocalEntryNotFoundError,
         )
 
-        parent = Path(self.path).parent
-        is_local = self.path.startswith((".", "/")) or self.path.count("/") > 1
-        if is_local or (parent != Path() and parent.is_dir()):
-            raise ModelError(f"model.path: no such folder: {self.path}")
+        self._refuse_missing_folder()
         wanted = [*_WANTED_FILES, "*.py"] if self.trust_remote_code else _WANTED_FILES
         try:
             return Path(
@@ -239,6 +237,17 @@ class BaseModelConfig(Config):
                 f"model.path: {self.path}: not found locally or on the Hub: {reason}",
                 hint="check the name, `hf auth login` for a gated model, or give a local folder",
             ) from error
+
+    def _refuse_missing_folder(self) -> None:
+        """Refuse a path that names a local folder that does not exist.
+
+        Raises:
+            ModelError: the path cannot be a Hub id, or its parent is a local folder.
+        """
+        parent = Path(self.path).parent
+        is_local = self.path.startswith((".", "/")) or self.path.count("/") > 1
+        if is_local or (parent != Path() and parent.is_dir()):
+            raise ModelError(f"model.path: no such folder: {self.path}")
 
 
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:

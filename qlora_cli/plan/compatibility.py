@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +23,7 @@ from torch import nn
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.base import AdapterMethod
+from qlora_cli.common.formatting import MIB, size_text
 from qlora_cli.common.hashing import hash_json
 from qlora_cli.common.report import Report
 from qlora_cli.data.render.chat_template import read_chat_template
@@ -57,14 +61,16 @@ def check_compatibility(recipe: Recipe) -> CompatibilityReport:
     Raises:
         ModelError: by name, with the way out.
     """
-    quiet_libraries()
+    found = check_model(recipe)
     if not missing_locally(recipe):
         recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
-    return check_model(recipe)
+    return found
 
 
 def check_model(recipe: Recipe) -> CompatibilityReport:
     """Refuse base, adapter and row length that do not go together.
+
+    It leaves random number generators, settings of torch and the disk as they were.
 
     Raises:
         ModelError: by name, with the way out.
@@ -73,7 +79,8 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
     started = time.monotonic()
     config, _ = recipe.model.read_config()
     adapter: AdapterMethod = recipe.adapter
-    named = [adapter.model_dump_json(), recipe.quantization.model_dump_json()]
+    sections = [adapter, recipe.quantization, recipe.model]
+    named = [section.model_dump_json() for section in sections]
     key = hash_json([config.to_json_string(use_diff=False), *named, recipe.data.max_length])
     if key in _CHECKED:
         return _CHECKED[key]
@@ -83,16 +90,16 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
         check(adapter, skeleton)
     steps: list[str] = []
     why = ""
-    # The run draws its random numbers from its own seed, whatever is drawn here.
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        try:
-            steps = dry_run_miniature(recipe, config, Path(folder))
-        except UncheckedModel as error:
-            if isinstance(error, UnattachedMiniature):
-                _attach(recipe, skeleton)
-            why = str(error)
-            log.debug("no dry run on a miniature of the base: %s", why)
+    try:
+        with torch.random.fork_rng(devices=[]), _temporary_folder() as folder:
+            # Not torch.manual_seed, which also seeds the generators of other devices.
+            torch.default_generator.manual_seed(0)
+            steps = dry_run_miniature(recipe, config, folder)
+    except UncheckedModel as error:
+        if isinstance(error, UnattachedMiniature):
+            _attach(recipe, skeleton)
+        why = str(error)
+        log.debug("no dry run on a miniature of the base: %s", why)
     _CHECKED[key] = CompatibilityReport(
         architecture=str(config.model_type),
         steps=steps,
@@ -101,6 +108,26 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
     )
     return _CHECKED[key]
 
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Make a folder for the files of the miniature, and remove it afterwards.
+
+    Raises:
+        UncheckedModel: there is no room for them, which says nothing about the recipe.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="qlora-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UncheckedModel(f"no temporary folder: {error}") from error
+    with folder as path:
+        if shutil.disk_usage(path).free < _DISK_SPACE:
+            raise UncheckedModel(f"less than {size_text(_DISK_SPACE)} free in {path}")
+        yield Path(path)
+
+
+_DISK_SPACE = 512 * MIB
+"""Free space for the files of a miniature: base, adapter and merge of 20 million weights."""
 
 _CHECKED: dict[str, CompatibilityReport] = {}
 """Results of this process: a comparison or a search trains one base many times."""

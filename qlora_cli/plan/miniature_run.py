@@ -65,6 +65,8 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
     base = folder / "base"
     ids = torch.arange(1, _ROW + 1)[None]
     batch = Batch(ids, torch.ones_like(ids), ids.clone())
+    if recipe.model.trust_remote_code and getattr(config, "auto_map", None):
+        raise UncheckedModel("its code comes with the model")
     try:
         model = _build_miniature(recipe, config, base)
         plain = _logits(model, ids)

@@ -12,6 +12,7 @@ from qlora_cli.adapters import LoRA
 from qlora_cli.common.report import ABSENT
 from qlora_cli.distributed.devices import Target, find_target
 from qlora_cli.models.context import read_context
+from qlora_cli.plan.compatibility import check_model
 from qlora_cli.plan.dry_run import EVALUATION, STEP
 from qlora_cli.plan.estimate import estimate, largest_rows
 from qlora_cli.plan.report import (
@@ -96,6 +97,7 @@ def plan(recipe: Recipe, *, device: str = "cuda", gpus: int = 1, fit: bool = Fal
     quiet_libraries()
     started = time.monotonic()
     target = find_target(device, gpus)
+    check_model(recipe)
     config, source = recipe.model.read_config()
     # Read once, and only if the plan needs it. The data does not depend on the micro-batch.
     data = cache(partial(read_available, recipe))

@@ -22,6 +22,7 @@ from qlora_cli.loop.monitor import TrainingMonitor
 from qlora_cli.loop.run_data import RunData, prepare_data
 from qlora_cli.loop.setup import Batches, Setup, build_setup, warn_of_no_effect
 from qlora_cli.loop.trackers import Tracker, open_trackers
+from qlora_cli.plan.compatibility import check_model
 from qlora_cli.recipe.packages import require_packages
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import Changes, refuse_changes, refuse_unsafe
@@ -57,6 +58,9 @@ def train(
         Interrupted: by a signal or `training.stop_after`; a checkpoint has been saved.
     """
     with open_run(recipe, resume, allow) as run:
+        if not run.is_resumed:
+            # In a second; the steps that it tries come after the data, or after the training.
+            check_model(recipe)
         # Data first: a bad row is found before a large model is loaded.
         data = prepare_data(recipe, use_cache=use_cache)
         is_auto = recipe.training.micro_batch_size == "auto"

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import os
+import random
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, OPTConfig, Qwen3MoeConfig
+from transformers import (
+    AttentionInterface,
+    GPT2Config,
+    MambaConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+)
 
 from qlora_cli.cli import main
 from qlora_cli.errors import ModelError
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
 from qlora_cli.plan.compatibility import check_compatibility, check_model
+from tests.conftest import exit_code
 
 ALL = ["forward", "backward", "save", "load", "merge"]
 
@@ -42,10 +55,8 @@ ALL = ["forward", "backward", "save", "load", "merge"]
 def test_what_goes_together_passes_every_step(
     tiny_recipe: Callable[..., Any], adapter: dict[str, Any], steps: list[str]
 ) -> None:
-    before = torch.random.get_rng_state()
     found = check_compatibility(tiny_recipe(adapter=adapter))
     assert (found.not_checked, found.steps) == ("", steps)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
@@ -108,6 +119,75 @@ def test_what_does_not_is_refused(
     model = config_only(tmp_path / "base", config)
     with pytest.raises(ModelError, match=said):
         check_model(tiny_recipe(model=model, **sections))
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "rows longer than the positions": (
+        GPT2Config(n_positions=64, n_layer=2), {"data": {"max_length": 65}},
+    ),
+    "trained, but not merged": (
+        Qwen3MoeConfig(**MOE), {"adapter": {"type": "freeze", "last_layers": 1}},
+    ),
+    "an unknown module": (
+        Qwen3MoeConfig(**MOE), {"adapter": {"type": "lora", "target_modules": ["qproj"]}},
+    ),
+    "mostly unquantized": (Qwen3MoeConfig(**MOE), {"quantization": {"type": "nf4"}}),
+    "a module of Mamba": (MambaConfig(num_hidden_layers=2), {}),
+    "no such folder": (None, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_validate_plan_and_train_refuse_in_the_same_words(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """They read no data before: there is none. A refused start leaves nothing on the disk."""
+    config, sections = REFUSED[name]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    model = {"path": str(tmp_path / "base")}
+    if config is not None:
+        config.save_pretrained(tmp_path / "base")
+    data = {"train": {"path": "nowhere.jsonl"}, "evaluation": None, **sections.get("data", {})}
+    recipe = write_recipe(**{**sections, "model": model, "data": data})
+    before = sorted(tmp_path.rglob("*"))
+    said = []
+    for command in (("validate", "--deep"), ("plan", "--device", "cpu"), ("train",)):
+        assert exit_code(command[0], recipe, *command[1:]) == 3
+        said.append(capsys.readouterr().err.partition("error: ")[2])
+    assert said[0]
+    assert said == [said[0]] * 3
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_check_leaves_the_process_as_it_was(tiny_recipe: Callable[..., Any]) -> None:
+    """Otherwise the losses of a run would depend on it."""
+
+    def state() -> list[Any]:
+        return [
+            torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state()),
+            torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(),
+            torch.is_grad_enabled(), sorted(AttentionInterface().keys()), dict(os.environ),
+            gc.isenabled(), logging.getLogger("qlora").disabled,
+        ]  # fmt: skip
+
+    before = state()
+    for sections in ({"adapter": {"r": 3}}, {"adapter": {"r": 3}, "quantization": {"type": "nf4"}}):
+        assert check_model(tiny_recipe(**sections)).steps == ALL
+        assert state() == before
+
+
+def test_without_room_for_the_miniature_there_is_no_refusal(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    found = check_model(tiny_recipe(adapter={"r": 5}))
+    assert (found.steps, found.not_checked[:19]) == ([], "no temporary folder")
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B"])
