@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from qlora_cli.common.formatting import interval_text
+from qlora_cli.common.svg import percent_form
 from qlora_cli.compare.report import CompareReport
 from qlora_cli.compare.svg_plots import Interval, interval_plot
-from qlora_cli.compare.text import failures, results_title, tables
+from qlora_cli.compare.text import failures, tables
 from qlora_cli.evaluate.evaluate import choose_tasks
 from qlora_cli.evaluate.report import summarize
 from qlora_cli.recipe.load import load_recipe
@@ -54,7 +57,7 @@ STYLE = (
 
 Report = Mapping[str, Any]
 Cell = Mapping[str, Any]
-Estimate = Mapping[str, float]
+Estimate = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -152,15 +155,21 @@ def within_one_percent(differences: Sequence[Estimate]) -> Verdict:
 
     If the seeds disagree, the figures do not decide the claim.
     """
-    lows, highs = ([each[key] for each in differences] for key in ("low", "high"))
-    is_outside = max(highs) < -0.01 or min(lows) > 0.01
-    is_inside = min(lows) > -0.01 and max(highs) < 0.01
+    lows, highs = (_known(differences, key) for key in ("low", "high"))
+    is_known = len(lows) == len(highs) == len(differences)
+    is_outside = is_known and (max(highs) < -0.01 or min(lows) > 0.01)
+    is_inside = is_known and min(lows) > -0.01 and max(highs) < 0.01
     text = ", ".join(map(_points, differences))
     return Verdict(
         "LoRA is within 1% of full fine-tuning",
         f"accuracy on SST-2, LoRA r=16 minus full, {len(differences)} seeds: {text}",
         is_inside if is_inside or is_outside else None,
     )
+
+
+def _known(estimates: Sequence[Estimate], key: str) -> list[float]:
+    """Return the values of a key that are not null."""
+    return [value for each in estimates if (value := each[key]) is not None]
 
 
 def share_of_parameters(report: Report) -> Verdict:
@@ -218,7 +227,7 @@ def higher_rank(all_: Comparisons) -> Verdict | None:
             cell_of(all_.sst2, "lora", r=rank, target_modules="all-linear"),
             *(cell_of(all_.seeds, "lora", r=rank, seed=seed) for seed in ("1", "2")),
         ]
-        values = [cell["results"][ACCURACY]["value"] for cell in cells if cell]
+        values = _known([cell["results"][ACCURACY] for cell in cells if cell], "value")
         if values:
             by_rank[rank] = values
     if len(by_rank) < 2:
@@ -242,17 +251,21 @@ def feed_forward(all_: Comparisons) -> Iterator[Verdict]:
         if attention and linear:
             found = all_.difference("gsm8k", attention, linear, LOSS)
             low, high = found["low"], found["high"]
+            holds = None if low is None or high is None or low <= 0 <= high else high < 0
+            text = interval_text(found, is_share=False, sign="+")
             yield Verdict(
                 f"Feed-forward layers help reasoning (r={rank})",
-                f"loss on GSM8K, all layers minus attention: {found['value']:+.4f} "
-                f"[{low:+.4f}, {high:+.4f}]",
-                None if low <= 0 <= high else high < 0,
+                f"loss on GSM8K, all layers minus attention: {text}",
+                holds,
             )
 
 
 def _points(difference: Estimate) -> str:
-    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    value, low, high = (difference[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "not finite"
+    interval = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * value:+.1f} points{interval}"
 
 
 def as_markdown(all_: Comparisons, rows: Mapping[str, int]) -> str:
@@ -272,18 +285,28 @@ def as_markdown(all_: Comparisons, rows: Mapping[str, int]) -> str:
 
 
 def _comparison(title: str, document: Report) -> Iterator[str]:
-    report = TypeAdapter(CompareReport).validate_python(document)
+    report = TypeAdapter(CompareReport).validate_python(_finite_or_nan(document))
     yield f"## {title}\n"
     for name, (head, *rows) in tables(report):
-        if name == results_title(report) or any(set(row[1:]) - {"-"} for row in rows):
-            yield f"### {title}: {name}\n"
-            yield _row(head)
-            yield _row(["---"] * len(head))
-            yield from map(_row, rows)
-            yield ""
+        yield f"### {title}: {name}\n"
+        yield _row(head)
+        yield _row(["---"] * len(head))
+        yield from map(_row, rows)
+        yield ""
     for name, why in failures(report):
         yield f"- {name}: {' '.join(why.split())}"
     yield ""
+
+
+def _finite_or_nan(value: Any) -> Any:
+    """Replace the null value of an estimate, which stands for a number that is not finite."""
+    if isinstance(value, list):
+        return [_finite_or_nan(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _finite_or_nan(one) for key, one in value.items()}
+    is_estimate = found.keys() == {"value", "low", "high"}
+    return {**found, "value": math.nan} if is_estimate and found["value"] is None else found
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -301,10 +324,11 @@ def picture(report: Report) -> str:
     intervals = [
         Interval(cell["name"], **cell["results"][ACCURACY])
         for cell in report["cells"]
-        if cell["results"]
+        if ACCURACY in (cell["results"] or {})
     ]
     title = "Accuracy on SST-2, with 95% intervals"
-    first, rest = interval_plot(title, intervals, form="{:.0%}".format).split("\n", 1)
+    plot = interval_plot(title, intervals, form=percent_form)
+    first, rest = plot.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).split("\n", 1)
     return f"{first}\n{STYLE}\n{rest}\n"
 
 

@@ -39,7 +39,9 @@ def percent_text(share: float, sign: str = "") -> str:
 
 
 def number_text(value: float, sign: str = "") -> str:
-    """Format a measured value: four decimals, or one from 100 on."""
+    """Format a measured value: four decimals, one from 100 on, an exponent from 1e12 on."""
+    if abs(value) >= 1e12:
+        return f"{value:{sign}.4g}"
     return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
 
 
@@ -54,7 +56,7 @@ def interval_text(estimate: Mapping[str, Any], *, is_share: bool, sign: str = ""
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
     if value is None:
         return "not finite"
-    interval = "" if low is None else f" [{form(low, sign)}, {form(high, sign)}]"
+    interval = "" if low is None or high is None else f" [{form(low, sign)}, {form(high, sign)}]"
     return f"{form(value, sign)}{interval}"
 
 

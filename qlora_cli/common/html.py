@@ -1,11 +1,13 @@
 """One HTML page for every report: it needs no script, no font and no network.
 
 Pages are jinja2 templates. Values are escaped unless they are `Markup`. Filters: `comma` (1,234),
-`percent` and `size` format numbers.
+`percent` and `size` format numbers. Put each table that can be wider than a telephone into
+`{% call wide("name of the table") %}...{% endcall %}`, so that it alone scrolls sideways.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
@@ -20,29 +22,54 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.filters |= {"comma": "{:,}".format, "percent": percent_text, "size": size_text}
 
+
+def _wide(name: str, caller: Callable[[], Markup]) -> Markup:
+    """Wrap a table so that it scrolls, also with the keyboard, and shows that it does."""
+    start = Markup('<div class="wide" role="region" tabindex="0" aria-label="{}">').format(name)
+    return start + caller() + Markup("</div>")
+
+
+_ENVIRONMENT.globals["wide"] = _wide
+
 STYLE = Markup("""\
 :root { color-scheme: light dark; --text: #222; --page: #fff; --quiet: #555; --block: #f4f4f4;
-  --line: #ccc; --marked: #c8efd0; --marked-text: #000; --warning: #fff0c2; --bar: #7a9cc6; }
+  --line: #ccc; --marked: #c8efd0; --marked-text: #000; --warning: #fff0c2; --bar: #7a9cc6;
+  --stripe: rgb(0 0 0 / .05); --shadow: rgb(0 0 0 / .35); }
 @media (prefers-color-scheme: dark) {
   :root { --text: #ddd; --page: #181818; --quiet: #999; --block: #242424; --line: #444;
-    --marked: #14532d; --marked-text: #fff; --warning: #5c4400; --bar: #4d6f99; }
+    --marked: #14532d; --marked-text: #fff; --warning: #5c4400; --bar: #4d6f99;
+    --stripe: rgb(255 255 255 / .06); --shadow: rgb(255 255 255 / .4); }
 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
   color: var(--text); background: var(--page); overflow-wrap: anywhere; }
 h2 { border-bottom: 1px solid var(--line); margin-top: 2em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--block); padding: .8em; }
-.wide { overflow-x: auto; overflow-wrap: normal; }
+/* A shadow at an edge shows that the table continues there. */
+.wide { overflow-x: auto; overflow-wrap: normal; background:
+  linear-gradient(to right, var(--page) 40%, transparent) left / 3em 100% no-repeat local,
+  linear-gradient(to left, var(--page) 40%, transparent) right / 3em 100% no-repeat local,
+  linear-gradient(to right, var(--shadow), transparent) left / 1em 100% no-repeat scroll,
+  linear-gradient(to left, var(--shadow), transparent) right / 1em 100% no-repeat scroll; }
+.wide td:first-child { min-width: min(8em, 40vw); max-width: min(24em, 45vw); white-space: normal;
+  overflow-wrap: break-word; }
 table { border-collapse: collapse; }
 td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top; }
 .number { text-align: right; white-space: nowrap; }
 figure { margin: 1.5em 0; }
-svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+svg { width: 100%; max-width: 45em; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: currentColor; }
-svg line { stroke: currentColor; }
+svg line:not([stroke]) { stroke: currentColor; }
 .grid { stroke-opacity: .15; }
 @media (max-width: 30em) { body { margin: 1em auto; padding: 0 .6em; } }
+@media print {
+  body { max-width: none; margin: 0; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .wide { overflow: visible; background: none; }
+  .wide table { white-space: normal; overflow-wrap: anywhere; font-size: .8em; }
+  figure, tr { break-inside: avoid; }
+}
 """)
-"""The stylesheet of every page, in light and in dark, on a telephone too."""
+"""The stylesheet of every page, in light and in dark, on a telephone and on paper too."""
 
 # Should an escape ever be forgotten, the browser still runs and fetches nothing.
 _PAGE = _ENVIRONMENT.from_string("""\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,16 +30,29 @@ def comparison_text(report: CompareReport) -> str:
 
 
 def tables(report: CompareReport) -> Iterator[tuple[str, Table]]:
-    """Yield the title and the rows of each table; the first row is the head."""
-    yield "training", training_table(report)
-    yield "generation, one prompt at a time", generation_table(report)
-    if report.measures:
-        yield results_title(report), results_table(report, "results")
-        yield f"difference from {report.first}", results_table(report, "differences")
-        yield (
+    """Yield the title and the rows of each table that has a value; the first row is the head."""
+    found = [
+        ("training", training_table(report)),
+        ("generation, one prompt at a time", generation_table(report)),
+        (results_title(report), results_table(report, "results")),
+        (f"difference from {report.first}", results_table(report, "differences")),
+        (
             "difference from the base, quantized as in the cell",
             results_table(report, "from_base"),
-        )
+        ),
+    ]
+    for title, table in found:
+        known = _known_part(table)
+        if len(known) > 1:
+            yield title, known
+
+
+def _known_part(table: Table) -> Table:
+    """Leave out the rows and columns in which nothing is known."""
+    head, *rows = table
+    rows = [row for row in rows if set(row[1:]) - {UNKNOWN, ""}]
+    shown = [i for i in range(len(head)) if i == 0 or {row[i] for row in rows} - {UNKNOWN, ""}]
+    return [[row[i] for i in shown] for row in (head, *rows)]
 
 
 def results_title(report: CompareReport) -> str:
@@ -47,15 +61,19 @@ def results_title(report: CompareReport) -> str:
 
 
 def training_table(report: CompareReport) -> Table:
-    """Return what was trained, and what it cost."""
+    """Return what was trained, and what it cost. A cell of which nothing is known has no dashes."""
     head = ["", "status", "trained", "share", "files", "planned", "measured", "tokens/s", "took"]
-    return [head, *([cell.name, *_training(cell)] for cell in report.cells)]
+    rows = []
+    for cell in report.cells:
+        values = _training(cell)
+        is_known = any(value != UNKNOWN for value in values)
+        rows.append([cell.name, cell.status, *(values if is_known else [""] * len(values))])
+    return [head, *rows]
 
 
 def _training(cell: CellReport) -> list[str]:
     memory = cell.memory
     return [
-        cell.status,
         or_unknown(cell.trained_weights, "{:,}".format),
         or_unknown(cell.trained_share, "{:.3%}".format),
         or_unknown(cell.weights_bytes, size_text),
@@ -134,8 +152,9 @@ def or_unknown(value: Any, form: Callable[[Any], str]) -> str:
 
 
 def numbers(values: Sequence[str]) -> list[float] | None:
-    """Return the values as numbers; None if one is not a number."""
+    """Return the values as numbers; None if one is not a finite number."""
     try:
-        return [float(value) for value in values]
+        found = [float(value) for value in values]
     except ValueError:
         return None
+    return found if all(map(math.isfinite, found)) else None

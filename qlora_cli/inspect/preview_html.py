@@ -28,7 +28,8 @@ _BODY = template("""\
 {{ total.median|comma }}; {{ total.num_tokens|comma }} tokens, \
 {{ total.supervised_share|percent }} supervised.</p>
 <h3>Lengths</h3>
-<table>
+{% call wide("lengths of " ~ split.name) %}
+<table class="lengths">
 {% set most = split.audit.bars|map(attribute="num_rows")|max %}
 {% for bar in split.audit.bars %}
 <tr><td class="number">{{ bar.first|comma }} to {{ bar.last|comma }}</td>
@@ -36,7 +37,9 @@ _BODY = template("""\
 <td class="number">{{ bar.num_rows|comma }}</td></tr>
 {% endfor %}
 </table>
+{% endcall %}
 <h3>Checks</h3>
+{% call wide("checks of " ~ split.name) %}
 <table>
 {% for finding in split.findings %}
 <tr{% if finding.count %} class="suspect"{% endif %}><td>{{ finding.what }}</td>\
@@ -47,8 +50,10 @@ _BODY = template("""\
 {% for token, count in split.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\
 {% else %}nothing{% endfor %}</td></tr>
 </table>
+{% endcall %}
 <h3>Sources</h3>
-<div class="wide"><table>
+{% call wide("sources of " ~ split.name) %}
+<table>
 <tr><th>source</th><th>rows</th><th>bad</th><th>dropped</th><th>cut</th><th>tokens</th>\
 <th>supervised</th></tr>
 {% for source in split.sources %}
@@ -59,7 +64,8 @@ _BODY = template("""\
 {% endfor %}
 <td class="number">{{ source.figures.supervised_share|percent }}</td></tr>
 {% endfor %}
-</table></div>
+</table>
+{% endcall %}
 {% for source in split.sources %}
 <h3>{{ source.name }}: {{ source.path }}</h3>
 {% if source.repaired %}

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from qlora_cli.common.formatting import size_text
 from qlora_cli.common.html import page, render, template
+from qlora_cli.common.svg import LINE_HEIGHT, RIGHT, WIDTH, label, svg, text_width
 from qlora_cli.plan.report import PlanReport, TimelineMoment
 from qlora_cli.plan.text import moment_text, plan_text
 
@@ -18,7 +19,8 @@ _COLOURS = (
     "#4878cf", "#7aa6e8", "#2f4b8f", "#e08214", "#8c6bb1", "#d6604d", "#3a9e6d", "#8fc98f",
     "#c9a227", "#8a8a8a", "#b0527f", "#5f9ea0",
 )  # fmt: skip
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 900, 360, 70, 20, 40
+_TOP, _HEIGHT = 8, 300
+"""Upper edge of the area of the picture, and its height."""
 _SHARES = {"load": 1, "first step": 2, "step": 5, "evaluation": 2}
 """Shares of the width; a stage that is one moment has 1."""
 _IN_VIEW = 2.5
@@ -29,12 +31,14 @@ _STYLE = """\
 """
 
 _BODY = template("""\
-{{ picture }}
-{% if beyond %}
-<p>{{ device.name }} has {{ device.bytes|size }}, which is beyond the picture.</p>
-{% endif %}
+<figure>{{ picture }}<figcaption>Memory of tensors through the run, by kind. The dashed lines are \
+the peak, {{ peak.bytes|size }} ({{ moment }})\
+{% if in_view %}, and the memory of {{ device.name }}, {{ device.bytes|size }}{% endif %}.\
+{% if device.bytes and not in_view %} {{ device.name }} has {{ device.bytes|size }}, which is \
+beyond the picture.{% endif %}</figcaption></figure>
 <h2>At the peak ({{ moment }})</h2>
-<div class="wide"><table>
+{% call wide("memory at the peak, by kind") %}
+<table>
 <tr><th>kind</th><th class="number">size</th><th class="number">bytes</th><th>known by</th></tr>
 {% for kind, colour in colours.items() %}
 {% set size = peak.kinds.get(kind, 0) %}
@@ -44,7 +48,8 @@ _BODY = template("""\
 {% endfor %}
 <tr><th>all tensors</th><td class="number">{{ peak.bytes|size }}</td>\
 <td class="number">{{ peak.bytes|comma }}</td></tr>
-</table></div>
+</table>
+{% endcall %}
 <h2>In words</h2>
 <pre>{{ text }}</pre>
 """)
@@ -55,6 +60,13 @@ class _Point(NamedTuple):
     kinds: Mapping[str, int]
 
 
+class _Band(NamedTuple):
+    """A stage, from its left end."""
+
+    name: str
+    x: float
+
+
 def plan_page(report: PlanReport, *, title: str) -> str:
     """Render the picture, a table of the peak, and the plan as text, from the report of `plan`."""
     kinds = list(dict.fromkeys(k for moment in report.timeline for k in moment.kinds))
@@ -62,8 +74,8 @@ def plan_page(report: PlanReport, *, title: str) -> str:
     peak, device = report.peak, report.device
     body = render(
         _BODY,
-        picture=Markup("\n".join(_picture(report, colours))),
-        beyond=device.bytes is not None and _memory_in_view(report) is None,
+        picture=Markup(_picture(report, colours)),
+        in_view=_memory_in_view(report) is not None,
         device=device,
         moment=moment_text(peak.stage, peak),
         peak=peak,
@@ -79,19 +91,17 @@ def _memory_in_view(report: PlanReport) -> int | None:
     return memory if memory is not None and memory <= _IN_VIEW * report.peak.bytes else None
 
 
-def _picture(report: PlanReport, colours: Mapping[str, str]) -> Iterator[str]:
+def _picture(report: PlanReport, colours: Mapping[str, str]) -> str:
     top, memory = report.peak.bytes, _memory_in_view(report)
     highest = 1.05 * max(top, memory or 0)
-    points, bands = _places(report.timeline)
+    levels = [0, top] if memory is None else [0, top, memory]
+    left = max(text_width(size_text(size)) for size in levels) + 10
+    points, bands = _places(report.timeline, left)
 
-    def y(size: float) -> str:
-        return f"{_TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - size / highest):.1f}"
+    def y(size: float) -> float:
+        return round(_TOP + _HEIGHT * (1 - size / highest), 1)
 
-    yield (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="name words">'
-        f'<title id="name">Memory through the run</title><desc id="words">'
-        f"{escape(_words(report))}</desc>"
-    )
+    body = []
     for band in points:
         below = [0] * len(band)
         for kind, colour in colours.items():
@@ -102,33 +112,54 @@ def _picture(report: PlanReport, colours: Mapping[str, str]) -> Iterator[str]:
             ]
             shape = " ".join(f"{x:.1f},{y(size)}" for x, size in corners)
             if above != below:
-                yield f'<polygon fill="{colour}" points="{shape}"><title>{kind}</title></polygon>'
+                body.append(
+                    f'<polygon fill="{colour}" points="{shape}">'
+                    f"<title>{escape(kind)}</title></polygon>"
+                )
             below = above
-    for name, x in bands:
-        yield f'<text x="{x:.1f}" y="{_HEIGHT - 22}">{escape(name)}</text>'
-    yield _level(y(0), "0")
-    yield _level(y(top), size_text(top), f"peak, {report.peak.stage}")
-    if memory is not None:
-        yield _level(y(memory), size_text(memory), report.device.name)
-    yield "</svg>"
+    for size in levels:
+        body.append(
+            f'<line x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{y(size)}" y2="{y(size)}" '
+            'stroke-dasharray="4 3"/>'
+        )
+    body += _level_texts({size: y(size) for size in levels}, left)
+    names, height = _band_names(bands)
+    return svg("Memory through the run", _words(report), [*body, *names], height)
 
 
-def _level(y: str, size: str, name: str = "") -> str:
-    """Draw a labelled line across the picture."""
-    label = f'<text x="{_WIDTH}" y="{float(y) - 4}" text-anchor="end">{escape(name)}</text>'
-    return (
-        f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y}" y2="{y}" stroke-dasharray="4 3"/>{label}'
-        f'<text x="{_LEFT - 5}" y="{float(y) + 4}" text-anchor="end">{size}</text>'
-    )
+def _level_texts(places: Mapping[int, float], left: float) -> Iterator[str]:
+    """Write the size of each level at its line, or below the next higher one if they are close."""
+    end = 0.0
+    for size, y in sorted(places.items(), reverse=True):
+        end = max(y + 4, end + LINE_HEIGHT, LINE_HEIGHT - 4)
+        yield label(size_text(size) if size else "0", left - 6, end, anchor="end")
+
+
+def _band_names(bands: Sequence[_Band]) -> tuple[list[str], float]:
+    """Write the name of each stage below it, in the first line that has room.
+
+    Returns:
+        The elements, and the height of the picture.
+    """
+    drawn: list[str] = []
+    ends: list[float] = []
+    top = _TOP + _HEIGHT + LINE_HEIGHT
+    for band in bands:
+        width = text_width(band.name)
+        x = max(0, min(band.x, WIDTH - width))
+        line = next((i for i, end in enumerate(ends) if x >= end), len(ends))
+        ends[line : line + 1] = [x + width + 8]
+        drawn.append(label(band.name, x, top + LINE_HEIGHT * line))
+    return drawn, top + LINE_HEIGHT * len(ends)
 
 
 def _places(
-    timeline: Sequence[TimelineMoment],
-) -> tuple[list[list[_Point]], list[tuple[str, float]]]:
+    timeline: Sequence[TimelineMoment], left: float
+) -> tuple[list[list[_Point]], list[_Band]]:
     """Place each moment, stage by stage; return also each stage's name and left end."""
     stages = [(name, list(moments)) for name, moments in groupby(timeline, lambda m: m.stage)]
     shares = [_SHARES.get(name, 1) if len(moments) > 1 else 1 for name, moments in stages]
-    unit, left = (_WIDTH - _LEFT) / sum(shares), float(_LEFT)
+    unit = (WIDTH - RIGHT - left) / sum(shares)
     points, bands = [], []
     for (name, moments), share in zip(stages, shares, strict=True):
         width = share * unit - 4
@@ -143,7 +174,7 @@ def _places(
                 for at, moment in zip(steps, moments, strict=True)
             ]
         )
-        bands.append((name, left))
+        bands.append(_Band(name, left))
         left += share * unit
     return points, bands
 

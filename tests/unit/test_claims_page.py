@@ -20,7 +20,7 @@ from benchmarks.claims.page import (
     share_of_parameters,
     within_one_percent,
 )
-from qlora_cli.compare.svg_plots import Scale
+from qlora_cli.common.svg import Scale
 from qlora_cli.recipe.load import load_recipe
 from tests.conftest import ROOT
 
@@ -80,6 +80,31 @@ def test_shares_memory_and_latency() -> None:
     assert latency_merged(slow).holds is False
 
 
+NULLS = [
+    {"value": None, "low": None, "high": None},
+    {"value": 0.5, "low": None, "high": None},
+]
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_an_estimate_without_value_or_interval_decides_nothing(null: dict[str, Any]) -> None:
+    known = {"value": 0.0, "low": -0.005, "high": 0.005}
+    found = within_one_percent([known, null])
+    assert found.holds is None
+    assert ("not finite" in found.found) is (null["value"] is None)
+    both = [
+        cell("lora", r="4", target_modules=t)
+        for t in ("all-linear", "[q_proj,k_proj,v_proj,o_proj]")
+    ]
+    # What the page asks of comparisons, without files.
+    (verdict,) = feed_forward(Some(null, *both))  # type: ignore[arg-type]
+    assert verdict.holds is None
+    empty = {**cell("lora", r="4"), "results": {"classification": null}}
+    svg = ElementTree.fromstring(picture({"cells": [cell("full"), empty]}))
+    words = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert ("not finite" in words) is (null["value"] is None)
+
+
 class Some:
     """Comparisons, with as much of them as a sentence asks for."""
 
@@ -125,7 +150,7 @@ def test_a_cell_is_found_by_what_it_is() -> None:
 def test_the_picture_is_an_image_of_its_own() -> None:
     svg = ElementTree.fromstring(picture({"cells": [cell("full"), cell("lora", 0.9, r="4")]}))
     names = [dot[0].text for dot in svg.iter("{http://www.w3.org/2000/svg}circle")]
-    assert names == ["full: 80%", "lora 4: 90%"]
+    assert names == ["full: 80.0% [70.0%, 90.0%]", "lora 4: 90.0% [70.0%, 90.0%]"]
 
 
 def test_recipes_and_script_of_the_page_exist() -> None:
