@@ -8,6 +8,7 @@ the base, and finds what would otherwise fail after the data is prepared, or aft
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import shutil
 import tempfile
@@ -79,9 +80,11 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
     started = time.monotonic()
     config, _ = recipe.model.read_config()
     adapter: AdapterMethod = recipe.adapter
-    sections = [adapter, recipe.quantization, recipe.model]
-    named = [section.model_dump_json() for section in sections]
-    key = hash_json([config.to_json_string(use_diff=False), *named, recipe.data.max_length])
+    # The miniature is made of these, wherever the base lies.
+    model = recipe.model.model_dump_json(exclude={"path"})
+    named = [adapter.model_dump_json(), recipe.quantization.model_dump_json(), model]
+    described = json.loads(config.to_json_string(use_diff=False)) | {"_name_or_path": None}
+    key = hash_json([described, *named, recipe.data.max_length])
     if key in _CHECKED:
         return _CHECKED[key]
     skeleton = _build_skeleton(recipe, config)
