@@ -17,7 +17,7 @@ from qlora_cli.cli import (
     recipe_data_plan,
     train_evaluate_export,
 )
-from qlora_cli.cli.commands import Commands
+from qlora_cli.cli.commands import Commands, with_recipe
 from qlora_cli.cli.options import Quiet
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.common.standard_output import guarded_output, write_output
@@ -120,7 +120,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except QloraError as error:
         typer.echo(f"error: {masked(str(error))}", err=True)
         if error.hint:
-            typer.echo(f"hint: {masked(error.hint)}", err=True)
+            hint = with_recipe(error.hint, sys.argv[1:] if args is None else args)
+            typer.echo(f"hint: {masked(hint)}", err=True)
         sys.exit(error.exit_code)
     except Interrupted as error:
         if error.kept is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -40,6 +42,20 @@ _ELSEWHERE = {
     "login": "hf auth login does that",
 }
 """Commands of other tools -> what to do here."""
+
+
+def with_recipe(hint: str, args: Sequence[str]) -> str:
+    """Put the recipe of a command line, with its overrides, in the place of RECIPE in a hint."""
+    recipe = next((arg for arg in args if arg.endswith((".yaml", ".yml"))), None)
+    if recipe is None:
+        return hint
+    named = [recipe]
+    for i, arg in enumerate(args):
+        if arg == "--set" and i + 1 < len(args):
+            named += ["--set", args[i + 1]]
+        elif arg.startswith("--set="):
+            named.append(arg)
+    return hint.replace("preview RECIPE", f"preview {shlex.join(named)}")
 
 
 class Commands(TyperGroup):

@@ -7,6 +7,24 @@ from typing import Any
 
 MIB, GIB = 2**20, 2**30
 
+_MAX_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
+
+def shortened(text: str) -> str:
+    """Return a text in one line, cut after 60 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_SHOWN else f"{line[:_MAX_SHOWN]}..."
+
+
+def value_text(value: object) -> str:
+    """Format a value for an error message, as YAML: text is quoted, and nothing else is."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str):
+        return f'"{shortened(value)}"'
+    return shortened(str(value))
+
 
 def size_text(size: float) -> str:
     """Format bytes in GiB, or in MiB below one GiB."""

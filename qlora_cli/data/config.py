@@ -76,6 +76,12 @@ class Data(Config):
             return self._portions(self.train, held_out=True)
         return [] if self.evaluation is None else self._portions(self.evaluation, held_out=True)
 
+    def task_source(self, source: Source) -> Source:
+        """Return the rows of an evaluation task, with `repair` applied. None are held out."""
+        if not self.repair:
+            return source
+        return Portion.of(source, seed=0, share=None, held_out=False, repair=self.repair)
+
     def refuse_untrainable(self) -> None:
         """Raise DataError if a source has a format that can be read but not trained on."""
         for source in [*self.train_sources, *self.evaluation_sources]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.formatting import value_text
 from qlora_cli.common.html import write_page
 from qlora_cli.common.report import ABSENT, Absent, Report
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_context, check_limits
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text, repaired_text
+from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources.rows import repaired_text
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inspect.preview_html import preview_page
 from qlora_cli.inspect.preview_model import SourceView, SplitView, make_sample
@@ -44,7 +46,7 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     names = {split: _names(split, len(some)) for split, some in sources.items() if some}
     known = dict.fromkeys([*names, *(name for split in names.values() for name in split)])
     if source is not None and source not in known:
-        raise RecipeError(f"--source: found {source}; choose from {', '.join(known)}")
+        raise RecipeError(f"--source: found {value_text(source)}; choose from {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     context = recipe.model.read_context()
     lost_errors: list[TooManyLost] = []

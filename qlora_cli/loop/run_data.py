@@ -69,6 +69,7 @@ def read_recipe_data(recipe: Recipe, *, use_cache: bool = True) -> RecipeData:
         QloraError: the tokenizer or a row cannot be used.
     """
     data = recipe.data
+    data.refuse_untrainable()
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     context = recipe.model.read_context()
     read = partial(read_data, use_cache=use_cache, context=context)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.common.config import Config, UserPath
+from qlora_cli.common.formatting import value_text
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
@@ -70,8 +71,8 @@ class BaseModelConfig(Config):
         if self.trust_remote_code and not is_pinned and not is_here:
             raise ValueError(
                 "model.trust_remote_code (true) needs model.revision, a full commit (40 "
-                f"hexadecimal digits; found {self.revision}): pin the code that you have read, or "
-                "give the path of a downloaded folder"
+                f"hexadecimal digits; found {value_text(self.revision)}): pin the code that you "
+                "have read, or give the path of a downloaded folder"
             )
         return self
 

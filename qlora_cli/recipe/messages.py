@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qlora_cli.common.config import Config, field_docs
+from qlora_cli.common.formatting import shortened, value_text
 from qlora_cli.recipe.field_types import FieldType, key_paths
 from qlora_cli.recipe.other_tools import INSTEAD
 from qlora_cli.recipe.yaml_parser import (
@@ -21,9 +22,6 @@ from qlora_cli.recipe.yaml_parser import (
     SourcePosition,
     dotted,
 )
-
-MAX_SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
 
 _DESCRIBED = (
     "missing",
@@ -134,7 +132,7 @@ class Explainer:
         key, section = str(error.path[-1]), error.section
         fields = section.model_fields
         owner = section.__name__ if "type" in fields else dotted(error.path[:-1]) or "a recipe"
-        message = f'{owner} has no "{_shortened(key)}"; it takes {", ".join(fields)}'
+        message = f'{owner} has no "{shortened(key)}"; it takes {", ".join(fields)}'
         if key in INSTEAD:
             return f"{message}; instead: {INSTEAD[key]}"
         takers = [name for name, other in error.variants.items() if key in other.model_fields]
@@ -198,10 +196,7 @@ def _found(node: Node) -> str:
         return "a mapping"
     if node.is_null:
         return f"nothing ({node.text})" if node.text else "nothing"
-    text = _shortened(node.text)
-    return text if node.plain else f'"{text}"'
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}..."
+    number = FieldType(scalars=(bool, int, float)).convert(node.text, plain=node.plain)
+    is_infinite = node.plain and node.text.lstrip("+-").lower() in (".inf", ".nan")
+    is_text = isinstance(number, str) and not is_infinite
+    return value_text(node.text) if is_text else shortened(node.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Literal
 
+from qlora_cli.common.formatting import value_text
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.task import Task
 
@@ -24,7 +25,8 @@ class JsonMatch(Task):
             expected = _canonical(reference)
         except ValueError as error:  # a JSONDecodeError is one, and so is a number of 5,000 digits
             raise DataError(
-                f"evaluation.tasks: json_match needs JSON references; found {reference[:80]!r}",
+                "evaluation.tasks: json_match needs JSON references; "
+                f"found {value_text(reference)}",
                 hint="use the task exact_match for plain text",
             ) from error
         try:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from qlora_cli.common.formatting import value_text
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.pattern import AnswerPattern, last_match
 from qlora_cli.tasks.task import Task
@@ -36,7 +37,7 @@ class Numeric(Task):
         expected = last_number(self._marked(reference) or reference)
         if expected is None:
             raise DataError(
-                f"numeric needs a number in each reference; found {reference[:80]!r}",
+                f"numeric needs a number in each reference; found {value_text(reference)}",
                 hint="use the task exact_match for plain text",
             )
         found = last_number(self._marked(answer) or "")

@@ -203,7 +203,10 @@ def read_tasks(
         (
             task,
             task.read_items(
-                shared if task.data is None else [task.data], tokenizer, data, limit=limit
+                shared if task.data is None else [data.task_source(task.data)],
+                tokenizer,
+                data,
+                limit=limit,
             ),
         )
         for task in tasks

@@ -174,7 +174,7 @@ def test_one_of_several_sources_is_chosen_by_its_place(recipe: Path, run: Run) -
     code, out, error = run("preview", recipe, "--set", both, "--source", "train.2")
     assert (code, out) == (2, "")
     assert error == (
-        "error: --source: found train.2; choose from train, evaluation, train.0, train.1\n"
+        'error: --source: found "train.2"; choose from train, evaluation, train.0, train.1\n'
     )
 
 

@@ -22,6 +22,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora_cli.common.formatting import value_text
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -57,7 +59,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT is not typed
         self.peft_type = _Kind.BOTTLENECK
         if self.activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
-            raise ValueError(f"activation ({self.activation}) must be one of {known}")
+            raise ValueError(f"activation ({value_text(self.activation)}) must be one of {known}")
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # as above

@@ -21,7 +21,7 @@ from qlora_cli.data.prepared.mmap_dataset import (
     read_facts,
 )
 from qlora_cli.data.prepared.workers import Workers
-from qlora_cli.data.sources import BadRows, Source, counted, first_lines
+from qlora_cli.data.sources import BadRows, Portion, Source, counted, first_lines
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, ModelContext, Prompt
 
@@ -243,7 +243,7 @@ def prepare_prompts(
             prompts.append(replace(prompt, text=text, place=row.place))
     if bad.count and not prompts:
         raise source.unusable(bad)
-    bad.check(source.path, skip=skip)
+    bad.check(source.path, skip=skip, is_listed=isinstance(source, Portion))
     return prompts
 
 
@@ -382,11 +382,10 @@ def _encode(
         log.warning("%s: not read in messages: %s", source.path, ignored_text(tally.ignored))
     if bad.repaired:
         tally.repaired = bad.repaired
-        log.info("%s: repaired %s", source.path, repaired_text(bad.repaired))
     bad.extend(refused)
     if bad.count and not tally.counts["num_rows"]:
         raise source.unusable(bad)
-    bad.check(source.path, skip=skip)
+    bad.check(source.path, skip=skip, is_listed=isinstance(source, Portion))
     tally.counts["num_bad"] = bad.count
 
 
@@ -401,8 +400,3 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
     most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
     more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
     return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])
-
-
-def repaired_text(repaired: Mapping[str, int]) -> str:
-    """List repairs, with the number of rows that each changed: `role_names (7)`."""
-    return ", ".join(f"{name} ({count:,})" for name, count in repaired.items())

@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from qlora_cli.types import Row
 
 log = logging.getLogger("qlora")
 
+LIST_ALL = "qlora preview RECIPE --bad-rows bad.jsonl"
+"""The command that writes all bad rows; the command line fills in the recipe and its overrides."""
 _SHOWN = 10
 _FEW = 3
 """Bad rows that are shown without counting their reasons."""
@@ -80,23 +82,31 @@ class BadRows:
         for kind, lines in others._examples.items():
             self._examples.setdefault(kind, []).extend(lines)
 
-    def check(self, path: str, *, skip: bool = False) -> None:
+    @property
+    def has_more(self) -> bool:
+        """Tell whether there are more bad rows than a report shows."""
+        return self.count > _SHOWN
+
+    def check(self, path: str, *, skip: bool = False, is_listed: bool = False) -> None:
         """Report the bad rows, if there are any: the number for each reason, and the first ten.
 
         Args:
             skip: log a warning instead of raising.
+            is_listed: `qlora preview --bad-rows` reads these rows.
 
         Raises:
             DataError: there are bad rows.
         """
+        if self.repaired:
+            log.info("%s: repaired %s", path, repaired_text(self.repaired))
         if not self.count:
             return
         if skip:
             log.warning("%s", self.report(path, ", left out"))
             return
         usual = "repair them, or leave them out with data.on_bad_row: skip"
-        if self.count > _SHOWN:
-            usual += "; qlora preview RECIPE --bad-rows FILE writes all of them"
+        if self.has_more and is_listed:
+            usual += f"; {LIST_ALL} writes all of them"
         way = self.way_out()
         raise DataError(self.report(path), hint=usual if way is None else f"{way}; or {usual}")
 
@@ -159,6 +169,11 @@ _WAYS_OUT = {
     "writes numbers as text",
 }
 """Ways out by a pattern in the reason."""
+
+
+def repaired_text(repaired: Mapping[str, int]) -> str:
+    """List repairs, with the number of rows that each changed: `role_names (7)`."""
+    return ", ".join(f"{name} ({count:,})" for name, count in repaired.items())
 
 
 def counted(number: int, noun: str) -> str:

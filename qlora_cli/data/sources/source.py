@@ -14,6 +14,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_cli.common.config import Config, UserPath
+from qlora_cli.common.formatting import value_text
 from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.data.sources.files import (
@@ -25,8 +26,9 @@ from qlora_cli.data.sources.files import (
 )
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
+from qlora_cli.data.sources.preference_rows import refuse_labelled, refuse_preferences
 from qlora_cli.data.sources.repair import Repair, repaired
-from qlora_cli.data.sources.rows import BadRows, LocatedRow, draw, shuffled
+from qlora_cli.data.sources.rows import LIST_ALL, BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
 
@@ -94,14 +96,16 @@ class Source(Config):
         """Yield the conversation of each row, lazily. Bad rows are added to `bad`.
 
         Raises:
-            DataError: there is nothing at `path`, a file cannot be read any further, or, at the
-                end, no row can be used.
+            DataError: there is nothing at `path`, a file cannot be read any further, a row is a
+                preference row, or, at the end, no row can be used.
         """
         is_empty = True
         for located in self.read(bad):
+            refuse_labelled(located, self.format)
             try:
                 conversation = self._with_loss_mask(self.format.to_conversation(located.row))
             except DataError as error:
+                refuse_preferences(located, self.format)
                 bad.add(located.place, error)
             else:
                 is_empty = False
@@ -124,6 +128,8 @@ class Source(Config):
                 hint += "; a file without a header needs data.train.columns, the names in order"
         elif way := bad.way_out():
             hint = f"{way}; {hint}"
+        if bad.has_more and isinstance(self, Portion):
+            hint = f"{hint}; {LIST_ALL} writes all of them"
         return DataError(bad.report(self.path), hint=hint)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
@@ -244,7 +250,8 @@ class Source(Config):
             value = getattr(self, setting)
             if value != Source.model_fields[setting].default:
                 raise DataError(
-                    f"{self.path}: {setting} ({value}) is for Hub datasets, and this path is local"
+                    f"{self.path}: {setting} ({value_text(value)}) is for Hub datasets, and "
+                    "this path is local"
                 )
         return find_files(self.path)
 

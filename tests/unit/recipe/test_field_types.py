@@ -171,11 +171,11 @@ def test_variants_are_distinguished_by_type() -> None:
         ("ranks: {a: 1}", "ranks.a: found 1; it takes a whole number (at least 2)"),
         ("auto: 0", "auto: found 0; it takes auto, or a whole number (at least 1)"),
         ("auto: [0]", "auto: found a list; it takes auto, or a whole number (at least 1)"),
-        ("several: [{}, {depth: x}]", "several[1].depth: found x; it takes a whole number"),
-        ("several: {depth: x}", "several.depth: found x; it takes a whole number"),
+        ("several: [{}, {depth: x}]", 'several[1].depth: found "x"; it takes a whole number'),
+        ("several: {depth: x}", 'several.depth: found "x"; it takes a whole number'),
         ("several: {red: 1}", 'several.red: Red has no "red"; it takes type, depth'),
         ("colour: {type: red, red: {depth: 1}}", 'colour.red: Red has no "red"'),
-        ("colour: red", "colour: found red; it takes a section with a type, one of red, blue; "),
+        ("colour: red", 'colour: found "red"; it takes a section with a type, one of red, blue; '),
     ],
 )
 def test_pydantic_errors_become_one_message_with_the_path_in_the_file(

@@ -177,7 +177,7 @@ def test_mistakes_in_a_base_are_placed_there(load: Load, problems: Problems) -> 
     write(base=BASE + "training: {seed: x}\n")
     own, inherited = problems("extends: base.yaml\nadapter: {rank: 4}\n")
     assert own.startswith("recipe.yaml:2:11  adapter.rank: ")
-    assert inherited.startswith("base.yaml:7:18  training.seed: found x; ")
+    assert inherited.startswith('base.yaml:7:18  training.seed: found "x"; ')
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_overriding_the_type_replaces_the_section(load: Load, overrides: tuple[s
     ("override", "expected"),
     [
         ("adapter.rank=8", '--set adapter.rank=8  adapter.rank: LoRA has no "rank"'),
-        ("adapter.r=x", "--set adapter.r=x  adapter.r: found x; it takes a whole number"),
+        ("adapter.r=x", '--set adapter.r=x  adapter.r: found "x"; it takes a whole number'),
         ("adapter.r='8'", "the quotes make it text, so remove them"),
         ("adapter.r", "--set adapter.r  must have the form section.key=value"),
         ("=8", "--set =8  must have the form section.key=value"),

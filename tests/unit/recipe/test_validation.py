@@ -36,7 +36,10 @@ from qlora_cli.recipe.schema import Recipe
         ("output_dir: x\n", "recipe.yaml:4:1  output_dir: ...; did you mean output.dir?"),
         ("zzz: 1\n", 'recipe.yaml:4:1  zzz: a recipe has no "zzz"; it takes ...evaluation, output'),
         # Wrong types.
-        ("training: {seed: x}\n", "recipe.yaml:4:18  training.seed: found x; it takes a whole ..."),
+        (
+            "training: {seed: x}\n",
+            'recipe.yaml:4:18  training.seed: found "x"; it takes a whole ...',
+        ),
         (
             "training: {batch_size: 1.5}\n",
             "recipe.yaml:4:24  training.batch_size: found 1.5; it takes a whole number ...; "
@@ -61,27 +64,27 @@ from qlora_cli.recipe.schema import Recipe
         ("training: {max_grad_norm: .inf}\n", "...: found .inf; it takes a number (above 0), ..."),
         (
             "training: {precision: bf61}\n",
-            "recipe.yaml:4:23  training.precision: found bf61; it takes one of auto, bf16, fp16, "
+            'recipe.yaml:4:23  training.precision: found "bf61"; it takes one of auto, bf16, fp16, '
             'fp32; did you mean "bf16"?',
         ),
-        ("schedule: cosine\n", "...schedule: found cosine; ...; write {type: cosine}"),
+        ("schedule: cosine\n", '...schedule: found "cosine"; ...; write {type: cosine}'),
         (
             "output: {dir: x, trackers: tensorboard}\n",
-            "...output.trackers: found tensorboard; ...; write [tensorboard]",
+            '...output.trackers: found "tensorboard"; ...; write [tensorboard]',
         ),
         (
             "evaluation: {tasks: json_match}\n",
-            "...evaluation.tasks: found json_match; ...; write [{type: json_match}]",
+            '...evaluation.tasks: found "json_match"; ...; write [{type: json_match}]',
         ),
         (
             "evaluation: {tasks: [json_match]}\n",
-            "recipe.yaml:4:22  evaluation.tasks[0]: found json_match; ...; write {type: ...}",
+            'recipe.yaml:4:22  evaluation.tasks[0]: found "json_match"; ...; write {type: ...}',
         ),
         (
             "adapter: {type: lora, rank_pattern: {q_proj: x}}\n",
-            "recipe.yaml:4:46  adapter.rank_pattern.q_proj: found x; it takes a whole number ...",
+            'recipe.yaml:4:46  adapter.rank_pattern.q_proj: found "x"; it takes a whole number ...',
         ),
-        (f"training: {{seed: {'x' * 100}}}\n", f"...seed: found {'x' * 60}...; it takes ..."),
+        (f"training: {{seed: {'x' * 100}}}\n", f'...seed: found "{"x" * 60}..."; it takes ...'),
         # Bounds.
         ("adapter: {type: lora, dropout: 1}\n", "...found 1; ...(at least 0, below 1)..."),
         ("training: {seed: -1}\n", "...found -1; ...(at least 0, below 4294967296)..."),
@@ -92,7 +95,7 @@ from qlora_cli.recipe.schema import Recipe
         ),
         (
             "adapter: {type: loraa}\n",
-            'recipe.yaml:4:17  adapter.type: found loraa; ...; did you mean "lora"?',
+            'recipe.yaml:4:17  adapter.type: found "loraa"; ...; did you mean "lora"?',
         ),
         ("adapter: {type: [lora]}\n", "...adapter.type: found a list; it takes one of ..."),
         ("adapter: {type: }\n", "...adapter.type: found nothing; it takes one of ..."),
@@ -245,18 +248,18 @@ SOURCES = "model: {path: base}\noutput: {dir: run}\ndata:\n"
         (
             "  train:\n    - {path: a.jsonl, format: {type: txt}}\n    - {limit: 1}\n",
             [
-                "recipe.yaml:5:38  data.train[0].format.type: found txt; ...text...",
+                'recipe.yaml:5:38  data.train[0].format.type: found "txt"; ...text...',
                 "recipe.yaml:6:7  data.train[1].path: is missing; ...",
             ],
         ),
         (
             "  train: [a.jsonl]\n",
-            ["recipe.yaml:4:11  data.train[0]: found a.jsonl; it takes a section ..."],
+            ['recipe.yaml:4:11  data.train[0]: found "a.jsonl"; it takes a section ...'],
         ),
         (
             "  train: a.jsonl\n",
             [
-                "recipe.yaml:4:10  data.train: found a.jsonl; it takes a list (of a section with "
+                'recipe.yaml:4:10  data.train: found "a.jsonl"; it takes a list (of a section with '
                 "the keys path, ...), or a section with the keys path, ..."
             ],
         ),

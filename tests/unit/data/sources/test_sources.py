@@ -199,7 +199,7 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     kept = list(source(path).conversations(bad))
     assert [row.place for row in kept] == [f"{path}:1"]
     with pytest.raises(DataError) as caught:
-        bad.check(str(path))
+        bad.check(str(path), is_listed=True)
     message = str(caught.value).splitlines()
     assert message == [
         f"{path}: 14 bad rows",
@@ -214,7 +214,7 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     ]
     assert str(caught.value.hint).startswith("data.train.format: {type: template")
     assert "(12 of 14 rows)" in str(caught.value.hint)
-    assert "--bad-rows FILE" in str(caught.value.hint)
+    assert "qlora preview RECIPE --bad-rows bad.jsonl writes all" in str(caught.value.hint)
 
 
 def test_conversations_keep_their_place(tmp_path: Path) -> None:
