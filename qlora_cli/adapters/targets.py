@@ -96,7 +96,9 @@ def check_tied_targets(method: Any, model: PreTrainedModel) -> None:
     """Raise ModelError if a target shares its matrix with another module: the update of one would
     be merged into both."""
     targets = method.target_modules
-    if not model.config.tie_word_embeddings or not isinstance(targets, list):
+    # Some configs of transformers do not have the setting.
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    if not is_tied or not isinstance(targets, list):
         return
     tied = [model.get_input_embeddings(), model.get_output_embeddings()]
     for name, module in model.named_modules():

@@ -72,7 +72,7 @@ def _shrink_vocabulary(config: Any, vocab_size: int) -> None:
         for name, value in values.items()
         if name.endswith("token_id") and type(value) is int and value >= size
     ]
-    values.update(dict.fromkeys(beyond))
+    values.update(dict.fromkeys(beyond, size - 1))  # some configs do not accept None
 
 
 def _shrink(config: Any, max_layers: int) -> None:
@@ -99,6 +99,11 @@ def _shrink(config: Any, max_layers: int) -> None:
     kept = sorted([*kinds.values(), *others][: min(wanted, max_layers)])
     for name, value in lists.items():
         values[name] = [value[i] for i in kept]
+    if (spec := values.get("_heterogeneity_spec")) is not None:  # settings of single layers
+        layers = spec.per_layer_overrides
+        wanted_layers = {kept.index(i): layers[i] for i in layers if i in kept}
+        layers.clear()
+        layers.update(wanted_layers)
     for name in _LAYERS:
         if type(values.get(name)) is int:
             values[name] = min(values[name], len(kept))

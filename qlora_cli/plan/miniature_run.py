@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.errors import ModelError, QloraError
@@ -41,7 +41,7 @@ _PLAIN: dict[str, Any] = {"dtype": torch.float32}
 
 
 class UncheckedModel(Exception):
-    """The miniature cannot be built, or fails without the adapter too: nothing is proved."""
+    """The miniature cannot be built or saved, or fails without the adapter: nothing is proved."""
 
 
 class UnattachedMiniature(UncheckedModel):
@@ -72,16 +72,21 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         plain = _logits(model, ids)
         if not torch.equal(_logits(model, ids), plain) or not plain.isfinite().all():
             raise ValueError("its logits are not the same twice")
-        again = copy.deepcopy(model)
+        again = load_model(base, **_PLAIN).requires_grad_(False)
+        if not _difference(_logits(again, ids), plain) <= _MAX_ERROR:
+            raise ValueError("its logits change when it is saved and loaded")
     except Exception as error:
         raise UncheckedModel(_said(error)) from error
     try:
         adapted = adapter.attach(model)
     except Exception as error:
         raise UnattachedMiniature(_said(error)) from error
-    with _refusing(f"{subject}: training fails", hint):
+    with _refusing(f"{subject}: training fails", adapter, adapted):
         objective = recipe.objective.build(adapted, torch.float32, cross_entropy).train()
         objective(batch)[0].backward()
+    if uncalled := _uncalled_layers(adapted):
+        names = ", ".join(uncalled)
+        hint = f"the model does not call {names} in training: {_way_out(adapter, uncalled)}"
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:  # many begin at zero, which would merge to nothing
@@ -148,8 +153,13 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference of two logits, relative to the largest one."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
 def _require_equal(found: Tensor, wanted: Tensor, message: str, hint: str) -> None:
-    error = float((found - wanted).abs().max() / wanted.abs().max())
+    error = _difference(found, wanted)
     if not error <= _MAX_ERROR:  # NaN too
         raise ModelError(
             f"{message}: on a miniature of the base, logits differ by {error:.1e} of their range",
@@ -158,15 +168,38 @@ def _require_equal(found: Tensor, wanted: Tensor, message: str, hint: str) -> No
 
 
 @contextmanager
-def _refusing(message: str, hint: str) -> Iterator[None]:
-    """Turn any error of a step that works without the adapter into a refusal."""
+def _refusing(
+    message: str, way_out: str | AdapterMethod, model: nn.Module | None = None
+) -> Iterator[None]:
+    """Turn any error of a step that works without the adapter into a refusal.
+
+    Args:
+        way_out: the hint, or the method whose settings it names.
+        model: base and adapter, to name the layer that fails.
+    """
     try:
         yield
     except Exception as error:
+        layer = "" if model is None else _failing_layer(model, error)
+        if layer:
+            message = f"{message} in {layer}"
+        named = [layer.rpartition(".")[2]] if layer else []
+        hint = way_out if isinstance(way_out, str) else _way_out(way_out, named)
         raise ModelError(
             f"{message}: {_said(error)} (found on a miniature of the base)",
             hint=error.hint if isinstance(error, QloraError) and error.hint else hint,
         ) from error
+
+
+def _failing_layer(model: nn.Module, error: Exception) -> str:
+    """Name the layer of PEFT's in whose forward an error was raised; empty if there is none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    owners = [frame.f_locals.get("self") for frame in frames]
+    layers = [owner for owner in owners if isinstance(owner, BaseTunerLayer)]
+    names = [name for name, module in model.named_modules() if layers and module is layers[-1]]
+    return names[0].removeprefix("base_model.model.") if names else ""
 
 
 def _said(error: Exception) -> str:
@@ -175,9 +208,33 @@ def _said(error: Exception) -> str:
     return lines[0] if isinstance(error, QloraError) else f"{type(error).__name__}: {lines[0]}"
 
 
-def _way_out(adapter: AdapterMethod) -> str:
-    """Say which settings of an adapter choose other weights."""
+def _uncalled_layers(model: nn.Module) -> list[str]:
+    """Name the layers of PEFT's that get no gradient: the model uses their weights by itself.
+
+    Then the update has no effect in training, and one after the merge (`dt_proj` of Mamba).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    has_gradient: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            leaf = name.rpartition(".")[2]
+            trained = [one for one in module.parameters() if one.requires_grad]
+            called = not trained or any(one.grad is not None for one in trained)
+            has_gradient[leaf] = has_gradient.get(leaf, False) or called
+    return sorted(leaf for leaf, called in has_gradient.items() if not called)
+
+
+def _way_out(adapter: AdapterMethod, named: Sequence[str] = ()) -> str:
+    """Say which settings of an adapter choose other weights.
+
+    Args:
+        named: modules to leave out.
+    """
     if "exclude_modules" in type(adapter).model_fields:
+        excluded = adapter.model_dump(include={"exclude_modules"})["exclude_modules"] or []
+        if named and isinstance(excluded, list):
+            return f"--set adapter.exclude_modules=[{','.join([*excluded, *named])}]"
         return (
             "leave modules out with adapter.exclude_modules, or name others in "
             "adapter.target_modules"
