@@ -45,7 +45,7 @@ def test_a_refusal_names_the_setting_to_write() -> None:
     assert [reason for reason in refused if "adapter." not in reason] == []
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of layers that it treats specially
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of layers that it treats specially
 @pytest.mark.parametrize("name", mostly_slow(architectures(), *QUICK))
 def test_an_architecture_does_what_the_page_says(name: str, tmp_path: Path) -> None:
     assert examine(name, tmp_path) == read()[name]
