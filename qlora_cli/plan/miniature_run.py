@@ -97,6 +97,9 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         adapter.save(adapted, saved)
     with _refusing(f"{subject}: what is saved cannot be loaded", hint):
         again = adapter.load(again, saved)
+    if lost := _lost_layers(adapted, again):
+        names = ", ".join(lost)
+        hint = f"the weights of {names} are not found again: {_way_out(adapter, lost)}"
     found = _logits(again, ids)
     _require_equal(found, trained, f"{subject}: what is loaded is not what was saved", hint)
     steps = ["forward", "backward", "save", "load"]
@@ -223,6 +226,20 @@ def _uncalled_layers(model: nn.Module) -> list[str]:
             called = not trained or any(one.grad is not None for one in trained)
             has_gradient[leaf] = has_gradient.get(leaf, False) or called
     return sorted(leaf for leaf, called in has_gradient.items() if not called)
+
+
+def _lost_layers(trained: nn.Module, loaded: nn.Module) -> list[str]:
+    """Name the modules (with their parents') whose trained weights are not those loaded."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = dict(loaded.named_parameters())
+    lost = set()
+    for place, module in trained.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, weight in module.named_parameters(prefix=place):
+                if weight.requires_grad and not torch.equal(weight, found.get(name, weight.new())):
+                    lost.add(".".join(place.split(".")[-2:]))
+    return sorted(lost)
 
 
 def _way_out(adapter: AdapterMethod, named: Sequence[str] = ()) -> str:
