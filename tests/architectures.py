@@ -38,7 +38,7 @@ _LONGEST = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one architecture, and why."""
+    """The result of one architecture, and its reason."""
 
     result: str
     reason: str = ""
