@@ -6,8 +6,6 @@ Exit status of `--check`: 0 if all are current, else 1.
 from __future__ import annotations
 
 import inspect
-import json
-import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +34,12 @@ from qlora_cli.recipe.yaml_writer import yaml_lines
 from qlora_cli.runs.merge_report import MergeReport
 
 ROOT = Path(__file__).resolve().parent.parent
+# The tests import this file from the root, and the command line runs it from its own folder.
+sys.path.insert(0, str(ROOT))
+
+from scripts.templates_page import templates_page  # noqa: E402
+
 FOLDER = ROOT / "docs"
-TEMPLATES = ROOT / "tests" / "golden" / "templates.json"
 
 NOTE = "<!-- Written by scripts/gen_docs.py from the code; change that instead. -->"
 
@@ -75,49 +77,6 @@ CLI_HEAD = f"""\
 # The command line
 """
 
-
-TEMPLATES_HEAD = """\
-<!-- Written by scripts/gen_docs.py from tests/golden/templates.json; see there. -->
-# Chat templates
-
-`qlora` trains only on what the model has to write after the generation prompt, up to and including
-the token that ends the turn. If this cannot be verified for a conversation, the conversation is
-refused with the reason. This page lists the outcome for chat templates of
-well-known models, as collected by the library TRL. Each was tried with the conversations of
-`tests/golden/templates.py`.
-
-**Exact** means, for every conversation tried: the tokens are those of `apply_chat_template`; the
-row begins with the generation prompt of each supervised turn; the answer (with its reasoning and
-tool calls) and the token that ends the turn are supervised; there is at most one BOS.
-
-- **Text that a template puts before the content** is supervised if the model has to write it: an
-  empty block of reasoning (Qwen 3, GLM), the channel (GPT-OSS).
-- **Several tokens that end a turn** (Command A: `<|END_RESPONSE|>`, then EOS): all of them are
-  supervised, up to EOS if it ends every turn, or else up to the last. Generation here stops at the
-  first of them, and elsewhere at EOS. What a template writes only after the last turn (Phi 3: EOS
-  after `<|end|>`) is not supervised. The column "ends with" has the tokens of each template.
-- **An early answer alone** (column "early"): where the template changes it when the conversation
-  continues, the row ends after it.
-- **Split**: some templates change an answer when the conversation continues: they remove its
-  reasoning, or end it with another token. Such a conversation becomes several rows, and in each the
-  last answer is as the model has to write it, with supervised reasoning. For an answer without
-  reasoning, Qwen 3 omits only the empty block; that answer is supervised as it is, and the
-  conversation is not split.
-- **DeepSeek R1 and V3**: the generation prompt opens a block of reasoning that the template removes
-  from every answer. The row is the prompt, the reasoning (or none), `</think>`, an empty line and
-  the answer: what the model has to write, although the template never shows it.
-- **GLM 4**: a turn ends where the next one begins. The last answer gets the token that would
-  follow: `<|user|>`, or `<|observation|>` after a tool call.
-- **Nemotron 3** opens a block of reasoning in its generation prompt, but writes answers without
-  reasoning in another form, so the prompt is not their prefix. Answers without reasoning are exact
-  with `{% set enable_thinking = false %}` in front of the template: save it to a file, and name the
-  file in `data.chat_template`. The tuned model keeps that template. `reasoning_effort` and similar
-  variables of other templates can be set in the same way.
-- **Llama 3.2 and GPT-OSS** write today's date into the system message. Here it is always 26 July
-  2024 (the fallback of Llama's templates), in training as in `eval`, `generate` and `chat`: rows
-  must not depend on the day on which they are prepared. The template saved with the model is
-  unchanged.
-"""
 
 JSON_HEAD = f"""\
 {NOTE}
@@ -309,50 +268,6 @@ def _option(parameter: Any) -> str:
     return f"| {names}{value} | {about} |"
 
 
-def templates_page() -> str:
-    kept: dict[str, dict[str, dict[str, Any]]] = json.loads(TEMPLATES.read_text(encoding="utf-8"))
-    kinds = list(next(iter(kept.values())))
-    reasons: list[str] = []
-
-    def cell(entry: dict[str, Any]) -> str:
-        if entry["outcome"] == "exact":
-            return "exact" if entry["rows"] == entry["conversations"] else "exact, split"
-        reason = re.sub(r"^message \d+ \(\w+\): ", "", entry["reason"])
-        if reason not in reasons:
-            reasons.append(reason)
-        return f"refused ({reasons.index(reason) + 1})"
-
-    rows = []
-    for name, entries in kept.items():
-        checked = sum(entry.get("conversations", 0) for entry in entries.values())
-        cells = [cell(entries[kind]) for kind in kinds]
-        # The answer of the first conversation is "Paris."; what follows ends the turn.
-        rows_of_texts = entries["single"].get("supervised", [])
-        ending = rows_of_texts[0][0].rpartition("Paris.")[2] if rows_of_texts else ""
-        cells.append(f"`{json.dumps(ending, ensure_ascii=False)[1:-1]}`" if ending else "")
-        cells[-1] = cells[-1].replace("|", "\\|")
-        rows.append(f"| {' | '.join([f'`{name}`', *cells, str(checked)])} |")
-    head = f"| {' | '.join(['template', *kinds, 'ends with', 'conversations checked'])} |"
-    plain = {name: entries for name, entries in kept.items() if "," not in name}
-    whole = sum(
-        all(entries[kind]["outcome"] == "exact" for kind in ("single", "multi"))
-        for entries in plain.values()
-    )
-    return _joined(
-        [
-            TEMPLATES_HEAD,
-            f"Exact for single and for several turns: {whole} of {len(plain)}.\n",
-            head,
-            "|---" * (len(kinds) + 3) + "|",
-            *rows,
-            "",
-            "## Why some are refused",
-            "",
-            *(f"{number}. {_quoted(reason)}" for number, reason in enumerate(reasons, start=1)),
-        ]
-    )
-
-
 def json_page() -> str:
     lines = [JSON_HEAD]
     for command, report in JSON_REPORTS.items():
@@ -406,10 +321,6 @@ def _json_type(kind: Any) -> str:
     return " or ".join(_json_type(one) for one in inner)
 
 
-def _quoted(reason: str) -> str:
-    return f"`` {reason} ``"
-
-
 def _joined(lines: list[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
@@ -419,7 +330,7 @@ def main() -> int:
         "reference/recipe.md": recipe_page(),
         "reference/cli.md": cli_page(),
         "reference/json.md": json_page(),
-        "templates.md": templates_page(),
+        "templates.md": _joined(templates_page()),
     }
     old = [name for name, text in pages.items() if not _is_current(FOLDER / name, text)]
     if sys.argv[1:] == ["--check"]:

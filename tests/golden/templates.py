@@ -1,5 +1,6 @@
-"""Test chat templates of real models, read from the installed TRL, and record the outcomes.
+"""Test chat templates of real models, and record the outcomes.
 
+The templates are read from the installed TRL, and from the packages below QLORA_TEMPLATES.
 Every template is tested with a byte-level tokenizer that has the special tokens it writes. The rows
 that `qlora` makes are compared with `apply_chat_template` called by hand.
 """
@@ -7,6 +8,7 @@ that `qlora` makes are compared with `apply_chat_template` called by hand.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from datetime import date
@@ -22,28 +24,49 @@ from qlora_cli.types import Conversation, Message, ToolCall
 from tests.conftest import make_tokenizer
 
 GOLDEN = Path(__file__).parent / "templates.json"
+"""Outcomes of TRL's templates."""
+GOLDEN_PACKAGES = Path(__file__).parent / "templates_packages.json"
+"""Outcomes of the templates below QLORA_TEMPLATES: those of axolotl and vLLM."""
 
 # BOS and EOS of the models, by the beginning of the template's name.
 _ENDS = {
+    "alpaca": ("<s>", "</s>"),
+    "aya": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "basic": ("<s>", "</s>"),
+    "blip2": ("</s>", "</s>"),
+    "chatml": (None, "<|im_end|>"),
+    "command_a": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "diffusion_gemma": ("<bos>", "<eos>"),
+    "exaone": ("[BOS]", "[|endofturn|]"),
+    "falcon_h1": ("<|begin_of_text|>", "<|end_of_text|>"),
     "gemma": ("<bos>", "<eos>"),
     "glm": (None, "<|endoftext|>"),
     "gptoss": ("<|startoftext|>", "<|return|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>"),
+    "jamba": ("<|startoftext|>", "<|endoftext|>"),
+    "kimi": ("[BOS]", "[EOS]"),
     "lfm2": ("<|startoftext|>", "<|im_end|>"),
     "llama": ("<|begin_of_text|>", "<|eot_id|>"),
+    "llama4": ("<|begin_of_text|>", "<|eot|>"),
     "llava": ("<s>", "</s>"),
+    "metharme": ("<s>", "</s>"),
+    "minicpm": (None, "<|im_end|>"),
+    "mistral": ("<s>", "</s>"),
     "muse": ("<|begin_of_text|>", "<|eot|>"),
     "nemotron": (None, "<|im_end|>"),
     "phi": (None, "<|endoftext|>"),
+    "phi_3": ("<s>", "<|endoftext|>"),
+    "phi_4": (None, "<|im_end|>"),
+    "pixtral": ("<s>", "</s>"),
     "qwen": (None, "<|im_end|>"),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>"),
 }
 _ADDED = re.compile(
     r"<\|[^\s'\"{}|<>]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|<｜[^\s'\"{}<>]+｜>|"
-    r"</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_\w+>|<image>|<sop>|\[gMASK\]"
+    r"</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_\w+>|<image>|<sop>|\[gMASK\]|"
+    r"\[\|[a-z]+\|\]|\[/?(?:INST|IMG|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
 )
 _MARKS = re.compile(
     r"</?think>|<\|?\w+\|?>|\b(?:thought|analysis|assistant|final|to=user|to=self)\b"
@@ -53,8 +76,11 @@ _IN_PARTS = ("idefics3", "llava", "smolvlm")
 _JSON_ARGUMENTS = ("deepseek",)
 NO_REASONING_KEPT = ("deepseek_r1_distill", "deepseekv3")
 """The prompt ends in `<think>`, which the text of a conversation never contains."""
-NO_END_OF_TURN = ("glm4moe",)
-"""The next turn ends a turn; the row gets the token that would begin a turn after the last one."""
+NO_END_OF_TURN = ("glm4moe", "vllm/template_chatml")
+"""The template ends a turn only if another follows; the row gets the token that would follow."""
+NO_STOP_TOKEN = (
+    "turns do not end in a special token, so the tuned model would not know where to stop"
+)
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -150,17 +176,38 @@ def names() -> list[str]:
     return stems + [f"{stem}{_NO_THINKING}" for stem in stems if stem.startswith("nemotron")]
 
 
+def packages() -> dict[str, Path]:
+    """Return the templates below the folder in QLORA_TEMPLATES, each as `package/template`.
+
+    Each package is a subfolder, as `pip install --no-deps --target` makes it.
+    """
+    where = os.environ.get("QLORA_TEMPLATES")
+    if not where:
+        return {}
+    found = {}
+    for path in sorted(Path(where).rglob("*.jinja")):
+        package = path.relative_to(where).parts[:-1][:1]
+        found["/".join([*package, path.stem])] = path
+    return found
+
+
 def _of(table: Any, name: str) -> Any:
-    found = [key for key in table if name.startswith(key)]
+    """Return the longest key with which a template's name begins, without its package."""
+    model = name.rpartition("/")[2].removeprefix("template_")
+    found = [key for key in table if model.startswith(key)]
     return max(found, key=len) if found else None
 
 
 def tokenizer_for(name: str) -> Any:
     """Make a byte-level tokenizer with a template and the special tokens that it writes."""
-    where = folder()
-    assert where is not None
     stem = name.removesuffix(_NO_THINKING)
-    source = (where / f"{stem}.jinja").read_text(encoding="utf-8")
+    if "/" in name:
+        path = packages()[name]
+    else:
+        where = folder()
+        assert where is not None
+        path = where / f"{stem}.jinja"
+    source = path.read_text(encoding="utf-8")
     if stem != name:
         source = "{% set enable_thinking = false %}" + source
     bos, eos = _ENDS[_of(_ENDS, name)]
@@ -300,8 +347,12 @@ def _of_every_turn(name: str, tokenizer: Any, row: Conversation, i: int, start: 
 
 
 def outcomes(name: str) -> dict[str, dict[str, Any]]:
-    """Return the outcome for the conversations of each kind: exact, or refused with the reason."""
+    """Return the outcome for the conversations of each kind, with the reason if it is not exact.
+
+    Without a stop token, `qlora train` refuses the rows when it prepares them.
+    """
     tokenizer = tokenizer_for(name)
+    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
     renderer = Renderer(tokenizer)
     found: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
@@ -314,12 +365,17 @@ def outcomes(name: str) -> dict[str, dict[str, Any]]:
         except DataError as error:
             found[kind] = {"outcome": "refused", "reason": str(error)}
             continue
+        texts = [pieces(layout, tokenizer) for _, layout in rows]
+        if not all(text.endswith(added) for row_texts in texts for text in row_texts):
+            reason = {"outcome": "no stop token", "reason": NO_STOP_TOKEN}
+            found[kind] = {**reason, "supervised": texts}
+            continue
         for row, layout in rows:
             check(name, tokenizer, row, layout)
         found[kind] = {
             "outcome": "exact",
             "conversations": len(conversations(kind)),
             "rows": len(rows),
-            "supervised": [pieces(layout, tokenizer) for _, layout in rows],
+            "supervised": texts,
         }
     return found

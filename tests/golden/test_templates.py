@@ -1,7 +1,8 @@
 """Chat templates of real models: each is supervised exactly, or refused with the stored reason.
 
-`python scripts/regen_templates.py` regenerates `templates.json`, and `python scripts/gen_docs.py`
-the table in `docs/templates.md` from it.
+`python scripts/regen_templates.py` regenerates the stored outcomes (its `--help` says how to get
+the templates of axolotl and vLLM), and `python scripts/gen_docs.py` the tables in
+`docs/templates.md` from them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,26 @@ from typing import Any
 
 import pytest
 
-from tests.golden.templates import GOLDEN, KINDS, folder, names, outcomes
+from tests.golden.templates import (
+    GOLDEN,
+    GOLDEN_PACKAGES,
+    KINDS,
+    folder,
+    names,
+    outcomes,
+    packages,
+)
 
-KEPT: dict[str, dict[str, dict[str, Any]]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+Outcomes = dict[str, dict[str, dict[str, Any]]]
+
+KEPT: Outcomes = json.loads(GOLDEN.read_text(encoding="utf-8"))
+KEPT_PACKAGES: Outcomes = json.loads(GOLDEN_PACKAGES.read_text(encoding="utf-8"))
 FAMILIES = ("llama3", "qwen", "gemma", "phi3", "deepseek", "glm4moe", "gptoss", "cohere")
 
 with_trl = pytest.mark.skipif(folder() is None, reason="trl is not installed")
+with_packages = pytest.mark.skipif(
+    not packages(), reason="QLORA_TEMPLATES names no folder with templates of axolotl and vLLM"
+)
 
 
 def exact(*kinds: str) -> list[str]:
@@ -40,6 +55,19 @@ def test_a_template_has_its_stored_outcome(name: str) -> None:
     assert outcomes(name) == KEPT[name]
 
 
+@with_packages
+def test_every_template_of_the_packages_has_a_stored_outcome() -> None:
+    assert list(KEPT_PACKAGES) == list(packages())
+    assert all(list(kept) == KINDS for kept in KEPT_PACKAGES.values())
+
+
+@pytest.mark.quick_every(2)
+@with_packages
+@pytest.mark.parametrize("name", KEPT_PACKAGES)
+def test_a_template_of_the_packages_has_its_stored_outcome(name: str) -> None:
+    assert outcomes(name) == KEPT_PACKAGES[name]
+
+
 def test_most_templates_and_all_well_known_ones_are_exact() -> None:
     found = exact("single", "multi")
     assert len([name for name in found if "," not in name]) >= 37
@@ -55,6 +83,7 @@ def test_most_templates_and_all_well_known_ones_are_exact() -> None:
 
 
 def test_a_refusal_has_its_reason() -> None:
-    refused = [entry for kept in KEPT.values() for entry in kept.values() if "reason" in entry]
+    every = [*KEPT.values(), *KEPT_PACKAGES.values()]
+    refused = [entry for kept in every for entry in kept.values() if entry["outcome"] != "exact"]
     assert refused
     assert all(len(entry["reason"]) > 20 for entry in refused)

@@ -271,10 +271,28 @@ def _closing(
         return ""
     at = _skip_space(longer, len(shorter))
     token = template.added_at(longer, at)
+    if token is None or not longer.startswith(shorter):
+        return ""
     # A token that also opens answers (`<|im_start|>`) cannot mark the end of one.
-    if token is None or token in header or not longer.startswith(shorter):
+    if _opens_answers(template, conversation, token, header):
         return ""
     return longer[len(shorter) : at + len(token)]
+
+
+def _opens_answers(
+    template: ChatTemplate, conversation: Conversation, token: str, header: str
+) -> bool:
+    """Return True if the token opens the answer that follows the header.
+
+    The header may also hold the token that ends the question (`<|im_end|>`, which vLLM's ChatML
+    omits after the last turn). A first turn alone does not contain that token.
+    """
+    if token not in header:
+        return False
+    try:
+        return token in template.render(conversation.messages[:1], conversation.tools)
+    except TemplateRefused:
+        return True
 
 
 def _answer_of_tool(message: Message) -> Message:

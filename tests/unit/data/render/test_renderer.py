@@ -290,6 +290,44 @@ def test_reasoning_that_a_template_never_shows_follows_its_prompt(
     assert supervised_text(renderer.render(Conversation(chat("a", "b")))) == ["\n</think>\n\nb"]
 
 
+# vLLM's ChatML ends a turn only if another turn or a generation prompt follows.
+ENDS_EARLIER_TURNS = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}
+{%- if not loop.last or add_generation_prompt %}{{ '<|im_end|>\n' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SEPARATES_TURNS = """\
+{%- for m in messages %}{{ '<|im_end|>' if not loop.first }}{{ m.role + ': ' + m.content }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_end|>assistant: ' }}{% endif %}"""
+ENDS_NO_TURN = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        chat("a", "b"),
+        chat("a", "b", "c", "d"),
+        chat("a", "a", "a", "a"),
+        [Message("system", "s", train=False), *chat("a", "b")],
+        [replace(m, train=m.content == "d") for m in chat("a", "b", "c", "d")],
+    ],
+)
+def test_a_last_turn_ends_with_the_token_that_ends_earlier_turns(
+    make_tokenizer: TokenizerMaker, messages: list[Message]
+) -> None:
+    tokenizer = make_tokenizer()
+    row = Conversation(messages)
+    for template in (ENDS_EARLIER_TURNS, SEPARATES_TURNS):
+        tokenizer.chat_template = template
+        layout = Renderer(tokenizer).render(row)
+        assert layout.text.endswith(f"{messages[-1].content}<|im_end|>")
+        assert all(layout.text.startswith("<|im_end|>", a.stop) for a in layout.answers)
+        assert supervised_text(layout) == [m.content for m in messages if m.train]
+    tokenizer.chat_template = ENDS_NO_TURN
+    assert Renderer(tokenizer).render(row).text.endswith(messages[-1].content)
+
+
 def test_a_template_for_images_gets_lists_of_parts(make_tokenizer: TokenizerMaker) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
