@@ -81,6 +81,8 @@ class Conversation:
     """Supervise everything, including the prompt and the template's own text."""
     place: str = ""
     """Place of the row, for messages: `train.jsonl:17`, or `train.parquet, row 17`."""
+    repaired: tuple[str, ...] = ()
+    """The repairs (`data.repair`) that changed the row."""
 
 
 @dataclass(frozen=True, slots=True)

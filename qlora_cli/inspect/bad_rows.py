@@ -42,9 +42,9 @@ def write_bad_rows(recipe: Recipe, path: Path) -> int:
                         number=data.workers,
                     ) as workers,
                 ):
-                    for place, encoded in workers.encode(source.conversations(bad)):
+                    for row, encoded in workers.encode(source.conversations(bad)):
                         if isinstance(encoded, RefusedRow):
-                            bad.add(place, encoded.reason)
+                            bad.add(row.place, encoded.reason)
                 count += bad.count
     except OSError as error:
         raise RecipeError(f"--bad-rows: {path}: cannot be written: {error.strerror}") from error

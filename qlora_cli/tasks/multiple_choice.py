@@ -82,6 +82,7 @@ class MultipleChoice(Task):
                 try:
                     choice = self._choice(encoder, tokenizer, located.row, located.place)
                     items.append(choice)
+                    bad.repaired.update(located.repaired)
                 except DataError as error:
                     bad.add(located.place, error)
             # If every row is bad, raise: skipping all of them would hide the reason.

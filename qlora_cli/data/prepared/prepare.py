@@ -69,7 +69,7 @@ class PreparedData:
     ignored: list[dict[str, int]]
     """For each source: message keys that are not read, and the number of messages with each."""
     repaired: list[dict[str, int]]
-    """For each source: repairs (`data.repair`), and the number of rows that each changed."""
+    """For each source: repairs (`data.repair`), and the number of used rows that each changed."""
     supervised_as: str
     """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
@@ -166,10 +166,10 @@ def prepare(
     ):
         for index, source in enumerate(sources):
             tally = _Tally(source, data, context)
-            for place, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
-                tally.add(place, encoded)
+            for row, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
+                tally.add(row, encoded)
                 for example in encoded.examples:
-                    writer.add(example, index, place)
+                    writer.add(example, index, row.place)
             tally.check()
             tallies.append(tally)
         # Rows of a file that is being written are neither the old nor the new ones, but the cache
@@ -228,6 +228,7 @@ def prepare_prompts(
     encoder = Encoder(tokenizer)
     bad, is_checked = BadRows(), False
     prompts: list[Prompt] = []
+    repaired: Counter[str] = Counter()
     for row in source.conversations(bad):
         if len(prompts) == limit:
             break
@@ -241,6 +242,8 @@ def prepare_prompts(
         else:
             text = str(tokenizer.decode(prompt.input_ids))
             prompts.append(replace(prompt, text=text, place=row.place))
+            repaired.update(row.repaired)
+    bad.repaired = repaired
     if bad.count and not prompts:
         raise source.unusable(bad)
     bad.check(source.path, skip=skip, is_listed=isinstance(source, Portion))
@@ -280,11 +283,11 @@ class _Tally:
         self.ignored: Counter[str] = Counter()
         """Message keys that are not read, and the number of messages with each."""
         self.repaired: Counter[str] = Counter()
-        """The number of rows that each repair changed."""
+        """The number of used rows that each repair changed."""
         self._lost = BadRows()
         self._lengths = array("I")
 
-    def add(self, place: str, row: EncodedRow) -> None:
+    def add(self, conversation: Conversation, row: EncodedRow) -> None:
         max_length = self._data.max_length
         self._lengths.append(row.length)
         self.counts.update(
@@ -298,11 +301,13 @@ class _Tally:
             num_supervised=sum(example.num_supervised for example in row.examples),
         )
         self.longest = max([self.longest, *(len(one.input_ids) for one in row.examples)])
+        if row.examples:
+            self.repaired.update(conversation.repaired)
         self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
         if row.lost is not None:
             what = "cut" if row.examples else "left out"
             length = f"{row.length:,} tokens, data.max_length {max_length:,}"
-            self._lost.add(place, f"{length}: {what}" if self.is_text else row.lost)
+            self._lost.add(conversation.place, f"{length}: {what}" if self.is_text else row.lost)
 
     def check(self) -> None:
         self._check_lost()
@@ -368,20 +373,20 @@ class _Tally:
 
 def _encode(
     workers: Workers, source: Source, tally: _Tally, skip: bool
-) -> Iterator[tuple[str, EncodedRow]]:
+) -> Iterator[tuple[Conversation, EncodedRow]]:
     # Both are joined at the end: how far reading is ahead of encoding depends on the number of
     # workers, and the report must not.
     bad, refused = BadRows(), BadRows()
     rows = _noting(source.conversations(bad), tally.ignored)
-    for place, encoded in workers.encode(rows):
+    for row, encoded in workers.encode(rows):
         if isinstance(encoded, RefusedRow):
-            refused.add(place, encoded.reason)
+            refused.add(row.place, encoded.reason)
         else:
-            yield place, encoded
+            yield row, encoded
     if tally.ignored:
         log.warning("%s: not read in messages: %s", source.path, ignored_text(tally.ignored))
-    if bad.repaired:
-        tally.repaired = bad.repaired
+    # Only now is it known which of the repaired rows are used.
+    bad.repaired = tally.repaired
     bad.extend(refused)
     if bad.count and not tally.counts["num_rows"]:
         raise source.unusable(bad)

@@ -73,14 +73,16 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def encode(self, rows: Iterable[Conversation]) -> Iterator[tuple[str, EncodedRow | RefusedRow]]:
-        """Yield the place of each row and its encoding, in order.
+    def encode(
+        self, rows: Iterable[Conversation]
+    ) -> Iterator[tuple[Conversation, EncodedRow | RefusedRow]]:
+        """Yield each row and its encoding, in order.
 
         Raises:
             DataError: the chat template is missing or broken, or a worker died.
         """
         for chunk, results in self._encode_chunks(_chunks(rows)):
-            yield from zip([row.place for row in chunk], results, strict=True)
+            yield from zip(chunk, results, strict=True)
 
     def _encode_chunks(
         self, chunks: Iterable[list[Conversation]]

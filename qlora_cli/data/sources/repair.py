@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qlora_cli.data.formats.turns import OTHER_ROLES
 from qlora_cli.types import Row
@@ -30,6 +30,20 @@ def repaired(row: Row, repairs: Sequence[Repair], counts: Counter[str]) -> Row:
             counts[repair] += 1
             row = changed
     return row
+
+
+def helpful_repairs(row: Row, is_usable: Callable[[Row], bool]) -> list[Repair]:
+    """Return the fewest repairs that make a row usable; [] if they do not."""
+    changed: Counter[str] = Counter()
+    candidate = repaired(row, get_args(Repair), changed)
+    if not changed or not is_usable(candidate):
+        return []
+    needed = [repair for repair in _REPAIRS if repair in changed]
+    for repair in list(needed):
+        others = [other for other in needed if other != repair]
+        if is_usable(repaired(row, others, Counter())):
+            needed = others
+    return needed
 
 
 def _is_turns(value: object) -> bool:

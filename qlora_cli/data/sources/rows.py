@@ -11,10 +11,11 @@ import tempfile
 import uuid
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from qlora_cli.data.sources.repair import Repair
 from qlora_cli.errors import DataError
 from qlora_cli.types import Row
 
@@ -34,6 +35,8 @@ class LocatedRow:
     row: Row
     place: str
     """The place for messages to the user: `train.jsonl:17`, or `train.parquet, row 17`."""
+    repaired: tuple[str, ...] = ()
+    """The repairs (`data.repair`) that changed the row."""
 
 
 class BadRows:
@@ -53,19 +56,29 @@ class BadRows:
         self._keep = keep
         self._write = write
         self.repaired: Counter[str] = Counter()
-        """The number of rows that each repair (`data.repair`) changed."""
+        """The number of used rows that each repair (`data.repair`) changed."""
+        self._num_repairable = 0
+        """Bad rows that further repairs would make usable."""
+        self._helpful: set[str] = set()
+        """All repairs that these rows need."""
         self._reasons: Counter[str] = Counter()
         """The number of rows for each reason, without what differs from row to row."""
         self._examples: dict[str, list[str]] = {}
         """Place and problem of the first rows of each reason."""
 
-    def add(self, place: str, reason: object) -> None:
-        """Count a row, and keep it if it is among the first, or the first of its reason."""
+    def add(self, place: str, reason: object, repairs: Sequence[str] = ()) -> None:
+        """Count a row, and keep it if it is among the first, or the first of its reason.
+
+        Args:
+            repairs: make the row usable.
+        """
         kind = _kind(str(reason))
         if kind not in self._reasons and len(self._reasons) >= _MAX_REASONS:
             kind = "other reasons"
         self.count += 1
         self._reasons[kind] += 1
+        self._num_repairable += bool(repairs)
+        self._helpful.update(repairs)
         line = f"{place}: {reason}"
         if len(self.first) < self._keep:
             self.first.append(line)
@@ -79,6 +92,8 @@ class BadRows:
         self.count += others.count
         self.first += others.first
         self._reasons += others._reasons
+        self._num_repairable += others._num_repairable
+        self._helpful |= others._helpful
         for kind, lines in others._examples.items():
             self._examples.setdefault(kind, []).extend(lines)
 
@@ -104,11 +119,10 @@ class BadRows:
         if skip:
             log.warning("%s", self.report(path, ", left out"))
             return
-        usual = "repair them, or leave them out with data.on_bad_row: skip"
+        hint = self.remedy("leave {them} out with data.on_bad_row: skip")
         if self.has_more and is_listed:
-            usual += f"; {LIST_ALL} writes all of them"
-        way = self.way_out()
-        raise DataError(self.report(path), hint=usual if way is None else f"{way}; or {usual}")
+            hint += f"; {LIST_ALL} writes all of them"
+        raise DataError(self.report(path), hint=hint)
 
     def report(self, path: str, what: str = "") -> str:
         """Return their number, what became of them, the reasons by number, and the first ten."""
@@ -125,13 +139,42 @@ class BadRows:
         examples = [line for kind, _ in ranked for line in self._examples[kind][:of_each]]
         return "\n".join([*lines, "such as", first_lines(examples, self.count)])
 
-    def way_out(self) -> str | None:
-        """Say what helps with the most common reason, if it is that of most rows."""
-        [(kind, number)] = self._reasons.most_common(1)
-        way = next((text for part, text in _WAYS_OUT.items() if re.search(part, kind)), None)
-        if way is None or 2 * number <= self.count:
-            return None
-        return way if number == self.count else f"{way} ({number:,} of {self.count:,} rows)"
+    def remedy(self, otherwise: str) -> str:
+        """Name the settings that make rows usable, with their number, and say what remains to do.
+
+        Args:
+            otherwise: can be done instead of repairing the remaining `{them}`.
+        """
+        ways = sorted(self._ways_out(), key=lambda way: -way[1])
+        left = self.count - sum(number for _, number in ways)
+        named = [
+            text if number == self.count else f"{text} ({number:,} of {self.count:,} rows)"
+            for text, number in ways
+        ]
+        if not ways:
+            rest = "repair them"
+        elif left <= 0:
+            rest = "or repair them"
+        else:
+            rest = (
+                "repair the remaining row" if left == 1 else f"repair the remaining {left:,} rows"
+            )
+        them = "it" if ways and left == 1 else "them"
+        return "; ".join([*named, f"{rest}, or {otherwise.format(them=them)}"])
+
+    def _ways_out(self) -> Iterator[tuple[str, int]]:
+        """Yield settings that make rows usable, and the number of rows that each helps."""
+        if self._num_repairable:
+            needed = [repair for repair in get_args(Repair) if repair in self._helpful]
+            yield f"data.repair: [{', '.join(needed)}]", self._num_repairable
+        if number := self._num_matching(_OMITTED_TOOLS):
+            yield _TOOL_TEMPLATE, number
+        # Another format affects all rows, so that it has to help most of them.
+        if 2 * (number := self._num_matching(_NUMBER_AS_TEXT)) > self.count:
+            yield _TEMPLATE_FORMAT, number
+
+    def _num_matching(self, pattern: str) -> int:
+        return sum(n for kind, n in self._reasons.items() if re.search(pattern, kind))
 
 
 _MAX_REASONS = 1000
@@ -157,22 +200,22 @@ def _kind(reason: str) -> str:
     return reason
 
 
-_TOOLS = "data.chat_template: configs/chat_templates/chatml-tools.jinja writes tools and calls"
-_WAYS_OUT = {
-    "leaves the tools out|of its tool calls": _TOOLS,
-    "two messages of role (user|assistant|system) in a row": "data.repair: [merge_same_role]",
-    "ends with a message of role user": "data.repair: [drop_trailing_user]",
-    "got JSON text .*, expected a list of messages": "data.repair: [parse_json_strings]",
-    "role_names reads it": "data.repair: [role_names]",
-    r"field [^\s.]+: got \.\. \((int|float|bool)\), expected text": "data.train.format: {type: "
-    'template, user: "{{ prompt }}", assistant: "{{ completion }}"} with the names of your columns '
-    "writes numbers as text",
-}
-"""Ways out by a pattern in the reason."""
+_OMITTED_TOOLS = (
+    r"chat template omits (the tools|'\.\.' from its tool calls)"
+    r"|\(tool\): the chat template changes or omits its content"
+)
+_TOOL_TEMPLATE = (
+    "data.chat_template: configs/chat_templates/chatml-tools.jinja writes tools and calls"
+)
+_NUMBER_AS_TEXT = r"field [^\s.]+: got \.\. \((int|float|bool)\), expected text"
+_TEMPLATE_FORMAT = (
+    'data.train.format: {type: template, user: "{{ prompt }}", assistant: "{{ completion }}"} with '
+    "the names of your columns writes numbers as text"
+)
 
 
 def repaired_text(repaired: Mapping[str, int]) -> str:
-    """List repairs, with the number of rows that each changed: `role_names (7)`."""
+    """List repairs, with the number of used rows that each changed: `role_names (7)`."""
     return ", ".join(f"{name} ({count:,})" for name, count in repaired.items())
 
 

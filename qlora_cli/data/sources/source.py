@@ -27,7 +27,7 @@ from qlora_cli.data.sources.files import (
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
 from qlora_cli.data.sources.preference_rows import refuse_labelled, refuse_preferences
-from qlora_cli.data.sources.repair import Repair, repaired
+from qlora_cli.data.sources.repair import Repair, helpful_repairs, repaired
 from qlora_cli.data.sources.rows import LIST_ALL, BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
@@ -103,13 +103,14 @@ class Source(Config):
         for located in self.read(bad):
             refuse_labelled(located, self.format)
             try:
-                conversation = self._with_loss_mask(self.format.to_conversation(located.row))
+                conversation = self._conversation(located.row)
             except DataError as error:
                 refuse_preferences(located, self.format)
-                bad.add(located.place, error)
+                bad.add(located.place, error, self._helpful_repairs(located.row))
             else:
                 is_empty = False
-                yield replace(conversation, place=located.place)
+                bad.repaired.update(located.repaired)
+                yield replace(conversation, place=located.place, repaired=located.repaired)
         if is_empty:
             if bad.count:
                 raise self.unusable(bad)
@@ -117,7 +118,7 @@ class Source(Config):
 
     def unusable(self, bad: BadRows) -> DataError:
         """Return the error for a source without a usable row."""
-        hint = "no other row can be used; repair them, or check data.train.format"
+        hint = f"{bad.remedy('check data.train.format')}; no row can be used as it is"
         if all("missing; found" in line for line in bad.first):
             hint = (
                 "no row has that field: name the right one in data.train.format, or another format "
@@ -126,8 +127,6 @@ class Source(Config):
             )
             if self.columns is None and self._is_local() and any(map(is_table, self._files())):
                 hint += "; a file without a header needs data.train.columns, the names in order"
-        elif way := bad.way_out():
-            hint = f"{way}; {hint}"
         if bad.has_more and isinstance(self, Portion):
             hint = f"{hint}; {LIST_ALL} writes all of them"
         return DataError(bad.report(self.path), hint=hint)
@@ -214,6 +213,21 @@ class Source(Config):
             kept = {name: value for name, value in row.items() if name not in names}
             renamed = {wanted: row[name] for wanted, name in self.fields.items()}
             yield LocatedRow({**kept, **renamed}, located.place)
+
+    def _conversation(self, row: Row) -> Conversation:
+        return self._with_loss_mask(self.format.to_conversation(row))
+
+    def _helpful_repairs(self, row: Row) -> list[Repair]:
+        """Return the repairs that make a bad row usable; [] if they do not."""
+
+        def is_usable(candidate: Row) -> bool:
+            try:
+                self._conversation(candidate)
+            except DataError:
+                return False
+            return True
+
+        return helpful_repairs(row, is_usable)
 
     def _with_loss_mask(self, conversation: Conversation) -> Conversation:
         if self.learn_prompt:
@@ -302,10 +316,14 @@ class Portion(Source):
         """Yield the rows of this portion in order. What is not a row is added to `bad`."""
         for located in self._taken(bad, self.seed):
             changes: Counter[str] = Counter()
-            row = LocatedRow(repaired(located.row, self.repair, changes), located.place)
-            if self.share is None or self._is_here(row):
-                bad.repaired.update(changes)
-                yield row
+            row = repaired(located.row, self.repair, changes)
+            changed = LocatedRow(row, located.place, tuple(changes))
+            if self.share is None or self._is_here(changed):
+                yield changed
+
+    def _helpful_repairs(self, row: Row) -> list[Repair]:
+        found = super()._helpful_repairs(row)
+        return [*self.repair, *found] if found else []
 
     def _where(self) -> str:
         if self.share is None:

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from qlora_cli.data.config import Data
 from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources.repair import Repair
 from qlora_cli.errors import DataError
 from qlora_cli.types import Row
 
@@ -283,7 +285,9 @@ def test_the_time_of_a_long_line_grows_with_its_length_alone(tmp_path: Path, end
 
 READ = """
 import resource, sys
+from qlora_cli.data.config import Data
 from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources.repair import Repair
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -317,44 +321,93 @@ def chat(*turns: tuple[str, str]) -> bytes:
 
 
 USER, ANSWER = ("user", "a"), ("assistant", "b")
-# One cause in most rows, and the way out that the hint names first.
+MERGE, DROP, PARSE, ROLES = (
+    "merge_same_role", "drop_trailing_user", "parse_json_strings", "role_names",
+)  # fmt: skip
+# A bad row, and the repairs that it needs.
 CAUSES = {
-    "two of one role": (chat(USER, ("user", "c"), ANSWER), "data.repair: [merge_same_role]"),
-    "two answers": (chat(USER, ANSWER, ANSWER), "data.repair: [merge_same_role]"),
-    "a last question": (chat(USER, ANSWER, USER), "data.repair: [drop_trailing_user]"),
+    "two of one role": (chat(USER, ("user", "c"), ANSWER), [MERGE]),
+    "two answers": (chat(USER, ANSWER, ANSWER), [MERGE]),
+    "a last question": (chat(USER, ANSWER, USER), [DROP]),
+    "two last questions": (chat(USER, ANSWER, USER, USER), [DROP]),
     "JSON text": (
-        json.dumps({"messages": json.dumps([{"role": "user", "content": "a"}])}).encode(),
-        "data.repair: [parse_json_strings]",
+        json.dumps({"messages": json.dumps(row("a")["messages"])}).encode(),
+        [PARSE],
     ),
-    "a capital": (chat(("User", "a"), ANSWER), "data.repair: [role_names]"),
-    "another name": (chat(("human", "a"), ("bot", "b")), "data.repair: [role_names]"),
+    "a capital": (chat(("User", "a"), ANSWER), [ROLES]),
+    "another name": (chat(("human", "a"), ("bot", "b")), [ROLES]),
+    "other names and two of one role": (chat(("human", "a"), USER, ANSWER), [ROLES, MERGE]),
+    "no answer at all": (chat(USER), []),
+    "a system message last": (chat(USER, ANSWER, ("system", "c")), []),
+    "not JSON": (b"{", []),
+    "a number as text": (b'{"messages": 7}', []),
 }
+SKIP = "out with data.on_bad_row: skip"
+
+
+def hints(path: Path, *lines: bytes, **settings: Any) -> tuple[str, str]:
+    """The hint for these bad rows, beside usable rows and without any."""
+    source = Data.model_validate({"train": {"path": str(path)}, **settings}).train_sources[0]
+    path.write_bytes(b"\n".join([chat(USER, ANSWER), *lines]))
+    bad = BadRows()
+    assert len(list(source.conversations(bad))) == 1
+    with pytest.raises(DataError) as beside:
+        bad.check(str(path))
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError) as alone:
+        list(source.conversations(BadRows()))
+    assert beside.value.hint is not None
+    assert alone.value.hint is not None
+    return beside.value.hint, alone.value.hint
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_the_main_cause_is_named_first_with_its_way_out(tmp_path: Path, cause: str) -> None:
-    bad_line, way = CAUSES[cause]
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(b"\n".join([chat(USER, ANSWER), *[bad_line] * 4, b"{", b"[]"]))
-    bad = BadRows()
-    assert len(list(Source(path=str(path)).conversations(bad))) == 1
-    with pytest.raises(DataError) as caught:
-        bad.check(str(path))
-    lines = str(caught.value).splitlines()
-    assert lines[1].startswith("  4 x field messages")
-    assert str(caught.value.hint).startswith(f"{way} (4 of 6 rows); or repair them")
-    # Without one usable row, the way out is named too.
-    path.write_bytes(b"\n".join([bad_line] * 4))
-    with pytest.raises(DataError, match="4 x ") as caught:
-        list(Source(path=str(path)).conversations(BadRows()))
-    assert str(caught.value.hint).startswith(f"{way}; no other row can be used")
+def test_the_repairs_that_a_bad_row_needs_are_named(tmp_path: Path, cause: str) -> None:
+    line, repairs = CAUSES[cause]
+    way = f"data.repair: [{', '.join(repairs)}]"
+    beside, alone = hints(tmp_path / "train.jsonl", *[line] * 4)
+    instead = f"{way}; or repair them" if repairs else "repair them"
+    assert beside == f"{instead}, or leave them {SKIP}"
+    assert alone == f"{instead}, or check data.train.format; no row can be used as it is"
+    others = [b"{"] * 3 + [b'{"messages": []}'] * 3
+    beside, alone = hints(tmp_path / "train.jsonl", line, *others)
+    instead = f"{way} (1 of 7 rows); repair the remaining 6 rows" if repairs else "repair them"
+    assert beside == f"{instead}, or leave them {SKIP}"
+    assert alone.startswith(instead)
+    if repairs:
+        bad = BadRows()
+        path = tmp_path / "train.jsonl"
+        data = Data.model_validate({"train": {"path": str(path)}, "repair": repairs})
+        assert len(list(data.train_sources[0].conversations(bad))) == 1
+        assert bad.count == 6
 
 
-def test_a_rare_cause_is_not_named_in_the_hint(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(b"\n".join([chat(USER, ANSWER), chat(USER, USER, ANSWER), *[b"{"] * 3]))
-    bad = BadRows()
-    list(Source(path=str(path)).conversations(bad))
+@pytest.mark.parametrize("count", range(1, len(CAUSES) + 1))
+def test_all_repairs_that_help_are_named_together(tmp_path: Path, count: int) -> None:
+    lines, repairs = zip(*list(CAUSES.values())[:count], strict=True)
+    needed = [name for name in get_args(Repair) if any(name in some for some in repairs)]
+    left = sum(not some for some in repairs)
+    beside, _ = hints(tmp_path / "train.jsonl", *lines)
+    many = f"{left} rows, or leave them" if left > 1 else "row, or leave it"
+    remaining = f" ({count - left} of {count} rows); repair the remaining {many} {SKIP}"
+    assert beside == f"data.repair: [{', '.join(needed)}]" + (
+        remaining if left else f"; or repair them, or leave them {SKIP}"
+    )
+
+
+def test_repairs_of_the_recipe_are_named_with_those_that_help_too(tmp_path: Path) -> None:
+    line, _ = CAUSES["two of one role"]
+    beside, _ = hints(tmp_path / "train.jsonl", line, repair=[DROP])
+    assert beside.startswith(f"data.repair: [{MERGE}, {DROP}];")
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 3])
+def test_a_template_that_writes_numbers_as_text_is_named_if_it_helps_most_rows(
+    tmp_path: Path, num_others: int
+) -> None:
+    settings = {"path": str(tmp_path / "a.jsonl"), "format": {"type": "text"}}
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b'{"text": 7}'] * 3 + [b"{"] * num_others))
     with pytest.raises(DataError) as caught:
-        bad.check(str(path))
-    assert str(caught.value.hint).startswith("repair them")
+        list(Source.model_validate(settings).conversations(BadRows()))
+    is_named = "data.train.format: {type: template" in str(caught.value.hint)
+    assert is_named is (num_others < 3)

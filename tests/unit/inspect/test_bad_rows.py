@@ -13,6 +13,9 @@ from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inspect.bad_rows import write_bad_rows
 from qlora_cli.inspect.preview import preview
 
+TOOLS = [{"name": "add", "parameters": {"type": "object", "properties": {}}}]
+CALL = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+RESULT = {"role": "tool", "content": "7431"}
 USER, ANSWER = {"role": "user", "content": "say ab"}, {"role": "assistant", "content": "ab"}
 
 
@@ -75,3 +78,44 @@ def test_repairs_are_counted_in_the_preview(
     ]
     assert write_bad_rows(tiny_recipe(data={**settings, "repair": repairs}), tmp_path / "b") == 0
     assert write_bad_rows(tiny_recipe(data=settings), tmp_path / "b") == 3
+
+
+@pytest.mark.parametrize(
+    ("turns", "tools"),
+    [([USER, ANSWER], TOOLS), ([USER, CALL], TOOLS), ([USER, CALL], None)],
+)
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_template_without_tools_names_one_that_writes_them(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, turns: Any, tools: Any, is_mixed: bool
+) -> None:
+    dropped = json.dumps({"messages": turns, "tools": tools})
+    others = [[USER, ANSWER], [USER, USER, ANSWER]] if is_mixed else []
+    train = written(tmp_path / "train.jsonl", *[dropped] * 4, *others)
+    settings = {"train": {"path": str(train)}, "evaluation": None}
+    with pytest.raises(DataError) as caught:
+        preview(tiny_recipe(data=settings))
+    way = "data.chat_template: configs/chat_templates/chatml-tools.jinja writes tools and calls"
+    hint = str(caught.value.hint)
+    assert hint.startswith(f"{way} (4 of 5 rows); data.repair: [merge_same_role] (1" * is_mixed)
+    assert hint.startswith(way)
+    template = {"chat_template": "configs/chat_templates/chatml-tools.jinja"}
+    repair = {"repair": ["merge_same_role"], "max_length": 512}
+    recipe = tiny_recipe(data={**settings, **template, **repair})
+    assert write_bad_rows(recipe, tmp_path / "bad.jsonl") == 0
+
+
+def test_repairs_of_rows_that_are_left_out_are_not_counted(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    renamed = {**USER, "role": "Human"}
+    train = written(
+        tmp_path / "train.jsonl",
+        [USER, ANSWER],
+        [renamed, ANSWER],
+        [renamed, {**ANSWER, "content": ""}],  # cannot be read
+        json.dumps({"messages": [renamed, ANSWER], "tools": TOOLS}),  # refused by the template
+        [{**renamed, "content": "ab " * 200}, ANSWER],  # too long
+    )
+    data = {"train": {"path": str(train)}, "evaluation": None, "on_bad_row": "skip"}
+    recipe = tiny_recipe(data={**data, "max_lost": 1, "truncate": "drop", "repair": ["role_names"]})
+    assert "rows repaired: role_names (1)" in preview(recipe).text(3, colour=False).splitlines()

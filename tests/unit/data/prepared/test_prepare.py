@@ -329,8 +329,8 @@ def test_rows_are_read_when_they_are_needed(
             yield Conversation([QUESTION, ANSWER], place=str(i))
 
     with Workers(tokenizer, max_length=512, truncate="cut_end", number=number) as workers:
-        [place, encoded] = next(workers.encode(endless()))
-    assert place == "0"
+        [row, encoded] = next(workers.encode(endless()))
+    assert row.place == "0"
     assert isinstance(encoded, EncodedRow)
     assert len(read) <= 2000
 
