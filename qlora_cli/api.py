@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,13 @@ from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.inference.sampling import Sampling
 from qlora_cli.inference.session import InferenceSession, open_session
+from qlora_cli.models.context import check_length
 from qlora_cli.runs.run_folder import Weights
 from qlora_cli.tasks import Classification
 from qlora_cli.tasks.choice import encode_choice
 from qlora_cli.types import Message, Row
+
+log = logging.getLogger("qlora")
 
 Request = str | Row | Sequence[Mapping[str, Any]]
 """A text, the messages of a conversation, or a row with the columns of the recipe's data."""
@@ -105,14 +109,16 @@ class Model:
         sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
         typed = [*self._history, Message("user", message, train=False)]
         prompt = self._session.prompt(self._model, self._reader.conversation(typed))
-        sampling = self._session.limited(sampling, prompt)
+        limited = self._session.limited(sampling, prompt)
         with self._session.use(self._model) as generator:
             answer = generator.stream(
-                prompt, sampling, turn=len(self._history) // 2, write=lambda _: None
-            ).text
-        if answer:
-            self._history = [*typed, Message("assistant", answer, train=False)]
-        return answer
+                prompt, limited, turn=len(self._history) // 2, write=lambda _: None
+            )
+        if answer.ended == "length" and limited.max_new_tokens < sampling.max_new_tokens:
+            log.warning("the context is full; reset() clears the conversation")
+        if answer.text:
+            self._history = [*typed, Message("assistant", answer.text, train=False)]
+        return answer.text
 
     def reset(self) -> None:
         """Forget the conversation of `chat`."""
@@ -144,7 +150,7 @@ class Model:
             answer=0,
             place="",
         )
-        self._session.check_length(max(len(one.input_ids) for one in item.examples))
+        check_length(max(len(one.input_ids) for one in item.examples), self._session.context)
         with self._session.use(self._model) as generator:
             log_p = ModelScorer(
                 self._model.name,
@@ -168,7 +174,9 @@ class Model:
         for number, prompt in enumerate(prompts):
             try:
                 question = self._reader.question(_row(prompt), self._model.encoder).prompt
-                self._session.check_length(len(question.input_ids))
+                check_length(
+                    len(question.input_ids), self._session.context, hint="shorten the prompt"
+                )
             except DataError as error:
                 place = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise DataError(f"{place}{error}", hint=error.hint) from error

@@ -104,7 +104,8 @@ def generate(
 
     A line has place (of the row), prompt, answer, reference (the row's own answer), num_tokens and
     ended (stop, length). A sampled answer depends on the seed and on the place of its row, not on
-    the batch. --json prints output, model, prompts, tokens, unfinished and seconds.
+    the batch. An answer ends where the model's context is full; a warning counts those that were
+    cut off. --json prints output, model, prompts, tokens, unfinished and seconds.
 
     \b
     Example:

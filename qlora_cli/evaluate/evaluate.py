@@ -172,10 +172,12 @@ def evaluate_model(
         The name of a model, and the outcomes of each task.
     """
     tokenizer = evaluated.load_tokenizer()
-    task_items = read_tasks(tasks, settings.data, tokenizer, limit=settings.evaluation.limit)
+    context = evaluated.recipe.model.read_context()
+    task_items = read_tasks(
+        tasks, settings.data, tokenizer, limit=settings.evaluation.limit, context=context
+    )
     stops = stop_token_ids(evaluated.trained) if evaluated.trained else []
     if sources := settings.data.evaluation_sources:
-        context = evaluated.recipe.model.read_context()
         held_out = read_data("evaluation", settings.data, sources, tokenizer, context=context)
         stops = [*stops, *held_out.stop_token_ids]
     recipe = evaluated.recipe

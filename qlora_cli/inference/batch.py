@@ -16,6 +16,7 @@ from qlora_cli.data.prompts import read_questions
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Completion, Sampling
 from qlora_cli.inference.session import InferenceSession
+from qlora_cli.models.context import check_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class GenerationReport(Report):
     tokens: int
     """Number of generated tokens; stop tokens are not counted."""
     unfinished: int
-    """Number of completions that reached `--max-new-tokens` before a stop token."""
+    """Number of completions that reached `--max-new-tokens`, or filled the context, before a stop
+    token."""
     seconds: float
     """Time spent generating."""
 
@@ -63,8 +65,7 @@ def generate(
     rows = read_questions(
         prompts, model.encoder, formats=session.formats, is_plain=session.is_plain, system=system
     )
-    for row in rows:
-        session.check_prompt(row.prompt)
+    check_prompts([row.prompt for row in rows], session.context)
     started = time.monotonic()
     progress = Progress("completions", len(rows))
     found: dict[int, Completion] = {}

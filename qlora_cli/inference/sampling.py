@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,10 +15,13 @@ from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.batching.collate import prompt_batches
 from qlora_cli.errors import RecipeError
+from qlora_cli.models.context import check_prompts, limit_new_tokens, read_context
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("qlora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Completion:
     num_tokens: int
     """Generated tokens; the stop token is not counted."""
     ended: Literal["stop", "length", "interrupted"]
-    """By a stop token, by `max_new_tokens`, or by the user."""
+    """By a stop token, by `max_new_tokens` or a full context, or by the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +89,58 @@ class TextGenerator:
         """Yield (index of the prompt, completion), batch by batch, longest prompts first.
 
         Each prompt samples with its own generator, seeded by `sampling.seed` and the prompt's
-        index, so its completion does not depend on the other prompts in its batch.
+        index, so its completion does not depend on the other prompts in its batch. A completion
+        ends where the model's context is full; a warning counts those that this cut off.
+
+        Raises:
+            DataError: a prompt leaves no room in the context.
         """
+        context = read_context(self.model.config.to_dict())
+        check_prompts(prompts, context)
+        # Prompts whose completions have another limit are in other batches.
+        by_limit: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            limit = limit_new_tokens(len(prompt.input_ids), sampling.max_new_tokens, context)
+            by_limit.setdefault(limit, []).append(index)
+        num_cut = 0
         with eval_mode(self.model), _contiguous_head_inputs(self.model):
-            for batch in prompt_batches(
-                prompts, batch_size=batch_size, pad_token_id=self.tokenizer.pad_token_id
-            ):
-                with self._autocast():
-                    output = self.model.generate(
-                        input_ids=batch.input_ids.to(self.device),
-                        attention_mask=batch.attention_mask.to(self.device),
-                        generation_config=self._generation_config(sampling),
-                        logits_processor=_logits_processors(sampling, batch.indices),
-                    )  # (B, T + new)
-                new = output[:, batch.input_ids.shape[1] :].tolist()
-                for index, ids in zip(batch.indices, new, strict=True):
-                    yield index, self._completion(ids)
+            for limit, indices in sorted(by_limit.items()):
+                limited = replace(sampling, max_new_tokens=limit)
+                chosen = [prompts[index] for index in indices]
+                for place, completion in self._complete(chosen, indices, limited, batch_size):
+                    is_cut = completion.ended == "length" and limit < sampling.max_new_tokens
+                    num_cut += is_cut
+                    yield indices[place], completion
+        if context is not None and num_cut:
+            log.warning(
+                "%d of %d answers end where the model's context of %s tokens is full, before "
+                "%d new tokens",
+                num_cut, len(prompts), f"{context.length:,}", sampling.max_new_tokens,
+            )  # fmt: skip
+
+    def _complete(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, batch_size: int
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (index in `prompts`, completion), batch by batch.
+
+        Args:
+            seeds: seed of each prompt, together with `sampling.seed`.
+        """
+        for batch in prompt_batches(
+            prompts, batch_size=batch_size, pad_token_id=self.tokenizer.pad_token_id
+        ):
+            with self._autocast():
+                output = self.model.generate(
+                    input_ids=batch.input_ids.to(self.device),
+                    attention_mask=batch.attention_mask.to(self.device),
+                    generation_config=self._generation_config(sampling),
+                    logits_processor=_logits_processors(
+                        sampling, [seeds[index] for index in batch.indices]
+                    ),
+                )  # (B, T + new)
+            new = output[:, batch.input_ids.shape[1] :].tolist()
+            for index, ids in zip(batch.indices, new, strict=True):
+                yield index, self._completion(ids)
 
     @torch.no_grad()
     def stream(

@@ -18,6 +18,7 @@ from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Sampling, TextGenerator
+from qlora_cli.models.context import check_length, limit_new_tokens, read_context
 from qlora_cli.models.identity import identify
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
@@ -66,8 +67,8 @@ class InferenceSession:
         formats: data formats that the model was trained on; empty if unknown.
         is_plain: prompts are continued verbatim, because the model has no chat template or was
             trained without it.
-        context_length: maximum tokens of prompt and completion together; None if the model's
-            config does not say.
+        context: maximum tokens of prompt and completion together; None if the model's config
+            does not say.
     """
 
     def __init__(
@@ -84,8 +85,7 @@ class InferenceSession:
             bool(self.formats) and all(map(is_verbatim, self.formats))
         )
         self._base = load_base(recipe.model, recipe.quantization, self.dtype, self.world.device)
-        config = self._base.config.get_text_config()
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.context = read_context(self._base.config.to_dict())
         self._adapters = AdapterSet(self._base.eval())
         self.models: dict[str, SessionModel] = {}
         self.add(BASE, None)
@@ -145,7 +145,10 @@ class InferenceSession:
             # Without a template, nothing separates one turn from the next.
             role, turns = "text", [Message("text", messages[-1].content, train=False)]
         prompt = model.encoder.to_prompt([*turns, Message(role, "", train=True)])
-        self.check_prompt(prompt)
+        hint = "shorten the message"
+        if len([one for one in messages if one.role == "user"]) > 1 and not self.is_plain:
+            hint += ", or drop the earlier ones (/reset; in Python, reset())"
+        check_length(len(prompt.input_ids), self.context, hint=hint)
         return prompt
 
     def reader(self, system: str | None = None) -> PromptReader:
@@ -156,25 +159,10 @@ class InferenceSession:
         """
         return PromptReader(self.formats, is_plain=self.is_plain, system=system)
 
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Raise DataError if the prompt leaves no room in the context for a completion."""
-        self.check_length(len(prompt.input_ids), prompt.place)
-
-    def check_length(self, length: int, place: str = "") -> None:
-        """Raise DataError if this many tokens leave no room in the context for a completion."""
-        if self.context_length is not None and length >= self.context_length:
-            where = f"{place}: " if place else ""
-            raise DataError(
-                f"{where}the context is full: the prompt has {length:,} tokens, and the model has "
-                f"room for {self.context_length:,}"
-            )
-
     def limited(self, sampling: Sampling, prompt: Prompt) -> Sampling:
         """Limit new tokens to what the context has room for after a prompt."""
-        if self.context_length is None:
-            return sampling
-        room = self.context_length - len(prompt.input_ids)
-        return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
+        limit = limit_new_tokens(len(prompt.input_ids), sampling.max_new_tokens, self.context)
+        return replace(sampling, max_new_tokens=limit)
 
 
 def open_session(

@@ -121,7 +121,13 @@ def prepare_data(recipe: Recipe, *, use_cache: bool = True) -> RunData:
     """
     rows = read_recipe_data(recipe, use_cache=use_cache)
     evaluation = recipe.evaluation
-    tasks = read_tasks(evaluation.tasks, recipe.data, rows.tokenizer, limit=evaluation.limit)
+    tasks = read_tasks(
+        evaluation.tasks,
+        recipe.data,
+        rows.tokenizer,
+        limit=evaluation.limit,
+        context=rows.context,
+    )
     audit = check_data(
         recipe.data, rows.training, rows.evaluation, rows.tokenizer, context=rows.context
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_cli.types import ModelContext
+from qlora_cli.errors import DataError
+from qlora_cli.types import ModelContext, Prompt
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 """Names of the number of positions in config.json, by how many models use each."""
@@ -29,6 +30,43 @@ def read_context(config: Mapping[str, Any]) -> ModelContext | None:
     if length is None:
         return None
     return ModelContext(length, is_table=config.get("model_type") in _LEARNED)
+
+
+def limit_new_tokens(length: int, wanted: int, context: ModelContext | None) -> int:
+    """Limit new tokens to what the context leaves after a prompt of this length."""
+    return wanted if context is None else min(wanted, context.length - length)
+
+
+def check_length(
+    length: int, context: ModelContext | None, *, place: str = "", hint: str | None = None
+) -> None:
+    """Raise DataError if a prompt of this length leaves no room in the context for an answer."""
+    if context is not None and length >= context.length:
+        where = f"{place}: " if place else ""
+        raise DataError(
+            f"{where}the context is full: the prompt has {length:,} tokens, and the model has "
+            f"room for {context.length:,}",
+            hint=hint,
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], context: ModelContext | None) -> None:
+    """Raise DataError if prompts leave no room in the context for an answer.
+
+    The message names the first of them by its place, or else by its number from 0.
+    """
+    if context is None:
+        return
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    full = [number for number, length in enumerate(lengths) if length >= context.length]
+    if not full:
+        return
+    first = full[0]
+    hint = "shorten the prompt, or remove it"
+    if len(full) > 1:
+        hint = f"{len(full)} prompts are as long as the context or longer; shorten or remove them"
+    place = prompts[first].place or f"prompt {first}"
+    check_length(lengths[first], context, place=place, hint=hint)
 
 
 def _length(config: Mapping[str, Any]) -> int | None:

@@ -13,7 +13,8 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.types import Conversation, Example, Prompt
+from qlora_cli.models.context import check_prompts
+from qlora_cli.types import Conversation, Example, ModelContext, Prompt
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -188,18 +189,24 @@ TaskItems = list[tuple[Task, Sequence[Any]]]
 
 
 def read_tasks(
-    tasks: Sequence[Task], data: Data, tokenizer: PreTrainedTokenizerFast, *, limit: int | None
+    tasks: Sequence[Task],
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    limit: int | None,
+    context: ModelContext | None = None,
 ) -> TaskItems:
     """Read the items of each task, from its own rows or from `data.evaluation`.
 
     Args:
         limit: use only this many rows, from the start; None for all.
+        context: refuse prompts that leave no room in it for an answer; None refuses none.
 
     Raises:
         DataError: a row cannot be turned into an item, or its reference cannot be scored.
     """
     shared = data.evaluation_sources
-    return [
+    found: TaskItems = [
         (
             task,
             task.read_items(
@@ -211,3 +218,6 @@ def read_tasks(
         )
         for task in tasks
     ]
+    for _, items in found:
+        check_prompts([item for item in items if isinstance(item, Prompt)], context)
+    return found

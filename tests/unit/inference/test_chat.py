@@ -158,8 +158,9 @@ def test_a_full_context_is_reported(tmp_path: Path) -> None:
     talk = Talk(open_session(str(small)), sampling={"max_new_tokens": 50})
     talk("hi")
     assert "the context is full; /reset clears the conversation" in talk.notes
-    with pytest.raises(DataError, match=r"the context is full: .* room for 64"):
+    with pytest.raises(DataError, match=r"the context is full: .* room for 64") as caught:
         talk("x" * 64)
+    assert "drop the earlier ones (/reset" in str(caught.value.hint)
     easy = Talk(talk.session, settings={"is_strict": False})
     easy("x" * 64)
     assert easy.notes[0].startswith("the context is full")

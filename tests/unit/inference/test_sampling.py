@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_cli.errors import RecipeError
+from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import (
     Completion,
     GumbelSampler,
@@ -18,7 +18,7 @@ from qlora_cli.inference.sampling import (
     TextStream,
 )
 from qlora_cli.types import Prompt
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, save_tiny_model
 
 
 def load_generator(
@@ -89,6 +89,35 @@ def test_sampled_frequencies_match_the_probabilities() -> None:
     shares = torch.bincount(sampled, minlength=4) / 4000
     # Three standard deviations of a share of 4,000 are 0.024 at most.
     torch.testing.assert_close(shares, (scores[0] / 0.5).softmax(-1), atol=0.024, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("Llama", {}), ("Llama", {"temperature": 1.0}), ("OPT", {})]
+)
+def test_answers_end_where_the_context_is_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, settings: dict[str, Any]
+) -> None:
+    """OPT has a table of positions and fails beyond it."""
+    folder = save_tiny_model(tmp_path / "model", family=family, max_position_embeddings=32)
+    generator = load_generator(folder, [2**40])
+    sampling = Sampling(max_new_tokens=10, **settings)
+
+    def answers(prompts: list[Prompt], batch_size: int) -> list[Completion]:
+        caplog.clear()
+        found = dict(generator.complete(prompts, sampling, batch_size=batch_size))
+        return [found[index] for index in range(len(prompts))]
+
+    prompts = [Prompt([65 + i] * n, "") for i, n in enumerate([4, 22, 12, 28, 31, 28])]
+    together = answers(prompts, 4)
+    assert [one.num_tokens for one in together] == [10, 10, 10, 4, 1, 4]
+    assert [record.getMessage() for record in caplog.records if record.name == "qlora"] == [
+        "3 of 6 answers end where the model's context of 32 tokens is full, before 10 new tokens"
+    ]
+    assert answers(prompts, 1) == together
+    assert answers(prompts[:3], 4) == together[:3]
+    assert not [record for record in caplog.records if record.name == "qlora"]
+    with pytest.raises(DataError, match="prompt 3: the context is full: the prompt has 32 tokens"):
+        answers([*prompts[:3], Prompt([65] * 32, "")], 4)
 
 
 def test_top_p_without_a_temperature_is_refused() -> None:

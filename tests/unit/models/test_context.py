@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.models.context import read_context
+from qlora_cli.errors import DataError
+from qlora_cli.models.context import check_prompts, limit_new_tokens, read_context
+from qlora_cli.types import ModelContext, Prompt
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 4096}
 
@@ -52,6 +54,42 @@ def test_length_of_the_context(config: dict[str, Any], length: int | None) -> No
     context = read_context(config)
     assert (context and context.length) == length
     assert context is None or not context.is_table
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted", "context", "limit"),
+    [(10, 22, 32, 22), (10, 23, 32, 22), (31, 9, 32, 1), (1, 1, 32, 1), (500, 9, None, 9)],
+)
+def test_new_tokens_are_limited_to_the_context(
+    length: int, wanted: int, context: int | None, limit: int
+) -> None:
+    known = None if context is None else ModelContext(context, is_table=False)
+    assert limit_new_tokens(length, wanted, known) == limit
+
+
+@pytest.mark.parametrize(
+    ("lengths", "place", "message", "hint"),
+    [
+        (
+            [3, 32],
+            "",
+            "prompt 1: the context is full: the prompt has 32 tokens",
+            "shorten the prompt",
+        ),
+        ([40, 3, 33], "", "prompt 0: the context is full: the prompt has 40 tokens", "2 prompts"),
+        ([32], "rows.jsonl:7", "rows.jsonl:7: the context is full", "shorten the prompt"),
+    ],
+)
+def test_prompts_as_long_as_the_context_are_refused(
+    lengths: list[int], place: str, message: str, hint: str
+) -> None:
+    prompts = [Prompt([65] * length, "", place=place) for length in lengths]
+    check_prompts(prompts, None)
+    check_prompts(prompts, ModelContext(41, is_table=True))
+    with pytest.raises(DataError, match=message) as caught:
+        check_prompts(prompts, ModelContext(32, is_table=False))
+    assert str(caught.value).endswith("the model has room for 32")
+    assert str(caught.value.hint).startswith(hint)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])

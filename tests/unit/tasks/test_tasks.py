@@ -12,7 +12,7 @@ import pytest
 from qlora_cli.errors import DataError
 from qlora_cli.tasks import ExactMatch, JsonMatch
 from qlora_cli.tasks.task import read_tasks
-from qlora_cli.types import Example, Prompt
+from qlora_cli.types import Example, ModelContext, Prompt
 
 
 class Parrot:
@@ -96,6 +96,22 @@ def test_a_reference_that_cannot_be_scored_against_is_named_with_its_place(
             recipe.data,
             recipe.model.load_tokenizer(),
             limit=recipe.evaluation.limit,
+        )
+
+
+def test_a_prompt_as_long_as_the_context_is_named_before_the_model_is_loaded(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    own = write_rows(tmp_path / "own.jsonl", ("a", "1"), ("b" * 64, "2"))
+    data = {"path": str(own), "format": {"type": "prompt_completion"}}
+    recipe = tiny_recipe(evaluation={"tasks": [{"type": "exact_match", "data": data}]})
+    with pytest.raises(DataError, match=r"own\.jsonl:2: the context is full: .* room for 64"):
+        read_tasks(
+            recipe.evaluation.tasks,
+            recipe.data,
+            recipe.model.load_tokenizer(),
+            limit=None,
+            context=ModelContext(64, is_table=False),
         )
 
 
