@@ -21,7 +21,7 @@ NAME = "qlora_documents"
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
 """Rounding per compute dtype: of a loss, and of logits in units of their spread."""
 
-_GRADIENT_TOKENS = 16
+_GRADIENT_TOKENS = 4
 """First tokens of each example for which the check computes gradients."""
 
 # Arguments of an attention function. These are passed on.
@@ -218,24 +218,18 @@ def check_packing(
     autocast = torch.autocast(packed.input_ids.device.type, dtype, enabled=dtype != torch.float32)
     try:
         with eval_mode(model), torch.no_grad(), autocast:
-            together, apart, together_edited, apart_edited = (
-                _logits(model, batch, documents)
-                for batch in (packed, padded, edited(packed), edited(padded))
-            )
+            # One after the other: with a large vocabulary, logits can outweigh a training step.
+            shift, _, together = _effect_of_an_edit(model, packed, edited(packed), documents)
+            noise, loss_noise, apart = _effect_of_an_edit(model, padded, edited(padded), documents)
         with eval_mode(model), autocast:
             gradient_leak = _gradient_leak(model, _shortened(packed))
     except (NotImplementedError, TypeError, ValueError) as error:
         raise _refusal(model, f"does not accept packed examples: {error}") from error
-    targets = packed.input_ids[0].split(documents)
-    losses = _losses(apart, targets)
-    both = zip(_losses(together, targets), losses, strict=True)
-    next_to_edited = zip(_losses(apart_edited, targets)[1:], losses[1:], strict=True)
-    # Per token: the mean may hardly change by chance.
-    loss_noise = max(float((new - old).abs().mean()) for new, old in next_to_edited)
+    both = zip(together, apart, strict=True)
     rounding = TOLERANCES[str(dtype).removeprefix("torch.")]
     check = PackingCheck(
-        leak=_largest_shift(together[1:], together_edited[1:]),
-        leak_tolerance=max(rounding, 2 * _largest_shift(apart[1:], apart_edited[1:])),
+        leak=shift,
+        leak_tolerance=max(rounding, 2 * noise),
         gradient_leak=gradient_leak,
         difference=float(torch.stack([(new - old).mean() for new, old in both]).abs().max()),
         tolerance=max(rounding, 2 * loss_noise),
@@ -245,9 +239,33 @@ def check_packing(
     return check
 
 
+def _effect_of_an_edit(
+    model: PreTrainedModel, batch: Batch, edited: Batch, lengths: tuple[int, ...]
+) -> tuple[float, float, list[Tensor]]:
+    """Compute what changing the first example does to the others.
+
+    Args:
+        edited: the batch with another first example.
+
+    Returns:
+        The largest shift of a token's logits, the largest change of an example's losses (mean over
+        its tokens), and the losses of each example of `batch`.
+    """
+    targets = batch.input_ids.flatten().split(lengths)
+    before = _logits(model, batch, lengths)
+    losses = _losses(before, targets)
+    kept = [found.clone() for found in before[1:]]  # a view would keep the first example's too
+    del before
+    after = _logits(model, edited, lengths)[1:]
+    pairs = zip(_losses(after, targets[1:]), losses[1:], strict=True)
+    # Per token: the mean may hardly change by chance.
+    change = max(float((new - old).abs().mean()) for new, old in pairs)
+    return _largest_shift(kept, after), change, losses
+
+
 def _logits(model: PreTrainedModel, batch: Batch, lengths: tuple[int, ...]) -> list[Tensor]:
-    """Return the logits (T, V) of each example."""
-    found = model(**batch.inputs(), use_cache=False).logits.float()
+    """Return the logits (T, V) of each example, in the model's dtype."""
+    found = model(**batch.inputs(), use_cache=False).logits
     if batch.documents:
         return list(found[0].split(lengths))
     return [row[:length] for row, length in zip(found, lengths, strict=True)]
@@ -280,7 +298,8 @@ def _gradient_leak(model: PreTrainedModel, packed: Batch) -> float:
             _, *others = _logits(model, packed, packed.documents)
             # The norm of each token's logits: its terms cannot cancel each other, and its gradient
             # has about the same size for all models, which matters in float16.
-            [gradient] = torch.autograd.grad(torch.cat(others).norm(dim=-1).sum(), seen)
+            norms = torch.cat(others).float().norm(dim=-1)
+            [gradient] = torch.autograd.grad(norms.sum(), seen)
     finally:
         hook.remove()
     sizes = gradient[0].float().norm(dim=-1)  # (T,)
@@ -292,19 +311,24 @@ def _largest_shift(before: list[Tensor], after: list[Tensor]) -> float:
     spread of those before."""
     import torch
 
-    old, new = torch.cat(before), torch.cat(after)
-    spread = (old - old.mean(dim=-1, keepdim=True)).norm(dim=-1)
-    return float(((new - old).norm(dim=-1) / spread).max())
+    shifts = []
+    for olds, news in zip(before, after, strict=True):
+        for token, new in zip(olds, news, strict=True):  # one at a time takes less memory
+            old = token.float()
+            shifts.append((new.float() - old).norm() / (old - old.mean()).norm())
+    return float(torch.stack(shifts).max())
 
 
 def _losses(logits: list[Tensor], input_ids: Sequence[Tensor]) -> list[Tensor]:
     """Return the loss of each token (T - 1,) for each example."""
+    import torch
     import torch.nn.functional as F
 
-    return [
-        F.cross_entropy(found[:-1], ids[1:], reduction="none")
-        for found, ids in zip(logits, input_ids, strict=True)
-    ]
+    def of_example(found: Tensor, targets: Tensor) -> Tensor:
+        pairs = zip(found, targets, strict=True)
+        return torch.stack([F.cross_entropy(token.float(), target) for token, target in pairs])
+
+    return [of_example(found[:-1], ids[1:]) for found, ids in zip(logits, input_ids, strict=True)]
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> ModelError:

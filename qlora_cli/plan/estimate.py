@@ -53,6 +53,11 @@ class MemoryEstimate:
         stage = max(self.stages, key=lambda name: self.stages[name].bytes)
         return PeakMemory(**asdict(self.stages[stage]), stage=stage)
 
+    @property
+    def tried_bytes(self) -> int:
+        """The largest peak of the stages that the preflight tries: training and evaluation."""
+        return max(m.bytes for name, m in self.stages.items() if name in (STEP, EVALUATION))
+
 
 def estimate(
     recipe: Recipe, config: PretrainedConfig, target: Target, rows: PlanRows

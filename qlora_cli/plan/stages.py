@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from qlora_cli.common.report import ABSENT
+from qlora_cli.data.batching.collate import PROOF_TOKENS
 from qlora_cli.distributed.devices import Target
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP
 from qlora_cli.plan.report import StageMemory, TimelineMoment
@@ -101,12 +102,13 @@ def _memory(part: str, peak: Peak, by_formula: Sequence[str] = ()) -> StageMemor
 def _proof(trace: MemoryTrace) -> Peak:
     """Compute the peak of the proof, before training, that packed examples do not see each other.
 
-    It holds four times the logits of three examples of 64 tokens, and compares them.
+    It holds the logits of three examples, and of two of them once more, and compares them token by
+    token.
     """
     _, peak = trace.peak(STEP)
     later = (ADAPTER, STATES, BUCKETS)
     kinds = {kind: peak.kinds.get(kind, 0) for kind in HELD if kind not in later}
-    kinds[LOGITS] = 4 * (4 * 192 + 4 * 128) * trace.vocabulary_size
+    kinds[LOGITS] = 4 * ((3 + 2) * PROOF_TOKENS + 4) * trace.vocabulary_size
     return Peak(sum(kinds.values()), kinds)
 
 

@@ -71,7 +71,8 @@ def preflight(recipe: Recipe, setup: Setup[BatchStream], data: RecipeData) -> di
     """Log the plan of a run, and try its largest batches, if the run is long enough.
 
     Returns:
-        {"planned_memory_bytes", "tried_memory_bytes" (both of tensors),
+        {"planned_memory_bytes" (tensors at the peak of the run), "planned_step_bytes" (tensors at
+        the peak of training steps and evaluation), "tried_memory_bytes" (the same, measured),
         "planned_process_low_bytes", "planned_process_high_bytes"}; unknown ones are absent.
 
     Raises:
@@ -114,7 +115,7 @@ def memory_summary(memory: Mapping[str, int], peak: int, *, is_resident: bool) -
         text = f"tensors took {size_text(peak)} at their peak{tensors}"
     if "tried_memory_bytes" in memory:
         tried = size_text(memory["tried_memory_bytes"])
-        text += f"; the largest batches took {tried} of tensors{tensors * is_resident}"
+        text += f"; the largest batches took {tried} of tensors{planned_text('planned_step_bytes')}"
     return text
 
 
@@ -142,6 +143,7 @@ def log_plan(recipe: Recipe, rows: PlanRows, world: World, kernels: Kernels) -> 
     )
     return {
         "planned_memory_bytes": peak.bytes,
+        "planned_step_bytes": found.tried_bytes,
         "planned_process_low_bytes": process.low,
         "planned_process_high_bytes": process.high,
     }

@@ -12,8 +12,8 @@ from qlora_cli.types import IGNORE_INDEX, Batch, Example, Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PROOF_TOKENS = 64
-"""Tokens of each example in `proof_batches`."""
+PROOF_TOKENS = 16
+"""Tokens of each example in `proof_batches`: few, so that it takes less memory than a step."""
 
 
 def full_batch(num_rows: int, max_length: int, *, padding_free: bool) -> Batch:
@@ -35,7 +35,7 @@ def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Ba
     the same tokens. The labels are not meaningful.
     """
     some = [examples[i % len(examples)].input_ids for i in range(3)]
-    pieces = [(ids * _PROOF_TOKENS)[:_PROOF_TOKENS] for ids in some]
+    pieces = [(ids * PROOF_TOKENS)[:PROOF_TOKENS] for ids in some]
     made = [Example(ids, [IGNORE_INDEX] * len(ids)) for ids in pieces]
     return concatenate_batch(made, pad_token_id), pad_batch(made, pad_token_id)
 

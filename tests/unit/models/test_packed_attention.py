@@ -19,6 +19,7 @@ from qlora_cli.models.base import BaseModelConfig, start_checkpointing
 from qlora_cli.models.packed_attention import NAME, attend_by_document, check_packing
 from qlora_cli.models.quantization import Int8
 from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.plan.trace.memory_counter import LOGITS, UNQUANTIZED, MemoryCounter
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
 from tests.conftest import save_tiny_model
 
@@ -298,3 +299,16 @@ def test_gradients_of_a_step_are_those_without_packing(
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-4)
+
+
+def test_the_check_holds_few_logits_at_a_time() -> None:
+    vocabulary = 50_000
+    model = make_model("Llama", "sdpa", vocab_size=vocabulary, tie_word_embeddings=True)
+    attend_by_document(model)
+    batches = proof_batches(examples(), pad_token_id=0)
+    with MemoryCounter(vocabulary_size=vocabulary) as count:
+        count.hold(model.parameters(), UNQUANTIZED)
+        check_packing(model, *batches, torch.float32)
+    logits = max(peak.kinds.get(LOGITS, 0) for peak in count.peaks.values())
+    # Those of three examples of 16 tokens, of two of them once more, and a few while comparing.
+    assert 4 * vocabulary * 5 * 16 <= logits <= 4 * vocabulary * (5 * 16 + 4)

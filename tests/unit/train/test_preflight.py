@@ -120,6 +120,7 @@ def test_the_preflight_uses_the_planned_memory(
     report = plan(tiny_recipe(**LONG), device="cpu")
     assert planned == report.peak.bytes
     steps = max(report.stages[name].bytes for name in ("step", "evaluation"))
+    assert record["planned_step_bytes"] == steps
     assert tried == pytest.approx(steps, rel=2e-2)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="qlora"):
@@ -132,7 +133,7 @@ def test_the_preflight_uses_the_planned_memory(
     took = json.loads((again / "run.json").read_text())["peak_memory_bytes"]
     low, high = (size_text(end) for end in (report.process.low, report.process.high))
     assert f"the process took {size_text(took)} at its peak (planned {low} to {high})" in ended
-    assert f"of tensors (planned {size_text(planned)})" in ended
+    assert f"of tensors (planned {size_text(steps)})" in ended
 
 
 def test_on_a_gpu_the_tensors_are_compared() -> None:

@@ -161,8 +161,8 @@ def test_prompts_are_padded_on_the_left() -> None:
 def test_packing_is_checked_against_the_same_tokens_unpacked() -> None:
     some = [Example(list(range(n)), [0] * n) for n in (3, 100)]
     packed, padded = proof_batches(some, pad_token_id=0)
-    assert packed.documents == (64, 64, 64)
+    assert packed.documents == (16, 16, 16)
     assert padded.attention_mask is not None
     assert padded.attention_mask.min() == 1
     assert packed.input_ids.tolist() == [padded.input_ids.flatten().tolist()]
-    assert padded.input_ids[:2].tolist() == [[0, 1, 2] * 21 + [0], list(range(64))]
+    assert padded.input_ids[:2].tolist() == [[0, 1, 2] * 5 + [0], list(range(16))]
