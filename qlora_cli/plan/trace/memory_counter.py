@@ -110,6 +110,8 @@ class MemoryCounter(TorchDispatchMode):
         self._is_on_host = False
         self._on_host = 0
         self._is_inside = False
+        self._unsaved: list[int] = []
+        """Storages that the running layer made where autograd does not record."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -201,12 +203,25 @@ class MemoryCounter(TorchDispatchMode):
     def _go(self, place: int) -> None:
         if torch._C._current_graph_task_id() == -1:  # not when a layer is recomputed
             self._place = place
+            self._unsaved.clear()
 
     def _leave(self, layer: int, made: Any) -> None:
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self._keep_for_backward()
         self._go(2 * layer + 2)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: self._go_back(2 * layer + 1))
+
+    def _keep_for_backward(self) -> None:
+        """Count what a layer leaves behind as saved: inputs of layers, and what the backward pass
+        of a fused layer reads. Autograd records neither inside a function of its own."""
+        for key in self._unsaved:
+            held = self._held.get(key)
+            if held is not None and held.kind == WORKSPACE:
+                self._held[key] = held._replace(kind=SAVED)
+                self._change(WORKSPACE, -held.size)
+                self._change(SAVED, held.size)
 
     def _go_back(self, place: int) -> None:
         self._place_back = place
@@ -240,6 +255,8 @@ class MemoryCounter(TorchDispatchMode):
             reference = weakref.ref(storage, partial(self._drop, key))
             self._held[key] = _Held(size, kind, reference)
             self._change(kind, size)
+            if kind == WORKSPACE:
+                self._unsaved.append(key)
         elif is_known and known.kind != kind:
             self.by_kind[known.kind] -= known.size
             self.by_kind[kind] += known.size

@@ -23,7 +23,12 @@ from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
 from qlora_cli.plan.trace.memory_counter import (
+    ADAPTER,
+    GRADIENTS,
+    LOGITS,
+    SAVED,
     STATES,
+    UNQUANTIZED,
     CountedHostMemory,
     MemoryCounter,
     Segment,
@@ -234,3 +239,54 @@ def test_compiled_kernels_take_less_than_fused_ones(
         return found.peak(STEP)[1].total
 
     assert peak("compiled") < peak("fused")
+
+
+@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
+def test_the_bytes_of_each_kind_are_those_computed_by_hand(checkpointing: bool | str) -> None:
+    """The moment at which the backward pass of the last of two layers begins."""
+    tokens, width, inner, vocabulary, layers, rank = 24, 32, 64, 260, 2, 4
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": "-"},
+            "quantization": {"type": "none"},
+            "adapter": {"type": "lora", "r": rank},
+            "data": {"train": {"path": "-"}, "max_length": tokens},
+            "training": {
+                "batch_size": 1,
+                "micro_batch_size": 1,
+                "gradient_checkpointing": checkpointing,
+            },
+            "output": {"dir": "-"},
+        }  # fmt: skip
+    )
+    steps = [[full_batch(1, tokens, padding_free=True)]]
+    found = trace_memory(
+        recipe, config, torch.float32, device="cpu", steps=steps, held_out=None
+    ).peaks
+    kinds = found[Segment("step", "backward", 1, 3)].kinds
+    # Queries, keys, values and output; gate, up and down. Keys and values have half the heads.
+    shapes = [(width, width), (width, width // 2), (width, width // 2), (width, width)]
+    shapes += [(width, inner), (width, inner), (inner, width)]
+    weights = layers * (sum(a * b for a, b in shapes) + 2 * width) + 2 * vocabulary * width + width
+    trained = layers * sum(rank * (a + b) for a, b in shapes)
+    frequencies = 2 * width // 4 // 2
+    assert kinds[UNQUANTIZED] == 4 * (weights + frequencies)
+    assert kinds[ADAPTER] == 4 * trained
+    assert kinds[STATES] == 4 * (2 * trained + 2 * layers * len(shapes))  # each counts its steps
+    assert kinds[GRADIENTS] == kinds[LOGITS] == 0
+    # Numbers per token that each layer keeps.
+    kept = width  # its input
+    if checkpointing is not True:  # queries and keys, values, output, sums of the heads, ...
+        kept += (width + width // 2) + width // 2 + width + 4
+        kept += 3 * rank + rank + width + 2  # ... inside of LoRA, the middle, factors of two norms
+    if checkpointing is False:  # gate and up, inside of LoRA
+        kept += 2 * inner + 3 * rank
+    small = kinds[SAVED] - 4 * tokens * layers * kept
+    assert 0 <= small < 256  # the ends of documents, and scalars
+    logits = found[Segment("step", "forward", 1, 2 * layers)].kinds[LOGITS]
+    assert logits == 2 * 4 * (tokens - 1) * vocabulary  # and their gradient
