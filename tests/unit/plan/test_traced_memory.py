@@ -262,7 +262,7 @@ def test_the_bytes_of_each_kind_are_those_computed_by_hand(checkpointing: bool |
                 "gradient_checkpointing": checkpointing,
             },
             "output": {"dir": "-"},
-        }  # fmt: skip
+        }
     )
     steps = [[full_batch(1, tokens, padding_free=True)]]
     found = trace_memory(
