@@ -28,7 +28,9 @@ from qlora_cli.inference.batch import GenerationReport
 from qlora_cli.inspect.adapters import AdapterDifference, AdapterList, AdapterReport
 from qlora_cli.inspect.preview import PreviewRow
 from qlora_cli.plan.report import PlanReport, TableReport
-from qlora_cli.recipe.field_types import FieldType, type_names
+from qlora_cli.recipe.field_types import FieldType, key_paths, type_names
+from qlora_cli.recipe.messages import paths_of_key
+from qlora_cli.recipe.other_tools import INSTEAD, OTHER_NAMES, OTHER_VALUES, TAKES
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.yaml_writer import yaml_lines
 from qlora_cli.runs.merge_report import MergeReport
@@ -70,6 +72,14 @@ and the origin of each.
 - **Editors** can check a recipe while you write it: run `qlora schema > recipe.schema.json`, and
   begin the recipe with `# yaml-language-server: $schema=recipe.schema.json`. The schema accepts one
   spelling of each value: `true` but not `yes`, and quotes around text that looks like a number.
+"""
+
+OTHER_TOOLS_HEAD = f"""\
+{NOTE}
+# Keys of other tools
+
+This page lists keys of axolotl, LLaMA-Factory, TRL and transformers, and the recipe keys that
+replace them. `qlora validate RECIPE` says the same for each key that it does not know.
 """
 
 CLI_HEAD = f"""\
@@ -230,6 +240,34 @@ def _about(part: type[Any]) -> str:
     return " ".join((inspect.getdoc(part) or "").split())
 
 
+def other_tools_page() -> str:
+    paths = list(key_paths(Recipe))
+    names = sorted(OTHER_NAMES.items())
+    return _joined(
+        [
+            OTHER_TOOLS_HEAD,
+            "| key | in a recipe | which takes |",
+            "|---|---|---|",
+            *(
+                f"| `{key}` | `{paths_of_key(ours, paths)[0]}` | {TAKES.get(key, '')} |"
+                for key, ours in names
+            ),
+            "",
+            "## Values",
+            "",
+            "| value | in a recipe |",
+            "|---|---|",
+            *(f"| `{value}` | `{ours}` |" for value, ours in sorted(OTHER_VALUES.items())),
+            "",
+            "## Keys without a counterpart",
+            "",
+            "| key | instead |",
+            "|---|---|",
+            *(f"| `{key}` | {text.replace('|', PIPE)} |" for key, text in sorted(INSTEAD.items())),
+        ]
+    )
+
+
 def cli_page() -> str:
     return _joined([CLI_HEAD, *_commands("qlora", get_command(app))])
 
@@ -329,6 +367,7 @@ def main() -> int:
     pages = {
         "reference/recipe.md": recipe_page(),
         "reference/cli.md": cli_page(),
+        "reference/other-tools.md": other_tools_page(),
         "reference/json.md": json_page(),
         "templates.md": _joined(templates_page()),
     }

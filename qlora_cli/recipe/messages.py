@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Mapping as ReadOnlyDict
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import takewhile
 
 from qlora_cli.common.config import Config, field_docs
 from qlora_cli.common.formatting import shortened, value_text
 from qlora_cli.recipe.field_types import FieldType, key_paths
-from qlora_cli.recipe.other_tools import INSTEAD
+from qlora_cli.recipe.other_tools import INSTEAD, OTHER_VALUES, TAKES
 from qlora_cli.recipe.yaml_parser import (
     Items,
     KeyPath,
@@ -70,12 +71,25 @@ class Explainer:
         # The alternative that fits the value best has got further: its errors are those to show.
         explained |= {path[:i] for path in (*explained, *wrong) for i in range(len(path))}
         found = [*described, *(error for path, error in wrong.items() if path not in explained)]
+        found = [error for error in found if not self._follows_from_unread(error)]
+        listing = self._listing(found)
         return [
             problem
             for error in found
-            if not self._follows_from_unread(error)
-            for problem in self._describe(error)
+            for problem in self._describe(error, lists_keys=error.path in listing)
         ]
+
+    def _listing(self, errors: Sequence[InvalidValue]) -> set[KeyPath]:
+        """Choose the unknown keys whose messages list the keys that there are: in each file, the
+        first one of each kind of section."""
+        first: dict[tuple[str, type[Config]], KeyPath] = {}
+        unknown = [error for error in errors if error.kind == "extra_forbidden"]
+        for error in sorted(unknown, key=lambda one: self._line_and_column(one.path)):
+            first.setdefault((self.places[error.path].source, error.section), error.path)
+        return set(first.values())
+
+    def _line_and_column(self, path: KeyPath) -> tuple[int, int]:
+        return self.places[path].line, self.places[path].column
 
     def _follows_from_unread(self, error: InvalidValue) -> bool:
         """Tell if an error is only about a key that could not be read, which is reported already:
@@ -86,12 +100,13 @@ class Explainer:
         path = error.path[:-1] if error.kind == "missing" else error.path
         return error.kind in ("missing", "union_tag_not_found") and path in self.unread
 
-    def _describe(self, error: InvalidValue) -> list[Problem]:
+    def _describe(self, error: InvalidValue, *, lists_keys: bool) -> list[Problem]:
         path, node = error.path, error.node
         if error.kind == "value_error":
             return [self._failed_check(path, line) for line in error.reason.splitlines()]
         if error.kind == "extra_forbidden":
-            return [self._problem(self.places[path], path, self._unknown_key(error))]
+            message = self._unknown_key(error, lists_keys=lists_keys)
+            return [self._problem(self.places[path], path, message)]
         if error.kind in ("union_tag_not_found", "union_tag_invalid"):
             return [self._wrong_type(error)]
         assert error.expected is not None
@@ -128,30 +143,51 @@ class Explainer:
         message = f"found {_found(entry.node)}; {takes}{_did_you_mean(entry.node, variants)}"
         return self._problem(entry.node.place, path, message)
 
-    def _unknown_key(self, error: InvalidValue) -> str:
+    def _unknown_key(self, error: InvalidValue, *, lists_keys: bool) -> str:
         key, section = str(error.path[-1]), error.section
         fields = section.model_fields
         owner = section.__name__ if "type" in fields else dotted(error.path[:-1]) or "a recipe"
-        message = f'{owner} has no "{shortened(key)}"; it takes {", ".join(fields)}'
+        message = f'{owner} has no "{shortened(key)}"'
+        if lists_keys:
+            message += f"; it takes {', '.join(fields)}"
         if key in INSTEAD:
             return f"{message}; instead: {INSTEAD[key]}"
         takers = [name for name, other in error.variants.items() if key in other.model_fields]
         if takers:
             return f"{message}; {key} belongs to type {', '.join(takers)}"
-        suggestions = self._suggestions(key, section)
-        return f"{message}; did you mean {' or '.join(suggestions)}?" if suggestions else message
+        suggestions = self._suggestions(error)
+        if not suggestions:
+            return message
+        takes = f" It takes {TAKES[key]}." if key in TAKES else ""
+        return f"{message}; did you mean {' or '.join(suggestions)}?{takes}"
 
-    def _suggestions(self, key: str, section: type[Config]) -> list[str]:
+    def _suggestions(self, error: InvalidValue) -> list[str]:
         """Keys of ours for an unknown one: first by meaning, then elsewhere, then by spelling."""
+        key, section = str(error.path[-1]), error.section
         name = self.other_names.get(key, key)
         here = list(section.model_fields)
-        if name in here:
-            return [f'"{name}"']
+        names = [step for step in error.path[:-1] if isinstance(step, str)]
+        *above, last = name.split(".")
+        if last in here and above in ([], names):
+            return [f'"{last}"']
         # In the order of the recipe, each once: variants share many keys.
-        paths = dict.fromkeys(key_paths(self.root_class))
-        elsewhere = [p for p in paths if p == name or p.endswith(f".{name}")]
+        paths = paths_of_key(name, key_paths(self.root_class))
+        # `type` beside the path of a data source means the type of its format.
+        shared = [_num_shared(path.split("."), names) for path in paths]
+        elsewhere = [p for p, count in zip(paths, shared, strict=True) if count == max(shared)]
         close = [f'"{match}"' for match in get_close_matches(key, here, n=1)]
         return elsewhere[:3] or close
+
+
+def paths_of_key(name: str, paths: Iterable[str]) -> list[str]:
+    """Return the paths that are a dotted name or end with it, each once."""
+    return [path for path in dict.fromkeys(paths) if f".{path}".endswith(f".{name}")]
+
+
+def _num_shared(names: Sequence[str], others: Sequence[str]) -> int:
+    """Count the names that two dotted paths have in common at their beginning."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(names, others, strict=False))
+    return sum(1 for _ in pairs)
 
 
 def secret_message(kind: str) -> str:
@@ -175,17 +211,21 @@ def _wrong_value(node: Node, expected: FieldType, default: object) -> str:
 def _advice(node: Scalar, expected: FieldType) -> str:
     if not node.plain and expected.accepts(node.text, plain=True):
         return "; the quotes make it text, so remove them"
-    if node.text in expected.variants:
-        return f"; write {{type: {node.text}}}"
-    if expected.item and node.text in expected.item.variants:
-        return f"; write [{{type: {node.text}}}]"
+    for name in (node.text, OTHER_VALUES.get(node.text, node.text)):
+        if name in expected.variants:
+            return f"; write {{type: {name}}}"
+        if expected.item and name in expected.item.variants:
+            return f"; write [{{type: {name}}}]"
     if expected.item and expected.item.accepts(node.text, plain=node.plain):
         return f"; write [{node.text}]"
     return _did_you_mean(node, expected.choices or expected.variants)
 
 
-def _did_you_mean(node: Node, options: Iterable[str]) -> str:
-    close = get_close_matches(node.text, options, n=1) if isinstance(node, Scalar) else ()
+def _did_you_mean(node: Node, options: Collection[str]) -> str:
+    if not isinstance(node, Scalar):
+        return ""
+    ours = OTHER_VALUES.get(node.text)
+    close = [ours] if ours in options else get_close_matches(node.text, options, n=1)
     return "".join(f'; did you mean "{match}"?' for match in close)
 
 

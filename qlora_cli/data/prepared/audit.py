@@ -165,6 +165,10 @@ def _audited(
             tuple(rows.place(row) for row in longer[:NAMED]),
         )
         found.insert(1, beyond)
+    found += [
+        Finding(problem, count, prepared.num_rows, tuple(prepared.tool_problem_places[problem]))
+        for problem, count in prepared.tool_problems.items()
+    ]
     return AuditedDataset(name, prepared, scanned, audit, found, beyond)
 
 

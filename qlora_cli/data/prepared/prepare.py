@@ -20,6 +20,7 @@ from qlora_cli.data.prepared.mmap_dataset import (
     damaged_file,
     read_facts,
 )
+from qlora_cli.data.prepared.tool_calls import ToolCallAudit
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, Portion, Source, counted, first_lines
 from qlora_cli.errors import DataError
@@ -70,6 +71,10 @@ class PreparedData:
     """For each source: message keys that are not read, and the number of messages with each."""
     repaired: list[dict[str, int]]
     """For each source: repairs (`data.repair`), and the number of used rows that each changed."""
+    tool_problems: dict[str, int]
+    """The number of used rows with each problem of tool calls."""
+    tool_problem_places: dict[str, list[str]]
+    """The places of the first rows with each problem."""
     supervised_as: str
     """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
@@ -153,7 +158,7 @@ def prepare(
         DataError: there are no rows, bad rows (all are counted), too many lost answers, turns that
             do not end in a stop token, or files that changed while they were read.
     """
-    tallies = []
+    tallies, calls = [], ToolCallAudit()
     digests = digests_of(sources) if digests is None else digests
     with (
         DatasetWriter(folder) as writer,
@@ -168,6 +173,8 @@ def prepare(
             tally = _Tally(source, data, context)
             for row, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
                 tally.add(row, encoded)
+                if encoded.examples:
+                    calls.add(row)
                 for example in encoded.examples:
                     writer.add(example, index, row.place)
             tally.check()
@@ -187,6 +194,8 @@ def prepare(
                 "counts": [{name: tally.counts[name] for name in _COUNTS} for tally in tallies],
                 "ignored": [dict(tally.ignored.most_common()) for tally in tallies],
                 "repaired": [dict(tally.repaired.most_common()) for tally in tallies],
+                "tool_problems": dict(calls.counts.most_common()),
+                "tool_problem_places": calls.places,
                 _key_of("supervised_as"): "texts" if is_text else "answers",
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from qlora_cli.recipe.field_types import key_paths
-from qlora_cli.recipe.other_tools import INSTEAD, OTHER_NAMES
+from qlora_cli.common.config import Config
+from qlora_cli.recipe.field_types import FieldType, key_paths
+from qlora_cli.recipe.other_tools import INSTEAD, OTHER_NAMES, OTHER_VALUES, TAKES
 from qlora_cli.recipe.schema import Recipe
 
 KEYS = {key.rpartition(".")[2] for key in key_paths(Recipe)}
@@ -69,3 +71,109 @@ def test_zeros_in_front_are_not_counted(load: Callable[..., object], minimal: st
     loaded = load(minimal, f"training.max_steps={'0' * 5000}12")
     # The fixture is typed as returning an object.
     assert loaded.recipe.training.max_steps == 12  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("key", OTHER_NAMES)
+def test_a_key_of_another_tool_names_ours_at_the_top_and_in_its_section(
+    problems: Callable[..., list[str]], minimal: str, key: str
+) -> None:
+    ours = OTHER_NAMES[key]
+    [path] = {p for p in key_paths(Recipe) if f".{p}".endswith(f".{ours}")}
+    takes = f" It takes {TAKES[key]}." if key in TAKES else ""
+    [line] = problems(minimal, f"{key}=1")
+    assert path in line.rpartition("did you mean ")[2]
+    assert line.endswith(f"?{takes}")
+
+
+ROLES = f" It takes {TAKES['roles_to_train']}."
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train.type=alpaca", "data.train.format.type?"),
+        ("data.train=[{path: a, type: alpaca}]", "data.train.format.type?"),
+        ("data.evaluation={path: a, type: alpaca}", "data.evaluation.format.type?"),
+        ("data.train.field=text", "data.train.format.field?"),
+        ("data.train.max_length=8", "data.max_length?"),
+        ("data.train.format.path=a", "data.train.path?"),
+        ("data.train.roles_to_train=[user]", f'"learn_roles"?{ROLES}'),
+        ("data.train.train_on_inputs=true", '"learn_prompt"?'),
+        ("data.train=[{path: a, train_on_inputs: false}]", '"learn_prompt"?'),
+        ("adapter.lora_alpha=8", '"alpha"?'),
+        ("lora_alpha=8", "adapter.alpha?"),
+        ("train_on_inputs=true", "data.train.learn_prompt?"),
+        ("evals_per_epoch=4", f"training.eval_every? It takes {TAKES['evals_per_epoch']}."),
+        ("saves_per_epoch=1", f"training.save_every? It takes {TAKES['saves_per_epoch']}."),
+        ("training.warmup_ratio=0.1", f"schedule.warmup_steps? It takes {TAKES['warmup_ratio']}."),
+        ("type=lora", "quantization.type or adapter.type or data.train.format.type?"),
+    ],
+)  # fmt: skip
+def test_the_key_that_is_meant_is_named_alone(
+    problems: Callable[..., list[str]], minimal: str, override: str, expected: str
+) -> None:
+    [line] = problems(minimal, override)
+    assert line.rpartition("did you mean ")[2] == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train.format.type=completion", 'did you mean "text"?'),
+        ("data.train.format.type=chat_template", 'did you mean "messages"?'),
+        ("data.train.format=completion", "write {type: text}"),
+        ("optimizer.type=adamw_bnb_8bit", 'did you mean "adamw_8bit"?'),
+        ("optimizer=adamw_torch", "write {type: adamw}"),
+        ("adapter=qlora", "write {type: lora}"),
+        ("adapter.type=qlora", 'did you mean "lora"?'),
+        ("quantization=bitsandbytes", "write {type: nf4}"),
+        ("training.precision=bfloat16", 'did you mean "bf16"?'),
+        ("training.gradient_checkpointing=unsloth", 'did you mean "offload"?'),
+        ("schedule.type=constant_with_warmup", 'did you mean "constant"?'),
+    ],
+)
+def test_a_value_of_another_tool_names_ours(
+    problems: Callable[..., list[str]], minimal: str, override: str, expected: str
+) -> None:
+    [line] = problems(minimal, override)
+    assert line.endswith(f"; {expected}")
+
+
+def options(section: type[Config]) -> Iterator[set[str]]:
+    """The values to choose from, of each key below a section."""
+    for info in section.model_fields.values():
+        field_type = FieldType.of(info)
+        yield {*field_type.choices, *field_type.variants}
+        for below in field_type.all_sections:
+            yield from options(below)
+
+
+@pytest.mark.parametrize("value", OTHER_VALUES)
+def test_a_value_of_another_tool_is_not_ours(value: str) -> None:
+    of_this = [some for some in options(Recipe) if OTHER_VALUES[value] in some]
+    assert of_this
+    assert not any(value in some for some in of_this)
+
+
+def test_the_notes_are_about_keys_of_other_tools() -> None:
+    assert TAKES.keys() <= OTHER_NAMES.keys()
+
+
+def test_the_keys_of_a_section_are_listed_once_in_each_file(
+    problems: Callable[..., list[str]], minimal: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "zzz: 1\nlora_r: 8\ntraining: {zzz: 1, lr: 2}\n", encoding="utf-8"
+    )
+    train = "data: {train: [{path: a, type: x}, {path: b, type: x, zzz: 1}]}\n"
+    text = minimal.replace("data: {train: {path: rows.jsonl}}\n", train)
+    lines = problems(f"extends: base.yaml\n{text}base_model: x\ndatasets: []\nzzz2: 1\n", "lr=1")
+    top, training, rows = "it takes model, ", "it takes seed, ", "it takes path, "
+    assert [[part in line for part in (top, training, rows)] for line in lines] == [
+        *([False, False, True], [False] * 3, [False] * 3),  # data.train[..].type, .type, .zzz
+        *([True, False, False], [False] * 3, [False] * 3),  # base_model, datasets, zzz2
+        *([True, False, False], [False] * 3),  # base.yaml: zzz, lora_r
+        *([False, True, False], [False] * 3),  # base.yaml: training.zzz, training.lr
+        [True, False, False],  # --set lr
+    ]
+    assert lines[5].endswith('zzz2: a recipe has no "zzz2"')
