@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tests.contract.subjects import SUBJECTS, select  # noqa: E402
 
 
 def main() -> None:
-    """Run the checks, and write the page. A failed check ends the script without writing."""
+    """Run the checks, and write the page unless one fails: then name all that failed."""
     quiet_libraries()
     warnings.simplefilter("ignore")
     try:
@@ -36,6 +37,7 @@ def main() -> None:
     if missing := [name for name in SUBJECTS if name not in (*kept, *selected)]:
         sys.exit(f"the page has no row for {', '.join(missing)}: name them too")
     outcomes: Outcomes = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as bases:
         for name, subject in SUBJECTS.items():
             if name not in selected:
@@ -45,9 +47,16 @@ def main() -> None:
             for prop in PROPERTIES:
                 with tempfile.TemporaryDirectory() as folder:
                     case = Case(subject, Path(bases), Path(folder))
-                    outcomes[name][prop.name] = prop.check(case)
+                    try:
+                        outcomes[name][prop.name] = prop.check(case)
+                    # A check asserts, and what it tries may raise any kind of error.
+                    except Exception as error:
+                        traceback.print_exc()
+                        failed.append(f"{name}, {prop.name}: {type(error).__name__}: {error}")
             refused = [prop for prop, reason in outcomes[name].items() if reason]
             print(f"{name}: {', '.join(refused) or 'nothing'} refused", flush=True)
+    if failed:
+        sys.exit("\n".join(["the page is not written, since these failed:", *failed]))
     PAGE.write_text(write(outcomes), encoding="utf-8")
 
 

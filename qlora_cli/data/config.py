@@ -57,8 +57,8 @@ class Data(Config):
         ]
         if self.evaluation is not None and self.evaluation_share is not None:
             problems.append(
-                f"evaluation_share ({self.evaluation_share:g}) and evaluation are both given; give "
-                "one of them"
+                f"evaluation_share ({self.evaluation_share:g}) and evaluation are both given; "
+                "remove one of them, e.g. --set data.evaluation=null"
             )
         if problems:
             raise ValueError("\n".join(problems))

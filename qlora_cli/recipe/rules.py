@@ -38,7 +38,7 @@ def epochs_or_max_steps(training: Training) -> Problems:
     if training.epochs is not None and training.max_steps is not None:
         yield (
             f"training.epochs ({training.epochs:g}) and training.max_steps ({training.max_steps}) "
-            "are both given; give one of them"
+            "are both given; remove one of them, e.g. --set training.epochs=null"
         )
 
 

@@ -414,10 +414,10 @@ def _decoded(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: {_not_utf8(error)}", hint="save the file as UTF-8"
-        ) from error
+        raise DataError(f"{path}:{line}: {_not_utf8(error)}") from error
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
+    """Say which byte is wrong. Spreadsheets on Windows save as Windows-1252 by default."""
+    found = f"byte 0x{error.object[error.start]:02x} ({error.reason})"
+    return f"not UTF-8: {found}; if it is Windows-1252, save the file as UTF-8"

@@ -149,7 +149,7 @@ def test_all_problems_at_once_sorted_by_place(problems: Callable[..., list[str]]
             "training:\n  epochs: 2\n  batch_size: 5\n  max_steps: 10\n",
             [
                 "recipe.yaml:5:3  training.epochs (2) and training.max_steps (10) are both given; "
-                "give one of them",
+                "remove one of them, e.g. --set training.epochs=null",
                 "recipe.yaml:6:3  training.batch_size (5) must be a multiple of "
                 "training.micro_batch_size (4)",
             ],

@@ -149,7 +149,8 @@ def test_a_badly_encoded_record_does_not_affect_the_others(tmp_path: Path) -> No
     bad = BadRows()
     rows = [located.row["text"] for located in Source(path=str(path)).read(bad)]
     assert rows == ["one", "three"]
-    assert bad.first == [f"{path}:3: not UTF-8: byte 0xe9 (invalid continuation byte)"]
+    [line] = bad.first
+    assert line.startswith(f"{path}:3: not UTF-8: byte 0xe9 (invalid continuation byte); if it is ")
 
 
 def test_columns_are_renamed_before_the_format_reads_them(tmp_path: Path) -> None:
