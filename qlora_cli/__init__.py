@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.version import __version__
+from qlora_cli.common.version import __version__
 
 if TYPE_CHECKING:
     from qlora_cli.api import Model

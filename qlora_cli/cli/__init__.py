@@ -21,8 +21,8 @@ from qlora_cli.cli.commands import Commands, with_recipe
 from qlora_cli.cli.options import Quiet
 from qlora_cli.common.secrets import MaskedFormatter, masked
 from qlora_cli.common.standard_output import guarded_output, write_output
+from qlora_cli.common.version import __version__
 from qlora_cli.errors import EXIT_CODES, Interrupted, QloraError
-from qlora_cli.version import __version__
 
 log = logging.getLogger("qlora")
 

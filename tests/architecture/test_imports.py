@@ -16,7 +16,7 @@ ORDER = (
     "train", "plan", "export", "inspect", "evaluate", "inference",
     "loop", "runs", "recipe",
     "tasks", "adapters", "models", "data", "objectives", "optim", "distributed",
-    "kernels", "common", "_compat", "types", "errors", "version",
+    "kernels", "common", "_compat", "types", "errors",
 )  # fmt: skip
 """From the command line down to the ground. Below `recipe`, nothing can see a whole recipe."""
 
