@@ -15,8 +15,8 @@ from tests.contract.subjects import CLASSES, SUBJECTS, select
 TEXT = PAGE.read_text(encoding="utf-8")
 EXPECTED = read(TEXT)
 
-QUICK = ("lora", "full", "bottleneck", "prompt")
-"""One subject of each way to train; the others take minutes."""
+QUICK = ("lora", "full", "prompt")
+"""Weights, all weights and virtual tokens; the others take minutes."""
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS]
 
 

@@ -26,7 +26,7 @@ def test_there_is_a_recipe_of_each_kind() -> None:
     assert methods == {method for method, _ in kinds}
 
 
-@pytest.mark.parametrize("path", mostly_slow(CONFIGS, *CONFIGS[::5]), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", mostly_slow(CONFIGS, *CONFIGS[::10]), ids=lambda path: path.stem)
 def test_every_config_trains_for_three_steps(
     path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
