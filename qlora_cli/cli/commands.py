@@ -46,15 +46,18 @@ _ELSEWHERE = {
 
 def with_recipe(hint: str, args: Sequence[str]) -> str:
     """Put the recipe of a command line, with its overrides, in the place of RECIPE in a hint."""
-    recipe = next((arg for arg in args if arg.endswith((".yaml", ".yml"))), None)
+    recipe, overrides = None, []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--set":
+            overrides += [arg, next(rest, "")]
+        elif arg.startswith("--set="):
+            overrides.append(arg)
+        elif recipe is None and arg.endswith((".yaml", ".yml")):
+            recipe = arg
     if recipe is None:
         return hint
-    named = [recipe]
-    for i, arg in enumerate(args):
-        if arg == "--set" and i + 1 < len(args):
-            named += ["--set", args[i + 1]]
-        elif arg.startswith("--set="):
-            named.append(arg)
+    named = [recipe, *overrides]
     return hint.replace("preview RECIPE", f"preview {shlex.join(named)}")
 
 

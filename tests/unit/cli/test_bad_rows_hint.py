@@ -14,6 +14,7 @@ from qlora_cli.data.sources.rows import LIST_ALL
         (["train", "a.yaml"], "a.yaml"),
         (["plan", "--set", "data.max_length=9", "my a.yml"], "'my a.yml' --set data.max_length=9"),
         (["validate", "a.yaml", "--set=x=a b", "--deep"], "a.yaml '--set=x=a b'"),
+        (["train", "--set", "x=b.yaml", "a.yaml"], "a.yaml --set x=b.yaml"),
         (["eval", "runs/mine"], "RECIPE"),
         ([], "RECIPE"),
     ],
