@@ -90,7 +90,7 @@ def shown_labels(texts: Sequence[str], places: Sequence[float]) -> Iterator[tupl
 
 
 class Scale:
-    """Map values to positions on the page. Values that are not finite have no influence."""
+    """Map values to positions on the page. Values that are not finite do not change the range."""
 
     def __init__(self, values: Sequence[float], start: float, end: float):
         finite = [_clamp(value) for value in values if math.isfinite(value)] or [0.0, 1.0]

@@ -61,7 +61,7 @@ def results_title(report: CompareReport) -> str:
 
 
 def training_table(report: CompareReport) -> Table:
-    """Return what was trained, and what it cost. A cell of which nothing is known has no dashes."""
+    """Return what was trained, and what it cost. A cell without figures shows only its status."""
     head = ["", "status", "trained", "share", "files", "planned", "measured", "tokens/s", "took"]
     rows = []
     for cell in report.cells:

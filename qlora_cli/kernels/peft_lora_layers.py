@@ -76,7 +76,6 @@ def update_first(layer: Any, x: Tensor) -> Tensor:
     x = x.to(dtype)
     dropped = layer.lora_dropout[active_adapter_of(layer)](x)
     linears = Projection([layer])
-    # torch does not type `apply`.
     y: Tensor = _UpdateFirst.apply(  # type: ignore[no-untyped-call]  # torch is not typed here
         x.flatten(0, -2), dropped.flatten(0, -2), linears, *linears.trained()
     )

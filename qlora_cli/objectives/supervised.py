@@ -182,7 +182,6 @@ def head_loss(
         head: D -> V; its trainable weights get their gradients too.
     """
     weights = [p for p in head.parameters() if p.requires_grad]
-    # torch does not type `apply`.
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch is not typed here
         hidden, targets, head, cross_entropy, *weights
     )

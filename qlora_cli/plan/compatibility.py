@@ -117,7 +117,7 @@ def _temporary_folder() -> Iterator[Path]:
     """Make a folder for the files of the miniature, and remove it afterwards.
 
     Raises:
-        UncheckedModel: there is no room for them, which says nothing about the recipe.
+        UncheckedModel: the disk is too full for them. The recipe may still be right.
     """
     try:
         folder = tempfile.TemporaryDirectory(prefix="qlora-", ignore_cleanup_errors=True)

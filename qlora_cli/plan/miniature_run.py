@@ -75,10 +75,12 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         again = load_model(base, **_PLAIN).requires_grad_(False)
         if not _difference(_logits(again, ids), plain) <= _MAX_ERROR:
             raise ValueError("its logits change when it is saved and loaded")
+    # A shrunk config may break any model, and says nothing about the base.
     except Exception as error:
         raise UncheckedModel(_said(error)) from error
     try:
         adapted = adapter.attach(model)
+    # The caller attaches the adapter to the whole base, and reports what fails there.
     except Exception as error:
         raise UnattachedMiniature(_said(error)) from error
     with _refusing(f"{subject}: training fails", adapter, adapted):
@@ -182,6 +184,7 @@ def _refusing(
     """
     try:
         yield
+    # What PEFT and the model do with each other fails in any way.
     except Exception as error:
         layer = "" if model is None else _failing_layer(model, error)
         if layer:
@@ -214,7 +217,7 @@ def _said(error: Exception) -> str:
 def _uncalled_layers(model: nn.Module) -> list[str]:
     """Name the layers of PEFT's that get no gradient: the model uses their weights by itself.
 
-    Then the update has no effect in training, and one after the merge (`dt_proj` of Mamba).
+    Training ignores their update, but a merge would add it to the weights (`dt_proj` of Mamba).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

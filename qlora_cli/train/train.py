@@ -59,7 +59,7 @@ def train(
     """
     with open_run(recipe, resume, allow) as run:
         if not run.is_resumed:
-            # In a second; the steps that it tries come after the data, or after the training.
+            # Takes a second, and finds what would fail only after preparation, or in the merge.
             check_model(recipe)
         # Data first: a bad row is found before a large model is loaded.
         data = prepare_data(recipe, use_cache=use_cache)

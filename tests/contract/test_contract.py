@@ -16,7 +16,7 @@ TEXT = PAGE.read_text(encoding="utf-8")
 EXPECTED = read(TEXT)
 
 QUICK = ("lora", "full", "prompt")
-"""Weights, all weights and virtual tokens; the others take minutes."""
+"""One subject that adds weights, one that trains all, one with virtual tokens; the rest is slow."""
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS]
 
 
