@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")
+
+
+_MOST_NAMES = 1000
+"""Names of a folder that are compared with a misspelt one."""
 
 
 def expand_path(text: str) -> str:
@@ -30,3 +37,30 @@ def expand_path(text: str) -> str:
             "path out, or let the shell fill it in, in an option without single quotes"
         )
     return path
+
+
+def missing_path_hint(path: str) -> str:
+    """Say what a path that does not exist may have meant, and where relative paths start."""
+    near = similar_path(path)
+    meant = f"did you mean {near}? " if near else ""
+    return f"{meant}a relative path starts at the current folder, {Path.cwd()}"
+
+
+def similar_path(path: str) -> str | None:
+    """Return the existing path that is most like one that does not exist; None if none is."""
+    absent = Path(path)
+    while absent.parent != absent and not absent.parent.exists():
+        absent = absent.parent
+    try:
+        names = [entry.name for entry in islice(absent.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        return None  # a file, or a folder that may not be read: there is no name to propose
+    # Endings are much alike: without them, `test.jsonl` is not similar to `rows.jsonl`.
+    stems = {Path(name).stem.lower() for name in names}
+    near = get_close_matches(absent.stem.lower(), stems, n=3)
+    alike = [name for name in sorted(names) if Path(name).stem.lower() in near]
+    if not alike:
+        return None
+    found = absent.parent / get_close_matches(absent.name, alike, n=1, cutoff=0)[0]
+    whole = found / Path(path).relative_to(absent)
+    return str(whole if whole.exists() else found)

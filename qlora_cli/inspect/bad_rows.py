@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora_cli.common.atomic_files import atomic_file
+from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import RefusedRow
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.render.chat_template import read_chat_template
-from qlora_cli.data.sources import BadRows
+from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.recipe.schema import Recipe
 
@@ -29,8 +30,8 @@ def write_bad_rows(recipe: Recipe, path: Path) -> int:
             def write(place: str, reason: str) -> None:
                 file.write(json.dumps({"row": place, "reason": reason}) + "\n")
 
-            for source in [*data.train_sources, *data.evaluation_sources]:
-                bad = BadRows(write=write)
+            for source in _whole_sources(data):
+                bad = BadRows(write=write, tries_repairs=False)
                 # A source without a usable row, or without a row at all, is an error of the
                 # preview that follows.
                 with (
@@ -49,3 +50,12 @@ def write_bad_rows(recipe: Recipe, path: Path) -> int:
     except OSError as error:
         raise RecipeError(f"--bad-rows: {path}: cannot be written: {error.strerror}") from error
     return count
+
+
+def _whole_sources(data: Data) -> list[Source]:
+    """Return each source once, with the rows that `evaluation_share` holds out."""
+    found: list[Source] = []
+    for source in [*data.train_sources, *data.evaluation_sources]:
+        if (whole := source.whole()) not in found:
+            found.append(whole)
+    return found

@@ -167,7 +167,7 @@ class Preview:
         data, encoder = self.recipe.data, Encoder(self.tokenizer)
         found: dict[str, Example] = {}
         wanted = set(places)
-        for row in source.conversations(BadRows()):
+        for row in source.conversations(BadRows(tries_repairs=False)):
             if row.rejected is None or not wanted:
                 break
             if row.place in wanted:

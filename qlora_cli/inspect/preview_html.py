@@ -44,7 +44,7 @@ _BODY = template("""\
 {% for finding in split.findings %}
 <tr{% if finding.count %} class="suspect"{% endif %}><td>{{ finding.what }}</td>\
 <td>{{ finding.found }}\
-{% for name in finding.named %}<br/>{{ name }}{% endfor %}</td></tr>
+{% for name in finding.named + finding.remedy %}<br/>{{ name }}{% endfor %}</td></tr>
 {% endfor %}
 <tr><td>supervised turns</td><td>{{ total.num_turns|comma }}, ended by \
 {% for token, count in split.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\

@@ -122,7 +122,7 @@ def _split(split: SplitView, colour: bool) -> Iterator[str]:
     for finding in split.findings:
         line = f"{finding.what:<{width}}  {finding.found}"
         yield f"{_WARN}{line}{_OFF}" if colour and finding.count else line
-        yield from (f"  {name}" for name in finding.named)
+        yield from (f"  {name}" for name in (*finding.named, *finding.remedy))
 
 
 def _histogram(bars: Sequence[LengthBar]) -> Iterator[str]:

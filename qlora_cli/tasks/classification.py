@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.prepared.labels import WAY_OUT, label_variants, plain_label, variants_text
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices, split_at_answer
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+log = logging.getLogger("qlora")
+
+
 class Classification(Task):
     """The most likely label is the row's answer: accuracy, and F1 averaged over labels.
 
@@ -30,7 +36,20 @@ class Classification(Task):
 
     type: Literal["classification"] = "classification"
     labels: list[str] | None = Field(None, min_length=2)
-    """All labels; null takes the labels found in the rows."""
+    """All labels; null takes the labels found in the rows. Blanks around them do not count."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        labels = self.labels or []
+        for label in labels:
+            if label != label.strip():
+                raise ValueError(
+                    f"labels: found {label!r}; answers are compared without blanks around them, so "
+                    f"write {label.strip()!r}"
+                )
+        if twice := [label for label, count in Counter(labels).items() if count > 1]:
+            raise ValueError(f"labels: {twice[0]!r} is there twice")
+        return self
 
     def measures(self) -> Sequence[Measure]:
         return [mean_of("classification"), Measure("macro_f1", macro_f1)]
@@ -44,7 +63,15 @@ class Classification(Task):
         limit: int | None,
     ) -> list[ChoiceItem]:
         rows = [row for source in sources for row in read_rows(source, settings)]
-        labels = self.labels or sorted({_label(row) for row in rows})
+        counts = Counter(map(_label, rows))
+        labels = self.labels or sorted(counts)
+        for group in label_variants(counts):
+            log.warning(
+                "%s: labels that differ only in blanks or case are scored as different: %s; %s",
+                self.label,
+                variants_text(group),
+                WAY_OUT,
+            )
         if len(labels) < 2:
             raise DataError(
                 f"{self.label}: all rows have the same label, {labels[0]!r}",
@@ -96,7 +123,13 @@ def _choice(
     before, turn = split_at_answer(row)
     label = turn.content.strip()
     if label not in labels:
-        raise DataError(f"the answer {label[:80]!r} is not one of the labels {', '.join(labels)}")
+        alike = [one for one in labels if plain_label(one) == plain_label(label)]
+        raise DataError(
+            f"the answer {label[:80]!r} is not one of the labels {', '.join(labels)}",
+            hint=f"it differs from {alike[0]!r} only in blanks or case: {WAY_OUT}"
+            if alike
+            else None,
+        )
     # In verbatim text, the space before the label belongs to every option.
     start = turn.content[: turn.content.index(label)] if turn.role == "text" else ""
     return encode_choice(

@@ -86,7 +86,7 @@ class MultipleChoice(Task):
                 except DataError as error:
                     bad.add(located.place, error)
             # If every row is bad, raise: skipping all of them would hide the reason.
-            bad.check(source.path, skip=settings.on_bad_row == "skip" and bool(items))
+            bad.check(source.title, skip=settings.on_bad_row == "skip" and bool(items))
         if not items:
             raise DataError(f"{self.label}: no rows")
         return items

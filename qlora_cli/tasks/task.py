@@ -158,9 +158,10 @@ def read_rows(source: Source, settings: Data) -> list[Conversation]:
     Raises:
         DataError: there are no rows, or some are bad (the message counts them).
     """
-    bad = BadRows()
+    skip = settings.on_bad_row == "skip"
+    bad = BadRows(tries_repairs=not skip)
     rows = list(source.conversations(bad))
-    bad.check(source.path, skip=settings.on_bad_row == "skip")
+    bad.check(source.title, skip=skip)
     return rows
 
 

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from qlora_cli.errors import DataError
 from qlora_cli.types import Row
 
+_NAMED = 20
+"""Fields of a row named in an error."""
+_LONGEST = 60
+"""Characters of a value or of a name in an error."""
+
 
 def value_of(values: Mapping[str, Any], field: str, where: str = "") -> Any:
     """Return the value of a field, which must exist."""
     if field not in values:
-        found = ", ".join(map(repr, values)) or "nothing"
-        raise DataError(f"field '{path_of(where, field)}': missing; found {found}")
+        raise DataError(f"field '{path_of(where, field)}': {missing(field, values)}")
     return values[field]
+
+
+def missing(field: str, values: Mapping[str, Any]) -> str:
+    """Say that a field is missing, and what was found instead: the first names, the similar one."""
+    return _missing(field, tuple(values))
+
+
+# All rows of a table have the same columns, and a search among many takes milliseconds.
+@lru_cache(maxsize=64)
+def _missing(field: str, names: tuple[str, ...]) -> str:
+    shown = ", ".join(repr(_shortened(name)) for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    simple = {" ".join(name.lower().split()): name for name in reversed(names)}
+    near = get_close_matches(" ".join(field.lower().split()), simple, n=1)
+    meant = f"; did you mean {simple[near[0]]!r}?" if near else ""
+    return f"missing; found {shown or 'nothing'}{more}{meant}"
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
 
 
 def text_of(
@@ -106,7 +132,7 @@ def path_of(where: str, field: str) -> str:
 def shown(value: object) -> str:
     """Format a value for an error: shortened, with its type unless it is text."""
     text = repr(value)
-    text = text if len(text) <= 60 else f"{text[:60]}..."
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     if value is None:
         return "null"
     return text if isinstance(value, str) else f"{text} ({type(value).__name__})"

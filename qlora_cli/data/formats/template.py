@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from qlora_cli.common.config import Config
 from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
+from qlora_cli.data.formats.fields import missing
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.types import Conversation, Message, Row
 
@@ -135,9 +136,8 @@ def rendered(role: str, template: str, row: Row) -> str:
         character = error.object[error.start]
         raise DataError(f"{field}: half of a surrogate pair ({character!r}) is not text") from error
     except UndefinedError as error:
-        if missing := sorted(compiled.columns - row.keys()):
-            found = ", ".join(map(repr, row)) or "nothing"
-            raise DataError(f"field {missing[0]!r}: missing; found {found}") from error
+        if absent := sorted(compiled.columns - row.keys()):
+            raise DataError(f"field '{absent[0]}': {missing(absent[0], row)}") from error
         raise DataError(f"{field}: {error}") from error
     # Filters raise errors of any kind, and the cause is always the content of this row.
     except Exception as error:

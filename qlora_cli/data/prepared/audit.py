@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.prepared.findings import Finding, find_drift, findings
+from qlora_cli.data.prepared.labels import find_label_variants
 from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.data.prepared.statistics import (
     NAMED,
@@ -54,7 +55,7 @@ class AuditedDataset:
         """Summarize the audit in one line for the log."""
         total = self.audit.total
         found = "; ".join(
-            f"{finding.what}: {', '.join([finding.found, *finding.named[:1]])}"
+            ", ".join([f"{finding.what}: {finding.found}", *finding.named[:1], *finding.remedy])
             for finding in self.findings
             if finding.count and finding is not self.beyond
         )
@@ -169,6 +170,9 @@ def _audited(
         Finding(problem, count, prepared.num_rows, tuple(prepared.tool_problem_places[problem]))
         for problem, count in prepared.tool_problems.items()
     ]
+    variants = find_label_variants(prepared.labels, training.prepared.labels if training else {})
+    if variants is not None:
+        found.append(variants)
     return AuditedDataset(name, prepared, scanned, audit, found, beyond)
 
 
@@ -203,7 +207,7 @@ def _first_located(
     Conversations that became several rows are left out.
     """
     # In file order: with `shuffle`, a whole source is read before its first row.
-    conversations = source.in_file_order().conversations(BadRows())
+    conversations = source.in_file_order().conversations(BadRows(tries_repairs=False))
     num_left = len(candidates)
     while num_left > 0 and (some := {one.place: one for one in islice(conversations, _COMPARED)}):
         found = [row for row in candidates if rows.place(row) in some]

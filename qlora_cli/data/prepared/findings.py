@@ -83,6 +83,8 @@ class Finding:
     total: int
     named: tuple[str, ...] = ()
     """The first of them, by place."""
+    remedy: tuple[str, ...] = ()
+    """The way out, if it is not obvious."""
 
     @property
     def found(self) -> str:

@@ -14,6 +14,7 @@ from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow
 from qlora_cli.data.formats import Text, is_verbatim
+from qlora_cli.data.prepared.labels import LabelCounter
 from qlora_cli.data.prepared.mmap_dataset import (
     DatasetWriter,
     MmapDataset,
@@ -75,6 +76,8 @@ class PreparedData:
     """The number of used rows with each problem of tool calls."""
     tool_problem_places: dict[str, list[str]]
     """The places of the first rows with each problem."""
+    labels: dict[str, int]
+    """The number of rows with each answer, if the answers are labels."""
     supervised_as: str
     """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
@@ -129,8 +132,8 @@ class PreparedData:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return everything except the examples, for the record of the run."""
-        names = [field.name for field in fields(self) if field.name != "examples"]
+        """Return everything except texts of the rows, for the record of the run."""
+        names = [one.name for one in fields(self) if one.name not in ("examples", "labels")]
         return {_key_of(name): getattr(self, name) for name in names}
 
 
@@ -158,7 +161,7 @@ def prepare(
         DataError: there are no rows, bad rows (all are counted), too many lost answers, turns that
             do not end in a stop token, or files that changed while they were read.
     """
-    tallies, calls = [], ToolCallAudit()
+    tallies, calls, labels = [], ToolCallAudit(), LabelCounter()
     digests = digests_of(sources) if digests is None else digests
     with (
         DatasetWriter(folder) as writer,
@@ -175,6 +178,7 @@ def prepare(
                 tally.add(row, encoded)
                 if encoded.examples:
                     calls.add(row)
+                    labels.add(row)
                 for example in encoded.examples:
                     writer.add(example, index, row.place)
             tally.check()
@@ -196,6 +200,7 @@ def prepare(
                 "repaired": [dict(tally.repaired.most_common()) for tally in tallies],
                 "tool_problems": dict(calls.counts.most_common()),
                 "tool_problem_places": calls.places,
+                "labels": labels.labels(),
                 _key_of("supervised_as"): "texts" if is_text else "answers",
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
@@ -235,7 +240,7 @@ def prepare_prompts(
         DataError: there are no rows, or bad rows (all are counted).
     """
     encoder = Encoder(tokenizer)
-    bad, is_checked = BadRows(), False
+    bad, is_checked = BadRows(tries_repairs=not skip), False
     prompts: list[Prompt] = []
     repaired: Counter[str] = Counter()
     for row in source.conversations(bad):
@@ -255,7 +260,7 @@ def prepare_prompts(
     bad.repaired = repaired
     if bad.count and not prompts:
         raise source.unusable(bad)
-    bad.check(source.path, skip=skip, is_listed=isinstance(source, Portion))
+    bad.check(source.title, skip=skip, is_listed=isinstance(source, Portion))
     return prompts
 
 
@@ -385,7 +390,7 @@ def _encode(
 ) -> Iterator[tuple[Conversation, EncodedRow]]:
     # Both are joined at the end: how far reading is ahead of encoding depends on the number of
     # workers, and the report must not.
-    bad, refused = BadRows(), BadRows()
+    bad, refused = BadRows(tries_repairs=not skip), BadRows()
     rows = _noting(source.conversations(bad), tally.ignored)
     for row, encoded in workers.encode(rows):
         if isinstance(encoded, RefusedRow):
@@ -399,8 +404,21 @@ def _encode(
     bad.extend(refused)
     if bad.count and not tally.counts["num_rows"]:
         raise source.unusable(bad)
-    bad.check(source.path, skip=skip, is_listed=isinstance(source, Portion))
+    title = source.title
+    if not skip and isinstance(source, Portion) and source.share is not None:
+        title = source.path
+        bad = _all_bad_rows(workers, source.whole()) if bad.count else bad
+    bad.check(title, skip=skip, is_listed=isinstance(source, Portion))
     tally.counts["num_bad"] = bad.count
+
+
+def _all_bad_rows(workers: Workers, source: Source) -> BadRows:
+    """Find the bad rows of all portions of a source, so that one error names all of them."""
+    bad = BadRows()
+    for row, encoded in workers.encode(source.conversations(bad)):
+        if isinstance(encoded, RefusedRow):
+            bad.add(row.place, encoded.reason)
+    return bad
 
 
 def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Conversation]:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from qlora_cli.data.sources.quotation_marks import swallowed_lines
 from qlora_cli.data.sources.rows import BadRows, LocatedRow
 from qlora_cli.data.sources.saved_dataset import saved_files
 from qlora_cli.data.sources.strict_json import (
@@ -256,9 +257,11 @@ def _read_table(
     with _open(path) as file:
         # A badly encoded field must not spoil the rest of the file, and a record may span several
         # lines: bytes that are not UTF-8 pass through and are found in the record.
-        lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file, path))
+        taken: list[str] = []
+        lines = _kept_in(taken, _without_bom(file, path))
         reader = csv.reader(lines, strict=True, **dialect)
         while True:
+            taken.clear()
             first = reader.line_num + 1
             place = f"{path}:{first}"
             try:
@@ -268,9 +271,8 @@ def _read_table(
             except StopIteration:
                 return
             except csv.Error as error:
-                # A stray quotation mark can swallow the lines up to the next one.
-                taken = f" (lines {first} to {last})" if (last := reader.line_num) > first else ""
-                bad.add(place, f"not {kind[1:].upper()}: {error}{taken}")
+                swallowed = swallowed_lines(taken, dialect["delimiter"], first)
+                bad.add(place, f"not {kind[1:].upper()}: {error}{swallowed}")
                 continue
             except UnicodeDecodeError as error:
                 if header is None:
@@ -283,9 +285,18 @@ def _read_table(
                     _refuse_other_delimiter(values, place, dialect["delimiter"])
             elif values and len(values) != len(header):
                 given = "the header has" if columns is None else "there are columns for"
-                bad.add(place, f"{len(values)} fields, but {given} {len(header)}")
+                swallowed = swallowed_lines(taken, dialect["delimiter"], first)
+                bad.add(place, f"{len(values)} fields, but {given} {len(header)}{swallowed}")
             elif values:
                 yield LocatedRow(dict(zip(header, values, strict=True)), place)
+
+
+def _kept_in(taken: list[str], lines: Iterator[bytes]) -> Iterator[str]:
+    """Yield lines as text, and append each to a list."""
+    for line in lines:
+        text = line.decode("utf-8", "surrogateescape")
+        taken.append(text)
+        yield text
 
 
 _DIALECTS: dict[str, dict[str, Any]] = {

@@ -32,18 +32,45 @@ def repaired(row: Row, repairs: Sequence[Repair], counts: Counter[str]) -> Row:
     return row
 
 
-def helpful_repairs(row: Row, is_usable: Callable[[Row], bool]) -> list[Repair]:
-    """Return the fewest repairs that make a row usable; [] if they do not."""
-    changed: Counter[str] = Counter()
-    candidate = repaired(row, get_args(Repair), changed)
-    if not changed or not is_usable(candidate):
-        return []
-    needed = [repair for repair in _REPAIRS if repair in changed]
-    for repair in list(needed):
-        others = [other for other in needed if other != repair]
-        if is_usable(repaired(row, others, Counter())):
-            needed = others
-    return needed
+class RepairSearch:
+    """Finds repairs that make bad rows usable.
+
+    Bad rows of a file are much alike: repairs that helped a row are tried first on the next ones
+    that the same repairs change. Trying each repair on each row would take longer than reading it.
+
+    Args:
+        is_usable: tells if a row can be read as a conversation.
+    """
+
+    def __init__(self, is_usable: Callable[[Row], bool]) -> None:
+        self._is_usable = is_usable
+        self._found: dict[tuple[Repair, ...], tuple[Repair, ...]] = {}
+        """Repairs that change a row -> those of them that made such a row usable."""
+
+    def helpful(self, row: Row) -> tuple[Repair, ...]:
+        """Return repairs that make a row usable, without superfluous ones; () if there are none."""
+        counts: Counter[str] = Counter()
+        candidate = repaired(row, get_args(Repair), counts)
+        changed = tuple(repair for repair in _REPAIRS if repair in counts)
+        known = self._found.get(changed)
+        if known is not None and known == changed:
+            return changed if self._is_usable(candidate) else ()
+        if known is not None and self._helps(row, known):
+            return known
+        if not changed or not self._is_usable(candidate):
+            return ()
+        self._found[changed] = self._fewest(row, changed)
+        return self._found[changed]
+
+    def _fewest(self, row: Row, needed: tuple[Repair, ...]) -> tuple[Repair, ...]:
+        for repair in needed:
+            others = tuple(other for other in needed if other != repair)
+            if others and self._helps(row, others):
+                needed = others
+        return needed
+
+    def _helps(self, row: Row, repairs: tuple[Repair, ...]) -> bool:
+        return self._is_usable(repaired(row, repairs, Counter()))
 
 
 def _is_turns(value: object) -> bool:

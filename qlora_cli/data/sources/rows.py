@@ -45,12 +45,19 @@ class BadRows:
     Args:
         keep: number of rows to keep in `first`.
         write: is given the place and the reason of every row.
+        tries_repairs: find the repairs that make rows usable, for an error. They are tried on each
+            row, which doubles the time that it takes to read.
     """
 
     def __init__(
-        self, *, keep: int = _SHOWN, write: Callable[[str, str], None] | None = None
+        self,
+        *,
+        keep: int = _SHOWN,
+        write: Callable[[str, str], None] | None = None,
+        tries_repairs: bool = True,
     ) -> None:
         self.count = 0
+        self.tries_repairs = tries_repairs
         self.first: list[str] = []
         """Place and problem of the first of them."""
         self._keep = keep
@@ -169,6 +176,8 @@ class BadRows:
             yield f"data.repair: [{', '.join(needed)}]", self._num_repairable
         if number := self._num_matching(_OMITTED_TOOLS):
             yield _TOOL_TEMPLATE, number
+        if number := self._num_matching(_SWALLOWED):
+            yield _CLOSE_QUOTES, number
         # Another format affects all rows, so that it has to help most of them.
         if 2 * (number := self._num_matching(_NUMBER_AS_TEXT)) > self.count:
             yield _TEMPLATE_FORMAT, number
@@ -207,6 +216,8 @@ _OMITTED_TOOLS = (
 _TOOL_TEMPLATE = (
     "data.chat_template: configs/chat_templates/chatml-tools.jinja writes tools and calls"
 )
+_SWALLOWED = "; a quotation mark opens a field in line"
+_CLOSE_QUOTES = 'close each quoted field, and write a quotation mark inside one twice ("")'
 _NUMBER_AS_TEXT = r"field [^\s.]+: got \.\. \((int|float|bool)\), expected text"
 _TEMPLATE_FORMAT = (
     'data.train.format: {type: template, user: "{{ prompt }}", assistant: "{{ completion }}"} with '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -16,7 +17,9 @@ from pydantic import Field, model_validator
 from qlora_cli.common.config import Config, UserPath
 from qlora_cli.common.formatting import value_text
 from qlora_cli.common.hashing import hash_pieces
+from qlora_cli.common.user_paths import missing_path_hint
 from qlora_cli.data.formats import FormatConfig, Messages
+from qlora_cli.data.formats.fields import missing
 from qlora_cli.data.sources.files import (
     find_files,
     is_pattern,
@@ -27,7 +30,7 @@ from qlora_cli.data.sources.files import (
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
 from qlora_cli.data.sources.preference_rows import refuse_labelled, refuse_preferences
-from qlora_cli.data.sources.repair import Repair, helpful_repairs, repaired
+from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired
 from qlora_cli.data.sources.rows import LIST_ALL, BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
@@ -92,6 +95,15 @@ class Source(Config):
         """The word for these rows in messages to the user."""
         return "rows"
 
+    @property
+    def title(self) -> str:
+        """The path, and which of its rows, in messages to the user."""
+        return self.path
+
+    def whole(self) -> Source:
+        """Return the source with the rows of all portions."""
+        return self
+
     def conversations(self, bad: BadRows) -> Iterator[Conversation]:
         """Yield the conversation of each row, lazily. Bad rows are added to `bad`.
 
@@ -99,14 +111,17 @@ class Source(Config):
             DataError: there is nothing at `path`, a file cannot be read any further, a row is a
                 preference row, or, at the end, no row can be used.
         """
-        is_empty = True
+        is_empty, search = True, RepairSearch(self._is_usable)
         for located in self.read(bad):
             refuse_labelled(located, self.format)
             try:
                 conversation = self._conversation(located.row)
             except DataError as error:
                 refuse_preferences(located, self.format)
-                bad.add(located.place, error, self._helpful_repairs(located.row))
+                # Without a usable row the error names the repairs.
+                tries = bad.tries_repairs or is_empty
+                found = search.helpful(located.row) if tries else ()
+                bad.add(located.place, error, (*self._own_repairs, *found) if found else ())
             else:
                 is_empty = False
                 bad.repaired.update(located.repaired)
@@ -119,7 +134,9 @@ class Source(Config):
     def unusable(self, bad: BadRows) -> DataError:
         """Return the error for a source without a usable row."""
         hint = f"{bad.remedy('check data.train.format')}; no row can be used as it is"
-        if all("missing; found" in line for line in bad.first):
+        if all("(of fields): missing; found" in line for line in bad.first):
+            hint = "no row has that column: data.train.fields takes NEW_NAME: NAME_IN_THE_FILE"
+        elif all("missing; found" in line for line in bad.first):
             hint = (
                 "no row has that field: name the right one in data.train.format, or another format "
                 "(messages, sharegpt, alpaca, prompt_completion, text, template ...), or rename "
@@ -142,6 +159,18 @@ class Source(Config):
     def is_at_hand(self) -> bool:
         """Return True if the rows can be read without a network."""
         return Path(self.path).exists() or is_pattern(self.path)
+
+    def is_missing(self) -> bool:
+        """Return True if `path` is meant to be local and does not exist."""
+        if is_pattern(self.path):
+            return next(glob.iglob(self.path, recursive=True), None) is None
+        if self.is_at_hand():
+            return False
+        # A missing file, or a name in a folder that exists, is meant to be local: a misspelt path
+        # should fail at once and not after a request to the Hub.
+        owner, slash, _ = self.path.partition("/")
+        is_here = bool(slash) and Path(owner).exists()
+        return names_a_file(self.path) or not is_hub_id(self.path) or is_here
 
     def digest(self) -> str:
         """Hash the files' names and bytes in order, or all rows of a Hub dataset (sha256).
@@ -206,9 +235,9 @@ class Source(Config):
         names = self.fields.values()
         for located in rows:
             row = located.row
-            if missing := [name for name in names if name not in row]:
-                found = ", ".join(map(repr, row)) or "nothing"
-                bad.add(located.place, f"field '{missing[0]}' (of fields): missing; found {found}")
+            if absent := [name for name in names if name not in row]:
+                found = missing(absent[0], row)
+                bad.add(located.place, f"field '{absent[0]}' (of fields): {found}")
                 continue
             kept = {name: value for name, value in row.items() if name not in names}
             renamed = {wanted: row[name] for wanted, name in self.fields.items()}
@@ -217,17 +246,17 @@ class Source(Config):
     def _conversation(self, row: Row) -> Conversation:
         return self._with_loss_mask(self.format.to_conversation(row))
 
-    def _helpful_repairs(self, row: Row) -> list[Repair]:
-        """Return the repairs that make a bad row usable; [] if they do not."""
+    @property
+    def _own_repairs(self) -> Sequence[Repair]:
+        """The repairs that are made before the format reads a row."""
+        return ()
 
-        def is_usable(candidate: Row) -> bool:
-            try:
-                self._conversation(candidate)
-            except DataError:
-                return False
-            return True
-
-        return helpful_repairs(row, is_usable)
+    def _is_usable(self, row: Row) -> bool:
+        try:
+            self._conversation(row)
+        except DataError:
+            return False
+        return True
 
     def _with_loss_mask(self, conversation: Conversation) -> Conversation:
         if self.learn_prompt:
@@ -246,16 +275,11 @@ class Source(Config):
         Raises:
             DataError: it is neither.
         """
-        if is_pattern(self.path) or Path(self.path).exists():
+        if self.is_at_hand():
             return True
-        # A missing file, or a name in a folder that exists, is meant to be local: a misspelt path
-        # should fail at once and not after a request to the Hub.
-        owner, slash, _ = self.path.partition("/")
-        is_here = slash and Path(owner).exists()
-        if names_a_file(self.path) or not is_hub_id(self.path) or is_here:
+        if self.is_missing():
             raise DataError(
-                f"{self.path}: no such file or folder",
-                hint=f"a relative path starts at the current folder, {Path.cwd()}",
+                f"{self.path}: no such file or folder", hint=missing_path_hint(self.path)
             )
         return False
 
@@ -314,16 +338,36 @@ class Portion(Source):
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """Yield the rows of this portion in order. What is not a row is added to `bad`."""
-        for located in self._taken(bad, self.seed):
+        for located in self._taken(self._of_this_portion(bad), self.seed):
             changes: Counter[str] = Counter()
             row = repaired(located.row, self.repair, changes)
             changed = LocatedRow(row, located.place, tuple(changes))
-            if self.share is None or self._is_here(changed):
+            if self._is_here(changed):
                 yield changed
 
-    def _helpful_repairs(self, row: Row) -> list[Repair]:
-        found = super()._helpful_repairs(row)
-        return [*self.repair, *found] if found else []
+    def whole(self) -> Source:
+        """Return the source with the rows of all portions."""
+        return self.model_copy(update={"share": None, "held_out": False})
+
+    @property
+    def title(self) -> str:
+        """The path, and which of its rows, in messages to the user."""
+        if self.share is None:
+            return self.path
+        return f"{self.path} ({'held-out' if self.held_out else 'training'} rows)"
+
+    @property
+    def _own_repairs(self) -> Sequence[Repair]:
+        return self.repair
+
+    def _of_this_portion(self, bad: BadRows) -> BadRows:
+        """Return a count that adds the rows of this portion to `bad`, and leaves others out."""
+
+        def add(place: str, reason: str) -> None:
+            if self._draws(place):
+                bad.add(place, reason)
+
+        return bad if self.share is None else BadRows(write=add)
 
     def _where(self) -> str:
         if self.share is None:
@@ -331,12 +375,18 @@ class Portion(Source):
         return f" among the share that is {'held out' if self.held_out else 'trained on'}"
 
     def _is_here(self, located: LocatedRow) -> bool:
-        assert self.share is not None
+        if self.share is None:
+            return True
         try:
             content = _content_of(self.format.to_conversation(located.row))
         # Bad rows are in one portion too, and so counted once.
         except DataError:
             content = located.row
+        return self._draws(content)
+
+    def _draws(self, content: object) -> bool:
+        """Draw by its content if a row is in this portion."""
+        assert self.share is not None
         return (draw(content, "held out", self.seed) < self.share) is self.held_out
 
 

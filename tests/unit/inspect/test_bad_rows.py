@@ -49,6 +49,24 @@ def test_every_bad_row_is_written_with_its_reason(
         preview(recipe)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"evaluation_share": 0.5}, {"evaluation_share": 0.5, "seed": 3}, {"evaluation": "same"}],
+)
+def test_each_bad_row_of_a_file_is_written_once_in_its_order(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    rows = [[USER, {**ANSWER, "content": f"b{i}"}] for i in range(12)]
+    rows[2:12:2] = [[USER], "{", [USER, USER, ANSWER], "[]", [ANSWER]]
+    train = written(tmp_path / "train.jsonl", *rows)
+    source = {"path": str(train)}
+    evaluation = source if "evaluation" in settings else None
+    recipe = tiny_recipe(data={"train": source, **settings, "evaluation": evaluation})
+    assert write_bad_rows(recipe, tmp_path / "bad.jsonl") == 5
+    lines = (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [f"{train}:{i}" for i in range(3, 12, 2)]
+
+
 def test_a_file_that_cannot_be_written_is_an_error(
     tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_cli.data.prepared.labels import WAY_OUT
 from qlora_cli.data.sources import BadRows
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError
@@ -208,6 +209,66 @@ def test_an_unlisted_label_is_reported_with_its_place(
     recipe = tiny_recipe(evaluation={"tasks": [task]})
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the answer 'ab' is not one of the labels"):
         ask(recipe, model)
+
+
+def labelled(path: Path, *labels: str) -> dict[str, Any]:
+    """Write rows with these labels, and return them as the data of a task."""
+    rows = [{"prompt": f"q{i}", "completion": label} for i, label in enumerate(labels)]
+    return {"path": write_rows(path, rows), "format": {"type": "prompt_completion"}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (["good", "Good", "bad", "good"], "'good' (2), 'Good' (1)"),
+        (["very good", "very  good", "bad"], "'very good' (1), 'very  good' (1)"),
+        (["good", "good ", "bad", "bad\n"], None),  # blanks around a label do not count
+        (["us", "use"], None),
+    ],
+)
+def test_labels_that_differ_only_in_blanks_or_case_are_named(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    labels: list[str],
+    named: str | None,
+) -> None:
+    data = labelled(tmp_path / "own.jsonl", *labels)
+    recipe = tiny_recipe(evaluation={"tasks": [{"type": "classification", "data": data}]})
+    [task] = recipe.evaluation.tasks
+    task.read_items([task.data], recipe.model.load_tokenizer(), recipe.data, limit=None)
+    said = [text for text in caplog.messages if "only in blanks or case" in text]
+    assert len(said) == (named is not None)
+    assert not named or f"are scored as different: {named}; {WAY_OUT}" in said[0]
+
+
+@pytest.mark.parametrize("answer", ["Good", "GOOD ", "go od", "fine"])
+def test_an_answer_that_differs_from_a_label_only_in_case_says_so(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, answer: str
+) -> None:
+    data = labelled(tmp_path / "own.jsonl", answer, "bad")
+    task = {"type": "classification", "data": data, "labels": ["good", "bad"]}
+    recipe = tiny_recipe(evaluation={"tasks": [task]})
+    [read] = recipe.evaluation.tasks
+    with pytest.raises(DataError, match="is not one of the labels good, bad") as caught:
+        read.read_items([read.data], recipe.model.load_tokenizer(), recipe.data, limit=None)
+    is_alike = answer.strip().lower() == "good"
+    assert ("from 'good' only in blanks or case" in str(caught.value.hint)) is is_alike
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["good ", "bad"], "found 'good '; answers are compared without blanks"),
+        ([" good", "good"], "found ' good'"),
+        (["good", "bad", "good"], "'good' is there twice"),
+    ],
+)
+def test_labels_that_no_answer_can_have_are_refused(
+    tiny_recipe: Callable[..., Any], labels: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiny_recipe(evaluation={"tasks": [{"type": "classification", "labels": labels}]})
 
 
 def test_macro_f1_is_the_mean_over_labels() -> None:

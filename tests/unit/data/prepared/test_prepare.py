@@ -27,7 +27,7 @@ from qlora_cli.data.prepared.cache import load_or_prepare
 from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
 from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, prepare
 from qlora_cli.data.prepared.workers import Workers
-from qlora_cli.data.sources import BadRows, LocatedRow, Portion
+from qlora_cli.data.sources import BadRows, LocatedRow, Portion, Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Example, Message
 from tests.damage import DAMAGE
@@ -275,6 +275,55 @@ def test_bad_rows_are_left_out_and_counted(
     assert (prepared.num_rows, prepared.num_bad, len(prepared.examples)) == (2, 1, 2)
     assert "), 1 bad row left out, " in prepared.summary()
     assert [prepared.examples.place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bad_rows_of_a_file_are_one_list_although_some_of_its_rows_are_held_out(
+    make_tokenizer: TokenizerMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    """Rows that cannot be read, formatted or rendered are named together, in one portion each."""
+    tokenizer = make_tokenizer("chatml")
+    refused = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = f"{refused}{tokenizer.chat_template}"
+    path = tmp_path / "rows.csv"
+    lines = [f"q{i},a{i}" for i in range(60)]
+    lines[5:35:5] = ["no,b", "only one", "x,", '"a"b,c', "no,d", "y,"]
+    path.write_text("prompt,completion\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    bad = [f"{path}:{i}" for i in range(7, 37, 5)]
+    data = Data.model_validate(
+        {
+            "train": {"path": str(path), "format": {"type": "prompt_completion"}},
+            "evaluation_share": 0.4,
+            "seed": seed,
+        }
+    )
+
+    def places(text: str) -> list[str]:
+        return sorted(line.strip().partition(": ")[0] for line in text.splitlines()[1:]
+                      if line.startswith(f"  {path}:"))  # fmt: skip
+
+    def prepared(name: str, sources: list[Source], settings: Data) -> PreparedData:
+        folder = tmp_path / name
+        folder.mkdir()
+        return prepare(sources, tokenizer, settings, folder)
+
+    for name, sources in (("1", data.train_sources), ("2", data.evaluation_sources)):
+        with pytest.raises(DataError) as caught:
+            prepared(name, sources, data)
+        assert str(caught.value).startswith(f"{path}: 6 bad rows")
+        assert places(str(caught.value)) == sorted(bad)
+    skipping = data.model_copy(update={"on_bad_row": "skip", "max_lost": 1})
+    sides = [
+        prepared(name, sources, skipping)
+        for name, sources in (("3", data.train_sources), ("4", data.evaluation_sources))
+    ]
+    assert sum(side.num_bad for side in sides) == 6
+    assert sum(side.num_rows for side in sides) == 54
+    said = [text for text in caplog.messages if "bad row" in text]
+    assert sorted(place for text in said for place in places(text)) == sorted(bad)
+    assert [text.partition(":")[0] for text in said] == [
+        f"{path} (training rows)", f"{path} (held-out rows)",
+    ]  # fmt: skip
 
 
 def test_several_sources_make_one_dataset(

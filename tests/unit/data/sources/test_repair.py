@@ -10,8 +10,10 @@ from typing import Any, get_args
 import pytest
 
 from qlora_cli.data.config import Data
-from qlora_cli.data.sources import BadRows
-from qlora_cli.data.sources.repair import Repair, repaired
+from qlora_cli.data.formats import Messages
+from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired
+from qlora_cli.errors import DataError
 from qlora_cli.types import Row
 
 ALL: tuple[Repair, ...] = get_args(Repair)
@@ -122,3 +124,64 @@ def test_repairs_of_a_source_are_counted_once(tmp_path: Path, share: float | Non
         counts += bad.repaired
     assert found == 25
     assert counts == {"role_names": 20, "drop_trailing_user": 20}
+
+
+def bad_rows(kind: str, number: int) -> list[Row]:
+    turns: dict[str, list[tuple[str, str]]] = {
+        "two of one role": [("user", "a"), ("user", "b"), ("assistant", "c")],
+        "a last question": [("user", "a"), ("assistant", "b"), ("user", "c")],
+        "all": [("Human", "a"), ("Human", "b"), ("Bot", "c"), ("Human", "d")],
+        "none help": [("user", "a"), ("user", "b"), ("assistant", "")],
+        "nothing to repair": [("user", "a"), ("assistant", "")],
+    }
+    return [
+        {
+            "messages": [
+                {"role": role, "content": text and f"{text}{i}"} for role, text in turns[kind]
+            ]
+        }
+        for i in range(number)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        ("two of one role", 1),
+        ("a last question", 1),
+        ("all", 1),
+        ("none help", 1),
+        ("nothing to repair", 0),
+    ],
+)
+def test_a_bad_row_is_read_once_more_at_most_to_try_repairs(kind: str, most: int) -> None:
+    rows = bad_rows(kind, 50)
+    tried: list[Row] = []
+
+    def is_usable(row: Row) -> bool:
+        tried.append(row)
+        try:
+            Messages().to_conversation(row)
+        except DataError:
+            return False
+        return True
+
+    search = RepairSearch(is_usable)
+    found = {search.helpful(row) for row in rows}
+    assert len(found) == 1
+    assert len(tried) <= most * len(rows) + 8  # of the first row, more are tried
+
+
+@pytest.mark.parametrize("is_first_usable", [True, False])
+def test_repairs_are_not_tried_where_no_error_names_them(
+    tmp_path: Path, is_first_usable: bool
+) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = bad_rows("two of one role", 3)
+    path = tmp_path / "a.jsonl"
+    ordered = [good, *rows] if is_first_usable else [*rows, good]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ordered), encoding="utf-8")
+    bad = BadRows(tries_repairs=False)
+    assert len(list(Source(path=str(path)).conversations(bad))) == 1
+    named = "data.repair: [merge_same_role]" in bad.remedy("leave {them} out")
+    assert named is not is_first_usable

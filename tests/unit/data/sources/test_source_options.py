@@ -160,8 +160,47 @@ def test_columns_are_renamed_before_the_format_reads_them(tmp_path: Path) -> Non
     [swapped] = Source(path=path, fields={"text": "body", "body": "text"}).read(BadRows())
     assert swapped.row == {"text": "one", "body": "old", "id": 1}
     assert errors(Source(path=path, fields={"text": "bdy"})) == [
-        f"{path}:1: field 'bdy' (of fields): missing; found 'body', 'text', 'id'"
+        f"{path}:1: field 'bdy' (of fields): missing; found 'body', 'text', 'id'; "
+        "did you mean 'body'?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "found"),
+    [
+        ({"type": "text", "field": "txt"}, ["text", "id"], "'text', 'id'; did you mean 'text'?"),
+        ({"type": "text"}, ["TEXT"], "'TEXT'; did you mean 'TEXT'?"),
+        ({"type": "text"}, [" text "], "' text '; did you mean ' text '?"),
+        ({"type": "prompt_completion"}, ["promt", "a"], "'promt', 'a'; did you mean 'promt'?"),
+        ({"type": "alpaca"}, ["instructions"], "'instructions'; did you mean 'instructions'?"),
+        (
+            {"type": "template", "user": "{{ qestion }}"},
+            ["question", "completion"],
+            "'question', 'completion'; did you mean 'question'?",
+        ),
+        ({"type": "messages"}, ["frage", "antwort"], "'frage', 'antwort'"),
+        (
+            {"type": "text"},
+            [*(f"c{i}" for i in range(50)), "texts"],
+            f"{', '.join(repr(f'c{i}') for i in range(20))} and 31 more; did you mean 'texts'?",
+        ),
+        ({"type": "text"}, ["x" * 100], f"'{'x' * 60}...'"),
+    ],
+)
+def test_a_missing_column_names_the_columns_and_the_most_similar(
+    tmp_path: Path, format: dict[str, str], columns: list[str], found: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", [dict.fromkeys(columns, "a")])
+    with pytest.raises(DataError) as caught:
+        list(Source.model_validate({"path": path, "format": format}).conversations(BadRows()))
+    assert str(caught.value).endswith(f": missing; found {found}")
+
+
+def test_a_wrong_column_of_fields_has_a_hint_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"body": "one"}] * 3)
+    with pytest.raises(DataError, match="did you mean 'body'") as caught:
+        list(Source(path=path, format=Text(), fields={"text": "bdy"}).conversations(BadRows()))
+    assert str(caught.value.hint).startswith("no row has that column: data.train.fields takes")
 
 
 @pytest.mark.parametrize("limit", [None, 200])
@@ -254,7 +293,9 @@ def test_rows_with_the_same_conversation_are_on_the_same_side(tmp_path: Path) ->
 
 
 def test_a_bad_row_is_counted_in_one_split_only(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [*ROWS, *({"body": i} for i in range(40))])
+    path = write(tmp_path / "a.jsonl", [*ROWS, *({"body": i} for i in range(20))])
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("\n" + "{\n" * 20)  # not even a row
     data = Data(train=Source(path=path, format=Text()), evaluation_share=0.25)
     bad = BadRows(keep=100), BadRows(keep=100)
     for one, of_side in zip((*data.train_sources, *data.evaluation_sources), bad, strict=True):

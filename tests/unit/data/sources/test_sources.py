@@ -175,8 +175,45 @@ def test_lines_swallowed_by_a_quotation_mark_are_named(tmp_path: Path) -> None:
     path.write_text('text\none\n"two\nthree\n"four" five\nsix\n"seven\n', encoding="utf-8")
     rows, errors = read(path)
     assert [located.row["text"] for located in rows] == ["one", "six"]
-    assert f"{path}:3: not CSV: ',' expected after '\"' (lines 3 to 5)" in errors
+    mark = "a quotation mark opens a field in line"
+    assert f"{mark} 3 and swallows the next 2 lines, up to line 5" in errors
     assert f"{path}:7: not CSV: unexpected end of data\n" in f"{errors}\n"
+
+
+MANY = "".join(f"q{i},a{i}\n" for i in range(90))
+
+
+@pytest.mark.parametrize(
+    ("text", "opening", "last"),
+    [
+        (f'5,"oops\n{MANY}', 3, 93),
+        (f'5,"oops\n{MANY}'.rstrip("\n"), 3, 93),
+        (f'5,"oops\n{MANY}'.replace("\n", "\r\n"), 3, 93),
+        (f'5,"oops\n{MANY}"a","b"\nz,w\n', 3, 94),
+        (f'"two\nlines","oops\n{MANY}', 4, 94),
+        (f'x,"oops\n{MANY}q",a,b\nz,w\n', 3, 94),
+        ('"so ""it""\nis ""\nsaid" x,b\n', 3, 5),
+        ('5" long,a\n"a"b,c\n', None, None),
+        ('"a,b"",c"d\n', None, None),
+    ],
+)
+def test_the_quotation_mark_that_swallows_lines_is_named(
+    tmp_path: Path, text: str, opening: int | None, last: int | None
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"text,label\nx,y\n{text}".encode())
+    bad = BadRows()
+    [first, *_] = source(path).read(bad)
+    assert first.row["text"] == "x"
+    [line] = bad.first
+    if opening is None or last is None:
+        assert "swallows" not in line
+        return
+    assert line.endswith(
+        f"; a quotation mark opens a field in line {opening} and swallows the next "
+        f"{last - opening} lines, up to line {last}"
+    )
+    assert bad.remedy("leave {them} out").startswith("close each quoted field, and write")
 
 
 def test_a_quotation_mark_in_a_tsv_is_text(tmp_path: Path) -> None:
@@ -209,7 +246,7 @@ def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
         "such as",
         *(f"  {path}:{i}: field 'text': got 7 (int), expected text" for i in (2, 3, 4)),
         f"  {path}:14: not JSON: Expecting property name enclosed in double quotes (column 2)",
-        f"  {path}:15: field 'text': missing; found 'txt'",
+        f"  {path}:15: field 'text': missing; found 'txt'; did you mean 'txt'?",
         "  ... and 9 more",
     ]
     assert str(caught.value.hint).startswith("data.train.format: {type: template")
