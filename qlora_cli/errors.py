@@ -28,6 +28,8 @@ EXIT_CODES = {
 class QloraError(Exception):
     """An error with a message for the user. The command line prints it without a traceback.
 
+    A traceback in Python shows the hint below the message.
+
     Args:
         message: what is wrong, where, what was found and what is allowed.
         hint: the best thing to do next, if there is one.
@@ -38,6 +40,8 @@ class QloraError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")
 
 
 class RecipeError(QloraError):
