@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from qlora_cli.common.standard_output import write_output
 from qlora_cli.errors import RecipeError
 from qlora_cli.inspect.cache_text import cache_text
 from qlora_cli.plan.text import plan_text, table_text
+
+if TYPE_CHECKING:
+    from qlora_cli.recipe.load import LoadedRecipe
 
 log = logging.getLogger("qlora")
 
@@ -38,10 +41,12 @@ def validate(
     """Check a recipe, and print all its values with their origins.
 
     An origin is a line of the recipe or of a recipe that it extends, --set, or the default.
-    Settings without effect are warned of, and packages that are missing are refused. Without --deep
-    no model or data is opened. --deep takes one row through forward, backward, save, load and merge
-    on a miniature of the base, and compares the tokenizer with the embedding. --json prints recipe
-    (the values), origins (the place of each dotted key), and with --deep compatibility.
+    Settings without effect and local files that are not on this machine are warned of, and packages
+    that are missing are refused. Without --deep no model or data is opened. --deep refuses missing
+    files, takes one row through forward, backward, save, load and merge on a miniature of the base,
+    compares the tokenizer with the embedding, and reads the first rows of each source. --json
+    prints recipe (the values), origins (the place of each dotted key), and with --deep
+    compatibility.
 
     \b
     Example:
@@ -67,7 +72,25 @@ def validate(
         found = check_compatibility(loaded.recipe)
         report["compatibility"] = found.to_json()
         text = f"{text.rstrip()}\n# {compatibility_text(found)}"
+    _report_missing_inputs(loaded, recipe.parent, refuse=deep)
     show(report, as_json, text)
+
+
+def _report_missing_inputs(loaded: LoadedRecipe, folder: Path, *, refuse: bool) -> None:
+    """Warn of local files that are not here, or refuse them all."""
+    from qlora_cli.recipe.missing_inputs import missing_inputs
+
+    lines = [
+        f"{loaded.origins[found.key]}  {found.problem(folder)}"
+        for found in missing_inputs(loaded.recipe)
+    ]
+    if lines and refuse:
+        raise RecipeError(
+            "\n".join(lines if len(lines) == 1 else [f"{len(lines)} problems", *lines]),
+            hint="without --deep, qlora validate checks a recipe for another machine",
+        )
+    for line in lines:
+        log.warning(line)
 
 
 def preview(

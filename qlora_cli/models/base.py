@@ -19,6 +19,7 @@ from qlora_cli.common.untrusted_files import (
     refuse_foreign,
     refuse_no_safetensors,
 )
+from qlora_cli.common.user_paths import missing_path_hint
 from qlora_cli.errors import ModelError
 from qlora_cli.models.context import read_context
 from qlora_cli.models.gguf import unpack_gguf, unpacked_config
@@ -156,6 +157,14 @@ class BaseModelConfig(Config):
         """Tell whether the model is a local folder or file."""
         return Path(self.path).exists()
 
+    def is_missing(self) -> bool:
+        """Tell if `path` is meant to be local and does not exist: it cannot be a Hub id, or its
+        parent is a local folder."""
+        parent = Path(self.path).parent
+        is_local = self.path.startswith((".", "/")) or self.path.count("/") > 1
+        is_local = is_local or self.path.endswith(".gguf") or (parent != Path() and parent.is_dir())
+        return is_local and not self.is_at_hand()
+
     def read_config(self) -> tuple[PretrainedConfig, str]:
         """Read the config without the weights.
 
@@ -245,10 +254,10 @@ class BaseModelConfig(Config):
         Raises:
             ModelError: the path cannot be a Hub id, or its parent is a local folder.
         """
-        parent = Path(self.path).parent
-        is_local = self.path.startswith((".", "/")) or self.path.count("/") > 1
-        if is_local or (parent != Path() and parent.is_dir()):
-            raise ModelError(f"model.path: no such folder: {self.path}")
+        if self.is_missing():
+            raise ModelError(
+                f"model.path: no such folder: {self.path}", hint=missing_path_hint(self.path)
+            )
 
 
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:

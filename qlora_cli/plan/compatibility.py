@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.common.formatting import MIB, size_text
 from qlora_cli.common.hashing import hash_json
 from qlora_cli.common.report import Report
+from qlora_cli.data.config import Data
 from qlora_cli.data.render.chat_template import read_chat_template
+from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import ModelError
 from qlora_cli.models.report import WeightCounts, count_base_weights, refuse_mostly_unquantized
 from qlora_cli.plan.miniature_run import UnattachedMiniature, UncheckedModel, dry_run_miniature
@@ -57,15 +60,28 @@ class CompatibilityReport(Report):
 
 
 def check_compatibility(recipe: Recipe) -> CompatibilityReport:
-    """Refuse base, tokenizer, adapter and row length that do not go together.
+    """Refuse base, tokenizer, adapter and row length that do not go together, and unusable rows.
+
+    The first rows of each source on this machine are read.
 
     Raises:
         ModelError: by name, with the way out.
+        DataError: a source has no usable row, or has preference rows.
     """
     found = check_model(recipe)
+    _read_first_rows(recipe.data)
     if not missing_locally(recipe):
         recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
     return found
+
+
+def _read_first_rows(data: Data) -> None:
+    data.refuse_untrainable()
+    for source in [*data.train_sources, *data.evaluation_sources]:
+        if source.is_at_hand():
+            bad = BadRows(tries_repairs=False)
+            for _ in islice(source.in_file_order().conversations(bad), _FIRST_ROWS):
+                pass
 
 
 def check_model(recipe: Recipe) -> CompatibilityReport:
@@ -131,6 +147,9 @@ def _temporary_folder() -> Iterator[Path]:
 
 _DISK_SPACE = 512 * MIB
 """Free space for the files of a miniature: base, adapter and merge of 20 million weights."""
+
+_FIRST_ROWS = 100
+"""Rows of each source that are read."""
 
 _CHECKED: dict[str, CompatibilityReport] = {}
 """Results of this process: a comparison or a search trains one base many times."""

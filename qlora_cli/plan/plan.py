@@ -33,6 +33,7 @@ from qlora_cli.plan.stages import timeline_of
 from qlora_cli.plan.trace.memory_counter import STATES
 from qlora_cli.plan.traced_memory import MemoryTrace
 from qlora_cli.plan.work import estimate_work
+from qlora_cli.recipe.missing_inputs import missing_inputs
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.without_effect import settings_without_effect
 
@@ -115,7 +116,10 @@ def plan(recipe: Recipe, *, device: str = "cuda", gpus: int = 1, fit: bool = Fal
         source,
         micro_batch=MicroBatch(recipe.training.fixed_micro_batch_size, is_auto),
         context=context.length if context else None,
-        warnings=settings_without_effect(recipe, fitted.estimate.rows.num_steps),
+        warnings=[
+            *(found.problem() for found in missing_inputs(recipe)),
+            *settings_without_effect(recipe, fitted.estimate.rows.num_steps),
+        ],
         started=started,
     )
 

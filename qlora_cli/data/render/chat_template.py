@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.jinja_sandbox import limited_time
+from qlora_cli.common.user_paths import missing_path_hint
 from qlora_cli.errors import DataError
 from qlora_cli.types import Message, ToolCall
 
@@ -267,6 +268,9 @@ def read_chat_template(path: str | None) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"data.chat_template: {path}: {error.strerror or error}") from error
+        hint = missing_path_hint(path) if isinstance(error, FileNotFoundError) else None
+        raise DataError(
+            f"data.chat_template: {path}: {error.strerror or error}", hint=hint
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"data.chat_template: {path}: not UTF-8: {error}") from error

@@ -30,6 +30,7 @@ QLORA = f"{sys.executable} -m qlora_cli"
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_standard_output_that_cannot_be_written(tmp_path: Path, command: str) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "rows.jsonl").touch()
     line = f"{QLORA} {command}"
     if command.endswith("| true"):  # a reader that is gone
         line = f"set -o pipefail; {{ sleep 0.2; {QLORA} schema; }} | true"

@@ -42,6 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
     Path("base.yaml").write_text(BASE, encoding="utf-8")
+    Path("rows.jsonl").touch()
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit_:
@@ -282,10 +283,11 @@ def test_quiet_and_verbose_before_and_after_the_command(
 
 def test_names_beyond_ascii_in_an_ascii_environment(tmp_path: Path) -> None:
     recipe = tmp_path / "rezept-ü.yaml"
+    (tmp_path / "rows.jsonl").touch()
     recipe.write_text(BASE.replace("base", "größe/モデル"), encoding="utf-8")
     command = [sys.executable, "-m", "qlora_cli", "validate", str(recipe), "--set", "output.dir=é"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, check=False, env=environment, cwd=tmp_path)
     out = done.stdout.decode("utf-8")
     assert (done.returncode, done.stderr) == (0, b"")
     assert "größe/モデル" in out

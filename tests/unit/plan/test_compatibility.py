@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from qlora_cli.cli import main
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import DataError, ModelError
+from qlora_cli.loop.run_data import read_recipe_data
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
 from qlora_cli.plan.compatibility import check_compatibility, check_model
@@ -202,6 +203,72 @@ def test_a_miniature_is_small_and_has_the_kinds_of_layers(name: str) -> None:
     assert small.num_hidden_layers <= MAX_LAYERS
     assert (small.hidden_size, small.vocab_size) == (64, 512)
     assert config.hidden_size > 64
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+COMPLETION = {"format": {"type": "prompt_completion"}}
+
+
+@pytest.mark.parametrize("side", ["train", "evaluation"])
+@pytest.mark.parametrize(
+    ("rows", "settings", "said"),
+    [
+        ([PAIR], {}, "rows.jsonl:1: a preference row ('chosen' and 'rejected')"),
+        ([CHAT, PAIR], {}, "rows.jsonl:2: a preference row"),
+        ([PAIR], {"shuffle": True, "limit": 1}, "rows.jsonl:1: a preference row"),
+        ([PAIR], COMPLETION, "rows.jsonl:1: a preference row"),
+        ([PAIR], {"format": {"type": "preference"}}, "but not yet trained on"),
+        ([{"prompt": "a", "completion": "b", "label": False}], COMPLETION, "and 'label')"),
+        ([{"text": "a"}], {}, "field 'messages': missing; found 'text'"),
+        ([CHAT, {"text": "a"}], {}, None),  # train counts the bad rows
+        (
+            [{"prompt": "a", "chosen": "b"}],
+            {"fields": {"completion": "chosen"}, **COMPLETION},
+            None,
+        ),
+    ],
+)
+def test_validate_deep_refuses_the_rows_that_train_refuses(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    side: str,
+    rows: list[Any],
+    settings: dict[str, Any],
+    said: str | None,
+) -> None:
+    good, path = tmp_path / "good.jsonl", tmp_path / "rows.jsonl"
+    good.write_text(json.dumps(CHAT) + "\n", encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"train": {"path": str(good)}, "evaluation": {"path": str(good)}}
+    recipe = tiny_recipe(data={**data, side: {"path": str(path), **settings}})
+    if said is None:
+        assert check_compatibility(recipe).steps == ALL
+        return
+    with pytest.raises(DataError) as deep:
+        check_compatibility(recipe)
+    assert said in str(deep.value)
+    with pytest.raises(DataError) as training:
+        read_recipe_data(recipe, use_cache=False)
+    assert (str(training.value), training.value.hint) == (str(deep.value), deep.value.hint)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_validate_deep_refuses_files_that_are_not_here(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    data: dict[str, Any] = {"train": {"path": str(tmp_path / "row.jsonl")}, "evaluation": None}
+    if number == 2:
+        data["evaluation"] = {"path": str(tmp_path / "nothing.csv")}
+    assert exit_code("validate", write_recipe(data=data), "--deep") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "hint: without --deep, qlora validate checks a recipe for another machine"
+    assert f"error: {number} problems" in lines or number == 1
+    [line] = [line for line in lines if "data.train.path" in line]
+    assert f"did you mean {tmp_path / 'rows.jsonl'}?" in line
 
 
 def test_validate_deep_says_what_was_tried(
