@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_cli.common.formatting import MIB
 from qlora_cli.distributed.devices import Target
 from qlora_cli.distributed.precision import no_bfloat16
 from qlora_cli.kernels.selection import Kernels, choose_kernels
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, SingleProcess
+from qlora_cli.plan.process_memory import BaseFile, process_on_cpu, process_on_cuda
 from qlora_cli.plan.report import Fits, PeakMemory, ProcessMemory, StageMemory, Verdict
 from qlora_cli.plan.rows import PlanRows, find_rows
 from qlora_cli.plan.stages import peak_of_stages
@@ -73,30 +73,39 @@ def estimate(
     """
     trace = trace_recipe(recipe, config, target, rows)
     stages = peak_of_stages(recipe, trace, target, rows)
-    process = _process(max(memory.bytes for memory in stages.values()), target)
+    process = _process(recipe, config, target, trace, stages)
     return MemoryEstimate(recipe, rows, trace, stages, process, _fits(process, target))
 
 
-def _process(tensors: int, target: Target) -> ProcessMemory:
-    """Estimate the memory of a process whose tensors take `tensors` bytes, as a range.
-
-    On CUDA it adds a context (141 MiB measured on a T4, more on newer cards), cuBLAS workspaces and
-    memory that the allocator cannot use (6 % and up on a T4, by fitcheck-llm 0.2). On a CPU it adds
-    Python, the libraries, and memory that malloc keeps.
-    """
+def _process(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    target: Target,
+    trace: MemoryTrace,
+    stages: Mapping[str, StageMemory],
+) -> ProcessMemory:
     if target.kind == "cuda":
-        return ProcessMemory(round(1.02 * tensors) + 200 * MIB, round(1.12 * tensors) + 800 * MIB)
-    return ProcessMemory(tensors + 500 * MIB, round(1.05 * tensors) + 1000 * MIB)
+        return process_on_cuda(max(memory.bytes for memory in stages.values()))
+    dtype = compute_dtype(recipe, target)
+    # Published weights are in 16 bits, if the config does not say otherwise.
+    in_file = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    held = recipe.quantization.load_options(dtype)["dtype"]
+    is_kept = held == in_file and not recipe.adapter.trains_base
+    return process_on_cpu(
+        stages,
+        BaseFile(trace.base_weights * in_file.itemsize, is_kept),
+        trace.kernels,
+        is_16_bit=trace.products > 0,
+    )
 
 
 def _fits(process: ProcessMemory, target: Target) -> Fits:
     memory = target.memory_bytes
     if memory is None:
         return Fits("unknown", None)
-    verdict: Verdict = (
-        "yes" if process.high <= memory else "perhaps" if process.low <= memory else "no"
-    )
-    return Fits(verdict, memory - process.high)
+    low, high = process.low - process.reclaimable, process.high - process.reclaimable
+    verdict: Verdict = "yes" if high <= memory else "perhaps" if low <= memory else "no"
+    return Fits(verdict, memory - high)
 
 
 def largest_rows(

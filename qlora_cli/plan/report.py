@@ -10,6 +10,9 @@ from qlora_cli.common.report import Absent, Report
 
 Verdict = Literal["yes", "perhaps", "no", "unknown"]
 
+TENSORS = "tensors"
+"""The part of a process that is traced."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel(Report):
@@ -111,6 +114,11 @@ class ProcessMemory(Report):
     """Lower end."""
     high: int
     """Upper end."""
+    reclaimable: int
+    """Part of both ends that the system takes back when memory is short: pages of the base's file
+    on a CPU. They do not have to fit."""
+    parts: Mapping[str, tuple[int, int]]
+    """Part of the process -> its lower and upper end. They add up to the range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,8 @@ class Fits(Report):
     verdict: Verdict
     """`yes`: the whole range fits. `perhaps`: only its lower end. `no`: not even that."""
     margin: int | None
-    """Memory of the device minus the upper end of the process. Null if the former is unknown."""
+    """Memory of the device minus the upper end of the process without reclaimable pages. Null if
+    the former is unknown."""
 
 
 @dataclass(frozen=True, slots=True)

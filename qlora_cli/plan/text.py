@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.formatting import align_table, duration_text, size_text
 from qlora_cli.common.report import ABSENT
+from qlora_cli.plan.report import TENSORS
 
 if TYPE_CHECKING:
     from qlora_cli.plan.report import (
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         LargestRows,
         PlannedDevice,
         PlanReport,
+        ProcessMemory,
         StageMemory,
         TableReport,
     )
@@ -50,6 +52,7 @@ def plan_text(report: PlanReport) -> str:
         "",
         f"tensors {size_text(peak.bytes)}; the whole process "
         f"{size_text(process.low)} to {size_text(process.high)}",
+        *_parts(process),
         *_changes(report),
         f"adapter on disk {size_text(report.adapter_bytes)}, a checkpoint "
         f"{size_text(report.checkpoint_bytes)}",
@@ -58,6 +61,16 @@ def plan_text(report: PlanReport) -> str:
         _method(report),
     ]
     return "\n".join(lines)
+
+
+def _parts(process: ProcessMemory) -> list[str]:
+    """Format the parts of the process other than its tensors."""
+    parts = {name: ends for name, ends in process.parts.items() if name != TENSORS}
+    width = max(map(len, parts))
+    return [
+        f"  {name:<{width}}  {size_text(low):>11} to {size_text(high)}"
+        for name, (low, high) in parts.items()
+    ]
 
 
 def table_text(report: TableReport) -> str:

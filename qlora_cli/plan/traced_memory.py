@@ -74,6 +74,7 @@ class MemoryTrace:
     base_weights: int
     trained_weights: int
     vocabulary_size: int
+    kernels: Kernels
     products: int = 0
     """Distinct 16-bit matmuls, by shape and layout."""
 
@@ -164,6 +165,7 @@ def _trace(
         base_weights=weights.num_weights,
         trained_weights=count_trained_weights(model).trained,
         vocabulary_size=text.vocab_size,
+        kernels=kernels,
         products=sum(_is_prepared(one) for one in count.products),
     )
 
@@ -331,5 +333,6 @@ def _extrapolate(
         base_weights=grown(small.base_weights, large.base_weights),
         trained_weights=grown(small.trained_weights, large.trained_weights),
         vocabulary_size=large.vocabulary_size,
+        kernels=large.kernels,
         products=max(small.products, large.products),
     )

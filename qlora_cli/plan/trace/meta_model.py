@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,9 @@ def build_meta_model(
     config: PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
     """Build a model on the meta device: modules and shapes."""
+    own = copy.deepcopy(config)  # `from_config` writes the dtype into it
     with torch.device("meta"):
-        model: PreTrainedModel = CAUSAL_LM.auto_class().from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = CAUSAL_LM.auto_class().from_config(own, dtype=dtype, **options)
     model.tie_weights()
     return model
 
