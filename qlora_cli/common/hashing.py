@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,21 @@ def hash_file(path: Path) -> str:
         OSError: it cannot be read.
     """
     return hash_pieces([path])
+
+
+def hash_once(path: Path) -> str:
+    """Hash a file; once in this process, unless its size or time changes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    stat = path.stat()
+    return _hash_of(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@cache
+def _hash_of(path: Path, stamp: tuple[int, ...]) -> str:
+    return hash_file(path)
 
 
 def hash_pieces(pieces: Iterable[bytes | Path]) -> str:

@@ -13,6 +13,7 @@ from qlora_cli.adapters.combine import METHODS, combine_adapters, write_adapter
 from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.low_rank import Update, read_updates, weighted_sum
 from qlora_cli.common.atomic_files import atomic_folder
+from qlora_cli.common.digests import write_digests
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
@@ -168,6 +169,7 @@ def _write(
             for file in sorted(first.folder.iterdir()):
                 if file.name not in (CONFIG, WEIGHTS, *_OF_A_RUN) and file.is_file():
                     shutil.copy2(file, unfinished)
+            write_digests(unfinished)
             (unfinished / "README.md").write_text(combine_card(report), encoding="utf-8")
             if recipe is not None:
                 # What `qlora eval` and `qlora merge` need to know.

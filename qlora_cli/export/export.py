@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_cli._compat import quiet_libraries
+from qlora_cli.common.digests import refuse_damaged
 from qlora_cli.common.untrusted_files import refuse_foreign, refuse_no_safetensors
 from qlora_cli.errors import RecipeError
 from qlora_cli.export.bnb_4bit import export_4bit
@@ -44,6 +45,7 @@ def export(
     # Under these names: without them llama.cpp's converter would read pickles.
     refuse_no_safetensors(folder, str(folder), ["model.safetensors", INDEX])
     require_gguf_tools(gguf)
+    refuse_damaged(folder)
     return ExportReport(
         model=str(folder),
         gguf=export_gguf(folder, gguf) if gguf else [],

@@ -15,6 +15,7 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.common.atomic_files import atomic_folder
+from qlora_cli.common.digests import refuse_damaged, write_digests
 from qlora_cli.common.formatting import size_text
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
@@ -73,6 +74,7 @@ def merge(
     tokenizer = load_tokenizer(trained, trust_remote_code=recipe.model.trust_remote_code)
     base_folder = recipe.model.locate()
     refuse_prequantized(base_folder)
+    refuse_damaged(base_folder)
     plan = prepare(recipe, base_folder, trained, base)
 
     try:
@@ -107,6 +109,7 @@ def merge(
             (unfinished / "merge.json").write_text(text, encoding="utf-8")
             card = model_card(run, weights, name=output.name, proof=report)
             (unfinished / "README.md").write_text(card, encoding="utf-8")
+            write_digests(unfinished)
     except OSError as error:
         raise RecipeError(
             f"--output: {output} could not be written, and nothing is left of it: {error}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.digests import DIGESTS
 from qlora_cli.common.untrusted_files import PICKLED, read_object
 from qlora_cli.errors import ModelError
 from qlora_cli.export.merge_shards import ShardMerger
@@ -98,7 +99,8 @@ def _others(base_folder: Path) -> Iterator[Path]:
     """Yield the base's files that are neither weights nor written by another function."""
     for file in sorted(base_folder.iterdir()):
         is_weight = file.suffix in _WEIGHT_FILES or file.name.endswith(".index.json")
-        if file.is_file() and not is_weight and file.name not in ("config.json", "README.md"):
+        is_written = file.name in ("config.json", "README.md", DIGESTS)
+        if file.is_file() and not is_weight and not is_written:
             yield file
 
 

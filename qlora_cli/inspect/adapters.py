@@ -184,7 +184,7 @@ def list_adapters(folder: Path) -> AdapterList:
         inside = config.parent.relative_to(folder).parts
         if "checkpoints" in inside or any(part.startswith(".") for part in inside):
             continue
-        adapter = AdapterFolder.find(config.parent)
+        adapter = AdapterFolder.find_unread(config.parent)
         settings, record = adapter.config(), adapter.run.read_record() if adapter.run else {}
         weights = adapter.folder / WEIGHTS
         found.append(

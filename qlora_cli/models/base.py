@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.common.config import Config, UserPath
+from qlora_cli.common.digests import refuse_damaged
 from qlora_cli.common.formatting import value_text
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
@@ -264,11 +265,12 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     """Load a causal language model from a local folder with safetensors weights.
 
     Raises:
-        ModelError: the weights or the architecture cannot be loaded.
+        ModelError: the weights or the architecture cannot be loaded, or a file is damaged.
     """
     refuse_foreign(folder)
     refuse_no_safetensors(folder, f"model.path: {folder}")
     refuse_prequantized(folder)
+    refuse_damaged(folder)
     try:
         loaded: Any = CAUSAL_LM.auto_class().from_pretrained(
             folder,

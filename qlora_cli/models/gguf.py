@@ -7,13 +7,12 @@ import io
 import json
 import logging
 import shutil
-from functools import cache
 from pathlib import Path
 
 from qlora_cli._compat import restore_splitting
 from qlora_cli.common.atomic_files import atomic_folder, replace_file
 from qlora_cli.common.cache_folder import cache_folder
-from qlora_cli.common.hashing import hash_file
+from qlora_cli.common.hashing import hash_file, hash_once
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError
 from qlora_cli.models.heads import CAUSAL_LM
@@ -43,11 +42,20 @@ def unpack_gguf(path: Path) -> Path:
     # The first process unpacks, and the others wait.
     with filelock.FileLock(folder.with_suffix(".lock")):
         damaged = damaged_file(folder)
-        if damaged and folder.exists():
-            log.warning("%s: damaged (%s); %s is unpacked anew", folder, damaged, path.name)
-        if damaged:
+        if damaged is None:
+            return folder
+        if not folder.exists():
             log.info("unpacking %s to bfloat16 in %s (once)", path.name, folder)
-            _write_unpacked(path, folder)
+        elif not _manifest_of(folder).exists():
+            log.info(
+                "%s was unpacked by an earlier version, which kept no digests; %s is unpacked anew "
+                "(once)",
+                folder,
+                path.name,
+            )
+        else:
+            log.warning("%s: damaged (%s); %s is unpacked anew", folder, damaged, path.name)
+        _write_unpacked(path, folder)
     return folder
 
 
@@ -70,7 +78,7 @@ def damaged_file(folder: Path, *, only: str | None = None) -> str | None:
         if names != files.keys():
             return min(names ^ files.keys())
         for name in sorted(names) if only is None else [only]:
-            if _hash_once(folder / name) != files[name]:
+            if hash_once(folder / name) != files[name]:
                 return name
     except (OSError, ValueError):
         return manifest.name
@@ -78,7 +86,7 @@ def damaged_file(folder: Path, *, only: str | None = None) -> str | None:
 
 
 def _folder_of(path: Path) -> Path:
-    return cache_folder() / "gguf" / f"{_hash_once(path)[:32]}-{_FORMAT_VERSION}"
+    return cache_folder() / "gguf" / f"{hash_once(path)[:32]}-{_FORMAT_VERSION}"
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -88,17 +96,6 @@ def _files_in(folder: Path) -> list[str]:
 def _manifest_of(folder: Path) -> Path:
     """Return the file that lists the digests of an unpacked folder."""
     return folder.with_suffix(".json")
-
-
-def _hash_once(path: Path) -> str:
-    """Hash a file; once in this process, unless its size or time changes."""
-    stat = path.stat()
-    return _hash_of(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
-
-
-@cache
-def _hash_of(path: Path, stamp: tuple[int, ...]) -> str:
-    return hash_file(path)
 
 
 def _write_unpacked(path: Path, folder: Path) -> None:

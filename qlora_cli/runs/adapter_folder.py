@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from qlora_cli.common.digests import refuse_damaged
 from qlora_cli.common.untrusted_files import read_object, refuse_foreign
 from qlora_cli.errors import RecipeError
 from qlora_cli.models.identity import refuse_other_base
@@ -33,14 +34,30 @@ class AdapterFolder:
 
     @classmethod
     def find(cls, path: Path, weights: Weights = "last") -> AdapterFolder:
-        """Find the adapter of a run, or in a folder.
+        """Find the adapter of a run, or in a folder, and verify its files.
+
+        Raises:
+            RecipeError: there is no adapter.
+            ModelError: a link in the folder points outside it, or a file is damaged.
+        """
+        adapter = cls.find_unread(path, weights)
+        if adapter.run is None:
+            refuse_damaged(adapter.folder)
+        else:
+            name = adapter.folder.absolute().name
+            adapter.run.weights("best" if name == "best" else "last")
+        return adapter
+
+    @classmethod
+    def find_unread(cls, path: Path, weights: Weights = "last") -> AdapterFolder:
+        """Find the adapter of a run, or in a folder. Its weights are not read.
 
         Raises:
             RecipeError: there is no adapter.
             ModelError: a link in the folder points outside it.
         """
         run = _run_of(path)
-        folder = run.weights(weights) if run is not None and run.root == path else path
+        folder = run.find_weights(weights) if run is not None and run.root == path else path
         if not (folder / CONFIG).is_file():
             raise RecipeError(
                 f"{path}: no adapter ({folder / CONFIG} does not exist)",

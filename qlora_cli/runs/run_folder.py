@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from qlora_cli.common.atomic_files import atomic_folder, replace_file, unfinished_of
+from qlora_cli.common.digests import refuse_damaged, write_digests
 from qlora_cli.common.untrusted_files import read_object, refuse_links
 from qlora_cli.errors import Interrupted, RecipeError
 from qlora_cli.models.identity import identify, refuse_other_base
@@ -143,7 +144,24 @@ class RunFolder:
             ) from error
 
     def weights(self, which: Weights) -> Path:
-        """Find the folder of the trained weights.
+        """Find the folder of the trained weights, and verify its files.
+
+        Raises:
+            RecipeError: there are none.
+            ModelError: a link in the run folder points outside it, or a file is damaged.
+        """
+        folder = self.find_weights(which)
+        hint = "restore the file from a copy"
+        if any(self.checkpoints.glob("step-*")):
+            again = f"qlora train {shlex.quote(str(self.recipe))} --resume auto"
+            hint += f", or {again} writes last/ again from the newest checkpoint"
+        if which == "best" and folder.name == which:
+            hint += ", or take --weights last"
+        refuse_damaged(folder, hint=hint)
+        return folder
+
+    def find_weights(self, which: Weights) -> Path:
+        """Find the folder of the trained weights. Its files are not read.
 
         Raises:
             RecipeError: there are none.
@@ -172,6 +190,7 @@ class RunFolder:
         """Write a folder of weights next to the old one, then exchange them."""
         with atomic_folder(self.root / which, replace=True) as unfinished:
             write(unfinished)
+            write_digests(unfinished)
 
     def available_bytes(self) -> int:
         """Bytes that the run may use on this disk: free ones, and those of its own weights."""

@@ -47,6 +47,7 @@ def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
 
     Raises:
         RecipeError: the run has not finished, or `output` is taken.
+        ModelError: the weights of the run are damaged.
         QloraError: training fails.
     """
     quiet_libraries()
@@ -57,6 +58,9 @@ def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
             f"{path}: the run has not finished, so it has no result to compare with",
             hint=f"qlora train {shlex.quote(str(run.recipe))} --resume auto finishes it",
         )
+    for name in get_args(Weights):
+        if (run.root / name).is_dir():
+            run.weights(name)  # a damaged file would be taken for another result
     again = RunFolder(output or path.absolute().with_name(f"{path.absolute().name}-again"))
     recipe = _elsewhere(recorded_recipe(run), again.root)
     again.start(resume=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.common.digests import DIGESTS
 from tests.conftest import exit_code, output_of, save_tiny_model
 
 WEIGHTS = "last/adapter_model.safetensors"
@@ -173,6 +174,7 @@ def test_tensors_that_do_not_fit_are_refused(
     tensors = load_file(parent / WEIGHTS)
     damage(tensors)
     save_file(tensors, parent / WEIGHTS)
+    (parent / WEIGHTS).with_name(DIGESTS).unlink()
     assert exit_code("train", begin("second", parent)) == 3
     told = capsys.readouterr().err
     assert message in told

@@ -26,6 +26,7 @@ from transformers import (
 
 from benchmarks.merge_memory import make_base, make_run
 from benchmarks.merge_memory import merge as merge_within
+from qlora_cli.common.digests import DIGESTS
 from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
@@ -55,6 +56,7 @@ def change(run: Path, change_one: Callable[[dict[str, torch.Tensor]], None]) -> 
     tensors = load_file(path)
     change_one(tensors)
     save_file(tensors, path)
+    path.with_name(DIGESTS).unlink()
 
 
 def test_files_names_and_dtypes_match_the_base(run: Callable[..., Path], tmp_path: Path) -> None:

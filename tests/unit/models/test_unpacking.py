@@ -11,7 +11,7 @@ import pytest
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.gguf import damaged_file
 from tests.conftest import ROOT
-from tests.damage import DAMAGE
+from tests.damage import DAMAGE, flipped
 from tests.tiny_gguf import write_gguf
 
 
@@ -61,6 +61,30 @@ def test_a_damaged_folder_is_unpacked_anew(model: Path, caplog: pytest.LogCaptur
     assert config.locate() == folder
     assert f"{folder}: damaged (model.safetensors); {model.name} is unpacked anew" in caplog.text
     assert weights.read_bytes() == written
+
+
+def test_a_folder_without_digests_is_unpacked_anew(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An earlier version kept none: nothing is damaged."""
+    caplog.set_level("INFO")
+    config = BaseModelConfig(path=str(model))
+    folder = config.locate()
+    assert "unpacking tiny.gguf" in caplog.text
+    caplog.clear()
+    written = (folder / "model.safetensors").read_bytes()
+    for content in (written, flipped(written)):
+        (folder / "model.safetensors").write_bytes(content)
+        folder.with_suffix(".json").unlink()
+        assert config.locate() == folder
+        assert (folder / "model.safetensors").read_bytes() == written
+        [line] = [record.message for record in caplog.records if record.name == "qlora"]
+        assert line.startswith(
+            f"{folder} was unpacked by an earlier version, which kept no digests"
+        )
+        caplog.clear()
+        assert config.locate() == folder
+        assert not caplog.records
 
 
 @pytest.mark.slow
