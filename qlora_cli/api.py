@@ -12,7 +12,7 @@ from qlora_cli.common.user_paths import expand_path
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.inference.sampling import Sampling
-from qlora_cli.inference.session import InferenceSession, open_session
+from qlora_cli.inference.session import InferenceSession, limit_sampling, open_session
 from qlora_cli.models.context import check_length
 from qlora_cli.runs.run_folder import Weights
 from qlora_cli.tasks import Classification
@@ -109,7 +109,7 @@ class Model:
         sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
         typed = [*self._history, Message("user", message, train=False)]
         prompt = self._session.prompt(self._model, self._reader.conversation(typed))
-        limited = self._session.limited(sampling, prompt)
+        limited = limit_sampling(self._model, sampling, prompt)
         with self._session.use(self._model) as generator:
             answer = generator.stream(
                 prompt, limited, turn=len(self._history) // 2, write=lambda _: None
@@ -150,7 +150,7 @@ class Model:
             answer=0,
             place="",
         )
-        check_length(max(len(one.input_ids) for one in item.examples), self._session.context)
+        check_length(max(len(one.input_ids) for one in item.examples), self._model.context)
         with self._session.use(self._model) as generator:
             log_p = ModelScorer(
                 self._model.name,
@@ -175,7 +175,7 @@ class Model:
             try:
                 question = self._reader.question(_row(prompt), self._model.encoder).prompt
                 check_length(
-                    len(question.input_ids), self._session.context, hint="shorten the prompt"
+                    len(question.input_ids), self._model.context, hint="shorten the prompt"
                 )
             except DataError as error:
                 place = f"prompt {number}: " if len(prompts) > 1 else ""

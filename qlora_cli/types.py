@@ -30,8 +30,21 @@ class ModelContext:
     """The number of positions that a model was made for."""
 
     length: int
+    """Positions for the tokens of a row."""
     is_table: bool
     """Positions are rows of a table, so that a longer row cannot be computed."""
+    virtual_tokens: int = 0
+    """Virtual tokens before each row, whose positions `length` does not count."""
+
+    @property
+    def text(self) -> str:
+        """The number of tokens that a row may have, for messages."""
+        if not self.virtual_tokens:
+            return f"{self.length:,} tokens"
+        return (
+            f"{self.length:,} tokens ({self.length + self.virtual_tokens:,} less "
+            f"{self.virtual_tokens:,} virtual tokens)"
+        )
 
 
 Role = Literal["system", "user", "assistant", "tool", "text"]

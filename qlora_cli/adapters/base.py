@@ -60,6 +60,11 @@ class AdapterMethod(Config):
         """Approximate count of saved numbers for each trained one."""
         return 1
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens before each row, which take positions of the model's context."""
+        return 0
+
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """Return the settings as PEFT's config for `model`."""
         raise NotImplementedError

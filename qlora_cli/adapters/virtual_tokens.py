@@ -36,6 +36,11 @@ class PromptTuning(AdapterMethod):
     type: Literal["prompt"] = "prompt"
     num_virtual_tokens: NumVirtualTokens = 20
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens before each row, which take positions of the model's context."""
+        return self.num_virtual_tokens
+
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """Return the settings as PEFT's config for `model`."""
         from peft import PromptTuningConfig
@@ -56,6 +61,11 @@ class PrefixTuning(AdapterMethod):
     first_change: ClassVar[str] = _FIRST_CHANGE
     type: Literal["prefix"] = "prefix"
     num_virtual_tokens: NumVirtualTokens = 20
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens before each row, which take positions of the model's context."""
+        return self.num_virtual_tokens
 
     def peft_config(self, model: PreTrainedModel) -> PeftConfig:
         """Return the settings as PEFT's config for `model`."""

@@ -12,7 +12,7 @@ import torch
 from qlora_cli.compare.report import Latency
 from qlora_cli.evaluate.divergence import TEXTS
 from qlora_cli.inference.sampling import Sampling, TextGenerator
-from qlora_cli.types import Prompt
+from qlora_cli.types import ModelContext, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,14 +31,21 @@ def measure_latency(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    new_tokens: int = NEW_TOKENS,
+    context: ModelContext | None = None,
     repeats: int = REPEATS,
 ) -> Latency:
     """Measure the time to the first token, and the tokens per second after it, for one prompt.
 
     Both are medians of several runs, after one warm-up run. No token stops generation, so every run
     has the same number of tokens.
+
+    Args:
+        context: that of the model, if known. In a short one, prompt and answer are shorter.
     """
+    prompt_tokens, new_tokens = _lengths(context)
+    if prompt_tokens < 1:
+        assert context is not None
+        return Latency(error=f"the model's context of {context.text} is too short to generate in")
 
     def seconds(number: int) -> float:
         started = time.perf_counter()
@@ -46,12 +53,21 @@ def measure_latency(
         return time.perf_counter() - started
 
     generator = TextGenerator(model, tokenizer, _NEVER, dtype, device)
-    prompt = Prompt(prompt_ids(tokenizer), reference="")
+    prompt = Prompt(prompt_ids(tokenizer)[:prompt_tokens], reference="")
     seconds(new_tokens)
     pairs = [(seconds(1), seconds(new_tokens)) for _ in range(repeats)]
     # The clock may not advance between two reads.
     rest = max(median(whole - one for one, whole in pairs), 1e-9)
     return Latency(median(one for one, _ in pairs), (new_tokens - 1) / rest)
+
+
+def _lengths(context: ModelContext | None) -> tuple[int, int]:
+    """Return the number of prompt tokens and of new tokens, at least two, that fit the context."""
+    room = PROMPT_TOKENS + NEW_TOKENS
+    if context is not None:
+        room = min(room, context.length)
+    new_tokens = max(2, min(NEW_TOKENS, room // 3))
+    return min(PROMPT_TOKENS, room - new_tokens), new_tokens
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

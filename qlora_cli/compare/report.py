@@ -50,7 +50,7 @@ class Latency(Report):
     tokens_per_second: float | Absent = ABSENT
     """Tokens per second after the first."""
     error: str | Absent = ABSENT
-    """Why the merge was refused, in place of the other keys."""
+    """Why the merge was refused or nothing could be generated, in place of the other keys."""
 
 
 @dataclass(frozen=True, slots=True)

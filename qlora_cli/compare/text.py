@@ -142,7 +142,9 @@ def failures(report: CompareReport) -> Iterator[tuple[str, str]]:
             yield cell.name, f"{cell.status}: {failure.error}{hint}"
         if cell.memory.plan_error:
             yield cell.name, f"not planned: {cell.memory.plan_error}"
-        if cell.generation and cell.generation.merged.error is not ABSENT:
+        if cell.generation and cell.generation.base.error is not ABSENT:
+            yield cell.name, f"generation not measured: {cell.generation.base.error}"
+        elif cell.generation and cell.generation.merged.error is not ABSENT:
             yield cell.name, f"merging refused: {cell.generation.merged.error}"
 
 

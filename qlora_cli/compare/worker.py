@@ -135,9 +135,11 @@ def _measure_generation(recipe: Recipe, run: RunFolder) -> CellGeneration:
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     weights = run.weights("last")
     tokenizer = load_tokenizer(weights, trust_remote_code=recipe.model.trust_remote_code)
+    # The same for all three forms, so that they generate as many tokens.
+    context = recipe.model.read_context(recipe.adapter.virtual_tokens)
 
     def speed(model: Any) -> Latency:
-        return measure_latency(model, tokenizer, dtype=dtype, device=world.device)
+        return measure_latency(model, tokenizer, dtype=dtype, device=world.device, context=context)
 
     model = load_base(recipe.model, recipe.quantization, dtype, world.device)
     base = speed(model)

@@ -172,7 +172,8 @@ def evaluate_model(
         The name of a model, and the outcomes of each task.
     """
     tokenizer = evaluated.load_tokenizer()
-    context = evaluated.recipe.model.read_context()
+    virtual_tokens = evaluated.recipe.adapter.virtual_tokens if evaluated.trained else 0
+    context = evaluated.recipe.model.read_context(virtual_tokens)
     task_items = read_tasks(
         tasks, settings.data, tokenizer, limit=settings.evaluation.limit, context=context
     )

@@ -57,6 +57,8 @@ def evaluate_by_harness(
         QloraError: the harness is not installed, has no such task, or the model cannot be loaded.
     """
     quiet_libraries()
+    from qlora_cli.adapters.layers.virtual_tokens import context_of
+
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -74,6 +76,8 @@ def evaluate_by_harness(
     model: Any = load_base(settings.model, settings.quantization, dtype, world.device)
     if evaluated.trained is not None:
         model = settings.adapter.load(model, evaluated.trained)
+    # The harness counts the positions of the base, and virtual tokens take some of them.
+    context = context_of(model)
     as_chat = as_chat and tokenizer.chat_template is not None
     log.info("%s: %s by lm-evaluation-harness", evaluated.name, ", ".join(tasks))
     found = lm_eval.simple_evaluate(
@@ -81,6 +85,7 @@ def evaluate_by_harness(
             pretrained=model.eval(),
             tokenizer=tokenizer,
             batch_size=settings.eval_batch_size,
+            max_length=context.length if context is not None and context.virtual_tokens else None,
             mixed_precision_dtype=None if dtype.itemsize == 4 else dtype,
         ),
         tasks=list(tasks),

@@ -65,7 +65,7 @@ def generate(
     rows = read_questions(
         prompts, model.encoder, formats=session.formats, is_plain=session.is_plain, system=system
     )
-    check_prompts([row.prompt for row in rows], session.context)
+    check_prompts([row.prompt for row in rows], model.context)
     started = time.monotonic()
     progress = Progress("completions", len(rows))
     found: dict[int, Completion] = {}

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from qlora_cli.common.standard_output import write_output
 from qlora_cli.errors import DataError, QloraError, RecipeError
 from qlora_cli.inference.sampling import Completion, Sampling
-from qlora_cli.inference.session import BASE, InferenceSession, SessionModel
+from qlora_cli.inference.session import BASE, InferenceSession, SessionModel, limit_sampling
 from qlora_cli.types import Message
 
 HELP = """\
@@ -138,7 +138,7 @@ class Chat:
         self, model: SessionModel, messages: Sequence[Message], write: Callable[[str], None]
     ) -> Completion:
         prompt = self._session.prompt(model, self._reader.conversation(messages))
-        sampling = self._session.limited(self._sampling, prompt)
+        sampling = limit_sampling(model, self._sampling, prompt)
         is_streamed = not self._settings.as_json
         with self._session.use(model) as generator:
             answer = generator.stream(

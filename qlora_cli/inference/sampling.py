@@ -15,7 +15,7 @@ from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.batching.collate import prompt_batches
 from qlora_cli.errors import RecipeError
-from qlora_cli.models.context import check_prompts, limit_new_tokens, read_context
+from qlora_cli.models.context import check_prompts, limit_new_tokens
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
@@ -93,10 +93,13 @@ class TextGenerator:
         ends where the model's context is full; a warning counts those that this cut off.
 
         Raises:
-            DataError: a prompt leaves no room in the context.
+            DataError: a prompt leaves no room in a context whose positions are a table.
         """
-        context = read_context(self.model.config.to_dict())
-        check_prompts(prompts, context)
+        from qlora_cli.adapters.layers.virtual_tokens import context_of
+
+        context = context_of(self.model)
+        if context is not None and context.is_table:
+            check_prompts(prompts, context)
         # Prompts whose completions have another limit are in other batches.
         by_limit: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
@@ -113,9 +116,9 @@ class TextGenerator:
                     yield indices[place], completion
         if context is not None and num_cut:
             log.warning(
-                "%d of %d answers end where the model's context of %s tokens is full, before "
+                "%d of %d answers end where the model's context of %s is full, before "
                 "%d new tokens",
-                num_cut, len(prompts), f"{context.length:,}", sampling.max_new_tokens,
+                num_cut, len(prompts), context.text, sampling.max_new_tokens,
             )  # fmt: skip
 
     def _complete(

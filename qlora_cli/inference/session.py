@@ -18,7 +18,7 @@ from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Sampling, TextGenerator
-from qlora_cli.models.context import check_length, limit_new_tokens, read_context
+from qlora_cli.models.context import check_length, limit_new_tokens
 from qlora_cli.models.identity import identify
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
@@ -26,7 +26,7 @@ from qlora_cli.recipe.load import load_recipe, recipe_of_model
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
-from qlora_cli.types import Message, Prompt, Role
+from qlora_cli.types import Message, ModelContext, Prompt, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,6 +50,8 @@ class SessionModel:
     encoder: Encoder
     stop_token_ids: list[int]
     """Stop tokens of the model, of its training and of the chat template."""
+    context: ModelContext | None
+    """Maximum tokens of prompt and completion together; None if the model's config does not say."""
 
 
 class InferenceSession:
@@ -67,8 +69,6 @@ class InferenceSession:
         formats: data formats that the model was trained on; empty if unknown.
         is_plain: prompts are continued verbatim, because the model has no chat template or was
             trained without it.
-        context: maximum tokens of prompt and completion together; None if the model's config
-            does not say.
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class InferenceSession:
             bool(self.formats) and all(map(is_verbatim, self.formats))
         )
         self._base = load_base(recipe.model, recipe.quantization, self.dtype, self.world.device)
-        self.context = read_context(self._base.config.to_dict())
         self._adapters = AdapterSet(self._base.eval())
         self.models: dict[str, SessionModel] = {}
         self.add(BASE, None)
@@ -98,6 +97,8 @@ class InferenceSession:
             RecipeError: the name is taken.
             ModelError: the adapter was trained on another base.
         """
+        from qlora_cli.adapters.layers.virtual_tokens import context_of
+
         if name in self.models:
             raise RecipeError(f"--adapter: duplicate name {name}; give each adapter its own name")
         tokenizer, stops = self._tokenizer, set(as_ids(self._base.generation_config.eos_token_id))
@@ -109,9 +110,10 @@ class InferenceSession:
                 tokenizer = load_tokenizer(adapter.folder)
         encoder = Encoder(tokenizer)
         stops |= {tokenizer.eos_token_id, _end_of_turn(encoder)} - {None}
-        model = SessionModel(
-            name, None if adapter is None else name, tokenizer, encoder, sorted(stops)
-        )
+        key = None if adapter is None else name
+        with self._adapters.using(key) as weights:
+            context = context_of(weights)
+        model = SessionModel(name, key, tokenizer, encoder, sorted(stops), context)
         self.models[name] = model
         if adapter is not None and self.default.adapter is None:
             self.default = model
@@ -148,7 +150,7 @@ class InferenceSession:
         hint = "shorten the message"
         if len([one for one in messages if one.role == "user"]) > 1 and not self.is_plain:
             hint += ", or drop the earlier ones (/reset; in Python, reset())"
-        check_length(len(prompt.input_ids), self.context, hint=hint)
+        check_length(len(prompt.input_ids), model.context, hint=hint)
         return prompt
 
     def reader(self, system: str | None = None) -> PromptReader:
@@ -159,10 +161,11 @@ class InferenceSession:
         """
         return PromptReader(self.formats, is_plain=self.is_plain, system=system)
 
-    def limited(self, sampling: Sampling, prompt: Prompt) -> Sampling:
-        """Limit new tokens to what the context has room for after a prompt."""
-        limit = limit_new_tokens(len(prompt.input_ids), sampling.max_new_tokens, self.context)
-        return replace(sampling, max_new_tokens=limit)
+
+def limit_sampling(model: SessionModel, sampling: Sampling, prompt: Prompt) -> Sampling:
+    """Limit new tokens to what the context of a model has room for after a prompt."""
+    limit = limit_new_tokens(len(prompt.input_ids), sampling.max_new_tokens, model.context)
+    return replace(sampling, max_new_tokens=limit)
 
 
 def open_session(

@@ -48,7 +48,7 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     if source is not None and source not in known:
         raise RecipeError(f"--source: found {value_text(source)}; choose from {', '.join(known)}")
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    context = recipe.model.read_context()
+    context = recipe.model.read_context(recipe.adapter.virtual_tokens)
     lost_errors: list[TooManyLost] = []
 
     def read(name: str, some: list[Source]) -> PreparedData:

@@ -71,7 +71,7 @@ def read_recipe_data(recipe: Recipe, *, use_cache: bool = True) -> RecipeData:
     data = recipe.data
     data.refuse_untrainable()
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
-    context = recipe.model.read_context()
+    context = recipe.model.read_context(recipe.adapter.virtual_tokens)
     read = partial(read_data, use_cache=use_cache, context=context)
     training = read("training", data, data.train_sources, tokenizer)
     evaluation = None

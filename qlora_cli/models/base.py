@@ -146,13 +146,16 @@ class BaseModelConfig(Config):
             check_vocabulary(tokenizer, rows, folder)
         return tokenizer
 
-    def read_context(self) -> ModelContext | None:
+    def read_context(self, virtual_tokens: int = 0) -> ModelContext | None:
         """Read how many positions the model was made for; None if its config does not say.
 
+        Args:
+            virtual_tokens: those that an adapter puts before each row.
+
         Raises:
-            ModelError: the model is not found.
+            ModelError: the model is not found, or the virtual tokens take all positions.
         """
-        return read_context(read_object(self.locate() / "config.json"))
+        return read_context(read_object(self.locate() / "config.json"), virtual_tokens)
 
     def is_at_hand(self) -> bool:
         """Tell whether the model is a local folder or file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_cli.errors import DataError
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.types import ModelContext, Prompt
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
@@ -20,21 +20,38 @@ _LEARNED = {
 """Model types with a table of positions: a longer row has no position, and fails."""
 
 
-def read_context(config: Mapping[str, Any]) -> ModelContext | None:
+def read_context(config: Mapping[str, Any], virtual_tokens: int = 0) -> ModelContext | None:
     """Return the context of a model; None if its config does not say.
 
     Args:
         config: the content of config.json.
+        virtual_tokens: those that an adapter puts before each row. They take positions.
+
+    Raises:
+        ModelError: the virtual tokens take all positions.
     """
     length = _length(config)
     if length is None:
         return None
-    return ModelContext(length, is_table=config.get("model_type") in _LEARNED)
+    if virtual_tokens >= length:
+        raise ModelError(
+            f"adapter.num_virtual_tokens ({virtual_tokens:,}): the model has {length:,} positions, "
+            "so none is left for a row",
+            hint=f"--set adapter.num_virtual_tokens={max(1, min(20, length // 2))}",
+        )
+    is_table = config.get("model_type") in _LEARNED
+    return ModelContext(length - virtual_tokens, is_table, virtual_tokens)
 
 
 def limit_new_tokens(length: int, wanted: int, context: ModelContext | None) -> int:
-    """Limit new tokens to what the context leaves after a prompt of this length."""
-    return wanted if context is None else min(wanted, context.length - length)
+    """Limit new tokens to what the context leaves after a prompt of this length.
+
+    A prompt beyond the context, whose positions can be computed, gets all of them.
+    """
+    if context is None:
+        return wanted
+    room = context.length - length
+    return wanted if room < 1 and not context.is_table else min(wanted, room)
 
 
 def check_length(
@@ -45,7 +62,7 @@ def check_length(
         where = f"{place}: " if place else ""
         raise DataError(
             f"{where}the context is full: the prompt has {length:,} tokens, and the model has "
-            f"room for {context.length:,}",
+            f"room for {context.text}",
             hint=hint,
         )
 

@@ -32,6 +32,7 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import ModelError
+from qlora_cli.models.context import read_context
 from qlora_cli.models.report import WeightCounts, count_base_weights, refuse_mostly_unquantized
 from qlora_cli.plan.miniature_run import UnattachedMiniature, UncheckedModel, dry_run_miniature
 from qlora_cli.plan.rows import missing_locally
@@ -104,7 +105,8 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
     if key in _CHECKED:
         return _CHECKED[key]
     skeleton = _build_skeleton(recipe, config)
-    refuse_long_rows(skeleton, recipe.data.max_length)
+    read_context(config.to_dict(), adapter.virtual_tokens)  # refuses too many virtual tokens
+    refuse_long_rows(skeleton, recipe.data.max_length, adapter.virtual_tokens)
     for check in adapter.checks:
         check(adapter, skeleton)
     steps: list[str] = []
@@ -168,8 +170,11 @@ def compatibility_text(report: CompatibilityReport) -> str:
     )
 
 
-def refuse_long_rows(model: PreTrainedModel, max_length: int) -> None:
+def refuse_long_rows(model: PreTrainedModel, max_length: int, virtual_tokens: int = 0) -> None:
     """Refuse rows that are longer than a learned table of positions.
+
+    Args:
+        virtual_tokens: those before each row, which take positions too.
 
     Raises:
         ModelError: `data.max_length` is beyond the table.
@@ -182,11 +187,13 @@ def refuse_long_rows(model: PreTrainedModel, max_length: int) -> None:
         # Relative positions have small tables of distances.
         if not is_table or module is tokens or not isinstance(declared, int):
             continue
-        if module.num_embeddings >= declared and max_length > declared:
+        left = declared - virtual_tokens
+        if module.num_embeddings >= declared and max_length > left:
+            taken = f" ({virtual_tokens} of them virtual tokens)" if virtual_tokens else ""
             raise ModelError(
                 f"data.max_length ({max_length}): the model has learned positions ({name}) for "
-                f"{declared} tokens, so a longer row cannot be computed",
-                hint=f"--set data.max_length={declared}",
+                f"{declared} tokens{taken}, so a longer row cannot be computed",
+                hint=f"--set data.max_length={left}",
             )
 
 

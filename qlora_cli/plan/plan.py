@@ -109,7 +109,7 @@ def plan(recipe: Recipe, *, device: str = "cuda", gpus: int = 1, fit: bool = Fal
     else:
         rows = largest_rows(recipe, config, target, data())
         fitted = Fitted(estimate(recipe, config, target, rows))
-    context = read_context(config.to_dict())
+    context = read_context(config.to_dict(), recipe.adapter.virtual_tokens)
     return _report(
         fitted,
         target,

@@ -204,7 +204,8 @@ class PlanReport(Report):
     micro_batch: MicroBatch
     """The micro-batch."""
     context: int | None
-    """Number of positions that the model was made for; null if its config does not say."""
+    """Number of positions that the model was made for, less the adapter's virtual tokens; null if
+    its config does not say."""
     warnings: Sequence[str]
     """Settings of the recipe that have no effect in this run."""
     seconds: float

@@ -29,6 +29,11 @@ class ChoiceItem:
     """One per option: the tokens of the prompt and of the option; the option's are supervised."""
 
 
+def place_and_length(item: ChoiceItem) -> tuple[str, int]:
+    """Return the location of an item, and the tokens of its prompt with the longest option."""
+    return item.place, max(len(example.input_ids) for example in item.examples)
+
+
 def evaluate_choices(
     scorer: Scorer,
     items: Sequence[ChoiceItem],

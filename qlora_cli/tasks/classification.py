@@ -15,7 +15,13 @@ from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.prepared.labels import WAY_OUT, label_variants, plain_label, variants_text
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices, split_at_answer
+from qlora_cli.tasks.choice import (
+    ChoiceItem,
+    encode_choice,
+    evaluate_choices,
+    place_and_length,
+    split_at_answer,
+)
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values, mean_of, read_rows
 from qlora_cli.types import Conversation
 
@@ -85,6 +91,9 @@ class Classification(Task):
             except DataError as error:
                 raise DataError(f"{row.place}: {error}", hint=error.hint) from error
         return choices
+
+    def place_and_length(self, item: ChoiceItem) -> tuple[str, int]:
+        return place_and_length(item)
 
     def evaluate(self, scorer: Scorer, items: Sequence[ChoiceItem]) -> list[Outcome]:
         return evaluate_choices(scorer, items, self._values)

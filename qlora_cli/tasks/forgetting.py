@@ -71,6 +71,10 @@ class Forgetting(Task):
             for number, window in enumerate(whole[: source.max_windows], start=1)
         ]
 
+    def place_and_length(self, item: tuple[str, Example]) -> tuple[str, int]:
+        place, example = item
+        return place, len(example.input_ids)
+
     def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
         return evaluate_tokens(scorer, items)
 
@@ -95,6 +99,10 @@ class Divergence(Task):
         most = min(limit or _PROMPTS, _PROMPTS)
         prompts = read_prompts(sources, tokenizer, settings, limit=most)
         return [(prompt.place, Example(prompt.input_ids, prompt.input_ids)) for prompt in prompts]
+
+    def place_and_length(self, item: tuple[str, Example]) -> tuple[str, int]:
+        place, example = item
+        return place, len(example.input_ids)
 
     def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
         sums = scorer.divergences([example for _, example in items])

@@ -44,6 +44,10 @@ class Loss(Task):
         prepared, _ = load_or_prepare(sources, tokenizer, settings)
         return [(prepared.examples.place(i), one) for i, one in enumerate(prepared.examples)]
 
+    def place_and_length(self, item: tuple[str, Example]) -> tuple[str, int]:
+        place, example = item
+        return place, len(example.input_ids)
+
     def evaluate(self, scorer: Scorer, items: Sequence[tuple[str, Example]]) -> list[Outcome]:
         return evaluate_tokens(scorer, items)
 

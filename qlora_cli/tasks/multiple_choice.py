@@ -15,7 +15,7 @@ from qlora_cli.data.formats.fields import as_list, as_text, parsed, value_of
 from qlora_cli.data.formats.template import check_template, rendered
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices
+from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices, place_and_length
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, mean_of
 from qlora_cli.types import Message, Row
 
@@ -90,6 +90,9 @@ class MultipleChoice(Task):
         if not items:
             raise DataError(f"{self.label}: no rows")
         return items
+
+    def place_and_length(self, item: ChoiceItem) -> tuple[str, int]:
+        return place_and_length(item)
 
     def evaluate(self, scorer: Scorer, items: Sequence[ChoiceItem]) -> list[Outcome]:
         return evaluate_choices(scorer, items, self._values)

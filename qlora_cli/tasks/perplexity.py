@@ -88,6 +88,9 @@ class Perplexity(Task):
             raise DataError(f"{self.data.path}: no text has two tokens or more")
         return found
 
+    def place_and_length(self, item: Document) -> tuple[str, int]:
+        return item.place, max(len(window.example.input_ids) for window in item.windows)
+
     def evaluate(self, scorer: Scorer, items: Sequence[Document]) -> list[Outcome]:
         sums = iter(scorer.log_likelihoods([w.example for q in items for w in q.windows]))
         outcomes = []

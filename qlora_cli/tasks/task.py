@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,13 +14,15 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
-from qlora_cli.models.context import check_prompts
 from qlora_cli.types import Conversation, Example, ModelContext, Prompt
 
 if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
+
+
+log = logging.getLogger("qlora")
 
 
 class Scorer(Protocol):
@@ -141,6 +144,13 @@ class Task(Config):
             for q, answer in zip(items, scorer.generate(items), strict=True)
         ]
 
+    def place_and_length(self, item: Any) -> tuple[str, int]:
+        """Return the location of an item, and the tokens that it takes of the model's context.
+
+        A generated answer takes at least one. An item of length 0 is not compared with the context.
+        """
+        return (item.place, len(item.input_ids) + 1) if isinstance(item, Prompt) else ("", 0)
+
     def measures(self) -> Sequence[Measure]:
         """Return the measures of the task, the main one first."""
         return [mean_of(self.type)]
@@ -201,10 +211,13 @@ def read_tasks(
 
     Args:
         limit: use only this many rows, from the start; None for all.
-        context: refuse prompts that leave no room in it for an answer; None refuses none.
+        context: that of the model, if known. An item that does not fit is treated like a training
+            row: where positions are computed, it is kept with a warning; where they are a table,
+            it is refused, or left out with `data.on_bad_row: skip`.
 
     Raises:
-        DataError: a row cannot be turned into an item, or its reference cannot be scored.
+        DataError: a row cannot be turned into an item, its reference cannot be scored, or an item
+            cannot be computed.
     """
     shared = data.evaluation_sources
     found: TaskItems = [
@@ -219,6 +232,42 @@ def read_tasks(
         )
         for task in tasks
     ]
-    for _, items in found:
-        check_prompts([item for item in items if isinstance(item, Prompt)], context)
-    return found
+    if context is None:
+        return found
+    return _fit_to_context(found, context, skip=data.on_bad_row == "skip")
+
+
+def _fit_to_context(found: TaskItems, context: ModelContext, *, skip: bool) -> TaskItems:
+    """Warn of items that do not fit into the context, refuse them, or leave them out."""
+    lengths: dict[str, int] = {}  # tasks share rows
+    fitting: TaskItems = []
+    for task, items in found:
+        measured = [task.place_and_length(item) for item in items]
+        for place, length in measured:
+            lengths[place] = max(length, lengths.get(place, 0))
+        pairs = zip(items, measured, strict=True)
+        fitting.append((task, [item for item, (_, length) in pairs if length <= context.length]))
+    beyond = [place for place, length in lengths.items() if length > context.length]
+    if not beyond:
+        return found
+    named = ", ".join(
+        task.label
+        for (task, items), (_, rest) in zip(found, fitting, strict=True)
+        if len(rest) < len(items)
+    )
+    what = (
+        f"evaluation ({named}): {len(beyond):,} of {len(lengths):,} rows do not fit into the "
+        f"model's context of {context.text}, such as {beyond[0]}, which takes at least "
+        f"{lengths[beyond[0]]:,}"
+    )
+    if not context.is_table:
+        log.warning("%s: the model was not trained on such positions", what)
+        return found
+    if skip and all(rest for _, rest in fitting):
+        log.warning("%s: skipped", what)
+        return fitting
+    raise DataError(
+        f"{what}; it has no positions for them",
+        hint="shorten or remove them (windows of text: a smaller `window`)"
+        + ("" if skip else ", or leave them out with data.on_bad_row: skip"),
+    )

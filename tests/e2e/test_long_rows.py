@@ -96,6 +96,24 @@ def test_a_model_with_a_table_of_positions_refuses_longer_rows(
     assert f"hint: --set data.max_length={CONTEXT}" in said
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_are_taken_from_the_context(
+    write_recipe: Callable[..., Path], rows: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """The longest row fits the context, but not with 20 virtual tokens before it."""
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "a" * 475}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    longest = {"lora": 0, method: 1}
+    for kind, number in longest.items():
+        recipe = write_recipe(**settings(rows), adapter={"type": kind})
+        assert exit_code("preview", recipe) == 0
+        printed, said = capsys.readouterr()
+        assert f"beyond the model's context ({CONTEXT - 20 * number})    {number} of 1" in printed
+        warning = f"context of {CONTEXT - 20} tokens ({CONTEXT} less 20 virtual tokens), such as"
+        assert (warning in said) == bool(number)
+    assert output_of(capsys, "plan", recipe, "--device", "24GiB")["context"] == CONTEXT - 20
+
+
 def test_a_warmup_longer_than_the_run_is_one_warning(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

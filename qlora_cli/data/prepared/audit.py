@@ -128,7 +128,7 @@ def check_context(sides: list[AuditedDataset], context: ModelContext | None) -> 
             continue
         what = (
             f"{side.name} data: {side.beyond.found} rows are longer than the model's context of "
-            f"{context.length:,} tokens, such as {side.beyond.named[0]}"
+            f"{context.text}, such as {side.beyond.named[0]}"
         )
         remedy = f"data.max_length={context.length}"
         if context.is_table:

@@ -13,11 +13,15 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from qlora_cli.adapters import LoRA, PrefixTuning, PromptTuning
+from qlora_cli.adapters.layers.virtual_tokens import context_of
 from qlora_cli.adapters.switch import AdapterSet
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.inference.sampling import Sampling, TextGenerator
+from qlora_cli.inference.session import open_session
 from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.plan.compatibility import refuse_long_rows
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.types import IGNORE_INDEX, Batch
+from qlora_cli.types import IGNORE_INDEX, Batch, ModelContext
 from qlora_cli.types import Prompt as Question
 from tests.conftest import make_tokenizer
 
@@ -157,6 +161,55 @@ def test_virtual_tokens_work_on_another_architecture(method: Any) -> None:
     assert logits(model).shape == (2, 6, 260)
     alone = logits(model, IDS[1:, :4], None)
     torch.testing.assert_close(logits(model)[1:, :4], alone, rtol=0, atol=1e-5)
+
+
+def tiny_gpt2() -> PreTrainedModel:
+    """A model with a table of 32 positions."""
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=260, n_positions=32)
+    return GPT2LMHeadModel(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("number", [1, 5, 31])
+@pytest.mark.parametrize("kind", [PromptTuning, PrefixTuning])
+def test_virtual_tokens_take_positions_of_a_table(kind: Any, number: int) -> None:
+    model = kind(num_virtual_tokens=number).attach(tiny_gpt2()).eval()
+    context = context_of(model)
+    assert context == ModelContext(32 - number, is_table=True, virtual_tokens=number)
+    assert logits(model, torch.ones(1, 32 - number, dtype=torch.long), None).isfinite().all()
+    with pytest.raises(IndexError):
+        logits(model, torch.ones(1, 33 - number, dtype=torch.long), None)
+    with model.disable_adapter():
+        assert context_of(model) == ModelContext(32, is_table=True)
+    refuse_long_rows(model, 32 - number, number)
+    with pytest.raises(ModelError, match=f"32 tokens .{number} of them virtual tokens") as caught:
+        refuse_long_rows(model, 33 - number, number)
+    assert caught.value.hint == f"--set data.max_length={32 - number}"
+
+
+@each_method
+def test_answers_end_where_the_context_without_virtual_tokens_is_full(method: Any) -> None:
+    model = method.attach(tiny_gpt2()).eval()
+    generator = TextGenerator(model, make_tokenizer(), [1000], torch.float32, torch.device("cpu"))
+
+    def answer(length: int) -> int:
+        prompts = [Question([65] * length, "", "")]
+        [(_, found)] = generator.complete(prompts, Sampling(max_new_tokens=50), batch_size=1)
+        return found.num_tokens
+
+    assert [answer(length) for length in (20, 26)] == [7, 1]
+    with pytest.raises(DataError, match=r"room for 27 tokens \(32 less 5 virtual tokens\)"):
+        answer(27)
+
+
+@each_method
+def test_a_session_counts_virtual_tokens_for_each_model(
+    tiny_model: Path, method: Any, tmp_path: Path
+) -> None:
+    method.save(method.attach(load(tiny_model)), tmp_path)
+    session = open_session(str(tiny_model), adapters=[f"tuned={tmp_path}"])
+    found = {name: one.context for name, one in session.models.items()}
+    assert found["base"] == ModelContext(512, is_table=False)
+    assert found["tuned"] == ModelContext(507, is_table=False, virtual_tokens=NUMBER)
 
 
 @each_method

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.errors import DataError
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.models.context import check_prompts, limit_new_tokens, read_context
 from qlora_cli.types import ModelContext, Prompt
 
@@ -56,10 +56,28 @@ def test_length_of_the_context(config: dict[str, Any], length: int | None) -> No
     assert context is None or not context.is_table
 
 
+@pytest.mark.parametrize("config", [LLAMA, {"model_type": "gpt2", "n_positions": 4096}])
+def test_virtual_tokens_take_positions(config: dict[str, Any]) -> None:
+    context = read_context(config, 96)
+    assert context is not None
+    assert (context.length, context.virtual_tokens) == (4000, 96)
+    assert context.text == "4,000 tokens (4,096 less 96 virtual tokens)"
+    for number in (4096, 5000):
+        with pytest.raises(
+            ModelError, match=f"num_virtual_tokens .{number:,}.: the model has 4,096"
+        ):
+            read_context(config, number)
+    assert read_context({"model_type": "bloom"}, 96) is None
+
+
 @pytest.mark.parametrize(
     ("length", "wanted", "context", "limit"),
-    [(10, 22, 32, 22), (10, 23, 32, 22), (31, 9, 32, 1), (1, 1, 32, 1), (500, 9, None, 9)],
-)
+    [
+        (10, 22, 32, 22), (10, 23, 32, 22), (31, 9, 32, 1), (1, 1, 32, 1), (500, 9, None, 9),
+        # Beyond the context: positions are computed, and nothing is left to keep to.
+        (32, 9, 32, 9), (40, 9, 32, 9),
+    ],
+)  # fmt: skip
 def test_new_tokens_are_limited_to_the_context(
     length: int, wanted: int, context: int | None, limit: int
 ) -> None:
@@ -88,7 +106,7 @@ def test_prompts_as_long_as_the_context_are_refused(
     check_prompts(prompts, ModelContext(41, is_table=True))
     with pytest.raises(DataError, match=message) as caught:
         check_prompts(prompts, ModelContext(32, is_table=False))
-    assert str(caught.value).endswith("the model has room for 32")
+    assert str(caught.value).endswith("the model has room for 32 tokens")
     assert str(caught.value.hint).startswith(hint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,20 +100,80 @@ def test_a_reference_that_cannot_be_scored_against_is_named_with_its_place(
         )
 
 
-def test_a_prompt_as_long_as_the_context_is_named_before_the_model_is_loaded(
+TABLE, ROPE = (ModelContext(64, is_table=one) for one in (True, False))
+
+
+@pytest.fixture
+def read(
     tiny_recipe: Callable[..., Any], tmp_path: Path
-) -> None:
-    own = write_rows(tmp_path / "own.jsonl", ("a", "1"), ("b" * 64, "2"))
-    data = {"path": str(own), "format": {"type": "prompt_completion"}}
-    recipe = tiny_recipe(evaluation={"tasks": [{"type": "exact_match", "data": data}]})
-    with pytest.raises(DataError, match=r"own\.jsonl:2: the context is full: .* room for 64"):
-        read_tasks(
+) -> Callable[[dict[str, Any], ModelContext | None, str], list[str]]:
+    """Read the items of one task on two rows, the second beyond a context of 64; their places."""
+    own = tmp_path / "own.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+        | {"question": text, "choices": ["1", "2"], "answer": "0", "text": text}
+        for text, answer in (("ab", "1"), ("b" * 65, "2"))
+    ]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def read(task: dict[str, Any], context: ModelContext | None, on_bad_row: str) -> list[str]:
+        recipe = tiny_recipe(
+            evaluation={"tasks": [{**task, "name": "own", "data": {"path": str(own)}}]},
+            data={
+                "train": {"path": str(own)}, "evaluation": None, "max_length": 300,
+                "on_bad_row": on_bad_row,
+            },
+        )  # fmt: skip
+        [(one, items)] = read_tasks(
             recipe.evaluation.tasks,
             recipe.data,
             recipe.model.load_tokenizer(),
             limit=None,
-            context=ModelContext(64, is_table=False),
+            context=context,
         )
+        return [one.place_and_length(item)[0].rpartition(":")[2] for item in items]
+
+    return read
+
+
+ROW_TASKS: list[dict[str, Any]] = [
+    {"type": "exact_match"},
+    {"type": "loss"},
+    {"type": "multiple_choice"},
+    {"type": "classification", "labels": ["1", "2"]},
+    {"type": "perplexity", "window": 400},
+]
+
+
+@pytest.mark.parametrize("task", ROW_TASKS, ids=lambda task: str(task["type"]))
+def test_evaluation_rows_beyond_the_context_are_treated_like_training_rows(
+    read: Callable[..., list[str]], task: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read(task, None, "stop") == ["1", "2"]
+    assert not caplog.records
+    what = (
+        r"evaluation \(own\): 1 of 2 rows do not fit into the model's context of "
+        r"64 tokens, such as .*own\.jsonl:2, which takes at least \d+"
+    )
+    assert read(task, ROPE, "stop") == ["1", "2"]
+    assert read(task, TABLE, "skip") == ["1"]
+    warned, skipped = (record.message for record in caplog.records)
+    assert re.fullmatch(what + ": the model was not trained on such positions", warned)
+    assert re.fullmatch(what + ": skipped", skipped)
+    with pytest.raises(DataError, match=what + "; it has no positions for them") as caught:
+        read(task, TABLE, "stop")
+    assert str(caught.value.hint).endswith("or leave them out with data.on_bad_row: skip")
+
+
+def test_no_row_that_fits_is_refused_with_skip_too(read: Callable[..., list[str]]) -> None:
+    with pytest.raises(DataError, match="2 of 2 rows do not fit"):
+        read({"type": "exact_match"}, ModelContext(8, is_table=True), "skip")
+
+
+def test_virtual_tokens_are_named_with_the_context(read: Callable[..., list[str]]) -> None:
+    context = ModelContext(64, is_table=True, virtual_tokens=20)
+    with pytest.raises(DataError, match=r"context of 64 tokens \(84 less 20 virtual tokens\)"):
+        read({"type": "exact_match"}, context, "stop")
 
 
 def test_exact_match() -> None:
