@@ -10,7 +10,7 @@ from qlora_cli.adapters.adalora import AdaLoRA
 from qlora_cli.adapters.bottleneck import Bottleneck
 from qlora_cli.adapters.full import FullFineTune
 from qlora_cli.adapters.lora import LoRA
-from qlora_cli.adapters.other_peft import IA3, OFT, LoHa, LoKr, OtherPeft, VeRA
+from qlora_cli.adapters.other_peft import HRA, IA3, OFT, LoHa, LoKr, OtherPeft, VeRA
 from qlora_cli.adapters.partial import BitFit, Freeze
 from qlora_cli.adapters.virtual_tokens import PrefixTuning, PromptTuning
 
@@ -25,6 +25,7 @@ AdapterConfig = Annotated[
     | LoHa
     | LoKr
     | OFT
+    | HRA
     | Bottleneck
     | PromptTuning
     | PrefixTuning
@@ -33,6 +34,7 @@ AdapterConfig = Annotated[
 ]
 
 __all__ = [
+    "HRA",
     "IA3",
     "OFT",
     "AdaLoRA",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.targets import (
@@ -153,6 +153,39 @@ class OFT(AdapterMethod):
         from peft import OFTConfig
 
         return OFTConfig(oft_block_size=self.oft_block_size, **target_settings(self, model))
+
+
+class HRA(AdapterMethod):
+    """The input of each target is reflected at `r` trained hyperplanes (Householder reflection
+    adaptation, Yuan et al. 2024, https://arxiv.org/abs/2405.17484)."""
+
+    no_quantization: ClassVar[Mapping[str, str]] = {
+        **_NO_4BIT,
+        "int8": "PEFT multiplies the stored integers, without their scales",
+    }
+    checks = (check_targets, check_layers)
+    type: Literal["hra"] = "hra"
+    target_modules: TargetModules = "all-linear"
+    modules_to_save: ModulesToSave = Field([])
+    layers_to_transform: LayersToTransform = None
+    exclude_modules: ExcludeModules = None
+    r: int = Field(8, ge=2)
+    """Number of reflections; even, so that they cancel each other before the first step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.r % 2:
+            raise ValueError(
+                f"r ({self.r}) has to be even: reflections cancel each other in pairs before the "
+                "first step"
+            )
+        return self
+
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig:
+        """Return the settings as PEFT's config for `model`."""
+        from peft import HRAConfig
+
+        return HRAConfig(r=self.r, **target_settings(self, model))
 
 
 class OtherPeft(AdapterMethod):

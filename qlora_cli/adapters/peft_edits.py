@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from qlora_cli.models.weight_names import WeightNames, WeightPart
 
 MERGEABLE = (
-    "ADALORA", "FOURIERFT", "IA3", "LOHA", "LOKR", "LORA", "MISS", "OFT", "RANDLORA", "ROAD",
-    "VERA",
+    "ADALORA", "FOURIERFT", "HRA", "IA3", "LOHA", "LOKR", "LORA", "MISS", "OFT", "RANDLORA",
+    "ROAD", "VERA",
 )  # fmt: skip
 """PEFT types whose merge the contract tests compare with base plus adapter."""
 

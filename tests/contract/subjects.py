@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from qlora_cli.adapters import (
+    HRA,
     IA3,
     OFT,
     AdaLoRA,
@@ -90,6 +91,7 @@ _LISTED = {
     "loha": Subject(LoHa(r=4)),
     "lokr": Subject(LoKr(r=4, decompose_factor=4)),
     "oft": Subject(OFT(oft_block_size=8)),
+    "hra": Subject(HRA(r=4)),
     "bottleneck": Subject(Bottleneck(size=4)),
     "bottleneck, feed-forward only": Subject(Bottleneck(size=4, after=["feed_forward"])),
     "prompt": Subject(PromptTuning(num_virtual_tokens=5)),

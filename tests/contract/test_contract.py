@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.adapters import OFT
+from qlora_cli.adapters import HRA, OFT, Bottleneck, LoHa, LoRA
+from qlora_cli.adapters.base import AdapterMethod
 from tests.contract.page import PAGE, read, write
-from tests.contract.properties import PROPERTIES, Case, Property
-from tests.contract.subjects import CLASSES, SUBJECTS, select
+from tests.contract.properties import PROPERTIES, Case, Property, fails_without_refusal
+from tests.contract.subjects import CLASSES, SUBJECTS, Subject, select
 
 TEXT = PAGE.read_text(encoding="utf-8")
 EXPECTED = read(TEXT)
@@ -55,6 +56,28 @@ def test_the_contract_page_matches_the_outcomes(
     expected = EXPECTED.get(name, {}).get(prop.name)
     found = prop.check(Case(SUBJECTS[name], bases, tmp_path))
     assert found == expected, "docs/contract.md is not current: run scripts/gen_contract.py"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "is_wrong"),
+    [
+        (HRA(r=4), True),  # trains on the stored integers as if they were the weights
+        (LoRA(r=4), False),
+        (OFT(oft_block_size=8), False),
+        (LoHa(r=4), False),
+        (Bottleneck(size=4), False),
+    ],
+)
+def test_a_wrong_result_on_an_int8_base_justifies_a_refusal(
+    bases: Path, tmp_path: Path, adapter: AdapterMethod, is_wrong: bool
+) -> None:
+    assert fails_without_refusal(Case(Subject(adapter), bases, tmp_path), "int8") is is_wrong
+
+
+@pytest.mark.parametrize("r", [3, 5, 7, 9, 31])
+def test_an_odd_number_of_reflections_is_refused(r: int) -> None:
+    with pytest.raises(ValueError, match=rf"r \({r}\) has to be even"):
+        HRA(r=r)
 
 
 def test_the_page_is_what_the_script_writes() -> None:
