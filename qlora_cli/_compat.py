@@ -75,6 +75,32 @@ def bound_product_caches() -> None:
 _KEPT_PRODUCTS = "128"
 
 
+def avoid_cudnn_attention() -> None:
+    """Keep torch from computing scaled dot-product attention by cuDNN.
+
+    On Hopper and Blackwell cards torch 2.13 takes cuDNN before flash attention. Its backward pass
+    returns NaN for some lengths with a mask (pytorch#196678), it computes wrong answers with few
+    key-value heads (pytorch#193893), and it plans for each new length, of which a run has many.
+
+    Goes when both are closed, and `attention` in `scripts/gpu_check.py` passes without it.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def set_allocator() -> None:
+    """Let torch's allocator on CUDA grow and join its segments.
+
+    Without padding each micro-batch has another length, so a freed block rarely fits the next one.
+    torch reads this when CUDA starts. A user's own setting wins.
+
+    Goes when it is torch's default.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars, notices and telemetry out of a clean run.
 
@@ -85,6 +111,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     forbid_hub_kernels()
     bound_product_caches()
+    set_allocator()
     # Users cannot act on what these libraries log below the level of an error.
     for name in ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """Label of a token that is not supervised (as in torch and transformers)."""
 
+DeviceChoice = Literal["auto", "cpu"]
+"""The values of the recipe's `device`."""
+
 Row = dict[str, Any]
 """One record of a data source, as read."""
 
@@ -158,8 +161,8 @@ class Batch:
         """Copy the inputs to a device. Labels stay on the host: counting them does not wait."""
         mask = self.attention_mask
         return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            None if mask is None else mask.to(device, non_blocking=True),
+            copy_to(device, self.input_ids),
+            None if mask is None else copy_to(device, mask),
             self.labels,
             self.documents,
             self.examples,
@@ -179,17 +182,28 @@ class Batch:
         device = self.input_ids.device
         positions = torch.cat([torch.arange(length) for length in self.documents])[None]  # (1, T)
         ends = torch.tensor([0, *self.documents]).cumsum(0, dtype=torch.int32)
-        ends = ends.to(device, non_blocking=True)
+        ends = copy_to(device, ends)
         longest = max(self.documents)
         return {
             "input_ids": self.input_ids,
-            "position_ids": positions.to(device, non_blocking=True),
+            "position_ids": copy_to(device, positions),
             "documents": self.documents,
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends,
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def copy_to(device: torch.device, values: Tensor) -> Tensor:
+    """Copy values from the host to a device without waiting for it.
+
+    From ordinary memory, CUDA copies in the order of the stream, and the host waits; from pinned
+    memory it does not. The pinned copy is kept until the device has read it.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ def compare(request: CompareRequest, folder: Path, search: Search | None = None)
         Interrupted: the run is saved, and the next call resumes it.
     """
     quiet_libraries()
-    if World().size > 1:
+    if World("cpu").size > 1:
         raise RecipeError(
             "qlora compare is a single process that starts its runs one after the other",
             hint="start it without torchrun",

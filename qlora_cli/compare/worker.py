@@ -100,7 +100,7 @@ def _evaluate(recipe: Recipe, store: ResultStore) -> None:
     evaluated = find_model(store.run.root, (), "last", None)
     tasks = choose_tasks(recipe, None, is_tuned=True)
     alone = store.has_base
-    for name, answers in evaluate_model(evaluated, recipe, tasks, World(), alone=alone):
+    for name, answers in evaluate_model(evaluated, recipe, tasks, World(recipe.device), alone=alone):
         store.save_outcomes(answers, of_base=name == "base" and not alone)
 
 
@@ -117,7 +117,7 @@ def _measure(recipe: Recipe, run: RunFolder, *, with_latency: bool) -> dict[str,
 def _plan(recipe: Recipe) -> dict[str, Any]:
     """Return the planned memory, or the reason why there is no plan."""
     try:
-        report = plan(recipe, device=World().device.type)
+        report = plan(recipe, device=World(recipe.device).device.type)
     except QloraError as error:
         return {"error": masked(str(error))}
     peak = report.peak
@@ -131,7 +131,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 
 def _measure_generation(recipe: Recipe, run: RunFolder) -> CellGeneration:
     """Measure the generation speed of base, adapted and merged model, or say why it failed."""
-    world = World()
+    world = World(recipe.device)
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
     weights = run.weights("last")
     tokenizer = load_tokenizer(weights, trust_remote_code=recipe.model.trust_remote_code)

@@ -41,8 +41,6 @@ def _card(
 CARDS = (
     # Memory as the driver reports it, a little less than the nominal size.
     _card("T4", 14.6, 65, 320, has_bfloat16=False),
-    _card("V100 16GB", 15.8, 125, 900, has_bfloat16=False),
-    _card("V100 32GB", 31.7, 125, 900, has_bfloat16=False),
     _card("RTX 2080 Ti", 10.7, 54, 616, has_bfloat16=False),
     _card("RTX 3060", 11.6, 51, 360),
     _card("RTX 3090", 23.6, 71, 936),
@@ -66,6 +64,9 @@ CARDS = (
 )
 """Common GPUs; figures from their data sheets."""
 
+_BEFORE_TURING = re.compile(r"(tesla)?[vpkm]\d{2,3}s?(16gb|32gb)?|titan(v|x|xp)|gtx(9|10)\d\d(ti)?")
+"""Names of GPUs for which torch's builds for CUDA 13 have no code."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(gib|gb|g)", re.IGNORECASE)
 
 
@@ -83,6 +84,12 @@ def find_target(name: str, number: int = 1) -> Target:
     if size := _SIZE.fullmatch(name.strip()):
         unit = GIB if size[2].lower() in ("gib", "g") else 10**9
         return Target(name, "cuda", int(float(size[1]) * unit), number=number)
+    if _BEFORE_TURING.fullmatch(wanted.removeprefix("nvidia").removeprefix("geforce")):
+        raise RecipeError(
+            f"--device: {name} is older than Turing (sm_75), and torch for CUDA 13 has no code for "
+            "it: a run would stop at its first kernel",
+            hint="with torch for an older CUDA, give the amount of memory, such as --device 16GiB",
+        )
     for card in CARDS:
         if _plain(card.name) in (wanted, wanted.removeprefix("nvidia").removeprefix("geforce")):
             return replace(card, number=number)
@@ -131,17 +138,23 @@ def this_machine() -> Target:
     return Target("CPU", "cpu", psutil.virtual_memory().available)
 
 
-def this_card() -> Target | None:
-    """Return the first CUDA device of this machine, with its memory."""
+def this_card(device: torch.device | None = None) -> Target | None:
+    """Return a CUDA device of this machine, with its memory.
 
+    Args:
+        device: the device of a run, whose memory is what other processes leave free; None is the
+            first device, with all of its memory.
+    """
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(0)
+    found = torch.cuda.get_device_properties(device or 0)
     name, memory = found.name, found.total_memory
     known = known_card(name, memory)
-    if known is not None:
-        return replace(known, name=name, memory_bytes=memory)
-    return Target(name, "cuda", memory, has_bfloat16=torch.cuda.is_bf16_supported())
+    # Cards before Ampere emulate bfloat16, which a run does not use.
+    target = known or Target(name, "cuda", memory, has_bfloat16=found.major >= 8)
+    if device is not None:
+        memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return replace(target, name=name, memory_bytes=memory)
 
 
 _OTHERS = {"ti", "super", "laptop", "mobile", "d"}

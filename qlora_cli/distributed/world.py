@@ -4,35 +4,77 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from qlora_cli.common.formatting import size_text
+from qlora_cli.distributed.cuda import (
+    CudaState,
+    configure_cuda,
+    refuse_unsupported_card,
+    refuse_unusable_card,
+)
+from qlora_cli.distributed.idle_threads import share_cpu
 from qlora_cli.distributed.precision import PRECISIONS, cpu_is_fast_in_bfloat16, no_bfloat16
+from qlora_cli.types import DeviceChoice
 
 T = TypeVar("T")
 
+_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other: the main one evaluates, plans and saves by itself."""
+
 
 class World:
-    """Device, rank and sums over ranks. One process is a world of size 1."""
+    """Device, rank and sums over ranks. One process is a world of size 1.
 
-    def __init__(self) -> None:
+    Args:
+        device: `auto` is the accelerator that torch finds, or else the CPU.
+
+    Raises:
+        RecipeError: the machine has a card that torch cannot use.
+    """
+
+    def __init__(self, device: DeviceChoice = "auto") -> None:
+        is_cpu = device == "cpu" or not torch.accelerator.is_available()
+        if device == "auto" and is_cpu:
+            refuse_unusable_card(CudaState())
         # With `cpu=True` several CPU processes form a group; otherwise each would be alone.
         self._accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            # Gradients are views of the exchange buckets: otherwise they would be in memory twice
-            # during an update.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            cpu=is_cpu,
+            kwargs_handlers=[
+                # Gradients are views of the exchange buckets: otherwise they would be in memory
+                # twice during an update. Frozen weights are the same on all ranks: each reads the
+                # same files, and the adapter is made with the same seed.
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, broadcast_buffers=False
+                ),
+                InitProcessGroupKwargs(timeout=_TIMEOUT),
+            ],
         )
         self.device: torch.device = self._accelerator.device
+        if self.is_cuda:
+            found = torch.cuda.get_device_properties(self.device)
+            refuse_unsupported_card(
+                found.name, (found.major, found.minor), torch.cuda.get_arch_list()
+            )
+            configure_cuda()
+        if self.device.type == "cpu":
+            share_cpu()
         self.rank: int = self._accelerator.process_index
         self.size: int = self._accelerator.num_processes
+
+    @property
+    def is_cuda(self) -> bool:
+        """Tell if this process computes on a CUDA device."""
+        return self.device.type == "cuda"
 
     @property
     def is_main(self) -> bool:
@@ -41,9 +83,13 @@ class World:
 
     def summary(self) -> str:
         """Name the device, its memory and the number of processes, for the log."""
-        if self.device.type == "cuda":
+        if self.is_cuda:
             found = torch.cuda.get_device_properties(self.device)
-            name = f"{found.name}, {size_text(found.total_memory)}"
+            driver = CudaState().driver
+            name = (
+                f"{found.name}, {size_text(found.total_memory)}, sm_{found.major}{found.minor}, "
+                f"CUDA {torch.version.cuda}" + (f", driver {driver}" if driver else "")
+            )
         elif self.device.type == "cpu":
             free = psutil.virtual_memory().available
             name = f"CPU, {torch.get_num_threads()} threads, {size_text(free)} free"
@@ -76,9 +122,15 @@ class World:
         return found
 
     def share(self, module: nn.Module) -> nn.Module:
-        """Wrap a module so that its backward pass averages gradients over ranks."""
+        """Wrap a module so that its backward pass averages gradients over ranks.
+
+        Frozen weights are not sent around at the start: each rank has read the same files.
+        """
         if self.size == 1:
             return module
+        frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
+        # The wrapper looks for this attribute; a 70B base would be 37 GB for each rank to receive.
+        module._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
         shared: nn.Module = self._accelerator.prepare_model(module, device_placement=False)
         return shared
 
@@ -105,27 +157,40 @@ class World:
         """
         if precision == "auto":
             return self._best_dtype()
-        if precision == "bf16" and not self._has_bfloat16():
+        dtype = next(dtype for dtype, name in PRECISIONS.items() if name == precision)
+        if not self.computes_in(dtype):
             raise no_bfloat16(f"this {self.device.type}")
-        return next(dtype for dtype, name in PRECISIONS.items() if name == precision)
+        return dtype
 
     def _best_dtype(self) -> torch.dtype:
         if self.device.type == "cpu":
             return torch.bfloat16 if cpu_is_fast_in_bfloat16() else torch.float32
-        return torch.bfloat16 if self._has_bfloat16() else torch.float16
+        return torch.bfloat16 if self.computes_in(torch.bfloat16) else torch.float16
 
-    def _has_bfloat16(self) -> bool:
-        # Every CPU has it, some by emulation.
-        return self.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    def computes_in(self, dtype: torch.dtype) -> bool:
+        """Tell if the device computes in a dtype. A CPU does in all, in some by emulation."""
+        if dtype != torch.bfloat16 or not self.is_cuda:
+            return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
     def free_memory(self) -> None:
         """Return the allocator's cached memory to the device."""
-        if self.device.type == "cuda":
+        if self.is_cuda:
             torch.cuda.empty_cache()
+
+    def peak_memory(self) -> dict[str, int]:
+        """Return the peak memory of this process by name, as metrics.jsonl records it.
+
+        On CUDA there is also what the allocator held, of which some was in no tensor.
+        """
+        found = {"peak_memory_bytes": self.peak_memory_bytes()}
+        if self.is_cuda:
+            found["reserved_memory_bytes"] = torch.cuda.max_memory_reserved(self.device)
+        return found
 
     def peak_memory_bytes(self) -> int:
         """Return the peak memory of this process: allocated on the GPU, else resident."""
-        if self.device.type == "cuda":
+        if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.device)
         import resource
         import sys
@@ -135,10 +200,19 @@ class World:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell if an error of torch or Python means that memory ran out."""
-    # Torch has no class of its own for it on a CPU.
-    is_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Tell if an error of torch or Python means that memory ran out.
+
+    torch raises its own class for its CUDA allocator alone. Memory of cuBLAS, cuDNN and
+    bitsandbytes, pinned and managed memory, and that of a CPU end in a RuntimeError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE
+)
 
 
 def set_seed(seed: int) -> None:

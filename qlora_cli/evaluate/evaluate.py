@@ -69,7 +69,7 @@ def evaluate(
     settings = found[-1].recipe
     is_tuned = all(model.trained for model in found)
     chosen = choose_tasks(settings, tasks, is_tuned=is_tuned)
-    world = World()
+    world = World(settings.device)
     outcomes: dict[str, TaskOutcomes] = {}
     for model in found:
         outcomes |= evaluate_model(model, settings, chosen, world, alone=bool(compare))

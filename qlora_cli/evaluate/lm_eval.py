@@ -70,7 +70,8 @@ def evaluate_by_harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, task_folder)
     evaluated = find_model(target, overrides, weights, recipe)
-    settings, world = evaluated.recipe, World()
+    settings = evaluated.recipe
+    world = World(settings.device)
     tokenizer = evaluated.load_tokenizer()
     dtype = compute_dtype(settings.quantization, settings.training.precision, world)
     model: Any = load_base(settings.model, settings.quantization, dtype, world.device)

@@ -197,7 +197,7 @@ def _evaluate(
     asked = recipe.evaluation
     if not (recipe.data.evaluation_sources or asked.tasks or asked.forgetting):
         return []
-    tasks, world = choose_tasks(recipe, None, is_tuned=True), World()
+    tasks, world = choose_tasks(recipe, None, is_tuned=True), World(recipe.device)
     paths = [*(place.path for place in places), output]
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):

@@ -24,7 +24,7 @@ from qlora_cli.export.merge_files import verify_files, write_files
 from qlora_cli.export.merge_shards import ShardMerger
 from qlora_cli.export.verify import compare_models, refuse_infidelity
 from qlora_cli.models.base import refuse_prequantized
-from qlora_cli.models.loading import compute_dtype
+from qlora_cli.models.loading import trained_dtype
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.models.weight_names import WeightNames
@@ -90,7 +90,7 @@ def merge(
             if with_logits:
                 found = compare_models(recipe, trained, unfinished, tokenizer, base)
             if found is not None:
-                held = compute_dtype(recipe.quantization, recipe.training.precision, World())
+                held = trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
                 is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
                 refuse_infidelity(found, is_exact=is_exact)
             report = MergeReport(
@@ -129,7 +129,7 @@ def prepare(recipe: Recipe, base_folder: Path, trained: Path, base: Base | None)
     Raises:
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
-    dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
+    dtype = trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
     return plan_merge(
         recipe.adapter,
         base_folder,

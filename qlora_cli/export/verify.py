@@ -19,7 +19,7 @@ from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluate.divergence import TEXTS, compare
 from qlora_cli.models.base import load_model
-from qlora_cli.models.loading import compute_dtype
+from qlora_cli.models.loading import trained_dtype
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.merge_report import BaseChoiceReport, ComparisonReport
 from qlora_cli.types import IGNORE_INDEX
@@ -150,17 +150,18 @@ def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:
 
 def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> ModelOutputs:
     """Compute with base plus adapter as trained: quantized, in the recipe's precision."""
-    world = World()
-    dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
-    base = recipe.model.load(recipe.quantization.load_options(dtype), world.device)
+    world = World(recipe.device)
+    dtype = trained_dtype(recipe.quantization, recipe.training.precision, world)
+    device = world.device if world.computes_in(dtype) else torch.device("cpu")
+    base = recipe.model.load(recipe.quantization.load_options(dtype), device)
     model = recipe.adapter.load(base, trained).eval()
-    with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-        return measure(model, rows, world.device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return measure(model, rows, device)
 
 
 def _dequantized(recipe: Recipe) -> Any:
     cpu = torch.device("cpu")
-    dtype = compute_dtype(recipe.quantization, recipe.training.precision, World())
+    dtype = trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
     base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
     return recipe.quantization.restore(base)
 

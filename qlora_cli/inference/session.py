@@ -74,7 +74,7 @@ class InferenceSession:
     def __init__(
         self, recipe: Recipe, *, has_recipe: bool, tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        self.world = World()
+        self.world = World(recipe.device)
         self.dtype = compute_dtype(recipe.quantization, recipe.training.precision, self.world)
         self.recipe = recipe
         self._tokenizer = tokenizer

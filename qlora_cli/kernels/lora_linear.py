@@ -68,8 +68,9 @@ class Projection:
         if all(bias is None for bias in biases):
             return None
         widths = [base_layer_of(linear).out_features for linear in self.linears]
+        one = next(bias for bias in biases if bias is not None)
         filled = [
-            torch.zeros(width) if bias is None else bias.detach()
+            one.new_zeros(width) if bias is None else bias.detach()
             for bias, width in zip(biases, widths, strict=True)
         ]
         return torch.cat([bias.to(dtype) for bias in filled])

@@ -22,7 +22,12 @@ from qlora_cli.kernels.offload import HostMemory, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.models.base import start_checkpointing
-from qlora_cli.models.packed_attention import attend_by_document, attend_by_row, check_packing
+from qlora_cli.models.packed_attention import (
+    attend_by_document,
+    attend_by_row,
+    check_packing,
+    skip_masks,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -96,6 +101,8 @@ def use_padding_free(
         attend_by_row(model)
         return False
     log.log(logging.INFO if packing else logging.DEBUG, check.summary())
+    if is_ours:
+        skip_masks(model)
     return True
 
 
@@ -185,8 +192,8 @@ def _can_compile(run: Callable[[], dict[str, Tensor]], wanted: dict[str, Tensor]
     try:
         with torch.no_grad():  # as in a step: another grad mode would compile it again
             found = run()
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # compilers fail in many ways: no gcc, no Python.h, a full disk
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         log.warning(
             "kernels cannot be compiled, so steps are slower: %s (earlier runs' kernels: %s)",
             reason,

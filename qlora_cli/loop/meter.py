@@ -25,6 +25,6 @@ class Meter:
         seconds = time.monotonic() - self._since
         values["tokens_per_second"] = (state.tokens - self._tokens) / seconds
         values["tokens"] = state.tokens
-        values["peak_memory_bytes"] = world.peak_memory_bytes()
+        values |= world.peak_memory()
         self.restart(state)
         return values

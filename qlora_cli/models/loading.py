@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from qlora_cli.distributed.precision import PRECISIONS
 from qlora_cli.distributed.world import World
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import QuantizationConfig
@@ -53,3 +54,16 @@ def compute_dtype(
         RecipeError: the recipe names a dtype that the device does not have.
     """
     return quantization.compute_in(world.compute_dtype(precision))
+
+
+def trained_dtype(
+    quantization: QuantizationConfig,
+    precision: Literal["auto", "bf16", "fp16", "fp32"],
+    world: World,
+) -> torch.dtype:
+    """Return the dtype that a run was trained in, even where this device does not have it.
+
+    Merging computes on the CPU, which has all of them.
+    """
+    named = {name: dtype for dtype, name in PRECISIONS.items()}
+    return quantization.compute_in(named.get(precision) or world.compute_dtype("auto"))

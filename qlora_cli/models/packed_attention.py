@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 NAME = "qlora_documents"
 """Name under which this attention is registered in transformers."""
 
+_MASKLESS = "qlora_documents_without_mask"
+"""The same attention under a name for which transformers makes no mask."""
+
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
 """Rounding per compute dtype: of a loss, and of logits in units of their spread."""
 
@@ -50,6 +53,7 @@ def attend_by_document(model: PreTrainedModel) -> bool:
     if model.config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(_MASKLESS, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
     return True
@@ -58,6 +62,23 @@ def attend_by_document(model: PreTrainedModel) -> bool:
 def attend_by_row(model: PreTrainedModel) -> None:
     """Undo `attend_by_document`."""
     model.set_attn_implementation("sdpa")
+
+
+def skip_masks(model: PreTrainedModel) -> None:
+    """Let transformers make no mask for packed examples.
+
+    To find out whether a mask is needed, it looks at positions on the device, and so waits for the
+    device in each forward pass. Batches that are not packed get their masks as before.
+
+    Call this after `check_packing`: a mask of the model's own is left out too, and only the check
+    finds it.
+    """
+    decoder = model.get_decoder() or model
+
+    def choose(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        module.config._attn_implementation = _MASKLESS if options.get("documents") else NAME
+
+    decoder.register_forward_pre_hook(choose, with_kwargs=True)
 
 
 def _mask(
@@ -334,7 +355,7 @@ def _losses(logits: list[Tensor], input_ids: Sequence[Tensor]) -> list[Tensor]:
 def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
     config = model.config
     back_end = config._attn_implementation
-    name = "sdpa" if back_end == NAME else back_end
+    name = "sdpa" if back_end in (NAME, _MASKLESS) else back_end
     return ModelError(
         f"data.packing: {config.model_type} with attention {name} {reason}",
         hint="--set data.packing=false; or try another model.attention",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.objectives.base import Objective
-from qlora_cli.types import IGNORE_INDEX, Batch
+from qlora_cli.types import IGNORE_INDEX, Batch, copy_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("qlora")
 
 # Float32 logits of one chunk. A larger chunk saves no time once a matmul uses the whole machine. On
 # a CPU, a chunk should fit the caches, and malloc reuses its memory instead of returning it.
@@ -46,6 +50,12 @@ class TokenLoss(Objective):
         # In a tuple, so that they are not registered again: both are inside the model already.
         self._halves = causal.get_decoder(), causal.get_output_embeddings()
         self.is_split = self._can_split(causal)
+        if not self.is_split:
+            log.info(
+                "loss: the logits of all supervised tokens of a micro-batch are in memory at once, "
+                "because %s changes them after its head, or has no separate head",
+                type(causal).__name__,
+            )
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum; there are no metrics."""
@@ -59,7 +69,7 @@ class TokenLoss(Objective):
         device = batch.input_ids.device
         # Labels stay on the host, so finding the positions does not wait for the device.
         positions, targets = (
-            index.to(device, non_blocking=True) for index in supervised_positions(batch.labels)
+            copy_to(device, index) for index in supervised_positions(batch.labels)
         )
         with self._autocast(device):
             states = self._states(batch, positions)
@@ -120,17 +130,36 @@ class TokenLoss(Objective):
 
     @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:
-        """Check that the model is decoder and head, with nothing (such as a soft cap) after."""
+        """Check that the model is decoder and head, with nothing (such as a soft cap) around.
+
+        All values are from one forward pass: a second one may round otherwise on a GPU.
+        """
         decoder, head = self._halves
         if decoder is None or head is None:
             return False
         device = next(causal.parameters()).device
         input_ids = torch.arange(1, 5, device=device)[None]  # (1, 4)
-        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with eval_mode(causal), autocast:
-            whole = causal(input_ids=input_ids, use_cache=False).logits
-            split = head(decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
-        return torch.equal(whole, split)
+        seen: dict[str, Any] = {}
+
+        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[name] = inputs, output
+
+        hooks = [
+            half.register_forward_hook(partial(keep, name))
+            for name, half in (("decoder", decoder), ("head", head))
+        ]
+        try:
+            with eval_mode(causal), self._autocast(device):
+                logits = causal(input_ids=input_ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if seen.keys() != {"decoder", "head"}:
+            return False
+        (states, *_), output = seen["head"]
+        return torch.equal(seen["decoder"][1].last_hidden_state, states) and torch.equal(
+            output, logits
+        )
 
 
 def _without_adapter(model: nn.Module) -> Any:
@@ -236,6 +265,8 @@ def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     def of_rows(rows: Tensor, row_targets: Tensor) -> Tensor:
         return F.cross_entropy(rows.float(), row_targets, reduction="sum")
 
+    if not len(logits):  # a rank without rows in a step takes part in the backward pass
+        return logits.float().sum()
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
         chunk: Tensor = checkpoint(of_rows, logits[rows], targets[rows], use_reentrant=False)

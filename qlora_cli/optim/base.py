@@ -91,3 +91,37 @@ class Optimizer(Config):
     def _make(self, groups: Groups) -> torch.optim.Optimizer:
         """Build the library's optimizer of these groups."""
         raise NotImplementedError
+
+
+def load_states(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Load the saved state of an optimizer; states of a paged one stay in shared memory.
+
+    bitsandbytes 0.50 loads all of them to the GPU, where they would no longer make room.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        optimizer.load_state_dict(saved)
+        return
+    # Shared memory is never freed, so what a rollback finds is used again.
+    shared = {
+        (parameter, name): value
+        for parameter, state in optimizer.state.items()
+        for name, value in state.items()
+        if getattr(value, "is_paged", False)
+    }
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # The others are scalars, block scales and quantization maps.
+            if getattr(value, "ndim", 0) and value.numel() % parameter.numel() == 0:
+                buffer = shared.get((parameter, name))
+                if buffer is None:
+                    buffer = _state_buffer(optimizer, parameter, value)
+                state[name] = buffer.copy_(value)
+
+
+def _state_buffer(optimizer: Any, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return memory for a state, shared if it is large enough to be paged."""
+    is_double = value.numel() == 2 * parameter.numel()  # AdEMAMix keeps two means in one tensor
+    make = optimizer._get_state_double_buffer if is_double else optimizer.get_state_buffer
+    buffer: torch.Tensor = make(parameter, dtype=value.dtype)
+    return buffer

@@ -19,6 +19,7 @@ from qlora_cli.recipe.rules import RECIPE_RULES, apply_rules
 from qlora_cli.recipe.sections import Evaluation, Output, Training
 from qlora_cli.tasks import Loss
 from qlora_cli.tasks.task import Measure
+from qlora_cli.types import DeviceChoice
 
 _ROWS_BEFORE_TRAINING = 1
 """Rows per forward pass that fit any device, where training has not resolved `auto`."""
@@ -47,6 +48,9 @@ class Recipe(Config):
     """How the result is evaluated."""
     output: Output
     """The folder and files of the run."""
+    device: DeviceChoice = "auto"
+    """`auto` computes on the accelerator that torch finds, or else on the CPU. A machine with a GPU
+    that torch cannot use is an error; `cpu` runs on the CPU all the same."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

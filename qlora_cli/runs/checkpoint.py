@@ -26,6 +26,7 @@ from qlora_cli.common.atomic_files import (
 from qlora_cli.common.safetensors_writer import file_of
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import TrainingError
+from qlora_cli.optim.base import load_states
 from qlora_cli.runs.optimizer_state_check import check_optimizer
 from qlora_cli.types import TrainState
 
@@ -211,7 +212,7 @@ def _state_of(values: dict[str, Any]) -> TrainState:
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restore the saved state; keep the settings of the current recipe, which may be new."""
     settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    load_states(optimizer, saved)
     for group, now in zip(optimizer.param_groups, settings, strict=True):
         group.update(now)
 
@@ -326,12 +327,16 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def random_states() -> dict[str, Any]:
-    """Return the state of every random generator that training uses, in this process."""
+    """Return the state of every random generator that training uses, in this process.
+
+    Of several GPUs it is the one of this process, so that a checkpoint can be resumed where fewer
+    are visible.
+    """
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
@@ -342,8 +347,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     inner = numpy_state["state"]
     np.random.set_state({**numpy_state, "state": {**inner, "key": np.asarray(inner["key"])}})
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state_of_gpu(states["cuda"], torch.cuda.current_device()))
+
+
+def state_of_gpu(states: list[Tensor], index: int) -> Tensor:
+    """Return the state for a GPU. Older checkpoints hold those of all GPUs that were visible."""
+    return states[index] if index < len(states) else states[0]
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

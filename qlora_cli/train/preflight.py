@@ -239,4 +239,5 @@ def _unchanged(setup: Setup[Batches]) -> Iterator[None]:
 
 
 def _target(world: World) -> Target:
-    return this_machine() if world.device.type == "cpu" else this_card() or this_machine()
+    """Return the device of this run, with the memory that is free on it."""
+    return this_card(world.device) or this_machine() if world.is_cuda else this_machine()

@@ -84,7 +84,7 @@ def _find_different(record: dict[str, Any], recipe: Recipe) -> Changes:
     now = take_fingerprint(base, data.tokenizer, data.training, data.evaluation)
     different = {
         **compare_environments(record),
-        **compare({"processes": record["processes"]}, {"processes": World().size}),
+        **compare({"processes": record["processes"]}, {"processes": World(recipe.device).size}),
         **compare_fingerprints(record, now),
     }
     for resumed in record.get("resumed", []):

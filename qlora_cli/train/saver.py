@@ -235,7 +235,7 @@ class CheckpointManager:
                 last_loss=state.last_loss,
                 tokens=state.tokens,
                 seconds=round(seconds, 1),
-                peak_memory_bytes=self._world.peak_memory_bytes(),
+                **self._world.peak_memory(),
             )
             self._run.write_readme()
             write_cards(self._run)

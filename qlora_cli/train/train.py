@@ -148,7 +148,7 @@ def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterat
     if allow and resume is None:
         raise RecipeError("--allow has an effect only on a resumed run", hint="add --resume")
     refuse_unsafe(allow)
-    world = World()
+    world = World(recipe.device)
     log.disabled = not world.is_main
     log.info("device: %s", world.summary())
     folder = RunFolder(Path(recipe.output.dir))

@@ -1,0 +1,52 @@
+"""Test when threads sleep instead of spinning."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from qlora_cli.distributed.idle_threads import IdlePool, idle_pools
+
+
+@pytest.mark.parametrize(
+    ("others", "num_threads", "num_cpus", "pools"),
+    [
+        (0.0, 2, 2, 0),  # alone
+        (0.1, 2, 2, 0),  # a clock and a log
+        (1.0, 2, 2, 1),  # a second run
+        (1.0, 2, 4, 0),  # there is room for both
+        (3.0, 2, 4, 3),
+        (1.0, 8, 8, 1),
+        (5.0, 4, 8, 2),
+        (1.0, 1, 1, 0),  # a single thread never waits
+        (2.0, 4, 2, 1),  # more threads than CPUs sleep anyway
+    ],
+)
+def test_idle_pools_exist_while_others_need_the_cpu(
+    others: float, num_threads: int, num_cpus: int, pools: int
+) -> None:
+    assert idle_pools(others, num_threads, num_cpus) == pools
+    if pools:  # GNU's OpenMP counts the main thread and, of each pool, all but the first
+        assert 1 + (pools + 1) * (num_threads - 1) > num_cpus
+
+
+def test_a_pool_has_threads_until_it_is_closed() -> None:
+    threads = torch.get_num_threads()
+    torch.zeros(threads * 32768).add_(1)  # the pool of this thread
+    before = psutil.Process().num_threads()
+    pool = IdlePool()
+    assert wait_for_threads(before + threads) == before + threads
+    pool.close()
+    assert wait_for_threads(before) == before
+
+
+def wait_for_threads(wanted: int) -> int:
+    """Wait until this process has so many threads, and return how many it has."""
+    import time
+
+    for _ in range(200):
+        if psutil.Process().num_threads() == wanted:
+            break
+        time.sleep(0.05)
+    return psutil.Process().num_threads()
