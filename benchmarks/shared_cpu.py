@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.race.floor import processor
+from benchmarks.random_kills.examine import processor
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/quickstart.yaml"
@@ -72,8 +72,8 @@ def _write(alone: dict[str, list[float]], pairs: dict[str, list[float]]) -> None
         "# Two runs on one CPU",
         "",
         "`python -m benchmarks.shared_cpu` on this machine: " + processor() + ".",
-        "SmolLM2-135M, NF4, four rows a step; tokens per second, medians with the range. The fair share",
-        "is half of the fastest run alone.",
+        "SmolLM2-135M, NF4, four rows a step; tokens per second, medians with the range.",
+        "The fair share is half of the fastest run alone.",
         "",
         "| waiting threads | one run alone | each of two at once | of the fair share |",
         "|---|---|---|---|",

@@ -80,7 +80,7 @@ def avoid_cudnn_attention() -> None:
 
     On Hopper and Blackwell cards torch 2.13 takes cuDNN before flash attention. Its backward pass
     returns NaN for some lengths with a mask (pytorch#196678), it computes wrong answers with few
-    key-value heads (pytorch#193893), and it plans for each new length, of which a run has many.
+    key-value heads (pytorch#193893), and it plans for each new length. A run has many lengths.
 
     Goes when both are closed, and `attention` in `scripts/gpu_check.py` passes without it.
     """

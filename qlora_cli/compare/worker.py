@@ -100,7 +100,9 @@ def _evaluate(recipe: Recipe, store: ResultStore) -> None:
     evaluated = find_model(store.run.root, (), "last", None)
     tasks = choose_tasks(recipe, None, is_tuned=True)
     alone = store.has_base
-    for name, answers in evaluate_model(evaluated, recipe, tasks, World(recipe.device), alone=alone):
+    for name, answers in evaluate_model(
+        evaluated, recipe, tasks, World(recipe.device), alone=alone
+    ):
         store.save_outcomes(answers, of_base=name == "base" and not alone)
 
 

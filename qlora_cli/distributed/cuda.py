@@ -23,7 +23,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class CudaState:
-    """What a machine and its build of torch have of CUDA."""
+    """CUDA of a machine and of its build of torch."""
 
     torch_version: str = torch.__version__
     torch_cuda: str | None = torch.version.cuda
@@ -50,7 +50,7 @@ class CudaState:
 
 
 def refuse_unusable_card(state: CudaState) -> None:
-    """Refuse to go on without the card of a machine. Call it where torch finds no accelerator.
+    """Refuse to compute on the CPU of a machine with a card. Call it where torch finds no card.
 
     Without this, a run with an old driver would train on the CPU without a word.
 

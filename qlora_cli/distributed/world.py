@@ -128,9 +128,8 @@ class World:
         """
         if self.size == 1:
             return module
-        frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
         # The wrapper looks for this attribute; a 70B base would be 37 GB for each rank to receive.
-        module._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+        module._ddp_params_and_buffers_to_ignore = frozen_names(module)  # type: ignore[assignment]
         shared: nn.Module = self._accelerator.prepare_model(module, device_placement=False)
         return shared
 
@@ -181,7 +180,7 @@ class World:
     def peak_memory(self) -> dict[str, int]:
         """Return the peak memory of this process by name, as metrics.jsonl records it.
 
-        On CUDA there is also what the allocator held, of which some was in no tensor.
+        On CUDA there is also what the allocator held; a part of it was in no tensor.
         """
         found = {"peak_memory_bytes": self.peak_memory_bytes()}
         if self.is_cuda:
@@ -197,6 +196,11 @@ class World:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def frozen_names(module: nn.Module) -> list[str]:
+    """Return the names of the weights that are not trained."""
+    return [name for name, one in module.named_parameters() if not one.requires_grad]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -90,7 +90,7 @@ def merge(
             if with_logits:
                 found = compare_models(recipe, trained, unfinished, tokenizer, base)
             if found is not None:
-                held = trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
+                held = _trained_dtype(recipe)
                 is_exact = plan.dtype == "float32" and (base == "original" or held == torch.float32)
                 refuse_infidelity(found, is_exact=is_exact)
             report = MergeReport(
@@ -123,13 +123,17 @@ def _precision_of(run: RunFolder) -> list[str]:
     return [] if precision is None else [f"training.precision={precision}"]
 
 
+def _trained_dtype(recipe: Recipe) -> torch.dtype:
+    return trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
+
+
 def prepare(recipe: Recipe, base_folder: Path, trained: Path, base: Base | None) -> ShardMerger:
     """Plan the merge of a run before anything is written.
 
     Raises:
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
-    dtype = trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
+    dtype = _trained_dtype(recipe)
     return plan_merge(
         recipe.adapter,
         base_folder,

@@ -18,6 +18,15 @@ def test_device_is_a_card_or_a_memory_size(name: str, gibibytes: float) -> None:
     assert memory / 2**30 == pytest.approx(gibibytes, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["V100", "v100 32GB", "Tesla P100", "P40", "GTX 1080 Ti", "TITAN V", "K80", "M40"],
+)
+def test_a_card_without_code_in_torch_is_not_planned(name: str) -> None:
+    with pytest.raises(RecipeError, match="older than Turing"):
+        find_target(name)
+
+
 def test_unknown_device_is_refused() -> None:
     with pytest.raises(RecipeError, match="--device: abacus is unknown"):
         find_target("abacus")
@@ -28,7 +37,7 @@ def test_unknown_device_is_refused() -> None:
     [
         ("NVIDIA A100-SXM4-80GB", 79, "A100"),
         ("NVIDIA A100-PCIE-40GB", 39, "A100 40GB"),
-        ("Tesla V100-SXM2-16GB", 16, "V100 16GB"),
+        ("Tesla V100-SXM2-16GB", 16, None),
         ("NVIDIA A10", 22, "A10"),
         ("NVIDIA A10G", 22, "A10G"),
         ("NVIDIA L4", 22, "L4"),

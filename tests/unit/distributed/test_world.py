@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_cli.distributed.world import World, set_seed
+from qlora_cli.distributed.world import World, frozen_names, is_out_of_memory, set_seed
 
 
 def test_one_process_sums_to_its_own_values() -> None:
@@ -51,3 +51,47 @@ def test_a_seed_fixes_every_generator() -> None:
     first = draw()
     set_seed(5)
     assert draw() == first
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cudaErrorMemoryAllocation at managed memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+        ),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+    ids=str,
+)
+def test_every_form_of_out_of_memory_is_seen(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("out of memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=str,
+)
+def test_other_errors_are_not_out_of_memory(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_a_device_can_be_chosen() -> None:
+    assert World("cpu").device.type == "cpu"
+
+
+def test_frozen_weights_are_not_sent_to_other_ranks() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    assert frozen_names(module) == ["0.weight", "0.bias"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -37,3 +38,27 @@ def test_kernels_that_compute_something_else_are_not_used(
     [line] = caplog.messages
     assert line.startswith("kernels compiled in" if is_used else "compiled kernels are not used")
     assert is_used or "gradient" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc", "main.c"], "Python.h: No such file or directory"),
+        OSError(28, "No space left on device"),
+        ImportError("cannot import name 'driver' from 'triton'"),
+        torch._dynamo.exc.BackendCompilerFailed(lambda graph: graph, ValueError("a symbol"), None),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_compiler_that_fails_leaves_the_plain_kernels(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> dict[str, Tensor]:
+        raise error
+
+    assert not _can_compile(run, {})
+    [line] = caplog.messages
+    assert line.startswith(
+        f"kernels cannot be compiled, so steps are slower: {type(error).__name__}"
+    )

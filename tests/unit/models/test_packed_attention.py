@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_cli.adapters import LoRA
 from qlora_cli.data.batching.collate import proof_batches
 from qlora_cli.data.batching.sampler import BatchStream, eval_batches
 from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig, start_checkpointing
-from qlora_cli.models.packed_attention import NAME, attend_by_document, check_packing
+from qlora_cli.models.packed_attention import NAME, attend_by_document, check_packing, skip_masks
 from qlora_cli.models.quantization import Int8
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.trace.memory_counter import LOGITS, UNQUANTIZED, MemoryCounter
@@ -119,6 +120,40 @@ def test_changing_one_example_changes_no_other(architecture: str, attention: str
         after = logits(model, packed(some)).split(LENGTHS)
         same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert same == [i != changed for i in range(len(LENGTHS))]
+
+
+class Reads(TorchDispatchMode):
+    """Count the reads of values by the host: on a GPU each waits for all work before it."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.number += func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_forward_pass_reads_no_value_to_make_its_masks(architecture: str) -> None:
+    model = make_model(architecture, "sdpa")
+    batch = packed(examples())
+    with Reads() as before:
+        expected = logits(model, batch)
+    skip_masks(model)
+    with Reads() as after:
+        found = logits(model, batch)
+    assert torch.equal(found, expected)
+    assert after.number == 0 < before.number
+    # Padded batches get their masks as before, after a packed one too.
+    ids = torch.arange(1, 9)[None].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).logits
+        plain = make_model(architecture, "eager")(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(padded[0], plain[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded[1, :5], plain[1, :5], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma3"])

@@ -157,6 +157,19 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradients(tiny_model: Path
     assert all((gradient == 0).all() for gradient in gradients(model).values())
 
 
+def test_a_model_that_is_not_split_takes_part_without_rows(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = LoRA(r=4).attach(model.requires_grad_(False))
+    objective = TokenLoss(model, torch.float32)
+    objective.is_split = False
+    batch = make_batch()
+    batch.labels.fill_(IGNORE_INDEX)
+    loss, _ = objective(batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
 @pytest.mark.parametrize("is_split", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_rows_are_shared_by_ranks_with_and_without_rows(

@@ -1,3 +1,4 @@
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import schedulefree
 import torch
 
 from qlora_cli.errors import RecipeError
+from qlora_cli.optim.base import load_states
 from qlora_cli.optim.families import AdamW, AdEMAMix, Lion
 from qlora_cli.optim.groups import ParameterGroup
 from qlora_cli.optim.optimizers import SGD, Adafactor, Muon, ScheduleFreeAdamW, lighter_twin
@@ -334,3 +336,55 @@ def test_conflicting_settings_are_refused_with_their_place(
 ) -> None:
     [problem] = problems(f"{minimal}optimizer: {section}\n")
     assert message in problem
+
+
+class SharedMemory:
+    """Stand in for memory that bitsandbytes shares between host and GPU, which needs CUDA."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        self.number += 1
+        found: Any = torch.zeros(shape, dtype=dtype)
+        found.is_paged = True
+        return found
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["AdamW", "Lion", "AdEMAMix"])
+def test_states_of_a_paged_optimizer_stay_paged_when_they_are_loaded(kind: str, bits: int) -> None:
+    import bitsandbytes.optim as bnb
+
+    memory = SharedMemory()
+
+    class Paged(getattr(bnb, kind)):  # type: ignore[misc]  # the classes have the same interface
+        def get_state_buffer(self, p: Any, dtype: torch.dtype = torch.float32) -> Any:
+            return memory.make(tuple(p.shape), dtype)
+
+        def _get_state_double_buffer(self, p: Any, dtype: torch.dtype = torch.float32) -> Any:
+            return memory.make((2, *p.shape), dtype)
+
+        def prefetch_state(self, p: Any) -> None:
+            """Move nothing: there is no GPU."""
+
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(320, 320))
+    optimizer = Paged([parameter], optim_bits=bits, is_paged=True)
+    for _ in range(2):
+        parameter.grad = torch.randn(320, 320)
+        optimizer.step()
+    expected = copy.deepcopy(optimizer.state_dict())
+    for used_again in (False, True):  # a resumed run makes buffers, a rollback has them
+        made = memory.number
+        if not used_again:
+            optimizer.state.clear()
+        load_states(optimizer, copy.deepcopy(expected))
+        state = optimizer.state[parameter]
+        large = [value for value in state.values() if getattr(value, "ndim", 0) >= 2]
+        assert large
+        assert all(value.is_paged for value in large)
+        assert memory.number == made + (0 if used_again else len(large))
+        for name, value in expected["state"][0].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(state[name], value), name

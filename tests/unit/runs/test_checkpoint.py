@@ -15,6 +15,8 @@ from qlora_cli.runs.checkpoint import (
     newest_checkpoint,
     random_states,
     save_checkpoint,
+    set_random_states,
+    state_of_gpu,
 )
 from qlora_cli.types import TrainState
 from tests.damage import DAMAGE
@@ -172,3 +174,27 @@ def test_a_rolled_back_run_keeps_no_later_checkpoint(tmp_path: Path) -> None:
     path = run.save(tmp_path, keep=4)
     assert newest_checkpoint(tmp_path) == path == tmp_path / "step-00000003"
     assert (path / "trained.safetensors").read_bytes() != old
+
+
+@pytest.mark.parametrize(
+    ("saved", "index", "chosen"),
+    [
+        (1, 0, 0),
+        (1, 3, 0),  # the state of this process, which computed on another card before
+        (8, 0, 0),  # checkpoints used to hold the states of all visible cards
+        (8, 3, 3),
+        (2, 5, 0),
+    ],
+)
+def test_the_random_state_of_a_gpu_is_found_where_other_gpus_are_visible(
+    saved: int, index: int, chosen: int
+) -> None:
+    states = [torch.full((4,), number) for number in range(saved)]
+    assert state_of_gpu(states, index)[0] == chosen
+
+
+def test_the_states_of_other_gpus_are_not_saved(tmp_path: Path) -> None:
+    found = random_states()
+    assert len(found["cuda"]) == (1 if torch.cuda.is_initialized() else 0)
+    # Nor do those of a machine with several matter on one without.
+    set_random_states({**found, "cuda": [torch.zeros(16, dtype=torch.uint8)] * 8})
