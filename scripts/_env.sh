@@ -54,6 +54,18 @@ install_cpu_torch() {
     "$python" -m pip install -qq "torch==$TORCH_VERSION"
 }
 
+# check_card: stop if this machine has a card that the installed torch cannot use.
+check_card() {
+    .venv/bin/python -c '
+import sys
+from qlora_cli.distributed.world import World
+from qlora_cli.errors import QloraError
+try:
+    print("device:", World().summary(), file=sys.stderr)
+except QloraError as error:
+    sys.exit(f"error: {error}\nhint: {error.hint}")'
+}
+
 # make_environment EXTRA: make .venv with the project and the versions in constraints.txt, unless it
 # is there (EXTRA: "" or "dev").
 make_environment() {
@@ -74,6 +86,7 @@ make_environment() {
     has_accelerator || install_cpu_torch
     .venv/bin/python -m pip install -qq --constraint constraints.txt \
         --editable ".${extra:+[$extra]}"
+    check_card
     printf '%s\n' "$wanted" >"$stamp"
 }
 
