@@ -142,6 +142,8 @@ def _section(
     """
     parts = _parts(FieldType.of(info))
     if not parts:
+        yield f"## `{path}`\n"
+        yield f"{about} It takes {FieldType.of(info).words()}. Default: {_default(info)}.\n"
         return
     only = f" of {', '.join(f'`{name}`' for name in variants)}" if variants else ""
     yield f"{'#' * (path.count('.') + 2)} `{path}`{only}\n"
