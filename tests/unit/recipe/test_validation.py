@@ -34,7 +34,7 @@ from qlora_cli.recipe.schema import Recipe
             "adalora, vera, loha, lokr, hra",
         ),
         ("output_dir: x\n", "recipe.yaml:4:1  output_dir: ...; did you mean output.dir?"),
-        ("zzz: 1\n", 'recipe.yaml:4:1  zzz: a recipe has no "zzz"; it takes ...evaluation, output'),
+        ("zzz: 1\n", 'recipe.yaml:4:1  zzz: a recipe has no "zzz"; it takes ...output, device'),
         # Wrong types.
         (
             "training: {seed: x}\n",
