@@ -230,7 +230,8 @@ NONE = {
     "evaluation.tasks.labels": _VALUE, "evaluation.tasks.window": _NUMBER,
     "evaluation.tasks.join": _VALUE, "evaluation.tasks.word_order": _TASK,
     "evaluation.forgetting.window": _NUMBER, "evaluation.forgetting.max_windows": _VALUE,
-    "device": _VALUE, "output.dir": _VALUE, "output.trackers": "a package that is missing is refused",
+    "device": _VALUE, "output.dir": _VALUE,
+    "output.trackers": "a package that is missing is refused",
 }  # fmt: skip
 """Key -> why no plausible value is without effect."""
 
