@@ -170,7 +170,7 @@ class World:
         """Tell if the device computes in a dtype. A CPU does in all, in some by emulation."""
         if dtype != torch.bfloat16 or not self.is_cuda:
             return True
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     def free_memory(self) -> None:
         """Return the allocator's cached memory to the device."""
