@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.common.decoder import decoder_of
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.objectives.base import Objective
@@ -48,7 +49,7 @@ class TokenLoss(Objective):
         self._cross_entropy = cross_entropy
         causal: Any = _without_adapter(model)
         # In a tuple, so that they are not registered again: both are inside the model already.
-        self._halves = causal.get_decoder(), causal.get_output_embeddings()
+        self._halves = decoder_of(causal), causal.get_output_embeddings()
         self.is_split = self._can_split(causal)
         if not self.is_split:
             log.info(
@@ -126,6 +127,8 @@ class TokenLoss(Objective):
         keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         keep.view(-1)[positions] = True
         logits: Tensor = self.model(**batch.inputs(), use_cache=False, logits_to_keep=keep).logits
+        if logits.dim() == 3:  # the model (ProphetNet) ignores `logits_to_keep`
+            return logits.flatten(0, 1)[positions]
         return logits
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qlora_cli.common.decoder import decoder_of
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.fast_path import CompiledKernels, ComputeOptions
 from qlora_cli.loop.setup import assemble
@@ -148,7 +149,7 @@ def _classify(
         for values in optimizer.state.values():
             count.hold((v for v in values.values() if isinstance(v, torch.Tensor)), STATES)
 
-    hooks = count.step_hooks(base.get_decoder() or base, layers_of(base))
+    hooks = count.step_hooks(decoder_of(base) or base, layers_of(base))
     hooks += [
         parameter.register_post_accumulate_grad_hook(lambda p: count.hold([p.grad], GRADIENTS))
         for parameter in model.parameters()

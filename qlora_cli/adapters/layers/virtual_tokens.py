@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
+from qlora_cli.common.decoder import decoder_of
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.models.context import read_context
 from qlora_cli.types import ModelContext
@@ -34,8 +35,8 @@ def insert_virtual_tokens(model: PeftModel) -> None:
     if kind not in _KINDS:
         raise ValueError(f"virtual tokens of the kind {kind.value} are not supported")
     base = model.get_base_model()
-    decoder = base.get_decoder()
-    if decoder is None or decoder is base:
+    decoder = decoder_of(base)
+    if decoder is None:
         raise ValueError("transformers does not know which part of this model is its decoder")
     tokens = (_PromptHooks if kind == PeftType.PROMPT_TUNING else _PrefixHooks)(model, decoder)
     decoder.register_forward_pre_hook(tokens.before, with_kwargs=True)

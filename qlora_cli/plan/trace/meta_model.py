@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli._compat import keep_4bit_weights_trainable
+from qlora_cli.common.decoder import decoder_of
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
@@ -52,7 +53,7 @@ def load_traced(
     keep_4bit_weights_trainable(model)
     model.train()
     count_model(model, count)
-    for module in {model, model.get_decoder() or model}:
+    for module in {model, decoder_of(model) or model}:
         refuse_decisions(module)
     return model
 

@@ -4,7 +4,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Llama4TextConfig,
+    ModernBertDecoderConfig,
+    PretrainedConfig,
+    ProphetNetConfig,
+)
 
 from qlora_cli.adapters import OFT, LoHa, LoKr, LoRA, OtherPeft
 from qlora_cli.data.batching.sampler import eval_batches
@@ -131,6 +139,37 @@ def test_a_soft_cap_after_the_head_is_detected_and_applied() -> None:
     assert not objective.is_split
     batch = make_batch()
     torch.testing.assert_close(objective(batch)[0], plain_loss(model, batch), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Llama4TextConfig(  # it does not name its decoder
+            hidden_size=32, intermediate_size=32, intermediate_size_mlp=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=260,
+            num_local_experts=2, pad_token_id=0,
+        ),
+        ModernBertDecoderConfig(  # its head is named `decoder`
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=260, pad_token_id=0,
+        ),
+        ProphetNetConfig(  # it ignores `logits_to_keep`
+            hidden_size=32, vocab_size=260, num_decoder_layers=2, num_decoder_attention_heads=4,
+            decoder_ffn_dim=64, is_decoder=True, dropout=0.0, attention_dropout=0.0,
+            activation_dropout=0.0,
+        ),
+    ],
+    ids=lambda config: str(config.model_type),
+)  # fmt: skip
+def test_a_model_that_cannot_be_split_has_the_plain_loss(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    objective = TokenLoss(model, torch.float32)
+    assert not objective.is_split
+    batch = make_batch()
+    expected = plain_loss(model, batch)
+    torch.testing.assert_close(objective(batch)[0], expected, rtol=1e-6, atol=0)
+    assert objective.of_rows(batch).sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_logits_are_computed_at_supervised_positions_only(tiny_model: Path) -> None:
