@@ -229,6 +229,16 @@ class _SavedMlp:
     low_down: Tensor | None  # (T, R)
 
 
+@dataclass
+class _SavedLayer:
+    """Tensors that a layer saves for its backward pass, in addition to its input."""
+
+    attention: _SavedAttention
+    middle: Tensor  # (T, D), between attention and feed-forward
+    norm_factor: Tensor  # (T, 1) of the norm before the feed-forward half
+    mlp: _SavedMlp | None
+
+
 @dataclass(frozen=True)
 class _Positions:
     """Positions and documents of the tokens of a micro-batch."""
@@ -309,46 +319,53 @@ class _LayerComputation:
         grad_qk = transform.backward(grad_qk, saved.qk, cos, sin)
         return torch.cat([grad_qk, grad_v], 1).flatten(1)
 
+    def recompute(self, hidden: Tensor) -> _SavedLayer:
+        """Compute again what the backward pass needs, without the feed-forward half."""
+        norm = self.modules.norms[1]
+        update, attention = self.attention(hidden)
+        middle, _, norm_factor = self.ops.add_rms_norm(
+            hidden, update, norm.weight, norm.variance_epsilon
+        )
+        return _SavedLayer(attention, middle, norm_factor, None)
+
     def mlp(self, normed: Tensor) -> tuple[Tensor, _SavedMlp]:
         """Compute the feed-forward update from the normed states (T, D)."""
         gate_up, low_gate_up = self.project(self.gate_up, self.modules.gate_up, normed)  # (T, 2 I)
         update, low_down = self.project(self.down, self.modules.down, self.ops.swiglu(gate_up))
         return update, _SavedMlp(low_gate_up, gate_up, low_down)
 
-    def mlp_backward(
-        self, grad: Tensor, hidden: Tensor, norm_factor: Tensor, saved: _SavedMlp | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Compute the gradients of `hidden` (T, D), before the norm, and of the LoRA weights."""
+    def mlp_backward(self, grad: Tensor, saved: _SavedLayer) -> tuple[Tensor, list[Tensor]]:
+        """Compute the gradients of `saved.middle` (T, D) and of the LoRA weights.
+
+        This is the peak of a layer, so each wide tensor is freed after its last use; `saved.mlp`
+        is taken away.
+        """
         modules, norm = self.modules, self.modules.norms[1]
+        hidden, norm_factor, mlp, saved.mlp = saved.middle, saved.norm_factor, saved.mlp, None
         normed = self.ops.apply_rms_norm(hidden, norm_factor, norm.weight)
-        if saved is None:
+        if mlp is None:
             gate_up, low_gate_up = self.project(self.gate_up, modules.gate_up, normed)
-            saved = _SavedMlp(low_gate_up, gate_up, None)
+            low_down = None
+        else:
+            gate_up, low_gate_up, low_down = mlp.gate_up, mlp.low_gate_up, mlp.low_down
         grad_low = self.down.backward_low(grad)
         grad_activated = self.down.backward_input(grad, grad_low, modules.down.weight(self.dtype))
-        grad_gate_up, activated = self.ops.swiglu_backward(grad_activated, saved.gate_up)
-        low_down = self.down.low(activated) if saved.low_down is None else saved.low_down
+        grad_gate_up, activated = self.ops.swiglu_backward(grad_activated, gate_up)
+        del gate_up, grad_activated, mlp
+        low_down = self.down.low(activated) if low_down is None else low_down
         down_grads = self.down.backward_update(grad, grad_low, activated, low_down)
+        del activated
         grad_low = self.gate_up.backward_low(grad_gate_up)
-        gate_up_grads = self.gate_up.backward_update(
-            grad_gate_up, grad_low, normed, saved.low_gate_up
+        gate_up_grads = self.gate_up.backward_update(grad_gate_up, grad_low, normed, low_gate_up)
+        del normed
+        grad_normed = self.gate_up.backward_input(
+            grad_gate_up, grad_low, modules.gate_up.weight(self.dtype)
         )
-        weight = modules.gate_up.weight(self.dtype)
-        grad_normed = self.gate_up.backward_input(grad_gate_up, grad_low, weight)
+        del grad_gate_up
         return (
             self.ops.rms_norm_backward(grad_normed, hidden, norm_factor, norm.weight, grad),
             gate_up_grads + down_grads,
         )
-
-
-@dataclass
-class _SavedLayer:
-    """Tensors that a layer saves for its backward pass, in addition to its input."""
-
-    attention: _SavedAttention
-    middle: Tensor  # (T, D), between attention and feed-forward
-    norm_factor: Tensor  # (T, 1) of the norm before the feed-forward half
-    mlp: _SavedMlp | None
 
 
 class _Layer(torch.autograd.Function):
@@ -386,16 +403,8 @@ class _Layer(torch.autograd.Function):
         positions = _Positions(cos, sin, ctx.documents)
         layer = _LayerComputation(modules, hidden.dtype, trained, positions)
         if saved is None:
-            norm = modules.norms[1]
-            update, attention = layer.attention(hidden)
-            middle, _, norm_factor = modules.ops.add_rms_norm(
-                hidden, update, norm.weight, norm.variance_epsilon
-            )
-            saved = _SavedLayer(attention, middle, norm_factor, None)
-        grad_middle, mlp_grads = layer.mlp_backward(
-            grad, saved.middle, saved.norm_factor, saved.mlp
-        )
-        saved.mlp = None  # the largest tensors of a layer: free them before attention's backward
+            saved = layer.recompute(hidden)
+        grad_middle, mlp_grads = layer.mlp_backward(grad, saved)
         grad_hidden, attention_grads = layer.attention_backward(
             grad_middle, hidden, saved.attention, needs_input_grad=ctx.needs_input_grad[0]
         )

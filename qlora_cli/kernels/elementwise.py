@@ -6,7 +6,7 @@ passes over memory into one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -112,6 +112,35 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(halves, -1), (activated * up).to(gate_up.dtype)
 
 
+def swiglu_by_blocks(gate_up: Tensor, *, values: int) -> Tensor:
+    """Compute `swiglu` some rows at a time, so that few float32 values are alive at once.
+
+    Args:
+        values: results per block.
+    """
+    activated = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    for rows in _blocks(activated, values):
+        activated[rows] = swiglu(gate_up[rows])
+    return activated
+
+
+def swiglu_backward_by_blocks(
+    grad: Tensor, gate_up: Tensor, *, values: int
+) -> tuple[Tensor, Tensor]:
+    """Compute `swiglu_backward` some rows at a time, and overwrite `gate_up` and `grad`.
+
+    The float32 intermediates of all rows together would be the peak of a step.
+    """
+    for rows in _blocks(grad, values):
+        gate_up[rows], grad[rows] = swiglu_backward(grad[rows], gate_up[rows])
+    return gate_up, grad
+
+
+def _blocks(states: Tensor, values: int) -> Iterator[slice]:
+    step = max(1, values // states.shape[1])
+    return (slice(first, first + step) for first in range(0, len(states), step))
+
+
 def scores_backward(
     scores: Tensor, grad: Tensor, normalizer: Tensor, shared: Tensor, rows: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -153,8 +182,23 @@ class Elementwise:
     norm_rotate_backward: Callable[..., Tensor] = norm_rotate_backward
     swiglu: Callable[..., Tensor] = swiglu
     swiglu_backward: Callable[..., tuple[Tensor, Tensor]] = swiglu_backward
+    """May overwrite its arguments."""
     scores_backward: Callable[..., tuple[Tensor, Tensor]] = scores_backward
     dot: Callable[..., Tensor] = dot
+
+    @classmethod
+    def in_blocks(cls, values: int) -> Elementwise:
+        """Return the plain functions; the widest ones compute some rows at a time.
+
+        Compiled functions do not need this: they have no intermediates in memory.
+
+        Args:
+            values: results per block (`DeviceCapabilities.block_values`).
+        """
+        return cls(
+            swiglu=partial(swiglu_by_blocks, values=values),
+            swiglu_backward=partial(swiglu_backward_by_blocks, values=values),
+        )
 
     @classmethod
     def compiled(cls, by: Callable[[Function], Function] | None = None) -> Elementwise:
@@ -209,7 +253,7 @@ class Elementwise:
             done["norm_rotate"] = rotated = self.norm_rotate(states, *norm)
             done["norm_rotate_backward"] = self.norm_rotate_backward(rotated, states, *norm)
         done["swiglu"] = opened = self.swiglu(x)
-        done["swiglu_backward"] = self.swiglu_backward(opened, x)
+        done["swiglu_backward"] = self.swiglu_backward(opened.clone(), x.clone())
         scores = torch.rand(2, rows // 4, rows // 2, device=device)
         done["dot"] = row = self.dot(scores.to(dtype), scores.to(dtype))
         places = torch.arange(rows // 4, device=device)

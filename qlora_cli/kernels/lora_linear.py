@@ -59,8 +59,16 @@ class Projection:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the stacked weights (out, in)."""
-        weights = [base_weight(base_layer_of(linear), dtype) for linear in self.linears]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        layers = [base_layer_of(linear) for linear in self.linears]
+        if len(layers) == 1:
+            return base_weight(layers[0], dtype)
+        outs = [layer.out_features for layer in layers]
+        shape = sum(outs), layers[0].in_features
+        stacked: Tensor = layers[0].weight.detach().new_empty(shape, dtype=dtype)
+        # One after the other, so that only one weight is alive outside the stack.
+        for rows, layer in zip(stacked.split(outs), layers, strict=True):
+            rows.copy_(base_weight(layer, dtype))
+        return stacked
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the stacked biases (out,), or None if no layer has one."""

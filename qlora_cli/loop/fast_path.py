@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.common.decoder import decoder_of
 from qlora_cli.data.batching.collate import proof_batches
 from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.errors import ModelError
@@ -122,7 +123,7 @@ def prepare_layers(
     """
     fused, kernels = 0, options.kernels
     if kernels != "plain" and base.get_input_embeddings().weight.dtype == options.dtype:
-        ops = Elementwise()
+        ops = Elementwise.in_blocks(options.device.block_values)
         if kernels == "compiled":
             ops = _compiled_elementwise(model, base.device, options)
         fused = fuse_layers(model, _RECOMPUTE[checkpointing], ops, options.device.attention)
@@ -145,7 +146,7 @@ def _offload(base: PreTrainedModel, host: HostMemory | None) -> None:
             "the host; there is no CUDA device here, so it acts as true"
         )
         return
-    keep_on_host(base.get_decoder() or base, base.get_input_embeddings(), host)
+    keep_on_host(decoder_of(base) or base, base.get_input_embeddings(), host)
 
 
 def _compiled_elementwise(
@@ -160,8 +161,8 @@ def _compiled_elementwise(
         return some.try_out(device, options.dtype, norms_heads=norms_heads)
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        wanted = try_out(Elementwise())
-    return ops if _can_compile(lambda: try_out(ops), wanted) else Elementwise()
+        plain = Elementwise.in_blocks(options.device.block_values)
+        return ops if _can_compile(lambda: try_out(ops), try_out(plain)) else plain
 
 
 def loss_kernel(kernels: Kernels, device: torch.device, options: ComputeOptions) -> CrossEntropy:

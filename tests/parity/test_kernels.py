@@ -96,6 +96,18 @@ def test_fused_model_evaluates_generates_and_disables_its_adapter(tmp_path: Path
     torch.testing.assert_close(without, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("values", [1, 100, 16 * 37, 10_000])
+def test_blocks_of_rows_change_no_bit(dtype: torch.dtype, values: int) -> None:
+    whole, blocks = Elementwise(), Elementwise.in_blocks(values)
+    gate_up, grad = torch.randn(37, 32).to(dtype), torch.randn(37, 16).to(dtype)
+    assert torch.equal(blocks.swiglu(gate_up), whole.swiglu(gate_up))
+    expected = whole.swiglu_backward(grad, gate_up)
+    found = blocks.swiglu_backward(grad, gate_up)
+    assert [torch.equal(*pair) for pair in zip(found, expected, strict=True)] == [True, True]
+    assert (found[0] is gate_up, found[1] is grad) == (True, True)  # no memory for the results
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_update_first_equals_peft(tmp_path: Path, quantization: str, dropout: float) -> None:
