@@ -19,12 +19,15 @@ from qlora_cli.plan.miniature_run import (
     UncheckedModel,
     dry_run_miniature,
 )
+from qlora_cli.plan.module_search import with_way_out
 from qlora_cli.recipe.schema import Recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 TOLERANCE = 1e-4
 """Largest difference of a logit from PEFT's merge in float32, relative to the largest logit."""
 RIGHT, REFUSED, WRONG, NOT_TRIED = "right", "refused", "wrong", "not tried"
+WITH_IT = "with it:"
+"""Comes before the outcome of the recipe that a refusal's hint proposes."""
 _INPUT = torch.arange(1, 33)[None]  # (1, T)
 _UNSET: dict[str, Any] = {
     "head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_topk": 2,
@@ -65,17 +68,12 @@ def examine(model_type: str, folder: Path) -> Outcome:
 
 def _follow_hint(model_type: str, folder: Path) -> Outcome:
     found = _examine(model_type, folder / "0", {})
-    reasons = [found.reason]
-    for number in (1, 2):
-        named = re.search(r"--set adapter\.exclude_modules=\[([\w.,]+)\]$", found.reason)
-        if found.result != REFUSED or named is None:
-            break
-        excluded = {"exclude_modules": named[1].split(",")}
-        found = _examine(model_type, folder / str(number), excluded)
-        reasons.append(f"with it: {found.result} {found.reason}".rstrip())
-    if len(reasons) == 1:
+    named = re.search(r"--set adapter\.exclude_modules=\[([\w.,]+)\]$", found.reason)
+    if found.result != REFUSED or named is None:
         return found
-    return Outcome(WRONG if found.result == WRONG else REFUSED, "; ".join(reasons))
+    again = _examine(model_type, folder / "1", {"exclude_modules": named[1].split(",")})
+    reason = f"{found.reason}; {WITH_IT} {again.result} {again.reason}".rstrip()
+    return Outcome(REFUSED if again.result == RIGHT else WRONG, reason)
 
 
 def _examine(model_type: str, folder: Path, adapter: Mapping[str, Any]) -> Outcome:
@@ -92,7 +90,8 @@ def _examine(model_type: str, folder: Path, adapter: Mapping[str, Any]) -> Outco
         except UnattachedMiniature as error:
             return _refusal(recipe, config, place) or Outcome(NOT_TRIED, _said(error))
         except ModelError as error:
-            return Outcome(REFUSED, _plain(error).replace(f"{place}/", ""))
+            refusal = with_way_out(error, recipe, config, place)
+            return Outcome(REFUSED, _plain(refusal).replace(f"{place}/", ""))
         # Default configs of transformers fail in any way.
         except Exception as error:
             first = first or error

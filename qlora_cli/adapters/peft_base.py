@@ -41,8 +41,14 @@ def incompatible_hint(said: str) -> str:
     Args:
         said: PEFT's error.
     """
+    module = incompatible_module(said)
+    return f"--set adapter.exclude_modules=[{module}]" if module else ""
+
+
+def incompatible_module(said: str) -> str:
+    """Return the module that PEFT refuses in this model, by its error; empty if it names none."""
     found = re.search(r"Module '([\w.]+)' is incompatible", said)
-    return f"--set adapter.exclude_modules=[{found[1]}]" if found else ""
+    return found[1] if found else ""
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,21 @@ log = logging.getLogger("qlora")
 _CHUNK = 2**18
 """Number of values that are compared at a time."""
 _MAX_NAMED = 5
+
+
+class UnmappedWeights(ModelError):
+    """Weights to change are stored in another form than the model has.
+
+    Args:
+        names: their names in the model.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{', '.join(names[:_MAX_NAMED])}: the files store this in another form than the "
+            "model, and it is not known which part is which; such a merge is not supported"
+        )
+        self.names = names
 
 
 @dataclass(slots=True)
@@ -83,7 +98,7 @@ class ShardMerger:
             as_trained: add to the quantized weights rather than to those of the files.
 
         Raises:
-            ModelError: a weight to change is assembled from several stored tensors.
+            UnmappedWeights: a weight to change is assembled from several stored tensors.
         """
         self._base = base
         self._names = names
@@ -93,10 +108,7 @@ class ShardMerger:
         self._rounded = rounding.names if as_trained else set()
         self.statistics = MergeStatistics()
         if unknown := sorted((edits.names | self._rounded) - set(names.in_files)):
-            raise ModelError(
-                f"{', '.join(unknown[:_MAX_NAMED])}: the files store this in another form than the "
-                "model, and it is not known which part is which; such a merge is not supported"
-            )
+            raise UnmappedWeights(unknown)
         self.untied = {
             target
             for target, source in tied.items()

@@ -35,6 +35,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.models.context import read_context
 from qlora_cli.models.report import WeightCounts, count_base_weights, refuse_mostly_unquantized
 from qlora_cli.plan.miniature_run import UnattachedMiniature, UncheckedModel, dry_run_miniature
+from qlora_cli.plan.module_search import with_way_out
 from qlora_cli.plan.rows import missing_locally
 from qlora_cli.plan.trace.meta_model import build_quantized_meta_model
 from qlora_cli.plan.traced_memory import attention_option
@@ -115,10 +116,11 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
         with torch.random.fork_rng(devices=[]), _temporary_folder() as folder:
             # Not torch.manual_seed, which also seeds the generators of other devices.
             torch.default_generator.manual_seed(0)
-            steps = dry_run_miniature(recipe, config, folder)
+            try:
+                steps = _dry_run(recipe, config, skeleton, folder)
+            except ModelError as refusal:
+                raise with_way_out(refusal, recipe, config, folder) from refusal
     except UncheckedModel as error:
-        if isinstance(error, UnattachedMiniature):
-            _attach(recipe, skeleton)
         why = str(error)
         log.debug("no dry run on a miniature of the base: %s", why)
     _CHECKED[key] = CompatibilityReport(
@@ -211,6 +213,22 @@ def _as_quantized(skeleton: PreTrainedModel) -> WeightCounts:
             if not isinstance(parameters[name], Params4bit | Int8Params)
         },
     )
+
+
+def _dry_run(
+    recipe: Recipe, config: PretrainedConfig, skeleton: PreTrainedModel, folder: Path
+) -> list[str]:
+    """Dry-run the miniature; attach the adapter to the whole base if the miniature is too small.
+
+    Raises:
+        ModelError: the adapter does not fit, or a step fails.
+        UncheckedModel: the miniature proves nothing.
+    """
+    try:
+        return dry_run_miniature(recipe, config, folder)
+    except UnattachedMiniature:
+        _attach(recipe, skeleton)
+        raise
 
 
 def _attach(recipe: Recipe, skeleton: PreTrainedModel) -> None:

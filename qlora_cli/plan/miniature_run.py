@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.export.merge import plan_merge
+from qlora_cli.export.merge_shards import UnmappedWeights
 from qlora_cli.kernels.cross_entropy import cross_entropy
 from qlora_cli.models.base import load_model
 from qlora_cli.models.heads import CAUSAL_LM
@@ -48,6 +50,44 @@ class UnattachedMiniature(UncheckedModel):
     """The adapter cannot be put into the miniature. Its sizes or those of the base may be why."""
 
 
+class RefusedMiniature(ModelError):
+    """The miniature works alone, and a step with the adapter fails.
+
+    Args:
+        message: the step, and how it fails.
+        blame: the modules that it may depend on.
+        hint: the way out that the error itself names; the default is that of `blame`.
+    """
+
+    def __init__(self, message: str, blame: Blame, hint: str | None = None) -> None:
+        super().__init__(message, hint or blame.hint)
+        self.blame = blame
+        self.names_way_out = hint is not None
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The modules that a failing step may depend on."""
+
+    adapter: AdapterMethod
+    adapted: tuple[str, ...]
+    """Kinds of modules that have an adapter, by the last part of their names."""
+    suspects: tuple[str, ...] = ()
+    """Modules to leave out."""
+    reason: str = ""
+    """The fault of these modules."""
+
+    @property
+    def hint(self) -> str:
+        """Say which setting chooses other weights; which ones work has to be tried."""
+        if "exclude_modules" not in type(self.adapter).model_fields:
+            return "choose another adapter.type, such as lora"
+        return (
+            "leave modules out with adapter.exclude_modules, or name others in "
+            "adapter.target_modules"
+        )
+
+
 def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) -> list[str]:
     """Take a row through forward, backward, save, load and merge. Returns the steps taken.
 
@@ -56,11 +96,10 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         folder: an empty folder for the files of the miniature.
 
     Raises:
-        ModelError: the base works alone, and a step with the adapter does not.
+        RefusedMiniature: the base works alone, and a step with the adapter does not.
         UncheckedModel: the base does not work alone, or the adapter does not fit the miniature.
     """
     adapter, kind = recipe.adapter, str(config.model_type)
-    hint = _way_out(adapter)
     subject = f"adapter.type ({adapter.type}) on {kind}"
     base = folder / "base"
     ids = torch.arange(1, _ROW + 1)[None]
@@ -83,35 +122,36 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
     # The caller attaches the adapter to the whole base, and reports what fails there.
     except Exception as error:
         raise UnattachedMiniature(_said(error)) from error
-    with _refusing(f"{subject}: training fails", adapter, adapted):
+    blame = Blame(adapter, _adapted_kinds(adapted))
+    with _refusing(f"{subject}: training fails", blame, adapted):
         objective = recipe.objective.build(adapted, torch.float32, cross_entropy).train()
         objective(batch)[0].backward()
     if uncalled := _uncalled_layers(adapted):
-        names = ", ".join(uncalled)
-        hint = f"the model does not call {names} in training: {_way_out(adapter, uncalled)}"
+        reason = f"the model does not call {', '.join(uncalled)} in training"
+        blame = replace(blame, suspects=tuple(uncalled), reason=reason)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:  # many begin at zero, which would merge to nothing
                 parameter += 0.05 * torch.randn_like(parameter)
     trained, saved = _logits(adapted, ids), folder / "saved"
     saved.mkdir()
-    with _refusing(f"{subject}: saving fails", hint):
+    with _refusing(f"{subject}: saving fails", blame):
         adapter.save(adapted, saved)
-    with _refusing(f"{subject}: what is saved cannot be loaded", hint):
+    with _refusing(f"{subject}: what is saved cannot be loaded", blame):
         again = adapter.load(again, saved)
     if lost := _lost_layers(adapted, again):
-        names = ", ".join(lost)
-        hint = f"the weights of {names} are not found again: {_way_out(adapter, lost)}"
+        reason = f"the weights of {', '.join(lost)} are not found again"
+        blame = replace(blame, suspects=tuple(lost), reason=reason)
     found = _logits(again, ids)
-    _require_equal(found, trained, f"{subject}: what is loaded is not what was saved", hint)
+    _require_equal(found, trained, f"{subject}: what is loaded is not what was saved", blame)
     steps = ["forward", "backward", "save", "load"]
     if adapter.no_merge:
         return steps
     merged = folder / "merged"
-    with _refusing(f"{subject}: it can be trained, but not merged", hint):
+    with _refusing(f"{subject}: it can be trained, but not merged", blame):
         _merge(recipe, base, saved, merged)
         found = _logits(load_model(merged, **_PLAIN), ids)
-    _require_equal(found, trained, f"{subject}: the merged model is not the trained one", hint)
+    _require_equal(found, trained, f"{subject}: the merged model is not the trained one", blame)
     return [*steps, "merge"]
 
 
@@ -163,23 +203,20 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def _require_equal(found: Tensor, wanted: Tensor, message: str, hint: str) -> None:
+def _require_equal(found: Tensor, wanted: Tensor, message: str, blame: Blame) -> None:
     error = _difference(found, wanted)
     if not error <= _MAX_ERROR:  # NaN too
-        raise ModelError(
+        raise RefusedMiniature(
             f"{message}: on a miniature of the base, logits differ by {error:.1e} of their range",
-            hint=hint,
+            blame,
         )
 
 
 @contextmanager
-def _refusing(
-    message: str, way_out: str | AdapterMethod, model: nn.Module | None = None
-) -> Iterator[None]:
+def _refusing(message: str, blame: Blame, model: nn.Module | None = None) -> Iterator[None]:
     """Turn any error of a step that works without the adapter into a refusal.
 
     Args:
-        way_out: the hint, or the method whose settings it names.
         model: base and adapter, to name the layer that fails.
     """
     try:
@@ -189,12 +226,23 @@ def _refusing(
         layer = "" if model is None else _failing_layer(model, error)
         if layer:
             message = f"{message} in {layer}"
-        named = [layer.rpartition(".")[2]] if layer else []
-        hint = way_out if isinstance(way_out, str) else _way_out(way_out, named)
-        raise ModelError(
+            blame = replace(blame, suspects=(layer.rpartition(".")[2],))
+        if isinstance(error, UnmappedWeights):
+            modules = {name.rpartition(".")[0].rpartition(".")[2] for name in error.names}
+            blame = replace(blame, suspects=tuple(sorted(modules)))
+        raise RefusedMiniature(
             f"{message}: {_said(error)} (found on a miniature of the base)",
-            hint=error.hint if isinstance(error, QloraError) and error.hint else hint,
+            blame,
+            error.hint if isinstance(error, QloraError) else None,
         ) from error
+
+
+def _adapted_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Name the kinds of layers that PEFT has adapted."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = [name for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)]
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _failing_layer(model: nn.Module, error: Exception) -> str:
@@ -243,20 +291,3 @@ def _lost_layers(trained: nn.Module, loaded: nn.Module) -> list[str]:
                 if weight.requires_grad and not torch.equal(weight, found.get(name, weight.new())):
                     lost.add(".".join(place.split(".")[-2:]))
     return sorted(lost)
-
-
-def _way_out(adapter: AdapterMethod, named: Sequence[str] = ()) -> str:
-    """Say which settings of an adapter choose other weights.
-
-    Args:
-        named: modules to leave out.
-    """
-    if "exclude_modules" in type(adapter).model_fields:
-        excluded = adapter.model_dump(include={"exclude_modules"})["exclude_modules"] or []
-        if named and isinstance(excluded, list):
-            return f"--set adapter.exclude_modules=[{','.join([*excluded, *named])}]"
-        return (
-            "leave modules out with adapter.exclude_modules, or name others in "
-            "adapter.target_modules"
-        )
-    return "choose another adapter.type, such as lora"

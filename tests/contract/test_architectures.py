@@ -12,6 +12,7 @@ from tests.architectures import (
     NOT_TRIED,
     REFUSED,
     RIGHT,
+    WITH_IT,
     WRONG,
     architectures,
     examine,
@@ -43,6 +44,11 @@ def test_a_refusal_names_the_setting_to_write() -> None:
     refused = [outcome.reason for outcome in read().values() if outcome.result == REFUSED]
     assert refused
     assert [reason for reason in refused if "adapter." not in reason] == []
+
+
+def test_the_recipe_that_a_hint_proposes_passes() -> None:
+    refused = [outcome.reason for outcome in read().values() if outcome.result == REFUSED]
+    assert [reason for reason in refused if not reason.endswith(f"{WITH_IT} {RIGHT}")] == []
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of layers that it treats specially
