@@ -22,8 +22,9 @@ class DeviceCapabilities:
     def block_values(self) -> int:
         """Values that an element-wise function computes at a time (`Elementwise.in_blocks`).
 
-        On a CPU, a block should fit the cache of a core (measured: 1.4 to 6 times as fast as all rows
-        at once). On a card, smaller blocks would wait for the launch of each operation.
+        On a CPU, a block should fit the cache of a core: that was 1.4 to 6 times as fast as all
+        rows at once (`dev/LOG.md`). On a card, smaller blocks would wait for the launch of each
+        operation.
         """
         return 2**18 if self.host is None else 2**22
 
