@@ -49,7 +49,7 @@ class TokenLoss(Objective):
         self._cross_entropy = cross_entropy
         causal: Any = _without_adapter(model)
         # In a tuple, so that they are not registered again: both are inside the model already.
-        self._halves = decoder_of(causal), causal.get_output_embeddings()
+        self._halves: tuple[Any, Any] = decoder_of(causal), causal.get_output_embeddings()
         self.is_split = self._can_split(causal)
         if not self.is_split:
             log.info(
