@@ -48,8 +48,16 @@ class DocumentBoundaries:
 class Attention(Protocol):
     """An implementation of attention over documents."""
 
-    def for_heads(self, size: int) -> Attention:
-        """Return this implementation, or one that supports heads of this size."""
+    def for_heads(self, size: int, window: int | None) -> Attention:
+        """Return an implementation for heads of this size.
+
+        Args:
+            window: number of tokens that a token sees, itself included; None for all before it.
+        """
+        ...
+
+    def covers(self, lengths: Sequence[int]) -> bool:
+        """Return whether it computes documents of these lengths."""
         ...
 
     def forward(
@@ -75,12 +83,19 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class PerDocumentAttention:
     """One call per document, on any device and in any dtype."""
 
-    def for_heads(self, size: int) -> Attention:
+    window: int | None = None
+
+    def for_heads(self, size: int, window: int | None) -> Attention:
         """Return this implementation: it supports any size."""
-        return self
+        return PerDocumentAttention(window)
+
+    def covers(self, lengths: Sequence[int]) -> bool:
+        """Return whether each document fits the window: there is no mask."""
+        return self.window is None or max(lengths) <= self.window
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentBoundaries, scale: float
@@ -101,20 +116,35 @@ class PerDocumentAttention:
         return attend_backward(grad, qkv, attended, documents.lengths, scale, ops)
 
 
+@dataclass(frozen=True)
 class VarlenAttention:
     """One call of flash attention for all documents (Dao 2023, https://arxiv.org/abs/2307.08691).
 
-    Its kernels take the boundaries of documents, and fewer heads of keys than of queries.
+    Its kernels take the boundaries of documents, a sliding window, and fewer heads of keys than of
+    queries.
     """
 
-    def for_heads(self, size: int) -> Attention:
+    window: int | None = None
+
+    def for_heads(self, size: int, window: int | None) -> Attention:
         """Return this for multiples of 8 up to 192; larger sizes depend on the card."""
-        return self if size % 8 == 0 and size <= 192 else PerDocumentAttention()
+        if size % 8 == 0 and size <= 192:
+            return VarlenAttention(window)
+        return PerDocumentAttention(window)
+
+    def covers(self, lengths: Sequence[int]) -> bool:
+        """Return that it computes all documents."""
+        return True
+
+    @property
+    def _seen(self) -> tuple[int, int]:
+        """Tokens visible to the left (-1: all) and to the right, in `varlen_attn`'s terms."""
+        return (-1, 0) if self.window is None else (self.window - 1, 0)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentBoundaries, scale: float
     ) -> AttentionOutput:
-        """Attend to all documents in one call."""
+        """Attend to all documents in one call. torch can differentiate it."""
         # Imported late: it imports torch's compiler, which takes a second.
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
@@ -123,7 +153,7 @@ class VarlenAttention:
             *(q, k, v, ends, ends, longest, longest),
             return_aux=AuxRequest(lse=True),
             scale=scale,
-            window_size=_CAUSAL,
+            window_size=self._seen,
             enable_gqa=True,
         )
         return AttentionOutput(output, [normalizer])
@@ -143,16 +173,12 @@ class VarlenAttention:
         [normalizer] = attended.normalizers
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
             *(grad, q, k, v, attended.output, normalizer, ends, ends, longest, longest),
-            is_causal=True,
+            is_causal=self.window is None,  # as `varlen_attn` calls it: a window has its own end
             rng_state=q.new_zeros(2, dtype=torch.uint64),  # only used by dropout
             scale=scale,
-            window_size=list(_CAUSAL),
+            window_size=list(self._seen),
         )
         return found
-
-
-_CAUSAL = (-1, 0)
-"""Tokens visible to the left (-1: all) and to the right, in `varlen_attn`'s terms."""
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:

@@ -32,8 +32,9 @@ class FusedLayer(nn.Module):
     """A drop-in replacement for a decoder layer, with the same children and checkpoint names.
 
     Padding-free training batches (`Batch.documents`) take the fused path. Everything else
-    (evaluation, generation, padded rows, documents longer than a sliding window) is computed by the
-    original layer. If it trains that way with any recomputation, the whole layer is checkpointed.
+    (evaluation, generation, padded rows; without varlen attention also documents longer than a
+    sliding window) is computed by the original layer. If it trains that way with any recomputation,
+    the whole layer is checkpointed.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class FusedLayer(nn.Module):
         trained = [weight for each in self._parts.projections for weight in each.trained()]
         # All tensors inside have their final dtype already. Compiled functions also depend on the
         # state of autocast, which is off in the backward pass.
+        states = hidden_states.squeeze(0)  # the gradient of an index is copied into zeros
         with torch.autocast(hidden_states.device.type, enabled=False):
             # torch does not type `apply`.
             output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
-                hidden_states[0], cos, sin, documents, self._parts, self._recompute, *trained
+                states, cos, sin, documents, self._parts, self._recompute, *trained
             )
         return output[None]
 
@@ -165,8 +167,6 @@ class _LayerModules:
     """Query heads."""
     kv_heads: int
     scale: float
-    window: int | None
-    """Number of tokens that a token sees; None for all."""
     head_transform: HeadTransform
     attention: Attention
     ops: Elementwise
@@ -187,9 +187,8 @@ class _LayerModules:
             heads=heads,
             kv_heads=kv_heads,
             scale=attn.scaling,
-            window=_window(attn),
             head_transform=choose_head_transform(attn, (heads, kv_heads), ops),
-            attention=attention.for_heads(size),
+            attention=attention.for_heads(size, _window(attn)),
             ops=ops,
         )
 
@@ -200,12 +199,12 @@ class _LayerModules:
     def can_compute(self, lengths: Sequence[int]) -> bool:
         """Return whether the fused path covers these documents.
 
-        Each document has to fit the sliding window, and every LoRA update has to be active: PEFT
-        can disable or merge them.
+        Attention has to cover them, and every LoRA update has to be active: PEFT can disable or
+        merge them.
         """
         adapted = [linear for each in self.projections for linear in each.adapted]
-        is_in_window = self.window is None or max(lengths) <= self.window
-        return is_in_window and not any(each.disable_adapters or each.merged for each in adapted)
+        is_changed = any(each.disable_adapters or each.merged for each in adapted)
+        return self.attention.covers(lengths) and not is_changed
 
 
 @dataclass

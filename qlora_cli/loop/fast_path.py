@@ -90,7 +90,9 @@ def use_padding_free(
         ModelError: they cannot, and the recipe packs.
     """
     is_ours = attend_by_document(model)
-    if not (is_ours or packing):  # eager attention would compute scores between examples too
+    # Eager attention would compute scores between examples too; flash attention knows boundaries.
+    knows_examples = is_ours or model.config._attn_implementation == "flash_attention_2"
+    if not (knows_examples or packing):
         return False
     packed, padded = proof_batches(training.examples, pad_token_id=tokenizer.pad_token_id)
     try:

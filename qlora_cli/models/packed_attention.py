@@ -113,7 +113,7 @@ def _attend(
     documents: tuple[int, ...] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute scaled dot-product attention document by document.
+    """Compute scaled dot-product attention in each document: in one call where CUDA has it.
 
     Args:
         query: (1, H, T, D); keys and values may have fewer heads.
@@ -126,6 +126,8 @@ def _attend(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    from qlora_cli.kernels.attention import DocumentBoundaries, VarlenAttention, choose_attention
+
     if documents is None:
         whole: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
@@ -135,11 +137,19 @@ def _attend(
         raise ValueError("the model adds a mask of its own to packed examples")
     if "sliding_window" not in options:
         _refuse_hidden_window(module)
-    window = options.pop("sliding_window", None) or max(documents)
+    window = options.pop("sliding_window", None)
     known = {name: options.pop(name) for name in _PASSED_ON if name in options}
     unknown = {name for name, value in options.items() if value is not None} - _HARMLESS
     if unknown:
         raise ValueError(f"attention by document does not support {', '.join(sorted(unknown))}")
+    ends = options.get("cu_seq_lens_q")
+    attention = choose_attention(query.device, query.dtype).for_heads(query.shape[-1], window)
+    if isinstance(attention, VarlenAttention) and ends is not None and not known.get("dropout"):
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        scale = known.get("scaling") or query.shape[-1] ** -0.5
+        found = attention.forward(q, k, v, DocumentBoundaries(documents, ends), scale)
+        return found.output[None], None
+    window = window or max(documents)
     outputs = []
     parts = (states.split(documents, dim=2) for states in (query, key, value))
     for length, (q, k, v) in zip(documents, zip(*parts, strict=True), strict=True):

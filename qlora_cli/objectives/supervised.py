@@ -27,6 +27,9 @@ log = logging.getLogger("qlora")
 # a CPU, a chunk should fit the caches, and malloc reuses its memory instead of returning it.
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
 
+_TILE = 128
+"""Rows of a tile of a matmul on a GPU; with a part of one, some of its units would wait."""
+
 
 class TokenLoss(Objective):
     """Cross-entropy, summed over the supervised tokens of a micro-batch.
@@ -280,4 +283,6 @@ def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def _chunks(num_rows: int, vocabulary_size: int, device: torch.device) -> Iterable[slice]:
     size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
     step = max(1, size // (4 * vocabulary_size))
+    if device.type != "cpu" and step > _TILE:
+        step -= step % _TILE
     return (slice(start, start + step) for start in range(0, num_rows, step))

@@ -21,11 +21,11 @@ from qlora_cli.kernels.attention import (
     attend_backward,
     choose_attention,
 )
-from qlora_cli.kernels.decoder_layer import Recompute
+from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.plan.trace.memory_counter import MemoryCounter
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
-from tests.parity.tiny_layers import adapted, base, distance, fused, loss_and_gradients
+from tests.parity.tiny_layers import DOCUMENTS, adapted, base, distance, fused, loss_and_gradients
 
 # torch.nn.attention.varlen imports parts of torch that warn of their own age.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -46,8 +46,15 @@ def states(heads: int = 6, groups: int = 2, size: int = 16) -> tuple[Tensor, ...
     return torch.randn(tokens, heads, size), q, k, v
 
 
+def hidden(length: int, left: int) -> Tensor:
+    """Return which keys (t, t) a query does not see: later ones, and those before its window."""
+    ones = torch.ones(length, length, dtype=torch.bool)
+    later = ones.triu(1)
+    return later if left == -1 else later | ones.tril(-left - 1)
+
+
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, left: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute the output of flash attention (T, H, E), and its log-sum-exp (H, T)."""
     outputs, sums = [], []
@@ -55,8 +62,7 @@ def plain(
     for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         at = slice(first, last)
         scores = torch.einsum("qhe,khe->hqk", q[at], k[at]) * scale
-        if is_causal:
-            scores = scores + torch.full_like(scores[0], -torch.inf).triu(1)
+        scores = scores.masked_fill(hidden(last - first, left), -torch.inf)
         outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[at]))
         sums.append(scores.logsumexp(-1))
     return torch.cat(outputs), torch.cat(sums, 1)
@@ -81,9 +87,10 @@ def forward(
 ) -> tuple[Tensor, ...]:
     assert ends_q.dtype == ends_k.dtype == torch.int32
     assert longest_q == longest_k == int(ends_q.diff().max())
-    assert (dropout, window_size_left, window_size_right) == (0.0, -1, 0)
+    assert (dropout, window_size_right) == (0.0, 0)
+    assert is_causal == (window_size_left == -1)
     assert not any(options.values())
-    output, sums = plain(q, k, v, ends_q, is_causal, scale)
+    output, sums = plain(q, k, v, ends_q, window_size_left, scale)
     unused = torch.zeros(2, dtype=torch.uint64)
     return output, sums, unused, unused.clone(), q.new_empty(0)
 
@@ -109,17 +116,19 @@ def backward(
     window_size_right: int,
 ) -> tuple[Tensor, ...]:
     """Compute gradients from the output and the log-sum-exp (Dao et al. 2022, appendix B.4)."""
-    again, sums_again = plain(q, k, v, ends_q, is_causal, scale)
+    again, sums_again = plain(q, k, v, ends_q, window_size_left, scale)
     torch.testing.assert_close(output, again)
     torch.testing.assert_close(sums, sums_again)
-    assert (dropout, window_size_left, window_size_right) == (0.0, -1, 0)
+    assert (dropout, window_size_right) == (0.0, 0)
+    assert is_causal == (window_size_left == -1)
     groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
     every_k, every_v = (x.repeat_interleave(repeats, 1) for x in (k, v))
     grads = [torch.empty_like(grad) for _ in range(3)]
     for first, last in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
         at = slice(first, last)
         scores = torch.einsum("qhe,khe->hqk", q[at], every_k[at]) * scale
-        weights = torch.exp(scores - sums[:, at, None]).tril()
+        weights = torch.exp(scores - sums[:, at, None])
+        weights = weights.masked_fill(hidden(last - first, window_size_left), 0.0)
         of_weights = torch.einsum("qhe,khe->hqk", grad[at], every_v[at])
         shared = (grad[at] * output[at]).sum(-1).T[..., None]
         of_scores = weights * (of_weights - shared) * scale
@@ -152,6 +161,45 @@ def test_varlen_attention_equals_single_documents(kernel: None, heads: int, grou
     for ours, reference in zip(found, expected, strict=True):
         assert ours.shape == reference.shape
         assert (ours - reference).norm() / reference.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["mistral-window", "qwen3-bias-window"])
+def test_documents_beyond_a_window_are_computed_in_one_call(
+    kernel: None, tmp_path: Path, kind: str
+) -> None:
+    """Documents of 40 and 13 tokens, a window of 9: as transformers' layers with a mask."""
+
+    def model() -> Any:
+        return adapted(base(kind, tmp_path / "base", torch.float32, "none"), ours=True)
+
+    expected, gradients = loss_and_gradients(model(), torch.float32)
+    varlen = fused(model(), "all", attention=VarlenAttention())
+    layers = [module for module in varlen.modules() if isinstance(module, FusedLayer)]
+    assert all(layer._parts.can_compute(DOCUMENTS) for layer in layers)
+    found, ours = loss_and_gradients(varlen, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert distance(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3-bias-window"])
+def test_layers_that_are_not_fused_attend_in_one_call(
+    kernel: None, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card: `choose_attention` returns varlen attention there in 16 bit."""
+
+    def model() -> Any:
+        return adapted(base(kind, tmp_path / "base", torch.float32, "none"), ours=True)
+
+    expected, gradients = loss_and_gradients(model(), torch.float32)
+    calls = []
+    monkeypatch.setattr(
+        "qlora_cli.kernels.attention.choose_attention",
+        lambda device, dtype: calls.append(dtype) or VarlenAttention(),
+    )
+    found, ours = loss_and_gradients(model(), torch.float32)
+    assert calls
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert distance(ours, gradients) < 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
@@ -240,5 +288,5 @@ def test_cpu_attends_to_documents_one_by_one() -> None:
     ],
 )
 def test_unsupported_head_sizes_fall_back(size: int, kind: type) -> None:
-    assert type(VarlenAttention().for_heads(size)) is kind
-    assert type(PerDocumentAttention().for_heads(size)) is PerDocumentAttention
+    assert type(VarlenAttention().for_heads(size, None)) is kind
+    assert type(PerDocumentAttention().for_heads(size, 9)) is PerDocumentAttention
