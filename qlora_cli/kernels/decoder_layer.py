@@ -17,15 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.kernels.attention import Attention, AttentionOutput, DocumentBoundaries
 from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.lora_linear import LoraFactors, Projection, active_adapter_of, base_layer_of
+from qlora_cli.kernels.fusible import why_not_fused
+from qlora_cli.kernels.lora_linear import LoraFactors, Projection, base_layer_of
 from qlora_cli.kernels.rope import HeadTransform, choose_head_transform
 
 Recompute = Literal["none", "mlp", "all"]
 """Recomputed in the backward pass: element-wise work only, the feed-forward half, or all."""
-
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Classes of transformers whose computation `FusedLayer` replaces."""
-_SILU = ("SiLUActivation", "SiLU")
 
 
 class FusedLayer(nn.Module):
@@ -88,44 +85,11 @@ def fuse_layers(
         (parent, name, layer)
         for parent in model.modules()
         for name, layer in parent.named_children()
-        if can_fuse(layer)
+        if why_not_fused(layer) is None
     ]
     for parent, name, layer in found:
         setattr(parent, name, FusedLayer(layer, recompute, ops, attention))
     return len(found)
-
-
-def can_fuse(layer: nn.Module) -> bool:
-    """Return whether `FusedLayer` computes the same as this layer."""
-    if type(layer).__name__ not in _LAYERS or any(
-        _is_other_adapter(one) for one in layer.modules()
-    ):
-        return False
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    linears = [
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-    ]
-    ours = {id(weight) for linear in linears if _is_plain(linear) for weight in linear.parameters()}
-    return (
-        all(_is_plain(linear) for linear in linears)
-        and type(mlp.act_fn).__name__ in _SILU
-        and attention.attention_dropout == 0
-        and all(id(p) in ours for p in layer.parameters() if p.requires_grad)
-        and len({base_layer_of(linear).weight.device for linear in linears}) == 1
-    )
-
-
-def _is_other_adapter(module: nn.Module) -> bool:
-    """Return whether this module belongs to an adapter other than LoRA on a linear layer."""
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer) and not isinstance(
-        module, LoraLinear | LoraLinear4bit
-    )
 
 
 def _window(attention: Any) -> int | None:
@@ -133,25 +97,6 @@ def _window(attention: Any) -> int | None:
     own = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(own, "sliding_window", None)
     return window
-
-
-def _is_plain(linear: Any) -> bool:
-    """Return whether this is a 4, 16 or 32-bit linear layer, bare or with one plain LoRA update."""
-    from bitsandbytes.nn import Linear4bit
-
-    base = base_layer_of(linear)
-    if type(base) not in (nn.Linear, Linear4bit) or any(p.requires_grad for p in base.parameters()):
-        return False
-    if base is linear:
-        return True
-    names = linear.active_adapters
-    return (
-        len(names) == 1
-        and not linear.lora_variant
-        and not linear.lora_bias[names[0]]
-        and isinstance(linear.lora_dropout[active_adapter_of(linear)], nn.Identity)
-        and not linear.fan_in_fan_out
-    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.kernels.fusible import why_not_fused
 from qlora_cli.kernels.offload import HostMemory, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
@@ -124,7 +126,8 @@ def prepare_layers(
         The kernels that the layers got: "plain" if none could be replaced.
     """
     fused, kernels = 0, options.kernels
-    if kernels != "plain" and base.get_input_embeddings().weight.dtype == options.dtype:
+    held = base.get_input_embeddings().weight.dtype
+    if kernels != "plain" and held == options.dtype:
         ops = Elementwise.in_blocks(options.device.block_values)
         if kernels == "compiled":
             ops = _compiled_elementwise(model, base.device, options)
@@ -136,9 +139,27 @@ def prepare_layers(
     if checkpointing == "offload":
         _offload(base, options.device.host)
     if fused == 0:
+        if kernels != "plain":
+            log.info("kernels: plain, because %s", _why_plain(base, held, options.dtype))
         return "plain"
     log.debug("kernels: %d layers as one function each, %s", fused, kernels)
     return kernels
+
+
+def _why_plain(base: PreTrainedModel, held: torch.dtype, computed: torch.dtype) -> str:
+    """Return why no layer is fused, and what would change that."""
+    if held != computed:
+        held_as, computed_in = (str(dtype).removeprefix("torch.") for dtype in (held, computed))
+        return f"the base is held in {held_as} and computed in {computed_in}"
+    # A list of layers is the only module list that a decoder is made of.
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    layers: list[nn.Module] = list(max(lists, key=len, default=[]))
+    reasons = Counter(filter(None, map(why_not_fused, layers)))
+    if not reasons:
+        return "the model has no decoder layers"
+    [(reason, _)] = reasons.most_common(1)
+    hint = "; --set adapter.dropout=0 fuses them" if reason.startswith("adapter.dropout") else ""
+    return f"{reason}{hint}"
 
 
 def _offload(base: PreTrainedModel, host: HostMemory | None) -> None:

@@ -112,6 +112,8 @@ def build_setup(
     log.info(trained.summary())
     log.debug(trained.table())
 
+    if not padding_free and settings.kernels != "plain":
+        log.info("kernels: plain, because rows are padded")
     options = ComputeOptions(
         dtype,
         kernels

@@ -185,7 +185,7 @@ def test_documents_beyond_a_window_are_computed_in_one_call(
 def test_layers_that_are_not_fused_attend_in_one_call(
     kernel: None, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a card: `choose_attention` returns varlen attention there in 16 bit."""
+    """Attend as on a card: `choose_attention` returns varlen attention there in 16 bit."""
 
     def model() -> Any:
         return adapted(base(kind, tmp_path / "base", torch.float32, "none"), ours=True)

@@ -14,7 +14,7 @@ from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.peft_edits import MERGEABLE
 from qlora_cli.common.config import Config
 from qlora_cli.errors import ModelError
-from qlora_cli.kernels.decoder_layer import can_fuse
+from qlora_cli.kernels.fusible import why_not_fused
 from tests.conftest import save_tiny_model
 from tests.contract.subjects import BASES, CLASSES, SUBJECTS, Subject
 
@@ -136,7 +136,7 @@ def test_only_ordinary_lora_uses_fused_layers(subject: Subject, tmp_path: Path) 
     low_rank = {id(p) for n, p in model.named_parameters() if ".lora_" in n}
     dora = adapter.type == "lora" and adapter.use_dora
     is_ordinary = adapter.type in ("lora", "adalora") and not dora and own <= low_rank
-    fused = sum(can_fuse(layer) for layer in layers)
+    fused = sum(why_not_fused(layer) is None for layer in layers)
     touched = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
     assert fused == (len(layers) if is_ordinary else len(layers) - len(touched))
 
