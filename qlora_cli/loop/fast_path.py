@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def prepare_layers(
         The kernels that the layers got: "plain" if none could be replaced.
     """
     fused, kernels = 0, options.kernels
-    held = base.get_input_embeddings().weight.dtype
+    held: Any = base.get_input_embeddings().weight.dtype
     if kernels != "plain" and held == options.dtype:
         ops = Elementwise.in_blocks(options.device.block_values)
         if kernels == "compiled":
