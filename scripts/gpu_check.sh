@@ -3,13 +3,13 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: scripts/gpu_check.sh
+Usage: scripts/gpu_check.sh [--minutes N] [--json FILE] [--only WORD...] [--list]
 
-Verifies on a CUDA card what could not be verified on a CPU: the 4-bit and 8-bit kernels against plain
-matmuls, gradients with and without checkpointing and offload, varlen attention, paged optimizers,
-training in bf16 and fp16, evaluation, resuming and merging through the command line, the one host wait
-of a step, and memory. Prints a table with a figure for each check. It takes some minutes and downloads
-nothing.
+Verifies on a CUDA card what could not be verified on a CPU, the most valuable first: attention, gradients
+at the widths of an 8B model, speed and memory of steps, what the host waits for, the plan against what is
+measured, and the commands. Prints a table with figures for each check, writes them to gpu_check.json
+(or FILE), and downloads nothing. It takes about 15 minutes; with --minutes N it ends in that time and
+skips what no longer fits.
 
 Exit codes: 0 all checks passed, 1 at least one failed, 3 there is no CUDA card.
 HELP
@@ -27,4 +27,4 @@ if [[ ! -x .venv/bin/qlora ]] && ! command -v qlora >/dev/null; then
     stage "environment" make_environment ""
 fi
 find_qlora
-exec python scripts/gpu_check.py "$@"
+exec python -m scripts.gpu_check "$@"

@@ -1,0 +1,124 @@
+"""Checks of bitsandbytes: 4-bit and 8-bit products, and paged optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qlora_cli.optim.base import load_states
+from scripts.gpu.bench import Bench, relative_error
+
+_SHAPE = (768, 1024)
+
+
+def four_bit_product(bench: Bench, kind: str) -> str:
+    """Compare Linear4bit with a product by the dequantized weight, for one token and many.
+
+    Expect rounding only: 1e-2 in bfloat16, 2e-3 in float16, 1e-4 in float32.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    worst = 0.0
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)):
+        layer = Linear4bit(
+            1024, 768, bias=False, compute_dtype=dtype, quant_type=kind, compress_statistics=True
+        )
+        layer = layer.to(bench.device)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        for tokens in (1, 7, 2048):
+            x = torch.randn(tokens, 1024, device=bench.device, dtype=dtype)
+            with torch.no_grad():
+                error = relative_error(layer(x), x.float() @ weight.T)
+            bench.at_most(error, tolerance, f"{dtype}, {tokens} tokens: relative error")
+            worst = max(worst, error)
+    return f"relative error {worst:.1e}"
+
+
+def four_bit_values(bench: Bench, kind: str) -> str:
+    """Expect the same values from a weight quantized on the GPU and on the CPU, up to ties."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    weight = torch.randn(_SHAPE)
+    here, there = (
+        dequantize_4bit(*quantize_4bit(weight.to(d), quant_type=kind, compress_statistics=True))
+        for d in (bench.device, torch.device("cpu"))
+    )
+    differing = float(((here.cpu() - there).abs() > 1e-3 * there.abs().max()).float().mean())
+    return bench.at_most(differing, 1e-3, "share of values that differ")
+
+
+def dequantize_into(bench: Bench, kind: str) -> str:
+    """Expect `dequantize_4bit(out=...)` to write into rows of a merged weight, bit for bit."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    merged = torch.zeros(2 * _SHAPE[0], _SHAPE[1], device=bench.device, dtype=torch.bfloat16)
+    weight = torch.randn(_SHAPE, device=bench.device, dtype=torch.bfloat16)
+    packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+    dequantize_4bit(packed, state, out=merged[_SHAPE[0] :])
+    expected = dequantize_4bit(packed, state)
+    differing = float((merged[_SHAPE[0] :] != expected).float().mean())
+    assert not merged[: _SHAPE[0]].any(), "other rows were changed"
+    return bench.at_most(differing, 0.0, "share of values that differ")
+
+
+def eight_bit_product(bench: Bench) -> str:
+    """Compare LLM.int8 and a gradient through it with float32. Expect 5e-2 at most."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    torch.manual_seed(0)
+    plain = nn.Linear(1024, 768, bias=False)
+    layer = Linear8bitLt(1024, 768, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict(plain.state_dict())
+    layer = layer.to(bench.device)
+    x = torch.randn(64, 1024, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    weight = plain.weight.to(bench.device)
+    error = relative_error(y.detach(), x.detach().float() @ weight.T)
+    y.float().sum().backward()
+    assert x.grad is not None
+    gradient_error = relative_error(x.grad, weight.sum(0).expand_as(x))
+    return bench.at_most(max(error, gradient_error), 5e-2, "relative error")
+
+
+def on_host(value: Any) -> Any:
+    """Copy a value to the host if it is a tensor, as a checkpoint does."""
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def paged_optimizer(bench: Bench, bits: int) -> str:
+    """Compare twenty steps of the paged optimizer with the unpaged one.
+
+    Expect equal weights, states in shared memory, and the same after the state is loaded again,
+    as a resumed run does.
+    """
+    import bitsandbytes.optim
+
+    bench.needs_card()
+    names = {32: ("PagedAdamW32bit", "AdamW32bit"), 8: ("PagedAdamW8bit", "AdamW8bit")}[bits]
+    results = []
+    for name in names:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(512, 1024, device=bench.device))
+        optimizer = getattr(bitsandbytes.optim, name)([weight], lr=1e-2)
+        target = torch.randn_like(weight)
+        for step in range(20):
+            if step == 10:
+                saved = tree_map(on_host, optimizer.state_dict())
+                optimizer = getattr(bitsandbytes.optim, name)([weight], lr=1e-2)
+                load_states(optimizer, saved)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(weight, target, reduction="sum").backward()
+            optimizer.step()
+        results.append(weight.detach())
+        # Only paged tensors carry the mark.
+        is_paged = hasattr(optimizer.state[weight]["state1"], "is_paged")
+        assert is_paged == name.startswith("Paged"), f"{name}: states are paged: {is_paged}"
+    error = bench.at_most(relative_error(*results), 1e-6, "relative difference")
+    return f"states are paged, also after loading them; {error}"

@@ -1,0 +1,1 @@
+"""The contestants of `scripts/gpu_race.py`, and how they are timed."""
