@@ -122,7 +122,7 @@ def further_checks() -> Iterator[Check]:
         run = partial(command_checks.generation, num_rows=number)
         yield Check(f"generation, {number} at once", 12, run)
     yield Check("peak memory", 25, step_checks.memory_is_saved)
-    yield Check("kernels of a step", 12, step_checks.profile_to_file)
+    yield Check("kernels of a step", 12, step_checks.kernels_of_a_step)
     for dtype in (torch.bfloat16, torch.float16):
         name = f"attention by document, {str(dtype).removeprefix('torch.')}"
         yield Check(name, 3, partial(attention.document_by_document, dtype=dtype))

@@ -26,6 +26,7 @@ from qlora_cli.models.packed_attention import NAME, attend_by_document
 from qlora_cli.plan.trace.memory_counter import MemoryCounter
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
 from scripts.gpu.bench import MIB, Bench, NotHere, distance
+from scripts.gpu.training import world_of
 
 _BACK_ENDS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cuDNN", 4: "overrideable"}
 """torch.nn.attention.SDPBackend by number."""
@@ -59,11 +60,12 @@ def causal_mask(bench: Bench, length: int) -> Tensor:
 
 def back_end(bench: Bench) -> str:
     """Expect any back end but cuDNN with and without a mask, because `World` turns it off."""
-    q, k, v = states(bench, bench.sizes.lengths[1] // 2 * 2 + 3)
-    mask = causal_mask(bench, q.shape[2])
+    world_of(bench)
+    q, k, v = states(bench, 703 if bench.is_cuda else 23)
+    mask, as_set = causal_mask(bench, q.shape[2]), torch.backends.cuda.cudnn_sdp_enabled()
     chosen = {}
-    for name, is_on in (("torch's own choice", True), ("in a run", None)):
-        with cudnn_attention(torch.backends.cuda.cudnn_sdp_enabled() if is_on is None else is_on):
+    for name, is_on in (("torch's own choice", True), ("in a run", as_set)):
+        with cudnn_attention(is_on):
             plain = torch._fused_sdp_choice(q, k, v, is_causal=True)
             masked = torch._fused_sdp_choice(q, k, v, attn_mask=mask)
         chosen[name] = [_BACK_ENDS[plain], _BACK_ENDS[masked]]
@@ -117,7 +119,7 @@ def masked_gradients(bench: Bench) -> str:
     }
     bench.note("relative_error_with_cudnn", errors["with cuDNN allowed"])
     with_cudnn = f"with cuDNN allowed {errors['with cuDNN allowed']:.1e}"
-    return f"{bench.at_most(errors['in a run'], 2e-2, 'relative error')}; {with_cudnn}"
+    return f"{bench.at_most(errors['in a run'], 5e-2, 'relative error')}; {with_cudnn}"
 
 
 def reference_attention(qkv: list[Tensor], grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:

@@ -46,6 +46,9 @@ class Report:
     started: float = field(default_factory=time.monotonic)
     results: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.machine = machine(self.device)
+
     def add(self, check: Check, result: str, text: str, seconds: float, figures: Any) -> None:
         """Print a result, and write all of them."""
         print(f"{check.name:<44}  {result:<8}  {seconds:6.1f} s  {text}", flush=True)
@@ -68,7 +71,7 @@ class Report:
     def write(self) -> None:
         """Write the report."""
         document = {
-            "machine": machine(self.device),
+            "machine": self.machine,
             "minutes": self.minutes,
             "seconds": round(time.monotonic() - self.started, 1),
             "counts": {one: self.count(one) for one in (PASS, FAIL, NOT_HERE, SKIPPED)},

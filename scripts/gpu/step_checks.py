@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qlora_cli.distributed.devices import this_card
 from qlora_cli.plan.dry_run import STEP
 from qlora_cli.plan.traced_memory import trace_memory
 from qlora_cli.types import Batch
@@ -44,7 +43,8 @@ def waits(bench: Bench, mode: Mode, *, padded: bool = False) -> str:
     finally:
         if bench.is_cuda:
             torch.cuda.set_sync_debug_mode("default")
-    told = [str(wait.message).partition("\n")[0] for wait in found]
+    messages = [str(one.message).partition("\n")[0] for one in found]
+    told = [message for message in messages if "synchroniz" in message]
     calls = profiled_calls(bench, run)
     bench.note("waits", len(told))
     bench.note("calls", calls)
@@ -68,12 +68,20 @@ def profiled_calls(bench: Bench, run: Run) -> dict[str, int]:
     return {name: names[name] for name in (*WAITS, *PAGEABLE) if names[name]}
 
 
-def step_batches(bench: Bench, number: int) -> list[list[Batch]]:
-    """Return the batches of some steps, one micro-batch each, of different sizes."""
+def step_batches(bench: Bench, number: int, *, is_varied: bool = False) -> list[list[Batch]]:
+    """Return the batches of some steps, one micro-batch each, with different documents.
+
+    Args:
+        is_varied: with different numbers of tokens, too.
+    """
     sizes = bench.sizes
+
+    def tokens(step: int) -> int:
+        return sizes.tokens - is_varied * step * sizes.tokens // (2 * number)
+
     return [
-        [random_batch(cut(sizes.tokens - 37 * seed % 300, sizes.documents, seed), sizes.vocabulary)]
-        for seed in range(number)
+        [random_batch(cut(tokens(step), sizes.documents, step), sizes.vocabulary)]
+        for step in range(number)
     ]
 
 
@@ -113,7 +121,8 @@ def compiled_steps(bench: Bench) -> str:
     """
     from torch._dynamo.utils import counters
 
-    steps, losses, graphs = step_batches(bench, 5), {}, []
+    steps, graphs = step_batches(bench, 5, is_varied=True), []
+    losses: dict[str, list[float]] = {}
     for kernels in ("fused", "compiled") if bench.is_cuda else ("fused", "fused"):
         run = Run(bench, Mode("nf4", kernels, True), steps, model=bench.large_model())
         assert run.setup.kernels == kernels, run.setup.kernels
@@ -135,10 +144,9 @@ def compiled_steps(bench: Bench) -> str:
 def plan_against_measured(bench: Bench, mode: Mode) -> str:
     """Compare the traced memory of a step with what is allocated and reserved.
 
-    Expect the allocated peak within 5 % of the trace, and the process within the plan's range.
+    Expect the allocated peak within 5 % of the trace. What the card holds besides is the context
+    and other programs: a plan allows 12 % and 800 MiB for it and for fragmentation.
     """
-    from qlora_cli.plan.estimate import _process
-
     before = bench.start_memory()
     steps = step_batches(bench, 1)
     run = Run(bench, mode, steps, model=bench.large_model())
@@ -160,17 +168,11 @@ def plan_against_measured(bench: Bench, mode: Mode) -> str:
         f"{reserved / MIB:,.0f}"
     )
     bench.needs_card()
-    card = this_card()
-    assert card is not None
-    process = _process(counted, card)
     free, total = torch.cuda.mem_get_info()
-    used = bench.note("process_bytes", total - free)
-    figures += (
-        f"; whole card {used / MIB:,.0f}, planned {process.low / MIB:,.0f} to "
-        f"{process.high / MIB:,.0f}"
-    )
+    besides = bench.note("besides_bytes", total - free - torch.cuda.memory_reserved())
+    figures += f"; besides on the card {besides / MIB:,.0f}"
     assert abs(allocated / counted - 1) <= 0.05, figures
-    assert used <= process.high + before, figures
+    assert reserved + besides <= 1.12 * counted + 800 * MIB, figures
     return figures
 
 
@@ -192,6 +194,7 @@ def fragmentation(bench: Bench) -> str:
             set_allocator(bench, is_expandable)
         bench.start_memory()
         run = Run(bench, Mode("nf4", "fused", False), steps, model=bench.large_model())
+        bench.start_memory()  # loading takes memory of its own
         for _ in steps:
             run.step()
         allocated, reserved = bench.peak_memory()
@@ -245,6 +248,7 @@ def settings_of_cuda(bench: Bench) -> str:
     from qlora_cli.runs.checkpoint import random_states
 
     world = world_of(bench)
+    torch.ones(2**20, device=bench.device)
     matmul = torch.backends.cuda.matmul
     peak, states = world.peak_memory(), random_states()["cuda"]
     figures = bench.note("device", world.summary())
@@ -260,8 +264,8 @@ def settings_of_cuda(bench: Bench) -> str:
     return figures
 
 
-def profile_to_file(bench: Bench) -> str:
-    """Write the kernels of a compiled step that take the most time. There is nothing to expect."""
+def kernels_of_a_step(bench: Bench) -> str:
+    """Note the kernels of a compiled step that take the most time. There is nothing to expect."""
     from torch.profiler import ProfilerActivity, profile
 
     kernels = "compiled" if bench.is_cuda else "fused"
