@@ -159,7 +159,7 @@ class Bench:
         if not folder.exists():
             folder.mkdir()
             for path in whole.iterdir():
-                (folder / path.name).symlink_to(path)
+                (folder / path.name).hardlink_to(path)
             config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
             (folder / "config.json").unlink()
             config["num_hidden_layers"] = layers

@@ -157,6 +157,8 @@ def build(
     is_new: bool = False,
 ) -> tuple[Recipe, Setup[Any]]:
     """Assemble a run in a mode, as `qlora train` does. Its batches are those of each step."""
+    if not bench.is_cuda and mode.kernels == "compiled":  # compiling takes longer than all checks
+        mode = replace(mode, kernels="fused")
     recipe = bench.recipe(
         "steps", model=model, optimizer={"learning_rate": 1e-4}, **mode.sections()
     )
@@ -193,5 +195,4 @@ class Run:
         """Make a step, and return its metrics."""
         found = train_step(self.setup, self.recipe.training, self.state)
         self.state.step += 1
-        self.state.position += 1
         return found
