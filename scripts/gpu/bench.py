@@ -1,4 +1,4 @@
-"""What the checks share: random models, recipes, rows, and commands in processes of their own."""
+"""Shared by the checks: random models, recipes, rows, and commands in separate processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 class NotHere(Exception):
-    """The check needs a card. Its code has run as far as it can without one."""
+    """The check needs a card. Everything up to that point has run."""
 
 
 @dataclass(frozen=True)

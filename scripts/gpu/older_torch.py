@@ -1,4 +1,4 @@
-"""Let varlen attention run on a torch that is older than the pin, so that a check can go on.
+"""Let varlen attention run on a torch that is older than the pin, so that checks still run there.
 
 torch 2.11 takes fewer key-value heads than query heads without being told (`enable_gqa`).
 Goes when no machine for checks has a torch older than 2.13.

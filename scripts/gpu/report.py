@@ -82,7 +82,7 @@ class Report:
 
 
 def run_checks(bench: Bench, checks: Sequence[Check], report: Report) -> None:
-    """Run checks in order. One that no longer fits the time is skipped, and shorter ones go on."""
+    """Run checks in order. One that no longer fits the time is skipped; shorter ones still run."""
     for check in checks:
         remaining = bench.remaining()
         if remaining is not None and remaining < check.seconds:
@@ -182,7 +182,7 @@ def print_machine(device: torch.device) -> None:
         )
     print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for name, text in found["different_from_pins"].items():
-        print(f"not the pinned version: {name} {text}; the checks go on")
+        print(f"not the pinned version: {name} {text}; the checks run all the same")
     if importlib.util.find_spec("flash_attn") is None:
         print("the package flash-attn is not installed, and not needed")
     print(flush=True)

@@ -18,7 +18,7 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def main() -> None:
-    """Run the job in a file, and write its result beside it."""
+    """Run the job in a file, and write its result to the file that it names."""
     path = Path(sys.argv[1])
     job = json.loads(path.read_text(encoding="utf-8"))
     contestant = {"peft": with_peft, "trl": with_trl, "unsloth": with_unsloth}[job["kind"]]
