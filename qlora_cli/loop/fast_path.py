@@ -103,7 +103,8 @@ def use_padding_free(
         if packing:
             raise
         log.info("rows are padded: %s", str(error).removeprefix("data.packing: "))
-        attend_by_row(model)
+        if is_ours:
+            attend_by_row(model)
         return False
     log.log(logging.INFO if packing else logging.DEBUG, check.summary())
     if is_ours:

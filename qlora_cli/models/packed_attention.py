@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.decoder import decoder_of
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.errors import ModelError
 from qlora_cli.types import Batch
@@ -73,7 +74,7 @@ def skip_masks(model: PreTrainedModel) -> None:
     Call this after `check_packing`: a mask of the model's own is left out too, and only the check
     finds it.
     """
-    decoder = model.get_decoder() or model
+    decoder = decoder_of(model) or model
 
     def choose(module: Any, arguments: Any, options: dict[str, Any]) -> None:
         module.config._attn_implementation = _MASKLESS if options.get("documents") else NAME
@@ -144,7 +145,10 @@ def _attend(
         raise ValueError(f"attention by document does not support {', '.join(sorted(unknown))}")
     ends = options.get("cu_seq_lens_q")
     attention = choose_attention(query.device, query.dtype).for_heads(query.shape[-1], window)
-    if isinstance(attention, VarlenAttention) and ends is not None and not known.get("dropout"):
+    # Its kernels take one dtype, and heads of one size: DeepSeek's values are narrower than keys.
+    is_uniform = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
+    is_varlen = isinstance(attention, VarlenAttention) and is_uniform
+    if is_varlen and ends is not None and not known.get("dropout"):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         scale = known.get("scaling") or query.shape[-1] ** -0.5
         found = attention.forward(q, k, v, DocumentBoundaries(documents, ends), scale)

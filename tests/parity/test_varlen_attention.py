@@ -23,6 +23,7 @@ from qlora_cli.kernels.attention import (
 )
 from qlora_cli.kernels.decoder_layer import FusedLayer, Recompute
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.models.packed_attention import _attend
 from qlora_cli.plan.trace.memory_counter import MemoryCounter
 from qlora_cli.plan.trace.traced_tensor import TracedTensor
 from tests.parity.tiny_layers import DOCUMENTS, adapted, base, distance, fused, loss_and_gradients
@@ -200,6 +201,29 @@ def test_layers_that_are_not_fused_attend_in_one_call(
     assert calls
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert distance(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize(("value_size", "key_dtype"), [(8, torch.float32), (16, torch.bfloat16)])
+def test_states_that_the_kernel_does_not_take_are_computed_by_document(
+    value_size: int, key_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek's values are narrower than its keys. On a card the kernel refuses both cases."""
+    q, k, v = (x.transpose(0, 1)[None] for x in states(4, 4)[1:])
+    v = v[..., :value_size]
+
+    def attend_with(k: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            lengths = {"documents": LENGTHS, "cu_seq_lens_q": documents().ends}
+            return _attend(torch.nn.Module(), q, k, v, None, sliding_window=None, **lengths)[0]
+
+    expected = attend_with(k)
+    # This test has no kernel, so that a call of it fails.
+    monkeypatch.setattr(
+        "qlora_cli.kernels.attention.choose_attention", lambda device, dtype: VarlenAttention()
+    )
+    found = attend_with(k.to(key_dtype))
+    assert found.shape == (1, sum(LENGTHS), 4, value_size)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])

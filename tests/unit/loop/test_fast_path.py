@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import cross_entropy
-from qlora_cli.loop.fast_path import _can_compile
+from qlora_cli.loop.fast_path import _can_compile, use_padding_free
+from qlora_cli.types import Example
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "one value": lambda found: found.index_fill(0, torch.tensor([3]), 2.0),
@@ -62,3 +67,23 @@ def test_a_compiler_that_fails_leaves_the_plain_kernels(
     assert line.startswith(
         f"kernels cannot be compiled, so steps are slower: {type(error).__name__}"
     )
+
+
+def test_a_refused_model_keeps_the_attention_of_the_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ModelError("it does not accept packed examples")
+
+    monkeypatch.setattr("qlora_cli.loop.fast_path.check_packing", refuse)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.config._attn_implementation = "flash_attention_2"  # its package needs a card
+    training: Any = SimpleNamespace(examples=[Example([1, 2, 3], [1, 2, 3])] * 4)
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    cpu = torch.device("cpu")
+    assert not use_padding_free(model, training, tokenizer, torch.float32, cpu, packing=False)
+    assert model.config._attn_implementation == "flash_attention_2"

@@ -43,6 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # Shorter than the examples; the other half of the layers sees all of them.
     "Mistral": {"sliding_window": 5},
     "Gemma3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "ModernBertDecoder": {},  # its head is called `decoder`
 }
 LENGTHS = (9, 4, 14, 1, 7)
 
