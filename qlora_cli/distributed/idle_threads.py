@@ -91,9 +91,13 @@ class IdlePool:
 
 
 def _clocks() -> tuple[float, float, float]:
-    """Return seconds: of the wall clock, of all CPUs at work, and of this process at work."""
-    times = psutil.cpu_times()
-    busy = times.user + times.nice + times.system + times.irq + times.softirq
+    """Return seconds: of the wall clock, of this process's CPUs at work, and of it at work.
+
+    Work on CPUs that this process may not use (of other jobs on a cluster's node) takes nothing.
+    """
+    every = psutil.cpu_times(percpu=True)
+    ours = [every[i] for i in os.sched_getaffinity(0) if i < len(every)]
+    busy = sum(cpu.user + cpu.nice + cpu.system + cpu.irq + cpu.softirq for cpu in ours)
     return time.monotonic(), busy, time.process_time()
 
 

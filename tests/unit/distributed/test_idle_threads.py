@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
 
-from qlora_cli.distributed.idle_threads import IdlePool, idle_pools
+from qlora_cli.distributed.idle_threads import IdlePool, _clocks, idle_pools
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,19 @@ def test_a_pool_has_threads_until_it_is_closed() -> None:
     assert wait_for_threads(before + threads) == before + threads
     pool.close()
     assert wait_for_threads(before) == before
+
+
+@pytest.mark.parametrize("cpus", [{0}, {1, 2}, {0, 1, 2, 3}, {1, 99}])
+def test_work_on_cpus_of_other_jobs_does_not_count(
+    cpus: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times(percpu: bool) -> list[SimpleNamespace]:
+        assert percpu
+        return [SimpleNamespace(user=10.0**i, nice=0, system=0, irq=0, softirq=0) for i in range(4)]
+
+    monkeypatch.setattr(psutil, "cpu_times", times)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: cpus, raising=False)
+    assert _clocks()[1] == sum(10.0**i for i in cpus if i < 4)
 
 
 def wait_for_threads(wanted: int) -> int:
