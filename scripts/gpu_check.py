@@ -52,6 +52,8 @@ def first_checks() -> Iterator[Check]:
         for size in (64, 128):
             name = f"attention at once, {str(dtype).removeprefix('torch.')}, heads of {size}"
             yield Check(name, 4, partial(attention.varlen, dtype=dtype, size=size))
+    windowed = partial(attention.varlen, dtype=torch.bfloat16, size=128, window=16)
+    yield Check("attention at once, window of 16 tokens", 4, windowed)
     yield Check("attention without flash-attn", 5, attention.no_flash_attention_package)
 
 

@@ -122,21 +122,24 @@ def masked_gradients(bench: Bench) -> str:
     return f"{bench.at_most(errors['in a run'], 5e-2, 'relative error')}; {with_cudnn}"
 
 
-def reference_attention(qkv: list[Tensor], grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+def reference_attention(
+    qkv: list[Tensor], grad: Tensor, lengths: tuple[int, ...], window: int | None = None
+) -> list[Tensor]:
     """Return the output and the gradients of q, k and v in float32, document by document."""
     leaves = [x.float().requires_grad_() for x in qkv]
     outputs, first = [], 0
     for length in lengths:
         q, k, v = (x[first : first + length].transpose(0, 1)[None] for x in leaves)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        part = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        part = F.scaled_dot_product_attention(q, k, v, seen.triu(1 - (window or length)))
         outputs.append(part[0].transpose(0, 1))
         first += length
     output = torch.cat(outputs)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad.float())]
 
 
-def varlen(bench: Bench, dtype: torch.dtype, size: int) -> str:
+def varlen(bench: Bench, dtype: torch.dtype, size: int, window: int | None = None) -> str:
     """Compare one call for all documents with float32, and its memory with what a plan counts.
 
     Expect 2e-2 at most, and the memory to the tenth. Two equal calls may differ in the gradient of
@@ -150,8 +153,12 @@ def varlen(bench: Bench, dtype: torch.dtype, size: int) -> str:
     q, grad = torch.randn(2, sum(lengths), heads, size, **options)
     k, v = torch.randn(2, sum(lengths), groups, size, **options)
     scale, ops = size**-0.5, Elementwise()
-    expected = reference_attention([q, k, v], grad, lengths)
-    attention = choose_attention(bench.device, dtype).for_heads(size)
+    expected = reference_attention([q, k, v], grad, lengths, window)
+    attention = choose_attention(bench.device, dtype).for_heads(size, window)
+    if not attention.covers(lengths):
+        raise NotHere(
+            "without varlen attention, longer documents than the window are left to torch"
+        )
     one = attention.forward(q, k, v, documents, scale)
     bench.start_memory()
     before = torch.cuda.memory_allocated() if bench.is_cuda else 0
@@ -165,7 +172,7 @@ def varlen(bench: Bench, dtype: torch.dtype, size: int) -> str:
     text += f"; a repeated backward pass is {'equal' if is_same else 'not bit for bit equal'}"
     if isinstance(attention, PerDocumentAttention):
         raise NotHere(f"varlen attention is not used here; document by document: {text}")
-    counted = counted_backward(one, (grad, q, k, v), documents, scale)
+    counted = counted_backward(one, (grad, q, k, v), documents, scale, window)
     figures = f"backward takes {taken / MIB:.1f} MiB, counted {counted / MIB:.1f}"
     bench.note("backward_bytes", taken)
     bench.note("counted_bytes", counted)
@@ -174,14 +181,19 @@ def varlen(bench: Bench, dtype: torch.dtype, size: int) -> str:
 
 
 def counted_backward(
-    one: AttentionOutput, tensors: tuple[Tensor, ...], documents: DocumentBoundaries, scale: float
+    one: AttentionOutput,
+    tensors: tuple[Tensor, ...],
+    documents: DocumentBoundaries,
+    scale: float,
+    window: int | None,
 ) -> int:
     """Return the bytes that a plan counts for the backward pass."""
+    seen = [-1, 0] if window is None else [window - 1, 0]
     ends, longest = documents.ends.cpu(), max(documents.lengths)
     traced = [TracedTensor(x.to("meta")) for x in (*tensors, one.output, one.normalizers[0])]
     with torch.no_grad(), MemoryCounter("cuda", granularity=512) as count:
         torch.ops.torch_attn._varlen_attn_backward(
-            *traced, ends, ends, longest, longest, True, traced[0], scale, [-1, 0]
+            *traced, ends, ends, longest, longest, window is None, traced[0], scale, seen
         )
     return max(peak.total for peak in count.peaks.values())
 

@@ -54,10 +54,12 @@ def _forward_without_gqa(
         *(q, k, v, ends, ends, longest, longest),
         return_aux=AuxRequest(lse=True),
         scale=scale,
-        window_size=(-1, 0),
+        window_size=self._seen,
     )
     return attention.AttentionOutput(found[0], [found[1]])
 
 
-def _one_by_one(self: attention.VarlenAttention, size: int) -> attention.Attention:
-    return attention.PerDocumentAttention()
+def _one_by_one(
+    self: attention.VarlenAttention, size: int, window: int | None
+) -> attention.Attention:
+    return attention.PerDocumentAttention(window)

@@ -170,6 +170,16 @@ def test_a_trainer_that_is_not_installed_is_a_row(tmp_path: Path) -> None:
     assert {name for name, _ in names} >= {"qlora", "peft", "trl, padding-free", "unsloth"}
 
 
+@pytest.mark.skipif(not NO_CARD, reason="scripts/gpu_check.sh does this on a card")
+def test_the_checks_of_attention_run_on_a_cpu(tmp_path: Path) -> None:
+    words = ["attention: ", "attention at once", "attention by"]
+    chosen = [one for one in gpu_check.checks() if any(word in one.name for word in words)]
+    report = Report(tmp_path / "check.json", CPU, None)
+    run_checks(Bench(tmp_path, CPU, TINY), chosen, report)
+    assert not [one for one in report.results if one["result"] == "FAIL"]
+    assert report.count("pass") == 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not NO_CARD, reason="scripts/gpu_check.sh does this on a card")
 def test_every_check_runs_on_a_cpu(tmp_path: Path) -> None:
