@@ -95,6 +95,7 @@ def test_versions_that_differ_from_the_pins_are_named() -> None:
     assert "torch" in pins()
 
 
+@pytest.mark.slow
 def test_this_torch_has_every_argument_of_varlen_attention() -> None:
     assert missing_arguments() == ()
 
@@ -185,7 +186,8 @@ def test_the_checks_of_attention_run_on_a_cpu(tmp_path: Path) -> None:
 def test_every_check_runs_on_a_cpu(tmp_path: Path) -> None:
     commands = ("qlora eval", "qlora generate", "qlora merge", "nf4 in fp", "int8 in", "none in")
     names = [one.name for one in gpu_check.checks() if not one.name.startswith(commands)]
-    words = [name for name in names if not name.startswith(("qlora train, ", *commands))]
+    left_out = ("qlora train, ", "speed: nf4 compiled", "speed: none")  # on a CPU as fused
+    words = [name for name in names if not name.startswith(left_out)]
     file = tmp_path / "check.json"
     status = gpu_check.main(["--device", "cpu", "--json", str(file), "--only", *words])
     found = json.loads(file.read_text(encoding="utf-8"))
