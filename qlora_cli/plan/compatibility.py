@@ -119,7 +119,10 @@ def check_model(recipe: Recipe) -> CompatibilityReport:
             try:
                 steps = _dry_run(recipe, config, skeleton, folder)
             except ModelError as refusal:
-                raise with_way_out(refusal, recipe, config, folder) from refusal
+                found = with_way_out(refusal, recipe, config, folder)
+                if found is refusal:
+                    raise  # with its own cause
+                raise found from refusal
     except UncheckedModel as error:
         why = str(error)
         log.debug("no dry run on a miniature of the base: %s", why)

@@ -53,12 +53,22 @@ def find_label_variants(labels: Mapping[str, int], training: Mapping[str, int]) 
         training: the same of the training rows, if `labels` are those of evaluation rows.
     """
     groups = label_variants(Counter(labels) + Counter(training))
-    differing = [group for group in groups if any(label in labels for label in [*group][1:])]
-    if not differing:
+    others = {
+        label: group
+        for group in groups
+        for label in group.keys() & labels.keys() - {_common(group, training)}
+    }
+    if not others:
         return None
-    number = sum(labels.get(label, 0) for group in differing for label in [*group][1:])
+    number = sum(labels[label] for label in others)
+    differing = [group for group in groups if group in others.values()]
     named = tuple(variants_text(group) for group in differing[:NAMED])
     return Finding(_DIFFER, number, sum(labels.values()), named, (WAY_OUT,))
+
+
+def _common(group: Mapping[str, int], training: Mapping[str, int]) -> str:
+    """Return the label that the others should be: the most common one of the training rows."""
+    return max(group, key=lambda label: (training.get(label, 0), group[label]))
 
 
 def label_variants(counts: Mapping[str, int]) -> list[dict[str, int]]:

@@ -166,6 +166,22 @@ def test_validate_plan_and_train_refuse_in_the_same_words(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_refusal_without_another_hint_keeps_its_cause(
+    tiny_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause = ValueError("of transformers")
+
+    def refuse(*arguments: object) -> None:
+        raise ModelError("training fails") from cause
+
+    monkeypatch.setattr("qlora_cli.plan.compatibility.dry_run_miniature", refuse)
+    # Not in `_CHECKED`, which has the results of other tests.
+    recipe = tiny_recipe(adapter={"type": "bottleneck"}, data={"max_length": 61})
+    with pytest.raises(ModelError, match="training fails") as caught:
+        check_model(recipe)
+    assert caught.value.__cause__ is cause
+
+
 def test_a_check_leaves_the_process_as_it_was(tiny_recipe: Callable[..., Any]) -> None:
     """Otherwise the losses of a run would depend on it."""
 

@@ -104,6 +104,12 @@ def test_evaluation_rows_are_compared_with_training_rows(
     assert (found.count if found else 0) == number
 
 
+def test_labels_of_more_evaluation_rows_than_training_rows_are_compared() -> None:
+    found = find_label_variants({"Yes": 50, "no": 50}, {"yes": 9, "no": 9})
+    assert found is not None
+    assert (found.count, found.named) == (50, ("'Yes' (50), 'yes' (9)",))
+
+
 def test_preview_and_train_name_both_with_the_way_out(
     tiny_recipe: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
