@@ -103,7 +103,7 @@ def _fits(process: ProcessMemory, target: Target) -> Fits:
     memory = target.memory_bytes
     if memory is None:
         return Fits("unknown", None)
-    low, high = process.low - process.reclaimable, process.high - process.reclaimable
+    low, high = process.needed
     verdict: Verdict = "yes" if high <= memory else "perhaps" if low <= memory else "no"
     return Fits(verdict, memory - high)
 

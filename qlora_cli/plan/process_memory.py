@@ -103,8 +103,9 @@ def process_on_cpu(
             parts[PREPARED] = _PREPARED
         found.append(_process(parts))
     largest = max(found, key=lambda process: process.high)
-    needed = max(one.high - one.parts.get(MAPPED, (0, 0))[1] for one in found)
-    return replace(largest, reclaimable=largest.high - needed)
+    # Without those pages another stage may need the most.
+    low, high = (max(one.needed[end] for one in found) for end in (0, 1))
+    return replace(largest, needed=(low, high))
 
 
 def _held(memory: StageMemory) -> int:
@@ -114,4 +115,5 @@ def _held(memory: StageMemory) -> int:
 
 def _process(parts: Mapping[str, Ends]) -> ProcessMemory:
     low, high = (sum(ends[i] for ends in parts.values()) for i in (0, 1))
-    return ProcessMemory(low, high, reclaimable=0, parts=dict(parts))
+    pages = parts.get(MAPPED, (0, 0))
+    return ProcessMemory(low, high, needed=(low - pages[0], high - pages[1]), parts=dict(parts))

@@ -114,9 +114,9 @@ class ProcessMemory(Report):
     """Lower end."""
     high: int
     """Upper end."""
-    reclaimable: int
-    """Part of both ends that the system takes back when memory is short: pages of the base's file
-    on a CPU. They do not have to fit."""
+    needed: tuple[int, int]
+    """The same range without pages of the base's file on a CPU. The system takes these back when
+    memory is short, so they do not have to fit."""
     parts: Mapping[str, tuple[int, int]]
     """Part of the process -> its lower and upper end. They add up to the range."""
 
@@ -128,8 +128,8 @@ class Fits(Report):
     verdict: Verdict
     """`yes`: the whole range fits. `perhaps`: only its lower end. `no`: not even that."""
     margin: int | None
-    """Memory of the device minus the upper end of the process without reclaimable pages. Null if
-    the former is unknown."""
+    """Memory of the device minus the upper end of what the process needs. Null if the former is
+    unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class PlanReport(Report):
     """Number of positions that the model was made for, less the adapter's virtual tokens; null if
     its config does not say."""
     warnings: Sequence[str]
-    """Settings of the recipe that have no effect in this run."""
+    """Settings of the recipe that have no effect in this run, and files that are missing."""
     seconds: float
     """Time that the plan took."""
 

@@ -60,7 +60,7 @@ KEYS: dict[type[Report], str] = {
     StageMemory: "bytes during kinds by_formula paged_bytes",
     PeakMemory: "bytes during kinds by_formula paged_bytes stage",
     TimelineMoment: "bytes during kinds by_formula paged_bytes stage turn place",
-    ProcessMemory: "low high reclaimable parts",
+    ProcessMemory: "low high needed parts",
     Fits: "verdict margin",
     HostMemory: "saving_bytes paged_bytes inputs_bytes",
     MatmulRate: "flops used is_measured",

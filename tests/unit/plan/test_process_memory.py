@@ -65,15 +65,23 @@ def test_loading_needs_the_most_where_steps_are_small() -> None:
     large = on_cpu(LARGE, FILE)
     assert large.parts[TENSORS][0] == 4 * GIB + 200 * MIB
     assert MAPPED not in large.parts
-    assert large.reclaimable == 0
+    assert large.needed == (large.low, large.high)
 
 
 def test_pages_of_the_file_do_not_have_to_fit() -> None:
     """The system drops them when memory is short."""
     process = on_cpu(SMALL, FILE)
-    loading = process.high - process.parts[MAPPED][1]
+    pages = process.parts[MAPPED][1]
     step = on_cpu({"step": SMALL["step"]}, FILE)
-    assert process.high - process.reclaimable == max(step.high, loading)
+    assert process.needed == (
+        max(step.low, process.low - pages),
+        max(step.high, process.high - pages),
+    )
+    # A 16-bit file of 16 GB that takes 5 GB in 4 bit: loading has the higher peak.
+    large = on_cpu(stages(5 * GIB, 5 * GIB, 3 * GIB), BaseFile(16 * GIB, is_kept=False))
+    alone = on_cpu({"step": stages(5 * GIB, 5 * GIB, 3 * GIB)["step"]}, BaseFile(0, is_kept=False))
+    assert MAPPED in large.parts
+    assert large.needed[0] == alone.low
 
 
 def test_a_file_that_stays_mapped_is_counted_in_steps_too() -> None:
