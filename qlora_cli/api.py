@@ -144,8 +144,8 @@ class Model:
         item = encode_choice(
             self._model.encoder,
             self._model.tokenizer,
-            before,
-            replace(answer, content=""),
+            replace(conversation, messages=before),
+            replace(answer, content="", reasoning=None, tool_calls=()),
             names,
             answer=0,
             place="",

@@ -19,7 +19,7 @@ from qlora_cli.data.formats import (
     TemplateFormat,
     Text,
 )
-from qlora_cli.data.formats.fields import list_of
+from qlora_cli.data.formats.fields import is_given, list_of, shown
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Message, Prompt, Row
@@ -36,7 +36,7 @@ class Question:
 
     prompt: Prompt
     reference: str | None
-    """The answer in the row; None if it has none."""
+    """The answer in the row, as the model would generate it; None if it has none."""
 
 
 class PromptReader:
@@ -71,18 +71,22 @@ class PromptReader:
         """Encode the prompt of a row.
 
         Raises:
-            DataError: the row has no prompt, or the chat template refuses.
+            DataError: the row has no prompt, the chat template refuses, or it does not show how the
+                model would write the row's answer.
         """
-        conversation, reference = self.read(row)
-        prompt = encoder.to_prompt(conversation.messages, conversation.tools)
-        text = conversation.messages[-2].content
-        return Question(replace(prompt, text=text, reference=reference or ""), reference)
+        conversation, answer = self.read(row)
+        messages, tools = conversation.messages, conversation.tools
+        input_ids = encoder.encode_prompt(messages, tools)
+        reference = None if answer is None else encoder.reference(messages, tools)
+        return Question(Prompt(input_ids, reference or "", messages[-2].content), reference)
 
     def read(self, row: Row) -> tuple[Conversation, str | None]:
         """Return the conversation that ends in the answer to write, and the row's own answer.
 
+        The answer is its content: empty if it only calls tools, None if the row has none.
+
         Raises:
-            DataError: the row has no prompt.
+            DataError: the row has no prompt, or tools that the prompt would leave out.
         """
         problem = DataError(
             f"found {', '.join(map(repr, row)) or 'nothing'}; expected messages, conversations, "
@@ -93,6 +97,7 @@ class PromptReader:
                 continue
             try:
                 conversation, reference = _due(_whole(row, format))
+                _check_tools(row, format, conversation)
             except DataError as error:
                 problem = error
             else:
@@ -100,6 +105,7 @@ class PromptReader:
         for format in _by_columns(row, self._is_plain):
             try:
                 conversation, reference = _due(_whole(row, format))
+                _check_tools(row, format, conversation)
             except DataError as error:
                 problem = error
             else:
@@ -157,6 +163,18 @@ def _ignores_request(format: FormatConfig, row: Row) -> bool:
     """Return whether a row is a single request that the format's prompt does not contain."""
     is_fixed = isinstance(format, TemplateFormat) and not format.prompt_columns
     return is_fixed and row.keys() == {"prompt"}
+
+
+def _check_tools(row: Row, format: object, conversation: Conversation) -> None:
+    """Raise DataError if a prompt leaves out the tools of its row."""
+    if conversation.tools is not None or not is_given(row, "tools"):
+        return
+    if isinstance(format, TemplateFormat) and "tools" in format.prompt_columns:
+        return
+    raise DataError(
+        f"field 'tools': got {shown(row['tools'])}, and the format of this prompt has no place for "
+        "tools; give the row as messages, or without tools"
+    )
 
 
 def _without_system(format: FormatConfig) -> FormatConfig:
@@ -233,7 +251,7 @@ def _whole(row: Row, format: _Format) -> Conversation:
             turns: list[Any] = [turn for _, turn in list_of(row, format.field)]
             last = turns[-1] if turns else None
             role_key, text_key, assistant = _SHAREGPT if isinstance(format, ShareGpt) else _OPENAI
-            is_answer = isinstance(last, dict) and last.get(role_key) in ("assistant", "gpt")
+            is_answer = isinstance(last, dict) and last.get(role_key) in _ANSWERS
             if not is_answer:
                 turns.append({role_key: assistant, text_key: _NO_ANSWER})
             return format.to_conversation({**row, format.field: turns})
@@ -259,6 +277,7 @@ def _whole(row: Row, format: _Format) -> Conversation:
             return format.to_conversation(row)
 
 
+_ANSWERS = ("assistant", "gpt", "function_call")
 _OPENAI = ("role", "content", "assistant")
 _SHAREGPT = ("from", "value", "gpt")
 

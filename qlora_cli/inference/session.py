@@ -146,12 +146,12 @@ class InferenceSession:
         if self.is_plain:
             # Without a template, nothing separates one turn from the next.
             role, turns = "text", [Message("text", messages[-1].content, train=False)]
-        prompt = model.encoder.to_prompt([*turns, Message(role, "", train=True)])
+        input_ids = model.encoder.encode_prompt([*turns, Message(role, "", train=True)])
         hint = "shorten the message"
         if len([one for one in messages if one.role == "user"]) > 1 and not self.is_plain:
             hint += ", or drop the earlier ones (/reset; in Python, reset())"
-        check_length(len(prompt.input_ids), model.context, hint=hint)
-        return prompt
+        check_length(len(input_ids), model.context, hint=hint)
+        return Prompt(input_ids, reference="")
 
     def reader(self, system: str | None = None) -> PromptReader:
         """Return a reader of prompts in the form of the training rows.

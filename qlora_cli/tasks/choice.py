@@ -57,7 +57,7 @@ def evaluate_choices(
 def encode_choice(
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerFast,
-    before: list[Message],
+    prompt: Conversation,
     turn: Message,
     options: list[str],
     answer: int,
@@ -66,7 +66,7 @@ def encode_choice(
     """Encode each option after the prompt, as in training but without the end of the turn.
 
     Args:
-        before: the turns of the prompt.
+        prompt: the turns before the answer, and the tools.
         turn: the turn to complete; each option is appended to its content.
         answer: index of the correct option.
 
@@ -76,14 +76,16 @@ def encode_choice(
     examples = []
     for option in options:
         completed = replace(turn, content=turn.content + option)
-        encoded = encoder.encode([*before, completed], max_length=sys.maxsize)
+        encoded = encoder.encode(
+            [*prompt.messages, completed], max_length=sys.maxsize, tools=prompt.tools
+        )
         if encoded.lost is not None:
             raise DataError(encoded.lost)
         examples.append(_without_end(encoded.example, encoded.turn_ends[-1].length))
     first = examples[0]
     start = next(i for i, label in enumerate(first.labels) if label != IGNORE_INDEX)
-    prompt = str(tokenizer.decode(first.input_ids[:start]))
-    return ChoiceItem(place, prompt, options, answer, examples)
+    text = str(tokenizer.decode(first.input_ids[:start]))
+    return ChoiceItem(place, text, options, answer, examples)
 
 
 def _without_end(example: Example, length: int) -> Example:
@@ -93,8 +95,8 @@ def _without_end(example: Example, length: int) -> Example:
     return Example(example.input_ids[:stop], example.labels[:stop])
 
 
-def split_at_answer(conversation: Conversation) -> tuple[list[Message], Message]:
-    """Split a conversation into its prompt and its last supervised turn.
+def split_at_answer(conversation: Conversation) -> tuple[Conversation, Message]:
+    """Split a conversation into its prompt (with the tools) and its last supervised turn.
 
     Raises:
         DataError: there is no prompt.
@@ -103,4 +105,5 @@ def split_at_answer(conversation: Conversation) -> tuple[list[Message], Message]
     last = max((i for i, message in enumerate(messages) if message.train), default=0)
     if last == 0:
         raise DataError("the row has no prompt: nothing precedes its answer")
-    return [replace(message, train=False) for message in messages[:last]], messages[last]
+    before = [replace(message, train=False) for message in messages[:last]]
+    return replace(conversation, messages=before), messages[last]

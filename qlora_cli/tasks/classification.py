@@ -123,13 +123,20 @@ def macro_f1(values: Values) -> NDArray[float64]:
 
 
 def _label(row: Conversation) -> str:
-    return split_at_answer(row)[1].content.strip()
+    turn = split_at_answer(row)[1]
+    if turn.tool_calls:
+        raise DataError(
+            f"{row.place}: the answer calls a tool ({turn.tool_calls[0].name}), and the task "
+            "classification compares texts",
+            hint="use the task exact_match for tool calls",
+        )
+    return turn.content.strip()
 
 
 def _choice(
     encoder: Encoder, tokenizer: PreTrainedTokenizerFast, row: Conversation, labels: list[str]
 ) -> ChoiceItem:
-    before, turn = split_at_answer(row)
+    prompt, turn = split_at_answer(row)
     label = turn.content.strip()
     if label not in labels:
         alike = [one for one in labels if plain_label(one) == plain_label(label)]
@@ -144,7 +151,7 @@ def _choice(
     return encode_choice(
         encoder,
         tokenizer,
-        before,
+        prompt,
         replace(turn, content=start),
         labels,
         labels.index(label),

@@ -7,11 +7,15 @@ from typing import Literal
 
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.pattern import AnswerPattern, last_match
-from qlora_cli.tasks.task import Task
+from qlora_cli.tasks.task import Task, after_reasoning
 
 
 class ExactMatch(Task):
-    """The answer equals the reference, apart from white space at both ends."""
+    """The answer equals the reference, apart from white space at both ends.
+
+    The reference of tool calls and of reasoning is the text that the chat template writes for them.
+    With `pattern` or `anywhere`, the reasoning of the reference is left out.
+    """
 
     type: Literal["exact_match"] = "exact_match"
     pattern: AnswerPattern | None = None
@@ -29,6 +33,8 @@ class ExactMatch(Task):
     def score(self, reference: str, answer: str) -> float:
         """Return 1.0 for a match, else 0.0."""
         found: str | None = answer
+        if self.pattern is not None or self.anywhere:
+            reference = after_reasoning(reference)
         if self.pattern is not None:
             found = last_match(self.pattern, answer)
             reference = last_match(self.pattern, reference) or reference

@@ -7,11 +7,14 @@ from typing import Literal
 
 from qlora_cli.common.formatting import value_text
 from qlora_cli.errors import DataError
-from qlora_cli.tasks.task import Task
+from qlora_cli.tasks.task import Task, after_reasoning
 
 
 class JsonMatch(Task):
-    """The answer is the same JSON value as the reference; key order and spacing do not count."""
+    """The answer is the same JSON value as the reference; key order and spacing do not count.
+
+    Reasoning before the value is left out.
+    """
 
     type: Literal["json_match"] = "json_match"
 
@@ -27,7 +30,8 @@ class JsonMatch(Task):
             raise DataError(
                 "evaluation.tasks: json_match needs JSON references; "
                 f"found {value_text(reference)}",
-                hint="use the task exact_match for plain text",
+                hint="use the task exact_match for plain text, and for tool calls that the chat "
+                "template does not write as JSON alone",
             ) from error
         try:
             return float(_canonical(answer) == expected)
@@ -40,7 +44,11 @@ def _canonical(text: str) -> str:
 
     Comparing texts keeps true and 1 apart, which are equal in Python.
     """
-    return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
+    try:
+        value = json.loads(text, parse_float=_number)
+    except ValueError:
+        value = json.loads(after_reasoning(text), parse_float=_number)
+    return json.dumps(value, sort_keys=True)
 
 
 def _number(text: str) -> float:

@@ -17,7 +17,7 @@ from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
 from qlora_cli.tasks.choice import ChoiceItem, encode_choice, evaluate_choices, place_and_length
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, mean_of
-from qlora_cli.types import Message, Row
+from qlora_cli.types import Conversation, Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -119,7 +119,8 @@ class MultipleChoice(Task):
             system = [] if self.system is None else [Message("system", self.system, train=False)]
             before = [*system, Message("user", question, train=False)]
             turn = Message("assistant", "", train=True)
-        return encode_choice(encoder, tokenizer, before, turn, options, answer, place)
+        prompt = Conversation(before)
+        return encode_choice(encoder, tokenizer, prompt, turn, options, answer, place)
 
     def _options(self, row: Row) -> list[str]:
         if not isinstance(self.options, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -132,7 +133,7 @@ class Task(Config):
         prompts = read_prompts(sources, tokenizer, settings, limit=limit)
         for prompt in prompts:
             try:
-                self.values(prompt.reference, "")
+                self.values(without_empty_reasoning(prompt.reference), "")
             except DataError as error:
                 raise DataError(f"{prompt.place}: {error}", hint=error.hint) from error
         return prompts
@@ -140,9 +141,12 @@ class Task(Config):
     def evaluate(self, scorer: Scorer, items: Sequence[Any]) -> list[Outcome]:
         """Run a model on all items."""
         return [
-            Outcome(q.place, q.text, q.reference, answer, self.values(q.reference, answer))
+            Outcome(q.place, q.text, q.reference, answer, self._compared(q.reference, answer))
             for q, answer in zip(items, scorer.generate(items), strict=True)
         ]
+
+    def _compared(self, reference: str, answer: str) -> dict[str, float]:
+        return self.values(without_empty_reasoning(reference), without_empty_reasoning(answer))
 
     def place_and_length(self, item: Any) -> tuple[str, int]:
         """Return the location of an item, and the tokens that it takes of the model's context.
@@ -160,6 +164,23 @@ class Task(Config):
         for measure in self.measures():
             is_main = measure.name == self.type
             yield self.label if is_main else f"{self.label}.{measure.name}", measure
+
+
+_EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>\s*")
+
+
+def without_empty_reasoning(text: str) -> str:
+    """Return an answer without the empty reasoning block that some templates begin it with.
+
+    Such a template (Qwen3) also teaches the model to begin with that block.
+    """
+    found = _EMPTY_REASONING.match(text)
+    return text[found.end() :] if found else text
+
+
+def after_reasoning(text: str) -> str:
+    """Return the part of an answer that follows its reasoning; all of it if it has none."""
+    return text.rpartition("</think>")[2]
 
 
 def read_rows(source: Source, settings: Data) -> list[Conversation]:

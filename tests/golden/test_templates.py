@@ -8,18 +8,23 @@ the templates of axolotl and vLLM), and `python scripts/gen_docs.py` the tables 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from qlora_cli.data.encode.encoder import Encoder
+from qlora_cli.data.encode.truncate import EncodedRow
 from tests.golden.templates import (
     GOLDEN,
     GOLDEN_PACKAGES,
     KINDS,
+    conversations,
     folder,
     names,
     outcomes,
     packages,
+    tokenizer_for,
 )
 
 Outcomes = dict[str, dict[str, dict[str, Any]]]
@@ -53,6 +58,49 @@ def test_every_template_has_a_stored_outcome() -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_a_template_has_its_stored_outcome(name: str) -> None:
     assert outcomes(name) == KEPT[name]
+
+
+ANSWERED = {
+    "qwen2_5": 2,
+    "qwen3": 8,
+    "llama3_1": 2,
+    "glm4moe": 8,
+    "gptoss": 8,
+    "lfm2_2_5": 8,
+    "qwen3_5_think": 8,
+    "deepseek_r1_distill": 6,
+}
+"""Templates, and a lower bound of the answers with calls or reasoning that they can write."""
+
+
+@with_trl
+@pytest.mark.parametrize("name", ANSWERED)
+def test_the_reference_of_an_answer_is_the_text_that_the_model_learns_to_generate(
+    name: str,
+) -> None:
+    tokenizer = tokenizer_for(name)
+    encoder = Encoder(tokenizer)
+    rows = [
+        replace(row, messages=[*(replace(m, train=False) for m in row.messages[:i]), message])
+        for kind in ("tools", "reasoning")
+        if KEPT[name][kind]["outcome"] == "exact"
+        for row in conversations(kind)
+        for i, message in enumerate(row.messages)
+        if message.tool_calls or message.reasoning
+    ]
+    assert len(rows) >= ANSWERED[name]
+    for row in rows:
+        [encoded] = encoder.encode_rows([row], max_length=2**20, truncate="drop")
+        assert isinstance(encoded, EncodedRow)
+        [end] = encoded.turn_ends
+        prompt = encoder.encode_prompt(row.messages, row.tools)
+        generated = encoded.example.input_ids[len(prompt) :]
+        until = generated.index(end.token_ids[0]) if end.token_ids else len(generated)
+        text = tokenizer.decode(generated[:until], skip_special_tokens=True)
+        reference = encoder.reference(row.messages, row.tools)
+        assert reference == text
+        assert (row.messages[-1].reasoning or "") in reference
+        assert all(call.name in reference for call in row.messages[-1].tool_calls)
 
 
 @with_packages

@@ -10,7 +10,7 @@ from qlora_cli.data.encode.tokens import RowTokenizer
 from qlora_cli.data.encode.truncate import EncodedRow, Truncate, join_rows, truncate_row
 from qlora_cli.data.render.renderer import RenderedRow, Renderer
 from qlora_cli.errors import DataError
-from qlora_cli.types import Conversation, Message, Prompt
+from qlora_cli.types import IGNORE_INDEX, Conversation, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,6 +30,7 @@ class Encoder:
         self._renderer = Renderer(tokenizer)
         self._tokenizer = RowTokenizer(tokenizer)
         self._labeller = Labeller(tokenizer)
+        self._decode = tokenizer.decode
 
     def encode(
         self,
@@ -38,13 +39,14 @@ class Encoder:
         max_length: int,
         truncate: Truncate = "cut_end",
         train_on_all: bool = False,
+        tools: list[dict[str, Any]] | None = None,
     ) -> EncodedRow:
         """Encode one row.
 
         Raises:
             DataError: its supervised tokens would be ambiguous.
         """
-        row = Conversation(messages, train_on_all=train_on_all)
+        row = Conversation(messages, tools=tools, train_on_all=train_on_all)
         [encoded] = self.encode_rows([row], max_length=max_length, truncate=truncate)
         if isinstance(encoded, RefusedRow):
             raise DataError(encoded.reason)
@@ -80,16 +82,54 @@ class Encoder:
     def to_prompt(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None
     ) -> Prompt:
-        """Encode what precedes the last supervised message, with the generation prompt.
+        """Encode what precedes the last supervised message, with that message as the reference.
 
-        The content of that message is the reference.
+        Raises:
+            DataError: as `encode_prompt` and `reference`.
+        """
+        return Prompt(self.encode_prompt(messages, tools), self.reference(messages, tools))
+
+    def encode_prompt(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Encode what precedes the last supervised message, with the generation prompt.
 
         Raises:
             DataError: nothing precedes it, or the chat template refuses.
         """
         rendered = self._renderer.render_prompt(Conversation(messages, tools=tools))
-        reference = next(message.content for message in reversed(messages) if message.train)
-        return Prompt(self._tokenizer.tokenize_prompt(rendered), reference)
+        return self._tokenizer.tokenize_prompt(rendered)
+
+    def reference(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """Return the text that the model has to generate for the last supervised message.
+
+        It is the content, unless the answer has tool calls or reasoning: these are text only in
+        the words of the chat template. Like generated text, it has no special tokens.
+
+        Raises:
+            DataError: the template does not show what the model has to generate.
+        """
+        last = max(i for i, message in enumerate(messages) if message.train)
+        answer = messages[last]
+        has_reasoning = answer.reasoning is not None or "</think>" in answer.content
+        if answer.role != "assistant" or not (answer.tool_calls or has_reasoning):
+            return answer.content
+        row = [*(replace(message, train=False) for message in messages[:last]), answer]
+        [found] = self._renderer.render_all(Conversation(row, tools=tools))
+        [whole] = (
+            [self._tokenizer.tokenize_stand_ins(found)]
+            if found.has_stand_ins
+            else self._tokenizer.tokenize([found])
+        )
+        labelled = self._labeller.label(whole, train_on_all=False)
+        if labelled.straddles is not None:
+            raise DataError(labelled.straddles)
+        ids = [token for token in labelled.example.labels if token != IGNORE_INDEX]
+        [(_, end)] = labelled.turn_ends
+        text = str(self._decode(ids[: len(ids) - end.length], skip_special_tokens=True))
+        if not text.strip():
+            raise DataError(f"the chat template writes no text for the answer: {_named(answer)}")
+        return text
 
     def check_template(self) -> None:
         """Check the chat template once, and not in each row.
@@ -104,3 +144,9 @@ class Encoder:
             return self._renderer.render_all(row)
         except DataError as error:
             return RefusedRow(str(error))
+
+
+def _named(answer: Message) -> str:
+    """Name what an answer without content holds."""
+    calls = ", ".join(call.name for call in answer.tool_calls)
+    return f"calls of {calls}" if calls else "its reasoning"

@@ -26,7 +26,8 @@ from qlora_cli.types import Conversation, Message, Row
 class Alpaca(Config):
     """`instruction`, optional `input`, `output`; `system` and `history` where the row has them.
 
-    `history` is a list of pairs: a request and its answer.
+    `history` is a list of pairs: a request and its answer. `tools` lists the functions that the
+    assistant may call.
     """
 
     example: ClassVar[Row] = {
@@ -50,12 +51,12 @@ class Alpaca(Config):
         for question, answer in pairs:
             messages.append(Message("user", question, train=False))
             messages.append(Message("assistant", answer, train=True))
-        return Conversation(messages)
+        return Conversation(messages, tools=read_tools(row))
 
 
 class PromptCompletion(Config):
     """A prompt and the completion to train on: each a text, a message or a list of messages
-    (OpenAI or ShareGPT)."""
+    (OpenAI or ShareGPT). With `as_chat`, the column `tools` is read too."""
 
     example: ClassVar[Row] = {"prompt": "The capital of France is", "completion": " Paris."}
 
@@ -96,7 +97,8 @@ class PromptCompletion(Config):
                 *self._system(),
                 Message("user", prompt, train=False),
                 Message("assistant", completion, train=True),
-            ]
+            ],
+            tools=read_tools(row),
         )
 
     def _from_messages(self, row: Row, field: str) -> Conversation:

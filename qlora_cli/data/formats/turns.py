@@ -62,6 +62,20 @@ _MARKS = ("train", "weight")
 _MAY_BE_EMPTY: tuple[Role, ...] = ("system", "tool")
 
 
+class SameRoleError(DataError):
+    """Two consecutive messages have the same role.
+
+    Attributes:
+        field: the column of the messages.
+        index: the place of the second one.
+    """
+
+    def __init__(self, field: str, index: int, role: Role) -> None:
+        super().__init__(f"field '{field}[{index}]': two messages of role {role} in a row")
+        self.field = field
+        self.index = index
+
+
 def read_turns(turns: Sequence[tuple[str, Any]]) -> list[Message]:
     """Read turns in either shape, recognized by their keys: OpenAI's `role`, ShareGPT's `from`."""
     return [
@@ -164,6 +178,8 @@ def check_order(messages: Sequence[Message], field: str) -> list[Message]:
         reason = _out_of_order(message, before, waiting)
         if reason is not None:
             raise DataError(f"field '{field}[{i}]': {reason}")
+        if before is not None and message.role == before.role != "tool":
+            raise SameRoleError(field, i, message.role)
         waiting = waiting - 1 if message.role == "tool" else len(message.tool_calls)
         before = message
     if not any(message.role == "assistant" for message in messages):
@@ -183,8 +199,6 @@ def _out_of_order(message: Message, before: Message | None, waiting: int) -> str
         return "a system message has to come first"
     if message.role == "tool" and waiting <= 0:
         return "a tool's answer without a call before it"
-    if before is not None and message.role == before.role != "tool":
-        return f"two messages of role {message.role} in a row"
     return None
 
 

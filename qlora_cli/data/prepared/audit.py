@@ -195,8 +195,7 @@ def _first_prompts(
         # A row that was cut has exactly this length.
         is_whole = len(rows[row].input_ids) < data.max_length
         if has_prompt and not conversation.train_on_all and is_whole:
-            prompt = encoder.to_prompt(conversation.messages, conversation.tools)
-            yield row, prompt.input_ids
+            yield row, encoder.encode_prompt(conversation.messages, conversation.tools)
 
 
 def _first_located(

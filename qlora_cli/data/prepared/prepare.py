@@ -161,7 +161,7 @@ def prepare(
         DataError: there are no rows, bad rows (all are counted), too many lost answers, turns that
             do not end in a stop token, or files that changed while they were read.
     """
-    tallies, calls, labels = [], ToolCallAudit(), LabelCounter()
+    tallies, calls, labels = [], ToolCallAudit(tokenizer), LabelCounter()
     digests = digests_of(sources) if digests is None else digests
     with (
         DatasetWriter(folder) as writer,

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-from qlora_cli.data.formats.turns import OTHER_ROLES
+from qlora_cli.data.formats.fields import is_given, shown
+from qlora_cli.data.formats.turns import OTHER_ROLES, SameRoleError
 from qlora_cli.types import Row
 
 Repair = Literal["parse_json_strings", "role_names", "merge_same_role", "drop_trailing_user"]
@@ -121,16 +122,51 @@ def _merge_same_role(turns: Turns) -> Turns:
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
-    role, text = ("role", "content") if "role" in one else ("from", "value")
-    texts = one.get(text), other.get(text)
-    rest = [{k: v for k, v in turn.items() if k != text and v is not None} for turn in (one, other)]
-    is_same = rest[0] == rest[1] and isinstance(one.get(role), str)
-    if not is_same or one[role].lower() in ("tool", "observation", "function", "function_call"):
+    if _obstacle(one, other) is not None:
         return None
+    text = _keys(one)[1]
+    return {**one, text: f"{one[text]}\n\n{other[text]}"}
+
+
+def _keys(turn: dict[str, Any]) -> tuple[str, str]:
+    """Return the keys of a turn's role and of its text."""
+    return ("role", "content") if "role" in turn else ("from", "value")
+
+
+def _obstacle(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Return why two turns are not joined, and what to do instead; None if they can be."""
+    role, text = _keys(one)
+    roles = one.get(role), other.get(role)
+    if roles[0] != roles[1] or not isinstance(roles[0], str):
+        return f"their roles are written {roles[0]!r} and {roles[1]!r}; {_BY_HAND}"
+    if roles[0].lower() in ("tool", "observation", "function", "function_call"):
+        return f"each of role {roles[0]} is a call or a result of its own; {_BY_HAND}"
     # Calls, reasoning and marks belong to one turn.
-    if rest[0].keys() != {role} or not all(isinstance(part, str) for part in texts):
-        return None
-    return {**one, text: "\n\n".join(part for part in texts if isinstance(part, str))}
+    for turn, which in ((one, "the first"), (other, "the second")):
+        more = [key for key in turn if key not in (role, text) and is_given(turn, key)]
+        if more:
+            return f"{which} has {', '.join(map(repr, more))}; {_BY_HAND}"
+        if not isinstance(turn.get(text), str):
+            return f"{which} has {text} {shown(turn.get(text))}, not text; {_BY_HAND}"
+    return None
+
+
+_BY_HAND = "make them one message in the data, or add the message that is missing between them"
+
+
+def why_not_joined(row: Row, error: SameRoleError, repairs: Sequence[Repair]) -> str:
+    """Say why `merge_same_role` does not join two messages; "" if it would.
+
+    Args:
+        error: of the row, after `repairs` were made.
+    """
+    turns: Any = row.get(error.field)
+    at = error.index
+    if not _is_turns(turns):
+        is_on = "merge_same_role" in repairs
+        return f"; merge_same_role joins only messages of one column; {_BY_HAND}" if is_on else ""
+    obstacle = _obstacle(turns[at - 1], turns[at])
+    return "" if obstacle is None else f"; merge_same_role does not join them, because {obstacle}"
 
 
 def _drop_trailing_user(turns: Turns) -> Turns:

@@ -20,6 +20,7 @@ from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.common.user_paths import missing_path_hint
 from qlora_cli.data.formats import FormatConfig, Messages
 from qlora_cli.data.formats.fields import missing
+from qlora_cli.data.formats.turns import SameRoleError
 from qlora_cli.data.sources.files import (
     find_files,
     is_pattern,
@@ -30,7 +31,7 @@ from qlora_cli.data.sources.files import (
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
 from qlora_cli.data.sources.preference_rows import refuse_labelled, refuse_preferences
-from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired
+from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired, why_not_joined
 from qlora_cli.data.sources.rows import LIST_ALL, BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
@@ -121,7 +122,10 @@ class Source(Config):
                 # Without a usable row the error names the repairs.
                 tries = bad.tries_repairs or is_empty
                 found = search.helpful(located.row) if tries else ()
-                bad.add(located.place, error, (*self._own_repairs, *found) if found else ())
+                reason = str(error)
+                if isinstance(error, SameRoleError):
+                    reason += why_not_joined(located.row, error, self._own_repairs)
+                bad.add(located.place, reason, (*self._own_repairs, *found) if found else ())
             else:
                 is_empty = False
                 bad.repaired.update(located.repaired)

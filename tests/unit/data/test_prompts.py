@@ -77,6 +77,74 @@ def test_the_answer_of_a_row_is_a_reference_and_not_in_the_prompt(
     assert question.reference == "ho"
 
 
+TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
+CALLED = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+CALLS = [{"name": "add", "arguments": {}}]
+USER = {"role": "user", "content": "hi"}
+WITH_TOOLS = Encoder(
+    make_tokenizer(Path("configs/chat_templates/chatml-tools.jinja").read_text(encoding="utf-8"))
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "reference"),
+    [
+        ({"messages": [USER]}, None),
+        ({"messages": [USER, {"role": "assistant", "content": "ho"}]}, "ho"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": CALLS}]}, CALLED),
+        ({"messages": [USER, {"role": "assistant", "content": "ho", "tool_calls": CALLS}]},
+         f"ho\n{CALLED}"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, None),
+        ({"conversations": [{"from": "human", "value": "hi"},
+                            {"from": "function_call", "value": json.dumps(CALLS)}]}, CALLED),
+        ({"instruction": "hi"}, None),
+        ({"instruction": "hi", "output": "ho"}, "ho"),
+        ({"prompt": "hi"}, None),
+        ({"prompt": "hi", "completion": "ho"}, "ho"),
+        ({"prompt": "hi", "completion": {"role": "assistant", "tool_calls": CALLS}}, CALLED),
+        ({"prompt": [USER]}, None),
+        ({"text": "hi"}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_prompt_has_the_tools_of_its_row(row: dict[str, Any], reference: str | None) -> None:
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        found = PromptReader().question({**row, "tools": tools}, WITH_TOOLS)
+        prompt = str(TOKENIZER.decode(found.prompt.input_ids))
+        assert '{"name": "add", "parameters": {"type": "object"}}' in prompt
+        assert prompt.endswith(HI)
+        assert found.reference == reference
+
+
+@pytest.mark.parametrize(
+    ("row", "formats", "is_plain"),
+    [
+        ({"prompt": "hi"}, [PromptCompletion(as_chat=False)], True),
+        ({"text": "hi"}, [Text()], True),
+        ({"q": "hi"}, [TemplateFormat(user="{{ q }}")], False),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_would_leave_out_tools_is_refused(
+    tmp_path: Path, row: dict[str, Any], formats: list[Any], is_plain: bool
+) -> None:
+    wanted = r"rows\.jsonl:1: field 'tools': got .*has no place for tools; give the row as messages"
+    with pytest.raises(DataError, match=wanted):
+        ask(tmp_path, {**row, "tools": TOOLS}, formats=formats, is_plain=is_plain)
+    assert given(ask(tmp_path, {**row, "tools": []}, formats=formats, is_plain=is_plain))
+
+
+def test_a_template_of_the_recipe_may_write_the_tools(tmp_path: Path) -> None:
+    template = TemplateFormat(user="{{ q }} {{ tools | tojson }}")
+    assert '"add"' in given(ask(tmp_path, {"q": "hi", "tools": TOOLS}, formats=[template]))
+
+
+def test_a_tool_call_that_the_template_leaves_out_is_refused_by_its_row(tmp_path: Path) -> None:
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": CALLS}]}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*omits 'add' from its tool calls"):
+        ask(tmp_path, row)
+
+
 def test_a_system_message_is_added_only_where_it_is_missing(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "hi"}]}
     assert given(ask(tmp_path, row, system="be brief")).startswith(

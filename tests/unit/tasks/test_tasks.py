@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.errors import DataError
 from qlora_cli.tasks import ExactMatch, JsonMatch
 from qlora_cli.tasks.task import read_tasks
@@ -98,6 +99,74 @@ def test_a_reference_that_cannot_be_scored_against_is_named_with_its_place(
             recipe.model.load_tokenizer(),
             limit=recipe.evaluation.limit,
         )
+
+
+ADD = {"name": "add", "parameters": {"type": "object", "required": ["a"]}}
+ASKED = {"role": "user", "content": "2?"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"name": "add", "arguments": {"a": 2}}],
+}
+CALLED = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("exact_match", None),
+        ("numeric", None),
+        ("json_match", "json_match needs JSON references; found .*tool_call"),
+        ("classification", "the answer calls a tool \\(add\\)"),
+    ],
+)
+def test_the_reference_of_a_tool_call_is_the_text_of_the_chat_template(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, task: str, reason: str | None
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"messages": [ASKED, CALL], "tools": [ADD]}), encoding="utf-8")
+    recipe = tiny_recipe(
+        data={"chat_template": "configs/chat_templates/chatml-tools.jinja"},
+        evaluation={"tasks": [{"type": task, "data": {"path": str(own)}}]},
+    )
+    tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
+    tasks = recipe.evaluation.tasks
+    if reason is not None:
+        with pytest.raises(DataError, match=rf"own\.jsonl:1: .*{reason}"):
+            read_tasks(tasks, recipe.data, tokenizer, limit=None)
+        return
+    [(found, items)] = read_tasks(tasks, recipe.data, tokenizer, limit=None)
+    for answer, score in ((CALLED, 1.0), ("", 0.0)):
+        [outcome] = found.evaluate(Parrot({CALLED: answer}), items)
+        assert (outcome.reference, outcome.values) == (CALLED, {task: score})
+
+
+THOUGHT = "<think>\n2 + 2\n</think>\n\n"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "reference", "answer"),
+    [
+        (ExactMatch(), "4", f"{EMPTY}4"),
+        (ExactMatch(), "4", "\n</think>\n\n4"),
+        (ExactMatch(), f"{EMPTY}4", "4"),
+        (ExactMatch(), f"{THOUGHT}4", f"{THOUGHT}4"),
+        (ExactMatch(anywhere=True), f"{THOUGHT}4", "It is 4."),
+        (ExactMatch(pattern="[0-9]$"), f"{THOUGHT}4", f"{THOUGHT}It is 4"),
+        (JsonMatch(), '{"a": 4}', f'{EMPTY}{{"a": 4.0}}'),
+        (JsonMatch(), f"{THOUGHT}[4]", f"{EMPTY}[4]"),
+        (JsonMatch(), '{"a": "</think>"}', '{"a": "</think>"}'),
+    ],
+    ids=str,
+)
+def test_reasoning_before_a_right_answer_does_not_make_it_wrong(
+    task: Any, reference: str, answer: str
+) -> None:
+    prompt = Prompt([1], reference)
+    [outcome] = task.evaluate(Parrot({reference: answer}), [prompt])
+    assert list(outcome.values.values()) == [1.0]
+    assert (outcome.reference, outcome.answer) == (reference, answer)
 
 
 TABLE, ROPE = (ModelContext(64, is_table=one) for one in (True, False))

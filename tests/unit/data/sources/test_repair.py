@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -104,6 +105,76 @@ def test_repairs_leave_everything_else_as_it_is(case: str) -> None:
     repairs = [one for one in ALL if case != "parts" or one != "drop_trailing_user"]
     assert repaired(row, repairs, counts) == row
     assert not counts
+
+
+BY_HAND = "; make them one message in the data, or add the message that is missing between them"
+NOT_JOINED: dict[str, tuple[list[Row], str]] = {
+    "calls": (
+        [*turns(U, A), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}],
+        "because the second has 'tool_calls'",
+    ),
+    "reasoning": (
+        [*turns(U), *turns(A, reasoning="x"), *turns(A)],
+        "because the first has 'reasoning'",
+    ),
+    "a mark": ([*turns(U, A), *turns(A, train=False)], "because the second has 'train'"),
+    "a name": (
+        [*turns(U, name="Ann"), *turns(U, A)],
+        "because the first has 'name'",
+    ),
+    "parts": (
+        turns(("user", [{"type": "text", "text": "a"}]), U, A),
+        r"because the first has content \[.*\(list\), not text",
+    ),
+    "ShareGPT's calls": (
+        shared(U, ("gpt", "b"), ("function_call", '{"name": "f", "arguments": {}}')),
+        "because their roles are written 'gpt' and 'function_call'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("repair", [[], ["merge_same_role"]], ids=str)
+@pytest.mark.parametrize("case", NOT_JOINED)
+def test_a_refusal_says_why_two_messages_were_not_joined(
+    tmp_path: Path, case: str, repair: list[Repair]
+) -> None:
+    given, reason = NOT_JOINED[case]
+    path = tmp_path / "train.jsonl"
+    format = {"type": "sharegpt" if "from" in given[0] else "messages"}
+    rows: list[Row] = [
+        {"messages": given},
+        {"messages": shared(U, A) if "from" in given[0] else GOOD},
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    data = Data.model_validate(
+        {"train": {"path": str(path), "format": {**format, "field": "messages"}}, "repair": repair}
+    )
+    [source], bad = data.train_sources, BadRows()
+    assert len(list(source.conversations(bad))) == 1
+    wanted = f"in a row; merge_same_role does not join them, {reason}{BY_HAND}"
+    assert re.search(wanted, bad.first[0])
+
+
+def test_messages_of_two_columns_are_not_joined(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    row = {"prompt": turns(U, A), "completion": "c"}
+    good = {"prompt": "a", "completion": "b"}
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(good)}\n", encoding="utf-8")
+    train = {"path": str(path), "format": {"type": "prompt_completion"}}
+    for repair in ([], ["merge_same_role"]):
+        [source], bad = (
+            Data.model_validate({"train": train, "repair": repair}).train_sources,
+            BadRows(),
+        )
+        assert len(list(source.conversations(bad))) == 1
+        assert ("joins only messages of one column" in bad.first[0]) is bool(repair)
+
+
+@pytest.mark.parametrize("empty", [None, [], "", {}])
+def test_empty_keys_do_not_keep_messages_apart(empty: Any) -> None:
+    row = {"messages": turns(U, A, A, tool_calls=empty)}
+    found = repaired(row, ["merge_same_role"], Counter())
+    assert [turn["content"] for turn in found["messages"]] == ["a", "b\n\nb"]
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
