@@ -11,8 +11,8 @@ from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.targets import (
     ExcludeModules,
     LayersToTransform,
-    Modules,
     ModulesToSave,
+    SomeModules,
     check_layers,
     check_targets,
     target_settings,
@@ -38,7 +38,7 @@ class Bottleneck(AdapterMethod):
     no_merge: ClassVar[str] = "weights of the base cannot express its non-linearity"
     checks = (check_targets, check_layers)
     type: Literal["bottleneck"] = "bottleneck"
-    target_modules: Modules | None = None
+    target_modules: SomeModules = None
     """Layers whose output goes through an adapter: a list of names, or one regular expression;
     null takes the last linear layer of each half that `after` names."""
     modules_to_save: ModulesToSave = Field([])

@@ -13,8 +13,8 @@ from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.adapters.targets import (
     ExcludeModules,
     LayersToTransform,
-    Modules,
     ModulesToSave,
+    SomeModules,
     TargetModules,
     check_layers,
     check_targets,
@@ -40,7 +40,7 @@ class IA3(AdapterMethod):
     target_modules: TargetModules = None
     modules_to_save: ModulesToSave = Field([])
     exclude_modules: ExcludeModules = None
-    feedforward_modules: Modules | None = None
+    feedforward_modules: SomeModules = None
     """Targets whose input is multiplied instead of their output; null takes PEFT's default for
     this kind of model."""
 

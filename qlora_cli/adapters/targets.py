@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qlora_cli.common.config import Config
 from qlora_cli.errors import ModelError
@@ -24,8 +24,25 @@ if TYPE_CHECKING:
 Modules = list[str] | str
 """Names of modules, or one regular expression."""
 
+
+def _refuse_truth_value(value: list[str] | str | None) -> list[str] | str | None:
+    """Refuse `true` and the like, which other tools take for "all linear layers"."""
+    for name in value if isinstance(value, list) else [value]:
+        if name is not None and name.lower() in _TRUTH_VALUES:
+            raise ValueError(
+                f"found {name}, which names no module; it takes names of modules or a regular "
+                "expression, and target_modules takes all-linear for all linear layers"
+            )
+    return value
+
+
+_TRUTH_VALUES = {"true", "false", "yes", "no", "on", "off"}
+
+SomeModules = Annotated[Modules | None, AfterValidator(_refuse_truth_value)]
+"""Names of modules, one regular expression, or null."""
 TargetModules = Annotated[
     Literal["all-linear"] | Modules | None,
+    AfterValidator(_refuse_truth_value),
     Field(
         description="`all-linear` (all linear layers except the head), a list of module names, or "
         "one regular expression; null takes PEFT's default for this kind of model."
@@ -46,6 +63,7 @@ LayersToTransform = Annotated[
 ]
 ExcludeModules = Annotated[
     Modules | None,
+    AfterValidator(_refuse_truth_value),
     Field(description="Modules to leave out: names, or one regular expression."),
 ]
 

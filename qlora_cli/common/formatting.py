@@ -32,11 +32,25 @@ def size_text(size: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Format seconds in the largest unit that gives a number of at least 2."""
+    """Format seconds in the largest unit that gives a number of at least 2.
+
+    Less than a second is said in words: rounded, it would be 0 or 1.
+    """
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 1 else _UNDER_A_SECOND
+
+
+_UNDER_A_SECOND = "under a second"
+
+
+def duration_range_text(low: float, high: float) -> str:
+    """Format a range of seconds; one duration if both ends read the same."""
+    least, most = duration_text(low), duration_text(high)
+    if least == most:
+        return least if least == _UNDER_A_SECOND else f"about {least}"
+    return f"up to about {most}" if least == _UNDER_A_SECOND else f"about {least} to {most}"
 
 
 def age_text(seconds: float) -> str:

@@ -68,6 +68,7 @@ def export_4bit(folder: Path, output: Path, run: Path | None) -> PackedModel:
     return PackedModel(
         path=str(output),
         bytes=sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        tokens=sum(map(len, rows)),
         **compare(unpacked, packed),
         trained=None if trained is None else TrainedAgreement(**compare(trained, packed)),
     )

@@ -56,6 +56,8 @@ class PackedModel(Report):
     """The folder that was written."""
     bytes: int
     """Size of its weights."""
+    tokens: int
+    """Tokens of the fixed texts that were compared."""
     kl: float
     """Mean KL divergence from the model before packing, in nats per token."""
     top1_agreement: float

@@ -27,8 +27,9 @@ def _gguf_line(file: GgufFile) -> str:
 def _packed_lines(packed: PackedModel) -> Iterator[str]:
     yield f"{packed.path}: {size_text(packed.bytes)}"
     agreement = agreement_text(kl=packed.kl, top1_agreement=packed.top1_agreement)
-    yield f"against the model before packing: {agreement}"
+    texts = f"on fixed texts ({packed.tokens:,} tokens)"
+    yield f"against the model before packing, {texts}: {agreement}"
     if (trained := packed.trained) is not None:
         agreement = agreement_text(kl=trained.kl, top1_agreement=trained.top1_agreement)
-        yield f"against base plus adapter as trained: {agreement}"
+        yield f"against base plus adapter as trained, {texts}: {agreement}"
     yield "serving the 4-bit base with the adapter is lossless"

@@ -91,7 +91,7 @@ def compare_models(
             size_text(free),
         )
         return None
-    rows, held_out = read_rows(recipe, tokenizer)
+    rows, available = read_rows(recipe, tokenizer)
     measured = _trained(recipe, trained, rows)
     bases = {"as-trained": _dequantized, "original": _original}
     loaders = bases if recipe.quantization.is_quantized else {base: _original}
@@ -106,7 +106,8 @@ def compare_models(
         comparison=ComparisonReport(
             rows=len(rows),
             tokens=sum(row.input_ids.shape[1] for row in rows),
-            held_out=held_out,
+            held_out=available is not None,
+            held_out_rows=available,
             trained_loss=measured.loss,
             choices={
                 name: BaseChoiceReport(**compare(measured.logits, one.logits), loss=one.loss)
@@ -123,8 +124,8 @@ def free_memory() -> int:
 
 def read_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[ComparedText], bool]:
-    """Return rows of the evaluation set and True, or some fixed texts and False."""
+) -> tuple[list[ComparedText], int | None]:
+    """Return the first rows of the evaluation set and its size, or some fixed texts and None."""
     if sources := recipe.data.evaluation_sources:
         try:
             held_out = read_data("evaluation", recipe.data, sources, tokenizer)
@@ -132,9 +133,10 @@ def read_rows(
             log.warning("models are compared on fixed texts, not on evaluation rows: %s", error)
         else:
             vocabulary = len(tokenizer)
-            return list(_first(held_out.examples, _MAX_LOGITS // vocabulary)), True
+            first = list(_first(held_out.examples, _MAX_LOGITS // vocabulary))
+            return first, len(held_out.examples)
     texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
-    return [ComparedText(ids, torch.full_like(ids[0], IGNORE_INDEX)) for ids in texts], False
+    return [ComparedText(ids, torch.full_like(ids[0], IGNORE_INDEX)) for ids in texts], None
 
 
 def _first(examples: Sequence[Any], max_tokens: int) -> Iterator[ComparedText]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import RefusedRow
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.render.chat_template import read_chat_template
-from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources import BadRows, Source, counted
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.recipe.schema import Recipe
+
+log = logging.getLogger("qlora")
 
 
 def write_bad_rows(recipe: Recipe, path: Path) -> int:
@@ -49,6 +52,7 @@ def write_bad_rows(recipe: Recipe, path: Path) -> int:
                 count += bad.count
     except OSError as error:
         raise RecipeError(f"--bad-rows: {path}: cannot be written: {error.strerror}") from error
+    log.info("%s: %s of all sources, held-out rows included", path, counted(count, "bad row"))
     return count
 
 

@@ -14,7 +14,8 @@ from qlora_cli.common.report import ABSENT, Absent, Report
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_context, check_limits
 from qlora_cli.data.prepared.cache import read_data
-from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, ignored_text
+from qlora_cli.data.prepared.prepare import PreparedData, ignored_text
+from qlora_cli.data.prepared.tally import TooManyLost
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.data.sources.rows import repaired_text

@@ -60,18 +60,20 @@ class Optimizer(Config):
     def build(self, parameters: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
         """Build the optimizer of those `parameters` that require a gradient.
 
-        Without CUDA, a paged optimizer is replaced by the same one without paging.
-
         Raises:
             RecipeError: a group has no parameter, or the optimizer cannot train any of them.
         """
-        if not self.is_paged or device.type == "cuda":
+        used = self.type_on(device)
+        if used == self.type:
             return self._make(self._grouped(parameters))
-        unpaged = self.type.removeprefix("paged_").removesuffix("_32bit")
-        log.warning(
-            "optimizer.type: %s needs CUDA for paging; using %s instead", self.type, unpaged
-        )
-        return self.model_copy(update={"type": unpaged}).build(parameters, device)
+        log.warning("optimizer.type: %s needs CUDA for paging; using %s instead", self.type, used)
+        return self.model_copy(update={"type": used}).build(parameters, device)
+
+    def type_on(self, device: torch.device) -> str:
+        """Return the type that runs on a device: without CUDA, a paged optimizer is not paged."""
+        if not self.is_paged or device.type == "cuda":
+            return self.type
+        return self.type.removeprefix("paged_").removesuffix("_32bit")
 
     def evaluation_weights(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Return a context in which the trained weights are those to evaluate and to save."""

@@ -28,7 +28,7 @@ from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.common.formatting import MIB, size_text
 from qlora_cli.common.hashing import hash_json
 from qlora_cli.common.report import Report
-from qlora_cli.data.config import Data
+from qlora_cli.data.prepared.first_rows import check_first_rows
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import ModelError
@@ -36,7 +36,6 @@ from qlora_cli.models.context import read_context
 from qlora_cli.models.report import WeightCounts, count_base_weights, refuse_mostly_unquantized
 from qlora_cli.plan.miniature_run import UnattachedMiniature, UncheckedModel, dry_run_miniature
 from qlora_cli.plan.module_search import with_way_out
-from qlora_cli.plan.rows import missing_locally
 from qlora_cli.plan.trace.meta_model import build_quantized_meta_model
 from qlora_cli.plan.traced_memory import attention_option
 from qlora_cli.recipe.schema import Recipe
@@ -71,19 +70,27 @@ def check_compatibility(recipe: Recipe) -> CompatibilityReport:
         DataError: a source has no usable row, or has preference rows.
     """
     found = check_model(recipe)
-    _read_first_rows(recipe.data)
-    if not missing_locally(recipe):
-        recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
+    _read_first_rows(recipe)
     return found
 
 
-def _read_first_rows(data: Data) -> None:
+def _read_first_rows(recipe: Recipe) -> None:
+    """Read the first rows of each source, and encode them if the tokenizer is on this machine."""
+    data, model = recipe.data, recipe.model
     data.refuse_untrainable()
+    tokenizer = context = None
+    if model.is_at_hand():
+        tokenizer = model.load_tokenizer(read_chat_template(data.chat_template))
+        context = model.read_context(recipe.adapter.virtual_tokens)
     for source in [*data.train_sources, *data.evaluation_sources]:
-        if source.is_at_hand():
-            bad = BadRows(tries_repairs=False)
-            for _ in islice(source.in_file_order().conversations(bad), _FIRST_ROWS):
-                pass
+        if not source.is_at_hand():
+            continue
+        rows = source.in_file_order()
+        if tokenizer is not None:
+            check_first_rows(rows, tokenizer, data, num_rows=_FIRST_ROWS, context=context)
+            continue
+        for _ in islice(rows.conversations(BadRows(tries_repairs=False)), _FIRST_ROWS):
+            pass
 
 
 def check_model(recipe: Recipe) -> CompatibilityReport:

@@ -163,6 +163,7 @@ def _report(
         flops_per_token=work.flops_per_token,
         flops=work.flops,
         seconds_of_training=work.seconds,
+        tokens_per_second=work.tokens_per_second,
         rate=work.rate,
         traced_layers=trace.traced_layers,
         layers=trace.num_layers,

@@ -146,7 +146,7 @@ class HostMemory(Report):
 
 @dataclass(frozen=True, slots=True)
 class MatmulRate(Report):
-    """The rate from which the duration is computed."""
+    """The rate from which speed and duration are computed."""
 
     flops: float
     """Matmul operations per second of one device."""
@@ -190,8 +190,10 @@ class PlanReport(Report):
     """Floating-point operations of the run; null if its length is unknown."""
     seconds_of_training: tuple[float, float] | None
     """Shortest and longest duration; null if the length of the run or the rate is unknown."""
+    tokens_per_second: tuple[float, float] | None
+    """Lowest and highest speed, of all devices together; null if the rate is unknown."""
     rate: MatmulRate | Absent
-    """The rate from which the duration is computed; absent without a duration."""
+    """The rate from which speed and duration are computed; absent if it is unknown."""
     traced_layers: Sequence[int]
     """Numbers of layers of the traced models. If less than `layers`, the rest is extrapolated."""
     layers: int

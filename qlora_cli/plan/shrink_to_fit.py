@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.config import Config
 from qlora_cli.common.report import ABSENT, Absent
-from qlora_cli.data.prepared.prepare import TooManyLost
+from qlora_cli.data.prepared.tally import TooManyLost
 from qlora_cli.distributed.devices import Target
 from qlora_cli.errors import RecipeError
 from qlora_cli.loop.run_data import RecipeData

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.common.formatting import align_table, duration_text, size_text
+from qlora_cli.common.formatting import align_table, duration_range_text, size_text
 from qlora_cli.common.report import ABSENT
 from qlora_cli.plan.report import TENSORS
 
@@ -188,19 +188,31 @@ def _host(host: HostMemory) -> list[str]:
     ]
 
 
+_ASSUMED_TOKENS = 10_000_000
+"""Tokens of a run whose length is unknown, for its duration."""
+
+
 def _work(report: PlanReport) -> list[str]:
-    if report.flops is None:
-        return [f"{flop_text(report.flops_per_token)} per token"]
-    line, rate = flop_text(report.flops), report.rate
-    if report.seconds_of_training and rate is not ABSENT:
-        fast, slow = map(duration_text, report.seconds_of_training)
-        low, high = rate.used
-        known = "measured here" if rate.is_measured else "as published"
-        line += (
-            f"; training takes about {fast} to {slow} (at {low:.0%} to {high:.0%} of "
-            f"{rate.flops / 1e12:,.2g} TFLOP/s, {known})"
-        )
-    return [line]
+    """Format the operations, the duration and the speed, of an assumed run if need be."""
+    line = f"{flop_text(report.flops_per_token)} per token"
+    if report.flops is not None:
+        line = flop_text(report.flops)
+    rate, speed, seconds = report.rate, report.tokens_per_second, report.seconds_of_training
+    if speed is None or rate is ABSENT:
+        return [line]
+    if seconds is None:
+        assumed = f"{_ASSUMED_TOKENS:,} tokens, assumed because the length of the run is unknown,"
+        seconds = (_ASSUMED_TOKENS / speed[1], _ASSUMED_TOKENS / speed[0])
+        line += f"; {assumed} take {duration_range_text(*seconds)}"
+    else:
+        line += f"; training takes {duration_range_text(*seconds)}"
+    (slow, fast), (low, high) = speed, rate.used
+    tokens = f"{slow:,.0f} to {fast:,.0f}" if slow < fast else f"{slow:,.0f}"
+    known = "measured here" if rate.is_measured else "as published"
+    return [
+        f"{line}, at {tokens} tokens per second",
+        f"  ({low:.0%} to {high:.0%} of {rate.flops / 1e12:,.2g} TFLOP/s, {known})",
+    ]
 
 
 def flop_text(count: float) -> str:

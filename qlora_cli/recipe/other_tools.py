@@ -70,7 +70,22 @@ OTHER_NAMES = {
     "flash_attention": "model.attention",
     "flash_attn": "model.attention",
     "gradient_clipping": "max_grad_norm",
+    "sdp_attention": "model.attention",
+    "eager_attention": "model.attention",
+    "xformers_attention": "model.attention",
+    "flex_attention": "model.attention",
     "lora_target_linear": "target_modules",
+    "lora_target_parameters": "adapter.target_parameters",
+    "lora_model_dir": "adapter.init_from",
+    "adapter_name_or_path": "adapter.init_from",
+    "activation_offloading": "training.gradient_checkpointing",
+    "enable_activation_offloading": "training.gradient_checkpointing",
+    "cosine_min_lr_ratio": "schedule.final_scale",
+    "eval_batch_size": "evaluation.batch_size",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "pretraining_dataset": "data.train",
+    "save_strategy": "save_every",
+    "template": "data.chat_template",
     "max_grad_value": "max_grad_norm",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
@@ -92,6 +107,20 @@ OTHER_NAMES = {
 """Other tools' names for our keys, for "did you mean"."""
 
 TAKES = {
+    "activation_offloading": "offload instead of true",
+    "adapter_name_or_path": "a run folder, or a folder with an adapter",
+    "eager_attention": "eager instead of true",
+    "enable_activation_offloading": "offload instead of true",
+    "flash_attention": "flash_attention_2 instead of true, or auto",
+    "flash_attn": "flash_attention_2 instead of fa2, or auto",
+    "flex_attention": "auto, which is sdpa if the model supports it",
+    "lora_model_dir": "a run folder, or a folder with an adapter",
+    "lora_target_linear": "all-linear, the default, instead of true",
+    "pretraining_dataset": "a source with format: {type: text}",
+    "save_strategy": "optimizer steps between two checkpoints",
+    "sdp_attention": "sdpa instead of true, or auto",
+    "template": "a Jinja file; the default is the template of the tokenizer",
+    "xformers_attention": "auto, which is sdpa if the model supports it",
     "assistant_only_loss": "[assistant], the default, instead of true",
     "evals_per_epoch": "optimizer steps between two evaluations, not a number per epoch",
     "eval_strategy": "optimizer steps between two evaluations",
@@ -139,20 +168,43 @@ _UPLOAD = "qlora uploads nothing; hf upload NAME runs/mine/last does"
 _SHARDING = "torchrun starts a process for each device; weights are not sharded"
 _PREFERENCE = "training is supervised; preference data can be previewed, but not trained on"
 _LAYERS = "training.kernels chooses faster layers"
+_MESSAGES = (
+    "data.train.format: {type: sharegpt} reads from and value, {type: messages} role and content"
+)
+_TURN_ENDS = "the chat template ends turns, and the end of a supervised one is trained on"
+_TEXT_ONLY = "only text is trained on, without images or audio"
 _TOKENS = "the vocabulary stays that of the base; adapter.trainable_token_indices trains its tokens"
 _NO_PADDING = "rows are not padded where the model allows it, and sorted by length where not"
 
 _BY_ADVICE = {
     _METRICS: (
         "comet_project_name", "mlflow_experiment_name", "mlflow_tracking_uri", "run_name",
-        "use_comet", "use_wandb", "wandb_entity", "wandb_log_model", "wandb_mode", "wandb_name",
+        "plot_loss",
+        "swanlab_project", "trackio_project_name", "use_comet", "use_swanlab", "use_wandb",
+        "wandb_entity", "wandb_log_model", "wandb_mode", "wandb_name",
         "wandb_project", "wandb_run_id", "wandb_watch",
     ),
     _UPLOAD: ("hub_model_id", "hub_strategy", "hub_token", "push_to_hub"),
-    _SHARDING: ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size"),
+    _SHARDING: (
+        "context_parallel_size", "ddp_find_unused_parameters", "ddp_timeout", "deepspeed",
+        "dp_replicate_size", "dp_shard_size", "fsdp", "fsdp_config", "fsdp_version",
+        "sequence_parallel_degree", "tensor_parallel_size",
+    ),
+    _MESSAGES: ("message_field_content", "message_field_role", "message_property_mappings"),
+    _TURN_ENDS: ("eot_tokens", "train_on_eos", "train_on_eot"),
+    _TEXT_ONLY: ("image_max_pixels", "processor_type", "video_max_pixels"),
     _PREFERENCE: ("dpo", "dpo_beta", "pref_beta", "pref_loss", "rl", "rl_beta", "stage"),
-    _LAYERS: ("enable_liger_kernel", "liger_kernel", "use_liger_kernel", "use_unsloth"),
-    _TOKENS: ("added_tokens_overrides", "resize_vocab", "special_tokens", "tokens"),
+    _LAYERS: (
+        "cut_cross_entropy", "enable_liger_kernel", "experts_implementation",
+        "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "liger_cross_entropy",
+        "liger_fused_linear_cross_entropy", "liger_glu_activation", "liger_kernel",
+        "liger_layer_norm", "liger_rms_norm", "liger_rms_norm_gated", "liger_rope",
+        "lora_mlp_kernel", "lora_o_kernel", "lora_qkv_kernel", "tiled_mlp", "use_kernels",
+        "use_liger_kernel", "use_scattermoe", "use_sonicmoe", "use_unsloth",
+    ),
+    _TOKENS: (
+        "added_tokens_overrides", "resize_token_embeddings_to_32x", "resize_vocab",
+        "special_tokens", "tokens"),
     _NO_PADDING: ("group_by_length", "pad_to_sequence_len"),
 }  # fmt: skip
 
@@ -168,6 +220,14 @@ INSTEAD = {
     "dataset_prepared_path": "prepared rows are cached in $QLORA_CACHE (qlora cache)",
     "unfrozen_parameters": "adapter: {type: freeze, patterns: [...]} trains chosen weights",
     "lora_modules_to_save": "adapter.modules_to_save",
+    "gradient_checkpointing_kwargs": "training.gradient_checkpointing has no further settings",
+    "plugins": f"qlora has no plugins; {_LAYERS}",
+    "skip_prepare_dataset": "rows are prepared before training, and cached",
+    "shuffle_merged_datasets": "each epoch mixes the rows of all sources",
+    "quantize_moe_experts": "experts that are one tensor stay in 16 bit, and quantization.type "
+    "refuses a base that is mostly these; use quantization: {type: none}",
+    "tokenizer_use_mistral_common": "transformers reads the tokenizer; data.chat_template can name "
+    "another template",
     "gptq": "an adapter on GPTQ weights could not be merged; use quantization.type nf4",
     "overwrite_output_dir": "a run folder is never overwritten; choose another output.dir",
     "do_train": "qlora train trains",

@@ -15,18 +15,30 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Message
 
 _QUESTION = "What is the capital of France?"
+_TOOLS = (
+    "tools = [  # your functions, declared as in the training rows",
+    '    {"type": "function", "function": {',
+    '        "name": "get_capital", "description": "Look up the capital of a country.",',
+    '        "parameters": {',
+    '            "type": "object", "properties": {"country": {"type": "string"}},',
+    '            "required": ["country"],',
+    "        },",
+    "    }},",
+    "]",
+)
 _CONFIG_KEYS = {
     "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
     "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold",
 }  # fmt: skip
 
 
-def card_code(recipe: Recipe, name: str, *, is_whole: bool) -> list[str]:
+def card_code(recipe: Recipe, name: str, *, is_whole: bool, has_tools: bool = False) -> list[str]:
     """Return lines that load the weights of a run and generate an answer.
 
     Args:
         name: the folder of the weights.
         is_whole: the folder holds a whole model; otherwise it needs the base.
+        has_tools: training rows declare tools.
     """
     load = _load_whole() if is_whole else _load_on_base(recipe)
     imports = [line for line in load if line.startswith(("from ", "import "))]
@@ -38,7 +50,7 @@ def card_code(recipe: Recipe, name: str, *, is_whole: bool) -> list[str]:
         *rest,
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "",
-        *_generate(recipe),
+        *_generate(recipe, has_tools=has_tools),
     ]
 
 
@@ -123,7 +135,7 @@ def _attach(recipe: Recipe) -> tuple[list[str], list[str]]:
     return libraries, [*before, "model = PeftModel.from_pretrained(base, folder)"]
 
 
-def _generate(recipe: Recipe) -> list[str]:
+def _generate(recipe: Recipe, *, has_tools: bool) -> list[str]:
     formats = [source.format for source in recipe.data.train_sources]
     if all(map(is_verbatim, formats)):
         inputs = ['inputs = tokenizer("The capital of France is", return_tensors="pt")']
@@ -133,9 +145,11 @@ def _generate(recipe: Recipe) -> list[str]:
             for m in _example_turns(recipe)
         )
         inputs = [
+            *(_TOOLS if has_tools else ()),
             f"messages = [{turns}]",
             "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            f"    messages,{' tools=tools,' if has_tools else ''} add_generation_prompt=True,",
+            '    return_tensors="pt", return_dict=True,',
             ")",
         ]
     return [

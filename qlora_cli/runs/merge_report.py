@@ -52,6 +52,9 @@ class ComparisonReport(Report):
     """Tokens that were compared."""
     held_out: bool
     """True: rows of the evaluation set. False: a few fixed texts."""
+    held_out_rows: int | None
+    """Rows of the evaluation set. Only its first `rows` are compared, so that losses may differ
+    from those of `qlora eval`. Null for fixed texts."""
     trained_loss: float | None
     """Loss of the model as trained, per supervised token."""
     choices: Mapping[str, BaseChoiceReport]
@@ -103,11 +106,21 @@ def merge_text(report: MergeReport) -> str:
         *_quantization(report),
     ]
     for name, choice in comparison.choices.items() if comparison else ():
-        line = f"--base {name}: KL from the model as trained {choice.kl:.1e}"
-        if choice.loss is not None and comparison is not None:
+        assert comparison is not None
+        line = f"--base {name} on {_texts(comparison)}: "
+        line += f"KL from the model as trained {choice.kl:.1e}"
+        if choice.loss is not None:
             line += f", loss {choice.loss:.4f} (as trained {comparison.trained_loss:.4f})"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _texts(comparison: ComparisonReport) -> str:
+    """Name the texts of a comparison."""
+    which = f"{comparison.rows:,} fixed texts"
+    if comparison.held_out_rows is not None:
+        which = f"{comparison.rows:,} of {comparison.held_out_rows:,} held-out rows"
+    return f"{which} ({comparison.tokens:,} tokens)"
 
 
 def _quantization(report: MergeReport) -> list[str]:

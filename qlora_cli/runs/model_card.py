@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import yaml
@@ -20,6 +21,8 @@ from qlora_cli.runs.evaluation_table import evaluation_table
 from qlora_cli.runs.merge_report import MergeReport, merge_text
 from qlora_cli.runs.run_folder import RunFolder, Weights
 
+_MEANT = 10
+"""Logged steps over which a training loss is averaged."""
 _VERSIONS = ("qlora", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -63,7 +66,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *card_code(recipe, name, is_whole=is_whole),
+        *card_code(recipe, name, is_whole=is_whole, has_tools=_has_tools(record)),
         "```",
         "",
         "## Training",
@@ -125,9 +128,9 @@ def _facts(
         f"{record['steps']} of {training.batch_size} rows of at most "
         f"{recipe.data.max_length} tokens{packed}",
     )
-    yield "optimizer", _summary(recipe.optimizer)
+    yield "optimizer", _optimizer(recipe, record)
     yield "schedule", _summary(recipe.schedule)
-    yield "precision", training.precision
+    yield "precision", record.get("precision", training.precision)
     yield "seed", str(training.seed)
     best = record.get("best")
     if weights == "best" and best:
@@ -148,16 +151,48 @@ def _chain(parent: Mapping[str, Any]) -> str:
 
 def _losses(record: Mapping[str, Any], run: RunFolder) -> Iterator[tuple[str, str]]:
     lines = (run.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logged = [row for row in map(json.loads, lines) if row.get("loss") is not None]
-    if logged:
+    rows = [json.loads(line) for line in lines]
+    held_out = [row for row in rows if row.get("eval_loss") is not None]
+    if held_out:
+        yield (
+            "held-out loss",
+            ", ".join(
+                f"{row['eval_loss']:.4f} {_when(row)}" for row in [held_out[0], *held_out[1:][-1:]]
+            ),
+        )
+    elif losses := [row["loss"] for row in rows if row.get("loss") is not None]:
+        number = min(_MEANT, len(losses))
+        first, last = losses[:number], losses[-number:]
         yield (
             "training loss",
-            f"{logged[0]['loss']:.4f} at first, {logged[-1]['loss']:.4f} at the end",
+            f"mean {fmean(first):.4f} over the first {number} logged steps, {fmean(last):.4f} "
+            f"over the last {number}; each step has other rows, so it varies",
         )
     if best := record.get("best"):
         before = record.get("untrained")
         start = "" if before is None else f"{before['value']:.4f} untrained, "
         yield f"best {best['by']}", f"{start}{best['value']:.4f} at step {best['step']}"
+
+
+def _when(row: Mapping[str, Any]) -> str:
+    """Say when held-out rows were measured."""
+    return f"after step {row['step']}" if row["step"] else "before training"
+
+
+def _has_tools(record: Mapping[str, Any]) -> bool:
+    """Tell if training rows declared tools. Records of earlier versions do not say."""
+    data = record.get("data") or {}
+    return bool((data.get("training") or {}).get("num_with_tools"))
+
+
+def _optimizer(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    """Describe the optimizer that ran, which may not be the one of the recipe."""
+    wanted = recipe.optimizer.type
+    used = record.get("optimizer", wanted)
+    text = _summary(recipe.optimizer)
+    if used == wanted:
+        return text
+    return f"{used}{text.removeprefix(wanted)} (the recipe's {wanted} needs CUDA for paging)"
 
 
 def _measurements(

@@ -18,7 +18,8 @@ def run_text(folder: str, record: Mapping[str, Any]) -> str:
     facts = [f"{folder}: {record['status']} after {steps} and {duration_text(record['seconds'])}"]
     if skipped := record["steps_not_applied"]:
         facts.append(f"{skipped:,} of the steps not applied (loss or gradient not finite)")
-    facts.append(f"training loss {record['first_loss']:.4f} to {record['last_loss']:.4f}")
+    first, last = record["first_loss"], record["last_loss"]
+    facts.append(f"training loss {first:.4f} in the first step, {last:.4f} in the last")
     weights = "last/"
     if best := record.get("best"):
         facts.append(f"best {best['by']} {best['value']:.4f} at step {best['step']}")

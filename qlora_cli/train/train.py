@@ -85,7 +85,7 @@ def train(
             status="training",
             origins=origins,
             is_micro_batch_auto=is_auto,
-            **_facts(setup, data, warm_start),
+            **_facts(recipe, setup, data, run, warm_start),
         )
         monitor = _monitor(setup, data, recipe, saver)
         hooks = _hooks(setup, data, recipe, saver, run)
@@ -162,7 +162,9 @@ def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterat
         yield OpenRun(folder, world, stop, resume, allow)
 
 
-def _facts(setup: Setup[Batches], data: RunData, warm_start: WarmStart | None) -> dict[str, Any]:
+def _facts(
+    recipe: Recipe, setup: Setup[Batches], data: RunData, run: OpenRun, warm_start: WarmStart | None
+) -> dict[str, Any]:
     """Collect facts about a new run for its record."""
     rows = data.evaluation
     return {
@@ -173,6 +175,7 @@ def _facts(setup: Setup[Batches], data: RunData, warm_start: WarmStart | None) -
         "fingerprint": data.fingerprint,
         "precision": PRECISIONS[setup.objective.dtype],
         "kernels": setup.kernels,
+        "optimizer": recipe.optimizer.type_on(run.world.device),
         "data": {"training": data.training.record(), "evaluation": rows and rows.record()},
         "audit": data.audit,
         **({} if warm_start is None else {"parent": warm_start.record()}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow
-from qlora_cli.data.formats import Text, is_verbatim
+from qlora_cli.data.prepared.first_rows import none_usable
 from qlora_cli.data.prepared.labels import LabelCounter
 from qlora_cli.data.prepared.mmap_dataset import (
     DatasetWriter,
@@ -21,9 +20,10 @@ from qlora_cli.data.prepared.mmap_dataset import (
     damaged_file,
     read_facts,
 )
+from qlora_cli.data.prepared.tally import Tally
 from qlora_cli.data.prepared.tool_calls import ToolCallAudit
 from qlora_cli.data.prepared.workers import Workers
-from qlora_cli.data.sources import BadRows, Portion, Source, counted, first_lines
+from qlora_cli.data.sources import BadRows, Portion, Source, counted
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, ModelContext, Prompt
 
@@ -33,14 +33,6 @@ if TYPE_CHECKING:
     from qlora_cli.data.config import Data
 
 log = logging.getLogger("qlora")
-
-MIN_STOPPED = 0.99
-"""Minimum share of supervised turns that end in a stop token. With fewer, the tuned model would not
-stop."""
-
-
-class TooManyLost(DataError):
-    """More answers are cut or left out than `data.max_lost` allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +74,8 @@ class PreparedData:
     """The word for supervised turns in messages to the user: answers, or texts."""
     num_typed: int
     """Rows with special tokens in their messages, which are encoded as plain text."""
+    num_with_tools: int
+    """Rows that declare tools."""
     num_tokens: int
     num_supervised: int
     longest: int
@@ -173,7 +167,7 @@ def prepare(
         ) as workers,
     ):
         for index, source in enumerate(sources):
-            tally = _Tally(source, data, context)
+            tally = Tally(source, data, context)
             for row, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
                 tally.add(row, encoded)
                 if encoded.examples:
@@ -275,118 +269,14 @@ _COUNTS = (
     "num_answers",
     "num_lost_answers",
     "num_typed",
+    "num_with_tools",
     "num_tokens",
     "num_supervised",
 )
 
 
-class _Tally:
-    """Counts of what became of the rows of one source."""
-
-    def __init__(self, source: Source, data: Data, context: ModelContext | None) -> None:
-        self._path = source.path
-        self._rows = source.rows_are
-        self._data = data
-        self._context = context
-        self._is_verbatim = is_verbatim(source.format)
-        self.is_text = isinstance(source.format, Text)
-        self.counts: Counter[str] = Counter()
-        self.longest = 0
-        self.turn_ends: Counter[tuple[int, ...] | str] = Counter()
-        """Number of supervised turns that end in the same added tokens, or in other text."""
-        self.ignored: Counter[str] = Counter()
-        """Message keys that are not read, and the number of messages with each."""
-        self.repaired: Counter[str] = Counter()
-        """The number of used rows that each repair changed."""
-        self._lost = BadRows()
-        self._lengths = array("I")
-
-    def add(self, conversation: Conversation, row: EncodedRow) -> None:
-        max_length = self._data.max_length
-        self._lengths.append(row.length)
-        self.counts.update(
-            num_rows=1,
-            num_lost=not row.examples,
-            num_truncated=row.length > max_length,
-            num_answers=row.num_answers,
-            num_lost_answers=row.num_lost,
-            num_typed=row.is_typed,
-            num_tokens=sum(len(example.input_ids) for example in row.examples),
-            num_supervised=sum(example.num_supervised for example in row.examples),
-        )
-        self.longest = max([self.longest, *(len(one.input_ids) for one in row.examples)])
-        if row.examples:
-            self.repaired.update(conversation.repaired)
-        self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
-        if row.lost is not None:
-            what = "cut" if row.examples else "left out"
-            length = f"{row.length:,} tokens, data.max_length {max_length:,}"
-            self._lost.add(conversation.place, f"{length}: {what}" if self.is_text else row.lost)
-
-    def check(self) -> None:
-        self._check_lost()
-        self._check_stops()
-
-    def _check_lost(self) -> None:
-        counts, max_lost = self.counts, self._data.max_lost
-        if not self._lost.count:
-            return
-        what = "texts are cut or left out" if self.is_text else "answers are lost"
-        message = (
-            f"{self._path}: {counts['num_lost_answers']:,} of {counts['num_answers']:,} {what}, "
-            f"in {self._lost.count:,} of {counts['num_rows']:,} {self._rows}"
-        )
-        shown = first_lines(self._lost.first, self._lost.count)
-        is_empty = counts["num_lost"] == counts["num_rows"]
-        if counts["num_lost_answers"] > max_lost * counts["num_answers"] or is_empty:
-            raise TooManyLost(
-                f"{message}; data.max_lost allows {max_lost:.1%}\n{shown}",
-                hint="; or ".join(
-                    [
-                        *self._remedies(),
-                        "shorten or repair the rows",
-                        *([] if is_empty else ["raise data.max_lost"]),
-                    ]
-                ),
-            )
-        log.warning("%s\n%s", message, shown)
-
-    def _remedies(self) -> Iterator[str]:
-        """Yield settings that would keep rows that are too long, if there are any."""
-        lengths, now = sorted(self._lengths), self._data.max_length
-        if lengths[-1] <= now:
-            return
-        most = lengths[-(len(lengths) // 100) - 1]
-        also = f", {most} keeps 99 %" if now < most < lengths[-1] else ""
-        if self._context is None or lengths[-1] <= self._context.length:
-            yield f"data.max_length: {lengths[-1]} keeps every row whole{also}"
-        elif max(now, lengths[0] - 1) < self._context.length:
-            share = sum(length <= self._context.length for length in lengths) / len(lengths)
-            context = f"{self._context.length}, the model's context, keeps {share:.1%} of the rows"
-            yield f"data.max_length: {context} whole"
-        if self._is_verbatim:
-            yield "data.truncate: split makes several rows of a long text"
-        elif self._data.truncate != "cut_prompt":
-            yield "data.truncate: cut_prompt shortens the prompt, so that answers stay"
-
-    def _check_stops(self) -> None:
-        num_ends = self.turn_ends.total()
-        if not num_ends:
-            log.warning("%s: every row is cut, so the model never sees where to stop", self._path)
-        unstopped = Counter({end: n for end, n in self.turn_ends.items() if isinstance(end, str)})
-        if unstopped.total() > (1 - MIN_STOPPED) * num_ends:
-            [(follows, _)] = unstopped.most_common(1)
-            raise DataError(
-                f"{self._path}: {unstopped.total():,} of {num_ends:,} supervised turns do not end "
-                "in an added token, so the tuned model would not know where to stop; after the "
-                f"content comes {follows!r}",
-                hint="name a template in data.chat_template that ends assistant turns with a "
-                "special token of the tokenizer",
-            )
-
-
 def _encode(
-    workers: Workers, source: Source, tally: _Tally, skip: bool
+    workers: Workers, source: Source, tally: Tally, skip: bool
 ) -> Iterator[tuple[Conversation, EncodedRow]]:
     # Both are joined at the end: how far reading is ahead of encoding depends on the number of
     # workers, and the report must not.
@@ -403,7 +293,7 @@ def _encode(
     bad.repaired = tally.repaired
     bad.extend(refused)
     if bad.count and not tally.counts["num_rows"]:
-        raise source.unusable(bad)
+        raise none_usable(workers, source, bad)
     title = source.title
     if not skip and isinstance(source, Portion) and source.share is not None:
         title = source.path

@@ -132,7 +132,7 @@ class Source(Config):
                 yield replace(conversation, place=located.place, repaired=located.repaired)
         if is_empty:
             if bad.count:
-                raise self.unusable(bad)
+                raise self._none_usable(bad)
             raise DataError(f"{self.path}: no rows{self._where()}")
 
     def unusable(self, bad: BadRows) -> DataError:
@@ -150,7 +150,7 @@ class Source(Config):
                 hint += "; a file without a header needs data.train.columns, the names in order"
         if bad.has_more and isinstance(self, Portion):
             hint = f"{hint}; {LIST_ALL} writes all of them"
-        return DataError(bad.report(self.path), hint=hint)
+        return DataError(bad.report(self.title), hint=hint)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """Yield the rows in order. What cannot be read as a row is added to `bad`.
@@ -249,6 +249,10 @@ class Source(Config):
 
     def _conversation(self, row: Row) -> Conversation:
         return self._with_loss_mask(self.format.to_conversation(row))
+
+    def _none_usable(self, bad: BadRows) -> DataError:
+        """Return the error for rows of which the format can read none."""
+        return self.unusable(bad)
 
     @property
     def _own_repairs(self) -> Sequence[Repair]:
@@ -359,6 +363,15 @@ class Portion(Source):
         if self.share is None:
             return self.path
         return f"{self.path} ({'held-out' if self.held_out else 'training'} rows)"
+
+    def _none_usable(self, bad: BadRows) -> DataError:
+        if self.share is None:
+            return self.unusable(bad)
+        try:
+            next(self.whole().conversations(BadRows()))
+        except DataError as error:
+            return error  # it counts the rows of both portions
+        return self.unusable(bad)
 
     @property
     def _own_repairs(self) -> Sequence[Repair]:

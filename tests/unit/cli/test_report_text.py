@@ -93,8 +93,9 @@ RECORD = {
 
 def test_run_text_says_how_the_run_went_and_what_is_next() -> None:
     assert run_text("runs/x", RECORD).splitlines() == [
-        "runs/x: finished after 8 steps and 90 s; training loss 3.2500 to 0.7500; best loss 0.5000 "
-        "at step 6; weights in last/ and best/, log in metrics.jsonl",
+        "runs/x: finished after 8 steps and 90 s; training loss 3.2500 in the first step, "
+        "0.7500 in the last; best loss 0.5000 at step 6; weights in last/ and best/, log "
+        "in metrics.jsonl",
         "next: qlora eval runs/x",
     ]
     assert "best" not in run_text("runs/x", {**RECORD, "best": None})
@@ -128,7 +129,7 @@ def test_merge_text() -> None:
         ),
         logit_error=0.1, kl=0.002, top1_agreement=0.975,
         comparison=ComparisonReport(
-            rows=2, tokens=20, held_out=True, trained_loss=1.5,
+            rows=2, tokens=1020, held_out=True, held_out_rows=6, trained_loss=1.5,
             choices={
                 "as-trained": BaseChoiceReport(kl=0.002, top1_agreement=1.0, loss=1.51),
                 "original": BaseChoiceReport(kl=0.1, top1_agreement=0.9, loss=None),
@@ -142,10 +143,16 @@ def test_merge_text() -> None:
         "14 weights updated, 6 copied; rounding error 1.0% of the update",
         "the update is added to the quantized base that it was trained on, as it should be; "
         "that base differs from the original weights by 2.5 times the update, which is normal",
-        "--base as-trained: KL from the model as trained 2.0e-03, loss 1.5100 (as trained 1.5000)",
-        "--base original: KL from the model as trained 1.0e-01",
+        "--base as-trained on 2 of 6 held-out rows (1,020 tokens): KL from the model as trained "
+        "2.0e-03, loss 1.5100 (as trained 1.5000)",
+        "--base original on 2 of 6 held-out rows (1,020 tokens): KL from the model as trained "
+        "1.0e-01",
     ]
     assert "logits were not compared" in merge_text(replace(report, comparison=None))
+    assert report.comparison is not None
+    fixed = replace(report.comparison, held_out=False, held_out_rows=None)
+    text = merge_text(replace(report, comparison=fixed))
+    assert "--base original on 2 fixed texts (1,020 tokens): KL" in text
     original = merge_text(replace(report, base="original"))
     assert "differ from them by 2.5 times the update: compare the losses below" in original
 

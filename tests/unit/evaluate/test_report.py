@@ -51,8 +51,8 @@ from qlora_cli.plan.report import (
 KEYS: dict[type[Report], str] = {
     PlanReport: (
         "model device rows peak stages timeline process fits adapter_bytes checkpoint_bytes "
-        "quantization host flops_per_token flops seconds_of_training rate traced_layers layers "
-        "no_shorter changes micro_batch context warnings seconds"
+        "quantization host flops_per_token flops seconds_of_training tokens_per_second rate "
+        "traced_layers layers no_shorter changes micro_batch context warnings seconds"
     ),
     PlannedModel: "path dimensions weights trained trained_share",
     PlannedDevice: "name number bytes",

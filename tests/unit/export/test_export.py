@@ -132,6 +132,7 @@ def test_a_packed_folder_is_loaded_by_transformers_alone(tmp_path: Path) -> None
     assert load_tokenizer(tmp_path / "packed").chat_template
     assert 0 < report.bnb_4bit.kl < 1
     assert "packed: " in export_text(report)
+    assert f"packing, on fixed texts ({report.bnb_4bit.tokens} tokens): " in export_text(report)
 
 
 def test_the_figure_of_a_packed_folder_is_what_packing_costs(tmp_path: Path) -> None:

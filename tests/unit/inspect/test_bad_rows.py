@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,33 @@ def test_repairs_of_rows_that_are_left_out_are_not_counted(
     data = {"train": {"path": str(train)}, "evaluation": None, "on_bad_row": "skip"}
     recipe = tiny_recipe(data={**data, "max_lost": 1, "truncate": "drop", "repair": ["role_names"]})
     assert "rows repaired: role_names (1)" in preview(recipe).text(3, colour=False).splitlines()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("rest", [[], [CALL]], ids=["not read", "not rendered"])
+@pytest.mark.parametrize("has_usable", [False, True])
+def test_an_error_without_a_usable_row_counts_what_the_file_has(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    share: float,
+    rest: list[Any],
+    has_usable: bool,
+) -> None:
+    rows = [[{**USER, "content": f"a{i}"}, *rest] for i in range(40)]
+    train = written(tmp_path / "train.jsonl", *rows, *[[USER, ANSWER]] * has_usable)
+    recipe = tiny_recipe(
+        data={"train": {"path": str(train)}, "evaluation": None, "evaluation_share": share}
+    )
+    with caplog.at_level("INFO", "qlora"):
+        assert write_bad_rows(recipe, tmp_path / "bad.jsonl") == 40
+    assert caplog.messages == [
+        f"{tmp_path / 'bad.jsonl'}: 40 bad rows of all sources, held-out rows included"
+    ]
+    with pytest.raises(DataError) as caught:
+        preview(recipe, use_cache=False)
+    # A usable row among the held-out rows only: the error names the rows that it counts.
+    whole = f"{train}: 40 bad rows"
+    portion = rf"{re.escape(str(train))} \(training rows\): \d+ bad rows"
+    said = str(caught.value)
+    assert said.startswith(whole) or (has_usable and re.match(portion, said))

@@ -224,6 +224,12 @@ def test_a_miniature_is_small_and_has_the_kinds_of_layers(name: str) -> None:
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 COMPLETION = {"format": {"type": "prompt_completion"}}
+ASK = {"role": "user", "content": "a"}
+ARGUMENTS = json.dumps({"a": 1})
+CALL = {"messages": [ASK, {"role": "assistant", "tool_calls": [
+    {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
+]}]}  # fmt: skip
+LONG = {"messages": [ASK, {"role": "assistant", "content": "b" * 500}]}
 
 
 @pytest.mark.parametrize("side", ["train", "evaluation"])
@@ -237,6 +243,11 @@ COMPLETION = {"format": {"type": "prompt_completion"}}
         ([PAIR], {"format": {"type": "preference"}}, "but not yet trained on"),
         ([{"prompt": "a", "completion": "b", "label": False}], COMPLETION, "and 'label')"),
         ([{"text": "a"}], {}, "field 'messages': missing; found 'text'"),
+        ([CALL], {}, "rows.jsonl: 1 bad row"),
+        ([CALL] * 120, {}, "rows.jsonl: 120 bad rows"),
+        ([CALL, {"text": "a"}], {}, "rows.jsonl: 2 bad rows"),
+        ([LONG] * 3, {"format": {"type": "messages"}}, "3 of 3 answers are lost"),
+        ([CALL] * 120 + [CHAT], {}, None),
         ([CHAT, {"text": "a"}], {}, None),  # train counts the bad rows
         (
             [{"prompt": "a", "chosen": "b"}],

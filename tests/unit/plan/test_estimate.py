@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,41 @@ def test_duration_is_bounded_by_compute_and_bandwidth(
     # Rows of eight tokens are little to compute: the weights are read once more for each.
     for one, two in zip(seconds(1), seconds(2), strict=True):
         assert one == pytest.approx(2 * two)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "train", "steps", "said"),
+    [
+        ("H100", 1, "nowhere.jsonl", None, "10,000,000 tokens, assumed because"),
+        ("H100", 1, "rows.jsonl", None, "10,000,000 tokens, assumed because"),
+        ("A100", 4, "nowhere.jsonl", None, "10,000,000 tokens, assumed because"),
+        ("H100", 1, "nowhere.jsonl", 1, "; training takes under a second, at"),
+        ("H100", 1, "nowhere.jsonl", 20_000, "; training takes about"),
+        ("24GiB", 1, "nowhere.jsonl", None, None),
+    ],
+)
+def test_a_known_card_has_a_duration_and_a_speed(
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    device: str,
+    gpus: int,
+    train: str,
+    steps: int | None,
+    said: str | None,
+) -> None:
+    recipe = tiny_recipe(
+        model={"path": "meta-llama/Llama-3.2-1B"},
+        data={"train": {"path": str(tmp_path / train)}, "evaluation": None},
+        training={"max_steps": steps},
+    )
+    report = plan(recipe, device=device, gpus=gpus)
+    assert (report.tokens_per_second is None) == (said is None)
+    assert "tokens per second" in plan_text(report) or said is None
+    assert (said or "GFLOP per token") in plan_text(report)
+    assert " 0 s" not in plan_text(report)
+    if report.tokens_per_second and report.seconds_of_training:
+        slow, fast = report.tokens_per_second
+        assert report.rows.tokens is not None
+        assert report.seconds_of_training == pytest.approx(
+            (report.rows.tokens / fast, report.rows.tokens / slow)
+        )

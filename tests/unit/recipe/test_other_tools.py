@@ -27,6 +27,42 @@ def test_a_key_without_a_counterpart_says_what_to_do(
     assert line.endswith(f"; instead: {INSTEAD[key]}")
 
 
+FREQUENT = (
+    "lora_model_dir plugins gradient_checkpointing_kwargs message_property_mappings "
+    "liger_glu_activation liger_rms_norm liger_layer_norm eot_tokens processor_type "
+    "skip_prepare_dataset fsdp_version lora_mlp_kernel lora_qkv_kernel lora_o_kernel liger_rope "
+    "quantize_moe_experts use_kernels activation_offloading tokenizer_use_mistral_common "
+    "liger_fused_linear_cross_entropy train_on_eos sdp_attention flash_attention eval_batch_size"
+)
+"""Frequent keys of axolotl's examples."""
+
+
+@pytest.mark.parametrize("key", FREQUENT.split())
+def test_a_frequent_key_of_axolotl_has_a_hint_by_meaning(key: str) -> None:
+    assert (key in OTHER_NAMES) != (key in INSTEAD)
+
+
+@pytest.mark.parametrize("value", ["true", "True", "yes", "false", "off", "[true]", "[q_proj, no]"])
+@pytest.mark.parametrize(
+    "key",
+    ["target_modules", "exclude_modules", "bottleneck: target_modules", "ia3: feedforward_modules"],
+)
+def test_a_truth_value_is_not_a_module(
+    problems: Callable[..., list[str]], minimal: str, key: str, value: str
+) -> None:
+    kind, _, name = key.rpartition(": ")
+    [line] = problems(minimal, f"adapter.type={kind or 'lora'}", f"adapter.{name}={value}")
+    assert f"adapter.{name}: found " in line
+    assert "names no module; it takes" in line
+
+
+@pytest.mark.parametrize("value", ["all-linear", "null", "[on_proj]", "'.*(on|off)_proj'"])
+def test_names_of_modules_are_accepted(
+    load: Callable[..., object], minimal: str, value: str
+) -> None:
+    assert load(minimal, f"adapter.target_modules={value}")
+
+
 def test_no_key_is_in_both_tables_or_ours() -> None:
     assert not set(INSTEAD) & (set(OTHER_NAMES) | KEYS)
     assert not set(OTHER_NAMES) & KEYS

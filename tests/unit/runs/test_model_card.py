@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,52 @@ def test_the_card_has_the_figures_of_the_run(make_run: Callable[..., RunFolder])
     assert "rows.jsonl: 16 rows" in text
     assert "target_modules all-linear, r 4, alpha 8" in text
     assert "learning_rate 0.01" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"optimizer": {"type": "paged_adamw_32bit"}}, "| optimizer | adamw: "),
+        ({"optimizer": {"type": "paged_lion_8bit"}}, "| optimizer | lion_8bit: "),
+        ({"optimizer": {"type": "adamw"}}, "| optimizer | adamw: "),
+        ({"training": {"precision": "auto"}}, "| precision | {precision} |"),
+    ],
+    ids=str,
+)
+def test_the_card_says_what_ran(
+    make_run: Callable[..., RunFolder], sections: dict[str, Any], said: str
+) -> None:
+    run = make_run(**{"training": {"max_steps": 1}, **sections})
+    record = run.read_record()
+    text = (run.root / "last" / "README.md").read_text()
+    assert said.format(**record) in text
+    wanted = sections.get("optimizer", {}).get("type", "")
+    assert (f"(the recipe's {wanted} needs CUDA for paging)" in text) == wanted.startswith("paged_")
+
+
+@pytest.mark.parametrize("has_held_out", [True, False])
+def test_the_card_does_not_compare_losses_of_single_batches(
+    make_run: Callable[..., RunFolder], has_held_out: bool
+) -> None:
+    data = {} if has_held_out else {"evaluation": None}
+    run = make_run(data=data, training={"max_steps": 12})
+    lines = (run.root / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    text = (run.root / "last" / "README.md").read_text()
+    if has_held_out:
+        [first, *_, last] = [row for row in rows if "eval_loss" in row]
+        said = (
+            f"| held-out loss | {first['eval_loss']:.4f} before training, "
+            f"{last['eval_loss']:.4f} after step 12 |"
+        )
+    else:
+        losses = [row["loss"] for row in rows if "loss" in row]
+        said = (
+            f"| training loss | mean {sum(losses[:10]) / 10:.4f} over the first 10 logged steps, "
+            f"{sum(losses[-10:]) / 10:.4f} over the last 10;"
+        )
+    assert said in text
+    assert ("training loss" in text) != has_held_out
 
 
 def test_an_evaluation_is_added_to_the_card_of_the_weights_that_were_measured(
@@ -252,6 +299,28 @@ def test_the_example_asks_in_the_form_of_the_training_rows(
     ast.parse(code)
     assert wanted in code
     assert not caplog.records
+
+
+def test_the_example_declares_tools_if_the_rows_do(
+    make_run: Callable[..., RunFolder],
+    run_code: Callable[..., dict[str, Any]],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text("{{ tools | tojson if tools }}" + CHATML, encoding="utf-8")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["tools"] = [{"name": "add", "description": "Add.", "parameters": {"type": "object"}}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    run = make_run(
+        data={"chat_template": str(template), "evaluation": None, "max_length": 400},
+        training={"max_steps": 1},
+    )
+    assert run.read_record()["data"]["training"]["num_with_tools"] == len(rows)
+    names = run_code(run.root / "last", tiny_model)
+    prompt = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
+    assert "Look up the capital of a country." in prompt
 
 
 def test_the_example_pins_the_revision_of_a_base_on_the_hub(

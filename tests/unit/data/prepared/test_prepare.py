@@ -25,7 +25,8 @@ from qlora_cli.data.encode.truncate import EncodedRow, Truncate
 from qlora_cli.data.prepared import cache
 from qlora_cli.data.prepared.cache import load_or_prepare
 from qlora_cli.data.prepared.mmap_dataset import DatasetWriter, MmapDataset, read_facts
-from qlora_cli.data.prepared.prepare import PreparedData, TooManyLost, prepare
+from qlora_cli.data.prepared.prepare import PreparedData, prepare
+from qlora_cli.data.prepared.tally import TooManyLost
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, LocatedRow, Portion, Source
 from qlora_cli.errors import DataError
