@@ -229,7 +229,7 @@ ARGUMENTS = json.dumps({"a": 1})
 CALL = {"messages": [ASK, {"role": "assistant", "tool_calls": [
     {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
 ]}]}  # fmt: skip
-LONG = {"messages": [ASK, {"role": "assistant", "content": "b" * 500}]}
+LONG = {"messages": [{"role": "user", "content": "a" * 500}, CHAT["messages"][1]]}
 
 
 @pytest.mark.parametrize("side", ["train", "evaluation"])
