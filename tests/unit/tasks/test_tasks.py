@@ -141,6 +141,25 @@ def test_the_reference_of_a_tool_call_is_the_text_of_the_chat_template(
         assert (outcome.reference, outcome.values) == (CALLED, {task: score})
 
 
+@pytest.mark.parametrize("task", ["exact_match", "classification"])
+def test_the_tools_of_a_row_are_in_the_prompt_of_a_task(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, task: str
+) -> None:
+    own = tmp_path / "own.jsonl"
+    rows = [{"prompt": "a?", "completion": label, "tools": [ADD]} for label in ("yes", "no")]
+    own.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    data = {"path": str(own), "format": {"type": "prompt_completion"}}
+    recipe = tiny_recipe(
+        data={"chat_template": "configs/chat_templates/chatml-tools.jinja"},
+        evaluation={"tasks": [{"type": task, "data": data}]},
+    )
+    tokenizer = recipe.model.load_tokenizer(read_chat_template(recipe.data.chat_template))
+    [(_, items)] = read_tasks(recipe.evaluation.tasks, recipe.data, tokenizer, limit=None)
+    for item in items:
+        prompt = item.text if isinstance(item, Prompt) else item.prompt
+        assert json.dumps(ADD) in prompt
+
+
 THOUGHT = "<think>\n2 + 2\n</think>\n\n"
 EMPTY = "<think>\n\n</think>\n\n"
 
