@@ -38,7 +38,7 @@ def test_rows_beyond_the_context_are_named_by_each_command(
     table = capsys.readouterr().out
     assert f"rows beyond the model's context ({CONTEXT})    1 of 3 (33.33%)\n  {rows}:2" in table
     assert exit_code("plan", recipe, "--device", "24GiB") == 0
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "context" in line]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "model's context" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith("warning: rows of up to 7")
     assert output_of(capsys, "plan", recipe, "--device", "24GiB")["context"] == CONTEXT
@@ -56,7 +56,7 @@ def test_nothing_is_said_of_rows_that_fit(
     assert exit_code("preview", recipe) == 0
     assert f"beyond the model's context ({CONTEXT})    0 of 3" in capsys.readouterr().out
     assert exit_code("plan", recipe, "--device", "24GiB") == 0
-    assert "context" not in capsys.readouterr().out
+    assert "model's context" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def test_options_of_one_token_share_a_forward(
     recipe = tiny_recipe(evaluation={"tasks": [task], "batch_size": 8})
     _, questions, _ = ask(recipe, model)
     assert [question.answer for question in questions] == [1, 1]
-    # Two forwards of one row before it try whether the model is decoder and head.
-    assert seen == [1, 1, 2]
+    # A forward of one row before it finds out whether the model is decoder and head.
+    assert seen == [1, 2]
 
 
 def test_a_row_whose_answer_is_not_an_option_is_reported_with_its_place(
