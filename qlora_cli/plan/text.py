@@ -200,18 +200,19 @@ def _work(report: PlanReport) -> list[str]:
     rate, speed, seconds = report.rate, report.tokens_per_second, report.seconds_of_training
     if speed is None or rate is ABSENT:
         return [line]
-    if seconds is None:
-        assumed = f"{_ASSUMED_TOKENS:,} tokens, assumed because the length of the run is unknown,"
-        seconds = (_ASSUMED_TOKENS / speed[1], _ASSUMED_TOKENS / speed[0])
-        line += f"; {assumed} take {duration_range_text(*seconds)}"
-    else:
-        line += f"; training takes {duration_range_text(*seconds)}"
     (slow, fast), (low, high) = speed, rate.used
     tokens = f"{slow:,.0f} to {fast:,.0f}" if slow < fast else f"{slow:,.0f}"
+    peak = rate.flops / 1e12
     known = "measured here" if rate.is_measured else "as published"
+    source = f"  ({low:.0%} to {high:.0%} of {peak:,.{0 if peak >= 10 else 2}f} TFLOP/s, {known})"
+    if seconds is not None:
+        duration = f"training takes {duration_range_text(*seconds)}"
+        return [f"{line}; {duration}, at {tokens} tokens per second", source]
+    duration = duration_range_text(_ASSUMED_TOKENS / fast, _ASSUMED_TOKENS / slow)
     return [
-        f"{line}, at {tokens} tokens per second",
-        f"  ({low:.0%} to {high:.0%} of {rate.flops / 1e12:,.2g} TFLOP/s, {known})",
+        f"{line}; {tokens} tokens per second",
+        source,
+        f"{_ASSUMED_TOKENS:,} tokens take {duration} (assumed: the length of the run is unknown)",
     ]
 
 

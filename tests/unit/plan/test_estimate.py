@@ -105,9 +105,9 @@ def test_duration_is_bounded_by_compute_and_bandwidth(
 @pytest.mark.parametrize(
     ("device", "gpus", "train", "steps", "said"),
     [
-        ("H100", 1, "nowhere.jsonl", None, "10,000,000 tokens, assumed because"),
-        ("H100", 1, "rows.jsonl", None, "10,000,000 tokens, assumed because"),
-        ("A100", 4, "nowhere.jsonl", None, "10,000,000 tokens, assumed because"),
+        ("H100", 1, "nowhere.jsonl", None, "\n10,000,000 tokens take about "),
+        ("H100", 1, "rows.jsonl", None, "\n10,000,000 tokens take about "),
+        ("A100", 4, "nowhere.jsonl", None, "\n10,000,000 tokens take about "),
         ("H100", 1, "nowhere.jsonl", 1, "; training takes under a second, at"),
         ("H100", 1, "nowhere.jsonl", 20_000, "; training takes about"),
         ("24GiB", 1, "nowhere.jsonl", None, None),
