@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from qlora_cli.common.config import Config
+from qlora_cli.common.formatting import value_text
 from qlora_cli.errors import ModelError
 from qlora_cli.models.heads import CAUSAL_LM
 
@@ -30,7 +31,7 @@ def _refuse_truth_value(value: list[str] | str | None) -> list[str] | str | None
     for name in value if isinstance(value, list) else [value]:
         if name is not None and name.lower() in _TRUTH_VALUES:
             raise ValueError(
-                f"found {name}, which names no module; it takes names of modules or a regular "
+                f"found {value_text(name)}, which names no module; it takes names of modules or a regular "
                 "expression, and target_modules takes all-linear for all linear layers"
             )
     return value
