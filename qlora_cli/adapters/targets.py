@@ -31,8 +31,8 @@ def _refuse_truth_value(value: list[str] | str | None) -> list[str] | str | None
     for name in value if isinstance(value, list) else [value]:
         if name is not None and name.lower() in _TRUTH_VALUES:
             raise ValueError(
-                f"found {value_text(name)}, which names no module; it takes names of modules or a regular "
-                "expression, and target_modules takes all-linear for all linear layers"
+                f"found {value_text(name)}, which names no module; it takes names of modules or a "
+                "regular expression, and target_modules takes all-linear for all linear layers"
             )
     return value
 
