@@ -52,6 +52,7 @@ def fit(
             metrics = train_step(setup, settings, state)
         state.count(metrics["loss"], is_applied=is_finite(metrics))
         if monitor.rolls_back(metrics, state):
+            meter.restart(state)
             continue
         is_last = state.step == max_steps
 

@@ -30,6 +30,7 @@ from qlora_cli.runs.checkpoint import (
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.runs.run_folder import RunFolder, environment
 from qlora_cli.train.disk_space import DiskBudget, count_saves
+from qlora_cli.train.run_time import RunTime
 from qlora_cli.types import TrainState
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class CheckpointManager:
         self._best_by = recipe.evaluation.best_by
         self._lower_is_better = bool(recipe.measures[self._best_by].lower_is_better)
         self._saved_step = 0
+        self._time = RunTime(run)
 
     def require_disk_space(self, *, has_best: bool) -> None:
         """Raise TrainingError if the disk has no room for what the run will keep."""
@@ -72,6 +74,10 @@ class CheckpointManager:
             has_best=has_best,
         )
         room.require(self._run.available_bytes(), self._run.root)
+
+    def start_clock(self, state: TrainState) -> None:
+        """Measure the training time of the run from here on."""
+        self._time.start(state.step)
 
     def resume(self, which: str, changes: Mapping[str, object]) -> TrainState:
         """Load a checkpoint: the newest complete one ("auto"), or one by its step or path.
@@ -160,6 +166,8 @@ class CheckpointManager:
                 random_states=states,
                 keep=self._recipe.output.keep_checkpoints,
             )
+            with _written("record", self._run.root):
+                self._time.note(state.step, self._recipe.output.keep_checkpoints)
         self._saved_step = state.step
 
     def keep_best(self, metrics: dict[str, float], state: TrainState) -> None:
@@ -208,7 +216,7 @@ class CheckpointManager:
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._lower_is_better else value > than
 
-    def finish(self, state: TrainState, *, seconds: float) -> None:
+    def finish(self, state: TrainState) -> None:
         """Write the last weights and complete the record.
 
         Raises:
@@ -227,6 +235,8 @@ class CheckpointManager:
             refuse_non_finite(self._setup.model, state.step)
             with _written("last weights", self._run.root):
                 self._run.replace("last", self._write_weights)
+            # An extended run adds to this time, with the last evaluation.
+            self._time.note(state.step, self._recipe.output.keep_checkpoints)
             self._run.update_record(
                 status="finished",
                 steps=state.step,
@@ -234,7 +244,7 @@ class CheckpointManager:
                 first_loss=state.first_loss,
                 last_loss=state.last_loss,
                 tokens=state.tokens,
-                seconds=round(seconds, 1),
+                seconds=round(self._time.seconds, 1),
                 **self._world.peak_memory(),
             )
             self._run.write_readme()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -89,13 +88,13 @@ def train(
         )
         monitor = _monitor(setup, data, recipe, saver)
         hooks = _hooks(setup, data, recipe, saver, run)
-        started = time.monotonic()
+        saver.start_clock(state)
         with run.stop.after_the_step(), _tracker(run, recipe, setup, state) as tracker:
             if memory:
                 saver.note(**memory)
                 tracker.log(memory, state.step)
             fit(setup, recipe.training, state, hooks, monitor, tracker)
-        return _finish(run, recipe, setup, saver, state, memory, started)
+        return _finish(run, recipe, setup, saver, state, memory)
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,6 @@ def _finish(
     saver: CheckpointManager,
     state: TrainState,
     memory: Mapping[str, int],
-    started: float,
 ) -> dict[str, Any]:
     """Write the last weights, and return the record.
 
@@ -238,7 +236,7 @@ def _finish(
         log.info(
             "stopped early: no better %s since step %d", recipe.evaluation.best_by, state.best_step
         )
-    saver.finish(state, seconds=time.monotonic() - started)
+    saver.finish(state)
     record = run.folder.read_record()
     if memory:
         is_resident = run.world.device.type == "cpu"

@@ -61,7 +61,10 @@ def check_resumes(recipe: Recipe, stops: list[int], *, use_cache: bool = True) -
     assert weights
     for stop in sorted(stops, reverse=True):
         shutil.rmtree(run / "last")
-        train(recipe, resume=str(stop), use_cache=use_cache)
+        before = {**record["checkpoint_seconds"], str(stop): 1000.0}
+        RunFolder(run).update_record(checkpoint_seconds=before)
+        again = train(recipe, resume=str(stop), use_cache=use_cache)
+        assert 1000 < again["seconds"] < 1600, "the seconds before the resume count"
         assert manifests(run) == expected, f"after going on from step {stop}"
         assert logged(run) == metrics, f"after going on from step {stop}"
         again = [file.read_bytes() for file in sorted((run / "last").glob("*.safetensors"))]
