@@ -10,6 +10,13 @@ from qlora_cli.common.report import Absent, Report
 
 Verdict = Literal["yes", "perhaps", "no", "unknown"]
 
+NO_GPU = "there is no GPU here"
+"""The reason why the memory of `--device cuda` is unknown."""
+OTHER_DEVICES = (
+    "--device cpu is for this machine; for another one, give its memory (--device 24GiB) or "
+    'the name of its card (--device "RTX 4090")'
+)
+
 TENSORS = "tensors"
 """The part of a process that is traced."""
 

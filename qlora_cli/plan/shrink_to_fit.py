@@ -14,6 +14,7 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.loop.run_data import RecipeData
 from qlora_cli.optim.optimizers import lighter_twin
 from qlora_cli.plan.estimate import MemoryEstimate, estimate, is_padding_free, largest_rows
+from qlora_cli.plan.report import NO_GPU, OTHER_DEVICES
 from qlora_cli.plan.rows import find_rows, read_available
 from qlora_cli.recipe.field_types import FieldType
 from qlora_cli.recipe.schema import Recipe
@@ -63,8 +64,7 @@ def shrink_to_fit(
     """
     if target.memory_bytes is None:
         raise RecipeError(
-            "--fit: the memory size of the device is unknown",
-            hint='name it: --device 24GiB, or --device "RTX 4090"',
+            f"--fit: the memory size of the device is unknown: {NO_GPU}", hint=OTHER_DEVICES
         )
 
     def tried(changes: Changes) -> MemoryEstimate:
@@ -114,8 +114,9 @@ def resolve_micro_batch_size(
         return recipe
     if target.memory_bytes is None:
         raise RecipeError(
-            "training.micro_batch_size: auto needs the memory size of the device, which is unknown",
-            hint='name it: --device 24GiB, or --device "RTX 4090"; or give a number',
+            "training.micro_batch_size: auto needs the memory size of the device, which is "
+            f"unknown: {NO_GPU}",
+            hint=f"{OTHER_DEVICES}; or give a number of rows",
         )
     batch = recipe.training.batch_size
     sizes = [size for size in range(1, max(1, batch // target.number) + 1) if batch % size == 0]

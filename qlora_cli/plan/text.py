@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.common.formatting import align_table, duration_range_text, size_text
 from qlora_cli.common.report import ABSENT
-from qlora_cli.plan.report import TENSORS
+from qlora_cli.plan.report import NO_GPU, OTHER_DEVICES, TENSORS
 
 if TYPE_CHECKING:
     from qlora_cli.plan.report import (
@@ -83,6 +83,8 @@ def table_text(report: TableReport) -> str:
         rows.append([method, *sizes])
     lines = align_table(rows)
     head = f"{report.model.path}: peak of tensors on {report.device.name}; ? may fit, - does not"
+    if report.device.bytes is None:
+        lines.append(f"what fits is unknown, because {NO_GPU}; {OTHER_DEVICES}")
     return "\n".join([head, *lines])
 
 
@@ -146,7 +148,7 @@ def _verdict(report: PlanReport) -> str:
     verdict, margin = report.fits.verdict, report.fits.margin
     hint = " (try --fit)" if report.changes is ABSENT else ""
     if margin is None:
-        return "fits: unknown, because the memory size of the device is; name a card, or 24GiB"
+        return f"fits: unknown, because {NO_GPU}; {OTHER_DEVICES}"
     if verdict == "yes":
         return f"fits: yes, with {size_text(margin)} to spare"
     if verdict == "perhaps":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qlora_cli.distributed.devices import find_target
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.loop import run_data
 from qlora_cli.plan.plan import plan
-from qlora_cli.plan.report import MicroBatch, PlanReport
+from qlora_cli.plan.report import OTHER_DEVICES, Fits, MicroBatch, PlanReport
 from qlora_cli.plan.shrink_to_fit import _different, _levels, with_changes
 from qlora_cli.plan.text import plan_text, set_line
 from qlora_cli.recipe.load import LoadedRecipe
@@ -127,8 +128,11 @@ def test_fit_does_not_lose_more_answers_than_allowed(
 def test_fit_needs_the_memory_size_of_the_device(tiny_recipe: Callable[..., Recipe]) -> None:
     if torch.cuda.is_available():
         pytest.skip("the memory of the card here is known")
-    with pytest.raises(RecipeError, match="--fit: the memory size of the device is unknown"):
+    with pytest.raises(
+        RecipeError, match="size of the device is unknown: there is no GPU"
+    ) as caught:
         plan(tiny_recipe(), device="cuda", fit=True)
+    assert caught.value.hint == OTHER_DEVICES
 
 
 def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -146,6 +150,8 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_recipe: Callable[..., Re
     assert report.rows == four.rows
     assert report.peak.bytes == four.peak.bytes
     assert "micro_batch_size: auto is 4" in plan_text(report)
+    verdict = plan_text(replace(report, fits=Fits("unknown", None))).splitlines()[0]
+    assert verdict == f"fits: unknown, because there is no GPU here; {OTHER_DEVICES}"
     assert planned("auto", "0.1GiB").micro_batch.rows == 1
     assert planned("auto", "80GiB").micro_batch.rows == 12
 
