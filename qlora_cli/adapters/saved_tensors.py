@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def mismatch(folder: Path, **problems: Collection[str]) -> ModelError:
         problems: kind of problem (`missing`, `unexpected`, `wrong_shape`) -> names of tensors.
     """
     parts = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(names)[:_MAX_NAMED])}"
+        f"{kind.replace('_', ' ')}: {first_names(sorted(names), _MAX_NAMED)}"
         for kind, names in problems.items()
         if names
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MIB, GIB = 2**20, 2**30
@@ -24,6 +24,12 @@ def value_text(value: object) -> str:
     if isinstance(value, str):
         return f'"{shortened(value)}"'
     return shortened(str(value))
+
+
+def first_names(names: Collection[str], number: int) -> str:
+    """Join the first names, and count the others: `a, b and 3 more`."""
+    shown = ", ".join(list(names)[:number])
+    return f"{shown} and {len(names) - number:,} more" if len(names) > number else shown
 
 
 def size_text(size: float) -> str:

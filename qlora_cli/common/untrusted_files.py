@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.errors import ModelError
 
 MAX_JSON_BYTES = 2**26
@@ -130,7 +131,7 @@ def refuse_no_safetensors(folder: Path, what: str, names: Iterable[str] = ()) ->
     entries = sorted(folder.iterdir())
     if not names and any(entry.suffix == ".safetensors" for entry in entries):
         return
-    shown = ", ".join(entry.name for entry in entries[:8]) or "nothing"
+    shown = first_names([entry.name for entry in entries], 8) or "nothing"
     pickled = [entry.name for entry in entries if entry.suffix in PICKLED]
     hint = "name another folder or revision"
     if pickled:

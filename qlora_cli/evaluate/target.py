@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.errors import RecipeError
 from qlora_cli.models.tokenizer import load_tokenizer
@@ -66,7 +67,7 @@ def find_model(
     if own is not None:
         return EvaluatedModel("base", load_recipe(own, overrides).recipe)
     if path.is_dir() and not (path / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        found = first_names(sorted(entry.name for entry in path.iterdir()), 8) or "nothing"
         raise RecipeError(
             f"{path} holds neither a run nor a model (found: {found})",
             hint="give the output.dir of a run, a model folder or a recipe; a run that failed "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.common.formatting import MIB
+from qlora_cli.common.formatting import MIB, first_names
 from qlora_cli.common.progress import Progress
 from qlora_cli.common.safetensors_writer import bytes_of
 from qlora_cli.errors import ModelError
@@ -41,7 +41,7 @@ class UnmappedWeights(ModelError):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(
-            f"{', '.join(names[:_MAX_NAMED])}: the files store this in another form than the "
+            f"{first_names(names, _MAX_NAMED)}: the files store this in another form than the "
             "model, and it is not known which part is which; such a merge is not supported"
         )
         self.names = names
@@ -172,7 +172,7 @@ class ShardMerger:
         if unused := self._edits.unused():
             raise ModelError(
                 f"{len(unused)} trained tensors do not belong to a weight of the base: "
-                f"{', '.join(sorted(unused)[:_MAX_NAMED])}"
+                f"{first_names(sorted(unused), _MAX_NAMED)}"
             )
         return digests
 
@@ -205,7 +205,7 @@ class ShardMerger:
         if statistics.lost:
             raise ModelError(
                 f"{len(statistics.lost)} weights did not change: their updates are below the "
-                f"precision of their dtype: {', '.join(statistics.lost[:_MAX_NAMED])}",
+                f"precision of their dtype: {first_names(statistics.lost, _MAX_NAMED)}",
                 hint="train for longer, or at a higher learning rate",
             )
         if not statistics.updated:

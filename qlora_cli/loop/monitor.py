@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from statistics import median
 
 from qlora_cli.common.eval_mode import eval_mode
-from qlora_cli.common.formatting import size_text
+from qlora_cli.common.formatting import first_names, size_text
 from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.distributed.world import is_out_of_memory
 from qlora_cli.errors import OutOfMemory, TrainingError
@@ -184,18 +184,14 @@ class TrainingMonitor:
         return [example for row in self._setup.batches.rows(step) for example in row]
 
     def _names(self, examples: list[int]) -> str:
-        named = ", ".join(self._row_name(example) for example in examples[:_MAX_NAMED])
-        more = len(examples) - _MAX_NAMED
-        return f"{named} and {more} more" if more > 0 else named
+        return first_names([self._row_name(example) for example in examples], _MAX_NAMED)
 
     def _set_updating(self, value: bool) -> None:
         self._is_updating = value
 
     def _describe(self, state: TrainState, batches: list[Batch]) -> str:
-        shapes = ", ".join(
-            f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}"
-            for batch in batches[:_MAX_NAMED]
-        )
+        sizes = [f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}" for batch in batches]
+        shapes = first_names(sizes, _MAX_NAMED)
         held = held_bytes(self._setup.objective.model, self._setup.optimizer)
         rest = max(0, self._setup.world.peak_memory_bytes() - sum(held.values()))
         parts = ", ".join(

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.common.config import Config, UserPath
 from qlora_cli.common.digests import refuse_damaged
-from qlora_cli.common.formatting import value_text
+from qlora_cli.common.formatting import first_names, value_text
 from qlora_cli.common.jinja_sandbox import refuse_endless
 from qlora_cli.common.untrusted_files import (
     read_object,
@@ -290,7 +290,7 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     if missing := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
         raise ModelError(
             f"model.path: {folder} lacks {len(missing)} weights of a {type(model).__name__}: "
-            f"{', '.join(missing[:5])}",
+            f"{first_names(missing, 5)}",
             hint="the download may be incomplete",
         )
     return cast("PreTrainedModel", model)

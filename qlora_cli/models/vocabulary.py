@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError
 from qlora_cli.models.tokenizer import as_ids, templates_of
@@ -58,12 +59,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path
     """
     missing = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     if needed := {token: i for token, i in missing.items() if _may_occur(tokenizer, token, i)}:
-        named = sorted(needed.items(), key=lambda item: item[1])[:_MAX_NAMED]
+        named = [f"{token!r} ({i})" for token, i in sorted(needed.items(), key=lambda at: at[1])]
         largest = max(needed.values())
         raise ModelError(
             f"model.path: the tokenizer in {folder} has {len(tokenizer)} tokens, with ids up to "
             f"{largest}, and the model's embedding has {rows} rows; tokens without a row: "
-            f"{len(needed)}, such as {', '.join(f'{token!r} ({i})' for token, i in named)}",
+            f"{len(needed)}, such as {first_names(named, _MAX_NAMED)}",
             hint="use the tokenizer that belongs to this model; or add rows for the new tokens, "
             f"with transformers: model.resize_token_embeddings({largest + 1}), then "
             "model.save_pretrained(NEW) and tokenizer.save_pretrained(NEW)",
@@ -72,7 +73,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path
         log.info(
             "%s: no row in the embedding for %s, which no row of the data can contain",
             folder,
-            ", ".join(sorted(missing)[:_MAX_NAMED]),
+            first_names(sorted(missing), _MAX_NAMED),
         )
     for key, token_id in _generation_ids(folder):
         if token_id >= rows:
