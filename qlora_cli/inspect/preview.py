@@ -195,6 +195,7 @@ class Preview:
                 path=prepared.paths[i],
                 num_read=prepared.counts[i]["num_rows"],
                 num_bad=prepared.counts[i]["num_bad"],
+                num_swallowed=prepared.counts[i]["num_swallowed"],
                 num_dropped=prepared.counts[i]["num_lost"],
                 num_cut=prepared.counts[i]["num_truncated"],
                 ignored=ignored_text(prepared.ignored[i]),

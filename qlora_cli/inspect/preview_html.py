@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qlora_cli.common.html import page, render, template
 from qlora_cli.data.sources import counted
+from qlora_cli.data.sources.rows import swallowed_text
 from qlora_cli.inspect.preview_model import SplitView
 from qlora_cli.inspect.preview_text import visible
 
@@ -44,7 +45,7 @@ _BODY = template("""\
 {% for finding in split.findings %}
 <tr{% if finding.count %} class="suspect"{% endif %}><td>{{ finding.what }}</td>\
 <td>{{ finding.found }}\
-{% for name in finding.named + finding.remedy %}<br/>{{ name }}{% endfor %}</td></tr>
+{% for name in finding.first_named() + finding.remedy %}<br/>{{ name }}{% endfor %}</td></tr>
 {% endfor %}
 <tr><td>supervised turns</td><td>{{ total.num_turns|comma }}, ended by \
 {% for token, count in split.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\
@@ -68,6 +69,9 @@ _BODY = template("""\
 {% endcall %}
 {% for source in split.sources %}
 <h3>{{ source.name }}: {{ source.path }}</h3>
+{% if source.num_swallowed %}
+<p>Left out with the bad rows: {{ swallowed_text(source.num_swallowed) }}</p>
+{% endif %}
 {% if source.repaired %}
 <p>Rows repaired: {{ source.repaired }}</p>
 {% endif %}
@@ -88,5 +92,7 @@ _BODY = template("""\
 
 def preview_page(splits: Sequence[SplitView], *, title: str) -> str:
     """Return the samples, figures and findings as a page."""
-    body = render(_BODY, splits=splits, counted=counted, visible=visible)
+    body = render(
+        _BODY, splits=splits, counted=counted, swallowed_text=swallowed_text, visible=visible
+    )
     return page(title, body, style=_STYLE)

@@ -46,6 +46,8 @@ class SourceView:
     """Rows that could be read."""
     num_bad: int
     """Rows that could not be used."""
+    num_swallowed: int
+    """Further lines that became part of these rows, because a quotation mark was not closed."""
     num_dropped: int
     """Rows without supervised tokens."""
     num_cut: int

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from qlora_cli.data.prepared.statistics import LengthBar
 from qlora_cli.data.sources import counted
+from qlora_cli.data.sources.rows import swallowed_text
 from qlora_cli.inspect.preview_model import Sample, SourceView, SplitView
 
 _OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
@@ -50,6 +51,8 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
         f"{source.num_dropped:,} dropped, {source.num_cut:,} cut; "
         f"{source.figures.num_tokens:,} tokens, {source.figures.supervised_share:.1%} supervised"
     )
+    if source.num_swallowed:
+        yield f"left out with the bad rows: {swallowed_text(source.num_swallowed)}"
     if source.repaired:
         yield f"rows repaired: {source.repaired}"
     if source.ignored:
@@ -122,7 +125,7 @@ def _split(split: SplitView, colour: bool) -> Iterator[str]:
     for finding in split.findings:
         line = f"{finding.what:<{width}}  {finding.found}"
         yield f"{_WARN}{line}{_OFF}" if colour and finding.count else line
-        yield from (f"  {name}" for name in (*finding.named, *finding.remedy))
+        yield from (f"  {name}" for name in (*finding.first_named(), *finding.remedy))
 
 
 def _histogram(bars: Sequence[LengthBar]) -> Iterator[str]:

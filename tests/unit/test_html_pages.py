@@ -116,7 +116,7 @@ def a_preview(label: str, values: list[float]) -> SplitView:
     audit = scan.audit()
     spans = [TextSpan(label, is_supervised=True, is_special=False)]
     source = SourceView(
-        label, label, 10**9, 1, 1, 2, "", "", audit.sources[0], [Sample(label, 1234, 2, spans)]
+        label, label, 10**9, 1, 0, 1, 2, "", "", audit.sources[0], [Sample(label, 1234, 2, spans)]
     )
     return SplitView(label, audit, [(label, 1)], [Finding(label, 1, 2, (label,))], [source])
 

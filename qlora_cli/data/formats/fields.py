@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.errors import DataError
 from qlora_cli.types import Row
 
@@ -32,12 +33,11 @@ def missing(field: str, values: Mapping[str, Any]) -> str:
 # All rows of a table have the same columns, and a search among many takes milliseconds.
 @lru_cache(maxsize=64)
 def _missing(field: str, names: tuple[str, ...]) -> str:
-    shown = ", ".join(repr(_shortened(name)) for name in names[:_NAMED])
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    shown = first_names([repr(_shortened(name)) for name in names], _NAMED)
     simple = {" ".join(name.lower().split()): name for name in reversed(names)}
     near = get_close_matches(" ".join(field.lower().split()), simple, n=1)
     meant = f"; did you mean {simple[near[0]]!r}?" if near else ""
-    return f"missing; found {shown or 'nothing'}{more}{meant}"
+    return f"missing; found {shown or 'nothing'}{meant}"
 
 
 def _shortened(name: str) -> str:

@@ -84,6 +84,18 @@ def check_template(text: str) -> None:
         raise ValueError(f"line {error.lineno} of the template: {error.message}") from error
 
 
+def reads_column(name: str) -> bool:
+    """Tell if `{{ name }}` reads the column of that name: not if it has blanks, or is a keyword."""
+    text = f"{{{{ {name} }}}}"
+    try:
+        check_template(text)
+        if _compiled(text).columns != {name}:
+            return False
+        return name.isidentifier() and rendered("user", text, {name: "a"}) == "a"
+    except (ValueError, DataError):
+        return False
+
+
 @dataclass(frozen=True)
 class _Compiled:
     template: JinjaTemplate

@@ -55,7 +55,7 @@ class AuditedDataset:
         """Summarize the audit in one line for the log."""
         total = self.audit.total
         found = "; ".join(
-            ", ".join([f"{finding.what}: {finding.found}", *finding.named[:1], *finding.remedy])
+            ", ".join([f"{finding.what}: {finding.found}", *_example(finding), *finding.remedy])
             for finding in self.findings
             if finding.count and finding is not self.beyond
         )
@@ -63,6 +63,11 @@ class AuditedDataset:
             f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
             f"median {total.median:,}; {found or 'nothing suspicious'}"
         )
+
+
+def _example(finding: Finding) -> list[str]:
+    """Return the first that a finding names, and the number of others, in one line."""
+    return [text] if (text := " ".join(finding.first_named(1))) else []
 
 
 def audit_data(
@@ -170,7 +175,9 @@ def _audited(
         Finding(problem, count, prepared.num_rows, tuple(prepared.tool_problem_places[problem]))
         for problem, count in prepared.tool_problems.items()
     ]
-    variants = find_label_variants(prepared.labels, training.prepared.labels if training else {})
+    others = training.prepared.labels if training else {}
+    section = "data.evaluation" if training and data.evaluation else "data.train"
+    variants = find_label_variants(prepared.labels, others, sources, section)
     if variants is not None:
         found.append(variants)
     return AuditedDataset(name, prepared, scanned, audit, found, beyond)

@@ -85,6 +85,15 @@ class Finding:
     """The first of them, by place."""
     remedy: tuple[str, ...] = ()
     """The way out, if it is not obvious."""
+    num_groups: int | None = None
+    """The number of groups, if `named` holds the first groups of rows and not the first rows."""
+
+    def first_named(self, number: int = NAMED) -> tuple[str, ...]:
+        """Return the first names, and how many more there are."""
+        total = self.count if self.num_groups is None else self.num_groups
+        shown = self.named[:number]
+        more = total - len(shown)
+        return (*shown, f"and {more:,} more") if shown and more > 0 else shown
 
     @property
     def found(self) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from qlora_cli.data.formats import PromptCompletion, TemplateFormat
+from qlora_cli.data.formats.proposal import propose_template
 from qlora_cli.data.prepared.findings import Finding
 from qlora_cli.data.prepared.statistics import NAMED
+from qlora_cli.data.sources import Source
 from qlora_cli.types import Conversation
 
 _DIFFER = "rows whose label differs from another only in blanks or case"
-WAY_OUT = (
-    'write them alike, e.g. with format: {type: template, user: "{{ text }}", '
-    'assistant: "{{ label | trim | lower }}"}'
-)
+WAY_OUT = "write them alike in the file"
+_COLUMN = re.compile(r"\s*\{\{\s*(\w+)\s*\}\}\s*")
+"""An answer that is one column, as it is."""
 _LONGEST = 64
 """Characters of a label; a longer answer is not one."""
 _MOST = 200
@@ -45,12 +48,19 @@ class LabelCounter:
         return dict(self._counts) if self._may_be_labels and is_few else {}
 
 
-def find_label_variants(labels: Mapping[str, int], training: Mapping[str, int]) -> Finding | None:
+def find_label_variants(
+    labels: Mapping[str, int],
+    training: Mapping[str, int],
+    sources: Sequence[Source] = (),
+    section: str = "data.train",
+) -> Finding | None:
     """Find rows whose label differs from a more common one only in blanks or case.
 
     Args:
         labels: the number of rows with each label.
         training: the same of the training rows, if `labels` are those of evaluation rows.
+        sources: the sources of the rows.
+        section: the key of the sources in the recipe.
     """
     groups = label_variants(Counter(labels) + Counter(training))
     others = {
@@ -63,7 +73,40 @@ def find_label_variants(labels: Mapping[str, int], training: Mapping[str, int]) 
     number = sum(labels[label] for label in others)
     differing = [group for group in groups if group in others.values()]
     named = tuple(variants_text(group) for group in differing[:NAMED])
-    return Finding(_DIFFER, number, sum(labels.values()), named, (WAY_OUT,))
+    return Finding(
+        _DIFFER,
+        number,
+        sum(labels.values()),
+        named,
+        (_remedy(differing, sources, section),),
+        len(differing),
+    )
+
+
+def _remedy(groups: Sequence[Mapping[str, int]], sources: Sequence[Source], section: str) -> str:
+    """Say how to write labels alike: in the file; blanks around them can be trimmed."""
+    ways = {_trimming(source, section) for source in sources}
+    has_blanks = any(label != label.strip() for group in groups for label in group)
+    if not has_blanks or len(ways) != 1 or None in ways:
+        return WAY_OUT
+    return f"{WAY_OUT}; {ways.pop()} removes the blanks around them"
+
+
+def _trimming(source: Source, section: str) -> str | None:
+    """Return the recipe keys that trim the labels of a source; None if that takes more."""
+    match source.format:
+        case PromptCompletion(as_chat=True, system=None) as plain:
+            return propose_template(
+                plain.prompt_field,
+                plain.completion_field,
+                section=section,
+                filters=" | trim",
+                fields=source.fields,
+            )
+        case TemplateFormat() as template if found := _COLUMN.fullmatch(template.assistant):
+            return f'{section}.format.assistant: "{{{{ {found[1]} | trim }}}}"'
+        case _:
+            return None
 
 
 def _common(group: Mapping[str, int], training: Mapping[str, int]) -> str:

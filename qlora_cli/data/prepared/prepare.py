@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_cli.common.formatting import first_names, shortened
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow
@@ -24,6 +25,7 @@ from qlora_cli.data.prepared.tally import Tally
 from qlora_cli.data.prepared.tool_calls import ToolCallAudit
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, Portion, Source, counted
+from qlora_cli.data.sources.rows import swallowed_text
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, ModelContext, Prompt
 
@@ -52,6 +54,8 @@ class PreparedData:
     """Usable rows that were read."""
     num_bad: int
     """Bad rows that were left out (`data.on_bad_row: skip`)."""
+    num_swallowed: int
+    """Further lines of CSV files that an unclosed quotation mark made part of these bad rows."""
     num_lost: int
     """Rows left out because of their length, or because no supervised token was left."""
     num_truncated: int
@@ -116,6 +120,7 @@ class PreparedData:
         answers = f", {self.num_lost_answers:,} of {self.num_answers:,} {self.supervised_as} lost"
         typed = f", {self.num_typed:,} with special tokens as text" if self.num_typed else ""
         bad = f", {counted(self.num_bad, 'bad row')} left out" if self.num_bad else ""
+        bad += f" and {swallowed_text(self.num_swallowed)}" if self.num_swallowed else ""
         return (
             f"{counted(self.num_rows, 'row')} "
             f"({self.num_truncated:,} too long, {self.num_lost:,} left out"
@@ -264,6 +269,7 @@ _NAMED = 10
 _COUNTS = (
     "num_rows",
     "num_bad",
+    "num_swallowed",
     "num_lost",
     "num_truncated",
     "num_answers",
@@ -299,7 +305,7 @@ def _encode(
         title = source.path
         bad = _all_bad_rows(workers, source.whole()) if bad.count else bad
     bad.check(title, skip=skip, is_listed=isinstance(source, Portion))
-    tally.counts["num_bad"] = bad.count
+    tally.counts.update(num_bad=bad.count, num_swallowed=bad.num_swallowed)
 
 
 def _all_bad_rows(workers: Workers, source: Source) -> BadRows:
@@ -319,6 +325,5 @@ def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Con
 
 def ignored_text(ignored: Mapping[str, int]) -> str:
     """List message keys that are not read, with the number of messages: `name 7, date 2`."""
-    most = sorted(ignored.items(), key=lambda item: -item[1])[:_NAMED]
-    more = [f"{len(ignored) - _NAMED} more"] if len(ignored) > _NAMED else []
-    return ", ".join([*(f"{key[:40]!r} ({count:,})" for key, count in most), *more])
+    most = sorted(ignored.items(), key=lambda item: -item[1])
+    return first_names([f"{shortened(key)!r} ({count:,})" for key, count in most], _NAMED)

@@ -15,11 +15,12 @@ import json
 import logging
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.data.sources.quotation_marks import swallowed_lines
 from qlora_cli.data.sources.rows import BadRows, LocatedRow
 from qlora_cli.data.sources.saved_dataset import saved_files
@@ -104,9 +105,8 @@ def _contents(folder: Path) -> str:
 
 
 def _names(files: list[Path]) -> str:
-    names = [f"{file.name}/" if file.is_dir() else file.name for file in files[:_NAMED]]
-    more = [f"{len(files) - _NAMED:,} more"] if len(files) > _NAMED else []
-    return ", ".join([*names, *more]) or "nothing"
+    names = [f"{file.name}/" if file.is_dir() else file.name for file in files]
+    return first_names(names, _NAMED) or "nothing"
 
 
 def read_file(
@@ -285,10 +285,19 @@ def _read_table(
                     _refuse_other_delimiter(values, place, dialect["delimiter"])
             elif values and len(values) != len(header):
                 given = "the header has" if columns is None else "there are columns for"
-                swallowed = swallowed_lines(taken, dialect["delimiter"], first)
-                bad.add(place, f"{len(values)} fields, but {given} {len(header)}{swallowed}")
+                why = swallowed_lines(taken, dialect["delimiter"], first)
+                if not why and len(values) > len(header):
+                    why = _delimited(dialect)
+                bad.add(place, f"{len(values)} fields, but {given} {len(header)}{why}")
             elif values:
                 yield LocatedRow(dict(zip(header, values, strict=True)), place)
+
+
+def _delimited(dialect: Mapping[str, Any]) -> str:
+    """Say what delimits fields: the cause, if there are too many."""
+    is_quoted = dialect["quoting"] != csv.QUOTE_NONE
+    outside = " outside of quotation marks" if is_quoted else ""
+    return f"; fields are delimited by {dialect['delimiter']!r}{outside}"
 
 
 def _kept_in(taken: list[str], lines: Iterator[bytes]) -> Iterator[str]:

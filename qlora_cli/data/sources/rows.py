@@ -58,12 +58,16 @@ class BadRows:
     ) -> None:
         self.count = 0
         self.tries_repairs = tries_repairs
+        self.template = TEMPLATE
+        """Recipe keys that read the columns with a template, for a hint."""
         self.first: list[str] = []
         """Place and problem of the first of them."""
         self._keep = keep
         self._write = write
         self.repaired: Counter[str] = Counter()
         """The number of used rows that each repair (`data.repair`) changed."""
+        self.num_swallowed = 0
+        """Lines that a quotation mark made part of a bad row of a CSV file."""
         self._num_repairable = 0
         """Bad rows that further repairs would make usable."""
         self._helpful: set[str] = set()
@@ -84,6 +88,7 @@ class BadRows:
             kind = "other reasons"
         self.count += 1
         self._reasons[kind] += 1
+        self.num_swallowed += _num_swallowed(str(reason))
         self._num_repairable += bool(repairs)
         self._helpful.update(repairs)
         line = f"{place}: {reason}"
@@ -99,6 +104,7 @@ class BadRows:
         self.count += others.count
         self.first += others.first
         self._reasons += others._reasons
+        self.num_swallowed += others.num_swallowed
         self._num_repairable += others._num_repairable
         self._helpful |= others._helpful
         for kind, lines in others._examples.items():
@@ -108,6 +114,11 @@ class BadRows:
     def has_more(self) -> bool:
         """Tell whether there are more bad rows than a report shows."""
         return self.count > _SHOWN
+
+    @property
+    def has_wrong_fields(self) -> bool:
+        """Tell whether a record of a table has another number of fields than the header."""
+        return self._num_matching(_WRONG_FIELDS) > 0
 
     def check(self, path: str, *, skip: bool = False, is_listed: bool = False) -> None:
         """Report the bad rows, if there are any: the number for each reason, and the first ten.
@@ -133,7 +144,7 @@ class BadRows:
 
     def report(self, path: str, what: str = "") -> str:
         """Return their number, what became of them, the reasons by number, and the first ten."""
-        lines = [f"{path}: {counted(self.count, 'bad row')}{what}"]
+        lines = [f"{path}: {counted(self.count, 'bad row')}{what}{self._swallowed}"]
         ranked = self._reasons.most_common()
         # A few rows, or one of each reason, are all there is to say.
         if self.count <= _FEW or ranked[0][1] == 1:
@@ -145,6 +156,10 @@ class BadRows:
         of_each = max(1, _SHOWN // len(ranked))
         examples = [line for kind, _ in ranked for line in self._examples[kind][:of_each]]
         return "\n".join([*lines, "such as", first_lines(examples, self.count)])
+
+    @property
+    def _swallowed(self) -> str:
+        return f"; {swallowed_text(self.num_swallowed)}" if self.num_swallowed else ""
 
     def remedy(self, otherwise: str) -> str:
         """Name the settings that make rows usable, with their number, and say what remains to do.
@@ -178,9 +193,11 @@ class BadRows:
             yield _TOOL_TEMPLATE, number
         if number := self._num_matching(_SWALLOWED):
             yield _CLOSE_QUOTES, number
+        if number := self._num_matching(_TOO_MANY_FIELDS):
+            yield _QUOTE_FIELDS, number
         # Another format affects all rows, so that it has to help most of them.
         if 2 * (number := self._num_matching(_NUMBER_AS_TEXT)) > self.count:
-            yield _TEMPLATE_FORMAT, number
+            yield f"{self.template} writes numbers as text", number
 
     def _num_matching(self, pattern: str) -> int:
         return sum(n for kind, n in self._reasons.items() if re.search(pattern, kind))
@@ -217,12 +234,28 @@ _TOOL_TEMPLATE = (
     "data.chat_template: configs/chat_templates/chatml-tools.jinja writes tools and calls"
 )
 _SWALLOWED = "; a quotation mark opens a field in line"
+_SWALLOWED_LINES = re.compile(rf"{_SWALLOWED} \d+ and swallows the next (?:line|([\d,]+) lines),")
 _CLOSE_QUOTES = 'close each quoted field, and write a quotation mark inside one twice ("")'
-_NUMBER_AS_TEXT = r"field [^\s.]+: got \.\. \((int|float|bool)\), expected text"
-_TEMPLATE_FORMAT = (
-    'data.train.format: {type: template, user: "{{ prompt }}", assistant: "{{ completion }}"} with '
-    "the names of your columns writes numbers as text"
+_WRONG_FIELDS = "fields, but (the header has|there are columns for)"
+_TOO_MANY_FIELDS = "; fields are delimited by '..' outside of quotation marks"
+_QUOTE_FIELDS = (
+    'put each field that contains the delimiter in quotation marks ("a, b"), or name another '
+    "delimiter in data.train.delimiter"
 )
+_NUMBER_AS_TEXT = r"field [^\s.]+: got \.\. \((int|float|bool)\), expected text"
+TEMPLATE = 'data.train.format: {type: template, user: "{{ COLUMN }}", assistant: "{{ COLUMN }}"}'
+"""A template over columns whose names are unknown."""
+
+
+def _num_swallowed(reason: str) -> int:
+    """Return the number of lines that a reason says were swallowed."""
+    found = _SWALLOWED_LINES.search(reason)
+    return int((found[1] or "1").replace(",", "")) if found else 0
+
+
+def swallowed_text(number: int) -> str:
+    """Say that lines are lost to quotation marks: `39 further lines swallowed by ...`."""
+    return f"{counted(number, 'further line')} swallowed by quotation marks"
 
 
 def repaired_text(repaired: Mapping[str, int]) -> str:

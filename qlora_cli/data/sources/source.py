@@ -18,8 +18,9 @@ from qlora_cli.common.config import Config, UserPath
 from qlora_cli.common.formatting import value_text
 from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.common.user_paths import missing_path_hint
-from qlora_cli.data.formats import FormatConfig, Messages
+from qlora_cli.data.formats import FormatConfig, Messages, PromptCompletion
 from qlora_cli.data.formats.fields import missing
+from qlora_cli.data.formats.proposal import propose_template
 from qlora_cli.data.formats.turns import SameRoleError
 from qlora_cli.data.sources.files import (
     find_files,
@@ -32,7 +33,14 @@ from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
 from qlora_cli.data.sources.preference_rows import refuse_labelled, refuse_preferences
 from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired, why_not_joined
-from qlora_cli.data.sources.rows import LIST_ALL, BadRows, LocatedRow, draw, shuffled
+from qlora_cli.data.sources.rows import (
+    LIST_ALL,
+    TEMPLATE,
+    BadRows,
+    LocatedRow,
+    draw,
+    shuffled,
+)
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
 
@@ -113,7 +121,9 @@ class Source(Config):
                 preference row, or, at the end, no row can be used.
         """
         is_empty, search = True, RepairSearch(self._is_usable)
-        for located in self.read(bad):
+        for number, located in enumerate(self.read(bad)):
+            if number == 0:
+                bad.template = self._propose_template(located.row)
             refuse_labelled(located, self.format)
             try:
                 conversation = self._conversation(located.row)
@@ -146,11 +156,26 @@ class Source(Config):
                 "(messages, sharegpt, alpaca, prompt_completion, text, template ...), or rename "
                 "columns with data.train.fields"
             )
+            if bad.template != TEMPLATE:
+                hint += (
+                    f"; a template reads any columns: {bad.template}, with the columns of your "
+                    "request and answer"
+                )
             if self.columns is None and self._is_local() and any(map(is_table, self._files())):
                 hint += "; a file without a header needs data.train.columns, the names in order"
         if bad.has_more and isinstance(self, Portion):
             hint = f"{hint}; {LIST_ALL} writes all of them"
         return DataError(bad.report(self.title), hint=hint)
+
+    def _propose_template(self, row: Row) -> str:
+        """Return a template over the columns of a flat row: those of the format, if it has them."""
+        columns = [name for name, value in row.items() if not isinstance(value, list | dict)]
+        if len(columns) < 2 or len(columns) < len(row):
+            return TEMPLATE
+        if isinstance(self.format, PromptCompletion):
+            own = [self.format.prompt_field, self.format.completion_field]
+            columns = own if {*own} <= {*columns} else columns
+        return propose_template(columns[0], columns[-1], fields=self.fields)
 
     def read(self, bad: BadRows) -> Iterator[LocatedRow]:
         """Yield the rows in order. What cannot be read as a row is added to `bad`.

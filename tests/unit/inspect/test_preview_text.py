@@ -44,6 +44,7 @@ def side(spans: list[TextSpan], path: str = "rows.jsonl", place: str = "rows.jso
                 path=path,
                 num_read=4,
                 num_bad=1,
+                num_swallowed=0,
                 num_dropped=1,
                 num_cut=2,
                 repaired="",

@@ -199,6 +199,23 @@ def test_a_row_that_does_not_begin_with_its_prompt_drifts() -> None:
     assert find_drift(examples, prompts) == TemplateDrift(5, [1, 2, 4])
 
 
+@pytest.mark.parametrize(
+    ("finding", "shown"),
+    [
+        (Finding("a", 0, 9), ()),
+        (Finding("a", 5, 9), ()),  # a kind that names no rows
+        (Finding("a", 2, 9, ("x", "y")), ("x", "y")),
+        (Finding("a", 6, 9, ("x", "y", "z")), ("x", "y", "z", "and 3 more")),
+        (Finding("a", 17, 189, ("x", "y", "z"), num_groups=5), ("x", "y", "z", "and 2 more")),
+        (Finding("a", 17, 189, ("x", "y", "z"), num_groups=3), ("x", "y", "z")),
+    ],
+)
+def test_a_finding_counts_what_it_does_not_name(finding: Finding, shown: tuple[str, ...]) -> None:
+    assert finding.first_named() == shown
+    more = finding.num_groups or finding.count
+    assert finding.first_named(1) == (*shown[:1], *([f"and {more - 1} more"] if shown else []))
+
+
 CUT = Finding("rows longer than data.max_length", 0, 9)
 
 

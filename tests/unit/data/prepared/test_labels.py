@@ -18,6 +18,7 @@ from qlora_cli.data.prepared.labels import (
     label_variants,
     plain_label,
 )
+from qlora_cli.data.sources import Source
 from qlora_cli.inspect.preview import preview
 from qlora_cli.types import Conversation, Message
 
@@ -59,6 +60,50 @@ def test_labels_that_readers_cannot_tell_apart_are_found(other: str, is_alike: b
         assert (found.count, found.total) == (2, 14)
         assert found.named == (f"'positive' (5), {other!r} (2)",)
         assert found.remedy == (WAY_OUT,)
+
+
+MIXED = {"positive": 5, "positive ": 2}
+
+
+@pytest.mark.parametrize(
+    ("format", "counts", "way_out"),
+    [
+        (
+            {"type": "template", "user": "{{ Nachricht }}", "assistant": "{{Kategorie}}"},
+            MIXED,
+            'data.evaluation.format.assistant: "{{ Kategorie | trim }}"',
+        ),
+        (
+            {"type": "prompt_completion", "prompt_field": "Größe", "completion_field": "Art"},
+            MIXED,
+            'data.evaluation.format: {type: template, user: "{{ Größe }}", '
+            'assistant: "{{ Art | trim }}"}',
+        ),
+        ({"type": "template", "assistant": "Label: {{ label }}"}, MIXED, None),
+        ({"type": "prompt_completion", "system": "Be brief."}, MIXED, None),
+        ({"type": "messages"}, MIXED, None),
+        # The filter `trim` leaves case as it is.
+        ({"type": "template"}, {"positive": 5, "Positive": 2}, None),
+    ],
+)
+def test_the_way_out_names_the_columns_of_the_file(
+    format: dict[str, str], counts: dict[str, int], way_out: str | None
+) -> None:
+    source = Source.model_validate({"path": "a.csv", "format": format})
+    found = find_label_variants(counts, {}, [source], "data.evaluation")
+    assert found is not None
+    assert found.remedy == (
+        (f"{WAY_OUT}; {way_out} removes the blanks around them",) if way_out else (WAY_OUT,)
+    )
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 6])
+def test_label_groups_that_are_not_named_are_counted(number: int) -> None:
+    counts = {label: 2 for i in range(number) for label in (f"label {i}", f"LABEL {i}")}
+    found = find_label_variants(counts, {})
+    assert found is not None
+    assert len(found.named) == min(number, 3)
+    assert found.first_named()[3:] == ((f"and {number - 3} more",) if number > 3 else ())
 
 
 def test_runs_of_blanks_inside_do_not_count() -> None:
@@ -122,12 +167,13 @@ def test_preview_and_train_name_both_with_the_way_out(
     recipe = tiny_recipe(data={"train": source, "evaluation": None, "max_length": 512})
     named = "'positive' (6), 'positive ' (1), 'Positive' (1)"
     text = preview(recipe).text(0, colour=False)
-    assert f"only in blanks or case  2 of 12 (16.67%)\n  {named}\n  {WAY_OUT}" in text
+    way_out = f'{WAY_OUT}; data.train.format.assistant: "{{{{ label | trim }}}}" removes the blanks'
+    assert f"only in blanks or case  2 of 12 (16.67%)\n  {named}\n  {way_out}" in text
     tokenizer = recipe.model.load_tokenizer()
     training = read_data("training", recipe.data, recipe.data.train_sources, tokenizer)
     check_data(recipe.data, training, None, tokenizer)
-    assert f"2 of 12 (16.67%), {named}, {WAY_OUT}" in caplog.text
+    assert f"2 of 12 (16.67%), {named}, {way_out}" in caplog.text
     assert "labels" not in training.record()
-    way_out = {**source, "format": {**written, "assistant": "{{ label | trim | lower }}"}}
-    text = preview(tiny_recipe(data={"train": way_out, "evaluation": None})).text(0, colour=False)
-    assert "only in blanks" not in text
+    trimmed = {**source, "format": {**written, "assistant": "{{ label | trim }}"}}
+    text = preview(tiny_recipe(data={"train": trimmed, "evaluation": None})).text(0, colour=False)
+    assert f"'positive' (7), 'Positive' (1)\n  {WAY_OUT}\n" in f"{text}\n"

@@ -278,6 +278,40 @@ def test_bad_rows_are_left_out_and_counted(
     assert [prepared.examples.place(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
 
 
+@pytest.mark.parametrize("share", [None, 0.4])
+def test_lines_that_a_quotation_mark_swallows_are_counted_with_the_bad_rows(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    share: float | None,
+) -> None:
+    path = tmp_path / "reviews.csv"
+    lines = [f"Frage {i};Label" for i in range(300)]
+    lines[50] = '"offen;Label'
+    lines[90] = '"wieder zu";"a" b;Label'
+    lines[200] = "zu;viele;Felder"
+    path.write_text("\ufeffNachricht;Kategorie\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    columns = {"prompt_field": "Nachricht", "completion_field": "Kategorie"}
+    source = {
+        "path": str(path),
+        "delimiter": ";",
+        "format": {"type": "prompt_completion", **columns},
+    }
+    data = Data.model_validate(
+        {"train": source, "on_bad_row": "skip", "max_lost": 1, "evaluation_share": share}
+    )
+    sides = []
+    for name in ("train_sources", "evaluation_sources")[: 1 if share is None else 2]:
+        (tmp_path / name).mkdir()
+        sides.append(prepare(getattr(data, name), tokenizer, data, tmp_path / name))
+    bad, swallowed = sum(side.num_bad for side in sides), sum(side.num_swallowed for side in sides)
+    assert (bad, swallowed) == (2, 40)
+    assert sum(side.num_rows for side in sides) + bad + swallowed == 300
+    said = "40 further lines swallowed by quotation marks"
+    assert sum(f"and {said}, " in side.summary() for side in sides) == 1
+    assert sum(f" left out; {said}\n" in text for text in caplog.messages) == 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_bad_rows_of_a_file_are_one_list_although_some_of_its_rows_are_held_out(
     make_tokenizer: TokenizerMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int

@@ -207,13 +207,44 @@ def test_the_quotation_mark_that_swallows_lines_is_named(
     assert first.row["text"] == "x"
     [line] = bad.first
     if opening is None or last is None:
-        assert "swallows" not in line
+        assert "swallow" not in bad.report("a.csv")
         return
+    counted = f"; {last - opening} further lines swallowed by quotation marks"
+    assert bad.report("a.csv", ", left out").startswith(f"a.csv: 1 bad row, left out{counted}\n")
+    merged = BadRows()
+    merged.extend(bad)
+    assert merged.num_swallowed == last - opening
     assert line.endswith(
         f"; a quotation mark opens a field in line {opening} and swallows the next "
         f"{last - opening} lines, up to line {last}"
     )
     assert bad.remedy("leave {them} out").startswith("close each quoted field, and write")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "reason", "is_hint"),
+    [
+        (
+            "a.csv",
+            "well, then",
+            "2 fields, but the header has 1; fields are delimited by ','",
+            True,
+        ),
+        ("a.csv", "a,b,c", "3 fields, but the header has 1; fields are delimited by ','", True),
+        ("a.tsv", "a\tb", "2 fields, but the header has 1; fields are delimited by '\\t'", False),
+    ],
+)
+def test_a_delimiter_inside_a_field_is_named_with_the_way_out(
+    tmp_path: Path, name: str, line: str, reason: str, is_hint: bool
+) -> None:
+    path = tmp_path / name
+    path.write_text(f"text\none\n{line}\n", encoding="utf-8")
+    bad = BadRows()
+    assert len(list(source(path).read(bad))) == 1
+    assert reason in bad.first[0]
+    hint = bad.remedy("leave {them} out")
+    quoted = 'in quotation marks ("a, b"), or name another delimiter in data.train.delimiter'
+    assert (quoted in hint) is is_hint
 
 
 def test_a_quotation_mark_in_a_tsv_is_text(tmp_path: Path) -> None:
@@ -454,7 +485,7 @@ def test_a_pattern_without_matches_names_the_files_there(tmp_path: Path) -> None
         read(f"{tmp_path}/**/*.jsonl")
     assert str(caught.value) == (
         f"{tmp_path}/**/*.jsonl: nothing matches; the folder {tmp_path} contains 0.csv, 1.csv, "
-        "2.csv, 3.csv, 4.csv, 2 more"
+        "2.csv, 3.csv, 4.csv and 2 more"
     )
     with pytest.raises(DataError, match=f"nothing matches; there is no folder {tmp_path}/missing"):
         read(f"{tmp_path}/missing/*.jsonl")
