@@ -111,13 +111,20 @@ def generate(
     Example:
       qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
     """
+    from qlora_cli.data.prompts import check_questions
     from qlora_cli.inference.batch import generate, refuse_existing
     from qlora_cli.inference.sampling import Sampling
     from qlora_cli.inference.session import open_session
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     refuse_existing(output)
-    session = open_session(target, overrides, weights=weights, adapters=adapters)
+    session = open_session(
+        target,
+        overrides,
+        weights=weights,
+        adapters=adapters,
+        before_loading=lambda make_reader: check_questions(prompts, make_reader(system)),
+    )
     report = generate(
         session, prompts, output, sampling=sampling, batch_size=batch_size, system=system
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import (
@@ -26,6 +26,12 @@ from qlora_cli.types import Conversation, Message, Prompt, Row
 
 log = logging.getLogger("qlora")
 
+T = TypeVar("T")
+
+_TABLES = (
+    'a csv file is delimited by commas: put a field that contains one in quotation marks ("a, b"); '
+    "a tsv file is delimited by tabs; lines of text without columns can be a .txt file"
+)
 _NO_ANSWER = "[no answer]"
 """Stand-in for the answer that a format requires and the row lacks."""
 
@@ -195,34 +201,52 @@ def _unfilled(columns: list[str], num_formats: int) -> str:
     )
 
 
-def read_questions(
-    path: Path,
-    encoder: Encoder,
-    *,
-    formats: Sequence[FormatConfig] = (),
-    is_plain: bool = False,
-    system: str | None = None,
-) -> list[Question]:
-    """Read a question from each row of a file, as `PromptReader` does.
+def check_questions(path: Path, reader: PromptReader) -> None:
+    """Check that each row of a file has a prompt. This takes no tokenizer and no model.
+
+    Raises:
+        DataError: as `read_questions`.
+    """
+    for _ in _located(path, reader.read):
+        pass
+
+
+def read_questions(path: Path, encoder: Encoder, reader: PromptReader) -> list[Question]:
+    """Read a question from each row of a file.
 
     Raises:
         DataError: there are no rows, or rows without a prompt (all are counted).
     """
-    bad = BadRows()
-    questions = []
-    reader = PromptReader(formats, is_plain=is_plain, system=system)
-    for located in Source(path=str(path)).read(bad):
-        try:
-            found = reader.question(located.row, encoder)
-        except DataError as error:
-            bad.add(located.place, error)
-        else:
-            questions.append(replace(found, prompt=replace(found.prompt, place=located.place)))
+    return [
+        replace(question, prompt=replace(question.prompt, place=place))
+        for place, question in _located(path, lambda row: reader.question(row, encoder))
+    ]
+
+
+def _located(path: Path, read: Callable[[Row], T]) -> Iterator[tuple[str, T]]:
+    """Yield what each row of a file becomes, with its place.
+
+    Raises:
+        DataError: at the end, if there are no rows, or bad rows.
+    """
+    bad, is_empty = BadRows(), True
+    try:
+        for located in Source(path=str(path)).read(bad):
+            try:
+                found = read(located.row)
+            except DataError as error:
+                bad.add(located.place, error)
+            else:
+                is_empty = False
+                yield located.place, found
+    except DataError as error:
+        # A file of prompts has no settings in the recipe.
+        is_setting = error.hint is not None and "data.train." in error.hint
+        raise DataError(str(error), hint=_TABLES if is_setting else error.hint) from error
     if bad.count:
-        raise DataError(bad.report(str(path)))
-    if not questions:
+        raise DataError(bad.report(str(path)), hint=_TABLES if bad.has_wrong_fields else None)
+    if is_empty:
         raise DataError(f"{path}: no rows")
-    return questions
 
 
 def _by_columns(row: Row, is_plain: bool) -> Iterator[FormatConfig]:

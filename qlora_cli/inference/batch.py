@@ -62,9 +62,7 @@ def generate(
         DataError: a row has no prompt, or a prompt does not fit into the context.
     """
     model = session.default
-    rows = read_questions(
-        prompts, model.encoder, formats=session.formats, is_plain=session.is_plain, system=system
-    )
+    rows = read_questions(prompts, model.encoder, session.reader(system))
     check_prompts([row.prompt for row in rows], model.context)
     started = time.monotonic()
     progress = Progress("completions", len(rows))

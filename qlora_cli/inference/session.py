@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,10 @@ TUNED = "tuned"
 """Name of the run or adapter given on the command line."""
 
 
+MakeReader = Callable[[str | None], PromptReader]
+"""Makes a reader of prompts; the argument is as in `InferenceSession.reader`."""
+
+
 @dataclass(frozen=True, slots=True)
 class SessionModel:
     """One set of weights in a session, with its tokenizer and stop tokens."""
@@ -60,6 +64,8 @@ class InferenceSession:
     Args:
         has_recipe: the recipe says how the model was trained; if false, it only says how to load
             the model.
+        before_loading: is given a function that makes readers of prompts (as `reader`), before
+            any weights are loaded.
 
     Attributes:
         recipe: how the model was loaded.
@@ -72,7 +78,12 @@ class InferenceSession:
     """
 
     def __init__(
-        self, recipe: Recipe, *, has_recipe: bool, tokenizer: PreTrainedTokenizerFast
+        self,
+        recipe: Recipe,
+        *,
+        has_recipe: bool,
+        tokenizer: PreTrainedTokenizerFast,
+        before_loading: Callable[[MakeReader], None] | None = None,
     ) -> None:
         self.world = World(recipe.device)
         self.dtype = compute_dtype(recipe.quantization, recipe.training.precision, self.world)
@@ -84,6 +95,9 @@ class InferenceSession:
         self.is_plain = tokenizer.chat_template is None or (
             bool(self.formats) and all(map(is_verbatim, self.formats))
         )
+        self._readers: dict[str | None, PromptReader] = {}
+        if before_loading is not None:
+            before_loading(self.reader)
         self._base = load_base(recipe.model, recipe.quantization, self.dtype, self.world.device)
         self._adapters = AdapterSet(self._base.eval())
         self.models: dict[str, SessionModel] = {}
@@ -154,12 +168,16 @@ class InferenceSession:
         return Prompt(input_ids, reference="")
 
     def reader(self, system: str | None = None) -> PromptReader:
-        """Return a reader of prompts in the form of the training rows.
+        """Return the reader of prompts in the form of the training rows; it warns once.
 
         Args:
             system: system message for conversations without one; None takes the recipe's.
         """
-        return PromptReader(self.formats, is_plain=self.is_plain, system=system)
+        if system not in self._readers:
+            self._readers[system] = PromptReader(
+                self.formats, is_plain=self.is_plain, system=system
+            )
+        return self._readers[system]
 
 
 def limit_sampling(model: SessionModel, sampling: Sampling, prompt: Prompt) -> Sampling:
@@ -174,12 +192,14 @@ def open_session(
     *,
     weights: Weights = "last",
     adapters: Sequence[str] = (),
+    before_loading: Callable[[MakeReader], None] | None = None,
 ) -> InferenceSession:
     """Load a model, and adapters that can be switched on it.
 
     Args:
         target: run folder, recipe, adapter folder, model folder, GGUF file or Hub id.
         adapters: `name=PATH` for each.
+        before_loading: as in `InferenceSession`: to find what is wrong with prompts early.
 
     Raises:
         QloraError: the model or an adapter cannot be loaded.
@@ -189,23 +209,37 @@ def open_session(
     named = [_parse_adapter(text, weights) for text in adapters]
     if path.suffix in (".yaml", ".yml"):
         recipe = load_recipe(path, overrides).recipe
-        session = InferenceSession(recipe, has_recipe=True, tokenizer=_tokenizer(recipe))
+        session = InferenceSession(
+            recipe, has_recipe=True, tokenizer=_tokenizer(recipe), before_loading=before_loading
+        )
     elif is_run(path) or is_adapter(path):
-        session = _open_tuned(path, overrides, weights)
+        session = _open_tuned(path, overrides, weights, before_loading)
     else:
         recipe = recipe_of_model(target, overrides)
-        session = InferenceSession(recipe, has_recipe=False, tokenizer=_tokenizer(recipe))
+        session = InferenceSession(
+            recipe, has_recipe=False, tokenizer=_tokenizer(recipe), before_loading=before_loading
+        )
     for name, adapter in named:
         session.add(name, adapter)
     return session
 
 
-def _open_tuned(path: Path, overrides: Sequence[str], weights: Weights) -> InferenceSession:
+def _open_tuned(
+    path: Path,
+    overrides: Sequence[str],
+    weights: Weights,
+    before_loading: Callable[[MakeReader], None] | None,
+) -> InferenceSession:
     run = RunFolder(path) if is_run(path) else None
     recipe = load_recipe(run.recipe, overrides).recipe if run else None
     if run and recipe and recipe.adapter.trains_base:
         trained = run.weights(weights)
-        session = InferenceSession(recipe, has_recipe=True, tokenizer=load_tokenizer(trained))
+        session = InferenceSession(
+            recipe,
+            has_recipe=True,
+            tokenizer=load_tokenizer(trained),
+            before_loading=before_loading,
+        )
         session.load_full_weights(trained)
         return session
     adapter = AdapterFolder.find(path, weights)
@@ -214,7 +248,12 @@ def _open_tuned(path: Path, overrides: Sequence[str], weights: Weights) -> Infer
         recipe = of_run or recipe_of_model(adapter.base_path(), overrides)
     has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter.folder) if has_tokenizer else _tokenizer(recipe)
-    session = InferenceSession(recipe, has_recipe=adapter.run is not None, tokenizer=tokenizer)
+    session = InferenceSession(
+        recipe,
+        has_recipe=adapter.run is not None,
+        tokenizer=tokenizer,
+        before_loading=before_loading,
+    )
     session.add(TUNED, adapter)
     return session
 

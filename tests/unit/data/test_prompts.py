@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import Messages, PromptCompletion, TemplateFormat, Text
-from qlora_cli.data.prompts import PromptReader, Question, read_questions
+from qlora_cli.data.prompts import PromptReader, Question, check_questions, read_questions
 from qlora_cli.errors import DataError
 from qlora_cli.types import Message
-from tests.conftest import make_tokenizer
+from tests.conftest import exit_code, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 ENCODER = Encoder(TOKENIZER)
@@ -25,7 +26,7 @@ HI = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 def ask(folder: Path, row: dict[str, Any], **options: Any) -> Question:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    [question] = read_questions(path, ENCODER, **options)
+    [question] = read_questions(path, ENCODER, PromptReader(**options))
     return question
 
 
@@ -245,7 +246,10 @@ def test_without_a_template_prompts_are_continued_verbatim(
 def test_lines_of_a_text_file_are_messages(tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("hi\n\nho\n", encoding="utf-8")
-    assert [given(q) for q in read_questions(path, ENCODER)] == [HI, HI.replace("hi", "ho")]
+    assert [given(q) for q in read_questions(path, ENCODER, PromptReader())] == [
+        HI,
+        HI.replace("hi", "ho"),
+    ]
 
 
 def test_typed_special_tokens_are_encoded_as_text(tmp_path: Path) -> None:
@@ -254,8 +258,48 @@ def test_typed_special_tokens_are_encoded_as_text(tmp_path: Path) -> None:
     assert given(ask(tmp_path, {"prompt": "hi<|im_end|>"})).count("<|im_end|>") == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "problem", "has_hint"),
+    [
+        ("a.csv", "prompt\nWell, then\n", ":2: 2 fields, but the header has 1", True),
+        ("a.csv", "prompt;id\nhi;1\n", ":1: the header is one column", True),
+        ("a.tsv", "prompt\na\tb\n", ":2: 2 fields, but the header has 1", True),
+        ("a.csv", "prompt\n\n", ": no rows", False),
+        ("a.csv", "Frage\nhi\n", ":2: found 'Frage'; expected messages", False),
+        ("a.jsonl", "{\n", ":1: not JSON", False),
+    ],
+)
+def test_a_table_of_prompts_is_refused_with_its_delimiter_and_quoting(
+    tmp_path: Path, name: str, text: str, problem: str, has_hint: bool
+) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    for read in (
+        lambda: check_questions(path, PromptReader()),
+        lambda: read_questions(path, ENCODER, PromptReader()),
+    ):
+        with pytest.raises(DataError) as caught:
+            read()
+        assert f"{path}{problem}" in str(caught.value)
+        assert ("data.train" in str(caught.value.hint)) is False
+        assert ('quotation marks ("a, b")' in str(caught.value.hint)) is has_hint
+
+
+def test_prompts_are_read_before_the_model(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(tiny_model, tmp_path / "model")
+    (damaged / "model.safetensors").write_bytes(b"not weights")
+    (tmp_path / "a.csv").write_text("prompt\nWell, then\n", encoding="utf-8")
+    command = ["generate", damaged, "--prompts", tmp_path / "a.csv", "--output", tmp_path / "out"]
+    assert exit_code(*command) == 2
+    assert "2 fields, but the header has 1" in capsys.readouterr().err
+    (tmp_path / "a.csv").write_text("prompt\nWell\n", encoding="utf-8")
+    assert exit_code(*command) == 3
+
+
 def test_rows_without_a_prompt_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"x": 1}\n{"prompt": "hi"}\n{"prompt": ""}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: found 'x'; expected.*:3:.*empty"):
-        read_questions(path, ENCODER)
+        read_questions(path, ENCODER, PromptReader())
