@@ -17,6 +17,7 @@ import torch
 from benchmarks.race.floor import Geometry, operations
 from qlora_cli.distributed.devices import known_card
 from qlora_cli.distributed.world import is_out_of_memory
+from qlora_cli.loop.fast_path import Checkpointing
 from scripts.gpu.bench import ROOT, Bench, last_line
 from scripts.gpu.race.stopwatch import Rows, Stopwatch, seconds_of
 from scripts.gpu.training import Mode, Run, cut, random_batch
@@ -52,6 +53,7 @@ def contestants() -> Iterator[Contestant]:
     """Yield all contestants, in order of value."""
     again, kept = Mode("nf4", "plain", True), Mode("nf4", "plain", False)
     trl, liger = ("trl",), {"liger": True}
+    checkpointing: Checkpointing
     yield ours(Mode("nf4", "compiled", True), seconds=60)
     yield Contestant("peft", "peft", again, seconds=40)
     yield Contestant("trl, padding-free", "trl", again, trl, seconds=50)
@@ -60,20 +62,20 @@ def contestants() -> Iterator[Contestant]:
     yield Contestant("unsloth", "unsloth", again, ("unsloth",), seconds=60)
     yield ours(Mode("nf4", "fused", True))
     yield ours(Mode("nf4", "plain", True))
-    for again_or_not in ("mlp", False, "offload"):
-        yield ours(Mode("nf4", "compiled", again_or_not))  # type: ignore[arg-type]
+    for checkpointing in ("mlp", False, "offload"):
+        yield ours(Mode("nf4", "compiled", checkpointing))
     yield Contestant("peft", "peft", kept, seconds=40)
-    for again_or_not in (True, "mlp", False, "offload"):
-        yield ours(Mode("none", "compiled", again_or_not))  # type: ignore[arg-type]
+    for checkpointing in (True, "mlp", False, "offload"):
+        yield ours(Mode("none", "compiled", checkpointing))
     yield Contestant("peft", "peft", Mode("none", "plain", True), seconds=40)
-    for again_or_not in ("mlp", False, "offload"):
-        yield ours(Mode("nf4", "fused", again_or_not))  # type: ignore[arg-type]
+    for checkpointing in ("mlp", False, "offload"):
+        yield ours(Mode("nf4", "fused", checkpointing))
     yield ours(kept)
     yield ours(Mode("nf4", "plain", "offload"))
-    for again_or_not in (True, "mlp", False, "offload"):
-        yield ours(Mode("none", "fused", again_or_not))  # type: ignore[arg-type]
-    for again_or_not in (True, False, "offload"):
-        yield ours(Mode("none", "plain", again_or_not))  # type: ignore[arg-type]
+    for checkpointing in (True, "mlp", False, "offload"):
+        yield ours(Mode("none", "fused", checkpointing))
+    for checkpointing in (True, False, "offload"):
+        yield ours(Mode("none", "plain", checkpointing))
 
 
 def ours(mode: Mode, seconds: float = 18) -> Contestant:
