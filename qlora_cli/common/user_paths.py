@@ -54,7 +54,7 @@ def similar_path(path: str) -> str | None:
     try:
         names = [entry.name for entry in islice(absent.parent.iterdir(), _MOST_NAMES)]
     except OSError:
-        return None  # a file, or a folder that may not be read: there is no name to propose
+        return None  # a file, or a folder that cannot be read: no suggestion
     # Endings are much alike: without them, `test.jsonl` is not similar to `rows.jsonl`.
     stems = {Path(name).stem.lower() for name in names}
     near = get_close_matches(absent.stem.lower(), stems, n=3)
