@@ -26,6 +26,7 @@ RECIPE = "benchmarks/gsm8k.yaml"
 SMOLLM = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 12
 MIB = 2**20
+RANDOM = ("tiny", "gemma3")
 
 
 def grid() -> Iterator[dict[str, Any]]:
@@ -43,6 +44,7 @@ def grid() -> Iterator[dict[str, Any]]:
     yield make_cell("full", "fused", 1, checkpointing=True, batch=2)
     yield make_cell("nf4", "fused", 4, cache="empty")
     yield make_cell("none", "compiled", 1, batch=2)
+    yield make_cell("gemma3", "plain", 4, steps=40)
 
 
 def make_cell(
@@ -55,27 +57,29 @@ def make_cell(
     batch: int = 4,
     cache: str = "filled",
     precision: str = "auto",
+    steps: int = STEPS,
 ) -> dict[str, Any]:
     """Describe a run.
 
     Args:
-        held: nf4, int8 or none; full trains all weights, tiny is a small random model.
+        held: nf4, int8 or none; full trains all weights, tiny is a small random model, gemma3 is a
+            random model with the shape of Gemma 3 270M.
         rows: training rows; None is all of them.
         batch: rows a step.
         cache: empty means that the model's file is unpacked and the rows are prepared in the run.
     """
     return {
         "held": held, "kernels": kernels, "micro_batch": micro_batch, "batch": batch,
-        "checkpointing": checkpointing, "rows": rows, "cache": cache, "steps": STEPS,
+        "checkpointing": checkpointing, "rows": rows, "cache": cache, "steps": steps,
         "precision": precision,
     }  # fmt: skip
 
 
-def settings_of(cell: dict[str, Any], gsm8k: str, tiny: str) -> dict[str, Any]:
+def settings_of(cell: dict[str, Any], gsm8k: str, random: str) -> dict[str, Any]:
     """Return the recipe keys of a cell, with their values."""
-    held = {"full": "none", "tiny": "none"}.get(cell["held"], cell["held"])
+    held = {"full": "none", "tiny": "none", "gemma3": "nf4"}.get(cell["held"], cell["held"])
     return {
-        "model.path": tiny if cell["held"] == "tiny" else SMOLLM,
+        "model.path": f"{random}/{cell['held']}" if cell["held"] in RANDOM else SMOLLM,
         **({} if held == "nf4" else {"quantization": {"type": held}}),
         **({"adapter": {"type": "full"}} if cell["held"] == "full" else {}),
         "data.train.path": gsm8k,
@@ -128,22 +132,26 @@ def plan_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {"tensors": report.peak.bytes, "low": process.low, "high": process.high}
 
 
-def make_tiny(folder: Path) -> None:
-    """Write a small random model with the tokenizer of the demo model, in a process of its own."""
+def make_random(folder: str) -> None:
+    """Write the random models with the tokenizer of the demo model, in a process of its own."""
     code = (
         "import sys, torch\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig\n"
         "from benchmarks.plan_process import ROOT, SMOLLM\n"
         "from qlora_cli.models.gguf import unpack_gguf\n"
-        "from transformers import AutoTokenizer\n"
         "source = unpack_gguf(ROOT / SMOLLM)\n"
-        "config = AutoConfig.from_pretrained(source, hidden_size=64, intermediate_size=128,\n"
+        "tiny = AutoConfig.from_pretrained(source, hidden_size=64, intermediate_size=128,\n"
         "    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16)\n"
-        "torch.manual_seed(0)\n"
-        "AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])\n"
-        "AutoTokenizer.from_pretrained(source).save_pretrained(sys.argv[1])\n"
+        "gemma = Gemma3TextConfig(hidden_size=640, intermediate_size=2048, num_hidden_layers=18,\n"
+        "    num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,\n"
+        "    bos_token_id=tiny.bos_token_id, eos_token_id=tiny.eos_token_id,\n"
+        "    pad_token_id=tiny.pad_token_id)\n"
+        "for name, config in (('tiny', tiny), ('gemma3', gemma)):\n"
+        "    torch.manual_seed(0)\n"
+        "    AutoModelForCausalLM.from_config(config).save_pretrained(f'{sys.argv[1]}/{name}')\n"
+        "    AutoTokenizer.from_pretrained(source).save_pretrained(f'{sys.argv[1]}/{name}')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True)
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -158,15 +166,16 @@ def page(results: list[dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/plan_process.py; run that instead of editing. -->",
         "# Planned memory of the process against runs",
         "",
-        f"{len(results)} runs of `qlora train` on a CPU, {STEPS} steps each, on the rows of GSM8K.",
+        f"{len(results)} runs of `qlora train` on a CPU, {STEPS} steps each (`gemma3` 40), on GSM8K.",
         "The peak is the largest resident set of the process, from its start to its end.",
         f"{said} The upper end of the range is {min(widths):.2f} to {max(widths):.2f} times the",
         f"lower one.{left}",
         "",
         "SmolLM2-135M computes in float32 on this machine. `tiny` is a random model with its",
-        "vocabulary. `full` trains all weights. The other runs train LoRA adapters. The columns",
-        "after the peak are the plan: tensors at their peak, the range, and the place of the peak",
-        "in the range (0 is the lower end, 1 the upper one).",
+        "vocabulary; `gemma3` is a random model with the shape of Gemma 3 270M, in NF4. `full` trains",
+        "all weights. The other runs train LoRA adapters. The columns after the peak are the plan:",
+        "tensors at their peak, the range, and the place of the peak in the range (0 is the lower end,",
+        "1 the upper one).",
         "",
         "```bash",
         "python -m benchmarks.plan_process --gsm8k train.jsonl",
@@ -206,16 +215,16 @@ def main() -> None:
     wanted = list(grid())
     done = json.loads(where.read_text(encoding="utf-8")) if where.exists() else []
     results = [result for result in done if result["cell"] in wanted]
-    with tempfile.TemporaryDirectory() as tiny:
-        make_tiny(Path(tiny))
+    with tempfile.TemporaryDirectory() as random:
+        make_random(random)
         known = [result["cell"] for result in results]
         missing = [cell for cell in wanted if cell not in known]
         for cell in missing[: arguments.at_most]:
-            results.append(measure(settings_of(cell, arguments.gsm8k, tiny), cell))
+            results.append(measure(settings_of(cell, arguments.gsm8k, random), cell))
             print(json.dumps(results[-1]), flush=True)
             where.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for result in results:
-            result.update(plan_of(settings_of(result["cell"], arguments.gsm8k, tiny)))
+            result.update(plan_of(settings_of(result["cell"], arguments.gsm8k, random)))
     results.sort(key=lambda result: wanted.index(result["cell"]))
     where.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     where.with_suffix(".md").write_text(page(results), encoding="utf-8")
