@@ -136,7 +136,8 @@ def make_random(folder: str) -> None:
     """Write the random models with the tokenizer of the demo model, in a process of its own."""
     code = (
         "import sys, torch\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import Gemma3TextConfig\n"
         "from benchmarks.plan_process import ROOT, SMOLLM\n"
         "from qlora_cli.models.gguf import unpack_gguf\n"
         "source = unpack_gguf(ROOT / SMOLLM)\n"
@@ -166,16 +167,16 @@ def page(results: list[dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/plan_process.py; run that instead of editing. -->",
         "# Planned memory of the process against runs",
         "",
-        f"{len(results)} runs of `qlora train` on a CPU, {STEPS} steps each (`gemma3` 40), on GSM8K.",
+        f"{len(results)} runs of `qlora train` on a CPU, on GSM8K: {STEPS} steps, `gemma3` 40.",
         "The peak is the largest resident set of the process, from its start to its end.",
         f"{said} The upper end of the range is {min(widths):.2f} to {max(widths):.2f} times the",
         f"lower one.{left}",
         "",
         "SmolLM2-135M computes in float32 on this machine. `tiny` is a random model with its",
-        "vocabulary; `gemma3` is a random model with the shape of Gemma 3 270M, in NF4. `full` trains",
-        "all weights. The other runs train LoRA adapters. The columns after the peak are the plan:",
-        "tensors at their peak, the range, and the place of the peak in the range (0 is the lower end,",
-        "1 the upper one).",
+        "vocabulary; `gemma3` is a random model with the shape of Gemma 3 270M, in NF4. `full`",
+        "trains all weights. The other runs train LoRA adapters. The columns after the peak are the",
+        "plan: tensors at their peak, the range, and the place of the peak in the range (0 is the",
+        "lower end, 1 the upper one).",
         "",
         "```bash",
         "python -m benchmarks.plan_process --gsm8k train.jsonl",
