@@ -174,7 +174,7 @@ def page(results: list[dict[str, Any]]) -> str:
         "",
         "SmolLM2-135M computes in float32 on this machine. `tiny` is a random model with its",
         "vocabulary; `gemma3` is a random model with the shape of Gemma 3 270M, in NF4. `full`",
-        "trains all weights. The other runs train LoRA adapters. The columns after the peak are the",
+        "trains all weights. The other runs train LoRA adapters. Columns after the peak are the",
         "plan: tensors at their peak, the range, and the place of the peak in the range (0 is the",
         "lower end, 1 the upper one).",
         "",
