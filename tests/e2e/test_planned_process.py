@@ -20,7 +20,7 @@ CELLS = [
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell['held']}-{cell['kernels']}")
 def test_the_peak_is_in_the_planned_range(cell: dict[str, Any]) -> None:
-    settings = settings_of(cell, str(DATA / "gsm8k/train.jsonl"), tiny="")
+    settings = settings_of(cell, str(DATA / "gsm8k/train.jsonl"), random="")
     planned, peak = plan_of(settings), measure(settings, cell)["peak"]
     assert planned["low"] <= peak <= planned["high"]
     assert planned["high"] <= 1.6 * planned["low"]
