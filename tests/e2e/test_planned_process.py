@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, needs_data, needs_model]
 
 CELLS = [
     # The peak is in loading, and in the steps.
-    make_cell("nf4", "fused", 1, batch=2, rows=64, checkpointing=True),
-    make_cell("none", "plain", 4, rows=64),
+    make_cell("nf4", "fused", 1, batch=2, rows=64, checkpointing=True, steps=4),
+    make_cell("none", "plain", 4, rows=64, steps=8),
 ]
 
 
