@@ -20,6 +20,7 @@ from qlora_cli.cli.options import (
     TopK,
     TopP,
     WeightsOption,
+    decoded_text,
     show,
     user_path,
 )
@@ -87,6 +88,24 @@ def generate(
     ],
     overrides: Overrides,
     adapters: Adapters,
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            "--delimiter",
+            metavar="CHARACTER",
+            callback=decoded_text,
+            help="Column delimiter of a csv or tsv file (default: a comma, or a tab for tsv).",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            "--columns",
+            metavar="NAME,...",
+            callback=decoded_text,
+            help="Column names of a csv or tsv file without a header.",
+        ),
+    ] = None,
     system: System = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -110,22 +129,25 @@ def generate(
     \b
     Example:
       qlora generate runs/mine --prompts questions.jsonl --output answers.jsonl
+      qlora generate runs/mine --prompts tickets.csv --delimiter ';' --output answers.jsonl
     """
-    from qlora_cli.data.prompts import check_questions
+    from qlora_cli.data.prompts import check_questions, prompt_source
     from qlora_cli.inference.batch import generate, refuse_existing
     from qlora_cli.inference.sampling import Sampling
     from qlora_cli.inference.session import open_session
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     refuse_existing(output)
+    names = None if columns is None else columns.split(",")
+    source = prompt_source(str(prompts), delimiter=delimiter, columns=names)
     session = open_session(
         target,
         overrides,
         weights=weights,
         adapters=adapters,
-        before_loading=lambda make_reader: check_questions(prompts, make_reader(system)),
+        before_loading=lambda make_reader: check_questions(source, make_reader(system)),
     )
     report = generate(
-        session, prompts, output, sampling=sampling, batch_size=batch_size, system=system
+        session, source, output, sampling=sampling, batch_size=batch_size, system=system
     )
     show(report.to_json(), as_json, generate_text(report))

@@ -28,7 +28,8 @@ def _decoded(overrides: list[str]) -> list[str]:
     return [os.fsencode(override).decode("utf-8", "replace") for override in overrides]
 
 
-def _decoded_text(text: str | None) -> str | None:
+def decoded_text(text: str | None) -> str | None:
+    """Decode the text of an option: under LC_ALL=C, arguments are read as ASCII."""
     return None if text is None else _decoded([text])[0]
 
 
@@ -130,7 +131,7 @@ System = Annotated[
     typer.Option(
         "--system",
         metavar="TEXT",
-        callback=_decoded_text,
+        callback=decoded_text,
         help="System message (default: the recipe's).",
     ),
 ]

@@ -6,7 +6,9 @@ import json
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from qlora_cli.common.hashing import hash_once
 from qlora_cli.common.untrusted_files import read_object, refuse_foreign
@@ -59,10 +61,7 @@ def refuse_damaged(folder: Path, *, hint: str | None = None) -> None:
         f"if you changed it yourself, delete {path}: without it nothing is verified"
     )
     try:
-        written = read_object(path)
-        _refuse_outside(written)
-        here = [name for name in written if (folder / name).is_file()]
-        found = _hash_files(folder, here)
+        written, found = _read_twice(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=ways_out) from error
     for name, digest in written.items():
@@ -86,6 +85,29 @@ def refuse_damaged(folder: Path, *, hint: str | None = None) -> None:
                 f"{str(digest)[:12]}... when it was written (in {path.name})",
                 hint=ways_out,
             )
+
+
+def _read_twice(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the digests that were written, and those of the files that are there.
+
+    If they differ, both are read again: a run may have replaced its weights meanwhile. Files that
+    did not change since are not hashed again.
+
+    Raises:
+        OSError: a file cannot be read, the second time too.
+        ValueError: the digests cannot be used, the second time too.
+    """
+    with suppress(OSError, ValueError):
+        written, found = _read(folder)
+        if written == found:
+            return written, found
+    return _read(folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    written = read_object(folder / DIGESTS)
+    _refuse_outside(written)
+    return written, _hash_files(folder, [name for name in written if (folder / name).is_file()])
 
 
 def _hash_files(folder: Path, names: list[str]) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from pydantic import ValidationError
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import (
@@ -29,8 +30,13 @@ log = logging.getLogger("qlora")
 T = TypeVar("T")
 
 _TABLES = (
-    'a csv file is delimited by commas: put a field that contains one in quotation marks ("a, b"); '
-    "a tsv file is delimited by tabs; lines of text without columns can be a .txt file"
+    'a csv file is delimited by commas: put a field that contains one in quotation marks ("a, b"), '
+    "or name another delimiter (--delimiter ';'); a tsv file is delimited by tabs; --columns names "
+    "the columns of a table without a header; lines of text without columns can be a .txt file"
+)
+_NO_TOOLS = (
+    "the training rows declare tools, and this prompt has none, so the answer may differ from "
+    "those of training; qlora generate (and generate in Python) takes rows with a column tools"
 )
 _NO_ANSWER = "[no answer]"
 """Stand-in for the answer that a format requires and the row lacks."""
@@ -57,6 +63,7 @@ class PromptReader:
         is_plain: continue prompts as they are, without a chat template.
         system: system message for conversations that have none, in place of the recipe's; None
             takes the recipe's.
+        expects_tools: all training rows declared tools; warn of a prompt without them.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class PromptReader:
         *,
         is_plain: bool = False,
         system: str | None = None,
+        expects_tools: bool = False,
     ) -> None:
         if system is not None:
             formats = [_without_system(format) for format in formats]
@@ -72,6 +80,7 @@ class PromptReader:
         self._is_plain = is_plain
         self._system = system
         self._is_warned = False
+        self._expects_tools = expects_tools
 
     def question(self, row: Row, encoder: Encoder) -> Question:
         """Encode the prompt of a row.
@@ -94,6 +103,13 @@ class PromptReader:
         Raises:
             DataError: the row has no prompt, or tools that the prompt would leave out.
         """
+        conversation, reference = self._read(row)
+        if self._expects_tools and conversation.tools is None:
+            self._expects_tools = False  # once is enough
+            log.warning("%s", _NO_TOOLS)
+        return conversation, reference
+
+    def _read(self, row: Row) -> tuple[Conversation, str | None]:
         problem = DataError(
             f"found {', '.join(map(repr, row)) or 'nothing'}; expected messages, conversations, "
             "instruction, prompt or text"
@@ -201,37 +217,54 @@ def _unfilled(columns: list[str], num_formats: int) -> str:
     )
 
 
-def check_questions(path: Path, reader: PromptReader) -> None:
-    """Check that each row of a file has a prompt. This takes no tokenizer and no model.
+def prompt_source(path: str, *, delimiter: str | None, columns: list[str] | None) -> Source:
+    """Return a file of prompts as a source.
+
+    Args:
+        delimiter: that of a table; None takes the default of its kind.
+        columns: the column names of a table without a header.
+
+    Raises:
+        DataError: the delimiter or the columns cannot be used.
+    """
+    try:
+        return Source(path=path, delimiter=delimiter, columns=columns)
+    except ValidationError as error:
+        reasons = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+        raise DataError(f"--delimiter or --columns: {reasons}") from error
+
+
+def check_questions(source: Source, reader: PromptReader) -> None:
+    """Check that each row of a source has a prompt. This takes no tokenizer and no model.
 
     Raises:
         DataError: as `read_questions`.
     """
-    for _ in _located(path, reader.read):
+    for _ in _located(source, reader.read):
         pass
 
 
-def read_questions(path: Path, encoder: Encoder, reader: PromptReader) -> list[Question]:
-    """Read a question from each row of a file.
+def read_questions(source: Source, encoder: Encoder, reader: PromptReader) -> list[Question]:
+    """Read a question from each row of a source.
 
     Raises:
         DataError: there are no rows, or rows without a prompt (all are counted).
     """
     return [
         replace(question, prompt=replace(question.prompt, place=place))
-        for place, question in _located(path, lambda row: reader.question(row, encoder))
+        for place, question in _located(source, lambda row: reader.question(row, encoder))
     ]
 
 
-def _located(path: Path, read: Callable[[Row], T]) -> Iterator[tuple[str, T]]:
-    """Yield what each row of a file becomes, with its place.
+def _located(source: Source, read: Callable[[Row], T]) -> Iterator[tuple[str, T]]:
+    """Yield what each row of a source becomes, with its place.
 
     Raises:
         DataError: at the end, if there are no rows, or bad rows.
     """
     bad, is_empty = BadRows(), True
     try:
-        for located in Source(path=str(path)).read(bad):
+        for located in source.read(bad):
             try:
                 found = read(located.row)
             except DataError as error:
@@ -244,9 +277,9 @@ def _located(path: Path, read: Callable[[Row], T]) -> Iterator[tuple[str, T]]:
         is_setting = error.hint is not None and "data.train." in error.hint
         raise DataError(str(error), hint=_TABLES if is_setting else error.hint) from error
     if bad.count:
-        raise DataError(bad.report(str(path)), hint=_TABLES if bad.has_wrong_fields else None)
+        raise DataError(bad.report(source.path), hint=_TABLES if bad.has_wrong_fields else None)
     if is_empty:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{source.path}: no rows")
 
 
 def _by_columns(row: Row, is_plain: bool) -> Iterator[FormatConfig]:

@@ -13,6 +13,7 @@ from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.progress import Progress
 from qlora_cli.common.report import Report
 from qlora_cli.data.prompts import read_questions
+from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Completion, Sampling
 from qlora_cli.inference.session import InferenceSession
@@ -46,7 +47,7 @@ def refuse_existing(output: Path) -> None:
 
 def generate(
     session: InferenceSession,
-    prompts: Path,
+    prompts: Source,
     output: Path,
     *,
     sampling: Sampling,

@@ -24,7 +24,7 @@ from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
 from qlora_cli.recipe.load import load_recipe, recipe_of_model
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter
+from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter, run_of
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
 from qlora_cli.types import Message, ModelContext, Prompt, Role
 
@@ -66,6 +66,7 @@ class InferenceSession:
             the model.
         before_loading: is given a function that makes readers of prompts (as `reader`), before
             any weights are loaded.
+        expects_tools: all rows that the model was trained on declared tools.
 
     Attributes:
         recipe: how the model was loaded.
@@ -84,11 +85,13 @@ class InferenceSession:
         has_recipe: bool,
         tokenizer: PreTrainedTokenizerFast,
         before_loading: Callable[[MakeReader], None] | None = None,
+        expects_tools: bool = False,
     ) -> None:
         self.world = World(recipe.device)
         self.dtype = compute_dtype(recipe.quantization, recipe.training.precision, self.world)
         self.recipe = recipe
         self._tokenizer = tokenizer
+        self._expects_tools = expects_tools
         self.formats: list[FormatConfig] = (
             [source.format for source in recipe.data.train_sources] if has_recipe else []
         )
@@ -175,7 +178,10 @@ class InferenceSession:
         """
         if system not in self._readers:
             self._readers[system] = PromptReader(
-                self.formats, is_plain=self.is_plain, system=system
+                self.formats,
+                is_plain=self.is_plain,
+                system=system,
+                expects_tools=self._expects_tools,
             )
         return self._readers[system]
 
@@ -212,7 +218,7 @@ def open_session(
         session = InferenceSession(
             recipe, has_recipe=True, tokenizer=_tokenizer(recipe), before_loading=before_loading
         )
-    elif is_run(path) or is_adapter(path):
+    elif run_of(path) or is_adapter(path):
         session = _open_tuned(path, overrides, weights, before_loading)
     else:
         recipe = recipe_of_model(target, overrides)
@@ -239,6 +245,7 @@ def _open_tuned(
             has_recipe=True,
             tokenizer=load_tokenizer(trained),
             before_loading=before_loading,
+            expects_tools=run.trained_with_tools(),
         )
         session.load_full_weights(trained)
         return session
@@ -253,6 +260,7 @@ def _open_tuned(
         has_recipe=adapter.run is not None,
         tokenizer=tokenizer,
         before_loading=before_loading,
+        expects_tools=adapter.run is not None and adapter.run.trained_with_tools(),
     )
     session.add(TUNED, adapter)
     return session

@@ -28,7 +28,7 @@ from qlora_cli.adapters.base import AdapterMethod
 from qlora_cli.common.formatting import MIB, size_text
 from qlora_cli.common.hashing import hash_json
 from qlora_cli.common.report import Report
-from qlora_cli.data.prepared.first_rows import check_first_rows
+from qlora_cli.data.prepared.first_rows import check_first_bad_rows, check_first_rows
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows
 from qlora_cli.errors import ModelError
@@ -67,7 +67,7 @@ def check_compatibility(recipe: Recipe) -> CompatibilityReport:
 
     Raises:
         ModelError: by name, with the way out.
-        DataError: a source has no usable row, or has preference rows.
+        DataError: a source has no usable row, preference rows, or bad rows among the first.
     """
     found = check_model(recipe)
     _read_first_rows(recipe)
@@ -85,12 +85,14 @@ def _read_first_rows(recipe: Recipe) -> None:
     for source in [*data.train_sources, *data.evaluation_sources]:
         if not source.is_at_hand():
             continue
-        rows = source.in_file_order()
         if tokenizer is not None:
-            check_first_rows(rows, tokenizer, data, num_rows=_FIRST_ROWS, context=context)
+            check_first_rows(source, tokenizer, data, num_rows=_FIRST_ROWS, context=context)
             continue
-        for _ in islice(rows.conversations(BadRows(tries_repairs=False)), _FIRST_ROWS):
+        skip = data.on_bad_row == "skip"
+        bad = BadRows(tries_repairs=not skip)
+        for _ in islice(source.in_file_order().conversations(bad), _FIRST_ROWS):
             pass
+        check_first_bad_rows(source, bad, _FIRST_ROWS, skip=skip)
 
 
 def check_model(recipe: Recipe) -> CompatibilityReport:

@@ -201,7 +201,7 @@ def _work(report: PlanReport) -> list[str]:
         line = flop_text(report.flops)
     rate, speed, seconds = report.rate, report.tokens_per_second, report.seconds_of_training
     if speed is None or rate is ABSENT:
-        return [line]
+        return [f'{line}; for the duration, name a card, such as --device "RTX 4090"']
     (slow, fast), (low, high) = speed, rate.used
     tokens = f"{slow:,.0f} to {fast:,.0f}" if slow < fast else f"{slow:,.0f}"
     peak = rate.flops / 1e12

@@ -176,7 +176,9 @@ class Explainer:
         shared = [_num_shared(path.split("."), names) for path in paths]
         elsewhere = [p for p, count in zip(paths, shared, strict=True) if count == max(shared)]
         close = [f'"{match}"' for match in get_close_matches(key, here, n=1)]
-        return elsewhere[:3] or close
+        # `training.steps` is rather "max_steps" than `training.spike.steps`.
+        longer = [f'"{ours}"' for ours in here if name == key and ours.endswith(f"_{key}")]
+        return [*longer, *elsewhere][:3] or close
 
 
 def paths_of_key(name: str, paths: Iterable[str]) -> list[str]:

@@ -56,8 +56,12 @@ class AdapterFolder:
             RecipeError: there is no adapter.
             ModelError: a link in the folder points outside it.
         """
-        run = _run_of(path)
-        folder = run.find_weights(weights) if run is not None and run.root == path else path
+        run = run_of(path)
+        folder = path
+        if run is not None and run.root == path:
+            folder = run.find_weights(weights)
+        elif run is not None and not path.exists():
+            folder = run.find_weights("best" if path.absolute().name == "best" else "last")
         if not (folder / CONFIG).is_file():
             raise RecipeError(
                 f"{path}: no adapter ({folder / CONFIG} does not exist)",
@@ -123,8 +127,8 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def _run_of(path: Path) -> RunFolder | None:
-    """The run of this folder, or of its parent (for RUN/last and RUN/best)."""
+def run_of(path: Path) -> RunFolder | None:
+    """Return the run of this folder, or of its parent (for RUN/last and RUN/best)."""
     full = path.absolute()
     if not is_run(path) and full.name in get_args(Weights) and is_run(full.parent):
         return RunFolder(full.parent)

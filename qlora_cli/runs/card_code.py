@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from qlora_cli.adapters.bottleneck import Bottleneck
 from qlora_cli.adapters.partial import TRAINED
@@ -13,6 +14,8 @@ from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Message
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 _QUESTION = "What is the capital of France?"
 _TOOLS = (
@@ -32,15 +35,25 @@ _CONFIG_KEYS = {
 }  # fmt: skip
 
 
-def card_code(recipe: Recipe, name: str, *, is_whole: bool, has_tools: bool = False) -> list[str]:
+def card_code(
+    recipe: Recipe,
+    name: str,
+    *,
+    is_whole: bool,
+    has_tools: bool = False,
+    precision: Precision | None = None,
+) -> list[str]:
     """Return lines that load the weights of a run and generate an answer.
 
     Args:
         name: the folder of the weights.
         is_whole: the folder holds a whole model; otherwise it needs the base.
         has_tools: training rows declare tools.
+        precision: what the run computed in; None takes the recipe's.
     """
-    load = _load_whole() if is_whole else _load_on_base(recipe)
+    load = _load_whole()
+    if not is_whole:
+        load = _load_on_base(recipe, precision or recipe.training.precision)
     imports = [line for line in load if line.startswith(("from ", "import "))]
     rest = load[len(imports) :]
     return [
@@ -73,10 +86,10 @@ def _load_whole() -> list[str]:
     ]
 
 
-def _load_on_base(recipe: Recipe) -> list[str]:
+def _load_on_base(recipe: Recipe, precision: Precision) -> list[str]:
     """Load the base as in training: the adapter was trained on exactly those weights."""
     names = ["AutoTokenizer", "GenerationConfig", "TextStreamer"]
-    arguments = _base_arguments(recipe)
+    arguments = _base_arguments(recipe, precision)
     if any("BitsAndBytesConfig" in argument for argument in arguments):
         names.append("BitsAndBytesConfig")
     path = public(recipe.model.path)
@@ -105,11 +118,11 @@ def _load_on_base(recipe: Recipe) -> list[str]:
     ]
 
 
-def _base_arguments(recipe: Recipe) -> list[str]:
+def _base_arguments(recipe: Recipe, precision: Precision) -> list[str]:
     import torch
 
     precisions = {"fp16": torch.float16, "fp32": torch.float32}
-    dtype = precisions.get(recipe.training.precision, torch.bfloat16)
+    dtype = precisions.get(precision, torch.bfloat16)
     options = recipe.quantization.load_options(dtype)
     arguments = [f'dtype="{str(options["dtype"]).removeprefix("torch.")}"']
     if is_on_hub(recipe.model.path) and recipe.model.revision:

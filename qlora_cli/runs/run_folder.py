@@ -173,8 +173,7 @@ class RunFolder:
             return self.root
         folder = self.root / which
         if not folder.is_dir():
-            reason = "the run has not finished"
-            hint = f"qlora train {shlex.quote(str(self.recipe))} --resume auto"
+            reason, hint = "the run has not finished", self.ways_to_finish()
             if not any(self.checkpoints.glob("step-*")):
                 reason = "the run ended before its first checkpoint"
                 hint = f"delete {self.root}, and start the run again"
@@ -185,6 +184,20 @@ class RunFolder:
                 reason, hint = "the run was not evaluated after its first step", "--weights last"
             raise RecipeError(f"{folder} does not exist: {reason}", hint=hint)
         return folder
+
+    def ways_to_finish(self) -> str:
+        """Name the commands that give a stopped run its last weights: after all steps, or now."""
+        command = f"qlora train {shlex.quote(str(self.recipe))} --resume auto"
+        steps = [path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*")]
+        newest = max([int(step) for step in steps if step.isdecimal()], default=0)
+        if not newest:
+            return f"{command} finishes it"
+        training = (self.read_record().get("recipe") or {}).get("training") or {}
+        epochs = " --set training.epochs=null" if training.get("epochs") is not None else ""
+        return (
+            f"{command} finishes it; {command}{epochs} --set training.max_steps={newest} writes "
+            "the weights after its newest checkpoint, without further steps"
+        )
 
     def replace(self, which: Weights, write: Callable[[Path], None]) -> None:
         """Write a folder of weights next to the old one, then exchange them."""
@@ -209,6 +222,12 @@ class RunFolder:
             return read_object(self.record)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.root} is not a run folder: {error}") from error
+
+    def trained_with_tools(self) -> bool:
+        """Tell if all training rows declared tools. Records of earlier versions do not say."""
+        rows = (self.read_record().get("data") or {}).get("training") or {}
+        num_used = rows.get("num_rows", 0) - rows.get("num_lost", 0)
+        return bool(num_used) and rows.get("num_with_tools") == num_used
 
     def update_record(self, **values: object) -> None:
         """Add values to run.json, atomically."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,7 +55,7 @@ def rerun(path: Path, output: Path | None = None) -> dict[str, Any]:
     if record.get("status") != "finished":
         raise RecipeError(
             f"{path}: the run has not finished, so it has no result to compare with",
-            hint=f"qlora train {shlex.quote(str(run.recipe))} --resume auto finishes it",
+            hint=run.ways_to_finish(),
         )
     for name in get_args(Weights):
         if (run.root / name).is_dir():

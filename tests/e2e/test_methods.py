@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.data.sources import Source
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluate.evaluate import evaluate
 from qlora_cli.export.merge import merge
@@ -82,6 +83,12 @@ def test_every_method_can_be_evaluated_merged_and_generated_from(
     rows = tmp_path / "rows.jsonl"
     answers = tmp_path / "answers.jsonl"
     sampling = Sampling(max_new_tokens=8)
-    generated = generate(open_session(str(run)), rows, answers, sampling=sampling, batch_size=4)
+    generated = generate(
+        open_session(str(run)),
+        Source(path=str(rows)),
+        answers,
+        sampling=sampling,
+        batch_size=4,
+    )
     assert generated.prompts == 16
     assert generated.tokens > 0

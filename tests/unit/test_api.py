@@ -57,7 +57,9 @@ def test_python_generate_and_chat_answer_alike(session: InferenceSession, tmp_pa
     rows = [{"q": "hi"}, {"prompt": "hi"}, {"text": "hi"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sampling = Sampling(max_new_tokens=6)
-    generate(session, prompts, tmp_path / "out.jsonl", sampling=sampling, batch_size=1)
+    generate(
+        session, Source(path=str(prompts)), tmp_path / "out.jsonl", sampling=sampling, batch_size=1
+    )
     lines = (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
     said: list[str] = []
     settings = ChatSettings(said.append, lambda _: None, is_strict=True)

@@ -39,6 +39,8 @@ class EncodedRow:
     """The reason if answers are lost, in whole or in part."""
     is_typed: bool = False
     """True if its messages contain special tokens, which are encoded as plain text."""
+    is_saved_by_prompt: bool = False
+    """True if it is too long, and `cut_prompt` would keep all of its answers."""
 
     @property
     def example(self) -> Example:
@@ -77,6 +79,7 @@ def truncate_row(row: LabelledRow, max_length: int, truncate: Truncate) -> Encod
     if row.straddles is not None:
         return EncodedRow([], length, [], num_answers, row.straddles)
     reason = None
+    spare = _surplus(row, max_length)
     if length <= max_length:
         examples, kept = [row.example], length
     # A piece of a conversation would have no beginning that says whose turn it is.
@@ -86,7 +89,7 @@ def truncate_row(row: LabelledRow, max_length: int, truncate: Truncate) -> Encod
     elif truncate == "drop":
         examples, kept = [], 0
     else:
-        surplus = _surplus(row, max_length) if truncate == "cut_prompt" else 0
+        surplus = spare if truncate == "cut_prompt" else 0
         examples, kept = [_cut(row, surplus, max_length)], max_length + surplus
     turn_ends = [end for after, end in row.turn_ends if after <= kept]
     examples = [example for example in examples if example.num_supervised]
@@ -95,7 +98,8 @@ def truncate_row(row: LabelledRow, max_length: int, truncate: Truncate) -> Encod
         if not examples:
             what = "left out" if truncate == "drop" else f"{what}, nothing left to train on"
         reason = f"{length:,} tokens, data.max_length {max_length:,}: {what}"
-    return EncodedRow(examples, length, turn_ends, num_answers, reason)
+    is_saved = 0 < length - max_length == spare
+    return EncodedRow(examples, length, turn_ends, num_answers, reason, is_saved_by_prompt=is_saved)
 
 
 def join_rows(rows: list[EncodedRow]) -> EncodedRow:
@@ -108,6 +112,7 @@ def join_rows(rows: list[EncodedRow]) -> EncodedRow:
         [end for row in rows for end in row.turn_ends],
         sum(row.num_answers for row in rows),
         next((row.lost for row in rows if row.lost is not None), None),
+        is_saved_by_prompt=all(row.is_saved_by_prompt for row in rows if row.lost is not None),
     )
 
 

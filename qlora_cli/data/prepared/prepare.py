@@ -13,7 +13,7 @@ from qlora_cli.common.formatting import first_names, shortened
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow
-from qlora_cli.data.prepared.first_rows import none_usable
+from qlora_cli.data.prepared.first_rows import check_bad_rows, none_usable
 from qlora_cli.data.prepared.labels import LabelCounter
 from qlora_cli.data.prepared.mmap_dataset import (
     DatasetWriter,
@@ -300,21 +300,8 @@ def _encode(
     bad.extend(refused)
     if bad.count and not tally.counts["num_rows"]:
         raise none_usable(workers, source, bad)
-    title = source.title
-    if not skip and isinstance(source, Portion) and source.share is not None:
-        title = source.path
-        bad = _all_bad_rows(workers, source.whole()) if bad.count else bad
-    bad.check(title, skip=skip, is_listed=isinstance(source, Portion))
+    check_bad_rows(workers, source, bad, skip=skip)
     tally.counts.update(num_bad=bad.count, num_swallowed=bad.num_swallowed)
-
-
-def _all_bad_rows(workers: Workers, source: Source) -> BadRows:
-    """Find the bad rows of all portions of a source, so that one error names all of them."""
-    bad = BadRows()
-    for row, encoded in workers.encode(source.conversations(bad)):
-        if isinstance(encoded, RefusedRow):
-            bad.add(row.place, encoded.reason)
-    return bad
 
 
 def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Conversation]:

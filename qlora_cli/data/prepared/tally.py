@@ -47,6 +47,8 @@ class Tally:
         self.repaired: Counter[str] = Counter()
         """The number of used rows that each repair changed."""
         self._lost = BadRows()
+        self._num_saved = 0
+        """Rows with lost answers that `truncate: cut_prompt` would keep."""
         self._lengths = array("I")
 
     def add(self, conversation: Conversation, row: EncodedRow) -> None:
@@ -69,6 +71,7 @@ class Tally:
             self.repaired.update(conversation.repaired)
         self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
         if row.lost is not None:
+            self._num_saved += row.is_saved_by_prompt
             what = "cut" if row.examples else "left out"
             length = f"{row.length:,} tokens, data.max_length {max_length:,}"
             self._lost.add(conversation.place, f"{length}: {what}" if self.is_text else row.lost)
@@ -127,8 +130,13 @@ class Tally:
             yield f"data.max_length: {context} whole"
         if self._is_verbatim:
             yield "data.truncate: split makes several rows of a long text"
-        elif self._data.truncate != "cut_prompt":
-            yield "data.truncate: cut_prompt shortens the prompt, so that answers stay"
+        elif self._num_saved and self._data.truncate != "cut_prompt":
+            some = f" of {self._num_saved:,} of these rows"
+            which = "" if self._num_saved == self._lost.count else some
+            yield (
+                f"data.truncate: cut_prompt cuts the beginning of the prompt{which} (system "
+                "message and tools first), so that answers stay"
+            )
 
     def _check_stops(self) -> None:
         num_ends = self.turn_ends.total()

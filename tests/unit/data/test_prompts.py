@@ -12,7 +12,14 @@ import pytest
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import Messages, PromptCompletion, TemplateFormat, Text
-from qlora_cli.data.prompts import PromptReader, Question, check_questions, read_questions
+from qlora_cli.data.prompts import (
+    PromptReader,
+    Question,
+    check_questions,
+    prompt_source,
+    read_questions,
+)
+from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
 from qlora_cli.types import Message
 from tests.conftest import exit_code, make_tokenizer
@@ -26,7 +33,7 @@ HI = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 def ask(folder: Path, row: dict[str, Any], **options: Any) -> Question:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    [question] = read_questions(path, ENCODER, PromptReader(**options))
+    [question] = read_questions(Source(path=str(path)), ENCODER, PromptReader(**options))
     return question
 
 
@@ -133,6 +140,30 @@ def test_a_prompt_that_would_leave_out_tools_is_refused(
     with pytest.raises(DataError, match=wanted):
         ask(tmp_path, {**row, "tools": TOOLS}, formats=formats, is_plain=is_plain)
     assert given(ask(tmp_path, {**row, "tools": []}, formats=formats, is_plain=is_plain))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi"},
+        {"text": "hi"},
+        {"instruction": "hi"},
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+    ],
+    ids=str,
+)
+def test_a_prompt_without_the_tools_of_training_is_warned_of_once(
+    row: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = PromptReader(expects_tools=True)
+    reader.question({**row, "tools": TOOLS}, WITH_TOOLS)
+    PromptReader().question(row, WITH_TOOLS)
+    assert not caplog.records
+    for _ in range(2):
+        reader.question(row, WITH_TOOLS)
+    [line] = [record.message for record in caplog.records]
+    assert "the training rows declare tools, and this prompt has none" in line
 
 
 def test_a_template_of_the_recipe_may_write_the_tools(tmp_path: Path) -> None:
@@ -246,7 +277,7 @@ def test_without_a_template_prompts_are_continued_verbatim(
 def test_lines_of_a_text_file_are_messages(tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("hi\n\nho\n", encoding="utf-8")
-    assert [given(q) for q in read_questions(path, ENCODER, PromptReader())] == [
+    assert [given(q) for q in read_questions(Source(path=str(path)), ENCODER, PromptReader())] == [
         HI,
         HI.replace("hi", "ho"),
     ]
@@ -275,14 +306,59 @@ def test_a_table_of_prompts_is_refused_with_its_delimiter_and_quoting(
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     for read in (
-        lambda: check_questions(path, PromptReader()),
-        lambda: read_questions(path, ENCODER, PromptReader()),
+        lambda: check_questions(Source(path=str(path)), PromptReader()),
+        lambda: read_questions(Source(path=str(path)), ENCODER, PromptReader()),
     ):
         with pytest.raises(DataError) as caught:
             read()
         assert f"{path}{problem}" in str(caught.value)
         assert ("data.train" in str(caught.value.hint)) is False
         assert ('quotation marks ("a, b")' in str(caught.value.hint)) is has_hint
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "delimiter", "columns"),
+    [
+        ("a.csv", "prompt;id\nhi, you;1\n", ";", None),
+        ("a.csv", "prompt|id\nhi, you|1\n", "|", None),
+        ("a.csv", "prompt\tid\nhi, you\t1\n", "\t", None),
+        ("a.tsv", "prompt,id\nhi,1\n", ",", None),
+        ("a.csv", "1;hi, you\n", ";", ["id", "prompt"]),
+        ("a.csv", '"hi, you"\n', None, ["prompt"]),
+    ],
+)
+def test_a_table_of_prompts_may_have_another_delimiter_and_no_header(
+    tmp_path: Path, name: str, text: str, delimiter: str | None, columns: list[str] | None
+) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    source = prompt_source(str(path), delimiter=delimiter, columns=columns)
+    check_questions(source, PromptReader())
+    [question] = read_questions(source, ENCODER, PromptReader())
+    assert question.prompt.text in ("hi, you", "hi")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--delimiter", ";;"], "delimiter (';;') has to be one character"),
+        (["--delimiter", ""], "delimiter ('') has to be one character"),
+        (["--columns", "a,a"], "columns names a column twice: a, a"),
+        (["--delimiter", ";"], "a delimiter is for .csv, .tsv files"),
+        (["--columns", "a"], "columns are for .csv, .tsv files"),
+    ],
+)
+def test_options_of_a_table_are_refused(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "hi"}\n', encoding="utf-8")
+    files = ["--prompts", tmp_path / "a.jsonl", "--output", tmp_path / "out"]
+    assert exit_code("generate", tiny_model, *files, *options) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_prompts_are_read_before_the_model(
@@ -302,4 +378,4 @@ def test_rows_without_a_prompt_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"x": 1}\n{"prompt": "hi"}\n{"prompt": ""}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: found 'x'; expected.*:3:.*empty"):
-        read_questions(path, ENCODER, PromptReader())
+        read_questions(Source(path=str(path)), ENCODER, PromptReader())

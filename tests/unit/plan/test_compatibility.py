@@ -229,6 +229,7 @@ ARGUMENTS = json.dumps({"a": 1})
 CALL = {"messages": [ASK, {"role": "assistant", "tool_calls": [
     {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
 ]}]}  # fmt: skip
+CUT = {"messages": [ASK, {"role": "assistant", "content": "b" * 500}]}
 LONG = {"messages": [{"role": "user", "content": "a" * 500}, CHAT["messages"][1]]}
 
 
@@ -247,8 +248,12 @@ LONG = {"messages": [{"role": "user", "content": "a" * 500}, CHAT["messages"][1]
         ([CALL] * 120, {}, "rows.jsonl: 120 bad rows"),
         ([CALL, {"text": "a"}], {}, "rows.jsonl: 2 bad rows"),
         ([LONG] * 3, {"format": {"type": "messages"}}, "3 of 3 answers are lost"),
-        ([CALL] * 120 + [CHAT], {}, None),
-        ([CHAT, {"text": "a"}], {}, None),  # train counts the bad rows
+        ([CALL] * 120 + [CHAT], {}, "rows.jsonl: 120 bad rows"),
+        ([CHAT, {"text": "a"}], {}, "rows.jsonl: 1 bad row"),
+        ([CHAT] * 99 + [{"text": "a"}], {}, "rows.jsonl: 1 bad row"),
+        ([CHAT, CUT], {}, "1 of 2 answers are lost"),
+        ([CHAT, CUT] * 50, {}, "50 of 100 answers are lost"),
+        ([CHAT] * 19 + [CUT], {}, None),  # data.max_lost allows it
         (
             [{"prompt": "a", "chosen": "b"}],
             {"fields": {"completion": "chosen"}, **COMPLETION},
@@ -278,6 +283,29 @@ def test_validate_deep_refuses_the_rows_that_train_refuses(
     with pytest.raises(DataError) as training:
         read_recipe_data(recipe, use_cache=False)
     assert (str(training.value), training.value.hint) == (str(deep.value), deep.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "said"),
+    [
+        ([CHAT, CUT] * 60, {}, "of the first 100 rows: {path}: 50 of 100 answers are lost"),
+        ([CHAT, CUT], {"shuffle": True, "limit": 2}, "answers are lost"),
+        ([CHAT, {"text": "a"}], {"shuffle": True, "limit": 1}, "rows: 1 bad row\n"),
+    ],
+)
+def test_validate_deep_warns_of_what_other_rows_may_outweigh(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rows: list[Any],
+    settings: dict[str, Any],
+    said: str,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = {"path": str(path), **settings}
+    check_compatibility(tiny_recipe(data={"train": source, "evaluation": None}))
+    assert said.format(path=path) in caplog.text
 
 
 @pytest.mark.parametrize("number", [1, 2])

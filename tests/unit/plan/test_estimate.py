@@ -111,6 +111,7 @@ def test_duration_is_bounded_by_compute_and_bandwidth(
         ("H100", 1, "nowhere.jsonl", 1, "; training takes under a second, at"),
         ("H100", 1, "nowhere.jsonl", 20_000, "; training takes about"),
         ("24GiB", 1, "nowhere.jsonl", None, None),
+        ("24GiB", 1, "nowhere.jsonl", 20, None),
     ],
 )
 def test_a_known_card_has_a_duration_and_a_speed(
@@ -130,7 +131,10 @@ def test_a_known_card_has_a_duration_and_a_speed(
     report = plan(recipe, device=device, gpus=gpus)
     assert (report.tokens_per_second is None) == (said is None)
     assert "tokens per second" in plan_text(report) or said is None
-    assert (said or "GFLOP per token") in plan_text(report)
+    assert (said or "FLOP") in plan_text(report)
+    assert (
+        '; for the duration, name a card, such as --device "RTX 4090"' in plan_text(report)
+    ) == (said is None)
     assert " 0 s" not in plan_text(report)
     if report.tokens_per_second and report.seconds_of_training:
         slow, fast = report.tokens_per_second

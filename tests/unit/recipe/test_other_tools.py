@@ -109,6 +109,32 @@ def test_zeros_in_front_are_not_counted(load: Callable[..., object], minimal: st
     assert loaded.recipe.training.max_steps == 12  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("training.steps", '"max_steps" or "max_bad_steps" or training.spike.steps?'),
+        ("training.size", '"batch_size" or "micro_batch_size" or adapter.size?'),
+        ("training.norm", '"max_grad_norm"?'),
+        ("optimizer.rate", '"learning_rate"?'),
+        ("data.length", '"max_length"?'),
+        ("adapter.modules", '"target_modules" or "exclude_modules"?'),
+    ],
+)
+def test_the_end_of_a_key_names_the_whole_keys_of_its_section(
+    problems: Callable[..., list[str]], minimal: str, key: str, said: str
+) -> None:
+    [line] = problems(minimal, f"{key}=1")
+    assert line.rpartition("did you mean ")[2] == said
+
+
+@pytest.mark.parametrize("value", ["tool_call", "tool_calls", "function_call", "function_calling"])
+def test_a_task_for_tool_calls_is_exact_match(
+    problems: Callable[..., list[str]], minimal: str, value: str
+) -> None:
+    [line] = problems(minimal, f"evaluation.tasks=[{{type: {value}}}]")
+    assert line.endswith('; did you mean "exact_match"?')
+
+
 @pytest.mark.parametrize("key", OTHER_NAMES)
 def test_a_key_of_another_tool_names_ours_at_the_top_and_in_its_section(
     problems: Callable[..., list[str]], minimal: str, key: str

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_cli.common.digests import DIGESTS
-from qlora_cli.errors import ModelError
+from qlora_cli.common.digests import DIGESTS, refuse_damaged, write_digests
+from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.evaluate.target import find_model
 from qlora_cli.export.combine_adapters import CombineOptions, combine
 from qlora_cli.export.export import export
@@ -21,6 +22,7 @@ from qlora_cli.inspect.adapters import diff, inspect, list_adapters
 from qlora_cli.models.base import load_model
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.runs.adapter_folder import AdapterFolder
+from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.reproduce import rerun
 from qlora_cli.train.train import train
 from qlora_cli.train.warm_start import find_warm_start
@@ -83,6 +85,76 @@ READERS: dict[str, Callable[[Path], Any]] = {
         run.with_name("merged"), bnb_4bit=run.with_name("packed"), run=run
     ),
 }
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_stopped_run_names_the_way_to_its_weights(
+    folder: Path, read: Callable[[Path], Any]
+) -> None:
+    run = folder / "run"
+    _stop(run, step=1)
+    with pytest.raises(RecipeError, match="the run has not finished") as caught:
+        read(run)
+    resume = f"qlora train {run / 'recipe.yaml'} --resume auto"
+    assert caught.value.hint == (
+        f"{resume} finishes it; {resume} --set training.max_steps=1 writes the weights after its "
+        "newest checkpoint, without further steps"
+    )
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"epochs": 0.5}], ids=str)
+def test_a_stopped_run_gets_its_weights_and_can_be_continued(
+    folder: Path, length: dict[str, float]
+) -> None:
+    run = folder / "run"
+    whole = (run / "last" / WEIGHTS).read_bytes()
+    _stop(run, step=1, length=length)
+    way = RunFolder(run).ways_to_finish().partition(";")[2].partition(" writes")[0]
+    overrides = [*way.split(" --set ")[1:], f"output.dir={run}"]
+    record = train(load_recipe(run / "recipe.yaml", overrides).recipe, resume="auto")
+    assert (record["status"], record["steps"]) == ("finished", 1)
+    assert (run / "last" / WEIGHTS).read_bytes() != whole
+    AdapterFolder.find(run)
+    again = {"training.max_steps": "null", **{f"training.{key}": length[key] for key in length}}
+    overrides = [f"output.dir={run}", *(f"{key}={value}" for key, value in again.items())]
+    assert train(load_recipe(run / "recipe.yaml", overrides).recipe, resume="auto")["steps"] == 2
+    assert (run / "last" / WEIGHTS).read_bytes() == whole
+
+
+def _stop(run: Path, *, step: int, length: dict[str, float] | None = None) -> None:
+    """Make a run of two steps look as one that was stopped after a step."""
+    for name in ("last", "best", "checkpoints/step-00000002"):
+        shutil.rmtree(run / name)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    record = RunFolder(run).read_record()
+    document = record["recipe"]
+    if length is not None:
+        document["training"].update({"max_steps": None, **length})
+    RunFolder(run).update_record(status="training", recipe=document)
+    (run / "recipe.yaml").write_text(json.dumps(document), encoding="utf-8")
+
+
+@pytest.mark.parametrize("opened", [DIGESTS, WEIGHTS, "tokenizer.json", "tokenizer_config.json"])
+def test_weights_that_are_replaced_while_they_are_read_are_not_damaged(
+    folder: Path, opened: str
+) -> None:
+    last, other = folder / "run" / "last", folder / "other"
+    shutil.copytree(last, other)
+    damage(other / WEIGHTS)
+    (other / "tokenizer.json").write_text("{}", encoding="utf-8")
+    write_digests(other)
+    pending = [last / opened]
+
+    def replace(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and pending and arguments[0] in (str(pending[0]), pending[0]):
+            pending.clear()
+            last.rename(folder / "before")
+            other.rename(last)
+
+    sys.addaudithook(replace)
+    refuse_damaged(last)
+    assert not pending
+    assert (folder / "before").exists()
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)

@@ -19,6 +19,7 @@ from qlora_cli.runs.merge_report import MergeReport, UpdateReport
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.train import train
+from qlora_cli.types import Message
 from tests.conftest import CHATML, save_tiny_model
 from tests.tiny_gguf import write_gguf
 
@@ -185,6 +186,24 @@ def test_the_example_holds_the_base_as_in_training(
     assert 'dtype="bfloat16"' in code
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_the_example_computes_in_the_precision_that_ran(
+    make_run: Callable[..., RunFolder], quantization: str
+) -> None:
+    run = make_run(
+        quantization={"type": quantization}, training={"precision": "auto", "max_steps": 1}
+    )
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    (code,) = codes((run.root / "last" / "README.md").read_text())
+    assert f'dtype="{names[run.read_record()["precision"]]}"' in code
+    for precision, dtype in names.items():
+        run.update_record(precision=precision)
+        (code,) = codes(model_card(run, "last", name="mine"))
+        others = [name for name in names.values() if name != dtype]
+        assert not any(f'"{other}"' in code or f"'{other}'" in code for other in others)
+        assert f'dtype="{dtype}"' in code
+
+
 @pytest.fixture
 def run_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -306,6 +325,7 @@ def test_the_example_declares_tools_if_the_rows_do(
     run_code: Callable[..., dict[str, Any]],
     tiny_model: Path,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     template = tmp_path / "tools.jinja"
     template.write_text("{{ tools | tojson if tools }}" + CHATML, encoding="utf-8")
@@ -321,6 +341,9 @@ def test_the_example_declares_tools_if_the_rows_do(
     names = run_code(run.root / "last", tiny_model)
     prompt = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
     assert "Look up the capital of a country." in prompt
+    with caplog.at_level("WARNING"):
+        open_session(str(run.root)).reader().conversation([Message("user", "hi", train=False)])
+    assert "the training rows declare tools, and this prompt has none" in caplog.text
 
 
 def test_the_example_pins_the_revision_of_a_base_on_the_hub(

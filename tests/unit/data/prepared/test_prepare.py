@@ -225,10 +225,53 @@ def test_the_advice_about_lost_answers_gives_lengths_that_are_enough(
             data = chat_data(path, max_length=length - less, truncate="drop", max_lost=1)
             examples = make(data, tokenizer, tmp_path / f"{i}{less}").examples
             assert (len(examples) == kept) is (less == 0)
-    assert "truncate: cut_prompt" in caught.value.hint
+    assert "truncate" not in caught.value.hint  # the prompts are short
+
+
+def _talk(*texts: str) -> dict[str, Any]:
+    """A conversation in which every second text is an answer."""
+    roles = ("user", "assistant") * (len(texts) // 2)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    return {"messages": turns}
+
+
+A_LONG_PROMPT, A_LONG_ANSWER = _talk("a " * 80, "b"), _talk("a", "b " * 80)
+BOTH_LONG, MANY_TURNS = _talk("a " * 20, "b " * 80), _talk(*["a " * 5] * 18)
+
+
+@pytest.mark.parametrize("truncate", ["cut_end", "drop", "split", "cut_prompt"])
+@pytest.mark.parametrize(
+    ("rows", "number"),
+    [
+        ([A_LONG_PROMPT] * 3, 3),
+        ([A_LONG_PROMPT, A_LONG_ANSWER], 1),
+        ([A_LONG_ANSWER] * 2, 0),
+        ([BOTH_LONG], 0),
+        ([MANY_TURNS] * 2, 0),  # the first answer follows almost at once
+        ([MANY_TURNS, A_LONG_PROMPT], 1),
+    ],
+    ids=["long prompts", "one of two", "long answers", "both long", "many turns", "many and long"],
+)
+def test_cutting_prompts_is_advised_where_it_keeps_answers(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    truncate: str,
+    rows: list[Any],
+    number: int,
+) -> None:
+    path, settings = tmp_path / "rows.jsonl", {"max_length": 60, "truncate": truncate}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = Data.model_validate({"train": {"path": str(path)}, "max_lost": 0, **settings})
+    is_cut = truncate == "cut_prompt"
+    if number == len(rows) and is_cut:
+        assert make(data, tokenizer, tmp_path / "set").num_lost_answers == 0
+        return
     with pytest.raises(TooManyLost) as caught:
-        make(chat_data(path, max_length=40, truncate="cut_prompt"), tokenizer, tmp_path / "cut")
-    assert "truncate" not in caught.value.hint
+        make(data, tokenizer, tmp_path / "set")
+    hint = str(caught.value.hint)
+    assert ("data.truncate: cut_prompt" in hint) == (number > 0 and not is_cut)
+    some = f"the prompt of {number} of these rows (system message and tools first)"
+    assert (some in hint) == (0 < number < len(rows) and not is_cut)
 
 
 def test_lost_texts_are_reported_as_texts_and_may_be_split(
