@@ -207,7 +207,7 @@ def test_no_option_is_removed() -> None:
         },
         "export": {"model", "--gguf", "--bnb-4bit", "--run", "--json", *talk},
         "chat": speak,
-        "generate": {*speak, "--prompts", "--output", "--batch-size"},
+        "generate": {*speak, "--prompts", "--output", "--batch-size", "--delimiter", "--columns"},
         "adapters list": {"folder", "--json", *talk},
         "adapters inspect": {"adapter", "--json", *talk},
         "adapters diff": {"first", "second", "--json", *talk},
