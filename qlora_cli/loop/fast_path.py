@@ -124,14 +124,18 @@ def prepare_layers(
         model: the base with its adapter.
 
     Returns:
-        The kernels that the layers got: "plain" if none could be replaced.
+        The kernels that the layers got: "plain" if none could be replaced, "fused" if those of
+        "compiled" cannot be used here.
     """
     fused, kernels = 0, options.kernels
     held: Any = base.get_input_embeddings().weight.dtype
     if kernels != "plain" and held == options.dtype:
         ops = Elementwise.in_blocks(options.device.block_values)
         if kernels == "compiled":
-            ops = _compiled_elementwise(model, base.device, options)
+            if compiled := _compiled_elementwise(model, base.device, options, plain=ops):
+                ops = compiled
+            else:
+                kernels = "fused"
         fused = fuse_layers(model, _RECOMPUTE[checkpointing], ops, options.device.attention)
     num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
     # Fused layers recompute by themselves. A method may have left some or all layers unfused.
@@ -174,19 +178,19 @@ def _offload(base: PreTrainedModel, host: HostMemory | None) -> None:
 
 
 def _compiled_elementwise(
-    model: nn.Module, device: torch.device, options: ComputeOptions
-) -> Elementwise:
-    """Return compiled element-wise work; plain, with a warning, if it cannot be compiled here."""
+    model: nn.Module, device: torch.device, options: ComputeOptions, *, plain: Elementwise
+) -> Elementwise | None:
+    """Return compiled element-wise work; None, with a warning, if it cannot be used here."""
     if options.compiled is not None:
         return options.compiled.elementwise
     ops, norms_heads = Elementwise.compiled(), has_head_norms(model)
 
     def try_out(some: Elementwise) -> dict[str, Tensor]:
-        return some.try_out(device, options.dtype, norms_heads=norms_heads)
+        # Forked each time, so that both draw the same arguments.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return some.try_out(device, options.dtype, norms_heads=norms_heads)
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        plain = Elementwise.in_blocks(options.device.block_values)
-        return ops if _can_compile(lambda: try_out(ops), try_out(plain)) else plain
+    return ops if _can_compile(lambda: try_out(ops), try_out(plain)) else None
 
 
 def loss_kernel(kernels: Kernels, device: torch.device, options: ComputeOptions) -> CrossEntropy:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from qlora_cli.kernels.attention import PerDocumentAttention, attend, attend_backward
-from qlora_cli.kernels.cross_entropy import compiled_cross_entropy, cross_entropy
+from qlora_cli.kernels.cross_entropy import cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.loop.fast_path import Checkpointing, ComputeOptions, loss_kernel, prepare_layers
 from tests.parity.tiny_layers import adapted, base, batch, distance, fused, loss_and_gradients
 
 
@@ -158,21 +159,29 @@ def test_small_update_survives_bfloat16_where_pefts_order_loses_it(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("kind", "recompute"),
-    [("llama", "mlp"), ("qwen3", "none"), ("qwen3", "mlp"), ("qwen3", "all")],
+    ("kind", "checkpointing", "recompute"),
+    [
+        ("llama", "mlp", "mlp"),
+        ("qwen3", False, "none"),
+        ("qwen3", "mlp", "mlp"),
+        ("qwen3", True, "all"),
+    ],
 )
 def test_compiled_elementwise_work_equals_the_plain_one(
-    tmp_path: Path, kind: str, recompute: Recompute, dtype: torch.dtype
+    tmp_path: Path,
+    kind: str,
+    checkpointing: Checkpointing,
+    recompute: Recompute,
+    dtype: torch.dtype,
 ) -> None:
-    def model() -> Any:
-        return adapted(base(kind, tmp_path / "base", dtype, "nf4"), ours=True)
-
-    ops = Elementwise.compiled()
-    ops.try_out(torch.device("cpu"), dtype, norms_heads=kind == "qwen3")
-    expected, gradients = loss_and_gradients(fused(model(), recompute), dtype)
-    found, ours = loss_and_gradients(
-        fused(model(), recompute, ops), dtype, compiled_cross_entropy()
-    )
+    plain = adapted(base(kind, tmp_path / "base", dtype, "nf4"), ours=True)
+    expected, gradients = loss_and_gradients(fused(plain, recompute), dtype)
+    inner = base(kind, tmp_path / "base", dtype, "nf4")
+    model, options = adapted(inner, ours=True), ComputeOptions(dtype, "compiled")
+    kernels = prepare_layers(model, inner, checkpointing, options)
+    assert kernels == "compiled"
+    compiled = loss_kernel(kernels, torch.device("cpu"), options)
+    found, ours = loss_and_gradients(model, dtype, compiled)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # rounding between operations
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     assert distance(ours, gradients) < 5 * tolerance

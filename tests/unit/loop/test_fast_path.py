@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import cross_entropy
-from qlora_cli.loop.fast_path import _can_compile, use_padding_free
+from qlora_cli.loop.fast_path import (
+    ComputeOptions,
+    _can_compile,
+    prepare_layers,
+    use_padding_free,
+)
 from qlora_cli.types import Example
+from tests.parity.tiny_layers import adapted, base
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "one value": lambda found: found.index_fill(0, torch.tensor([3]), 2.0),
@@ -67,6 +74,30 @@ def test_a_compiler_that_fails_leaves_the_plain_kernels(
     assert line.startswith(
         f"kernels cannot be compiled, so steps are slower: {type(error).__name__}"
     )
+
+
+# torch.compile imports parts of torch that warn of their own age.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_layers_get_compiled_kernels_if_they_compute_the_same(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    inner = base(kind, tmp_path / "base", dtype, "none")
+    model, options = adapted(inner, ours=True), ComputeOptions(dtype, "compiled")
+    before = torch.get_rng_state()
+    with torch.compiler.set_stance("force_eager"):  # compiles nothing: the functions are equal
+        assert prepare_layers(model, inner, checkpointing=False, options=options) == "compiled"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# torch.compile imports parts of torch that warn of their own age.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_layers_are_fused_if_nothing_can_be_compiled(tmp_path: Path) -> None:
+    inner = base("llama", tmp_path / "base", torch.float32, "none")
+    model, options = adapted(inner, ours=True), ComputeOptions(torch.float32, "compiled")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert prepare_layers(model, inner, checkpointing=False, options=options) == "fused"
 
 
 def test_a_refused_model_keeps_the_attention_of_the_recipe(
