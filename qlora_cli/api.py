@@ -13,7 +13,7 @@ from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.inference.sampling import Sampling
 from qlora_cli.inference.session import InferenceSession, limit_sampling, open_session
-from qlora_cli.models.context import check_length
+from qlora_cli.models.context import check_length, check_prompts
 from qlora_cli.runs.run_folder import Weights
 from qlora_cli.tasks import Classification
 from qlora_cli.tasks.choice import encode_choice
@@ -150,7 +150,9 @@ class Model:
             answer=0,
             place="",
         )
-        check_length(max(len(one.input_ids) for one in item.examples), self._model.context)
+        # Less one: a label in the row takes no further token.
+        longest = max(len(one.input_ids) for one in item.examples)
+        check_length(longest - 1, self._model.context)
         with self._session.use(self._model) as generator:
             log_p = ModelScorer(
                 self._model.name,
@@ -174,13 +176,11 @@ class Model:
         for number, prompt in enumerate(prompts):
             try:
                 question = self._reader.question(_row(prompt), self._model.encoder).prompt
-                check_length(
-                    len(question.input_ids), self._model.context, hint="shorten the prompt"
-                )
             except DataError as error:
                 place = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise DataError(f"{place}{error}", hint=error.hint) from error
             questions.append(question)
+        check_prompts(questions, self._model.context)
         with self._session.use(self._model) as generator:
             found = dict(generator.complete(questions, sampling, batch_size=batch_size))
         return [found[index].text for index in range(len(prompts))]

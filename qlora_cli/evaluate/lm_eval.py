@@ -13,6 +13,7 @@ from qlora_cli.common.report import Report
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.target import find_model
+from qlora_cli.models.context import context_of
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.runs.run_folder import Weights
 
@@ -57,8 +58,6 @@ def evaluate_by_harness(
         QloraError: the harness is not installed, has no such task, or the model cannot be loaded.
     """
     quiet_libraries()
-    from qlora_cli.adapters.layers.virtual_tokens import context_of
-
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

@@ -60,7 +60,8 @@ def generate(
         system: system message for conversations without one.
 
     Raises:
-        DataError: a row has no prompt, or a prompt does not fit into the context.
+        DataError: a row has no prompt, or a prompt does not fit into a context whose positions are
+            a table.
     """
     model = session.default
     rows = read_questions(prompts, model.encoder, session.reader(system))

@@ -15,7 +15,7 @@ from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.data.batching.collate import prompt_batches
 from qlora_cli.errors import RecipeError
-from qlora_cli.models.context import check_prompts, limit_new_tokens
+from qlora_cli.models.context import check_prompts, context_of, limit_new_tokens
 from qlora_cli.types import Prompt
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ class TextGenerator:
         Raises:
             DataError: a prompt leaves no room in a context whose positions are a table.
         """
-        from qlora_cli.adapters.layers.virtual_tokens import context_of
-
         context = context_of(self.model)
+        # Where positions are computed, the commands have warned.
         if context is not None and context.is_table:
             check_prompts(prompts, context)
         # Prompts whose completions have another limit are in other batches.

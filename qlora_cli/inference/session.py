@@ -18,7 +18,7 @@ from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Sampling, TextGenerator
-from qlora_cli.models.context import check_length, limit_new_tokens
+from qlora_cli.models.context import check_length, context_of, limit_new_tokens
 from qlora_cli.models.identity import identify
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
@@ -114,8 +114,6 @@ class InferenceSession:
             RecipeError: the name is taken.
             ModelError: the adapter was trained on another base.
         """
-        from qlora_cli.adapters.layers.virtual_tokens import context_of
-
         if name in self.models:
             raise RecipeError(f"--adapter: duplicate name {name}; give each adapter its own name")
         tokenizer, stops = self._tokenizer, set(as_ids(self._base.generation_config.eos_token_id))
@@ -156,7 +154,8 @@ class InferenceSession:
         """Encode a conversation so that the model answers its last message.
 
         Raises:
-            DataError: the chat template rejects the messages, or they do not fit into the context.
+            DataError: the chat template rejects the messages, or they do not fit into a context
+                whose positions are a table.
         """
         role: Role = "assistant"
         turns = list(messages)

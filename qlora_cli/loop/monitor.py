@@ -14,6 +14,7 @@ from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.distributed.world import is_out_of_memory
 from qlora_cli.errors import OutOfMemory, TrainingError
 from qlora_cli.loop.setup import Setup
+from qlora_cli.models.context import context_of
 from qlora_cli.models.report import held_bytes
 from qlora_cli.recipe.sections import SpikeDetection, Training
 from qlora_cli.runs.checkpoint import random_states, set_random_states
@@ -213,8 +214,6 @@ class TrainingMonitor:
         if not settings.gradient_checkpointing:
             advice.append("--set training.gradient_checkpointing=true")
         length = halved_max_length(batches, max_length=self._max_length, is_packed=self._is_packed)
-        from qlora_cli.adapters.layers.virtual_tokens import context_of
-
         context = context_of(self._setup.model)
         if length is not None:
             length = min(length, context.length) if context else length

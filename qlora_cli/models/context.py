@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.types import ModelContext, Prompt
+
+log = logging.getLogger("qlora")
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 """Names of the number of positions in config.json, by how many models use each."""
@@ -43,6 +46,22 @@ def read_context(config: Mapping[str, Any], virtual_tokens: int = 0) -> ModelCon
     return ModelContext(length - virtual_tokens, is_table, virtual_tokens)
 
 
+def context_of(model: Any) -> ModelContext | None:
+    """Return the context of a loaded model, less the virtual tokens of its active adapter.
+
+    Raises:
+        ModelError: the virtual tokens take all positions.
+    """
+    # `quiet_libraries` has to run before PEFT imports transformers.
+    from peft import PeftModel
+
+    number = 0
+    if isinstance(model, PeftModel) and model.has_active_enabled_adapter:
+        settings = model.active_peft_config
+        number = settings.num_virtual_tokens if settings.is_prompt_learning else 0
+    return read_context(model.config.to_dict(), number)
+
+
 def limit_new_tokens(length: int, wanted: int, context: ModelContext | None) -> int:
     """Limit new tokens to what the context leaves after a prompt of this length.
 
@@ -57,20 +76,29 @@ def limit_new_tokens(length: int, wanted: int, context: ModelContext | None) -> 
 def check_length(
     length: int, context: ModelContext | None, *, place: str = "", hint: str | None = None
 ) -> None:
-    """Raise DataError if a prompt of this length leaves no room in the context for an answer."""
-    if context is not None and length >= context.length:
-        where = f"{place}: " if place else ""
-        raise DataError(
-            f"{where}the context is full: the prompt has {length:,} tokens, and the model has "
-            f"room for {context.text}",
-            hint=hint,
-        )
+    """Warn of a prompt that leaves no room in the context for an answer.
+
+    Raises:
+        DataError: there is no room, and the positions are a table.
+    """
+    if context is None or length < context.length:
+        return
+    problem = (
+        f"{place}{': ' * bool(place)}the context is full: the prompt has {length:,} tokens, and "
+        f"the model has room for {context.text}"
+    )
+    if context.is_table:
+        raise DataError(problem, hint=hint)
+    log.warning("%s: it was not trained on such positions%s", problem, f"; {hint}" * bool(hint))
 
 
 def check_prompts(prompts: Sequence[Prompt], context: ModelContext | None) -> None:
-    """Raise DataError if prompts leave no room in the context for an answer.
+    """Warn once of prompts that leave no room in the context for an answer.
 
     The message names the first of them by its place, or else by its number from 0.
+
+    Raises:
+        DataError: there is no room, and the positions are a table.
     """
     if context is None:
         return
@@ -82,7 +110,7 @@ def check_prompts(prompts: Sequence[Prompt], context: ModelContext | None) -> No
     hint = "shorten the prompt, or remove it"
     if len(full) > 1:
         hint = f"{len(full)} prompts are as long as the context or longer; shorten or remove them"
-    place = prompts[first].place or f"prompt {first}"
+    place = prompts[first].place or (f"prompt {first}" if len(prompts) > 1 else "")
     check_length(lengths[first], context, place=place, hint=hint)
 
 

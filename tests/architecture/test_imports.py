@@ -57,15 +57,34 @@ def test_a_file_imports_its_own_folder_and_those_below(path: Path) -> None:
     assert [name for name in imported_units(path) if ORDER.index(name) < own] == []
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Count what is imported on loading; an import inside a function may point back."""
+def load_time_graph() -> dict[str, set[str]]:
+    """Map each file to the files that it loads; an import inside a function is none of them."""
     names = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in FILES}
-    graph = {
+    return {
         name: {found for full in imports(at_load_time(parse(path)))
                for found in (full, full.rpartition(".")[0]) if found in names and found != name}
         for name, path in names.items()
     }  # fmt: skip
-    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    tuple(TopologicalSorter(load_time_graph()).static_order())  # raises CycleError
+
+
+def test_no_file_loads_transformers_before_it_is_quiet() -> None:
+    """`quiet_libraries` turns off the Hub's telemetry, and has to run first.
+
+    A file that subclasses classes of PEFT loads it, and is itself imported inside functions.
+    """
+    loading = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in FILES
+        for name in imports(at_load_time(parse(path)))
+        if name.partition(".")[0] in ("transformers", "peft")
+    }
+    assert loading
+    users = {name: found & loading for name, found in load_time_graph().items() if found & loading}
+    assert not users, f"import these inside a function: {users}"
 
 
 def test_only_distributed_knows_accelerate() -> None:

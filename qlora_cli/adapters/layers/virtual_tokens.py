@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from qlora_cli.common.decoder import decoder_of
 from qlora_cli.common.eval_mode import eval_mode
-from qlora_cli.models.context import read_context
-from qlora_cli.types import ModelContext
 
 _KINDS = (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING)
 
@@ -47,19 +45,6 @@ def virtual_token_weight(model: PeftModel) -> nn.Parameter:
     """Return the trained weight: (V, D) for a prompt, (V, 2 * layers * D) for a prefix."""
     weight: nn.Parameter = model.prompt_encoder[model.active_adapter].embedding.weight
     return weight
-
-
-def context_of(model: Any) -> ModelContext | None:
-    """Return the context of a loaded model, less the virtual tokens of its active adapter.
-
-    Raises:
-        ModelError: the virtual tokens take all positions.
-    """
-    number = 0
-    if isinstance(model, PeftModel) and model.has_active_enabled_adapter:
-        settings = model.active_peft_config
-        number = settings.num_virtual_tokens if settings.is_prompt_learning else 0
-    return read_context(model.config.to_dict(), number)
 
 
 class _DecoderHooks:

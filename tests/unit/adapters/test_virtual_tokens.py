@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from qlora_cli.adapters import LoRA, PrefixTuning, PromptTuning
-from qlora_cli.adapters.layers.virtual_tokens import context_of
 from qlora_cli.adapters.switch import AdapterSet
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.inference.session import open_session
+from qlora_cli.models.context import context_of
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.compatibility import refuse_long_rows
 from qlora_cli.recipe.schema import Recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,24 @@ def test_every_stop_token_ends_an_answer(session: InferenceSession) -> None:
     assert session.default.stop_token_ids == [session.default.tokenizer.eos_token_id]
 
 
-def test_a_full_context_is_reported(tmp_path: Path) -> None:
+def test_a_full_context_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = save_tiny_model(tmp_path / "small", max_position_embeddings=64)
     talk = Talk(open_session(str(small)), sampling={"max_new_tokens": 50})
     talk("hi")
     assert "the context is full; /reset clears the conversation" in talk.notes
+    caplog.clear()
+    assert talk("x" * 64)
+    [record] = [record for record in caplog.records if record.name == "qlora"]
+    assert re.search(r"the context is full: .* room for 64 .* not trained", record.getMessage())
+    assert "drop the earlier ones (/reset" in record.getMessage()
+
+
+def test_a_prompt_without_a_position_is_refused(tmp_path: Path) -> None:
+    small = save_tiny_model(tmp_path / "small", family="OPT", max_position_embeddings=64)
+    talk = Talk(open_session(str(small)))
     with pytest.raises(DataError, match=r"the context is full: .* room for 64") as caught:
         talk("x" * 64)
-    assert "drop the earlier ones (/reset" in str(caught.value.hint)
+    assert caught.value.hint == "shorten the message"
     easy = Talk(talk.session, settings={"is_strict": False})
     easy("x" * 64)
     assert easy.notes[0].startswith("the context is full")

@@ -96,18 +96,27 @@ def test_new_tokens_are_limited_to_the_context(
         ),
         ([40, 3, 33], "", "prompt 0: the context is full: the prompt has 40 tokens", "2 prompts"),
         ([32], "rows.jsonl:7", "rows.jsonl:7: the context is full", "shorten the prompt"),
+        ([32], "", "the context is full", "shorten the prompt"),
     ],
 )
-def test_prompts_as_long_as_the_context_are_refused(
-    lengths: list[int], place: str, message: str, hint: str
+def test_prompts_as_long_as_the_context_are_refused_or_one_warning(
+    caplog: pytest.LogCaptureFixture, lengths: list[int], place: str, message: str, hint: str
 ) -> None:
     prompts = [Prompt([65] * length, "", place=place) for length in lengths]
     check_prompts(prompts, None)
-    check_prompts(prompts, ModelContext(41, is_table=True))
-    with pytest.raises(DataError, match=message) as caught:
-        check_prompts(prompts, ModelContext(32, is_table=False))
+    for is_table in (False, True):
+        check_prompts(prompts, ModelContext(41, is_table=is_table))
+    assert not caplog.records
+    with pytest.raises(DataError) as caught:
+        check_prompts(prompts, ModelContext(32, is_table=True))
+    assert str(caught.value).startswith(message)
     assert str(caught.value).endswith("the model has room for 32 tokens")
     assert str(caught.value.hint).startswith(hint)
+    check_prompts(prompts, ModelContext(32, is_table=False))
+    [record] = caplog.records
+    assert record.getMessage() == (
+        f"{caught.value}: it was not trained on such positions; {caught.value.hint}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
