@@ -221,7 +221,10 @@ def _read_mergeable_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) 
     config: Any = read_config(folder, shapes)
     kind = str(config.peft_type.value)
     if kind not in MERGEABLE:
-        raise ModelError(f"{folder} is a {kind} adapter; only {', '.join(MERGEABLE)} can be merged")
+        raise ModelError(
+            f"{folder} is a {kind} adapter; only {', '.join(MERGEABLE)} can be merged",
+            hint="load it beside its base: qlora chat, or PEFT's AutoPeftModelForCausalLM",
+        )
     refuse_changed_base(config, folder)
     if getattr(config, "layer_replication", None):
         raise ModelError(f"{folder}: layer_replication makes layers that the base does not have")

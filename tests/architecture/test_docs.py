@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic.fields import FieldInfo
 from typer.main import get_command
 
+from qlora_cli.adapters import AdapterConfig
 from qlora_cli.cli import app
-from qlora_cli.recipe.field_types import key_paths
+from qlora_cli.data.formats import FormatConfig
+from qlora_cli.models.quantization import QuantizationConfig
+from qlora_cli.objectives import ObjectiveConfig
+from qlora_cli.optim.optimizers import OptimizerConfig
+from qlora_cli.optim.schedules import ScheduleConfig
+from qlora_cli.recipe.field_types import FieldType, key_paths, type_names
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks import TaskConfig
 from tests.pages import BLOCKS, PAGES, ROOT, Block
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
@@ -162,6 +170,37 @@ def test_the_index_lists_every_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_to_local_files_exist(page: Path) -> None:
     assert not [target for target in links(page) if not target.exists()]
+
+
+LISTED = [
+    ("README.md", "adapter", AdapterConfig),
+    ("README.md", "quantization", QuantizationConfig),
+    ("README.md", "data.train.format", FormatConfig),
+    ("README.md", "objective", ObjectiveConfig),
+    ("README.md", "optimizer", OptimizerConfig),
+    ("README.md", "evaluation.tasks", TaskConfig),
+    ("docs/methods.md", "adapter", AdapterConfig),
+    ("docs/optimizers.md", "optimizer", OptimizerConfig),
+    ("docs/optimizers.md", "schedule", ScheduleConfig),
+    ("docs/evaluation.md", "evaluation.tasks", TaskConfig),
+]
+"""Pages that list the types of a section."""
+
+
+@pytest.mark.parametrize(
+    ("page", "section", "union"), LISTED, ids=[f"{page}-{section}" for page, section, _ in LISTED]
+)
+def test_a_page_names_every_type_of_a_section(page: str, section: str, union: Any) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    variants = FieldType.of(FieldInfo.from_annotation(union)).sections
+    missing = [
+        name
+        for name in (type_names(variant)[0] for variant in variants)
+        if not any(f"`{name}`" in row for row in rows)
+    ]
+    assert variants
+    assert not missing, f"{page}: add {', '.join(missing)} to the table of {section}.type"
 
 
 def test_the_readmes_short_recipe_equals_the_quickstarts(tmp_path: Path) -> None:

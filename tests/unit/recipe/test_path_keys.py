@@ -53,9 +53,12 @@ def is_path(info: FieldInfo) -> bool:
 def test_every_key_that_takes_text_is_a_path_or_known_not_to_be() -> None:
     """A new key that takes text belongs into one of the two lists."""
     keys = dict(text_keys(Recipe))
-    assert {key for key, info in keys.items() if is_path(info)} == set(PATHS)
-    others = {key.rpartition(".")[2] for key in keys if key not in PATHS}
-    assert others <= NOT_PATHS
+    paths = {key for key, info in keys.items() if is_path(info)}
+    assert paths == set(PATHS), f"list in PATHS, with an override: {sorted(paths ^ set(PATHS))}"
+    new = {key.rpartition(".")[2] for key in keys if key not in PATHS} - NOT_PATHS
+    assert not new, (
+        f"list in NOT_PATHS, or declare as a UserPath and list in PATHS: {', '.join(sorted(new))}"
+    )
 
 
 @pytest.mark.parametrize("override", PATHS.values(), ids=PATHS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from types import UnionType
-from typing import Annotated, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 from annotated_types import BaseMetadata
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from qlora_cli.common.config import Config, field_docs
@@ -106,8 +107,17 @@ def test_keys_are_found_at_every_depth() -> None:
     sections = {
         path for path in key_paths(Recipe) if any(key.startswith(f"{path}.") for key in found)
     }
-    only_one = {"objective", "objective.type"}  # a section with a single variant, and no settings
-    assert set(key_paths(Recipe)) - sections - only_one == found
+    assert set(key_paths(Recipe)) - sections - set(without_settings(Recipe)) == found
+
+
+def without_settings(part: type[Config], prefix: str = "") -> Iterator[str]:
+    """Yield each section that has a single variant and no settings, and its `type`."""
+    for name, info in part.model_fields.items():
+        key, field_type = f"{prefix}{name}", FieldType.of(info)
+        for below in field_type.sections:
+            if not field_type.variants and set(below.model_fields) == {"type"}:
+                yield from (key, f"{key}.type")
+            yield from without_settings(below, f"{key}.")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +179,21 @@ def test_every_section_and_key_is_documented(part: type[Config]) -> None:
             f"{part.__name__}.{name} has no docstring"
         )
         assert FieldType.of(info).words(), f"the loader cannot read {part.__name__}.{name}"
+
+
+@pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))
+def test_every_default_is_an_allowed_value(part: type[Config]) -> None:
+    """pydantic does not check defaults."""
+    for name, info in part.model_fields.items():
+        if info.is_required():
+            assert name != "type", f'{part.__name__}.type: write Literal["name"] = "name"'
+            continue
+        default = info.get_default(call_default_factory=True)
+        kind: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info])
+        try:
+            kind.validate_python(default, strict=True)
+        except ValidationError as error:
+            pytest.fail(f"{part.__name__}.{name} has a default that is not allowed: {error}")
 
 
 @pytest.mark.parametrize("part", sorted(parts_of(Recipe), key=lambda part: part.__name__))

@@ -31,7 +31,7 @@ from qlora_cli.recipe.schema import Recipe
         (
             "adapter: {type: full, r: 8}\n",
             'recipe.yaml:4:23  adapter.r: FullFineTune has no "r"; ...; r belongs to type lora, '
-            "adalora, vera, loha, lokr, hra",
+            "adalora, ...",
         ),
         ("output_dir: x\n", "recipe.yaml:4:1  output_dir: ...; did you mean output.dir?"),
         ("zzz: 1\n", 'recipe.yaml:4:1  zzz: a recipe has no "zzz"; it takes ...output, device'),
