@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 MIB, GIB = 2**20, 2**30
@@ -24,6 +25,13 @@ def value_text(value: object) -> str:
     if isinstance(value, str):
         return f'"{shortened(value)}"'
     return shortened(str(value))
+
+
+def did_you_mean(text: str, options: Collection[str]) -> str:
+    """Return the most similar of some options as a question, with a space before; "" if none is."""
+    near = get_close_matches(text.casefold(), [one.casefold() for one in options], n=1)
+    found = [one for one in options if one.casefold() in near]
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def first_names(names: Collection[str], number: int) -> str:

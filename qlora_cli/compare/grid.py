@@ -13,10 +13,12 @@ from pathlib import Path
 import yaml
 
 from qlora_cli.common.config import Config
+from qlora_cli.common.formatting import did_you_mean
 from qlora_cli.common.hashing import hash_text
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.field_types import FieldType, key_paths
 from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.other_tools import OTHER_NAMES
 from qlora_cli.recipe.schema import Recipe
 
 _QLORA = ("quantization.type=nf4", "quantization.double_quant=true", "adapter.type=lora")
@@ -242,7 +244,11 @@ def method_keys(name: str) -> list[str]:
         return ["quantization.type=none", f"adapter.type={name}"]
     if name in _types("quantization"):
         return [f"quantization.type={name}", "adapter.type=lora"]
-    raise RecipeError(f"--methods: unknown method {name}; choose from {', '.join(method_names())}")
+    names = method_names()
+    raise RecipeError(
+        f"--methods: unknown method {name}{did_you_mean(name, names)}; choose from "
+        f"{', '.join(names)}"
+    )
 
 
 def _types(section: str) -> list[str]:
@@ -298,9 +304,14 @@ def _rate(text: str) -> tuple[str, str]:
 
 def _refuse_unknown(key: str) -> None:
     plain = re.sub(r"\[\d+\]|\.\d+(?=\.)", "", key)
-    if plain not in set(key_paths(Recipe)):
+    keys = list(dict.fromkeys(key_paths(Recipe)))
+    if plain not in keys:
+        section, _, name = plain.rpartition(".")
+        ours = OTHER_NAMES.get(name, name)
+        here = [one for one in keys if one in (ours, f"{section}.{ours}")]
+        question = f" (did you mean {here[0]}?)" if here else did_you_mean(plain, keys)
         raise RecipeError(
-            f"{key} is not a recipe key", hint="docs/reference/recipe.md lists all keys"
+            f"{key} is not a recipe key{question}", hint="docs/reference/recipe.md lists all keys"
         )
 
 

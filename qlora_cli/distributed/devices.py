@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from qlora_cli.common.formatting import GIB
+from qlora_cli.common.formatting import GIB, did_you_mean
 from qlora_cli.errors import RecipeError
 
 Device = Literal["cpu", "cuda"]
@@ -95,7 +95,7 @@ def find_target(name: str, number: int = 1) -> Target:
             return replace(card, number=number)
     refuse_several(name)
     raise RecipeError(
-        f"--device: {name} is unknown",
+        f"--device: {name} is unknown{did_you_mean(name, [card.name for card in CARDS])}",
         hint="use cpu, cuda, an amount of memory such as 24GiB, or one of "
         + ", ".join(card.name for card in CARDS),
     )

@@ -14,6 +14,7 @@ from qlora_cli.adapters.files import WEIGHTS
 from qlora_cli.adapters.low_rank import Update, read_updates, weighted_sum
 from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.digests import write_digests
+from qlora_cli.common.formatting import did_you_mean
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
@@ -71,7 +72,10 @@ def combine(
     shares = _weights(paths, weights)
     method, density = options.method, options.density
     if method not in METHODS:
-        raise RecipeError(f"--method: unknown method {method}; choose from {', '.join(METHODS)}")
+        raise RecipeError(
+            f"--method: unknown method {method}{did_you_mean(method, METHODS)}; choose from "
+            f"{', '.join(METHODS)}"
+        )
     if METHODS[method] and density == 0:
         raise RecipeError(f"--density: 0 drops every value; {method} needs more than 0, up to 1")
     places = [AdapterFolder.find(path) for path in paths]

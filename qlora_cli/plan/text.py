@@ -102,7 +102,10 @@ def _rows_line(rows: LargestRows) -> str:
     largest = dict.fromkeys((h, w) for step in rows.micro_batches for h, w in step)
     shapes = ", ".join(f"{height} x {width}" for height, width in largest)
     steps = "" if rows.steps is None else f"; {rows.steps:,} steps, {rows.tokens:,} tokens"
-    return f"largest micro-batches: {shapes} tokens (from {rows.from_}){steps}"
+    # Where a model allows it, the rows of a micro-batch are one sequence without padding.
+    is_joined = any(width > rows.longest for _, width in largest)
+    joined = "rows joined without padding, " if is_joined else ""
+    return f"largest micro-batches: {shapes} tokens ({joined}from {rows.from_}){steps}"
 
 
 def _warnings(report: PlanReport) -> list[str]:

@@ -43,7 +43,8 @@ def test_every_adapter_and_quantization_is_a_method() -> None:
     assert set(method_names()) == {*adapters, *quantizations, "qlora"} - {"none"}
     assert method_keys("full") == ["quantization.type=none", "adapter.type=full"]
     assert method_keys("int8") == ["quantization.type=int8", "adapter.type=lora"]
-    with pytest.raises(RecipeError, match=r"--methods: unknown method loar; choose from .*full, "):
+    asked = r"--methods: unknown method loar \(did you mean lora\?\); choose from .*full, "
+    with pytest.raises(RecipeError, match=asked):
         method_keys("loar")
 
 
@@ -140,7 +141,14 @@ def test_an_invalid_recipe_is_a_cell_with_its_reason(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"vary": ["adapter.rank=4"]}, "adapter.rank is not a recipe key"),
+        (
+            {"vary": ["adapter.rank=4"]},
+            "adapter.rank is not a recipe key (did you mean adapter.r",
+        ),
+        ({"vary": ["optimizer.lr=1e-3"]}, "(did you mean optimizer.learning_rate?)"),
+        ({"vary": ["learning_rate=1e-3"]}, "(did you mean optimizer.learning_rate?)"),
+        ({"vary": ["training.max_step=4"]}, "(did you mean training.max_steps?)"),
+        ({"methods": ["lorra"]}, "unknown method lorra (did you mean lora?); choose from "),
         ({"overrides": ["adapter.rank=4"]}, "adapter.rank is not a recipe key"),
         ({"vary": ["adapter.r"]}, "needs the form"),
         ({"vary": ["adapter.r=[4"]}, "is not a list of values"),

@@ -77,6 +77,15 @@ def test_several_devices_point_to_the_option_for_their_number(name: str, hint: s
     assert caught.value.hint == hint
 
 
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [("RTX 4080 Supper", "RTX 4080"), ("rtx408", "RTX 4080"), ("H10", "H100"), ("A10O", "A10")],
+)
+def test_an_unknown_card_is_answered_with_a_similar_one(name: str, card: str) -> None:
+    with pytest.raises(RecipeError, match=rf"is unknown \(did you mean {card}"):
+        find_target(name)
+
+
 @pytest.mark.parametrize("name", ["RTX 9090", "x", "4090x", "cuda:0", "24 parsecs"])
 def test_an_unknown_device_is_not_several(name: str) -> None:
     with pytest.raises(RecipeError, match="is unknown"):

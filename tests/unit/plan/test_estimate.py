@@ -136,6 +136,10 @@ def test_a_known_card_has_a_duration_and_a_speed(
         '; for the duration, name a card, such as --device "RTX 4090"' in plan_text(report)
     ) == (said is None)
     assert " 0 s" not in plan_text(report)
+    for width, is_joined in ((96, False), (97, True), (192, True)):
+        rows = replace(report.rows, micro_batches=[[(1, width), (2, 90)]], longest=96)
+        line = f"1 x {width}, 2 x 90 tokens ({'rows joined without padding, ' * is_joined}from "
+        assert line in plan_text(replace(report, rows=rows))
     if report.tokens_per_second and report.seconds_of_training:
         slow, fast = report.tokens_per_second
         assert report.rows.tokens is not None
