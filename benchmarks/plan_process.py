@@ -37,7 +37,7 @@ def grid() -> Iterator[dict[str, Any]]:
     yield make_cell("none", "plain", 4)
     yield make_cell("tiny", "fused", 4)
     yield make_cell("nf4", "fused", 4, batch=16)
-    yield make_cell("nf4", "compiled", 4, batch=16)
+    yield make_cell("nf4", "compiled", 4)
     yield make_cell("int8", "fused", 4)
     yield make_cell("none", "fused", 4, checkpointing=True)
     yield make_cell("nf4", "fused", 1, batch=2, precision="bf16")

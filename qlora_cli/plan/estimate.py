@@ -96,6 +96,7 @@ def _process(
         BaseFile(trace.base_weights * in_file.itemsize, is_kept),
         trace.kernels,
         is_16_bit=trace.products > 0,
+        is_int8=recipe.quantization.type == "int8",
     )
 
 

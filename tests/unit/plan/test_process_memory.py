@@ -34,7 +34,7 @@ def stages(load: int, held: int, freed: int) -> dict[str, StageMemory]:
 
 
 def on_cpu(found: dict[str, StageMemory], file: BaseFile, **options: Any) -> ProcessMemory:
-    settings = {"kernels": "fused", "is_16_bit": False, **options}
+    settings = {"kernels": "fused", "is_16_bit": False, "is_int8": False, **options}
     return process_on_cpu(found, file, **settings)
 
 
@@ -50,6 +50,7 @@ FILE = BaseFile(256 * MIB, is_kept=False)
         on_cpu(SMALL, FILE),
         on_cpu(LARGE, FILE, kernels="compiled", is_16_bit=True),
         on_cpu(SMALL, BaseFile(0, is_kept=True)),
+        on_cpu(LARGE, FILE, is_int8=True),
     ],
 )
 def test_the_parts_add_up_to_the_range(process: ProcessMemory) -> None:
@@ -111,3 +112,9 @@ def test_the_report_prints_the_parts(tiny_recipe: Callable[..., Recipe]) -> None
     lines = plan_text(report).splitlines()
     for name in report.process.parts:
         assert (name == TENSORS) != any(line.startswith(f"  {name}  ") for line in lines)
+
+
+def test_products_in_8_bit_leave_more_freed_memory() -> None:
+    other, int8 = (on_cpu(LARGE, FILE, is_int8=is_int8) for is_int8 in (False, True))
+    assert int8.low == other.low
+    assert int8.high - other.high == round(0.7 * 4 * GIB) - round(0.4 * 4 * GIB)
