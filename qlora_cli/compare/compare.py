@@ -77,6 +77,10 @@ def _run_grid(grid: Grid, folder: Path, check: Callable[[Cell], None], cells: li
     found = grid.cells()
     for cell in found:
         check(cell)
+    # Said at once: the other cells may take hours.
+    for cell in found:
+        if cell.error is not None:
+            log.warning("%s: left out: %s", cell.name, cell.error)
     cells += found
     for number, cell in enumerate(cells, start=1):
         log.info("cell %d of %d", number, len(cells))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.compare.compare import compare
 from qlora_cli.compare.grid import Cell, CompareRequest, Grid, method_keys, method_names
 from qlora_cli.errors import RecipeError
 from qlora_cli.optim.optimizers import SGD
@@ -136,6 +137,19 @@ def test_an_invalid_recipe_is_a_cell_with_its_reason(recipe: Path) -> None:
     assert bad.recipe is None
     assert bad.error is not None
     assert "adapter.r: found 0; it takes a whole number (at least 1)" in bad.error
+
+
+@pytest.mark.parametrize("values", ["0", "x,0", "-1,1.5,two"])
+def test_invalid_cells_are_named_before_the_first_one_runs(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, values: str
+) -> None:
+    request = CompareRequest((recipe,), vary=(f"adapter.r={values}",))
+    with caplog.at_level("INFO", logger="qlora"):
+        compare(request, tmp_path / "out")
+    before = caplog.text.partition("cell 1 of")[0]
+    for value in values.split(","):
+        assert f"r={value}: left out: " in before
+        assert f"adapter.r: found {value}" in before or f'adapter.r: found "{value}"' in before
 
 
 @pytest.mark.parametrize(
