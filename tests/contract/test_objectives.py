@@ -18,6 +18,7 @@ from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.models.base import load_model
 from qlora_cli.objectives import ObjectiveConfig, Supervised
 from qlora_cli.objectives.base import Objective
+from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.types import IGNORE_INDEX, Batch
 from tests.conftest import save_tiny_model
 
@@ -53,14 +54,20 @@ class LargestLogits(TorchDispatchMode):
 
 
 def refuse_its_own_loss(config: Any, model: nn.Module) -> None:
-    """Assert that the loss of an objective is that of its kernel, over supervised tokens alone."""
+    """Assert that an objective adds its terms to the loss of its kernel, over supervised tokens.
+
+    The kernel's loss and gradient are multiplied by 0, 1 and 2: what they add has to grow alike.
+    """
     batch, calls = make_batch(), 0
 
-    def doubled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal calls
-        calls += 1
-        loss, grad = cross_entropy(logits, targets)
-        return 2 * loss, 2 * grad
+    def scaled(factor: int) -> CrossEntropy:
+        def kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal calls
+            calls += 1
+            loss, grad = cross_entropy(logits, targets)
+            return factor * loss, factor * grad
+
+        return kernel
 
     def loss_and_gradients(kernel: CrossEntropy) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
@@ -72,13 +79,48 @@ def refuse_its_own_loss(config: Any, model: nn.Module) -> None:
         assert largest.rows <= ROWS * (SUPERVISED + 1), "it computes logits of unsupervised tokens"
         return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    loss, gradients = loss_and_gradients(cross_entropy)
-    other_loss, other_gradients = loss_and_gradients(doubled)
-    assert calls, "it does not call the cross-entropy that it is given"
-    torch.testing.assert_close(other_loss, 2 * loss, msg="it does not return its loss")
-    assert gradients
-    for one, other in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(other, 2 * one, msg="it does not return its gradient")
+    zero, one, two = (loss_and_gradients(scaled(factor)) for factor in (0, 1, 2))
+    assert calls, "it does not call the cross-entropy that `build` is given"
+    unused = "it does not return the {} of the cross-entropy that `build` is given"
+    added = one[0] - zero[0]
+    assert added, unused.format("loss")
+    torch.testing.assert_close(two[0] - one[0], added, msg=unused.format("loss"))
+    gradients = [(b - a, c - b) for a, b, c in zip(zero[1], one[1], two[1], strict=True)]
+    # The gradient of A is zero while LoRA's B is.
+    assert any(first.any() for first, _ in gradients), unused.format("gradient")
+    for first, second in gradients:
+        torch.testing.assert_close(second, first, msg=unused.format("gradient"))
+
+
+def refuse_wrong_sums(config: Any, model: nn.Module) -> None:
+    """Assert that loss, metrics, weight and shares of the rows are what a step and a log expect."""
+    batch, empty = make_batch(), make_batch()
+    empty.labels.fill_(IGNORE_INDEX)
+    objective = config.build(model, torch.float32, cross_entropy)
+    result = objective(batch)
+    assert isinstance(result, tuple), "forward() has to return the loss sum and metrics by name"
+    loss, metrics = result
+    of_rows, weight = objective.of_rows(batch), objective.weight(batch)
+    for name, value in {"the loss": loss, **metrics}.items():
+        is_scalar = value.shape == () and value.dtype == torch.float32
+        assert is_scalar, f"{name} has to be a float32 scalar: {value.dtype}, {value.shape}"
+        assert value.requires_grad == (name == "the loss"), (
+            f"{name} has to carry a gradient" if value is loss else f"detach the metric {name!r}"
+        )
+    assert type(weight) is int, f"weight() has to return an int: {type(weight)}"
+    assert weight > 0
+    assert objective(empty)[1].keys() == metrics.keys(), "every micro-batch has the same metrics"
+    assert (of_rows.shape, of_rows.dtype) == ((ROWS,), torch.float64)
+    assert not of_rows.requires_grad, "of_rows() has to run without a gradient"
+    torch.testing.assert_close(
+        of_rows.sum(), loss.detach().double(), rtol=1e-5, atol=1e-5,
+        msg=lambda why: f"of_rows() has to add up to the loss of forward(). {why}",
+    )  # fmt: skip
+    ids = torch.cat([batch.input_ids] * 2)
+    twice, _ = objective(Batch(ids, torch.ones_like(ids), torch.cat([batch.labels] * 2)))
+    torch.testing.assert_close(
+        twice, 2 * loss, msg=lambda why: f"forward() has to return a sum, and not a mean. {why}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +134,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda kind: kind.model_fields["type"].default)
 def test_an_objective_uses_the_kernel_that_it_is_given(config: Any, model: Any) -> None:
     refuse_its_own_loss(config(), model)
+    refuse_wrong_sums(config(), model)
 
 
 class _Own(Objective):
@@ -147,22 +190,119 @@ class _OnlyCalled(_OnlyRows):
         return self._right.of_rows(batch)
 
 
+class _OwnGradient(_OnlyRows):
+    """The value of the kernel's loss, with the gradient of another one."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, _ = super().forward(batch)
+        own, _ = _Supervised(self.model, self.dtype).forward(batch)
+        return own + (loss - own).detach(), {}
+
+    def of_rows(self, batch: Batch) -> Tensor:
+        return self._right.of_rows(batch)
+
+
 @pytest.mark.parametrize(
     ("kind", "takes_kernel", "said"),
     [
         (_Own, False, "logits of unsupervised tokens"),
         (_Supervised, False, "does not call the cross-entropy"),
         (_OnlyRows, True, "logits of unsupervised tokens"),
-        (_OnlyCalled, True, "does not return its loss"),
+        (_OnlyCalled, True, "does not return the loss"),
+        (_OwnGradient, True, "does not return the gradient"),
     ],
 )
 def test_an_objective_with_a_loss_of_its_own_fails(
     kind: Any, takes_kernel: bool, said: str, model: Any
 ) -> None:
+    with pytest.raises(AssertionError, match=said):
+        refuse_its_own_loss(_config_of(kind, takes_kernel=takes_kernel), model)
+
+
+def _config_of(kind: Any, *, takes_kernel: bool = True) -> Any:
     class Config:
         def build(self, model: nn.Module, dtype: torch.dtype, kernel: CrossEntropy) -> Objective:
             objective: Objective = kind(model, dtype, *[kernel] * takes_kernel)
             return objective
 
+    return Config()
+
+
+class _Smoothed(TokenLoss):
+    """Label smoothing: a share of the kernel's loss, and a term of its own."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, kernel: CrossEntropy) -> None:
+        def smoothed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            loss, grad = kernel(logits, targets)
+            rest, at = torch.log_softmax(logits.float(), 1), 1 / logits.shape[1]
+            return 0.9 * loss - 0.1 * rest.mean(1).sum(), 0.9 * grad + 0.1 * (rest.exp() - at)
+
+        super().__init__(model, dtype, smoothed)
+
+
+def test_an_objective_may_add_terms_to_the_loss_of_its_kernel(model: Any) -> None:
+    refuse_its_own_loss(_config_of(_Smoothed), model)
+
+
+class _Mean(TokenLoss):
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().forward(batch)[0] / max(1, batch.num_supervised), {}
+
+    def of_rows(self, batch: Batch) -> Tensor:
+        return super().of_rows(batch) / max(1, batch.num_supervised)
+
+
+class _Detached(TokenLoss):
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().forward(batch)[0].detach(), {}
+
+
+class _AttachedMetric(TokenLoss):
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, _ = super().forward(batch)
+        return loss, {"double": 2 * loss}
+
+
+class _MetricOfRows(TokenLoss):
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().forward(batch)[0], {"rows": torch.ones(len(batch.labels))}
+
+
+class _MetricAtTimes(TokenLoss):
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, _ = super().forward(batch)
+        return loss, {"all": loss.detach()} if batch.num_supervised else {}
+
+
+class _NoMetrics(TokenLoss):
+    def forward(self, batch: Batch) -> Any:
+        return super().forward(batch)[0]
+
+
+class _TensorWeight(TokenLoss):
+    def weight(self, batch: Batch) -> Any:
+        return (batch.labels != IGNORE_INDEX).sum()
+
+
+class _OtherRows(TokenLoss):
+    def of_rows(self, batch: Batch) -> Tensor:
+        return super().of_rows(batch) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (_Mean, "has to return a sum, and not a mean"),
+        (_Detached, "the loss has to carry a gradient"),
+        (_AttachedMetric, "detach the metric 'double'"),
+        (_MetricOfRows, "rows has to be a float32 scalar"),
+        (_MetricAtTimes, "every micro-batch has the same metrics"),
+        (_NoMetrics, "has to return the loss sum and metrics by name"),
+        (_TensorWeight, "has to return an int"),
+        (_OtherRows, "has to add up to the loss of forward"),
+        (_Smoothed, "has to add up to the loss of forward"),  # it did not override `of_rows`
+    ],
+)
+def test_an_objective_with_wrong_sums_fails(kind: Any, said: str, model: Any) -> None:
     with pytest.raises(AssertionError, match=said):
-        refuse_its_own_loss(Config(), model)
+        refuse_wrong_sums(_config_of(kind), model)
