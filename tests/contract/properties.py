@@ -292,7 +292,12 @@ def on_a_quantized_base(kind: str) -> Callable[[Case], str]:
         try:
             model = _attached(case, recipe)
         except ModelError as error:
-            return " ".join(str(error).split())
+            said = " ".join(str(error).split())
+            # A user should hear of it when the recipe is read, and not once the model is loaded.
+            assert "PEFT refuses it" not in said, (
+                f"declare {kind} in `no_quantization` of {type(case.adapter).__name__}: {said}"
+            )
+            return said
         trained = _trains_in_bfloat16(case, recipe, model)
         distance = _distance_to_dequantized(case, recipe, trained)
         assert distance <= MAX_QUANTIZED_KL, "more than MAX_QUANTIZED_KL from the dequantized base"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from pathlib import Path
 
 import pytest
 
 from qlora_cli.adapters import HRA, OFT, Bottleneck, LoHa, LoRA
 from qlora_cli.adapters.base import AdapterMethod
+from qlora_cli.adapters.peft_edits import MERGEABLE
 from tests.contract.page import PAGE, read, write
 from tests.contract.properties import PROPERTIES, Case, Property, fails_without_refusal
 from tests.contract.subjects import CLASSES, SUBJECTS, Subject, select
@@ -28,6 +30,22 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_class_of_the_union_is_under_contract() -> None:
     assert {type(one.adapter) for one in SUBJECTS.values()} == set(CLASSES)
+
+
+def test_each_method_of_peft_can_be_merged_or_says_why_not(bases: Path, tmp_path: Path) -> None:
+    """A new method is merged as a trial: the property `merged` decides if it stays in MERGEABLE."""
+    merged = set()
+    for subject in SUBJECTS.values():
+        adapter = subject.adapter
+        if "peft_config" in vars(type(adapter)) and not adapter.no_merge:
+            config = adapter.peft_config(Case(subject, bases, tmp_path).load())
+            merged.add(str(config.peft_type.value))
+    new, unused = merged - set(MERGEABLE), set(MERGEABLE) - merged
+    assert not new, (
+        f"add {', '.join(sorted(new))} to MERGEABLE in qlora_cli/adapters/peft_edits.py; where the "
+        "property `merged` then fails, give the method a `no_merge` with the reason instead"
+    )
+    assert not unused, f"no method has the type {', '.join(sorted(unused))}: remove it in MERGEABLE"
 
 
 def test_rows_are_selected_by_name_or_type() -> None:
@@ -55,7 +73,9 @@ def test_the_contract_page_matches_the_outcomes(
 ) -> None:
     expected = EXPECTED.get(name, {}).get(prop.name)
     found = prop.check(Case(SUBJECTS[name], bases, tmp_path))
-    assert found == expected, "docs/contract.md is not current: run scripts/gen_contract.py"
+    assert found == expected, (
+        f"docs/contract.md is not current: run python scripts/gen_contract.py {shlex.quote(name)}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,5 +101,9 @@ def test_an_odd_number_of_reflections_is_refused(r: int) -> None:
 
 
 def test_the_page_is_what_the_script_writes() -> None:
-    assert list(EXPECTED) == list(SUBJECTS)
+    changed = [name for name in SUBJECTS if name not in EXPECTED] or ["lora"]
+    assert list(EXPECTED) == list(SUBJECTS), (
+        "docs/contract.md has other rows than the tests: run "
+        f"python scripts/gen_contract.py {shlex.join(changed)}"
+    )
     assert write(EXPECTED) == TEXT
