@@ -128,6 +128,9 @@ class Prompt:
     """The tokens as text, for reports."""
     place: str = ""
     """Place of its row: `test.jsonl:17`."""
+    lead: str = ""
+    """Text that the model generates before the content of its answer, and that is not part of it:
+    the channel of GPT-OSS."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,9 @@ class PromptReader:
         messages, tools = conversation.messages, conversation.tools
         input_ids = encoder.encode_prompt(messages, tools)
         reference = None if answer is None else encoder.reference(messages, tools)
-        return Question(Prompt(input_ids, reference or "", messages[-2].content), reference)
+        lead = encoder.lead(messages[-1])
+        prompt = Prompt(input_ids, reference or "", messages[-2].content, lead=lead)
+        return Question(prompt, reference)
 
     def read(self, row: Row) -> tuple[Conversation, str | None]:
         """Return the conversation that ends in the answer to write, and the row's own answer.

@@ -64,7 +64,7 @@ class Completion:
     """Text that a model generated for a prompt."""
 
     text: str
-    """Without special tokens."""
+    """Without special tokens, and without the `lead` of the prompt."""
     num_tokens: int
     """Generated tokens; the stop token is not counted."""
     ended: Literal["stop", "length", "interrupted"]
@@ -142,7 +142,7 @@ class TextGenerator:
                 )  # (B, T + new)
             new = output[:, batch.input_ids.shape[1] :].tolist()
             for index, ids in zip(batch.indices, new, strict=True):
-                yield index, self._completion(ids)
+                yield index, self._completion(ids, prompts[index].lead)
 
     @torch.no_grad()
     def stream(
@@ -154,7 +154,7 @@ class TextGenerator:
             turn: number of the completion in the conversation; it seeds the sampling together with
                 `sampling.seed`.
         """
-        streamer = TextStream(self.tokenizer, self.stop_token_ids, write)
+        streamer = TextStream(self.tokenizer, self.stop_token_ids, write, lead=prompt.lead)
         input_ids = torch.tensor([prompt.input_ids], device=self.device)  # (1, T)
         try:
             with _contiguous_head_inputs(self.model), self._autocast():
@@ -167,8 +167,8 @@ class TextGenerator:
                 )
         except KeyboardInterrupt:
             streamer.end()
-            return replace(self._completion(streamer.ids), ended="interrupted")
-        return self._completion(streamer.ids)
+            return replace(self._completion(streamer.ids, prompt.lead), ended="interrupted")
+        return self._completion(streamer.ids, prompt.lead)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -189,8 +189,9 @@ class TextGenerator:
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
-    def _completion(self, ids: Sequence[int]) -> Completion:
-        return _to_completion(ids, self.tokenizer, self.stop_token_ids)
+    def _completion(self, ids: Sequence[int], lead: str) -> Completion:
+        found = _to_completion(ids, self.tokenizer, self.stop_token_ids)
+        return replace(found, text=found.text.removeprefix(lead))
 
 
 @contextmanager
@@ -270,14 +271,21 @@ def _to_completion(
 
 
 class TextStream:
-    """A streamer for transformers' `generate` that writes the text which new tokens add."""
+    """A streamer for transformers' `generate` that writes the text which new tokens add.
+
+    Args:
+        lead: text at the beginning that is not written.
+    """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
         stop_token_ids: Sequence[int],
         write: Callable[[str], None],
+        *,
+        lead: str = "",
     ) -> None:
+        self._lead = lead
         self._tokenizer = tokenizer
         self._stop_token_ids = stop_token_ids
         self._write = write
@@ -293,7 +301,8 @@ class TextStream:
         self.ids += tokens.flatten().tolist()
         text = self._text()
         # One character may span several tokens, and written text cannot be taken back.
-        if not text.endswith("\ufffd"):
+        is_begun = self._lead != text and self._lead.startswith(text)
+        if not is_begun and not text.endswith("\ufffd"):
             self._flush(text)
 
     def end(self) -> None:
@@ -305,6 +314,7 @@ class TextStream:
         return _to_completion(self.ids, self._tokenizer, self._stop_token_ids).text
 
     def _flush(self, text: str) -> None:
+        text = text.removeprefix(self._lead)
         if len(text) > self._written:
             new, self._written = text[self._written :], len(text)
             self._write(new)  # after the count: Ctrl-C in here must not write the text twice

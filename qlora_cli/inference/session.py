@@ -162,12 +162,13 @@ class InferenceSession:
         if self.is_plain:
             # Without a template, nothing separates one turn from the next.
             role, turns = "text", [Message("text", messages[-1].content, train=False)]
-        input_ids = model.encoder.encode_prompt([*turns, Message(role, "", train=True)])
+        answer = Message(role, "", train=True)
+        input_ids = model.encoder.encode_prompt([*turns, answer])
         hint = "shorten the message"
         if len([one for one in messages if one.role == "user"]) > 1 and not self.is_plain:
             hint += ", or drop the earlier ones (/reset; in Python, reset())"
         check_length(len(input_ids), model.context, hint=hint)
-        return Prompt(input_ids, reference="")
+        return Prompt(input_ids, reference="", lead=model.encoder.lead(answer))
 
     def reader(self, system: str | None = None) -> PromptReader:
         """Return the reader of prompts in the form of the training rows; it warns once.

@@ -84,12 +84,13 @@ def refuse_its_own_loss(config: Any, model: nn.Module) -> None:
     unused = "it does not return the {} of the cross-entropy that `build` is given"
     added = one[0] - zero[0]
     assert added, unused.format("loss")
-    torch.testing.assert_close(two[0] - one[0], added, msg=unused.format("loss"))
+    near = {"rtol": 1e-4, "atol": 1e-4}  # differences of float32 sums
+    torch.testing.assert_close(two[0] - one[0], added, **near, msg=unused.format("loss"))
     gradients = [(b - a, c - b) for a, b, c in zip(zero[1], one[1], two[1], strict=True)]
     # The gradient of A is zero while LoRA's B is.
     assert any(first.any() for first, _ in gradients), unused.format("gradient")
     for first, second in gradients:
-        torch.testing.assert_close(second, first, msg=unused.format("gradient"))
+        torch.testing.assert_close(second, first, **near, msg=unused.format("gradient"))
 
 
 def refuse_wrong_sums(config: Any, model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.encode.truncate import EncodedRow
+from qlora_cli.tasks.task import without_empty_reasoning
 from tests.golden.templates import (
     GOLDEN,
     GOLDEN_PACKAGES,
@@ -101,6 +102,30 @@ def test_the_reference_of_an_answer_is_the_text_that_the_model_learns_to_generat
         assert reference == text
         assert (row.messages[-1].reasoning or "") in reference
         assert all(call.name in reference for call in row.messages[-1].tool_calls)
+
+
+LEADS = {"gptoss": "final", "muse_glimmer": " to=user"}
+"""Templates that write words before a plain answer, besides special tokens and reasoning."""
+
+
+@pytest.mark.quick_every(4)
+@with_trl
+@pytest.mark.parametrize("name", exact("single"))
+def test_a_plain_answer_is_its_reference_after_the_lead(name: str) -> None:
+    tokenizer = tokenizer_for(name)
+    encoder = Encoder(tokenizer)
+    for row in conversations("single"):
+        [encoded] = encoder.encode_rows([row], max_length=2**20, truncate="drop")
+        assert isinstance(encoded, EncodedRow)
+        [end] = encoded.turn_ends
+        prompt = encoder.to_prompt(row.messages)
+        generated = encoded.example.input_ids[len(prompt.input_ids) :]
+        until = generated.index(end.token_ids[0]) if end.token_ids else len(generated)
+        text = tokenizer.decode(generated[:until], skip_special_tokens=True)
+        assert prompt.lead == LEADS.get(name, "")
+        assert text.startswith(prompt.lead)
+        answer = without_empty_reasoning(text.removeprefix(prompt.lead))
+        assert answer.strip() == prompt.reference.strip()
 
 
 @with_packages

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_CONTENT = "7654"
+"""Content of an answer in which what the template writes around it is found."""
+
+
 @dataclass(frozen=True, slots=True)
 class RefusedRow:
     """A row whose supervised tokens would be ambiguous."""
@@ -31,6 +35,7 @@ class Encoder:
         self._tokenizer = RowTokenizer(tokenizer)
         self._labeller = Labeller(tokenizer)
         self._decode = tokenizer.decode
+        self._lead: str | None = None
 
     def encode(
         self,
@@ -87,7 +92,8 @@ class Encoder:
         Raises:
             DataError: as `encode_prompt` and `reference`.
         """
-        return Prompt(self.encode_prompt(messages, tools), self.reference(messages, tools))
+        input_ids, reference = self.encode_prompt(messages, tools), self.reference(messages, tools)
+        return Prompt(input_ids, reference, lead=self.lead(_supervised(messages)))
 
     def encode_prompt(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None
@@ -109,11 +115,35 @@ class Encoder:
         Raises:
             DataError: the template does not show what the model has to generate.
         """
+        answer = _supervised(messages)
+        return self._written(messages, tools) if _needs_template(answer) else answer.content
+
+    def lead(self, answer: Message) -> str:
+        """Return the text that the model generates before the content of an answer.
+
+        GPT-OSS writes its channel there, and the word `final` is not a special token. White space
+        and an empty block of reasoning are kept.
+        """
+        if answer.role != "assistant" or _needs_template(answer):
+            return ""
+        if self._lead is None:
+            row = [Message("user", "?", train=False), Message("assistant", _CONTENT, train=True)]
+            try:
+                lead, content, _ = self._written(row, None).partition(_CONTENT)
+            except DataError:  # the template may refuse this row and no other
+                content = lead = ""
+            is_text = content and lead.strip() and "</think>" not in lead
+            self._lead = lead if is_text else ""
+        return self._lead
+
+    def _written(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """Return the last supervised message as the template writes it.
+
+        Raises:
+            DataError: as `reference`.
+        """
         last = max(i for i, message in enumerate(messages) if message.train)
         answer = messages[last]
-        has_reasoning = answer.reasoning is not None or "</think>" in answer.content
-        if answer.role != "assistant" or not (answer.tool_calls or has_reasoning):
-            return answer.content
         row = [*(replace(message, train=False) for message in messages[:last]), answer]
         [found] = self._renderer.render_all(Conversation(row, tools=tools))
         [whole] = (
@@ -144,6 +174,17 @@ class Encoder:
             return self._renderer.render_all(row)
         except DataError as error:
             return RefusedRow(str(error))
+
+
+def _supervised(messages: list[Message]) -> Message:
+    """Return the last supervised message."""
+    return next(message for message in reversed(messages) if message.train)
+
+
+def _needs_template(answer: Message) -> bool:
+    """Tell if an answer has calls or reasoning, which are text only in the words of a template."""
+    has_reasoning = answer.reasoning is not None or "</think>" in answer.content
+    return answer.role == "assistant" and bool(answer.tool_calls or has_reasoning)
 
 
 def _named(answer: Message) -> str:

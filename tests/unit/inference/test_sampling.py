@@ -141,6 +141,42 @@ def test_a_character_of_several_tokens_is_written_once_it_is_complete() -> None:
     assert written == ["a", "é", "✓"]
 
 
+@pytest.mark.parametrize(
+    ("generated", "text"),
+    [
+        ("finalParis", "Paris"),
+        ("final", ""),
+        ("fin", "fin"),
+        ("finest", "finest"),
+        ("Paris", "Paris"),
+    ],
+)
+def test_the_lead_of_an_answer_is_not_written(generated: str, text: str) -> None:
+    tokenizer = make_tokenizer()
+    written: list[str] = []
+    stream = TextStream(tokenizer, [], written.append, lead="final")
+    stream.put(torch.tensor([[1, 2, 3]]))
+    for token in tokenizer(generated)["input_ids"]:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(written) == text
+
+
+def test_the_lead_of_an_answer_is_no_part_of_it(tiny_model: Path) -> None:
+    generator, sampling = load_generator(tiny_model, []), Sampling(max_new_tokens=6)
+
+    def answer(lead: str) -> list[str]:
+        prompt, written = Prompt([65, 66], "", lead=lead), list[str]()
+        [(_, found)] = generator.complete([prompt], sampling, batch_size=1)
+        streamed = generator.stream(prompt, sampling, turn=0, write=written.append)
+        assert found.num_tokens == 6
+        return [found.text, streamed.text, "".join(written)]
+
+    [whole, *_] = answer("")
+    assert answer(whole[:2]) == [whole[2:]] * 3
+    assert answer("other") == [whole] * 3
+
+
 def test_a_stop_token_that_is_not_special_is_not_written() -> None:
     tokenizer = make_tokenizer()
     written: list[str] = []
