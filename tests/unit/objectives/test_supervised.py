@@ -55,6 +55,7 @@ def test_equals_the_plain_loss_and_its_gradients(
     tiny_model: Path, adapter: LoRA, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(supervised._CHUNK_BYTES, "cpu", chunk_rows * 4 * 260)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = adapter.attach(model.requires_grad_(False))
     for name, parameter in model.named_parameters():
