@@ -207,7 +207,6 @@ What a layer's backward pass holds at its peak (QLoRA, MiB; T tokens):
 | gradient of gate and up | 224 | 224 | no |
 | product of gate and up, and its gradient, T x 14,336 each | 224 | | freed here by `fused` |
 | weights of gate and up, dequantized into one matrix | | 224 | Two products instead of one round their sum twice: other losses. |
-| the one of them that was dequantized last | | 112 | bitsandbytes writes into a given tensor on some devices, and not on a CPU. |
 | queries, keys, values and attention's output | 80 | 80 | They are recomputed; freeing them would compute them a third time. |
 | other states and gradients, T x 4,096 each | 96 | 64 | no |
 """.splitlines()  # noqa: E501  lines of a table

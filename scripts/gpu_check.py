@@ -65,12 +65,15 @@ def step_checks() -> Iterator[Check]:
 
     for mode in (
         Mode("nf4", "compiled", True), Mode("nf4", "fused", True), Mode("nf4", "plain", True),
-        Mode("nf4", "plain", True, dropout=0.05), Mode("none", "compiled", True),
+        Mode("nf4", "compiled", True, dropout=0.05), Mode("none", "compiled", True),
         Mode("nf4", "compiled", "offload"), Mode("nf4", "compiled", False),
     ):  # fmt: skip
         run = partial(step_checks.speed, mode=mode)
         yield Check(f"speed: {mode.name}", 14, run)
     yield Check("compiled steps, and what is recompiled", 25, step_checks.compiled_steps)
+    for mode in (Mode("nf4", "compiled", True), Mode("nf4", "fused", True)):
+        run = partial(step_checks.launches, mode=mode)
+        yield Check(f"launches: {mode.name}", 12, run)
     for mode in (Mode("nf4", "fused", True), Mode("nf4"), Mode("nf4", "fused", "offload")):
         yield Check(f"waits: {mode.name}", 5, partial(step_checks.waits, mode=mode))
     padded = partial(step_checks.waits, mode=Mode("nf4"), padded=True)
@@ -79,6 +82,7 @@ def step_checks() -> Iterator[Check]:
         run = partial(step_checks.plan_against_measured, mode=mode)
         yield Check(f"plan and measured: {mode.name}", 15, run)
     yield Check("layers with dropout", 5, gradient_checks.dropout_layers)
+    yield Check("updates of an 8-bit optimizer", 5, step_checks.updates_are_used)
 
 
 def command_checks() -> Iterator[Check]:
@@ -115,8 +119,8 @@ def further_checks() -> Iterator[Check]:
         yield Check(f"{kind}: product against dequantized", 3, product)
         values = partial(bitsandbytes_checks.four_bit_values, kind=kind)
         yield Check(f"{kind}: values as on the CPU", 3, values)
-        into = partial(bitsandbytes_checks.dequantize_into, kind=kind)
-        yield Check(f"{kind}: dequantized into a merged weight", 2, into)
+        merged = partial(bitsandbytes_checks.merged_weights, kind=kind)
+        yield Check(f"{kind}: merged weights", 2, merged)
     yield Check("int8: product and gradient", 3, bitsandbytes_checks.eight_bit_product)
     yield Check("fragmentation", 30, step_checks.fragmentation)
     yield Check("fp16 without flash attention, as on a T4", 12, gradient_checks.without_flash)

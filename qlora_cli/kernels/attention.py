@@ -174,7 +174,7 @@ class VarlenAttention:
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
             *(grad, q, k, v, attended.output, normalizer, ends, ends, longest, longest),
             is_causal=self.window is None,  # as `varlen_attn` calls it: a window has its own end
-            rng_state=q.new_zeros(2, dtype=torch.uint64),  # only used by dropout
+            rng_state=q.new_empty(2, dtype=torch.uint64),  # only used by dropout
             scale=scale,
             window_size=list(self._seen),
         )

@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.kernels.attention import Attention, AttentionOutput, DocumentBoundaries
+from qlora_cli.kernels.dropout import SeededDropout, draw_dropouts
 from qlora_cli.kernels.elementwise import Elementwise
 from qlora_cli.kernels.fusible import why_not_fused
-from qlora_cli.kernels.lora_linear import LoraFactors, Projection, base_layer_of
+from qlora_cli.kernels.kept_factors import Factors, factors_of
+from qlora_cli.kernels.lora_linear import (
+    Projection,
+    ProjectionPass,
+    base_layer_of,
+    unscaled_gradients,
+)
 from qlora_cli.kernels.rope import HeadTransform, choose_head_transform
 
 Recompute = Literal["none", "mlp", "all"]
@@ -124,9 +131,9 @@ class _LayerModules:
             base_layer_of(linear).out_features // size for linear in (attn.q_proj, attn.k_proj)
         )
         return cls(
-            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj]),
+            qkv=Projection.merging([attn.q_proj, attn.k_proj, attn.v_proj]),
             out=Projection([attn.o_proj]),
-            gate_up=Projection([mlp.gate_proj, mlp.up_proj]),
+            gate_up=Projection.merging([mlp.gate_proj, mlp.up_proj]),
             down=Projection([mlp.down_proj]),
             norms=(layer.input_layernorm, layer.post_attention_layernorm),
             heads=heads,
@@ -198,53 +205,46 @@ class _LayerComputation:
     def __init__(
         self,
         modules: _LayerModules,
+        factors: Factors,
+        dropouts: Sequence[SeededDropout | None],
         dtype: torch.dtype,
-        trained: Sequence[Tensor],
         positions: _Positions,
     ) -> None:
-        self.modules, self.ops, self.dtype = modules, modules.ops, dtype
-        self.positions = positions
-        rest = list(trained)
-        factors = []
-        for projection in modules.projections:
-            number = 2 * len(projection.adapted)
-            factors.append(projection.factors(rest[:number], dtype))
-            rest = rest[number:]
-        self.qkv, self.out, self.gate_up, self.down = factors
-
-    def project(self, factors: LoraFactors, linears: Projection, x: Tensor) -> tuple[Tensor, Any]:
-        """Compute linear layers with their LoRA updates: (T, out), and low-rank states (T, R)."""
-        return factors.forward(x, linears.weight(self.dtype), linears.bias(self.dtype))
+        self.modules, self.ops, self.positions = modules, modules.ops, positions
+        self.qkv, self.out, self.gate_up, self.down = (
+            ProjectionPass(linears, factor, dtype, dropout)
+            for linears, factor, dropout in zip(modules.projections, factors, dropouts, strict=True)
+        )
 
     def attention(self, hidden: Tensor) -> tuple[Tensor, _SavedAttention]:
         """Compute the attention update of `hidden` (T, D), and what its backward pass needs."""
         modules, positions, norm = self.modules, self.positions, self.modules.norms[0]
         normed, norm_factor = self.ops.rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        qkv, low_qkv = self.project(self.qkv, modules.qkv, normed)  # (T, (H + 2 K) E)
+        qkv, low_qkv = self.qkv.forward(normed)  # (T, (H + 2 K) E)
         states = qkv.unflatten(1, (modules.heads + 2 * modules.kv_heads, -1))  # (T, H + 2 K, E)
         qk, v = states[:, : -modules.kv_heads], states[:, -modules.kv_heads :]
         transformed, qk, v = modules.head_transform.forward(qk, v, positions.cos, positions.sin)
         q, k = transformed[:, : modules.heads], transformed[:, modules.heads :]
         attended = modules.attention.forward(q, k, v, positions.documents, modules.scale)
-        update, low_out = self.project(self.out, modules.out, attended.output.flatten(1))
+        update, low_out = self.out.forward(attended.output.flatten(1))
         return update, _SavedAttention(norm_factor, low_qkv, qk, v, attended, low_out)
 
     def attention_backward(
         self, grad: Tensor, hidden: Tensor, saved: _SavedAttention, *, needs_input_grad: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Compute the gradients of `hidden` (T, D), if needed, and of the LoRA weights."""
-        modules, norm = self.modules, self.modules.norms[0]
+        norm = self.modules.norms[0]
         output = saved.attended.output  # (T, H, E)
         grad_low = self.out.backward_low(grad)
         out_grads = self.out.backward_update(grad, grad_low, output.flatten(1), saved.low_out)
-        grad_output = self.out.backward_input(grad, grad_low, modules.out.weight(self.dtype))
+        grad_output = self.out.backward_input(grad, grad_low)
         grad_qkv = self.qkv_backward(grad_output.view_as(output), saved)
         normed = self.ops.apply_rms_norm(hidden, saved.norm_factor, norm.weight)
         grad_low = self.qkv.backward_low(grad_qkv)
         qkv_grads = self.qkv.backward_update(grad_qkv, grad_low, normed, saved.low_qkv)
         if not needs_input_grad:
             return None, qkv_grads + out_grads
-        grad_normed = self.qkv.backward_input(grad_qkv, grad_low, modules.qkv.weight(self.dtype))
+        grad_normed = self.qkv.backward_input(grad_qkv, grad_low)
         return (
             self.ops.rms_norm_backward(grad_normed, hidden, saved.norm_factor, norm.weight, grad),
             qkv_grads + out_grads,
@@ -274,8 +274,8 @@ class _LayerComputation:
 
     def mlp(self, normed: Tensor) -> tuple[Tensor, _SavedMlp]:
         """Compute the feed-forward update from the normed states (T, D)."""
-        gate_up, low_gate_up = self.project(self.gate_up, self.modules.gate_up, normed)  # (T, 2 I)
-        update, low_down = self.project(self.down, self.modules.down, self.ops.swiglu(gate_up))
+        gate_up, low_gate_up = self.gate_up.forward(normed)  # (T, 2 I)
+        update, low_down = self.down.forward(self.ops.swiglu(gate_up))
         return update, _SavedMlp(low_gate_up, gate_up, low_down)
 
     def mlp_backward(self, grad: Tensor, saved: _SavedLayer) -> tuple[Tensor, list[Tensor]]:
@@ -284,16 +284,16 @@ class _LayerComputation:
         This is the peak of a layer, so each wide tensor is freed after its last use; `saved.mlp`
         is taken away.
         """
-        modules, norm = self.modules, self.modules.norms[1]
+        norm = self.modules.norms[1]
         hidden, norm_factor, mlp, saved.mlp = saved.middle, saved.norm_factor, saved.mlp, None
         normed = self.ops.apply_rms_norm(hidden, norm_factor, norm.weight)
         if mlp is None:
-            gate_up, low_gate_up = self.project(self.gate_up, modules.gate_up, normed)
+            gate_up, low_gate_up = self.gate_up.forward(normed)
             low_down = None
         else:
             gate_up, low_gate_up, low_down = mlp.gate_up, mlp.low_gate_up, mlp.low_down
         grad_low = self.down.backward_low(grad)
-        grad_activated = self.down.backward_input(grad, grad_low, modules.down.weight(self.dtype))
+        grad_activated = self.down.backward_input(grad, grad_low)
         grad_gate_up, activated = self.ops.swiglu_backward(grad_activated, gate_up)
         del gate_up, grad_activated, mlp
         low_down = self.down.low(activated) if low_down is None else low_down
@@ -302,9 +302,7 @@ class _LayerComputation:
         grad_low = self.gate_up.backward_low(grad_gate_up)
         gate_up_grads = self.gate_up.backward_update(grad_gate_up, grad_low, normed, low_gate_up)
         del normed
-        grad_normed = self.gate_up.backward_input(
-            grad_gate_up, grad_low, modules.gate_up.weight(self.dtype)
-        )
+        grad_normed = self.gate_up.backward_input(grad_gate_up, grad_low)
         del grad_gate_up
         return (
             self.ops.rms_norm_backward(grad_normed, hidden, norm_factor, norm.weight, grad),
@@ -326,15 +324,19 @@ class _Layer(torch.autograd.Function):
         recompute: Recompute,
         *trained: Tensor,
     ) -> Tensor:
-        layer = _LayerComputation(modules, hidden.dtype, trained, _Positions(cos, sin, documents))
+        factors = factors_of(modules, modules.projections, trained, hidden.dtype)
+        dropouts = draw_dropouts([each.dropout_rate() for each in modules.projections])
+        positions = _Positions(cos, sin, documents)
+        layer = _LayerComputation(modules, factors, dropouts, hidden.dtype, positions)
         norm, states = modules.norms[1], hidden.detach()
         update, attention = layer.attention(states)
         middle, normed, norm_factor = modules.ops.add_rms_norm(
             states, update, norm.weight, norm.variance_epsilon
         )
         update, mlp = layer.mlp(normed)
-        ctx.save_for_backward(hidden, cos, sin, *trained)
-        ctx.documents, ctx.modules, ctx.saved_layer = documents, modules, None
+        ctx.save_for_backward(hidden, cos, sin)
+        ctx.documents, ctx.modules, ctx.factors = documents, modules, factors
+        ctx.dropouts, ctx.saved_layer = dropouts, None
         if recompute != "all":
             saved_mlp = mlp if recompute == "none" else None
             ctx.saved_layer = _SavedLayer(attention, middle, norm_factor, saved_mlp)
@@ -342,14 +344,17 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, cos, sin, *trained = (tensor.detach() for tensor in ctx.saved_tensors)
-        modules, saved, ctx.saved_layer = ctx.modules, ctx.saved_layer, None
+        hidden, cos, sin = (tensor.detach() for tensor in ctx.saved_tensors)
+        # The loss keeps `ctx` alive until the end of the step.
+        saved, factors, ctx.saved_layer, ctx.factors = ctx.saved_layer, ctx.factors, None, None
         positions = _Positions(cos, sin, ctx.documents)
-        layer = _LayerComputation(modules, hidden.dtype, trained, positions)
+        layer = _LayerComputation(ctx.modules, factors, ctx.dropouts, hidden.dtype, positions)
         if saved is None:
             saved = layer.recompute(hidden)
         grad_middle, mlp_grads = layer.mlp_backward(grad, saved)
         grad_hidden, attention_grads = layer.attention_backward(
             grad_middle, hidden, saved.attention, needs_input_grad=ctx.needs_input_grad[0]
         )
-        return grad_hidden, None, None, None, None, None, *attention_grads, *mlp_grads
+        scales = [scale for each in factors for scale in each.scales]
+        grads = unscaled_gradients([*attention_grads, *mlp_grads], scales)
+        return grad_hidden, None, None, None, None, None, *grads

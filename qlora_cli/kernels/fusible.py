@@ -32,6 +32,8 @@ def why_not_fused(layer: nn.Module) -> str | None:
     for linear in linears:
         if reason := _why_not_plain(linear):
             return reason
+    if len({_dropout_of(linear) for linear in linears if linear is not base_layer_of(linear)}) > 1:
+        return "its adapters have different dropout"
     ours = {id(weight) for linear in linears for weight in linear.parameters()}
     if any(id(p) not in ours for p in layer.parameters() if p.requires_grad):
         return "weights other than those of LoRA are trained"
@@ -56,6 +58,15 @@ def _is_other_adapter(module: nn.Module) -> bool:
     )
 
 
+def _dropout_of(linear: Any) -> float:
+    """Return the rate of dropout of an adapter, also in evaluation mode."""
+    return float(getattr(linear.lora_dropout[active_adapter_of(linear)], "p", 0.0))
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p < 1)
+
+
 def _why_not_plain(linear: Any) -> str | None:
     """Return None for a 4, 16 or 32-bit linear layer, bare or with one plain LoRA update."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -76,7 +87,7 @@ def _why_not_plain(linear: Any) -> str | None:
     reasons = {
         "the adapter is a variant of LoRA, such as DoRA": bool(linear.lora_variant),
         "the adapter has biases": bool(linear.lora_bias[name]),
-        f"adapter.dropout is {getattr(dropout, 'p', 0)}": not isinstance(dropout, nn.Identity),
+        f"the adapter has {type(dropout).__name__}": not _is_dropout(dropout),
         "its weights are stored transposed": bool(linear.fan_in_fan_out),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -15,7 +15,11 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from torch import Tensor, nn
 
-from qlora_cli.kernels.lora_linear import Projection, active_adapter_of
+from qlora_cli.kernels.lora_linear import (
+    Projection,
+    active_adapter_of,
+    unscaled_gradients,
+)
 
 
 class UpdateFirstLinear(PeftLinear):  # type: ignore[misc]  # PEFT is not typed
@@ -115,7 +119,9 @@ class _UpdateFirst(torch.autograd.Function):
         linears: Projection = ctx.linears
         factors = linears.factors(trained, dropped.dtype)
         grad_low = factors.backward_low(grad)
-        of_update = factors.backward_update(grad, grad_low, dropped, low)
+        of_update = unscaled_gradients(
+            factors.backward_update(grad, grad_low, dropped, low), factors.scales
+        )
         if not ctx.needs_input_grad[0]:
             return None, None, None, *of_update
         weight = linears.weight(dropped.dtype)

@@ -152,7 +152,7 @@ def prepare_layers(
 
 
 def _why_plain(base: PreTrainedModel, held: torch.dtype, computed: torch.dtype) -> str:
-    """Return why no layer is fused, and what would change that."""
+    """Return why no layer is fused."""
     if held != computed:
         held_as, computed_in = (str(dtype).removeprefix("torch.") for dtype in (held, computed))
         return f"the base is held in {held_as} and computed in {computed_in}"
@@ -163,8 +163,7 @@ def _why_plain(base: PreTrainedModel, held: torch.dtype, computed: torch.dtype) 
     if not reasons:
         return "the model has no decoder layers"
     [(reason, _)] = reasons.most_common(1)
-    hint = "; --set adapter.dropout=0 fuses them" if reason.startswith("adapter.dropout") else ""
-    return f"{reason}{hint}"
+    return reason
 
 
 def _offload(base: PreTrainedModel, host: HostMemory | None) -> None:

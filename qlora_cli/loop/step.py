@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.distributed.world import World
+from qlora_cli.kernels.kept_factors import keep_factors
 from qlora_cli.loop.monitor import is_finite
 from qlora_cli.loop.setup import Batches, Setup
 from qlora_cli.recipe.sections import Training
@@ -35,15 +36,16 @@ def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> 
 
     loss = torch.zeros((), device=world.device)
     means: dict[str, Tensor] = {}
-    for i, micro_batch in enumerate(micro_batches):
-        with world.no_sync(setup.shared, last=i == len(micro_batches) - 1):
-            micro_loss, sums = setup.shared(micro_batch.to(world.device))
-            micro_loss = micro_loss / weight
-            # DDP averages over ranks; we want the sum.
-            setup.scaler.scale(micro_loss * world.size).backward()
-        loss += micro_loss.detach()
-        for name, value in sums.items():
-            means[name] = means.get(name, 0.0) + value.detach() / weight
+    with keep_factors():
+        for i, micro_batch in enumerate(micro_batches):
+            with world.no_sync(setup.shared, last=i == len(micro_batches) - 1):
+                micro_loss, sums = setup.shared(micro_batch.to(world.device))
+                micro_loss = micro_loss / weight
+                # DDP averages over ranks; we want the sum.
+                setup.scaler.scale(micro_loss * world.size).backward()
+            loss += micro_loss.detach()
+            for name, value in sums.items():
+                means[name] = means.get(name, 0.0) + value.detach() / weight
 
     setup.scaler.unscale_(optimizer)
     setup.step_hooks.before_update()

@@ -85,6 +85,7 @@ def dry_run(
         setup = assemble(
             recipe, base, model, options, FixedBatches([]), SingleProcess(), max_steps=1
         )
+    count_model(model, count)  # fused layers have merged some of its weights
     setup.objective.train()
     with _classify(count, base, model, setup.optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qlora_cli.kernels.lora_linear import base_weight
+from qlora_cli.kernels.merged_weight import merge_weights
 from qlora_cli.optim.base import load_states
 from scripts.gpu.bench import Bench, relative_error
 
@@ -53,19 +55,24 @@ def four_bit_values(bench: Bench, kind: str) -> str:
     return bench.at_most(differing, 1e-3, "share of values that differ")
 
 
-def dequantize_into(bench: Bench, kind: str) -> str:
-    """Expect `dequantize_4bit(out=...)` to write into rows of a merged weight, bit for bit."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+def merged_weights(bench: Bench, kind: str) -> str:
+    """Expect weights that were moved into one tensor to have the same values, bit for bit."""
+    from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(0)
-    merged = torch.zeros(2 * _SHAPE[0], _SHAPE[1], device=bench.device, dtype=torch.bfloat16)
-    weight = torch.randn(_SHAPE, device=bench.device, dtype=torch.bfloat16)
-    packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=True)
-    bench.needs_card()  # on a CPU, bitsandbytes does not take `out`
-    dequantize_4bit(packed, state, out=merged[_SHAPE[0] :])
-    expected = dequantize_4bit(packed, state)
-    differing = float((merged[_SHAPE[0] :] != expected).float().mean())
-    assert not merged[: _SHAPE[0]].any(), "other rows were changed"
+    layers = [
+        Linear4bit(1024, out, bias=False, quant_type=kind, compress_statistics=True)
+        .to(torch.bfloat16)
+        .to(bench.device)
+        for out in (1024, 256, 256)
+    ]
+    expected = torch.cat([base_weight(layer, torch.bfloat16) for layer in layers])
+    merged = merge_weights(layers)
+    assert merged is not None, "they are not merged"
+    each = torch.cat([base_weight(layer, torch.bfloat16) for layer in layers])
+    differing = max(
+        float((found != expected).float().mean()) for found in (merged.dequantize(), each)
+    )
     return bench.at_most(differing, 0.0, "share of values that differ")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scripts.gpu.bench import ROOT, Bench, distance, relative_error
-from scripts.gpu.training import Mode, Run, cut, gradients, num_fused, random_batch
+from qlora_cli.kernels.dropout import SeededDropout
+from scripts.gpu.bench import Bench, distance, relative_error
+from scripts.gpu.training import Mode, Run, cut, gradients, random_batch
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor], by: Any = distance) -> float:
@@ -110,25 +110,20 @@ def without_flash(bench: Bench) -> str:
 
 
 def dropout_layers(bench: Bench) -> str:
-    """Tell if layers with dropout in the adapter are fused, and which shipped recipes have it.
+    """Compare gradients of fused layers with dropout, recomputed or not, from one random state.
 
-    Expect plain layers with dropout, and none of the shipped recipes with it.
+    Expect the masks to be the same, other ones from another state, and the same share dropped on
+    a card as on a CPU: 5 standard deviations at most from the rate.
     """
-    from qlora_cli.loop.fast_path import prepare_layers
-    from scripts.gpu.training import load
-
-    found = {}
-    for dropout in (0.0, 0.05):
-        mode = Mode("nf4", "fused", True, dropout=dropout)
-        base, model = load(bench, bench.recipe("dropout", **mode.sections()), mode)
-        kernels = prepare_layers(model, base, True, mode.options(bench.device))
-        found[dropout] = f"{kernels} ({num_fused(model)} of {base.config.num_hidden_layers} fused)"
-    shipped = sorted(
-        path.name
-        for path in (ROOT / "configs").glob("*.yaml")
-        if re.search(r"^\s*dropout: *0\.0*[1-9]", path.read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    bench.note("kernels", {str(key): value for key, value in found.items()})
-    bench.note("recipes_with_dropout", shipped)
-    listed = ", ".join(shipped) or "none"
-    return f"dropout 0: {found[0.0]}, 0.05: {found[0.05]}; recipes with dropout: {listed}"
+    batch, found = small_batch(bench), []
+    for seed, again in ((3, False), (3, True), (4, True)):
+        mode = Mode("nf4", "fused", again, dropout=0.3)
+        found.append(gradients(bench, mode, batch, seed=seed))
+    kept, recomputed, other = found
+    text = bench.at_most(worst(recomputed, kept, relative_error), 1e-3, "relative difference")
+    assert worst(other, kept, relative_error) > 1e-2, "another random state drops the same"
+    values = torch.ones(1000, 1000, device=bench.device, dtype=torch.bfloat16)
+    dropped = SeededDropout(0.3, 7).apply(values)
+    share = bench.note("share_dropped", float((dropped == 0).float().mean()))
+    assert abs(share - 0.3) < 5 * (0.3 * 0.7 / 1e6) ** 0.5, f"{share} are dropped"
+    return f"{text}; {share:.4f} of 0.3 dropped"

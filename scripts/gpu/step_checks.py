@@ -7,10 +7,12 @@ import statistics
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from qlora_cli.kernels.kept_factors import keep_factors
 from qlora_cli.plan.dry_run import STEP
 from qlora_cli.plan.traced_memory import trace_memory
 from qlora_cli.types import Batch
@@ -139,6 +141,78 @@ def compiled_steps(bench: Bench) -> str:
     bench.needs_card()
     assert not any(made[2:]), figures
     return figures
+
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+
+
+def launches(bench: Bench, mode: Mode) -> str:
+    """Count the kernels that a layer launches, and time what the host does for it.
+
+    Both are the difference between all layers and half of them, in a micro-batch that is not the
+    first of its step. Operations are counted without a card in `benchmarks/launches.md`; one of
+    them may launch several kernels. Expect at most 200 in compiled layers.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = random_batch(cut(256, 4), bench.sizes.vocabulary)  # few tokens: the card is quick
+    numbers = bench.sizes.layers // 2, bench.sizes.layers
+    seconds, counts = [], []
+    for number in numbers:
+        run = Run(bench, mode, [[batch]], model=bench.large_model(number))
+
+        def micro_batch(objective: Any = run.setup.objective) -> None:
+            objective(batch.to(bench.device))[0].backward()
+
+        with keep_factors():
+            for _ in range(3):
+                micro_batch()
+            times = []
+            for _ in range(5):
+                bench.synchronize()
+                started = time.perf_counter()
+                micro_batch()
+                times.append(time.perf_counter() - started)
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.is_cuda
+            with profile(activities=activities) as profiler:
+                micro_batch()
+                bench.synchronize()
+        seconds.append(min(times))
+        counts.append(sum(event.name in LAUNCHES for event in profiler.events()))
+    layers = numbers[1] - numbers[0]
+    launched = bench.note("launches_by_layer", (counts[1] - counts[0]) / layers)
+    spent = bench.note("host_microseconds_by_layer", 1e6 * (seconds[1] - seconds[0]) / layers)
+    figures = f"{launched:.0f} kernels and {spent:.0f} microseconds of the host by layer"
+    bench.needs_card()
+    assert 0 < launched <= (200 if mode.kernels == "compiled" else 400), figures
+    return figures
+
+
+def updates_are_used(bench: Bench) -> str:
+    """Compare losses in training with those of layers that are not fused, after each update.
+
+    The kernels of bitsandbytes' optimizers write to weights without torch's knowledge. Expect
+    factors of LoRA that were made from the new weights: at most 2e-2 apart, and a lower loss.
+    """
+    import bitsandbytes.optim
+
+    batch = random_batch(cut(400, 4), 250)
+    run = Run(bench, Mode("nf4", "fused", True), [[batch, batch]])
+    trained = [one for one in run.setup.model.parameters() if one.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-2)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    run.setup = replace(run.setup, optimizer=optimizer)
+    losses, differences = [], []
+    for _ in range(4):
+        with torch.no_grad():  # takes the original layers
+            loss, _ = run.setup.objective(batch.to(bench.device))
+        losses.append(run.step()["loss"])
+        plain = float(loss) / run.setup.objective.weight(batch)
+        differences.append(abs(losses[-1] - plain) / plain)
+    assert losses[-1] < losses[0], losses
+    text = bench.at_most(max(differences), 2e-2, "relative difference of the loss")
+    return f"{text}; loss {losses[0]:.3f} -> {losses[-1]:.3f}"
 
 
 def plan_against_measured(bench: Bench, mode: Mode) -> str:

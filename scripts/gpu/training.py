@@ -98,18 +98,23 @@ def load(
 
 
 def gradients(
-    bench: Bench, mode: Mode, batch: Batch, *, model: Path | None = None
+    bench: Bench, mode: Mode, batch: Batch, *, model: Path | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Return the adapter's gradients for one batch without padding."""
+    """Return the adapter's gradients for one batch without padding.
+
+    Args:
+        seed: that of dropout.
+    """
     recipe = bench.recipe("gradients", model=model, **mode.sections(rank=8))
     base, adapted = load(bench, recipe, mode)
     options = mode.options(bench.device)
     found = prepare_layers(adapted, base, mode.checkpointing, options)
     number, layers = num_fused(adapted), base.config.num_hidden_layers
-    expected = 0 if mode.kernels == "plain" or mode.dropout else layers
+    expected = 0 if mode.kernels == "plain" else layers
     assert number == expected, f"{number} of {layers} layers are one function"
     assert found == (mode.kernels if expected else "plain"), found
     loss = TokenLoss(adapted, mode.dtype, loss_kernel(found, bench.device, options))
+    torch.manual_seed(seed)
     loss(batch.to(bench.device))[0].backward()
     named = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
     gradients = {

@@ -26,6 +26,7 @@ from tests.parity.tiny_layers import adapted, base, batch, distance, fused, loss
     [
         "llama",
         "llama-bias-tied",
+        "llama-merged",
         "llama-every-head",
         "mistral",
         "mistral-window",
@@ -69,8 +70,8 @@ def test_layers_are_fused_with_any_target_modules(tmp_path: Path, changes: dict[
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lora_dropout": 0.1}, {"use_dora": True}, {"modules_to_save": ["input_layernorm"]}],
-    ids=["dropout", "dora", "norms"],
+    [{"use_dora": True}, {"modules_to_save": ["input_layernorm"]}],
+    ids=["dora", "norms"],
 )
 def test_unsupported_layers_are_not_fused(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = adapted(base("llama", tmp_path / "base", torch.float32, "none"), ours=True, **changes)

@@ -23,11 +23,11 @@ def last_layer_trained(folder: Path) -> tuple[Any, Any]:
     return Freeze(last_layers=1).attach(inner), inner
 
 
-def one_layer_with_dropout(folder: Path) -> tuple[Any, Any]:
-    """Make a model with dropout; recomputing drops the same elements."""
+def one_layer_with_dora(folder: Path) -> tuple[Any, Any]:
+    """Make a model with dropout and DoRA in the last layer, which is not fused."""
     inner = base("llama", folder / "base", torch.float32, "none")
     changes = {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}
-    return adapted(inner, ours=True, lora_dropout=0.3, **changes), inner
+    return adapted(inner, ours=True, lora_dropout=0.3, use_dora=True, **changes), inner
 
 
 def beyond_the_window(folder: Path) -> tuple[Any, Any]:
@@ -39,7 +39,11 @@ def beyond_the_window(folder: Path) -> tuple[Any, Any]:
 @pytest.mark.parametrize("checkpointing", [True, "mlp"])
 @pytest.mark.parametrize(
     ("make", "number"),
-    [(last_layer_trained, 1), (one_layer_with_dropout, 1), (beyond_the_window, 2)],
+    [
+        (last_layer_trained, 1),
+        (one_layer_with_dora, 1),
+        (beyond_the_window, 2),
+    ],
 )
 def test_recomputed_activations_are_not_saved(
     tmp_path: Path, make: Any, number: int, checkpointing: Any

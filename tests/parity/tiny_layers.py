@@ -36,6 +36,16 @@ def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
         "llama-bias-tied": LlamaConfig(
             **LAYERS, **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
         ),
+        # Weights whose blocks of statistics are whole, as in real models, so that they are merged.
+        "llama-merged": LlamaConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            vocab_size=90,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+        ),
         "llama-every-head": LlamaConfig(**LAYERS, num_attention_heads=4, num_key_value_heads=4),
         "mistral": MistralConfig(**LAYERS, **HEADS, sliding_window=None),
         "mistral-window": MistralConfig(**LAYERS, **HEADS, sliding_window=9),

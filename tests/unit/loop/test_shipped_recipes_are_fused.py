@@ -49,15 +49,9 @@ def test_layers_are_fused_or_the_log_says_why(
     assert said == ([f"kernels: plain, because {reason}"] if reason else [])
 
 
-def test_dropout_is_named_with_its_way_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "qlora")
+def test_layers_with_dropout_are_fused() -> None:
     recipe = load_recipe(CONFIGS / "llama-3.1-8b-lora-24gb.yaml", ["adapter.dropout=0.05"]).recipe
     config = shrink_config(AutoConfig.for_model("llama"), vocab_size=128, max_layers=2)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = recipe.adapter.attach(base)
-    assert prepare_layers(model, base, False, ComputeOptions(torch.bfloat16)) == "plain"
-    assert caplog.messages[-1] == (
-        "kernels: plain, because adapter.dropout is 0.05; --set adapter.dropout=0 fuses them"
-    )
+    assert prepare_layers(model, base, False, ComputeOptions(torch.bfloat16)) == "fused"

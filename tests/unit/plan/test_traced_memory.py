@@ -286,7 +286,10 @@ def test_the_bytes_of_each_kind_are_those_computed_by_hand(checkpointing: bool |
         kept += 3 * rank + rank + width + 2  # ... inside of LoRA, the middle, factors of two norms
     if checkpointing is False:  # gate and up, inside of LoRA
         kept += 2 * inner + 3 * rank
-    small = kinds[SAVED] - 4 * tokens * layers * kept
+    # LoRA's A, and B as a block-diagonal matrix: q, k and v, then o, gate and up, and down.
+    factors = (width * (3 + 1 + 2) + inner) * rank
+    factors += (2 * width * 3 + width + 2 * inner * 2 + width) * rank
+    small = kinds[SAVED] - 4 * layers * (tokens * kept + factors)
     assert 0 <= small < 256  # the ends of documents, and scalars
     logits = found[Segment("step", "forward", 1, 2 * layers)].kinds[LOGITS]
     assert logits == 2 * 4 * (tokens - 1) * vocabulary  # and their gradient
