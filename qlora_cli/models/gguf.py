@@ -12,6 +12,7 @@ from pathlib import Path
 from qlora_cli._compat import restore_splitting
 from qlora_cli.common.atomic_files import atomic_folder, replace_file
 from qlora_cli.common.cache_folder import cache_folder
+from qlora_cli.common.formatting import size_text
 from qlora_cli.common.hashing import hash_file, hash_once
 from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.errors import ModelError
@@ -109,6 +110,7 @@ def _write_unpacked(path: Path, folder: Path) -> None:
     alone.mkdir()
     try:
         with atomic_folder(folder, replace=True) as unfinished:
+            _refuse_too_large(path)
             (alone / path.name).symlink_to(path.resolve())
             # Its progress bar cannot be switched off, and is not an error.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -128,8 +130,32 @@ def _write_unpacked(path: Path, folder: Path) -> None:
             # Read back now; the name of the folder comes last, so it always has its digests.
             digests = {name: hash_file(unfinished / name) for name in _files_in(unfinished)}
             replace_file(_manifest_of(folder), json.dumps(digests))
+    except ModelError:
+        raise
     # A damaged file raises any kind of error, deep in the libraries that read it.
     except Exception as error:
         raise ModelError(f"model.path: {path} cannot be read as a model: {error}") from error
     finally:
         shutil.rmtree(alone, ignore_errors=True)
+
+
+def _refuse_too_large(path: Path) -> None:
+    """Refuse a file whose weights do not fit this machine's free memory in 16 bit.
+
+    transformers holds all of them at once, so unpacking would end in the middle, without a message.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    import psutil
+    from gguf import GGUFReader
+
+    needed = 2 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    if needed > free:
+        raise ModelError(
+            f"model.path: {path} has {size_text(needed)} of weights in bfloat16, in which it is "
+            f"unpacked, and {size_text(free)} of memory and swap are free here",
+            hint="unpack it on a machine with more memory and copy its cache "
+            f"({cache_folder() / 'gguf'}), or use the model's safetensors files",
+        )

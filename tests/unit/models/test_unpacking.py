@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from gguf import GGUFReader
 
+from qlora_cli.errors import ModelError
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.gguf import damaged_file
 from tests.conftest import ROOT
@@ -103,3 +107,21 @@ def test_two_processes_at_once_unpack_a_gguf_file_once(model: Path) -> None:
     assert [process.returncode for process in running] == [0, 0]
     (folder,) = found
     assert [path for path in Path(folder).parent.iterdir() if path.is_dir()] == [Path(folder)]
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_model_larger_than_the_free_memory_is_refused(
+    model: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(int(tensor.n_elements) for tensor in GGUFReader(model).tensors)
+    free = SimpleNamespace(available=int(share * 2 * weights))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+    config = BaseModelConfig(path=str(model))
+    if share > 1:
+        assert config.locate().is_dir()
+        return
+    with pytest.raises(ModelError, match="of memory and swap are free here") as caught:
+        config.locate()
+    assert "on a machine with more memory" in str(caught.value.hint)
+    assert [path for path in (model.parent / "cache/gguf").iterdir() if path.is_dir()] == []
