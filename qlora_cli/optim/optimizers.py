@@ -42,6 +42,7 @@ class Adafactor(Optimizer):
             lr=self.learning_rate,
             beta2_decay=-self.beta2_decay,
             d=self.clip_threshold,
+            # foreach would hold an update of all weights at once, which Adafactor is there to save.
             foreach=False,
         )
 
@@ -74,9 +75,19 @@ class SGD(Optimizer):
             lr=self.learning_rate,
             momentum=self.momentum,
             nesterov=self.nesterov,
-            # Neither foreach (it needs temporary memory) nor fused (it cannot be traced).
-            foreach=False,
+            foreach=_updates_together(groups),
         )
+
+
+def _updates_together(groups: Groups) -> bool:
+    """Tell if SGD updates all weights in a few launches: on CUDA, and without temporary memory.
+
+    Weight decay would take a copy of all gradients. torch's fused SGD would take none, but begins
+    with arbitrary momentum if the first step of a run in float16 overflows.
+    """
+    weights = [weight for group in groups for weight in group["params"]]
+    has_decay = any(group.get("weight_decay", 0) for group in groups)
+    return not has_decay and all(weight.is_cuda for weight in weights)
 
 
 class ScheduleFreeAdamW(Optimizer):
@@ -101,7 +112,7 @@ class ScheduleFreeAdamW(Optimizer):
             lr=self.learning_rate,
             betas=(self.beta1, self.beta2),
             eps=self.eps,
-            foreach=False,
+            foreach=False,  # as for Adafactor
         )
         optimizer.train()
         plain: torch.optim.Optimizer = optimizer

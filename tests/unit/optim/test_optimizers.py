@@ -1,6 +1,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.optim
@@ -12,7 +13,14 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.optim.base import load_states
 from qlora_cli.optim.families import AdamW, AdEMAMix, Lion
 from qlora_cli.optim.groups import ParameterGroup
-from qlora_cli.optim.optimizers import SGD, Adafactor, Muon, ScheduleFreeAdamW, lighter_twin
+from qlora_cli.optim.optimizers import (
+    SGD,
+    Adafactor,
+    Muon,
+    ScheduleFreeAdamW,
+    _updates_together,
+    lighter_twin,
+)
 from qlora_cli.optim.schedules import Constant
 from tests.conftest import each_optimizer
 
@@ -397,3 +405,30 @@ def test_states_of_a_paged_optimizer_stay_paged_when_they_are_loaded(kind: str, 
         for name, value in expected["state"][0].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("on_cuda", "decay", "together"), [(True, 0.0, True), (True, 0.1, False), (False, 0.0, False)]
+)
+def test_sgd_updates_weights_together_on_a_card_only(
+    on_cuda: bool, decay: float, together: bool
+) -> None:
+    weights: list[Any] = [SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=on_cuda)]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "weight_decay": decay}]
+    assert _updates_together(groups) == together
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_updates_together_change_no_bit(options: dict[str, Any]) -> None:
+    def trained(*, foreach: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(5, n)) for n in (1, 3, 8)]
+        optimizer = torch.optim.SGD(weights, lr=0.1, foreach=foreach, **options)
+        for _ in range(4):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    pairs = zip(trained(foreach=False), trained(foreach=True), strict=True)
+    assert [torch.equal(*pair) for pair in pairs] == [True] * 3
