@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_cli.kernels.attention import Attention, PerDocumentAttention, choose_attention
+from qlora_cli.kernels.cross_entropy import LossChunks
 from qlora_cli.kernels.offload import HostMemory, PinnedHostMemory
 
 
@@ -27,6 +28,11 @@ class DeviceCapabilities:
         operation.
         """
         return 2**18 if self.host is None else 2**22
+
+    @property
+    def loss_chunks(self) -> LossChunks:
+        """Rows of logits to compute at a time."""
+        return LossChunks.on("cpu" if self.host is None else "cuda")
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> DeviceCapabilities:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Function = Callable[..., Any]
+from qlora_cli.kernels.compiling import CompiledFunction, Function, TokenAxes
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -167,6 +166,38 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.float() * y.float()).sum(-1)
 
 
+_TOKEN_AXES: dict[str, TokenAxes] = {
+    "rms_norm": {0: (0,)},
+    "add_rms_norm": {0: (0,), 1: (0,)},
+    "apply_rms_norm": {0: (0,), 1: (0,)},
+    "rms_norm_backward": {0: (0,), 1: (0,), 2: (0,), 4: (0,)},
+    "rotate": {0: (0,), 1: (0,), 2: (0,)},
+    "norm_rotate": {0: (0,), 3: (0,), 4: (0,)},
+    "norm_rotate_backward": {0: (0,), 1: (0,), 4: (0,), 5: (0,)},
+    "swiglu": {0: (0,)},
+    "swiglu_backward": {0: (0,), 1: (0,)},
+    "scores_backward": {0: (1, 2), 1: (1, 2), 2: (1,), 3: (1,), 4: (0,)},
+    "dot": {0: (2,), 1: (2,)},
+}
+"""Axes of the tokens in each function's arguments: T, and for attention t and m."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of a decoder layer, which are constants of its compiled functions."""
+
+    hidden: int
+    """D"""
+    feed_forward: int
+    """I"""
+    heads: int
+    """H"""
+    kv_heads: int
+    """K"""
+    head_size: int
+    """E"""
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """The functions above, plain or compiled."""
@@ -204,14 +235,13 @@ class Elementwise:
     def compiled(cls, by: Callable[[Function], Function] | None = None) -> Elementwise:
         """Return the functions through torch.compile, for any number of tokens.
 
-        Each is compiled at its first use.
+        Each is compiled at its first use, and again for other widths.
 
         Args:
             by: replacement for torch.compile.
         """
         plain = cls()
-        # torch.compile caches compiled functions on disk, so a second run starts in a few seconds.
-        by = by or partial(torch.compile, dynamic=True)
+        by = by or (lambda function: CompiledFunction(function, _TOKEN_AXES[function.__name__]))
         return cls(
             is_compiled=True,
             **{
@@ -222,46 +252,77 @@ class Elementwise:
         )
 
     def try_out(
-        self, device: torch.device, dtype: torch.dtype, *, norms_heads: bool = False
+        self, device: torch.device, dtype: torch.dtype, widths: Widths, *, norms_heads: bool = False
     ) -> dict[str, Tensor]:
         """Run each function once, so that a failure to compile appears here and not in a step.
 
-        The sizes are those of a small step, because they decide whether a kernel uses threads.
+        Sizes and layouts are those of a small step: compiled code depends on widths and strides,
+        and the number of rows decides whether a kernel uses threads.
 
         Args:
             norms_heads: whether the model normalises heads, so that those functions are compiled.
 
         Returns:
-            All results, by function. They are the same for equal functions and random states.
+            All results, by function. They are the same for equal functions.
         """
-        rows, width, heads, size = 512, 1024, 16, 64
-        x, y = (torch.rand(rows, width, device=device, dtype=dtype) for _ in range(2))
+        generator = torch.Generator(device).manual_seed(0)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device, dtype=dtype)
+
+        rows, heads, size = 512, widths.heads + widths.kv_heads, widths.head_size
+        # Different tensors everywhere: functions are compiled again where two arguments are one.
+        x, y, past = (rand(rows, widths.hidden) for _ in range(3))
         # A parameter, as in norms: functions are compiled again for a plain tensor.
-        weight = nn.Parameter(torch.rand_like(x[0]), requires_grad=False)
-        angles = torch.rand(rows, size, device=device)
+        weight = nn.Parameter(rand(widths.hidden), requires_grad=False)
         done: dict[str, Tensor | tuple[Tensor, ...]] = {}
         done["rms_norm"] = _, factor = self.rms_norm(x, weight, 1e-6)
         done["add_rms_norm"] = self.add_rms_norm(x, y, weight, 1e-6)
         done["apply_rms_norm"] = self.apply_rms_norm(x, factor, weight)
-        done["rms_norm_backward"] = self.rms_norm_backward(x, y, factor, weight, x)
-        states, angles = x.view(rows, heads, size), angles.to(dtype)
-        done["rotate"] = self.rotate(states, angles, angles)
-        if norms_heads:
-            # A view of a wider matmul output, as in a layer: other strides would compile again.
-            states = torch.rand(rows, 2 * heads, size, device=device, dtype=dtype)[:, :heads]
-            norm = torch.rand_like(states[0]), 1e-6, angles, angles
-            done["norm_rotate"] = rotated = self.norm_rotate(states, *norm)
-            done["norm_rotate_backward"] = self.norm_rotate_backward(rotated, states, *norm)
-        done["swiglu"] = opened = self.swiglu(x)
-        done["swiglu_backward"] = self.swiglu_backward(opened.clone(), x.clone())
-        scores = torch.rand(2, rows // 4, rows // 2, device=device)
-        done["dot"] = row = self.dot(scores.to(dtype), scores.to(dtype))
-        places = torch.arange(rows // 4, device=device)
-        done["scores_backward"] = self.scores_backward(
-            scores, scores.to(dtype), row, row.clone(), places, 1.0
+        done["rms_norm_backward"] = self.rms_norm_backward(x, y, factor, weight, past)
+        angles = rand(rows, size), rand(rows, size)
+        # Queries and keys are a view of the wider output of their matmul; gradients are not.
+        states, grads = (
+            rand(rows, heads + widths.kv_heads, size)[:, :heads],
+            rand(rows, heads, size),
         )
+        if norms_heads:
+            norm = rand(heads, size), 1e-6, *angles
+            done["norm_rotate"] = self.norm_rotate(states, *norm)
+            done["norm_rotate_backward"] = self.norm_rotate_backward(grads, states, *norm)
+        else:
+            done["rotate"] = self.rotate(states, *angles)
+            done["rotate_backward"] = self.rotate(grads, *angles)
+        gate_up = rand(rows, 2 * widths.feed_forward)
+        done["swiglu"] = opened = self.swiglu(gate_up)
+        done["swiglu_backward"] = self.swiglu_backward(opened.clone(), gate_up.clone())
+        if device.type == "cpu":  # elsewhere attention has a backward pass of its own
+            done |= self._try_attention(rand, widths, rows)
         return {
             f"{name} ({i})": one
             for name, found in done.items()
             for i, one in enumerate((found,) if isinstance(found, Tensor) else found)
+        }
+
+    def _try_attention(
+        self, rand: Callable[..., Tensor], widths: Widths, rows: int
+    ) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """Run the functions of attention's backward pass, for a block of `rows // 4` queries."""
+        kv_heads, shared_by = widths.kv_heads, widths.heads // widths.kv_heads
+        # (T, H, E) as (K, H / K, T, E)
+        states, grads = (
+            rand(rows, widths.heads, widths.head_size)
+            .unflatten(1, (kv_heads, shared_by))
+            .permute(1, 2, 0, 3)
+            for _ in range(2)
+        )
+        # No two sizes are equal, because compiled code may rely on it.
+        shape = kv_heads, rows // 4 * shared_by, rows // 2 + 8
+        normalizer, shared = (rand(*shape[:2]).float().clone() for _ in range(2))
+        places = torch.arange(rows // 4).repeat(shared_by)
+        return {
+            "dot": self.dot(grads, states),
+            "scores_backward": self.scores_backward(
+                *(rand(*shape).float(), rand(*shape), normalizer, shared, places, 1.0)
+            ),
         }

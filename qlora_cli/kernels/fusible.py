@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_cli.kernels.elementwise import Widths
 from qlora_cli.kernels.lora_linear import active_adapter_of, base_layer_of
 
 FUSIBLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -44,6 +45,25 @@ def why_not_fused(layer: nn.Module) -> str | None:
     if len({base_layer_of(linear).weight.device for linear in linears}) > 1:
         return "its weights are on several devices"
     return None
+
+
+def fusible_widths(model: nn.Module) -> Widths | None:
+    """Return the widths of the first layer that `FusedLayer` can replace; None if there is none."""
+    for layer in model.modules():
+        if why_not_fused(layer) is None:
+            return _widths_of(layer)
+    return None
+
+
+def _widths_of(layer: Any) -> Widths:
+    attention, mlp = layer.self_attn, layer.mlp
+    size = attention.head_dim
+    gate = base_layer_of(mlp.gate_proj)
+    heads, kv_heads = (
+        base_layer_of(linear).out_features // size
+        for linear in (attention.q_proj, attention.k_proj)
+    )
+    return Widths(gate.in_features, gate.out_features, heads, kv_heads, size)
 
 
 def _is_other_adapter(module: nn.Module) -> bool:

@@ -19,8 +19,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
-from qlora_cli.kernels.elementwise import Elementwise
-from qlora_cli.kernels.fusible import why_not_fused
+from qlora_cli.kernels.elementwise import Elementwise, Widths
+from qlora_cli.kernels.fusible import fusible_widths, why_not_fused
 from qlora_cli.kernels.offload import HostMemory, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
@@ -131,8 +131,8 @@ def prepare_layers(
     held: Any = base.get_input_embeddings().weight.dtype
     if kernels != "plain" and held == options.dtype:
         ops = Elementwise.in_blocks(options.device.block_values)
-        if kernels == "compiled":
-            if compiled := _compiled_elementwise(model, base.device, options, plain=ops):
+        if kernels == "compiled" and (widths := fusible_widths(model)) is not None:
+            if compiled := _compiled_elementwise(model, base.device, options, widths, plain=ops):
                 ops = compiled
             else:
                 kernels = "fused"
@@ -177,7 +177,12 @@ def _offload(base: PreTrainedModel, host: HostMemory | None) -> None:
 
 
 def _compiled_elementwise(
-    model: nn.Module, device: torch.device, options: ComputeOptions, *, plain: Elementwise
+    model: nn.Module,
+    device: torch.device,
+    options: ComputeOptions,
+    widths: Widths,
+    *,
+    plain: Elementwise,
 ) -> Elementwise | None:
     """Return compiled element-wise work; None, with a warning, if it cannot be used here."""
     if options.compiled is not None:
@@ -185,14 +190,14 @@ def _compiled_elementwise(
     ops, norms_heads = Elementwise.compiled(), has_head_norms(model)
 
     def try_out(some: Elementwise) -> dict[str, Tensor]:
-        # Forked each time, so that both draw the same arguments.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return some.try_out(device, options.dtype, norms_heads=norms_heads)
+        return some.try_out(device, options.dtype, widths, norms_heads=norms_heads)
 
     return ops if _can_compile(lambda: try_out(ops), try_out(plain)) else None
 
 
-def loss_kernel(kernels: Kernels, device: torch.device, options: ComputeOptions) -> CrossEntropy:
+def loss_kernel(
+    kernels: Kernels, device: torch.device, options: ComputeOptions, vocabulary_size: int
+) -> CrossEntropy:
     """Return the cross-entropy with its gradient for a run with these kernels."""
     if kernels != "compiled":
         return cross_entropy
@@ -200,7 +205,7 @@ def loss_kernel(kernels: Kernels, device: torch.device, options: ComputeOptions)
         return options.compiled.cross_entropy
     compiled, dtype = compiled_cross_entropy(), options.dtype
     # Almost as large as in a step: the compiler decides by the size if threads are worth it.
-    logits = torch.rand(64, 8192, device=device, dtype=dtype)
+    logits = torch.rand(64, vocabulary_size, device=device, dtype=dtype)
     targets = torch.arange(64, device=device)
 
     def try_out(some: CrossEntropy) -> dict[str, Tensor]:

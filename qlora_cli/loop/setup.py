@@ -166,8 +166,11 @@ def assemble(
     A run calls this through `build_setup`; a plan calls it on traced tensors.
     """
     kernels = prepare_layers(model, base, recipe.training.gradient_checkpointing, options)
-    cross_entropy = loss_kernel(kernels, world.device, options)
-    objective = recipe.objective.build(model, options.dtype, cross_entropy)
+    vocabulary_size = base.config.get_text_config(decoder=True).vocab_size
+    cross_entropy = loss_kernel(kernels, world.device, options, vocabulary_size)
+    objective = recipe.objective.build(
+        model, options.dtype, cross_entropy, options.device.loss_chunks
+    )
     is_scaled = options.dtype == torch.float16
     return Setup(
         base=base,

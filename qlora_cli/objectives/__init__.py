@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from qlora_cli.kernels.cross_entropy import CrossEntropy
+    from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
     from qlora_cli.objectives.base import Objective
 
 
@@ -19,17 +19,24 @@ class Supervised(Config):
 
     type: Literal["supervised"] = "supervised"
 
-    def build(self, model: nn.Module, dtype: torch.dtype, cross_entropy: CrossEntropy) -> Objective:
+    def build(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy,
+        chunks: LossChunks | None = None,
+    ) -> Objective:
         """Build the objective.
 
         Args:
             model: the model that is trained, with its adapter.
             dtype: autocast dtype; float32 means no autocast.
             cross_entropy: kernel for the loss of a chunk of logits, with its gradient.
+            chunks: rows of logits to compute at a time; None are those of the model's device.
         """
         from qlora_cli.objectives.supervised import TokenLoss
 
-        return TokenLoss(model, dtype, cross_entropy)
+        return TokenLoss(model, dtype, cross_entropy, chunks)
 
 
 ObjectiveConfig = Supervised

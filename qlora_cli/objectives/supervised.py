@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.common.decoder import decoder_of
 from qlora_cli.common.eval_mode import eval_mode
-from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
+from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks, cross_entropy
 from qlora_cli.objectives.base import Objective
 from qlora_cli.types import IGNORE_INDEX, Batch, copy_to
 
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("qlora")
-
-# Float32 logits of one chunk. A larger chunk saves no time once a matmul uses the whole machine. On
-# a CPU, a chunk should fit the caches, and malloc reuses its memory instead of returning it.
-_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
-
-_TILE = 128
-"""Rows of a tile of a matmul on a GPU; with a part of one, some of its units would wait."""
 
 
 class TokenLoss(Objective):
@@ -41,15 +33,21 @@ class TokenLoss(Objective):
         model: a causal language model, with or without PEFT around it.
         dtype: autocast dtype; float32 means no autocast.
         cross_entropy: kernel for the loss of a chunk of logits, with its gradient.
+        chunks: rows of logits to compute at a time; None are those of the model's device.
     """
 
     unit: ClassVar[str] = "supervised_tokens"
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, cross_entropy: CrossEntropy = cross_entropy
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy = cross_entropy,
+        chunks: LossChunks | None = None,
     ) -> None:
         super().__init__(model, dtype)
         self._cross_entropy = cross_entropy
+        self._chunks = chunks or LossChunks.on(next(model.parameters()).device.type)
         causal: Any = _without_adapter(model)
         # In a tuple, so that they are not registered again: both are inside the model already.
         self._halves: tuple[Any, Any] = decoder_of(causal), causal.get_output_embeddings()
@@ -79,8 +77,8 @@ class TokenLoss(Objective):
             states = self._states(batch, positions)
             if self.is_split:
                 _, head = self._halves
-                return head_loss(states, targets, head, self._cross_entropy)
-            return _chunked_cross_entropy(states, targets)
+                return head_loss(states, targets, head, self._cross_entropy, self._chunks)
+            return _chunked_cross_entropy(states, targets, self._chunks)
 
     def of_rows(self, batch: Batch) -> Tensor:
         """Return the loss sum of each row, (B,) in float64, without a gradient."""
@@ -105,7 +103,7 @@ class TokenLoss(Objective):
             width = _vocabulary_size(head) if self.is_split else states.shape[-1]
             sums = torch.zeros(len(labels), dtype=torch.float64, device=device)
             # Without any label (on a rank without rows) there is no chunk.
-            for at in _chunks(len(targets), width, device):
+            for at in self._chunks.split(len(targets), width):
                 losses = F.cross_entropy(
                     head(states[index[at]]).float(), targets[at], reduction="none"
                 )
@@ -208,6 +206,7 @@ def head_loss(
     targets: Tensor,
     head: nn.Module,
     cross_entropy: CrossEntropy = cross_entropy,
+    chunks: LossChunks | None = None,
 ) -> Tensor:
     """Sum the cross-entropy of `head(hidden)` against `targets`; compute its gradient on the way.
 
@@ -215,10 +214,12 @@ def head_loss(
         hidden: (N, D), the hidden states that predict the targets.
         targets: (N,)
         head: D -> V; its trainable weights get their gradients too.
+        chunks: rows of logits to compute at a time; None are those of the device.
     """
+    chunks = chunks or LossChunks.on(hidden.device.type)
     weights = [p for p in head.parameters() if p.requires_grad]
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch is not typed here
-        hidden, targets, head, cross_entropy, *weights
+        hidden, targets, head, cross_entropy, chunks, *weights
     )
     return loss
 
@@ -233,13 +234,14 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         head: nn.Module,
         cross_entropy: CrossEntropy,
+        chunks: LossChunks,
         *weights: Tensor,
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wanted else None
         weight_grads = [torch.zeros_like(weight) for weight in weights]
-        for rows in _chunks(len(targets), _vocabulary_size(head), hidden.device):
+        for rows in chunks.split(len(targets), _vocabulary_size(head)):
             with torch.set_grad_enabled(wanted):
                 states = hidden[rows].detach().requires_grad_(wanted)
                 logits = head(states)  # (n, V)
@@ -262,10 +264,10 @@ class _HeadLoss(torch.autograd.Function):
         scaled = [
             (grad.float() * grad_loss).to(grad.dtype) for grad in (hidden_grad, *weight_grads)
         ]
-        return scaled[0], None, None, None, *scaled[1:]
+        return scaled[0], None, None, None, None, *scaled[1:]
 
 
-def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _chunked_cross_entropy(logits: Tensor, targets: Tensor, chunks: LossChunks) -> Tensor:
     """Sum the cross-entropy of logits (N, V), with one chunk of them in float32 at a time."""
 
     def of_rows(rows: Tensor, row_targets: Tensor) -> Tensor:
@@ -274,15 +276,7 @@ def _chunked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if not len(logits):  # a rank without rows in a step takes part in the backward pass
         return logits.float().sum()
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
+    for rows in chunks.split(logits.shape[0], logits.shape[1]):
         chunk: Tensor = checkpoint(of_rows, logits[rows], targets[rows], use_reentrant=False)
         loss = loss + chunk
     return loss
-
-
-def _chunks(num_rows: int, vocabulary_size: int, device: torch.device) -> Iterable[slice]:
-    size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
-    step = max(1, size // (4 * vocabulary_size))
-    if device.type != "cpu" and step > _TILE:
-        step -= step % _TILE
-    return (slice(start, start + step) for start in range(0, num_rows, step))

@@ -113,7 +113,8 @@ def gradients(
     expected = 0 if mode.kernels == "plain" else layers
     assert number == expected, f"{number} of {layers} layers are one function"
     assert found == (mode.kernels if expected else "plain"), found
-    loss = TokenLoss(adapted, mode.dtype, loss_kernel(found, bench.device, options))
+    kernel = loss_kernel(found, bench.device, options, base.config.vocab_size)
+    loss = TokenLoss(adapted, mode.dtype, kernel)
     torch.manual_seed(seed)
     loss(batch.to(bench.device))[0].backward()
     named = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]

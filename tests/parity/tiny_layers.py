@@ -33,6 +33,10 @@ def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
 
     configs = {
         "llama": LlamaConfig(**LAYERS, **HEADS),
+        # Rows of whole blocks of 64, the block size of the 4-bit types.
+        "llama-wide": LlamaConfig(
+            **{**LAYERS, "hidden_size": 64, "intermediate_size": 128}, **HEADS
+        ),
         "llama-bias-tied": LlamaConfig(
             **LAYERS, **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
         ),
@@ -74,7 +78,9 @@ def base(kind: str, folder: Path, dtype: torch.dtype, quantization: str) -> Any:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
         model.save_pretrained(folder)
     options: dict[str, Any] = {}
-    if quantization != "none":
+    if quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,

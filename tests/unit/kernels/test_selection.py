@@ -15,8 +15,10 @@ def test_long_run_gets_compiled_kernels(work: float, found: str) -> None:
     assert choose_kernels("auto", "cpu", work) == found
 
 
-def test_compiling_pays_off_later_on_a_gpu() -> None:
-    assert choose_kernels("auto", "cuda", 1e15) == "fused"
+def test_compiling_pays_off_later_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_cli.kernels.selection.has_compiler", lambda device: True)
+    assert choose_kernels("auto", "cuda", 2.9e15) == "fused"
+    assert choose_kernels("auto", "cuda", 3.1e15) == "compiled"
 
 
 def test_unmeasured_device_gets_fused_kernels() -> None:

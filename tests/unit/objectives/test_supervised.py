@@ -16,9 +16,9 @@ from transformers import (
 
 from qlora_cli.adapters import OFT, LoHa, LoKr, LoRA, OtherPeft
 from qlora_cli.data.batching.sampler import eval_batches
+from qlora_cli.kernels.cross_entropy import LossChunks
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import FourBit, Unquantized
-from qlora_cli.objectives import supervised
 from qlora_cli.objectives.base import evaluate_loss
 from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
@@ -52,9 +52,9 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("adapter", [LoRA(r=4), LoRA(r=4, modules_to_save=["lm_head"])])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 10_000])
 def test_equals_the_plain_loss_and_its_gradients(
-    tiny_model: Path, adapter: LoRA, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, adapter: LoRA, chunk_rows: int
 ) -> None:
-    monkeypatch.setitem(supervised._CHUNK_BYTES, "cpu", chunk_rows * 4 * 260)
+    chunks = LossChunks(chunk_rows * 4 * 260)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = adapter.attach(model.requires_grad_(False))
@@ -66,7 +66,7 @@ def test_equals_the_plain_loss_and_its_gradients(
     expected.backward()
     expected_gradients = gradients(model)
 
-    objective = TokenLoss(model, torch.float32)
+    objective = TokenLoss(model, torch.float32, chunks=chunks)
     assert objective.is_split
     loss, _ = objective(batch)
     (loss * 0.5).backward()

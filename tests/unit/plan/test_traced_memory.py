@@ -119,6 +119,24 @@ def test_trace_equals_real_tensors_with_head_norms(
     assert traced.flops[STEP] == real.flops[STEP] > 0
 
 
+def test_the_loss_is_traced_in_the_chunks_of_the_planned_device(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    """A CPU computes 24 MiB of float32 logits at a time, a card 128 MiB in tiles of 128 rows."""
+    vocabulary = 200_000
+    config = LlamaConfig(num_hidden_layers=2, **{**LAYERS, "vocab_size": vocabulary})
+    steps = [[full_batch(2, 160, padding_free=True)]]
+
+    def logits(device: Device) -> int:
+        found = trace_memory(
+            *(tiny_recipe(), config, torch.float32), device=device, steps=steps, held_out=None
+        )
+        return max(peak.kinds.get(LOGITS, 0) for peak in found.peaks.values())
+
+    rows = 24 * 2**20 // (4 * vocabulary)
+    assert logits("cuda") / logits("cpu") == pytest.approx(128 / rows, rel=0.01)
+
+
 @pytest.mark.slow
 def test_offloaded_inputs_are_not_counted_on_the_device(
     tiny_recipe: Callable[..., Recipe],
