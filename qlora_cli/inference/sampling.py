@@ -137,7 +137,7 @@ class TextGenerator:
                     attention_mask=batch.attention_mask.to(self.device),
                     generation_config=self._generation_config(sampling),
                     logits_processor=_logits_processors(
-                        sampling, [seeds[index] for index in batch.indices]
+                        sampling, [seeds[index] for index in batch.indices], self.device
                     ),
                 )  # (B, T + new)
             new = output[:, batch.input_ids.shape[1] :].tolist()
@@ -162,7 +162,7 @@ class TextGenerator:
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
                     generation_config=self._generation_config(sampling),
-                    logits_processor=_logits_processors(sampling, [turn]),
+                    logits_processor=_logits_processors(sampling, [turn], self.device),
                     streamer=streamer,
                 )
         except KeyboardInterrupt:
@@ -209,11 +209,11 @@ def _contiguous_head_inputs(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _logits_processors(sampling: Sampling, indices: Sequence[int]) -> Any:
+def _logits_processors(sampling: Sampling, indices: Sequence[int], device: torch.device) -> Any:
     from transformers import LogitsProcessorList
 
     return LogitsProcessorList(
-        [GumbelSampler(sampling, indices)] if sampling.temperature > 0 else []
+        [GumbelSampler(sampling, indices, device)] if sampling.temperature > 0 else []
     )
 
 
@@ -226,9 +226,10 @@ class GumbelSampler:
 
     Args:
         indices: seed of each row, together with `sampling.seed`.
+        device: device of the logits, on which the noise is drawn.
     """
 
-    def __init__(self, sampling: Sampling, indices: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, indices: Sequence[int], device: torch.device) -> None:
         from transformers import (
             TemperatureLogitsWarper,
             TopKLogitsWarper,
@@ -241,7 +242,8 @@ class GumbelSampler:
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._generators = [
-            torch.Generator().manual_seed(_row_seed(sampling.seed, index)) for index in indices
+            torch.Generator(device).manual_seed(_row_seed(sampling.seed, index))
+            for index in indices
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -250,10 +252,13 @@ class GumbelSampler:
             scores = warper(input_ids, scores)
         # -log of an exponential variable is Gumbel noise.
         exponential = torch.stack(
-            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self._generators]
+            [
+                torch.empty(scores.shape[1], device=scores.device).exponential_(generator=generator)
+                for generator in self._generators
+            ]
         )
         smallest = torch.finfo(exponential.dtype).tiny
-        return scores - exponential.clamp_min(smallest).log().to(scores.device)
+        return scores - exponential.clamp_min(smallest).log()
 
 
 def _row_seed(seed: int, index: int) -> int:

@@ -15,9 +15,11 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from torch import Tensor, nn
 
+from qlora_cli.kernels.four_bit import MAX_ROWS, has_product, multiply
 from qlora_cli.kernels.lora_linear import (
     Projection,
     active_adapter_of,
+    base_layer_of,
     unscaled_gradients,
 )
 
@@ -78,12 +80,42 @@ def update_first(layer: Any, x: Tensor) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.to(dtype)
+    if multiplies_4_bit(layer, x.numel() // x.shape[-1], device):
+        found = update_first_in_4_bit(layer, x.flatten(0, -2))
+        return found.view(*x.shape[:-1], -1)
     dropped = layer.lora_dropout[active_adapter_of(layer)](x)
     linears = Projection([layer])
     y: Tensor = _UpdateFirst.apply(  # type: ignore[no-untyped-call]  # torch is not typed here
         x.flatten(0, -2), dropped.flatten(0, -2), linears, *linears.trained()
     )
     return y.view(*x.shape[:-1], -1)
+
+
+def multiplies_4_bit(layer: Any, num_rows: int, device: str) -> bool:
+    """Tell if a LoRA layer multiplies with its 4-bit weight as it is: few rows, without a gradient.
+
+    A CPU has no kernel for it that is the same on all machines.
+    """
+    return bool(
+        device == "cuda"
+        and 0 < num_rows <= MAX_ROWS
+        and not torch.is_grad_enabled()
+        and not layer.training  # no dropout
+        and has_product(base_layer_of(layer))
+    )
+
+
+def update_first_in_4_bit(layer: Any, x: Tensor) -> Tensor:
+    """Compute a LoRA layer on few rows `x` (T, in) without dequantizing its weight.
+
+    Base product and update are added in float32 and rounded once, as `LoraFactors.forward` does.
+    """
+    name = active_adapter_of(layer)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    with torch.autocast(x.device.type, enabled=False):
+        low = x.float() @ a.float().T
+        y = multiply(x, base_layer_of(layer))
+        return y.addmm_(low, b.float().T, alpha=layer.scaling[name]).to(x.dtype)
 
 
 def _has_one_update(layer: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from qlora_cli.distributed.precision import PRECISIONS
 from qlora_cli.distributed.world import World
 from qlora_cli.models.base import BaseModelConfig
+from qlora_cli.models.product_check import check_products
 from qlora_cli.models.quantization import QuantizationConfig
 from qlora_cli.models.report import count_base_weights, refuse_mostly_unquantized
 
@@ -28,8 +29,8 @@ def load_base(
     """Load the base model, and log how many weights it has and how they are held.
 
     Raises:
-        ModelError: the weights or the architecture cannot be loaded, or too many of the weights
-            stayed unquantized.
+        ModelError: the weights or the architecture cannot be loaded, too many of the weights
+            stayed unquantized, or a card multiplies wrongly with quantized ones.
     """
     if model.trust_remote_code:
         log.warning("model.trust_remote_code: running code of %s at %s", model.path, model.revision)
@@ -37,6 +38,8 @@ def load_base(
     weights = count_base_weights(base)
     log.info(weights.summary())
     refuse_mostly_unquantized(weights, quantization.max_unquantized)
+    if device.type == "cuda":
+        check_products(base, dtype)
     return base
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,22 @@ def test_sampling_from_a_single_token_is_greedy(tiny_model: Path) -> None:
 
 def test_sampled_frequencies_match_the_probabilities() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(4000, 4)
-    sampler = GumbelSampler(Sampling(temperature=0.5), range(4000))
+    sampler = GumbelSampler(Sampling(temperature=0.5), range(4000), torch.device("cpu"))
     sampled = sampler(torch.zeros(4000, 1, dtype=torch.long), scores).argmax(-1)
     shares = torch.bincount(sampled, minlength=4) / 4000
     # Three standard deviations of a share of 4,000 are 0.024 at most.
     torch.testing.assert_close(shares, (scores[0] / 0.5).softmax(-1), atol=0.024, rtol=0)
+
+
+def test_noise_of_a_row_on_the_cpu_is_that_of_its_own_generator() -> None:
+    """On a card it is drawn there; on a CPU, answers of earlier versions stay as they were."""
+    sampler = GumbelSampler(Sampling(temperature=1.0, seed=3), [5, 9], torch.device("cpu"))
+    scores = torch.zeros(2, 64)
+    found = sampler(torch.zeros(2, 1, dtype=torch.long), scores)
+    for row, index in zip(found, (5, 9), strict=True):
+        seed = int(hashlib.sha256(f"3 {index}".encode()).hexdigest()[:14], 16)
+        drawn = torch.empty(64).exponential_(generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(row, -drawn.log())
 
 
 @pytest.mark.parametrize(
