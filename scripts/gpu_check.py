@@ -121,12 +121,16 @@ def further_checks() -> Iterator[Check]:
         yield Check(f"{kind}: values as on the CPU", 3, values)
         merged = partial(bitsandbytes_checks.merged_weights, kind=kind)
         yield Check(f"{kind}: merged weights", 2, merged)
+        few = partial(bitsandbytes_checks.few_rows, kind=kind)
+        yield Check(f"{kind}: few rows without dequantizing", 3, few)
+    yield Check("products of a model against the CPU's", 8, bitsandbytes_checks.products_of_a_model)
     yield Check("int8: product and gradient", 3, bitsandbytes_checks.eight_bit_product)
     yield Check("fragmentation", 30, step_checks.fragmentation)
     yield Check("fp16 without flash attention, as on a T4", 12, gradient_checks.without_flash)
     for number in (1, 16):
         run = partial(command_checks.generation, num_rows=number)
         yield Check(f"generation, {number} at once", 12, run)
+    yield Check("noise of sampling", 2, command_checks.sampling_noise)
     yield Check("peak memory", 25, step_checks.memory_is_saved)
     yield Check("kernels of a step", 12, step_checks.kernels_of_a_step)
     for dtype in (torch.bfloat16, torch.float16):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qlora_cli.kernels.four_bit import MAX_ROWS, multiply
 from qlora_cli.kernels.lora_linear import base_weight
 from qlora_cli.kernels.merged_weight import merge_weights
+from qlora_cli.models.product_check import check_products
 from qlora_cli.optim.base import load_states
 from scripts.gpu.bench import Bench, relative_error
 
@@ -39,6 +43,70 @@ def four_bit_product(bench: Bench, kind: str) -> str:
             bench.at_most(error, tolerance, f"{dtype}, {tokens} tokens: relative error")
             worst = max(worst, error)
     return f"relative error {worst:.1e}"
+
+
+def few_rows(bench: Bench, kind: str) -> str:
+    """Compare the product of generation with that of the dequantized weight, and time both.
+
+    Expect rounding only, and at most the time of dequantizing for all rows up to the limit.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    width = 4096 if bench.is_cuda else 256
+    layer = Linear4bit(
+        width, width, bias=False, compute_dtype=torch.bfloat16, quant_type=kind,
+        compress_statistics=True,
+    ).to(bench.device)  # fmt: skip
+    times, worst = {}, 0.0
+    for rows in (1, 4, 7, 14, MAX_ROWS):
+        x = torch.randn(rows, width, device=bench.device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            found = multiply(x, layer)
+            expected = x.float() @ base_weight(layer, torch.float32).T
+            worst = max(worst, relative_error(found, expected))
+            times[rows] = [
+                milliseconds(bench, lambda x=x: multiply(x, layer)),  # type: ignore[misc]
+                milliseconds(bench, lambda x=x: x @ base_weight(layer, x.dtype).T),  # type: ignore[misc]
+            ]
+    bench.note("rows: milliseconds in 4 bit, dequantized", times)
+    figures = (
+        bench.at_most(worst, 1e-2, "relative error")
+        + "; "
+        + ", ".join(
+            f"{rows} rows {ours:.3f} ms (dequantized {plain:.3f})"
+            for rows, (ours, plain) in times.items()
+        )
+    )
+    bench.needs_card()
+    assert all(ours <= plain for ours, plain in times.values()), figures
+    return figures
+
+
+def milliseconds(bench: Bench, run: Callable[[], object]) -> float:
+    """Return the mean time of a call, without the first ones."""
+    for _ in range(3):
+        run()
+    number = 50 if bench.is_cuda else 3
+    bench.synchronize()
+    started = time.perf_counter()
+    for _ in range(number):
+        run()
+    bench.synchronize()
+    return 1000 * (time.perf_counter() - started) / number
+
+
+def products_of_a_model(bench: Bench) -> str:
+    """Run the check of each run on the products of its model, in all dtypes. Expect no refusal."""
+    from qlora_cli.models.loading import load_base
+
+    for kind in ("nf4", "fp4", "int8"):
+        recipe = bench.recipe("products", quantization={"type": kind})
+        base = load_base(recipe.model, recipe.quantization, torch.bfloat16, bench.device)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if kind != "int8" or dtype != torch.float32:
+                check_products(base, dtype)
+    return "nf4, fp4 and int8 agree with the CPU"
 
 
 def four_bit_values(bench: Bench, kind: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import OutOfMemory
-from qlora_cli.inference.sampling import Completion, Sampling, TextGenerator
+from qlora_cli.inference.sampling import Completion, GumbelSampler, Sampling, TextGenerator
 from qlora_cli.types import Prompt
 from scripts.gpu.bench import Bench, byte_tokenizer, last_line, metrics
+from scripts.gpu.bitsandbytes_checks import milliseconds
 from scripts.gpu.training import Mode, load
 
 
@@ -141,6 +142,25 @@ def out_of_memory(bench: Bench) -> str:
     assert "--set" in done.stderr or "hint" in done.stderr.lower(), end
     bench.note("checkpoints", saved)
     return f"exit code {done.returncode}, {saved[-1]}; {end[:80]}"
+
+
+def sampling_noise(bench: Bench) -> str:
+    """Time the noise of sampling for 16 rows of 128,256 logits. Expect at most 3 ms on a card.
+
+    Expect also the same noise for a row whatever the other rows are.
+    """
+    settings, size = Sampling(temperature=1.0), 128_256 if bench.is_cuda else 320
+    scores = torch.zeros(16, size, device=bench.device)
+    ids = torch.zeros(16, 1, dtype=torch.long, device=bench.device)
+    first = GumbelSampler(settings, range(16), bench.device)(ids, scores)
+    alone = GumbelSampler(settings, [7], bench.device)(ids[:1], scores[:1])
+    assert torch.equal(first[7], alone[0]), "a row's noise depends on the other rows"
+    sampler = GumbelSampler(settings, range(16), bench.device)
+    taken = bench.note("milliseconds", milliseconds(bench, lambda: sampler(ids, scores)))
+    figures = f"{taken:.2f} ms for 16 rows of {size:,}"
+    bench.needs_card()
+    assert taken <= 3, figures
+    return figures
 
 
 def generation(bench: Bench, num_rows: int) -> str:
