@@ -183,8 +183,8 @@ _TOKEN_AXES: dict[str, TokenAxes] = {
 
 
 @dataclass(frozen=True)
-class Widths:
-    """Widths of a decoder layer, which are constants of its compiled functions."""
+class LayerConstants:
+    """Numbers of a decoder layer that are constants of its compiled functions."""
 
     hidden: int
     """D"""
@@ -196,6 +196,10 @@ class Widths:
     """K"""
     head_size: int
     """E"""
+    eps: float
+    """Added to the mean square in norms."""
+    scale: float
+    """Factor on the scores of attention."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Elementwise:
     def compiled(cls, by: Callable[[Function], Function] | None = None) -> Elementwise:
         """Return the functions through torch.compile, for any number of tokens.
 
-        Each is compiled at its first use, and again for other widths.
+        Each is compiled at its first use, and again for other constants.
 
         Args:
             by: replacement for torch.compile.
@@ -252,12 +256,17 @@ class Elementwise:
         )
 
     def try_out(
-        self, device: torch.device, dtype: torch.dtype, widths: Widths, *, norms_heads: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        constants: LayerConstants,
+        *,
+        norms_heads: bool = False,
     ) -> dict[str, Tensor]:
         """Run each function once, so that a failure to compile appears here and not in a step.
 
-        Sizes and layouts are those of a small step: compiled code depends on widths and strides,
-        and the number of rows decides whether a kernel uses threads.
+        Sizes and layouts are those of a small step: compiled code depends on constants and
+        strides, and the number of rows decides whether a kernel uses threads.
 
         Args:
             norms_heads: whether the model normalises heads, so that those functions are compiled.
@@ -270,34 +279,34 @@ class Elementwise:
         def rand(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=device, dtype=dtype)
 
-        rows, heads, size = 512, widths.heads + widths.kv_heads, widths.head_size
+        rows, heads, size = 512, constants.heads + constants.kv_heads, constants.head_size
         # Different tensors everywhere: functions are compiled again where two arguments are one.
-        x, y, past = (rand(rows, widths.hidden) for _ in range(3))
+        x, y, past = (rand(rows, constants.hidden) for _ in range(3))
         # A parameter, as in norms: functions are compiled again for a plain tensor.
-        weight = nn.Parameter(rand(widths.hidden), requires_grad=False)
+        weight = nn.Parameter(rand(constants.hidden), requires_grad=False)
         done: dict[str, Tensor | tuple[Tensor, ...]] = {}
-        done["rms_norm"] = _, factor = self.rms_norm(x, weight, 1e-6)
-        done["add_rms_norm"] = self.add_rms_norm(x, y, weight, 1e-6)
+        done["rms_norm"] = _, factor = self.rms_norm(x, weight, constants.eps)
+        done["add_rms_norm"] = self.add_rms_norm(x, y, weight, constants.eps)
         done["apply_rms_norm"] = self.apply_rms_norm(x, factor, weight)
         done["rms_norm_backward"] = self.rms_norm_backward(x, y, factor, weight, past)
         angles = rand(rows, size), rand(rows, size)
         # Queries and keys are a view of the wider output of their matmul; gradients are not.
         states, grads = (
-            rand(rows, heads + widths.kv_heads, size)[:, :heads],
+            rand(rows, heads + constants.kv_heads, size)[:, :heads],
             rand(rows, heads, size),
         )
         if norms_heads:
-            norm = rand(heads, size), 1e-6, *angles
+            norm = rand(heads, size), constants.eps, *angles
             done["norm_rotate"] = self.norm_rotate(states, *norm)
             done["norm_rotate_backward"] = self.norm_rotate_backward(grads, states, *norm)
         else:
             done["rotate"] = self.rotate(states, *angles)
             done["rotate_backward"] = self.rotate(grads, *angles)
-        gate_up = rand(rows, 2 * widths.feed_forward)
+        gate_up = rand(rows, 2 * constants.feed_forward)
         done["swiglu"] = opened = self.swiglu(gate_up)
         done["swiglu_backward"] = self.swiglu_backward(opened.clone(), gate_up.clone())
         if device.type == "cpu":  # elsewhere attention has a backward pass of its own
-            done |= self._try_attention(rand, widths, rows)
+            done |= self._try_attention(rand, constants, rows)
         return {
             f"{name} ({i})": one
             for name, found in done.items()
@@ -305,13 +314,13 @@ class Elementwise:
         }
 
     def _try_attention(
-        self, rand: Callable[..., Tensor], widths: Widths, rows: int
+        self, rand: Callable[..., Tensor], constants: LayerConstants, rows: int
     ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Run the functions of attention's backward pass, for a block of `rows // 4` queries."""
-        kv_heads, shared_by = widths.kv_heads, widths.heads // widths.kv_heads
+        kv_heads, shared_by = constants.kv_heads, constants.heads // constants.kv_heads
         # (T, H, E) as (K, H / K, T, E)
         states, grads = (
-            rand(rows, widths.heads, widths.head_size)
+            rand(rows, constants.heads, constants.head_size)
             .unflatten(1, (kv_heads, shared_by))
             .permute(1, 2, 0, 3)
             for _ in range(2)
@@ -323,6 +332,7 @@ class Elementwise:
         return {
             "dot": self.dot(grads, states),
             "scores_backward": self.scores_backward(
-                *(rand(*shape).float(), rand(*shape), normalizer, shared, places, 1.0)
+                *(rand(*shape).float(), rand(*shape), normalizer, shared, places),
+                constants.scale,
             ),
         }

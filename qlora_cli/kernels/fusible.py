@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_cli.kernels.elementwise import Widths
+from qlora_cli.kernels.elementwise import LayerConstants
 from qlora_cli.kernels.lora_linear import active_adapter_of, base_layer_of
 
 FUSIBLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -47,15 +47,15 @@ def why_not_fused(layer: nn.Module) -> str | None:
     return None
 
 
-def fusible_widths(model: nn.Module) -> Widths | None:
-    """Return the widths of the first layer that `FusedLayer` can replace; None if there is none."""
+def fusible_constants(model: nn.Module) -> LayerConstants | None:
+    """Return the constants of the first layer that `FusedLayer` can replace, if any."""
     for layer in model.modules():
         if why_not_fused(layer) is None:
-            return _widths_of(layer)
+            return _constants_of(layer)
     return None
 
 
-def _widths_of(layer: Any) -> Widths:
+def _constants_of(layer: Any) -> LayerConstants:
     attention, mlp = layer.self_attn, layer.mlp
     size = attention.head_dim
     gate = base_layer_of(mlp.gate_proj)
@@ -63,7 +63,15 @@ def _widths_of(layer: Any) -> Widths:
         base_layer_of(linear).out_features // size
         for linear in (attention.q_proj, attention.k_proj)
     )
-    return Widths(gate.in_features, gate.out_features, heads, kv_heads, size)
+    return LayerConstants(
+        hidden=gate.in_features,
+        feed_forward=gate.out_features,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=size,
+        eps=layer.input_layernorm.variance_epsilon,
+        scale=attention.scaling,
+    )
 
 
 def _is_other_adapter(module: nn.Module) -> bool:

@@ -19,8 +19,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
 from qlora_cli.kernels.decoder_layer import Recompute, fuse_layers
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
-from qlora_cli.kernels.elementwise import Elementwise, Widths
-from qlora_cli.kernels.fusible import fusible_widths, why_not_fused
+from qlora_cli.kernels.elementwise import Elementwise, LayerConstants
+from qlora_cli.kernels.fusible import fusible_constants, why_not_fused
 from qlora_cli.kernels.offload import HostMemory, keep_on_host
 from qlora_cli.kernels.rope import has_head_norms
 from qlora_cli.kernels.selection import Kernels
@@ -131,8 +131,8 @@ def prepare_layers(
     held: Any = base.get_input_embeddings().weight.dtype
     if kernels != "plain" and held == options.dtype:
         ops = Elementwise.in_blocks(options.device.block_values)
-        if kernels == "compiled" and (widths := fusible_widths(model)) is not None:
-            if compiled := _compiled_elementwise(model, base.device, options, widths, plain=ops):
+        if kernels == "compiled" and (constants := fusible_constants(model)) is not None:
+            if compiled := _compiled_elementwise(model, base.device, options, constants, plain=ops):
                 ops = compiled
             else:
                 kernels = "fused"
@@ -180,7 +180,7 @@ def _compiled_elementwise(
     model: nn.Module,
     device: torch.device,
     options: ComputeOptions,
-    widths: Widths,
+    constants: LayerConstants,
     *,
     plain: Elementwise,
 ) -> Elementwise | None:
@@ -190,7 +190,7 @@ def _compiled_elementwise(
     ops, norms_heads = Elementwise.compiled(), has_head_norms(model)
 
     def try_out(some: Elementwise) -> dict[str, Tensor]:
-        return some.try_out(device, options.dtype, widths, norms_heads=norms_heads)
+        return some.try_out(device, options.dtype, constants, norms_heads=norms_heads)
 
     return ops if _can_compile(lambda: try_out(ops), try_out(plain)) else None
 

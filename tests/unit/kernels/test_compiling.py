@@ -16,7 +16,7 @@ import torch
 from qlora_cli.kernels.compiling import CompiledFunction
 from qlora_cli.kernels.cross_entropy import _to_be_compiled
 from qlora_cli.kernels.elementwise import _TOKEN_AXES, Elementwise
-from qlora_cli.kernels.fusible import fusible_widths
+from qlora_cli.kernels.fusible import fusible_constants
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.types import Batch
 from tests.parity.tiny_layers import adapted, base, fused
@@ -64,12 +64,12 @@ def test_five_token_counts_and_two_widths_are_compiled_twice() -> None:
 def test_steps_compile_nothing_after_the_try(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Each step has other documents: one, several, of one block of attention and of more."""
     model = adapted(base(kind, tmp_path / "base", dtype, "nf4"), ours=True)
-    widths = fusible_widths(model)
-    assert widths is not None
+    constants = fusible_constants(model)
+    assert constants is not None
     ops = Elementwise.compiled(by=by_eager)
     loss_kernel = CompiledFunction(_to_be_compiled, {0: (0,), 1: (0,)}, backend="eager")
     with torch.no_grad():
-        ops.try_out(torch.device("cpu"), dtype, widths, norms_heads=kind == "qwen3")
+        ops.try_out(torch.device("cpu"), dtype, constants, norms_heads=kind == "qwen3")
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss_kernel(torch.rand(64, 90, dtype=dtype), torch.arange(64))
     tried = compilations(ops)
