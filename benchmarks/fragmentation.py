@@ -84,7 +84,8 @@ def traced(lengths: Sequence[int], mode: dict[str, Any]) -> tuple[list[Event], l
     from qlora_cli.recipe.load import load_recipe
 
     load_libraries()
-    recipe = load_recipe(Path(CONFIG), [f"{key}={value}" for key, value in mode.items()])
+    settings = [f"{key}={value}" for key, value in mode.items()]
+    recipe = load_recipe(Path(CONFIG), settings).recipe
     config, _ = recipe.model.read_config()
     size, dtype = GRANULARITY["cuda"], torch.bfloat16
     count = RecordingCounter(device="cuda", granularity=size, vocabulary_size=config.vocab_size)
