@@ -47,7 +47,8 @@ class CommandLine:
 
 
 def command_lines(where: str, text: str) -> Iterator[CommandLine]:
-    for line in text.replace("\\\n", " ").splitlines():
+    # A quoted operator is an argument, which the lexer would not tell from an operator.
+    for line in re.sub(r"'[|&;<>]+'", "X", text.replace("\\\n", " ")).splitlines():
         lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="|&;<>")
         lexer.whitespace_split = True
         yield from _calls(where, list(lexer))
