@@ -134,10 +134,11 @@ def generate(
     from qlora_cli.data.prompts import check_questions, prompt_source
     from qlora_cli.inference.batch import generate, refuse_existing
     from qlora_cli.inference.sampling import Sampling
-    from qlora_cli.inference.session import open_session
+    from qlora_cli.inference.session import check_one_model, open_session
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     refuse_existing(output)
+    check_one_model(target, adapters)
     names = None if columns is None else columns.split(",")
     source = prompt_source(str(prompts), delimiter=delimiter, columns=names)
     session = open_session(

@@ -175,7 +175,12 @@ def evaluate_model(
     virtual_tokens = evaluated.recipe.adapter.virtual_tokens if evaluated.trained else 0
     context = evaluated.recipe.model.read_context(virtual_tokens)
     task_items = read_tasks(
-        tasks, settings.data, tokenizer, limit=settings.evaluation.limit, context=context
+        tasks,
+        settings.data,
+        tokenizer,
+        limit=settings.evaluation.limit,
+        context=context,
+        max_new_tokens=settings.evaluation.max_new_tokens,
     )
     stops = stop_token_ids(evaluated.trained) if evaluated.trained else []
     if sources := settings.data.evaluation_sources:

@@ -38,6 +38,7 @@ BASE = "base"
 TUNED = "tuned"
 """Name of the run or adapter given on the command line."""
 
+_RECIPE_SUFFIXES = (".yaml", ".yml")
 
 MakeReader = Callable[[str | None], PromptReader]
 """Makes a reader of prompts; the argument is as in `InferenceSession.reader`."""
@@ -66,7 +67,8 @@ class InferenceSession:
             the model.
         before_loading: is given a function that makes readers of prompts (as `reader`), before
             any weights are loaded.
-        expects_tools: all rows that the model was trained on declared tools.
+        expects_tools: all rows that the model, or one of its adapters, was trained on declared
+            tools.
 
     Attributes:
         recipe: how the model was loaded.
@@ -213,21 +215,54 @@ def open_session(
     quiet_libraries()
     path = Path(target)
     named = [_parse_adapter(text, weights) for text in adapters]
-    if path.suffix in (".yaml", ".yml"):
-        recipe = load_recipe(path, overrides).recipe
-        session = InferenceSession(
-            recipe, has_recipe=True, tokenizer=_tokenizer(recipe), before_loading=before_loading
-        )
-    elif run_of(path) or is_adapter(path):
+    if _is_tuned(path):
         session = _open_tuned(path, overrides, weights, before_loading)
     else:
-        recipe = recipe_of_model(target, overrides)
+        has_recipe = path.suffix in _RECIPE_SUFFIXES
+        recipe = (
+            load_recipe(path, overrides).recipe
+            if has_recipe
+            else recipe_of_model(target, overrides)
+        )
         session = InferenceSession(
-            recipe, has_recipe=False, tokenizer=_tokenizer(recipe), before_loading=before_loading
+            recipe,
+            has_recipe=has_recipe,
+            tokenizer=_tokenizer(recipe),
+            before_loading=before_loading,
+            expects_tools=any(_trained_with_tools(adapter) for _, adapter in named),
         )
     for name, adapter in named:
         session.add(name, adapter)
     return session
+
+
+def check_one_model(target: str, adapters: Sequence[str]) -> None:
+    """Refuse adapters that would not answer, for a command that asks one model.
+
+    Args:
+        target: as in `open_session`. A run or an adapter answers itself.
+        adapters: `name=PATH` for each. The first one answers over a recipe or a model.
+
+    Raises:
+        RecipeError: another adapter is given.
+    """
+    asked, unused = target, adapters
+    if adapters and not _is_tuned(Path(target)):
+        asked, unused = f"--adapter {adapters[0]}", adapters[1:]
+    if unused:
+        raise RecipeError(
+            f"--adapter {unused[0]}: one model answers a file of prompts, and {asked} is given",
+            hint="run the command once for each of them; qlora chat switches between several",
+        )
+
+
+def _is_tuned(path: Path) -> bool:
+    """Tell if a target is a run or an adapter, and not a recipe or a model."""
+    return path.suffix not in _RECIPE_SUFFIXES and bool(run_of(path) or is_adapter(path))
+
+
+def _trained_with_tools(adapter: AdapterFolder) -> bool:
+    return adapter.run is not None and adapter.run.trained_with_tools()
 
 
 def _open_tuned(
@@ -260,7 +295,7 @@ def _open_tuned(
         has_recipe=adapter.run is not None,
         tokenizer=tokenizer,
         before_loading=before_loading,
-        expects_tools=adapter.run is not None and adapter.run.trained_with_tools(),
+        expects_tools=_trained_with_tools(adapter),
     )
     session.add(TUNED, adapter)
     return session

@@ -127,6 +127,7 @@ def prepare_data(recipe: Recipe, *, use_cache: bool = True) -> RunData:
         rows.tokenizer,
         limit=evaluation.limit,
         context=rows.context,
+        max_new_tokens=evaluation.max_new_tokens,
     )
     audit = check_data(
         recipe.data, rows.training, rows.evaluation, rows.tokenizer, context=rows.context

@@ -227,6 +227,7 @@ def read_tasks(
     *,
     limit: int | None,
     context: ModelContext | None = None,
+    max_new_tokens: int | None = None,
 ) -> TaskItems:
     """Read the items of each task, from its own rows or from `data.evaluation`.
 
@@ -235,6 +236,8 @@ def read_tasks(
         context: that of the model, if known. An item that does not fit is treated like a training
             row: where positions are computed, it is kept with a warning; where they are a table,
             it is refused, or left out with `data.on_bad_row: skip`.
+        max_new_tokens: most tokens of a generated answer; a warning counts longer references. None
+            does not compare them.
 
     Raises:
         DataError: a row cannot be turned into an item, its reference cannot be scored, or an item
@@ -253,9 +256,38 @@ def read_tasks(
         )
         for task in tasks
     ]
+    if max_new_tokens is not None:
+        _warn_of_long_references(found, tokenizer, max_new_tokens)
     if context is None:
         return found
     return _fit_to_context(found, context, skip=data.on_bad_row == "skip")
+
+
+def _warn_of_long_references(
+    found: TaskItems, tokenizer: PreTrainedTokenizerFast, max_new_tokens: int
+) -> None:
+    """Warn of references that are longer than a generated answer can be."""
+    lengths: dict[str, int] = {}  # tasks share rows
+    labels = []
+    for task, items in found:
+        prompts = [item for item in items if isinstance(item, Prompt)]
+        if not prompts:
+            continue
+        encoded = tokenizer([q.reference for q in prompts], add_special_tokens=False)
+        measured = {q.place: len(ids) for q, ids in zip(prompts, encoded.input_ids, strict=True)}
+        lengths |= measured
+        if max(measured.values()) > max_new_tokens:
+            labels.append(task.label)
+    if not labels:
+        return
+    longer = [place for place, length in lengths.items() if length > max_new_tokens]
+    log.warning(
+        "evaluation (%s): %s of %s references have more tokens than evaluation.max_new_tokens "
+        "(%s), such as %s: an answer as long is cut off, and may be scored as wrong; the longest "
+        "reference has %s",
+        ", ".join(labels), f"{len(longer):,}", f"{len(lengths):,}", f"{max_new_tokens:,}",
+        longer[0], f"{max(lengths.values()):,}",
+    )  # fmt: skip
 
 
 def _fit_to_context(found: TaskItems, context: ModelContext, *, skip: bool) -> TaskItems:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.cli import main
 from qlora_cli.errors import DataError, QloraError, RecipeError
 from qlora_cli.inference.chat import Chat, ChatSettings, side_by_side
 from qlora_cli.inference.sampling import Sampling
-from qlora_cli.inference.session import InferenceSession, open_session
+from qlora_cli.inference.session import InferenceSession, check_one_model, open_session
 from qlora_cli.types import Message
 from tests.conftest import save_tiny_model
 from tests.random_adapter import draw_adapter
@@ -206,6 +207,43 @@ def test_unusable_adapters_are_refused(
     one = draw_adapter(tiny_model, tmp_path / "one", seed=0)
     with pytest.raises(QloraError, match=reason):
         open_session(str(tiny_model), adapters=[text.format(one=one) for text in adapters])
+
+
+@pytest.mark.parametrize(
+    ("target", "adapters", "unused"),
+    [
+        ("adapter", [], None),
+        ("adapter", ["b=two"], "b=two"),
+        ("model", [], None),
+        ("model", ["a=one"], None),
+        ("model", ["a=one", "b=two"], "b=two"),
+        ("recipe.yaml", ["a=one"], None),
+        ("recipe.yaml", ["a=one", "b=two", "c=three"], "b=two"),
+        ("org/on-the-hub", ["a=one", "b=two"], "b=two"),
+    ],
+)
+def test_adapters_that_would_not_answer_a_file_are_refused(
+    tiny_model: Path, tmp_path: Path, target: str, adapters: list[str], unused: str | None
+) -> None:
+    named = {"adapter": draw_adapter(tiny_model, tmp_path / "one", seed=0), "model": tiny_model}
+    path = str(named.get(target, target))
+    if unused is None:
+        check_one_model(path, adapters)
+        return
+    with pytest.raises(QloraError, match=f"--adapter {unused}: one model answers a file"):
+        check_one_model(path, adapters)
+
+
+def test_generate_refuses_a_second_adapter_before_it_loads_anything(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hi\n", encoding="utf-8")
+    files = ["--prompts", str(prompts), "--output", str(tmp_path / "answers.jsonl")]
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", str(tiny_model), *files, "--adapter", "a=nowhere", "--adapter", "b=too"])
+    assert caught.value.code == 2
+    assert "error: --adapter b=too: one model answers" in capsys.readouterr().err
 
 
 def test_a_model_without_template_continues_each_message(tmp_path: Path) -> None:

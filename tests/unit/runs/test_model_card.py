@@ -341,9 +341,14 @@ def test_the_example_declares_tools_if_the_rows_do(
     names = run_code(run.root / "last", tiny_model)
     prompt = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
     assert "Look up the capital of a country." in prompt
-    with caplog.at_level("WARNING"):
-        open_session(str(run.root)).reader().conversation([Message("user", "hi", train=False)])
-    assert "the training rows declare tools, and this prompt has none" in caplog.text
+    # Of a run, and of a run as an adapter over a recipe, or over a model folder.
+    adapters = [f"mine={run.root}"]
+    for target, others in ((run.root, []), (run.recipe, adapters), (tiny_model, adapters)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            session = open_session(str(target), adapters=others)
+            session.reader().conversation([Message("user", "hi", train=False)])
+        assert "the training rows declare tools, and this prompt has none" in caplog.text, target
 
 
 def test_the_example_pins_the_revision_of_a_base_on_the_hub(

@@ -282,3 +282,54 @@ def test_json_match() -> None:
     assert JsonMatch().score("[5, 0.5]", "[5.0, 5e-1]") == 1
     assert JsonMatch().score("[5]", "[5.1]") == 0
     assert JsonMatch().score("[5]", "[1e999]") == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "named"),
+    [
+        (["exact_match"], "exact_match"),
+        (["numeric"], "numeric"),
+        (["json_match", "exact_match"], "json_match, exact_match"),
+        (["classification", "numeric"], "numeric"),
+        (["classification"], None),
+    ],
+)
+def test_references_longer_than_a_generated_answer_are_counted_before_the_model_is_loaded(
+    tiny_recipe: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    tasks: list[str],
+    named: str | None,
+) -> None:
+    pairs = ("a", "1"), ("b", "1234567"), ("c", "123456789"), ("d", "2")
+    own = write_rows(tmp_path / "own.jsonl", *pairs)
+    source = {"path": str(own), "format": {"type": "prompt_completion"}}
+    recipe = tiny_recipe(
+        data={"evaluation": source}, evaluation={"tasks": [{"type": task} for task in tasks]}
+    )
+    tokenizer = recipe.model.load_tokenizer()
+    shorter, longest = (
+        len(tokenizer(text, add_special_tokens=False).input_ids) for _, text in pairs[1:3]
+    )
+
+    def read(max_new_tokens: int, limit: int | None = None) -> list[str]:
+        caplog.clear()
+        read_tasks(
+            recipe.evaluation.tasks, recipe.data, tokenizer, limit=limit,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        return [one.message for one in caplog.records if one.levelname == "WARNING"]
+
+    assert read(longest) == []
+    warnings = read(shorter - 1)
+    if named is None:
+        assert warnings == []
+        return
+    [warning] = warnings
+    assert warning.startswith(
+        f"evaluation ({named}): 2 of 4 references have more tokens than evaluation.max_new_tokens "
+        f"({shorter - 1}), such as {own}:2: "
+    )
+    assert warning.endswith(f"the longest reference has {longest}")
+    assert len(read(longest - 1)) == 1
+    assert read(shorter - 1, limit=1) == []
