@@ -4,7 +4,8 @@ The rules are those of torch 2.13 (c10/cuda/CUDACachingAllocator.cpp): multiples
 blocks (up to 1 MiB) from segments of 2 MiB, others from segments of 20 MiB, or from their own, a
 multiple of 2 MiB, from 10 MiB on; the smallest free block that is large enough; the rest of a block
 is split off if it is large enough; free neighbours are joined. With expandable segments, one
-segment for each of both kinds grows at its end. Memory is never short, so nothing is given back.
+segment for each of both kinds grows at its end, by pages of 2 or 20 MiB. Memory is never short, so
+nothing is given back.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ class Pool:
     def find(self, size: int) -> Block | None:
         """Find the smallest free block that is large enough."""
         at = bisect_left(self.free, (size, -1, -1))
-        return None if at == len(self.free) else self.blocks[self.free[at][1:]]
+        fitting = [self.blocks[key[1:]] for key in self.free[at : at + 2]]
+        # The end of a segment that grows counts as the largest.
+        is_end = len(fitting) == 2 and fitting[0] is self.tail
+        return fitting[is_end] if fitting else None
 
     def grow(self, size: int) -> Block:
         """Get memory from the device."""

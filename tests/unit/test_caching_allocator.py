@@ -24,6 +24,12 @@ def one_after_the_other(sizes: Sequence[int]) -> list[Event]:
         ([(0, 3 * MIB), (1, 4 * MIB), (2, 9 * MIB)], 20 * MIB),
         ([(0, 11 * MIB)], 12 * MIB),  # its own
         ([(0, 100), (1, 3 * MIB), (0, 0), (2, 200)], 22 * MIB),
+        ([(0, MIB), (1, MIB - 511), (2, 1)], 4 * MIB),  # the second took 1 MiB, all that was left
+        ([(0, MIB), (1, MIB - 512), (2, 1)], 2 * MIB),  # 512 bytes were left
+        ([(0, 50 * MIB), (0, 0), (1, 49 * MIB), (2, 1 * MIB + 1)], 70 * MIB),  # 1 MiB is not split
+        ([(0, 50 * MIB), (0, 0), (1, 48 * MIB), (2, 1 * MIB + 1)], 50 * MIB),  # 2 MiB are
+        # The smallest that is large enough is taken, so 30 is left for the last.
+        ([(0, 30 * MIB), (1, 20 * MIB), (0, 0), (1, 0), (2, 18 * MIB), (3, 30 * MIB)], 50 * MIB),
         (one_after_the_other([50, 40, 30]), 50 * MIB),  # each fits into the first
         (one_after_the_other([20, 30, 40]), 90 * MIB),  # none fits
     ],
@@ -35,6 +41,23 @@ def test_fixed_segments(events: list[Event], reserved: int) -> None:
 def test_a_growing_segment_is_used_again_by_larger_blocks() -> None:
     most, reserved = replay(one_after_the_other([20, 30, 40, 55]), is_expandable=True)
     assert (most, reserved) == (55 * MIB, 60 * MIB)  # pages of 20 MiB
+
+
+def test_growing_segments_take_whole_pages_and_give_back_every_rest() -> None:
+    assert replay([(0, 100)], is_expandable=True) == (512, 2 * MIB)
+    assert replay([(0, 50 * MIB)], is_expandable=True)[1] == 60 * MIB
+    # A rest of 512 bytes is joined to the block after it.
+    page = 20 * MIB
+    events = [(0, page), (1, page), (0, 0), (2, page - 512), (1, 0), (3, page + 512)]
+    assert replay(events, is_expandable=True)[1] == 40 * MIB
+    assert replay(events, is_expandable=False)[1] == 62 * MIB
+
+
+def test_the_end_of_a_growing_segment_is_taken_last() -> None:
+    # Free: 40 at the start, 20 at the end. 15 goes into 40, so 30 needs a page more at the end.
+    start = [(0, 40 * MIB), (1, 20 * MIB), (2, 20 * MIB), (0, 0), (2, 0), (3, 15 * MIB)]
+    assert replay(start, is_expandable=True)[1] == 80 * MIB
+    assert replay([*start, (4, 30 * MIB)], is_expandable=True)[1] == 100 * MIB
 
 
 def test_freed_neighbours_are_joined() -> None:
