@@ -65,7 +65,7 @@ class FusedLayer(nn.Module):
         states = hidden_states.squeeze(0)  # the gradient of an index is copied into zeros
         with torch.autocast(hidden_states.device.type, enabled=False):
             # torch does not type `apply`.
-            output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
+            output: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]  # torch is not typed here
                 states, cos, sin, documents, self._parts, self._recompute, *trained
             )
         return output[None]

@@ -94,7 +94,7 @@ def update_first(layer: Any, x: Tensor) -> Tensor:
 def multiplies_4_bit(layer: Any, num_rows: int, device: str) -> bool:
     """Tell if a LoRA layer multiplies with its 4-bit weight as it is: few rows, without a gradient.
 
-    A CPU has no kernel for it that is the same on all machines.
+    On a CPU, results of such a kernel would depend on the machine.
     """
     return bool(
         device == "cuda"

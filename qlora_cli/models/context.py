@@ -79,7 +79,7 @@ def check_length(
     """Warn of a prompt that leaves no room in the context for an answer.
 
     Raises:
-        DataError: there is no room, and the positions are a table.
+        DataError: no token fits, and the model has a table of positions.
     """
     if context is None or length < context.length:
         return
@@ -98,7 +98,7 @@ def check_prompts(prompts: Sequence[Prompt], context: ModelContext | None) -> No
     The message names the first of them by its place, or else by its number from 0.
 
     Raises:
-        DataError: there is no room, and the positions are a table.
+        DataError: no token fits, and the model has a table of positions.
     """
     if context is None:
         return

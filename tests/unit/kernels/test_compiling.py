@@ -54,8 +54,8 @@ def test_five_token_counts_and_two_widths_are_compiled_twice() -> None:
     ops = Elementwise.compiled(by=by_eager)
     for width, number in ((48, 1), (64, 2)):
         for rows in (512, 37, 130, 700, 64):
-            run_swiglu(ops.swiglu, rows, width)  # type: ignore[arg-type]
-            assert ops.swiglu.num_compilations == number  # type: ignore[attr-defined]
+            run_swiglu(ops.swiglu, rows, width)  # type: ignore[arg-type]  # it is a CompiledFunction
+            assert ops.swiglu.num_compilations == number  # type: ignore[attr-defined]  # as above
 
 
 @pytest.mark.slow
