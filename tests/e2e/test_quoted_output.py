@@ -124,7 +124,7 @@ def test_results_of_the_quickstart(printed: Printed, write_recipe: Callable[...,
     """Compare the form of the table on a tiny model; the figures are those of a real run."""
     recipe = write_recipe(
         training={"max_steps": 1},
-        evaluation={"tasks": [{"type": "json_match"}], "max_new_tokens": 8},
+        evaluation={"tasks": [{"type": "json_match"}], "max_new_tokens": 32},
         output={"dir": "runs/quickstart"},
     )
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
