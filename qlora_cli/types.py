@@ -5,7 +5,7 @@ Shapes, everywhere in this code: B rows, T tokens, V vocabulary, D width, N supe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -84,6 +84,23 @@ class Message:
     """Keys of the turn that have a value but are not used."""
 
 
+RowKind = Literal["answers", "pairs", "feedback", "labels"]
+"""Content of the rows of a source: answers, pairs of a better and a worse answer, answers that are
+good or bad, or texts with labels."""
+
+Problem = Literal["single", "multi", "regression"]
+"""Prediction of a head: one class, any number of classes, or a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The head of a model that scores whole rows, in place of the head that predicts tokens."""
+
+    labels: tuple[str, ...]
+    """The names of its outputs."""
+    problem: Problem
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """The conversation of one row."""
@@ -93,6 +110,11 @@ class Conversation:
     """JSON schemas of the functions that the assistant may call (as in transformers)."""
     rejected: list[Message] | None = None
     """In a preference row: the whole conversation with the rejected answer."""
+    margin: float | None = None
+    """In a preference row: by how much the chosen answer is better, if the row says so."""
+    label: bool | float | str | tuple[str, ...] | None = None
+    """In a row of feedback: whether the answer is good. In a labelled row: its class, its classes,
+    or its number."""
     train_on_all: bool = False
     """Supervise everything, including the prompt and the template's own text."""
     place: str = ""
@@ -110,6 +132,11 @@ class Example:
     is_linked: bool = False
     """Stays with the example before it in every batch: the second of a pair, the rest of a group.
     The first example of a link, and one on its own, is not linked."""
+    prefix: int = 0
+    """In a linked example: tokens at its beginning that the first example of its link has too, and
+    that neither supervises (the prompt of a pair)."""
+    values: tuple[float, ...] = ()
+    """Numbers that the objective learns from besides tokens, such as the class of the row."""
 
     @property
     def num_supervised(self) -> int:
@@ -147,6 +174,15 @@ class Batch:
     links: tuple[int, ...] = ()
     """Number of consecutive examples (rows, or documents if packed) in each link: (2, 2) for two
     pairs. () if every example stands on its own."""
+    prefixes: tuple[int, ...] = ()
+    """Without padding: for each document, the tokens at its beginning that are not repeated: they
+    are those of the first document of its link. () if none is left out."""
+    values: tuple[tuple[float, ...], ...] = ()
+    """Numbers that the objective learns from besides tokens, for each link; () if none."""
+    reference: Tensor | None = None  # (S,) float64
+    """Log-probability of each example under the reference model, where an objective has one."""
+    divergence: Tensor | None = None  # () float64
+    """Estimate of the divergence from the reference model over the whole step (KTO)."""
 
     @property
     def num_tokens(self) -> int:
@@ -163,14 +199,16 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Copy the inputs to a device. Labels stay on the host: counting them does not wait."""
         mask = self.attention_mask
-        return Batch(
-            copy_to(device, self.input_ids),
-            None if mask is None else copy_to(device, mask),
-            self.labels,
-            self.documents,
-            self.examples,
-            self.links,
+        return replace(
+            self,
+            input_ids=copy_to(device, self.input_ids),
+            attention_mask=None if mask is None else copy_to(device, mask),
         )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples: rows with padding, documents without."""
+        return len(self.documents) or len(self.input_ids)
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of a model's forward, by transformers' names.
@@ -183,7 +221,9 @@ class Batch:
         import torch
 
         device = self.input_ids.device
-        positions = torch.cat([torch.arange(length) for length in self.documents])[None]  # (1, T)
+        begins = self.prefixes or (0,) * len(self.documents)
+        spans = zip(begins, self.documents, strict=True)
+        positions = torch.cat([torch.arange(at, at + length) for at, length in spans])[None]
         ends = torch.tensor([0, *self.documents]).cumsum(0, dtype=torch.int32)
         ends = copy_to(device, ends)
         longest = max(self.documents)

@@ -23,7 +23,7 @@ from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.models.quantization import FourBit, Unquantized
 from qlora_cli.models.report import count_trained_weights
-from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.optim.families import AdamW
 from qlora_cli.optim.schedules import Linear
@@ -55,8 +55,7 @@ class Work:
     def held_out_loss(self, objective: TokenLoss, cell: Cell) -> float:
         """Return the mean loss over the supervised tokens of the held-out rows."""
         batches = self.held_out_batches(cell.rows_per_step)
-        total, number = evaluate_loss(objective, batches, self.world.device).tolist()
-        return float(total / number)
+        return evaluate_objective(objective, batches, self.world.device)["loss"]
 
     def _end_to_end(self, examples: Sequence[Example], rows: int, seed: int) -> BatchStream:
         return BatchStream(

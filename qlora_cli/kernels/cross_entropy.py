@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits and its gradient, in one visit to the widest tensor."""
+"""Cross-entropies of a chunk of logits, and their gradient, in one visit to the widest tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_cli.kernels.compiling import CompiledFunction
 
 CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Maps logits (N, V) and targets (N,) to losses (N,) in float32, and the gradient of their sum."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ class LossChunks:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the summed cross-entropy and its gradient with respect to the logits.
+    """Compute the cross-entropy of each target, and the gradient of their sum.
 
     Args:
         logits: (N, V), in any float dtype; computed in float32.
         targets: (N,)
 
     Returns:
-        A float32 scalar, and softmax(logits) - onehot(targets), (N, V) in the dtype of the logits.
+        Losses (N,) in float32, and softmax(logits) - onehot(targets), (N, V) in the dtype of the
+        logits. Row n of it is the gradient of loss n.
     """
     work = logits.float() if logits.dtype != torch.float32 else logits.clone()
     at = targets[:, None]
@@ -55,9 +57,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     largest = work.amax(1, keepdim=True)
     # One buffer for everything: allocating one costs as much as the operation.
     total = work.sub_(largest).exp_().sum(1, keepdim=True)
-    loss = (total.log() - (wanted - largest)).sum()
+    losses = (total.log() - (wanted - largest)).squeeze(1)
     work.div_(total).scatter_add_(1, at, work.new_full(at.shape, -1.0))
-    return loss, work.to(logits.dtype)
+    return losses, work.to(logits.dtype)
 
 
 def _to_be_compiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +68,10 @@ def _to_be_compiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     largest = work.amax(1, keepdim=True)
     exponentials = (work - largest).exp()
     total = exponentials.sum(1, keepdim=True)
-    loss = (total.log() - (work.gather(1, targets[:, None]) - largest)).sum()
+    losses = (total.log() - (work.gather(1, targets[:, None]) - largest)).squeeze(1)
     columns = torch.arange(logits.shape[1], device=logits.device)
     grad = exponentials / total - (columns[None] == targets[:, None]).float()
-    return loss, grad.to(logits.dtype)
+    return losses, grad.to(logits.dtype)
 
 
 def compiled_cross_entropy() -> CrossEntropy:

@@ -34,6 +34,7 @@ def train_step(setup: Setup[Batches], settings: Training, state: TrainState) -> 
     ).sum(0)
     weight, num_tokens = world.sum_on_host(counts)
 
+    micro_batches = objective.prepare(micro_batches, world.device, world.sum)
     loss = torch.zeros((), device=world.device)
     means: dict[str, Tensor] = {}
     with keep_factors():

@@ -1,10 +1,13 @@
-"""The objectives. To add one: a module in a file here, and a config class in the union below."""
+"""The objectives. To add one: a module in a file here, and a settings class in the union below."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from qlora_cli.common.config import Config
+from pydantic import Field
+
+from qlora_cli.objectives.preference_settings import DPO, KTO, ORPO, SimPO
+from qlora_cli.objectives.settings import ObjectiveSettings
 
 if TYPE_CHECKING:
     import torch
@@ -13,8 +16,10 @@ if TYPE_CHECKING:
     from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
     from qlora_cli.objectives.base import Objective
 
+__all__ = ["DPO", "KTO", "ORPO", "ObjectiveConfig", "ObjectiveSettings", "SimPO", "Supervised"]
 
-class Supervised(Config):
+
+class Supervised(ObjectiveSettings):
     """Supervised fine-tuning: the cross-entropy of each supervised token."""
 
     type: Literal["supervised"] = "supervised"
@@ -25,20 +30,12 @@ class Supervised(Config):
         dtype: torch.dtype,
         cross_entropy: CrossEntropy,
         chunks: LossChunks | None = None,
+        *,
+        keeps_reference: bool = True,
     ) -> Objective:
-        """Build the objective.
-
-        Args:
-            model: the model that is trained, with its adapter.
-            dtype: autocast dtype; float32 means no autocast.
-            cross_entropy: kernel for the loss of a chunk of logits, with its gradient.
-            chunks: rows of logits to compute at a time; None are those of the model's device.
-        """
         from qlora_cli.objectives.supervised import TokenLoss
 
         return TokenLoss(model, dtype, cross_entropy, chunks)
 
 
-ObjectiveConfig = Supervised
-"""The union of all objectives; with a second one, `Annotated[Supervised | ...,
-Field(discriminator="type")]`."""
+ObjectiveConfig = Annotated[Supervised | DPO | ORPO | SimPO | KTO, Field(discriminator="type")]

@@ -18,7 +18,7 @@ from qlora_cli.loop.fast_path import CompiledKernels, ComputeOptions
 from qlora_cli.loop.setup import assemble
 from qlora_cli.loop.step import train_step
 from qlora_cli.models.packed_attention import attend_by_document
-from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.plan.trace.compiled_ops import as_compiled, compiled_loss
 from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, MemoryCounter
 from qlora_cli.plan.trace.meta_model import count_model
@@ -95,7 +95,7 @@ def dry_run(
                 train_step(one, recipe.training, TrainState())
         if held_out is not None:
             with count.stage(EVALUATION), recipe.optimizer.evaluation_weights(setup.optimizer):
-                evaluate_loss(setup.objective, [held_out], setup.world.device)
+                evaluate_objective(setup.objective, [held_out], setup.world.device)
     return model
 
 

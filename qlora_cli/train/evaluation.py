@@ -12,7 +12,7 @@ from qlora_cli.evaluate.scorer import ModelScorer, score_tasks
 from qlora_cli.loop.fit import is_due
 from qlora_cli.loop.run_data import RunData
 from qlora_cli.loop.setup import Batches, Setup
-from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.saver import CheckpointManager
 from qlora_cli.types import TrainState
@@ -58,24 +58,27 @@ class RunEvaluator:
             return metrics
 
     def _measure_loss(self) -> dict[str, float]:
-        """Return loss (the mean over what the objective's weight counts) and perplexity."""
-        rows, world = self._data.evaluation, self._setup.world
+        """Return loss and metrics, each the mean over what the objective's weight counts."""
+        rows, world, objective = self._data.evaluation, self._setup.world, self._setup.objective
         if rows is None:
             return {}
         batches = eval_batches(
             rows.examples,
             batch_size=self._recipe.eval_batch_size,
             pad_token_id=self._data.tokenizer.pad_token_id,
+            mismatches=self._recipe.objective.rows == "feedback",
             rank=world.rank,
             world_size=world.size,
         )
-        totals = world.sum(evaluate_loss(self._setup.objective, batches, world.device))
-        loss = float(totals[0] / totals[1])
+        found = evaluate_objective(objective, batches, world.device, world.sum)
+        loss = found["loss"]
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss on the evaluation rows is {loss}: the weights are useless"
             )
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        if objective.has_perplexity:
+            found["perplexity"] = math.exp(min(loss, 700.0))
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def _run_tasks(self, state: TrainState) -> dict[str, float]:
         """Run the tasks every `training.tasks_every` steps, and after the last one."""

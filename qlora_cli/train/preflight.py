@@ -18,7 +18,7 @@ from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.run_data import RecipeData
 from qlora_cli.loop.setup import Batches, Setup, largest_eval_batch
-from qlora_cli.objectives.base import Objective, evaluate_loss
+from qlora_cli.objectives.base import Objective, evaluate_objective, same
 from qlora_cli.plan.estimate import estimate
 from qlora_cli.plan.rows import PlanRows
 from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, with_changes
@@ -199,11 +199,12 @@ def _run_batches(setup: Setup[Batches], rows: PlanRows) -> None:
             _update(optimizer)
         optimizer.zero_grad(set_to_none=True)
     if rows.held_out is not None:
-        evaluate_loss(objective, [rows.held_out], device)
+        evaluate_objective(objective, [rows.held_out], device)
 
 
 def _mean_loss(objective: Objective, batch: Batch, device: torch.device) -> torch.Tensor:
-    loss: torch.Tensor = objective(batch.to(device))[0]
+    [prepared] = objective.prepare([batch], device, same)
+    loss: torch.Tensor = objective(prepared.to(device))[0]
     return loss / max(1, objective.weight(batch))
 
 

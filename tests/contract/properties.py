@@ -28,7 +28,7 @@ from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.models.base import load_model, start_checkpointing
 from qlora_cli.models.loading import load_base
 from qlora_cli.models.tokenizer import load_tokenizer
-from qlora_cli.objectives.base import evaluate_loss
+from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.plan.dry_run import EVALUATION, FIRST, STEP, dry_run
 from qlora_cli.plan.trace.libraries import load_libraries
@@ -169,7 +169,7 @@ def _batch() -> Batch:
 
 def _loss(model: Any, dtype: torch.dtype) -> float:
     """Return the loss as an evaluation measures it."""
-    return evaluate_loss(TokenLoss(model, dtype), [_batch()], CPU)[0].item()
+    return evaluate_objective(TokenLoss(model, dtype), [_batch()], CPU)["loss"]
 
 
 def starts_as_the_base(case: Case) -> str:

@@ -5,6 +5,9 @@ An objective that computes a loss of its own is right, slow and large: nothing e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, get_args
 
 import pytest
@@ -17,24 +20,32 @@ from qlora_cli.adapters import LoRA
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.models.base import load_model
 from qlora_cli.objectives import ObjectiveConfig, Supervised
-from qlora_cli.objectives.base import Objective
+from qlora_cli.objectives.base import Objective, same
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.types import IGNORE_INDEX, Batch
 from tests.conftest import save_tiny_model
 
-ROWS, TOKENS, SUPERVISED, VOCABULARY = 3, 32, 2, 260
+ROWS, TOKENS, SUPERVISED, VOCABULARY = 4, 32, 2, 260
 
 _UNION = get_args(ObjectiveConfig)
 OBJECTIVES: tuple[Any, ...] = get_args(_UNION[0]) if _UNION else (ObjectiveConfig,)
 """All classes of the union."""
 
 
-def make_batch() -> Batch:
-    """Make rows with two supervised tokens each."""
-    ids = torch.randint(1, 250, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+def make_batch(rows: int = ROWS) -> Batch:
+    """Make pairs of rows with two supervised tokens in each row."""
+    ids = torch.randint(1, 250, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
-    return Batch(ids, torch.ones_like(ids), labels)
+    pairs = rows // 2
+    values = tuple((float(at % 2),) for at in range(pairs))
+    return Batch(ids, torch.ones_like(ids), labels, links=(2,) * pairs, values=values)
+
+
+def prepared(objective: Objective, batch: Batch) -> Batch:
+    """Compute what the losses need before the first of them."""
+    [found] = objective.prepare([batch], torch.device("cpu"), same)
+    return found
 
 
 class LargestLogits(TorchDispatchMode):
@@ -54,50 +65,66 @@ class LargestLogits(TorchDispatchMode):
 
 
 def refuse_its_own_loss(config: Any, model: nn.Module) -> None:
-    """Assert that an objective adds its terms to the loss of its kernel, over supervised tokens.
+    """Assert that an objective makes its loss of those of its kernel, over supervised tokens.
 
-    The kernel's loss and gradient are multiplied by 0, 1 and 2: what they add has to grow alike.
+    The kernel's losses are doubled, which has to change the loss; its gradient is multiplied by 0,
+    1 and 2, and what that adds has to grow alike.
     """
     batch, calls = make_batch(), 0
 
-    def scaled(factor: int) -> CrossEntropy:
+    def scaled(losses: int, gradient: int) -> CrossEntropy:
         def kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal calls
             calls += 1
-            loss, grad = cross_entropy(logits, targets)
-            return factor * loss, factor * grad
+            found, grad = cross_entropy(logits, targets)
+            return losses * found, gradient * grad
 
         return kernel
 
     def loss_and_gradients(kernel: CrossEntropy) -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
         objective = config.build(model, torch.float32, kernel)
-        with LargestLogits(model) as largest:
-            loss, _ = objective(batch)
+        with moved(model), LargestLogits(model) as largest:
+            known = prepared(objective, batch)
+            loss, _ = objective(known)
             loss.backward()
-            objective.of_rows(batch)
+            objective.of_rows(known)
         assert largest.rows <= ROWS * (SUPERVISED + 1), "it computes logits of unsupervised tokens"
         return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    zero, one, two = (loss_and_gradients(scaled(factor)) for factor in (0, 1, 2))
+    zero, one, two = (loss_and_gradients(scaled(1, factor)) for factor in (0, 1, 2))
     assert calls, "it does not call the cross-entropy that `build` is given"
     unused = "it does not return the {} of the cross-entropy that `build` is given"
-    added = one[0] - zero[0]
-    assert added, unused.format("loss")
+    assert loss_and_gradients(scaled(2, 1))[0] != one[0], unused.format("loss")
     near = {"rtol": 1e-4, "atol": 1e-4}  # differences of float32 sums
-    torch.testing.assert_close(two[0] - one[0], added, **near, msg=unused.format("loss"))
     gradients = [(b - a, c - b) for a, b, c in zip(zero[1], one[1], two[1], strict=True)]
-    # The gradient of A is zero while LoRA's B is.
     assert any(first.any() for first, _ in gradients), unused.format("gradient")
     for first, second in gradients:
         torch.testing.assert_close(second, first, **near, msg=unused.format("gradient"))
 
 
+@contextmanager
+def moved(model: nn.Module) -> Iterator[None]:
+    """Make the model another one than its reference: B is zero before the first step."""
+    generator = torch.Generator().manual_seed(1)
+    moved = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for weight in moved:
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in moved:
+                weight.zero_()
+
+
 def refuse_wrong_sums(config: Any, model: nn.Module) -> None:
     """Assert that loss, metrics, weight and shares of the rows are what a step and a log expect."""
-    batch, empty = make_batch(), make_batch()
-    empty.labels.fill_(IGNORE_INDEX)
     objective = config.build(model, torch.float32, cross_entropy)
+    batch = prepared(objective, make_batch())
+    empty = replace(make_batch(), links=(), values=())
+    empty.labels.fill_(IGNORE_INDEX)
     result = objective(batch)
     assert isinstance(result, tuple), "forward() has to return the loss sum and metrics by name"
     loss, metrics = result
@@ -110,15 +137,26 @@ def refuse_wrong_sums(config: Any, model: nn.Module) -> None:
         )
     assert type(weight) is int, f"weight() has to return an int: {type(weight)}"
     assert weight > 0
-    assert objective(empty)[1].keys() == metrics.keys(), "every micro-batch has the same metrics"
-    assert (of_rows.shape, of_rows.dtype) == ((ROWS,), torch.float64)
+    nothing = objective(replace(empty, reference=batch.reference, divergence=batch.divergence))
+    assert nothing[1].keys() == metrics.keys(), "every micro-batch has the same metrics"
+    assert nothing[0].requires_grad, "a rank without rows takes part in the backward pass"
+    assert (of_rows.shape, of_rows.dtype) == ((len(batch.labels),), torch.float64)
     assert not of_rows.requires_grad, "of_rows() has to run without a gradient"
     torch.testing.assert_close(
         of_rows.sum(), loss.detach().double(), rtol=1e-5, atol=1e-5,
         msg=lambda why: f"of_rows() has to add up to the loss of forward(). {why}",
     )  # fmt: skip
-    ids = torch.cat([batch.input_ids] * 2)
-    twice, _ = objective(Batch(ids, torch.ones_like(ids), torch.cat([batch.labels] * 2)))
+    measured = objective.measured(batch)
+    assert measured.keys() == {"loss", *metrics}, "measured() has the loss and the same metrics"
+    once = make_batch()
+    double = Batch(
+        torch.cat([once.input_ids] * 2),
+        torch.ones(2 * ROWS, TOKENS, dtype=torch.long),
+        torch.cat([once.labels] * 2),
+        links=once.links * 2,
+        values=once.values * 2,
+    )
+    twice, _ = objective(prepared(objective, double))
     torch.testing.assert_close(
         twice, 2 * loss, msg=lambda why: f"forward() has to return a sum, and not a mean. {why}"
     )

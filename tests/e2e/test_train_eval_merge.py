@@ -737,16 +737,16 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_the_step_before_is_saved(
     qlora("train", recipe)
     expected = metrics(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "whole")
-    evaluate_loss, times = qlora_cli.train.evaluation.evaluate_loss, []
+    evaluate_objective, times = qlora_cli.train.evaluation.evaluate_objective, []
 
     def evaluate_and_send(*arguments: Any) -> Any:
         times.append(1)
         if len(times) == 2:  # after step 2
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("the evaluation was not interrupted")
-        return evaluate_loss(*arguments)
+        return evaluate_objective(*arguments)
 
-    monkeypatch.setattr(qlora_cli.train.evaluation, "evaluate_loss", evaluate_and_send)
+    monkeypatch.setattr(qlora_cli.train.evaluation, "evaluate_objective", evaluate_and_send)
     assert exit_code("train", recipe) == 143
     monkeypatch.undo()
     steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]

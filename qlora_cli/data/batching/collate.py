@@ -81,19 +81,49 @@ def pad_batch(examples: list[Example], pad_token_id: int) -> Batch:
         ids.append(example.input_ids + [pad_token_id] * (width - length))
         mask.append([1] * length + [0] * (width - length))
         labels.append(example.labels + [IGNORE_INDEX] * (width - length))
-    return Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels), links=links)
+    return Batch(
+        torch.tensor(ids),
+        torch.tensor(mask),
+        torch.tensor(labels),
+        links=links,
+        values=_values(examples),
+    )
 
 
-def concatenate_batch(examples: list[Example], pad_token_id: int) -> Batch:
-    """Concatenate examples. The first token of one is not predicted from the example before it."""
+def concatenate_batch(
+    examples: list[Example], pad_token_id: int, *, shares_prefixes: bool = False
+) -> Batch:
+    """Concatenate examples. The first token of one is not predicted from the example before it.
+
+    Args:
+        shares_prefixes: leave out what a linked example has in common with the first of its link
+            (`Example.prefix`): the last token of it predicts the first one that is left.
+    """
     import torch
 
     links = link_sizes(examples)
     examples = _or_dummy(examples, pad_token_id)
-    ids = [token for example in examples for token in example.input_ids]
-    labels = [label for e in examples for label in (IGNORE_INDEX, *e.labels[1:])]
-    documents = tuple(len(example.input_ids) for example in examples)
-    return Batch(torch.tensor([ids]), None, torch.tensor([labels]), documents, links=links)
+    prefixes = tuple(example.prefix if shares_prefixes else 0 for example in examples)
+    ids, labels, documents = [], [], []
+    for example, prefix in zip(examples, prefixes, strict=True):
+        ids += example.input_ids[prefix:]
+        labels += example.labels[prefix:] if prefix else [IGNORE_INDEX, *example.labels[1:]]
+        documents.append(len(example.input_ids) - prefix)
+    return Batch(
+        torch.tensor([ids]),
+        None,
+        torch.tensor([labels]),
+        tuple(documents),
+        links=links,
+        prefixes=prefixes if any(prefixes) else (),
+        values=_values(examples),
+    )
+
+
+def _values(examples: list[Example]) -> tuple[tuple[float, ...], ...]:
+    """Return the values of each link, those of its first example; () if there are none."""
+    found = tuple(example.values for example in examples if not example.is_linked)
+    return found if any(found) else ()
 
 
 def longest_first(sizes: Sequence[int]) -> list[int]:

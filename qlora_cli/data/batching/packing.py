@@ -21,6 +21,14 @@ def lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example.input_ids) for example in examples]
 
 
+def own_lengths(examples: Sequence[Example]) -> list[int]:
+    """Return the number of tokens in each example that the first of its link does not have."""
+    if isinstance(examples, MmapDataset):
+        sizes: list[int] = (examples.lengths - examples.prefixes).tolist()
+        return sizes
+    return [len(example.input_ids) - example.prefix for example in examples]
+
+
 def supervised(examples: Sequence[Example]) -> list[int]:
     """Return the number of supervised tokens in each example."""
     if isinstance(examples, MmapDataset):

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 from qlora_cli.data.batching.collate import chunks, concatenate_batch, longest_first, pad_batch
 from qlora_cli.data.batching.links import Links
+from qlora_cli.data.batching.mismatch import mismatched, rotated
 from qlora_cli.data.batching.order import ExampleIndices, RowOrder
-from qlora_cli.data.batching.packing import lengths, supervised
+from qlora_cli.data.batching.packing import lengths, own_lengths, supervised
 from qlora_cli.data.prepared.mmap_dataset import MmapDataset
 from qlora_cli.errors import DataError
 from qlora_cli.types import Batch, Example
+
+_Group = tuple[list[ExampleIndices], list[int]]
+"""The rows of a micro-batch, and for each of their examples another one (`mismatches`)."""
 
 
 @dataclass(eq=False)
@@ -49,11 +55,16 @@ class BatchStream:
     padding: bool = True
     """Put each example into a row of its own, padded to the longest. Otherwise the examples of a
     micro-batch are concatenated, as packed ones are."""
+    shares_prefixes: bool = False
+    """Compute what linked examples have in common once (`Example.prefix`); not with padding."""
+    mismatches: bool = False
+    """Follow each example by its prompt with the answer of another example of the step."""
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        self._lengths = lengths(self.examples)
+        sizes = own_lengths if self.shares_prefixes else lengths
+        self._lengths = sizes(self.examples)
         self._is_flat = self.max_length is not None or not self.padding
         links = Links(self.examples)
         if self.max_length is not None:
@@ -89,7 +100,7 @@ class BatchStream:
         The loss of a step is divided by the supervised tokens of all its rows, so it does not
         matter how they are grouped: rows of similar length go together, which saves padding.
         """
-        return [self._batch(group) for group in self._groups(step)]
+        return [self._batch(*group) for group in self._groups(step)]
 
     def largest(self, num_steps: int) -> list[list[Batch]]:
         """Return steps made of the micro-batches that need the most memory.
@@ -101,12 +112,13 @@ class BatchStream:
         tokens, which determine the logits. If both are the same, one step is returned.
         """
         num_supervised = supervised(self.examples)
-        found: dict[tuple[str, bool], tuple[int, list[ExampleIndices]]] = {}
+        found: dict[tuple[str, bool], tuple[int, _Group]] = {}
         for step in range(num_steps):
             for place, group in enumerate(self._groups(step)):
+                rows, _ = group
                 measures = {
-                    "tokens": self._num_places(group),
-                    "supervised": sum(num_supervised[i] for row in group for i in row),
+                    "tokens": self._num_places(rows),
+                    "supervised": sum(num_supervised[i] for row in rows for i in row),
                 }
                 for name, size in measures.items():
                     key = name, place > 0
@@ -114,7 +126,7 @@ class BatchStream:
                         found[key] = size, group
         steps = [[found[k][1] for k in found if k[0] == name] for name in ("tokens", "supervised")]
         distinct = steps[:1] if steps[0] == steps[1] else steps
-        return [[self._batch(rows) for rows in step] for step in distinct]
+        return [[self._batch(*group) for group in step] for step in distinct]
 
     def tokens(self, num_steps: int) -> int:
         """Estimate the tokens in the first steps, over all ranks, padding not counted."""
@@ -148,17 +160,32 @@ class BatchStream:
                 num_places += self._num_places([some[at] for at in group])
         return f"padding {1 - num_tokens / num_places:.1%}"
 
-    def _groups(self, step: int) -> list[list[ExampleIndices]]:
+    def _groups(self, step: int) -> list[_Group]:
         """The rows in each of this rank's micro-batches."""
         rows = self.rows(step)
+        others: list[int] = []
+        if self.mismatches:
+            others = rotated([i for row in rows for i in row], len(self.examples))
+        ends = [*accumulate(map(len, rows))]
         order = self._by_length(rows)
         groups = _share(order, self.micro_batch_size, self.rank, self.world_size)
-        return [[rows[at] for at in group] for group in groups]
+        return [
+            (
+                [rows[at] for at in group],
+                [i for at in group for i in others[ends[at] - len(rows[at]) : ends[at]]],
+            )
+            for group in groups
+        ]
 
-    def _batch(self, rows: list[ExampleIndices]) -> Batch:
-        collate = concatenate_batch if self._is_flat else pad_batch
+    def _batch(self, rows: list[ExampleIndices], others: list[int]) -> Batch:
+        collate = pad_batch
+        if self._is_flat:
+            collate = partial(concatenate_batch, shares_prefixes=self.shares_prefixes)
         numbers = [i for row in rows for i in row]
-        batch = collate([self.examples[i] for i in numbers], self.pad_token_id)
+        examples = [self.examples[i] for i in numbers]
+        if self.mismatches:
+            examples = _with_others(examples, [self.examples[i] for i in others])
+        batch = collate(examples, self.pad_token_id)
         is_packed = self.max_length is not None
         return replace(batch, examples=tuple(rows) if is_packed else tuple((i,) for i in numbers))
 
@@ -179,6 +206,7 @@ def eval_batches(
     *,
     batch_size: int,
     pad_token_id: int,
+    mismatches: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
@@ -187,11 +215,23 @@ def eval_batches(
 
     Args:
         batch_size: maximum examples per batch on one rank; links, if examples are linked.
+        mismatches: follow each example by its prompt with the answer of another one.
     """
     links = Links(examples)
     order = longest_first(links.totals(lengths(examples)))
+    others = rotated(range(len(examples)), len(examples))
     for group in _share(order, batch_size, rank, world_size):
-        yield pad_batch([examples[i] for link in group for i in links[link]], pad_token_id)
+        numbers = [i for link in group for i in links[link]]
+        some = [examples[i] for i in numbers]
+        if mismatches:
+            some = _with_others(some, [examples[others[i]] for i in numbers])
+        yield pad_batch(some, pad_token_id)
+
+
+def _with_others(examples: list[Example], others: list[Example]) -> list[Example]:
+    """Follow each example by its prompt with the answer of another one."""
+    pairs = zip(examples, others, strict=True)
+    return [one for example, other in pairs for one in (example, mismatched(example, other))]
 
 
 def _share(order: list[int], size: int, rank: int, world_size: int) -> list[list[int]]:

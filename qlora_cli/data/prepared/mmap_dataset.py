@@ -5,6 +5,8 @@ supervised.bin     uint8 per token: 1 if it is supervised
 ends.bin           int64 per example: number of tokens up to its end
 sources.bin        int32 per example: index of its source
 linked.bin         uint8 per example: 1 if it stays with the example before it
+prefixes.bin       int32 per example: tokens that it shares with the first example of its link
+values.bin         float32, the same number per example: what an objective learns from besides
 places.txt         utf-8: the place of each example's row, one per line
 place_ends.bin     int64 per example: number of bytes of places.txt up to its end
 facts.json         what is known about the whole dataset, and size and digest of each file
@@ -39,6 +41,8 @@ _COLUMNS = {
     "ends.bin": "int64",
     "sources.bin": "int32",
     "linked.bin": "uint8",
+    "prefixes.bin": "int32",
+    "values.bin": "float32",
     "places.txt": "uint8",
     "place_ends.bin": "int64",
 }
@@ -74,18 +78,21 @@ class DatasetWriter:
         input_ids = array("i", example.input_ids)
         # The complement of a source is negative, so a linked example never hashes like another one.
         head = array("q", [~source if example.is_linked else source, len(input_ids)])
-        self._digest.update(head.tobytes() + input_ids.tobytes() + supervised)
+        values = array("f", example.values)
+        self._digest.update(head.tobytes() + input_ids.tobytes() + supervised + values.tobytes())
         self._write("input_ids.bin", input_ids)
         self._write("supervised.bin", supervised)
         self._write("ends.bin", array("q", [self._num_tokens]))
         self._write("sources.bin", array("i", [source]))
         self._write("linked.bin", bytes([example.is_linked]))
+        self._write("prefixes.bin", array("i", [example.prefix]))
+        self._write("values.bin", values)
         self._write("places.txt", line)
         self._write("place_ends.bin", array("q", [self._num_place_bytes]))
 
     @property
     def digest(self) -> str:
-        """sha256 of the examples so far, in order: tokens, loss mask, sources and links."""
+        """sha256 of the examples so far, in order: tokens, loss mask, values, sources and links."""
         return self._digest.hexdigest()
 
     def close(self, facts: dict[str, Any]) -> None:
@@ -110,7 +117,7 @@ class DatasetWriter:
     ) -> None:
         self._stack.close()
 
-    def _write(self, name: str, data: bytes | array[int]) -> None:
+    def _write(self, name: str, data: bytes | array[int] | array[float]) -> None:
         self._files[name].write(data)
         self._digests[name].update(data)
 
@@ -119,18 +126,17 @@ class MmapDataset(Sequence[Example]):
     """The examples in a folder, read on access."""
 
     def __init__(self, folder: Path) -> None:
-        import numpy as np
 
         self.folder = folder
-        columns = {
-            name: np.memmap(folder / name, dtype=dtype, mode="r")
-            for name, dtype in _COLUMNS.items()
-        }
+        columns = {name: _read_column(folder / name, dtype) for name, dtype in _COLUMNS.items()}
         self._input_ids, self._supervised = columns["input_ids.bin"], columns["supervised.bin"]
         self._ends, self._sources = columns["ends.bin"], columns["sources.bin"]
         self._places, self._place_ends = columns["places.txt"], columns["place_ends.bin"]
         self.is_linked: NDArray[np.uint8] = columns["linked.bin"]
         """1 for each example that stays with the example before it."""
+        self.prefixes: NDArray[np.int32] = columns["prefixes.bin"]
+        """For each example, the tokens at its beginning that the first of its link has too."""
+        self._values = columns["values.bin"].reshape(len(self._ends), -1)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -164,7 +170,8 @@ class MmapDataset(Sequence[Example]):
     def place(self, index: int) -> str:
         """Return where the row of an example was read: `train.jsonl:17`."""
         start, end = self._span(self._place_ends, index)
-        return self._places[start : end - 1].tobytes().decode("utf-8", "surrogateescape")
+        line: bytes = self._places[start : end - 1].tobytes()
+        return line.decode("utf-8", "surrogateescape")
 
     def first_with_token_from(self, token_id: int) -> tuple[int, int] | None:
         """Find the first example with a token of this id or a larger one.
@@ -195,11 +202,26 @@ class MmapDataset(Sequence[Example]):
         supervised = self._supervised[start:end].tolist()
         pairs = zip(ids, supervised, strict=True)
         labels = [token if is_supervised else IGNORE_INDEX for token, is_supervised in pairs]
-        return Example(ids, labels, bool(self.is_linked[index]))
+        return Example(
+            ids,
+            labels,
+            bool(self.is_linked[index]),
+            int(self.prefixes[index]),
+            tuple(self._values[index].tolist()),
+        )
 
     @staticmethod
     def _span(ends: NDArray[np.int64], index: int) -> tuple[int, int]:
         return int(ends[index - 1]) if index else 0, int(ends[index])
+
+
+def _read_column(path: Path, dtype: str) -> Any:
+    """Map a file into memory. An empty file cannot be mapped."""
+    import numpy as np
+
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:

@@ -26,4 +26,4 @@ def as_compiled(count: MemoryCounter) -> Elementwise:
 
 def compiled_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Take the memory of `compiled_cross_entropy`, which makes no copy of the logits."""
-    return logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+    return logits.new_zeros(len(targets), dtype=torch.float32), torch.empty_like(logits)

@@ -108,7 +108,7 @@ def test_the_loss_uses_the_labels_unchanged(tiny_model: Path, method: Any) -> No
     model = method.attach(load(tiny_model))
     labels = torch.where(MASK.bool(), IDS, IGNORE_INDEX)
     objective = TokenLoss(model, torch.float32)
-    assert objective.is_split
+    assert objective.token_losses.is_split
     loss, _ = objective(Batch(IDS, MASK, labels))
     expected = torch.nn.functional.cross_entropy(
         logits(model)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"

@@ -16,7 +16,7 @@ from qlora_cli.data.batching.sampler import BatchStream
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.loop.setup import Setup, assemble
 from qlora_cli.loop.step import train_step
-from qlora_cli.objectives.base import Objective, evaluate_loss
+from qlora_cli.objectives.base import Objective, evaluate_objective
 from qlora_cli.plan.dry_run import FixedBatches, SingleProcess
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.sections import Training
@@ -168,9 +168,8 @@ def test_an_evaluation_uses_the_weight_too(
     make_setup: Callable[..., Setup[FixedBatches]],
 ) -> None:
     objective = make_setup([]).objective
-    total, weight = evaluate_loss(objective, [pairs(0, 1), pairs(2)], torch.device("cpu")).tolist()
-    assert weight == 3
-    assert total == pytest.approx(objective(pairs(0, 1, 2))[0].item(), rel=1e-5)
+    found = evaluate_objective(objective, [pairs(0, 1), pairs(2)], torch.device("cpu"))
+    assert found["loss"] == pytest.approx(objective(pairs(0, 1, 2))[0].item() / 3, rel=1e-5)
 
 
 def test_the_recipe_chooses_the_objective(tiny_recipe: Callable[..., Recipe]) -> None:

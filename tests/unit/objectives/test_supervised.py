@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,10 +18,12 @@ from transformers import (
 from qlora_cli.adapters import OFT, LoHa, LoKr, LoRA, OtherPeft
 from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.kernels.cross_entropy import LossChunks
+from qlora_cli.kernels.head_loss import head_loss
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import FourBit, Unquantized
-from qlora_cli.objectives.base import evaluate_loss
-from qlora_cli.objectives.supervised import TokenLoss, head_loss, supervised_positions
+from qlora_cli.objectives.base import evaluate_objective
+from qlora_cli.objectives.supervised import TokenLoss
+from qlora_cli.objectives.token_losses import supervised_positions
 from qlora_cli.types import IGNORE_INDEX, Batch, Example
 from tests.conftest import save_tiny_model
 
@@ -67,7 +70,7 @@ def test_equals_the_plain_loss_and_its_gradients(
     expected_gradients = gradients(model)
 
     objective = TokenLoss(model, torch.float32, chunks=chunks)
-    assert objective.is_split
+    assert objective.token_losses.is_split
     loss, _ = objective(batch)
     (loss * 0.5).backward()
     found = gradients(model)
@@ -137,7 +140,7 @@ def test_a_soft_cap_after_the_head_is_detected_and_applied() -> None:
     )
     model = Gemma2ForCausalLM(config).eval()
     objective = TokenLoss(model, torch.float32)
-    assert not objective.is_split
+    assert not objective.token_losses.is_split
     batch = make_batch()
     torch.testing.assert_close(objective(batch)[0], plain_loss(model, batch), rtol=1e-6, atol=0)
 
@@ -166,7 +169,7 @@ def test_a_model_that_cannot_be_split_has_the_plain_loss(config: PretrainedConfi
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     objective = TokenLoss(model, torch.float32)
-    assert not objective.is_split
+    assert not objective.token_losses.is_split
     batch = make_batch()
     expected = plain_loss(model, batch)
     torch.testing.assert_close(objective(batch)[0], expected, rtol=1e-6, atol=0)
@@ -201,7 +204,7 @@ def test_a_model_that_is_not_split_takes_part_without_rows(tiny_model: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = LoRA(r=4).attach(model.requires_grad_(False))
     objective = TokenLoss(model, torch.float32)
-    objective.is_split = False
+    objective.token_losses.is_split = False
     batch = make_batch()
     batch.labels.fill_(IGNORE_INDEX)
     loss, _ = objective(batch)
@@ -217,7 +220,7 @@ def test_evaluation_rows_are_shared_by_ranks_with_and_without_rows(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     objective = TokenLoss(model, torch.float32)
-    objective.is_split = is_split
+    objective.token_losses.is_split = is_split
     batch = make_batch()
     rows = [
         Example(ids[:n], labels[:n])
@@ -225,16 +228,17 @@ def test_evaluation_rows_are_shared_by_ranks_with_and_without_rows(
             batch.input_ids.tolist(), batch.labels.tolist(), (12, 9, 12), strict=True
         )
     ]
-    totals = sum(
-        evaluate_loss(
-            objective,
-            eval_batches(rows, batch_size=3, pad_token_id=0, rank=rank, world_size=world_size),
-            torch.device("cpu"),
-        )
-        for rank in range(world_size)
-    )
+    sums: list[Tensor] = []
+
+    def keep(values: Tensor) -> Tensor:
+        sums.append(values)
+        return values
+
+    for rank in range(world_size):
+        mine = eval_batches(rows, batch_size=3, pad_token_id=0, rank=rank, world_size=world_size)
+        evaluate_objective(objective, mine, torch.device("cpu"), keep)
     expected = [plain_loss(model, batch).item(), batch.num_supervised]
-    assert totals.tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.stack(sums).sum(0).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_positions_come_one_before_their_targets() -> None:

@@ -1,0 +1,66 @@
+"""The base of the recipe section `objective`: what a run learns from its rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from qlora_cli.common.config import Config
+from qlora_cli.types import Conversation, HeadSpec, RowKind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
+    from qlora_cli.objectives.base import Objective
+
+
+class ObjectiveSettings(Config):
+    """What training minimizes, and the rows that it needs for it."""
+
+    rows: ClassVar[RowKind] = "answers"
+    """What each row has to hold."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """What is measured in addition to the loss: names that `evaluation.best_by` takes."""
+    type: str
+
+    @property
+    def head(self) -> HeadSpec | None:
+        """The head that the model needs; None for the one that predicts tokens."""
+        return None
+
+    @property
+    def has_reference(self) -> bool:
+        """The loss compares the model with what it was before the first step."""
+        return False
+
+    def values_of(self, row: Conversation) -> tuple[float, ...]:
+        """Return what the objective learns from a row in addition to its tokens.
+
+        Every row gives the same number of values.
+
+        Raises:
+            DataError: the row has no label that the objective knows.
+        """
+        return ()
+
+    def build(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy,
+        chunks: LossChunks | None = None,
+        *,
+        keeps_reference: bool = True,
+    ) -> Objective:
+        """Build the objective.
+
+        Args:
+            model: the model that is trained, with its adapter, as it is before the first step.
+            dtype: autocast dtype; float32 means no autocast.
+            cross_entropy: kernel for the loss of a chunk of logits, with its gradient.
+            chunks: rows of logits to compute at a time; None are those of the model's device.
+            keeps_reference: an objective with a reference keeps a copy of the weights that are
+                trained. Without it, the batches have to bring what the reference says.
+        """
+        raise NotImplementedError
