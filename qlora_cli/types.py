@@ -122,6 +122,11 @@ class Conversation:
     repaired: tuple[str, ...] = ()
     """The repairs (`data.repair`) that changed the row."""
 
+    @property
+    def is_labelled(self) -> bool:
+        """The row has a label in place of supervised answers."""
+        return self.label is not None and not any(message.train for message in self.messages)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

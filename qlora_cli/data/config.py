@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,8 @@ from qlora_cli.data.prepared.findings import AuditLimits
 from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.data.sources.repair import Repair
 from qlora_cli.errors import DataError
+from qlora_cli.objectives.settings import ObjectiveSettings
+from qlora_cli.types import RowKind
 
 
 class Data(Config):
@@ -82,14 +85,22 @@ class Data(Config):
             return source
         return Portion.of(source, seed=0, share=None, held_out=False, repair=self.repair)
 
-    def refuse_untrainable(self) -> None:
-        """Raise DataError if a source has a format that can be read but not trained on."""
+    def require_rows(self, objective: ObjectiveSettings) -> None:
+        """Raise DataError if a source has another kind of rows than the objective learns from."""
         for source in [*self.train_sources, *self.evaluation_sources]:
-            if isinstance(source.format, Preference):
-                raise DataError(
-                    f"{source.path}: preference data can be previewed, but not yet trained on",
-                    hint=_chosen_hint(source, source.format),
-                )
+            kind = source.format.rows
+            if kind == objective.rows:
+                continue
+            hint = f"objective: {{type: {_OBJECTIVES[kind]}}} learns from such rows"
+            if kind == "pairs" and objective.rows == "answers":
+                assert isinstance(source.format, Preference)
+                hint += f"; {_chosen_hint(source, source.format)}"
+            raise DataError(
+                f"{source.path}: format.type ({source.format.type}) reads {_ROWS[kind]}, but "
+                f"objective.type ({objective.type}) learns from {_ROWS[objective.rows]}",
+                hint=f"{hint}; or give the source a format that reads {_ROWS[objective.rows]}"
+                f"{_FORMATS[objective.rows]}",
+            )
 
     def _portions(self, sources: Source | list[Source], *, held_out: bool) -> list[Source]:
         return [
@@ -102,6 +113,26 @@ class Data(Config):
             )
             for source in (sources if isinstance(sources, list) else [sources])
         ]
+
+
+_ROWS: Mapping[RowKind, str] = {
+    "answers": "answers",
+    "pairs": "pairs of a chosen and a rejected answer",
+    "feedback": "answers marked as good or bad",
+    "labels": "texts with labels",
+}
+_OBJECTIVES: Mapping[RowKind, str] = {
+    "answers": "supervised",
+    "pairs": "dpo",
+    "feedback": "kto",
+    "labels": "classify",
+}
+_FORMATS: Mapping[RowKind, str] = {
+    "answers": "",
+    "pairs": ": {type: preference}",
+    "feedback": ": {type: feedback}",
+    "labels": ": {type: labelled}",
+}
 
 
 def _chosen_hint(source: Source, pairs: Preference) -> str:

@@ -184,7 +184,14 @@ def evaluate_model(
     )
     stops = stop_token_ids(evaluated.trained) if evaluated.trained else []
     if sources := settings.data.evaluation_sources:
-        held_out = read_data("evaluation", settings.data, sources, tokenizer, context=context)
+        held_out = read_data(
+            "evaluation",
+            settings.data,
+            sources,
+            tokenizer,
+            context=context,
+            objective=settings.objective,
+        )
         stops = [*stops, *held_out.stop_token_ids]
     recipe = evaluated.recipe
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)

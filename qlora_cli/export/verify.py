@@ -128,7 +128,9 @@ def read_rows(
     """Return the first rows of the evaluation set and its size, or some fixed texts and None."""
     if sources := recipe.data.evaluation_sources:
         try:
-            held_out = read_data("evaluation", recipe.data, sources, tokenizer)
+            held_out = read_data(
+                "evaluation", recipe.data, sources, tokenizer, objective=recipe.objective
+            )
         except DataError as error:
             log.warning("models are compared on fixed texts, not on evaluation rows: %s", error)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,15 +52,16 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     context = recipe.model.read_context(recipe.adapter.virtual_tokens)
     lost_errors: list[TooManyLost] = []
+    read_rows = partial(read_data, use_cache=use_cache, context=context, objective=recipe.objective)
 
     def read(name: str, some: list[Source]) -> PreparedData:
         try:
-            return read_data(name, data, some, tokenizer, use_cache=use_cache, context=context)
+            return read_rows(name, data, some, tokenizer)
         except TooManyLost as error:
             # Show the data anyway, so that the user sees why. This raises again if no row is left.
             lost_errors.append(error)
             tolerant = data.model_copy(update={"max_lost": 1.0})
-            return read_data(name, tolerant, some, tokenizer, use_cache=use_cache, context=context)
+            return read_rows(name, tolerant, some, tokenizer)
 
     training = read("training", sources["train"])
     held_out = None

@@ -69,10 +69,10 @@ def read_recipe_data(recipe: Recipe, *, use_cache: bool = True) -> RecipeData:
         QloraError: the tokenizer or a row cannot be used.
     """
     data = recipe.data
-    data.refuse_untrainable()
+    data.require_rows(recipe.objective)
     tokenizer = recipe.model.load_tokenizer(read_chat_template(data.chat_template))
     context = recipe.model.read_context(recipe.adapter.virtual_tokens)
-    read = partial(read_data, use_cache=use_cache, context=context)
+    read = partial(read_data, use_cache=use_cache, context=context, objective=recipe.objective)
     training = read("training", data, data.train_sources, tokenizer)
     evaluation = None
     if sources := data.evaluation_sources:

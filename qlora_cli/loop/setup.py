@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -169,7 +169,11 @@ def assemble(
     vocabulary_size = base.config.get_text_config(decoder=True).vocab_size
     cross_entropy = loss_kernel(kernels, world.device, options, vocabulary_size)
     objective = recipe.objective.build(
-        model, options.dtype, cross_entropy, options.device.loss_chunks
+        model,
+        options.dtype,
+        cross_entropy,
+        options.device.loss_chunks,
+        keeps_reference=recipe.reference_mode == "live",
     )
     is_scaled = options.dtype == torch.float16
     return Setup(
@@ -215,16 +219,28 @@ def stream_batches(
         parts=list(zip(training.examples.num_by_source(len(weights)), weights, strict=True)),
         max_length=recipe.data.max_length if recipe.data.packing else None,
         padding=not padding_free,
+        mismatches=recipe.objective.rows == "feedback",
         rank=rank,
         world_size=world_size,
     )
 
 
-def largest_eval_batch(
-    evaluation: PreparedData | None, batch_size: int, tokenizer: PreTrainedTokenizerFast
-) -> Batch | None:
-    """Return the evaluation batch that needs the most memory (the first); None without rows."""
-    if evaluation is None:
-        return None
-    pad_token_id = tokenizer.pad_token_id
-    return next(eval_batches(evaluation.examples, batch_size=batch_size, pad_token_id=pad_token_id))
+def evaluation_batches(
+    recipe: Recipe,
+    evaluation: PreparedData,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World | None = None,
+) -> Iterator[Batch]:
+    """Yield the evaluation batches of a process, the one that needs the most memory first.
+
+    Args:
+        world: shares the rows; None yields them all.
+    """
+    return eval_batches(
+        evaluation.examples,
+        batch_size=recipe.eval_batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        mismatches=recipe.objective.rows == "feedback",
+        rank=world.rank if world else 0,
+        world_size=world.size if world else 1,
+    )

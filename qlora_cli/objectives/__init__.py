@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
     from qlora_cli.objectives.base import Objective
 
-__all__ = ["DPO", "KTO", "ORPO", "ObjectiveConfig", "ObjectiveSettings", "SimPO", "Supervised"]
+__all__ = [
+    "DPO",
+    "KTO",
+    "ORPO",
+    "SUPERVISED",
+    "ObjectiveConfig",
+    "ObjectiveSettings",
+    "SimPO",
+    "Supervised",
+]
 
 
 class Supervised(ObjectiveSettings):
@@ -37,5 +46,8 @@ class Supervised(ObjectiveSettings):
 
         return TokenLoss(model, dtype, cross_entropy, chunks)
 
+
+SUPERVISED = Supervised()
+"""The objective of a recipe that names none."""
 
 ObjectiveConfig = Annotated[Supervised | DPO | ORPO | SimPO | KTO, Field(discriminator="type")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlora_cli.objectives.settings import ObjectiveSettings
+from qlora_cli.objectives.settings import ObjectiveSettings, ReferenceMode
 from qlora_cli.types import Conversation, RowKind
 
 if TYPE_CHECKING:
@@ -55,12 +55,13 @@ class PairObjective(ObjectiveSettings):
         from qlora_cli.objectives.reference import Reference
         from qlora_cli.objectives.token_losses import TokenLosses
 
+        has_reference = self.reference_mode(trains_base=False) is not None
         return PreferenceLoss(
             model,
             dtype,
             TokenLosses(model, dtype, cross_entropy, chunks),
             self._with_sft,
-            reference=Reference(model, is_kept=keeps_reference) if self.has_reference else None,
+            reference=Reference(model, is_kept=keeps_reference) if has_reference else None,
             tail_weight=self.tail_weight,
         )
 
@@ -107,9 +108,8 @@ class DPO(PairObjective):
             )
         return self
 
-    @property
-    def has_reference(self) -> bool:
-        return True
+    def reference_mode(self, *, trains_base: bool) -> ReferenceMode | None:
+        return _mode(self.reference, trains_base=trains_base)
 
     @property
     def tail_weight(self) -> float:
@@ -202,12 +202,15 @@ class KTO(ObjectiveSettings):
     reference: ReferenceChoice = "auto"
     """As in `dpo`."""
 
-    @property
-    def has_reference(self) -> bool:
-        return True
+    def reference_mode(self, *, trains_base: bool) -> ReferenceMode | None:
+        return _mode(self.reference, trains_base=trains_base)
 
     def values_of(self, row: Conversation) -> tuple[float, ...]:
         return (float(row.label is True),)
+
+    @property
+    def example_values(self) -> tuple[float, ...]:
+        return (1.0,)
 
     def build(
         self,
@@ -229,6 +232,13 @@ class KTO(ObjectiveSettings):
             FeedbackWeights(self.beta, self.desirable_weight, self.undesirable_weight),
             Reference(model, is_kept=keeps_reference),
         )
+
+
+def _mode(choice: ReferenceChoice, *, trains_base: bool) -> ReferenceMode:
+    """Choose for `auto`: a copy of the weights of an adapter is small, one of a base is not."""
+    if choice == "auto":
+        return "precomputed" if trains_base else "live"
+    return choice
 
 
 def _log1mexp(x: Tensor) -> Tensor:

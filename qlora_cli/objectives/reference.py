@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.kernels.kept_factors import keep_factors
-from qlora_cli.types import Batch
+from qlora_cli.types import IGNORE_INDEX, Batch, copy_to
+
+LogProbs = Callable[[Batch], Tensor]
+"""Returns the log-probability of each example in a batch, (S,)."""
 
 
 class Reference:
-    """The weights that are trained, as they are when this is made.
+    """The weights that are trained, as they are when this is made, or what they say about rows.
 
     With a fresh LoRA adapter they are the plain base: B is zero. With a warm start they are base
     and that adapter. The base is in memory once, and the same layers compute both models, so equal
@@ -23,13 +29,15 @@ class Reference:
 
     Args:
         model: the model that is trained, before the first step.
-        is_kept: keep a copy of the trained weights. Without it, all log-probabilities have to be
-            computed before the first step.
+        is_kept: keep a copy of the trained weights. Without it, `precompute` has to see each batch
+            before the first step.
     """
 
     def __init__(self, model: nn.Module, *, is_kept: bool) -> None:
         trained = [p for p in model.parameters() if p.requires_grad] if is_kept else []
         self._weights = [(weight, weight.detach().clone()) for weight in trained]
+        self.known: dict[str, float] = {}
+        """Log-probability by the content of an example; complete before the first step."""
 
     @torch.no_grad()
     def add_to(
@@ -37,24 +45,40 @@ class Reference:
         batches: Sequence[Batch],
         device: torch.device,
         objective: nn.Module,
-        log_probs: Callable[[Batch], Tensor],
+        log_probs: LogProbs,
     ) -> list[Batch]:
-        """Add the log-probabilities under the reference to the batches that are without them.
+        """Add the log-probabilities under the reference to batches.
 
         They are computed in evaluation mode, without dropout.
-
-        Args:
-            log_probs: returns those of the examples in a batch, (S,).
         """
-        if all(batch.reference is not None for batch in batches):
-            return list(batches)
+        if self.known:
+            return [self._look_up(batch, device) for batch in batches]
         with eval_mode(objective), self._restored():
-            return [
-                batch
-                if batch.reference is not None
-                else replace(batch, reference=log_probs(batch.to(device)))
-                for batch in batches
-            ]
+            return [replace(one, reference=log_probs(one.to(device))) for one in batches]
+
+    @torch.no_grad()
+    def precompute(
+        self, batch: Batch, device: torch.device, objective: nn.Module, log_probs: LogProbs
+    ) -> None:
+        """Compute the log-probabilities of a batch with the weights as they are, and keep them.
+
+        A batch whose examples are all known is not computed again.
+        """
+        keys = content_keys(batch)
+        if all(key in self.known for key in keys):
+            return
+        with eval_mode(objective):
+            found = log_probs(batch.to(device)).tolist()
+        for key, value in zip(keys, found, strict=True):
+            self.known.setdefault(key, value)
+
+    def use(self, known: Mapping[str, float]) -> None:
+        """Take log-probabilities that were computed by an earlier run with the same weights."""
+        self.known = dict(known)
+
+    def _look_up(self, batch: Batch, device: torch.device) -> Batch:
+        values = torch.tensor([self.known[key] for key in content_keys(batch)], dtype=torch.float64)
+        return replace(batch, reference=copy_to(device, values))
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -70,3 +94,33 @@ class Reference:
         for at, (weight, other) in enumerate(self._weights):
             weight.data, found = other, weight.data
             self._weights[at] = weight, found
+
+
+def content_keys(batch: Batch) -> list[str]:
+    """Return a digest of the tokens and the loss mask of each example in a batch, (S,)."""
+    if not batch.documents:
+        assert batch.attention_mask is not None
+        lengths = batch.attention_mask.sum(1).tolist()
+        rows = zip(batch.input_ids.tolist(), batch.labels.tolist(), lengths, strict=True)
+        return [_digest(ids[:length], labels[:length]) for ids, labels, length in rows]
+    ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+    starts = list(accumulate(batch.documents, initial=0))
+    prefixes = batch.prefixes or (0,) * len(batch.documents)
+    links = batch.links or (1,) * len(batch.documents)
+    keys: list[str] = []
+    for number in links:
+        first = starts[len(keys)]
+        for _ in range(number):
+            start, stop = starts[len(keys)], starts[len(keys) + 1]
+            prefix = prefixes[len(keys)]
+            whole = ids[first : first + prefix] + ids[start:stop]
+            keys.append(_digest(whole, [IGNORE_INDEX] * prefix + labels[start:stop]))
+    return keys
+
+
+def _digest(ids: list[int], labels: list[int]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(array("q", ids).tobytes())
+    # Nothing predicts the first token, so its label does not matter.
+    digest.update(array("q", labels[1:]).tobytes())
+    return digest.hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qlora_cli.common.config import Config
 from qlora_cli.types import Conversation, HeadSpec, RowKind
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
     from qlora_cli.objectives.base import Objective
+
+
+ReferenceMode = Literal["live", "precomputed"]
 
 
 class ObjectiveSettings(Config):
@@ -30,9 +34,21 @@ class ObjectiveSettings(Config):
         return None
 
     @property
-    def has_reference(self) -> bool:
-        """The loss compares the model with what it was before the first step."""
-        return False
+    def data_key(self) -> dict[str, Any]:
+        """The settings that affect how rows are prepared, for the key of what is kept."""
+        head = self.head
+        return {"rows": self.rows, "head": None if head is None else asdict(head)}
+
+    def reference_mode(self, *, trains_base: bool) -> ReferenceMode | None:
+        """Return when the reference is computed: the model before the first step.
+
+        Args:
+            trains_base: weights of the base are trained.
+
+        Returns:
+            None for a loss without a reference.
+        """
+        return None
 
     def values_of(self, row: Conversation) -> tuple[float, ...]:
         """Return what the objective learns from a row in addition to its tokens.
@@ -42,6 +58,11 @@ class ObjectiveSettings(Config):
         Raises:
             DataError: the row has no label that the objective knows.
         """
+        return ()
+
+    @property
+    def example_values(self) -> tuple[float, ...]:
+        """The values of some row, for a plan without rows."""
         return ()
 
     def build(

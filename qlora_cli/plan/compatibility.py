@@ -77,7 +77,7 @@ def check_compatibility(recipe: Recipe) -> CompatibilityReport:
 def _read_first_rows(recipe: Recipe) -> None:
     """Read the first rows of each source, and encode them if the tokenizer is on this machine."""
     data, model = recipe.data, recipe.model
-    data.refuse_untrainable()
+    data.require_rows(recipe.objective)
     tokenizer = context = None
     if model.is_at_hand():
         tokenizer = model.load_tokenizer(read_chat_template(data.chat_template))

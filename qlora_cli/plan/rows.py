@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.loop.run_data import RecipeData, read_recipe_data
-from qlora_cli.loop.setup import largest_eval_batch, stream_batches
+from qlora_cli.loop.setup import evaluation_batches, stream_batches
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.types import Batch
 
@@ -49,7 +49,9 @@ def find_rows(
         recipe, data.training, data.tokenizer, padding_free=padding_free, world_size=gpus
     )
     num_steps = recipe.training.max_steps or batches.num_steps
-    held_out = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
+    held_out = None
+    if data.evaluation is not None:
+        held_out = next(evaluation_batches(recipe, data.evaluation, data.tokenizer))
     tokens = batches.tokens(num_steps)
     steps = batches.largest(num_steps)
     return PlanRows(steps, held_out, num_steps, tokens, "the data", data.longest)
@@ -68,12 +70,23 @@ def assume_rows(recipe: Recipe, why: str, *, padding_free: bool) -> PlanRows:
     """Assume that every row has `data.max_length` tokens."""
     data, settings = recipe.data, recipe.training
     num_micro_batches = min(2, -(-settings.batch_size // settings.fixed_micro_batch_size))
-    full = full_batch(settings.fixed_micro_batch_size, data.max_length, padding_free=padding_free)
+    full = _full_batch(recipe, settings.fixed_micro_batch_size, padding_free=padding_free)
     held_out = None
     if data.evaluation_sources:
-        held_out = full_batch(recipe.eval_batch_size, data.max_length, padding_free=False)
+        held_out = _full_batch(recipe, recipe.eval_batch_size, padding_free=False)
     steps = settings.max_steps
     tokens = steps and steps * settings.batch_size * data.max_length
     origin = f"rows of data.max_length ({why})"
     longest = data.max_length
     return PlanRows([[full] * num_micro_batches], held_out, steps, tokens, origin, longest)
+
+
+def _full_batch(recipe: Recipe, num_rows: int, *, padding_free: bool) -> Batch:
+    objective = recipe.objective
+    return full_batch(
+        num_rows,
+        recipe.data.max_length,
+        padding_free=padding_free,
+        link=2 if objective.rows in ("pairs", "feedback") else 1,
+        values=objective.example_values,
+    )

@@ -179,6 +179,15 @@ def evaluation_sources_have_no_weight(recipe: Recipe) -> Problems:
             )
 
 
+def feedback_steps_have_several_rows(recipe: Recipe) -> Problems:
+    if recipe.objective.rows == "feedback" and recipe.training.batch_size < 2:
+        yield (
+            f"training.batch_size ({recipe.training.batch_size}) is too small for objective.type "
+            f"({recipe.objective.type}): it estimates the divergence from the reference from the "
+            "other answers of a step; use training.batch_size 8 or more"
+        )
+
+
 RECIPE_RULES = (
     adapter_can_train_quantized_base,
     adapter_supports_packing,
@@ -190,4 +199,5 @@ RECIPE_RULES = (
     best_by_is_measured,
     patience_has_rows_for_the_loss,
     evaluation_sources_have_no_weight,
+    feedback_steps_have_several_rows,
 )

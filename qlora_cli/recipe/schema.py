@@ -12,13 +12,14 @@ from qlora_cli.data.config import Data
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.quantization import QuantizationConfig, Unquantized
 from qlora_cli.objectives import ObjectiveConfig, Supervised
+from qlora_cli.objectives.settings import ReferenceMode
 from qlora_cli.optim.families import AdamW
 from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.recipe.rules import RECIPE_RULES, apply_rules
 from qlora_cli.recipe.sections import Evaluation, Output, Training
 from qlora_cli.tasks import Loss
-from qlora_cli.tasks.task import Measure
+from qlora_cli.tasks.task import Measure, mean_of
 from qlora_cli.types import DeviceChoice
 
 _ROWS_BEFORE_TRAINING = 1
@@ -58,10 +59,16 @@ class Recipe(Config):
         return self
 
     @property
+    def reference_mode(self) -> ReferenceMode | None:
+        """When the reference of the objective is computed; None if it has none."""
+        return self.objective.reference_mode(trains_base=self.adapter.trains_base)
+
+    @property
     def measures(self) -> dict[str, Measure]:
         """The measures of an evaluation by name: the loss, and those of the tasks."""
         tasks = [Loss(), *self.evaluation.tasks]
-        return {name: measure for task in tasks for name, measure in task.named_measures()}
+        own = {name: mean_of(name) for name in self.objective.metrics}
+        return own | {name: measure for task in tasks for name, measure in task.named_measures()}
 
     def is_over(self, step: int, best_step: int | None) -> bool:
         """Return whether `training.patience` evaluations have passed since the best one."""

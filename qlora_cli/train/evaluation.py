@@ -6,12 +6,11 @@ import math
 from contextlib import nullcontext
 
 from qlora_cli.common.signals import StopSignals
-from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.evaluate.scorer import ModelScorer, score_tasks
 from qlora_cli.loop.fit import is_due
 from qlora_cli.loop.run_data import RunData
-from qlora_cli.loop.setup import Batches, Setup
+from qlora_cli.loop.setup import Batches, Setup, evaluation_batches
 from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.saver import CheckpointManager
@@ -62,14 +61,7 @@ class RunEvaluator:
         rows, world, objective = self._data.evaluation, self._setup.world, self._setup.objective
         if rows is None:
             return {}
-        batches = eval_batches(
-            rows.examples,
-            batch_size=self._recipe.eval_batch_size,
-            pad_token_id=self._data.tokenizer.pad_token_id,
-            mismatches=self._recipe.objective.rows == "feedback",
-            rank=world.rank,
-            world_size=world.size,
-        )
+        batches = evaluation_batches(self._recipe, rows, self._data.tokenizer, world)
         found = evaluate_objective(objective, batches, world.device, world.sum)
         loss = found["loss"]
         if not math.isfinite(loss):

@@ -17,7 +17,7 @@ from qlora_cli.distributed.world import World, is_out_of_memory
 from qlora_cli.errors import ModelError, OutOfMemory
 from qlora_cli.kernels.selection import Kernels
 from qlora_cli.loop.run_data import RecipeData
-from qlora_cli.loop.setup import Batches, Setup, largest_eval_batch
+from qlora_cli.loop.setup import Batches, Setup, evaluation_batches
 from qlora_cli.objectives.base import Objective, evaluate_objective, same
 from qlora_cli.plan.estimate import estimate
 from qlora_cli.plan.rows import PlanRows
@@ -81,7 +81,9 @@ def preflight(recipe: Recipe, setup: Setup[BatchStream], data: RecipeData) -> di
     world, batches, max_steps = setup.world, setup.batches, setup.max_steps
     steps, settings = batches.largest(max_steps), recipe.training
     num_micro_steps = max_steps * -(-settings.batch_size // settings.fixed_micro_batch_size)
-    evaluation = largest_eval_batch(data.evaluation, recipe.eval_batch_size, data.tokenizer)
+    evaluation = None
+    if data.evaluation is not None:
+        evaluation = next(evaluation_batches(recipe, data.evaluation, data.tokenizer))
     tokens = batches.tokens(max_steps)
     rows = PlanRows(steps, evaluation, max_steps, tokens, "the data", data.longest)
     is_planned = setup.trained.total >= _MIN_WEIGHTS and max_steps >= _MIN_STEPS

@@ -28,6 +28,7 @@ from qlora_cli.runs.resume_check import Changes, refuse_changes, refuse_unsafe
 from qlora_cli.runs.run_folder import RunFolder
 from qlora_cli.train.evaluation import RunEvaluator
 from qlora_cli.train.preflight import memory_summary, preflight, resolve_auto
+from qlora_cli.train.reference import precompute_reference
 from qlora_cli.train.saver import CheckpointManager
 from qlora_cli.train.warm_start import WarmStart, find_warm_start
 from qlora_cli.types import TrainState
@@ -64,8 +65,10 @@ def train(
         data = prepare_data(recipe, use_cache=use_cache)
         is_auto = recipe.training.micro_batch_size == "auto"
         recipe = resolve_auto(recipe, data, run.world, run.folder if run.is_resumed else None)
-        # A resumed run has its weights in the checkpoint, even if it began with a warm start.
-        warm_start = None if run.is_resumed else find_warm_start(recipe, data.base)
+        # A resumed run has its weights in the checkpoint, even if it began with a warm start. Its
+        # reference is the start.
+        needs_start = not run.is_resumed or recipe.reference_mode is not None
+        warm_start = find_warm_start(recipe, data.base) if needs_start else None
         changes = run.refuse_changes(recipe, data)
         setup = build_setup(
             recipe,
@@ -75,6 +78,7 @@ def train(
             kernels=run.recorded_kernels(),
         )
         warn_of_no_effect(recipe, setup)
+        precompute_reference(recipe, setup, data, warm_start, use_cache=use_cache)
         saver = CheckpointManager(run.folder, setup, recipe, data.tokenizer)
         saver.require_disk_space(has_best=data.evaluation is not None)
         state = TrainState() if run.resume is None else saver.resume(run.resume, changes)
@@ -142,7 +146,7 @@ def open_run(recipe: Recipe, resume: str | None, allow: Sequence[str]) -> Iterat
         DataError: the recipe's data cannot be trained on.
     """
     quiet_libraries()
-    recipe.data.refuse_untrainable()
+    recipe.data.require_rows(recipe.objective)
     require_packages(recipe, for_tasks=recipe.training.tasks_every is not None)
     if allow and resume is None:
         raise RecipeError("--allow has an effect only on a resumed run", hint="add --resume")

@@ -16,14 +16,29 @@ PROOF_TOKENS = 16
 """Tokens of each example in `proof_batches`: few, so that it takes less memory than a step."""
 
 
-def full_batch(num_rows: int, max_length: int, *, padding_free: bool) -> Batch:
+def full_batch(
+    num_rows: int,
+    max_length: int,
+    *,
+    padding_free: bool,
+    link: int = 1,
+    values: tuple[float, ...] = (),
+) -> Batch:
     """Return the largest possible batch, every token supervised: a stand-in for real data.
 
     The last of several rows is one token shorter, because rows hardly ever have the same length.
     So the batch has an attention mask, unless it is padding-free.
+
+    Args:
+        link: number of examples in each row (two for pairs).
+        values: those of each example.
     """
-    sizes = [max_length] * (num_rows - 1) + [max_length - (num_rows > 1)]
-    examples = [Example([1] * size, [1] * size) for size in sizes]
+    number = num_rows * link
+    sizes = [max_length] * (number - 1) + [max_length - (number > 1)]
+    examples = [
+        Example([1] * size, [1] * size, is_linked=at % link > 0, values=values)
+        for at, size in enumerate(sizes)
+    ]
     return (concatenate_batch if padding_free else pad_batch)(examples, 0)
 
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.data.encode.labels import Labeller
 from qlora_cli.data.encode.tokens import RowTokenizer
-from qlora_cli.data.encode.truncate import EncodedRow, Truncate, join_rows, truncate_row
+from qlora_cli.data.encode.truncate import (
+    EncodedRow,
+    LabelledRow,
+    Truncate,
+    join_rows,
+    truncate_labelled,
+    truncate_pair,
+    truncate_row,
+)
 from qlora_cli.data.render.renderer import RenderedRow, Renderer
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Conversation, Message, Prompt
@@ -25,6 +33,15 @@ class RefusedRow:
     """A row whose supervised tokens would be ambiguous."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """The rows of one conversation, before truncation."""
+
+    rows: list[LabelledRow]
+    is_typed: bool
+    """Its messages contain special tokens, which are encoded as plain text."""
 
 
 class Encoder:
@@ -60,13 +77,36 @@ class Encoder:
     def encode_rows(
         self, rows: list[Conversation], *, max_length: int, truncate: Truncate
     ) -> list[EncodedRow | RefusedRow]:
-        """Encode each row, or give the reason why it has no labels."""
+        """Encode each row, or give the reason why it has no labels.
+
+        A preference row becomes two linked examples, its chosen and its rejected answer.
+        """
+        conversations = [one for row in rows for one in _conversations(row)]
+        found = iter(self._label_all(conversations))
+        limit = max_length, truncate
+
+        def encode(row: Conversation) -> EncodedRow | RefusedRow:
+            if row.rejected is not None:
+                return _encode_pair(next(found), next(found), *limit)
+            labelled = next(found)
+            if isinstance(labelled, RefusedRow):
+                return labelled
+            if row.is_labelled:
+                [one] = labelled.rows
+                encoded = truncate_labelled(one, *limit)
+            else:
+                encoded = join_rows([truncate_row(one, *limit) for one in labelled.rows])
+            return replace(encoded, is_typed=True) if labelled.is_typed else encoded
+
+        return [encode(row) for row in rows]
+
+    def _label_all(self, rows: list[Conversation]) -> list[_Labelled | RefusedRow]:
         rendered = [self._render(row) for row in rows]
         accepted = [found for found in rendered if not isinstance(found, RefusedRow)]
         plain = [one for found in accepted for one in found if not one.has_stand_ins]
         tokenized = iter(self._tokenizer.tokenize(plain))
 
-        def encode(row: Conversation, found: list[RenderedRow] | RefusedRow) -> Any:
+        def label(row: Conversation, found: list[RenderedRow] | RefusedRow) -> Any:
             if isinstance(found, RefusedRow):
                 return found
             has_stand_ins = any(one.has_stand_ins for one in found)
@@ -79,10 +119,9 @@ class Encoder:
             except DataError as error:
                 return RefusedRow(str(error))
             labelled = [self._labeller.label(o, train_on_all=row.train_on_all) for o in whole]
-            encoded = join_rows([truncate_row(one, max_length, truncate) for one in labelled])
-            return replace(encoded, is_typed=True) if has_stand_ins else encoded
+            return _Labelled(labelled, has_stand_ins)
 
-        return [encode(row, found) for row, found in zip(rows, rendered, strict=True)]
+        return [label(row, found) for row, found in zip(rows, rendered, strict=True)]
 
     def to_prompt(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None
@@ -174,6 +213,35 @@ class Encoder:
             return self._renderer.render_all(row)
         except DataError as error:
             return RefusedRow(str(error))
+
+
+def _conversations(row: Conversation) -> list[Conversation]:
+    """Return the conversations of a row: two in a preference row."""
+    if row.rejected is None:
+        return [row]
+    return [row, replace(row, messages=row.rejected, rejected=None)]
+
+
+def _encode_pair(
+    chosen: _Labelled | RefusedRow,
+    rejected: _Labelled | RefusedRow,
+    max_length: int,
+    truncate: Truncate,
+) -> EncodedRow | RefusedRow:
+    both = {"chosen": chosen, "rejected": rejected}
+    labelled: list[_Labelled] = []
+    for name, found in both.items():
+        if isinstance(found, RefusedRow):
+            return RefusedRow(f"the {name} answer: {found.reason}")
+        if len(found.rows) > 1:
+            return RefusedRow(
+                f"the {name} answer: the chat template writes its answers differently once the "
+                "conversation continues; give it one answer, with those before it in the prompt"
+            )
+        labelled.append(found)
+    (one,), (other,) = (found.rows for found in labelled)
+    encoded = truncate_pair(one, other, max_length, truncate)
+    return replace(encoded, is_typed=any(found.is_typed for found in labelled))
 
 
 def _supervised(messages: list[Message]) -> Message:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_cli.types import IGNORE_INDEX, Example
@@ -100,6 +100,58 @@ def truncate_row(row: LabelledRow, max_length: int, truncate: Truncate) -> Encod
         reason = f"{length:,} tokens, data.max_length {max_length:,}: {what}"
     is_saved = 0 < length - max_length == spare
     return EncodedRow(examples, length, turn_ends, num_answers, reason, is_saved_by_prompt=is_saved)
+
+
+def truncate_pair(
+    chosen: LabelledRow, rejected: LabelledRow, max_length: int, truncate: Truncate
+) -> EncodedRow:
+    """Link the two answers of a pair. It is left out if one of them has more than `max_length`.
+
+    `cut_prompt` cuts both by the same tokens of the prompt that they share.
+    """
+    length = max(len(row.example.input_ids) for row in (chosen, rejected))
+    for row in (chosen, rejected):
+        if row.straddles is not None:
+            return EncodedRow([], length, [], 1, row.straddles)
+    shared = _shared_prompt(chosen.example, rejected.example)
+    surplus = max(0, length - max_length)
+    spare = shared - chosen.has_bos - 1
+    is_saved = 0 < surplus <= spare
+    if surplus and not (is_saved and truncate == "cut_prompt"):
+        what = f"{length:,} tokens, data.max_length {max_length:,}: the pair is left out"
+        return EncodedRow([], length, [], 1, what, is_saved_by_prompt=is_saved)
+    kept = [_cut(row, surplus, max_length) for row in (chosen, rejected)]
+    if not all(example.num_supervised for example in kept):
+        return EncodedRow([], length, [], 1, "an answer of the pair has no supervised token")
+    second = replace(kept[1], is_linked=True, prefix=shared - surplus)
+    return EncodedRow([kept[0], second], length, [chosen.turn_ends[-1][1]], 1)
+
+
+def _shared_prompt(chosen: Example, rejected: Example) -> int:
+    """Return the number of tokens that two examples share before the first supervised one."""
+    for at, (one, other) in enumerate(zip(chosen.input_ids, rejected.input_ids, strict=False)):
+        is_supervised = chosen.labels[at] != IGNORE_INDEX or rejected.labels[at] != IGNORE_INDEX
+        if one != other or is_supervised:
+            return at
+    return min(len(chosen.input_ids), len(rejected.input_ids)) - 1
+
+
+def truncate_labelled(row: LabelledRow, max_length: int, truncate: Truncate) -> EncodedRow:
+    """Truncate a row with a label, and supervise its last token alone: there the label is read.
+
+    What is cut is the end of the text (but not the token that ends it), or its beginning with
+    `cut_prompt`. A text that is cut keeps its label, so it does not count as lost.
+    """
+    ids, length = row.example.input_ids, len(row.example.input_ids)
+    if length > max_length and truncate == "drop":
+        what = f"{length:,} tokens, data.max_length {max_length:,}: left out"
+        return EncodedRow([], length, [], 1, what)
+    if length > max_length and truncate == "cut_prompt":
+        ids = [*ids[: row.has_bos], *ids[length - max_length + row.has_bos :]]
+    elif length > max_length:
+        ids = [*ids[: max_length - 1], ids[-1]]
+    labels = [*[IGNORE_INDEX] * (len(ids) - 1), ids[-1]]
+    return EncodedRow([Example(ids, labels)], length, [TurnEnd((), 0, "")], 1)
 
 
 def join_rows(rows: list[EncodedRow]) -> EncodedRow:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from qlora_cli.common.config import Config
 from qlora_cli.data.formats.fields import as_object, list_of, optional_text
 from qlora_cli.data.formats.turns import check_order, openai_message, read_tools, sharegpt_message
-from qlora_cli.types import Conversation, Message, Row
+from qlora_cli.types import Conversation, Message, Row, RowKind
 
 
 class Messages(Config):
@@ -25,6 +25,7 @@ class Messages(Config):
         ]
     }
 
+    rows: ClassVar[RowKind] = "answers"
     type: Literal["messages"] = "messages"
     field: str = "messages"
     """Column that holds the list of messages."""
@@ -52,6 +53,7 @@ class ShareGpt(Config):
         ]
     }
 
+    rows: ClassVar[RowKind] = "answers"
     type: Literal["sharegpt"] = "sharegpt"
     field: str = "conversations"
     """Column that holds the list of turns."""

@@ -20,7 +20,7 @@ from qlora_cli.data.formats.fields import (
 )
 from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
-from qlora_cli.types import Conversation, Message, Row
+from qlora_cli.types import Conversation, Message, Row, RowKind
 
 
 class Alpaca(Config):
@@ -36,6 +36,7 @@ class Alpaca(Config):
         "output": "Paris.",
     }
 
+    rows: ClassVar[RowKind] = "answers"
     type: Literal["alpaca"] = "alpaca"
 
     def to_conversation(self, row: Row) -> Conversation:
@@ -60,6 +61,7 @@ class PromptCompletion(Config):
 
     example: ClassVar[Row] = {"prompt": "The capital of France is", "completion": " Paris."}
 
+    rows: ClassVar[RowKind] = "answers"
     type: Literal["prompt_completion"] = "prompt_completion"
     prompt_field: str = "prompt"
     """Column that holds the prompt."""
@@ -124,6 +126,7 @@ class Text(Config):
 
     example: ClassVar[Row] = {"text": "Paris is the capital of France."}
 
+    rows: ClassVar[RowKind] = "answers"
     type: Literal["text"] = "text"
     field: str = "text"
     """Column that holds the text (a text file has one row per line, in the column `text`)."""

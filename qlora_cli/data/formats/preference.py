@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from qlora_cli.common.config import Config
 from qlora_cli.data.formats.turns import check_order, messages_of, read_tools
 from qlora_cli.errors import DataError
-from qlora_cli.types import Conversation, Message, Row
+from qlora_cli.types import Conversation, Message, Row, RowKind
 
 _PROMPTS = ("prompt", "conversations", "messages")
 
@@ -28,6 +28,7 @@ class Preference(Config):
         "rejected": "It may be Lyon.",
     }
 
+    rows: ClassVar[RowKind] = "pairs"
     type: Literal["preference"] = "preference"
     chosen_field: str = "chosen"
     """Column that holds the preferred answer."""

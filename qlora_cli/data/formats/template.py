@@ -13,7 +13,7 @@ from qlora_cli.common.config import Config
 from qlora_cli.common.jinja_sandbox import OutOfTimeError, limited_time, refuse_endless
 from qlora_cli.data.formats.fields import missing
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.types import Conversation, Message, Row
+from qlora_cli.types import Conversation, Message, Row, RowKind
 
 if TYPE_CHECKING:
     from jinja2 import Template as JinjaTemplate
@@ -24,6 +24,7 @@ class TemplateFormat(Config):
 
     example: ClassVar[Row] = {"prompt": "The capital of France?", "completion": "Paris."}
 
+    rows: ClassVar[RowKind] = "answers"
     type: Literal["template"] = "template"
     system: str | None = None
     """The system message."""

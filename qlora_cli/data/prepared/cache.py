@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,11 @@ from qlora_cli.data.prepared.mmap_dataset import damaged_file, read_facts
 from qlora_cli.data.prepared.prepare import PreparedData, digests_of, joined_digest, prepare
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
+from qlora_cli.objectives import SUPERVISED, ObjectiveSettings
 from qlora_cli.types import ModelContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from qlora_cli.data.config import Data
 
 log = logging.getLogger("qlora")
 
@@ -51,12 +47,14 @@ def load_or_prepare(
     *,
     use_cache: bool = True,
     context: ModelContext | None = None,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> tuple[PreparedData, bool]:
     """Return the prepared data of some sources, and whether it was cached.
 
     Args:
         context: that of the model; no longer row is advised.
         use_cache: if False, prepare the data again and delete it when the program ends.
+        objective: gives the values of each row.
 
     Raises:
         DataError: the rows cannot be prepared, or the cache cannot be written.
@@ -64,7 +62,9 @@ def load_or_prepare(
     if not use_cache:
         folder = Path(tempfile.mkdtemp(prefix="qlora-"))
         try:
-            prepared = prepare(sources, tokenizer, data, folder, context=context)
+            prepared = prepare(
+                sources, tokenizer, data, folder, context=context, objective=objective
+            )
         # Ctrl-C must not leave it behind either.
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -72,9 +72,21 @@ def load_or_prepare(
         weakref.finalize(prepared.examples, shutil.rmtree, folder, ignore_errors=True)
         return prepared, False
     digests = digests_of(sources)
-    folder = _folder() / key_of(sources, tokenizer, data, joined_digest(digests))
+    folder = _folder() / key_of(sources, tokenizer, data, joined_digest(digests), objective)
+
+    def make(unfinished: Path) -> None:
+        prepare(
+            sources,
+            tokenizer,
+            data,
+            unfinished,
+            digests=digests,
+            context=context,
+            objective=objective,
+        )
+
     try:
-        return _find_or_make(folder, sources, tokenizer, data, digests, context)
+        return _find_or_make(folder, make)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: prepared data cannot be stored here: {error}",
@@ -83,7 +95,11 @@ def load_or_prepare(
 
 
 def key_of(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, data: Data, digest: str
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    data: Data,
+    digest: str,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> str:
     """Hash everything that the prepared data depends on.
 
@@ -95,6 +111,7 @@ def key_of(
         # The path does not affect the tokens, but it is part of the rows' places.
         "sources": [one.model_dump(mode="json", exclude=_FREE_OF_SOURCE) for one in sources],
         "settings": data.model_dump(mode="json", exclude=_FREE_OF_DATA),
+        "objective": objective.data_key,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": {name: str(t) for name, t in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
@@ -140,14 +157,7 @@ def list_datasets(*, clear: bool = False) -> list[CachedDataset]:
     return sorted(found, key=lambda entry: -entry.used)
 
 
-def _find_or_make(
-    folder: Path,
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
-    data: Data,
-    digests: Sequence[str],
-    context: ModelContext | None,
-) -> tuple[PreparedData, bool]:
+def _find_or_make(folder: Path, make: Callable[[Path], None]) -> tuple[PreparedData, bool]:
     import filelock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +174,7 @@ def _find_or_make(
                         "%s: damaged (%s); its rows are prepared anew", folder, damaged_file(folder)
                     )
                 with atomic_folder(folder, replace=True) as unfinished:
-                    prepare(sources, tokenizer, data, unfinished, digests=digests, context=context)
+                    make(unfinished)
                 return PreparedData.open_written(folder), False
     folder.touch()
     return prepared, True
@@ -190,10 +200,11 @@ def read_data(
     *,
     use_cache: bool = True,
     context: ModelContext | None = None,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> PreparedData:
     """Load or prepare the examples of all sources, and log a line about them."""
     prepared, is_old = load_or_prepare(
-        sources, tokenizer, data, use_cache=use_cache, context=context
+        sources, tokenizer, data, use_cache=use_cache, context=context, objective=objective
     )
     log.info("%s data%s: %s", name, " (as prepared before)" if is_old else "", prepared.summary())
     return prepared

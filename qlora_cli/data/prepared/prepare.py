@@ -27,6 +27,7 @@ from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, Portion, Source, counted
 from qlora_cli.data.sources.rows import swallowed_text
 from qlora_cli.errors import DataError
+from qlora_cli.objectives import SUPERVISED, ObjectiveSettings
 from qlora_cli.types import Conversation, ModelContext, Prompt
 
 if TYPE_CHECKING:
@@ -149,12 +150,14 @@ def prepare(
     *,
     digests: Sequence[str] | None = None,
     context: ModelContext | None = None,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> PreparedData:
     """Read, format, encode and check all rows of some sources, and write them to a folder.
 
     Args:
         digests: the digest of each source, if already known.
         context: that of the model; no longer row is advised.
+        objective: gives the values of each row.
 
     Raises:
         DataError: there are no rows, bad rows (all are counted), too many lost answers, turns that
@@ -173,13 +176,15 @@ def prepare(
     ):
         for index, source in enumerate(sources):
             tally = Tally(source, data, context)
-            for row, encoded in _encode(workers, source, tally, data.on_bad_row == "skip"):
+            skip = data.on_bad_row == "skip"
+            for row, encoded in _encode(workers, source, tally, objective, skip=skip):
                 tally.add(row, encoded)
                 if encoded.examples:
                     calls.add(row)
                     labels.add(row)
+                values = objective.values_of(row)
                 for example in encoded.examples:
-                    writer.add(example, index, row.place)
+                    writer.add(replace(example, values=values), index, row.place)
             tally.check()
             tallies.append(tally)
         # Rows of a file that is being written are neither the old nor the new ones, but the cache
@@ -200,7 +205,7 @@ def prepare(
                 "tool_problems": dict(calls.counts.most_common()),
                 "tool_problem_places": calls.places,
                 "labels": labels.labels(),
-                _key_of("supervised_as"): "texts" if is_text else "answers",
+                _key_of("supervised_as"): "texts" if is_text else tallies[0].supervised_as,
                 "stop_token_ids": stop_token_ids,
                 "stops": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids],
                 **{name: counts[name] for name in _COUNTS},
@@ -282,12 +287,12 @@ _COUNTS = (
 
 
 def _encode(
-    workers: Workers, source: Source, tally: Tally, skip: bool
+    workers: Workers, source: Source, tally: Tally, objective: ObjectiveSettings, *, skip: bool
 ) -> Iterator[tuple[Conversation, EncodedRow]]:
     # Both are joined at the end: how far reading is ahead of encoding depends on the number of
     # workers, and the report must not.
     bad, refused = BadRows(tries_repairs=not skip), BadRows()
-    rows = _noting(source.conversations(bad), tally.ignored)
+    rows = _noting(_with_values(source.conversations(bad), objective, bad), tally.ignored)
     for row, encoded in workers.encode(rows):
         if isinstance(encoded, RefusedRow):
             refused.add(row.place, encoded.reason)
@@ -302,6 +307,19 @@ def _encode(
         raise none_usable(workers, source, bad)
     check_bad_rows(workers, source, bad, skip=skip)
     tally.counts.update(num_bad=bad.count, num_swallowed=bad.num_swallowed)
+
+
+def _with_values(
+    rows: Iterator[Conversation], objective: ObjectiveSettings, bad: BadRows
+) -> Iterator[Conversation]:
+    """Leave out rows without what the objective learns from, and add them to `bad`."""
+    for row in rows:
+        try:
+            objective.values_of(row)
+        except DataError as error:
+            bad.add(row.place, str(error))
+        else:
+            yield row
 
 
 def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Conversation]:

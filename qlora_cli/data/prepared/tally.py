@@ -38,6 +38,10 @@ class Tally:
         self._context = context
         self._is_verbatim = is_verbatim(source.format)
         self.is_text = isinstance(source.format, Text)
+        rows = source.format.rows
+        self.supervised_as = {"pairs": "pairs", "labels": "texts"}.get(rows, "answers")
+        """The word for what is learned of a row in messages to the user."""
+        self._has_stops = rows != "labels"
         self.counts: Counter[str] = Counter()
         self.longest = 0
         self.turn_ends: Counter[tuple[int, ...] | str] = Counter()
@@ -69,7 +73,8 @@ class Tally:
         self.longest = max([self.longest, *(len(one.input_ids) for one in row.examples)])
         if row.examples:
             self.repaired.update(conversation.repaired)
-        self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
+        if self._has_stops:
+            self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
         if row.lost is not None:
             self._num_saved += row.is_saved_by_prompt
             what = "cut" if row.examples else "left out"
@@ -88,14 +93,15 @@ class Tally:
             DataError: more are lost than `data.max_lost` allows, or too few turns end.
         """
         self.check_lost()
-        self._check_stops()
+        if self._has_stops:
+            self._check_stops()
 
     def check_lost(self) -> None:
         """Warn of lost answers, or raise TooManyLost."""
         counts, max_lost = self.counts, self._data.max_lost
         if not self._lost.count:
             return
-        what = "texts are cut or left out" if self.is_text else "answers are lost"
+        what = "texts are cut or left out" if self.is_text else f"{self.supervised_as} are lost"
         message = (
             f"{self._path}: {counts['num_lost_answers']:,} of {counts['num_answers']:,} {what}, "
             f"in {self._lost.count:,} of {counts['num_rows']:,} {self._rows}"
