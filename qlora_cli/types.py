@@ -6,6 +6,7 @@ Shapes, everywhere in this code: B rows, T tokens, V vocabulary, D width, N supe
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -219,28 +220,73 @@ class Batch:
         """Return the arguments of a model's forward, by transformers' names.
 
         Examples in one row are separated by positions that restart at 0, and by boundaries for
-        back ends that use them: `cu_seq_lens_*` for flash attention, `documents` for ours.
+        back ends that use them: `cu_seq_lens_*` for flash attention, `documents` for ours, and
+        `shared` for prefixes that are computed once.
         """
         if self.attention_mask is not None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         import torch
 
         device = self.input_ids.device
+        shared = SharedTokens.of(self) if self.prefixes else None
+        lengths = shared.lengths if shared else self.documents
         begins = self.prefixes or (0,) * len(self.documents)
         spans = zip(begins, self.documents, strict=True)
         positions = torch.cat([torch.arange(at, at + length) for at, length in spans])[None]
-        ends = torch.tensor([0, *self.documents]).cumsum(0, dtype=torch.int32)
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         ends = copy_to(device, ends)
-        longest = max(self.documents)
+        longest = max(lengths)
         return {
             "input_ids": self.input_ids,
             "position_ids": copy_to(device, positions),
-            "documents": self.documents,
+            "documents": lengths,
+            **({} if shared is None else {"shared": shared.to(device)}),
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends,
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTokens:
+    """Where the whole documents are found in a row that repeats no shared prefix.
+
+    T is the number of tokens in the row, S that of all documents with their prefixes.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each document with its prefix; their sum is S."""
+    gather: Tensor  # (S,) int64: the place in the row of each token of the whole documents
+    own: Tensor  # (T,) int64: the place in the whole documents of each token of the row
+    repeats: Tensor  # (S - T,) int64: the places in the whole documents of the repeated tokens
+
+    @classmethod
+    def of(cls, batch: Batch) -> SharedTokens:
+        """Find the places, on the host."""
+        import torch
+
+        starts = list(accumulate(batch.documents, initial=0))
+        gather: list[int] = []
+        own: list[int] = []
+        repeats: list[int] = []
+        lengths: list[int] = []
+        for number in batch.links:
+            first = starts[len(lengths)]
+            for _ in range(number):
+                start, prefix = starts[len(lengths)], batch.prefixes[len(lengths)]
+                length = batch.documents[len(lengths)]
+                repeats += range(len(gather), len(gather) + prefix)
+                gather += range(first, first + prefix)
+                own += range(len(gather), len(gather) + length)
+                gather += range(start, start + length)
+                lengths.append(prefix + length)
+        return cls(tuple(lengths), *map(torch.tensor, (gather, own, repeats)))
+
+    def to(self, device: torch.device) -> SharedTokens:
+        """Copy the places to a device."""
+        places = (copy_to(device, places) for places in (self.gather, self.own, self.repeats))
+        return SharedTokens(self.lengths, *places)
 
 
 def copy_to(device: torch.device, values: Tensor) -> Tensor:

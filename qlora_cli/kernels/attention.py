@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_cli.kernels.elementwise import Elementwise
+from qlora_cli.types import SharedTokens
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -43,6 +44,8 @@ class DocumentBoundaries:
     """Their sum is T."""
     ends: Tensor
     """(n + 1,) int32, on the device: the start of each document, and the end of the last."""
+    shared: SharedTokens | None = None
+    """The places of prefixes that the row has once; lengths and ends are with them."""
 
 
 class Attention(Protocol):

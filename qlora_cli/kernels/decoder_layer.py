@@ -27,6 +27,7 @@ from qlora_cli.kernels.lora_linear import (
     unscaled_gradients,
 )
 from qlora_cli.kernels.rope import HeadTransform, choose_head_transform
+from qlora_cli.kernels.shared_prefix import attend_shared, attend_shared_backward
 
 Recompute = Literal["none", "mlp", "all"]
 """Recomputed in the backward pass: element-wise work only, the feed-forward half, or all."""
@@ -35,8 +36,8 @@ Recompute = Literal["none", "mlp", "all"]
 class FusedLayer(nn.Module):
     """A drop-in replacement for a decoder layer, with the same children and checkpoint names.
 
-    Padding-free training batches (`Batch.documents`) take the fused path. Everything else
-    (evaluation, generation, padded rows; without varlen attention also documents longer than a
+    Padding-free batches (`Batch.documents`) take the fused path. Everything else (evaluation,
+    generation, padded rows; without varlen attention also documents longer than a
     sliding window) is computed by the original layer. If it trains that way with any recomputation,
     the whole layer is checkpointed.
     """
@@ -55,10 +56,10 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
         """(1, T, D) -> (1, T, D), with transformers' arguments."""
         lengths = options.get("documents")
-        if lengths is None or not torch.is_grad_enabled() or not self._parts.can_compute(lengths):
+        if lengths is None or not self._parts.can_compute(lengths):
             return self._forward_plain(hidden_states, options)
         cos, sin = (part[0] for part in options["position_embeddings"])
-        documents = DocumentBoundaries(lengths, options["cu_seq_lens_q"])
+        documents = DocumentBoundaries(lengths, options["cu_seq_lens_q"], options.get("shared"))
         trained = [weight for each in self._parts.projections for weight in each.trained()]
         # All tensors inside have their final dtype already. Compiled functions also depend on the
         # state of autocast, which is off in the backward pass.
@@ -225,7 +226,7 @@ class _LayerComputation:
         qk, v = states[:, : -modules.kv_heads], states[:, -modules.kv_heads :]
         transformed, qk, v = modules.head_transform.forward(qk, v, positions.cos, positions.sin)
         q, k = transformed[:, : modules.heads], transformed[:, modules.heads :]
-        attended = modules.attention.forward(q, k, v, positions.documents, modules.scale)
+        attended = attend_shared(modules.attention, (q, k, v), positions.documents, modules.scale)
         update, low_out = self.out.forward(attended.output.flatten(1))
         return update, _SavedAttention(norm_factor, low_qkv, qk, v, attended, low_out)
 
@@ -256,8 +257,14 @@ class _LayerComputation:
         transform, cos, sin = modules.head_transform, positions.cos, positions.sin
         transformed = transform.recompute(saved.qk, cos, sin)  # (T, H + K, E)
         qkv = transformed[:, : modules.heads], transformed[:, modules.heads :], saved.v
-        grad_q, grad_k, grad_v = modules.attention.backward(
-            grad, qkv, saved.attended, positions.documents, modules.scale, self.ops
+        grad_q, grad_k, grad_v = attend_shared_backward(
+            modules.attention,
+            grad,
+            qkv,
+            saved.attended,
+            positions.documents,
+            modules.scale,
+            self.ops,
         )
         grad_qk = torch.cat([grad_q, grad_k], 1)
         grad_qk = transform.backward(grad_qk, saved.qk, cos, sin)

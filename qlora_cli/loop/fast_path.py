@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.common.decoder import decoder_of
-from qlora_cli.data.batching.collate import proof_batches
+from qlora_cli.data.batching.collate import proof_batches, sharing_batches
 from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.errors import ModelError
 from qlora_cli.kernels.cross_entropy import CrossEntropy, compiled_cross_entropy, cross_entropy
@@ -28,7 +28,9 @@ from qlora_cli.models.base import start_checkpointing
 from qlora_cli.models.packed_attention import (
     attend_by_document,
     attend_by_row,
+    attends_by_document,
     check_packing,
+    shares_prefixes,
     skip_masks,
 )
 
@@ -110,6 +112,26 @@ def use_padding_free(
     if is_ours:
         skip_masks(model)
     return True
+
+
+def use_shared_prefixes(
+    model: PreTrainedModel,
+    training: PreparedData,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Tell if the prompt of a pair can be computed once for both answers.
+
+    Our attention repeats what is shared; other back ends do not.
+    """
+    if not attends_by_document(model):
+        return False
+    apart, shared = sharing_batches(training.examples, pad_token_id=tokenizer.pad_token_id)
+    can_share = shares_prefixes(model, apart.to(device), shared.to(device), dtype)
+    if not can_share:
+        log.info("the prompt of a pair is computed twice: the model does not support it once")
+    return can_share
 
 
 def prepare_layers(

@@ -163,10 +163,10 @@ class TrainingMonitor:
 
     def _bad_examples(self, step: int) -> list[int]:
         """Find the examples of a step whose own loss is not finite; if there are none, all."""
-        with eval_mode(self._setup.objective):
-            world = self._setup.world
-            batches = self._setup.batches.micro_batches(step)
-            prepared = self._setup.objective.prepare(batches, world.device, world.sum)
+        objective, world = self._setup.objective, self._setup.world
+        batches = self._setup.batches.micro_batches(step)
+        prepared = objective.prepare(batches, world.device, world.sum)
+        with eval_mode(objective):
             found = [example for batch in prepared for example in self._bad_examples_in(batch)]
         gathered = sorted({example for each in self._setup.world.gather(found) for example in each})
         return gathered or self._rows(step)

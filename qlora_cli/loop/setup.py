@@ -15,7 +15,13 @@ from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.distributed.world import World, set_seed
 from qlora_cli.kernels.device_capabilities import DeviceCapabilities
 from qlora_cli.kernels.selection import Kernels, choose_kernels
-from qlora_cli.loop.fast_path import ComputeOptions, loss_kernel, prepare_layers, use_padding_free
+from qlora_cli.loop.fast_path import (
+    ComputeOptions,
+    loss_kernel,
+    prepare_layers,
+    use_padding_free,
+    use_shared_prefixes,
+)
 from qlora_cli.loop.run_data import RecipeData
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.report import TrainedCounts, count_trained_weights, warn_of_untrained
@@ -90,11 +96,18 @@ def build_setup(
     padding_free = not recipe.adapter.no_packing and use_padding_free(
         base, data.training, data.tokenizer, dtype, world.device, packing=recipe.data.packing
     )
+    is_linked = recipe.objective.link_size > 1
+    shares_prefixes = (
+        padding_free
+        and is_linked
+        and use_shared_prefixes(base, data.training, data.tokenizer, dtype, world.device)
+    )
     batches = stream_batches(
         recipe,
         data.training,
         data.tokenizer,
         padding_free=padding_free,
+        shares_prefixes=shares_prefixes,
         rank=world.rank,
         world_size=world.size,
     )
@@ -199,6 +212,7 @@ def stream_batches(
     tokenizer: PreTrainedTokenizerFast,
     *,
     padding_free: bool,
+    shares_prefixes: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchStream:
@@ -207,6 +221,7 @@ def stream_batches(
     Args:
         padding_free: concatenate the examples of a micro-batch into one row instead of padding
             them.
+        shares_prefixes: compute what linked examples have in common once.
     """
     settings, weights = recipe.training, [source.weight for source in recipe.data.train_sources]
     return BatchStream(
@@ -219,6 +234,7 @@ def stream_batches(
         parts=list(zip(training.examples.num_by_source(len(weights)), weights, strict=True)),
         max_length=recipe.data.max_length if recipe.data.packing else None,
         padding=not padding_free,
+        shares_prefixes=shares_prefixes,
         mismatches=recipe.objective.rows == "feedback",
         rank=rank,
         world_size=world_size,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.common.decoder import decoder_of
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.errors import ModelError
-from qlora_cli.types import Batch
+from qlora_cli.types import Batch, SharedTokens
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,11 @@ def attend_by_row(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
 
 
+def attends_by_document(model: PreTrainedModel) -> bool:
+    """Tell if `attend_by_document` has changed a model."""
+    return model.config._attn_implementation in (NAME, _MASKLESS)
+
+
 def skip_masks(model: PreTrainedModel) -> None:
     """Let transformers make no mask for packed examples.
 
@@ -112,6 +117,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     documents: tuple[int, ...] | None = None,
+    shared: SharedTokens | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute scaled dot-product attention in each document: in one call where CUDA has it.
@@ -119,6 +125,7 @@ def _attend(
     Args:
         query: (1, H, T, D); keys and values may have fewer heads.
         documents: lengths that add up to T; None for a batch that is not packed.
+        shared: places of prefixes that the row has once; the documents' lengths are with them.
         options: those of transformers' sdpa_attention_forward().
 
     Raises:
@@ -136,6 +143,10 @@ def _attend(
         return whole
     if attention_mask is not None and len(documents) > 1:
         raise ValueError("the model adds a mask of its own to packed examples")
+    if shared is not None:
+        q, k, v = (states.index_select(2, shared.gather) for states in (query, key, value))
+        everything, _ = _attend(module, q, k, v, attention_mask, documents, **options)
+        return everything.index_select(1, shared.own), None
     if "sliding_window" not in options:
         _refuse_hidden_window(module)
     window = options.pop("sliding_window", None)
@@ -272,6 +283,30 @@ def check_packing(
     if not check.passed:
         raise _refusal(model, check.refusal())
     return check
+
+
+def shares_prefixes(
+    model: PreTrainedModel, apart: Batch, shared: Batch, dtype: torch.dtype
+) -> bool:
+    """Check on the loaded model that a prefix can be computed once for several documents.
+
+    Args:
+        apart: some documents of one link, whole.
+        shared: the same, with their common prefix once.
+        dtype: autocast dtype; float32 means no autocast.
+    """
+    import torch
+
+    autocast = torch.autocast(apart.input_ids.device.type, dtype, enabled=dtype != torch.float32)
+    try:
+        with eval_mode(model), torch.no_grad(), autocast:
+            wanted = _logits(model, apart, apart.documents)
+            found = _logits(model, shared, shared.documents)
+    except (NotImplementedError, TypeError, ValueError):
+        return False
+    pairs = zip(wanted, shared.prefixes, strict=True)
+    rests = [logits[prefix:] for logits, prefix in pairs]
+    return _largest_shift(rests, found) <= TOLERANCES[str(dtype).removeprefix("torch.")]
 
 
 def _effect_of_an_edit(

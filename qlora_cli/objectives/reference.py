@@ -37,7 +37,9 @@ class Reference:
         trained = [p for p in model.parameters() if p.requires_grad] if is_kept else []
         self._weights = [(weight, weight.detach().clone()) for weight in trained]
         self.known: dict[str, float] = {}
-        """Log-probability by the content of an example; complete before the first step."""
+        """Log-probability by the content of an example, and whether it is trained on or evaluated:
+        the two are computed in other batches, which round otherwise. Complete before the first
+        step."""
 
     @torch.no_grad()
     def add_to(
@@ -52,23 +54,28 @@ class Reference:
         They are computed in evaluation mode, without dropout.
         """
         if self.known:
-            return [self._look_up(batch, device) for batch in batches]
+            mode = objective.training
+            return [self._look_up(batch, device, is_training=mode) for batch in batches]
         with eval_mode(objective), self._restored():
             return [replace(one, reference=log_probs(one.to(device))) for one in batches]
 
     @torch.no_grad()
     def precompute(
-        self, batch: Batch, device: torch.device, objective: nn.Module, log_probs: LogProbs
+        self, batch: Batch, objective: nn.Module, log_probs: LogProbs, *, is_training: bool
     ) -> None:
         """Compute the log-probabilities of a batch with the weights as they are, and keep them.
 
         A batch whose examples are all known is not computed again.
+
+        Args:
+            batch: on the device.
+            is_training: it is a micro-batch of a step, and not of an evaluation.
         """
-        keys = content_keys(batch)
+        keys = _keys(batch, is_training=is_training)
         if all(key in self.known for key in keys):
             return
         with eval_mode(objective):
-            found = log_probs(batch.to(device)).tolist()
+            found = log_probs(batch).tolist()
         for key, value in zip(keys, found, strict=True):
             self.known.setdefault(key, value)
 
@@ -76,9 +83,9 @@ class Reference:
         """Take log-probabilities that were computed by an earlier run with the same weights."""
         self.known = dict(known)
 
-    def _look_up(self, batch: Batch, device: torch.device) -> Batch:
-        values = torch.tensor([self.known[key] for key in content_keys(batch)], dtype=torch.float64)
-        return replace(batch, reference=copy_to(device, values))
+    def _look_up(self, batch: Batch, device: torch.device, *, is_training: bool) -> Batch:
+        found = [self.known[key] for key in _keys(batch, is_training=is_training)]
+        return replace(batch, reference=copy_to(device, torch.tensor(found, dtype=torch.float64)))
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -94,6 +101,11 @@ class Reference:
         for at, (weight, other) in enumerate(self._weights):
             weight.data, found = other, weight.data
             self._weights[at] = weight, found
+
+
+def _keys(batch: Batch, *, is_training: bool) -> list[str]:
+    stage = "train" if is_training else "eval"
+    return [f"{stage}-{key}" for key in content_keys(batch)]
 
 
 def content_keys(batch: Batch) -> list[str]:

@@ -61,6 +61,11 @@ class ObjectiveSettings(Config):
         return ()
 
     @property
+    def link_size(self) -> int:
+        """Examples in a link of its batches."""
+        return 2 if self.rows in ("pairs", "feedback") else 1
+
+    @property
     def example_values(self) -> tuple[float, ...]:
         """The values of some row, for a plan without rows."""
         return ()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.adapters.base import AdapterMethod
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.export.merge import plan_merge
 from qlora_cli.export.merge_shards import UnmappedWeights
@@ -21,10 +22,12 @@ from qlora_cli.kernels.cross_entropy import cross_entropy
 from qlora_cli.models.base import load_model
 from qlora_cli.models.heads import CAUSAL_LM
 from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
+from qlora_cli.objectives.base import same
+from qlora_cli.objectives.settings import ObjectiveSettings
 from qlora_cli.plan.trace.meta_model import build_meta_model
 from qlora_cli.plan.traced_memory import names_layers
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.types import Batch
+from qlora_cli.types import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -103,7 +106,6 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
     subject = f"adapter.type ({adapter.type}) on {kind}"
     base = folder / "base"
     ids = torch.arange(1, _ROW + 1)[None]
-    batch = Batch(ids, torch.ones_like(ids), ids.clone())
     if recipe.model.trust_remote_code and getattr(config, "auto_map", None):
         raise UncheckedModel("its code comes with the model")
     try:
@@ -125,7 +127,9 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
     blame = Blame(adapter, _adapted_kinds(adapted))
     with _refusing(f"{subject}: training fails", blame, adapted):
         objective = recipe.objective.build(adapted, torch.float32, cross_entropy).train()
-        objective(batch)[0].backward()
+        batch = _batch(recipe.objective, ids)
+        [prepared] = objective.prepare([batch], torch.device("cpu"), same)
+        objective(prepared)[0].backward()
     if uncalled := _uncalled_layers(adapted):
         reason = f"the model does not call {', '.join(uncalled)} in training"
         blame = replace(blame, suspects=tuple(uncalled), reason=reason)
@@ -153,6 +157,20 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         found = _logits(load_model(merged, **_PLAIN), ids)
     _require_equal(found, trained, f"{subject}: the merged model is not the trained one", blame)
     return [*steps, "merge"]
+
+
+def _batch(objective: ObjectiveSettings, ids: Tensor) -> Batch:
+    """Return a batch of one row of the kind that the objective learns from."""
+    full = full_batch(
+        1,
+        ids.shape[1],
+        padding_free=False,
+        link=objective.link_size,
+        values=objective.example_values,
+    )
+    same_ids = ids.expand_as(full.input_ids).clone()
+    labels = torch.where(full.labels == IGNORE_INDEX, full.labels, same_ids)
+    return replace(full, input_ids=same_ids, labels=labels)
 
 
 def _build_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) -> Any:

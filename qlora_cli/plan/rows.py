@@ -46,7 +46,12 @@ def find_rows(
     if data is None:
         return assume_rows(recipe, missing_locally(recipe), padding_free=padding_free)
     batches = stream_batches(
-        recipe, data.training, data.tokenizer, padding_free=padding_free, world_size=gpus
+        recipe,
+        data.training,
+        data.tokenizer,
+        padding_free=padding_free,
+        shares_prefixes=padding_free and recipe.model.attention in ("auto", "sdpa"),
+        world_size=gpus,
     )
     num_steps = recipe.training.max_steps or batches.num_steps
     held_out = None
@@ -87,6 +92,6 @@ def _full_batch(recipe: Recipe, num_rows: int, *, padding_free: bool) -> Batch:
         num_rows,
         recipe.data.max_length,
         padding_free=padding_free,
-        link=2 if objective.rows in ("pairs", "feedback") else 1,
+        link=objective.link_size,
         values=objective.example_values,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 
 from qlora_cli.common.atomic_files import atomic_file
 from qlora_cli.common.cache_folder import cache_folder
@@ -18,7 +17,6 @@ from qlora_cli.objectives.feedback import FeedbackLoss
 from qlora_cli.objectives.preference import PreferenceLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.warm_start import WarmStart
-from qlora_cli.types import Batch
 
 log = logging.getLogger("qlora")
 
@@ -58,23 +56,20 @@ def precompute_reference(
             log.info("reference: %s rows, as computed before", f"{len(reference.known):,}")
             return
     progress = Progress("reference", setup.max_steps)
-    for batches in _steps(recipe, setup, data):
-        for batch in batches:
-            reference.precompute(batch, world.device, objective, objective.log_probs)
+    if data.evaluation is not None:
+        for batch in evaluation_batches(recipe, data.evaluation, data.tokenizer, world):
+            on_device = batch.to(world.device)
+            reference.precompute(on_device, objective, objective.log_probs, is_training=False)
+    for step in range(setup.max_steps):
+        for batch in setup.batches.micro_batches(step):
+            on_device = batch.to(world.device)
+            reference.precompute(on_device, objective, objective.log_probs, is_training=True)
         progress.add(1)
     log.info("reference: %s rows computed", f"{len(reference.known):,}")
     if use_cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as unfinished:
             unfinished.write_text(json.dumps(reference.known), encoding="utf-8")
-
-
-def _steps(recipe: Recipe, setup: Setup[BatchStream], data: RunData) -> Iterator[list[Batch]]:
-    """Yield the batches of the evaluation, and the micro-batches of each step."""
-    if data.evaluation is not None:
-        yield list(evaluation_batches(recipe, data.evaluation, data.tokenizer, setup.world))
-    for step in range(setup.max_steps):
-        yield setup.batches.micro_batches(step)
 
 
 def _key(

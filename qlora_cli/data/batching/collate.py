@@ -55,6 +55,21 @@ def proof_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Ba
     return concatenate_batch(made, pad_token_id), pad_batch(made, pad_token_id)
 
 
+def sharing_batches(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Batch, Batch]:
+    """Return two documents with a common prefix, whole and with the prefix once.
+
+    They are made of the first example, to test if a model computes a prefix once for both. The
+    labels are not meaningful.
+    """
+    ids = (examples[0].input_ids * PROOF_TOKENS)[:PROOF_TOKENS]
+    half = PROOF_TOKENS // 2
+    other = [*ids[:half], *reversed(ids[half:])]
+    labels = [IGNORE_INDEX] * PROOF_TOKENS
+    pair = [Example(ids, labels), Example(other, labels, is_linked=True, prefix=half)]
+    apart = concatenate_batch(pair, pad_token_id)
+    return apart, concatenate_batch(pair, pad_token_id, shares_prefixes=True)
+
+
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
     """Prompts to answer together, left-padded: all end where generation begins."""

@@ -1,0 +1,146 @@
+"""Train on pairs and on feedback, through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import exit_code
+
+Run = Callable[..., list[dict[str, Any]]]
+
+
+def write_pairs(path: Path, number: int = 12) -> None:
+    """Write pairs of uneven length."""
+    rows = [
+        {
+            "prompt": f"Say {'a ' * (at % 5)}number",
+            "chosen": f"{at} is one" + " and more" * (at % 3),
+            "rejected": "no " * (1 + at % 4),
+        }
+        for at in range(number)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def run(write_recipe: Callable[..., Path], tmp_path: Path) -> Run:
+    """Train on pairs, and return the lines of metrics.jsonl."""
+    write_pairs(tmp_path / "pairs.jsonl")
+
+    def train(name: str, *, code: int = 0, options: tuple[str, ...] = (), **sections: Any) -> Any:
+        source = {"path": str(tmp_path / "pairs.jsonl"), "format": {"type": "preference"}}
+        training = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
+        recipe = write_recipe(
+            objective=sections.pop("objective", {"type": "dpo"}),
+            data={"train": source, "evaluation": source, **sections.pop("data", {})},
+            training=training | sections.pop("training", {}),
+            output={"dir": str(tmp_path / name)},
+            **sections,
+        )
+        assert exit_code("train", recipe, *options) == code
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    return train
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """Return the training losses."""
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_before_the_first_step_model_and_reference_are_one(run: Run) -> None:
+    first, *_, last = run("run", adapter={"type": "lora", "dropout": 0.1})
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert (first["eval_accuracy"], first["eval_margin"]) == (0.5, 0.0)
+    assert last["eval_loss"] != first["eval_loss"]
+    assert {"eval_logp_chosen", "eval_logp_rejected", "eval_kl"} <= last.keys()
+
+
+TIMED = ("tokens_per_second", "peak_memory_bytes")
+
+PAIR_OBJECTIVES: list[dict[str, Any]] = [
+    {"type": "dpo"},
+    {"type": "dpo", "loss": "hinge"},
+    {"type": "dpo", "loss": "ipo", "sft_weight": 0.5},
+    {"type": "dpo", "label_smoothing": 0.1, "ld_alpha": 0.5},
+    {"type": "orpo"},
+    {"type": "simpo"},
+]
+
+
+def name_of(objective: dict[str, Any]) -> str:
+    """Name an objective by its settings."""
+    return "-".join(str(value) for value in objective.values())
+
+
+@pytest.mark.parametrize("objective", PAIR_OBJECTIVES, ids=name_of)
+def test_a_step_does_not_depend_on_how_it_is_cut(run: Run, objective: dict[str, Any]) -> None:
+    cuts: dict[str, dict[str, Any]] = {
+        "4x1": {"training": {"micro_batch_size": 1}},
+        "2x2": {"training": {"micro_batch_size": 2}},
+        "1x4": {"training": {"micro_batch_size": 4}},
+        "packed": {"data": {"packing": True, "max_length": 400}, "training": {"batch_size": 4}},
+        "padded": {"model": {"attention": "eager"}},
+    }
+    found = {name: run(name, objective=objective, **cut) for name, cut in cuts.items()}
+    first = {name: losses(lines)[0] for name, lines in found.items()}
+    del found["packed"]  # a row of it holds several pairs
+    wanted = losses(found.pop("4x1"))
+    for lines in found.values():
+        assert losses(lines) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert math.isfinite(first["packed"])
+
+
+def test_a_precomputed_reference_is_the_live_one_to_the_last_bit(run: Run, tmp_path: Path) -> None:
+    found = {}
+    for mode in ("live", "precomputed"):
+        for _ in range(2):  # the second run takes what the first one kept
+            name = f"{mode}{len(found)}"
+            objective = {"type": "dpo", "reference": mode}
+            run(name, objective=objective, training={"max_steps": 6}, adapter={"dropout": 0.1})
+            weights = (tmp_path / name / "last" / "adapter_model.safetensors").read_bytes()
+            lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            values = [json.loads(line) for line in lines]
+            known = [{k: v for k, v in one.items() if k not in TIMED} for one in values]
+            found[name] = weights, known
+    wanted = found.pop("live0")
+    assert all(one == wanted for one in found.values())
+
+
+@pytest.mark.parametrize("mode", ["live", "precomputed"])
+def test_a_resumed_run_repeats_the_whole_one(run: Run, tmp_path: Path, mode: str) -> None:
+    settings: dict[str, Any] = {"objective": {"type": "dpo", "reference": mode}}
+    whole = run("whole", training={"max_steps": 4, "save_every": 2}, **settings)
+    run("cut", training={"max_steps": 4, "save_every": 2}, **settings)
+    (tmp_path / "cut" / "run.json").read_text(encoding="utf-8")
+    resumed = run(
+        "cut",
+        training={"max_steps": 4, "save_every": 2},
+        options=("--resume", "2"),
+        **settings,
+    )
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    files = [tmp_path / name / "last" / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_pairs_are_trained_on_quantized_bases(run: Run, quantization: str) -> None:
+    lines = run("run", quantization={"type": quantization}, training={"precision": "bf16"})
+    assert lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert len(losses(lines)) == 3
+
+
+def test_full_training_computes_its_reference_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = run("run", adapter={"type": "full"})
+    assert lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert "reference: 48 rows computed" in caplog.text
