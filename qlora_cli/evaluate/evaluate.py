@@ -21,14 +21,16 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from qlora_cli.evaluate.report import EvaluationReport, summarize, warn_of_regressions
 from qlora_cli.evaluate.scorer import ModelScorer
+from qlora_cli.evaluate.start import start_of
 from qlora_cli.evaluate.target import EvaluatedModel, find_model, own_recipe
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import set_stop_tokens, stop_token_ids
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.model_card import write_cards
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
-from qlora_cli.tasks import Loss, TaskConfig
+from qlora_cli.tasks import TaskConfig
 from qlora_cli.tasks.forgetting import Divergence, Forgetting
+from qlora_cli.tasks.objective_tasks import task_of
 from qlora_cli.tasks.task import Outcome, Task, TaskOutcomes, read_tasks
 
 log = logging.getLogger("qlora")
@@ -126,7 +128,7 @@ def choose_tasks(recipe: Recipe, names: Sequence[str] | None, *, is_tuned: bool)
         RecipeError: a name is unknown, or the recipe has nothing to evaluate.
     """
     has_rows = bool(recipe.data.evaluation_sources)
-    tasks: list[Task] = [Loss()] if has_rows else []
+    tasks: list[Task] = [task_of(recipe.objective)] if has_rows else []
     tasks += recipe.evaluation.tasks
     if recipe.evaluation.forgetting is not None:
         tasks.append(Forgetting(text=recipe.evaluation.forgetting))
@@ -198,8 +200,13 @@ def evaluate_model(
     model = load_base(recipe.model, recipe.quantization, dtype, world.device)
     set_stop_tokens(model, stops)
 
-    def run_tasks(name: str, model: Any, as_base: BaseContext | None = None) -> TaskOutcomes:
-        scorer = ModelScorer(name, model, settings, tokenizer, dtype, world, as_base)
+    def run_tasks(
+        name: str,
+        model: Any,
+        as_base: BaseContext | None = None,
+        as_start: BaseContext | None = None,
+    ) -> TaskOutcomes:
+        scorer = ModelScorer(name, model, settings, tokenizer, dtype, world, as_base, as_start)
         outcomes: TaskOutcomes = {}
         for task, items in task_items:
             log.info("%s: %s, %d examples", name, task.label, len(items))
@@ -227,7 +234,7 @@ def evaluate_model(
         # The trained weights have replaced those of the base.
         return load_base(recipe.model, recipe.quantization, dtype, world.device)
 
-    yield name, run_tasks(name, tuned, as_base)
+    yield name, run_tasks(name, tuned, as_base, start_of(recipe, tuned))
 
 
 def write_records(path: Path, tasks: Sequence[Task], models: dict[str, TaskOutcomes]) -> None:

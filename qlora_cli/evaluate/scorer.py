@@ -34,6 +34,8 @@ class ModelScorer:
         name: name of the model in the log.
         as_base: switches a tuned model to its base for the length of a `with` block; None for a
             base itself.
+        as_start: the same with the model that training started from, a base with an adapter after
+            a warm start; None takes `as_base`.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class ModelScorer:
         dtype: torch.dtype,
         world: World,
         as_base: Callable[[], AbstractContextManager[Any]] | None = None,
+        as_start: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.name = name
         self._as_base = as_base
+        self._as_start = as_start or as_base
         self._model = model
         self._recipe = recipe
         self._tokenizer = tokenizer
@@ -77,9 +81,19 @@ class ModelScorer:
             progress.add(1)
         return [self._generated[key] for key in keys]
 
+    def reference_log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
+        """Return the same for the model that training started from; for a base, its own."""
+        if self._as_start is None:
+            return self.log_likelihoods(examples)
+        with self._as_start() as start:
+            return self._log_likelihoods(start, examples)
+
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
         """Return the sum of log p over the supervised tokens of each example, in nats."""
-        objective = TokenLoss(self._model, self._dtype)
+        return self._log_likelihoods(self._model, examples)
+
+    def _log_likelihoods(self, model: Any, examples: Sequence[Example]) -> list[float]:
+        objective = TokenLoss(model, self._dtype)
         found = [0.0] * len(examples)
         # Examples that differ only in their last token share one forward pass, because no hidden
         # state depends on the last token. Options of one token are such examples.

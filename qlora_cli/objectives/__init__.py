@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,7 @@ __all__ = [
 class Supervised(ObjectiveSettings):
     """Supervised fine-tuning: the cross-entropy of each supervised token."""
 
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     type: Literal["supervised"] = "supervised"
 
     def build(

@@ -60,12 +60,13 @@ class PairObjective(ObjectiveSettings):
             model,
             dtype,
             TokenLosses(model, dtype, cross_entropy, chunks),
-            self._with_sft,
+            self.terms_with_sft,
             reference=Reference(model, is_kept=keeps_reference) if has_reference else None,
             tail_weight=self.tail_weight,
         )
 
-    def _with_sft(self, pairs: PairLogProbs) -> PairTerms:
+    def terms_with_sft(self, pairs: PairLogProbs) -> PairTerms:
+        """Return the terms, with the cross-entropy of the chosen answers added to the losses."""
         from dataclasses import replace
 
         terms = self.terms(pairs)

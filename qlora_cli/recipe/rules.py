@@ -146,7 +146,7 @@ def best_by_is_measured(recipe: Recipe) -> Problems:
             f"evaluation.best_by ({best_by}) is not a measure of any task; it takes one of "
             f"{', '.join(recipe.measures)}"
         )
-    elif best_by != "loss" and recipe.training.tasks_every is None:
+    elif not recipe.is_chosen_by_objective and recipe.training.tasks_every is None:
         yield (
             f"evaluation.best_by ({best_by}) needs training.tasks_every: otherwise no task runs "
             "during training"
@@ -154,7 +154,7 @@ def best_by_is_measured(recipe: Recipe) -> Problems:
 
 
 def patience_has_rows_for_the_loss(recipe: Recipe) -> Problems:
-    patience, uses_loss = recipe.training.patience, recipe.evaluation.best_by == "loss"
+    patience, uses_loss = recipe.training.patience, recipe.is_chosen_by_objective
     if patience is not None and uses_loss and not recipe.data.evaluation_sources:
         yield (
             f"training.patience ({patience}) needs the loss on data.evaluation, which is missing"

@@ -18,8 +18,8 @@ from qlora_cli.optim.optimizers import OptimizerConfig
 from qlora_cli.optim.schedules import Constant, ScheduleConfig
 from qlora_cli.recipe.rules import RECIPE_RULES, apply_rules
 from qlora_cli.recipe.sections import Evaluation, Output, Training
-from qlora_cli.tasks import Loss
-from qlora_cli.tasks.task import Measure, mean_of
+from qlora_cli.tasks.objective_tasks import task_of
+from qlora_cli.tasks.task import Measure
 from qlora_cli.types import DeviceChoice
 
 _ROWS_BEFORE_TRAINING = 1
@@ -66,9 +66,21 @@ class Recipe(Config):
     @property
     def measures(self) -> dict[str, Measure]:
         """The measures of an evaluation by name: the loss, and those of the tasks."""
-        tasks = [Loss(), *self.evaluation.tasks]
-        own = {name: mean_of(name) for name in self.objective.metrics}
-        return own | {name: measure for task in tasks for name, measure in task.named_measures()}
+        names = self.objective_measures
+        found = task_of(self.objective).measures()
+        own = {measure.name: measure for measure in found if measure.name in names}
+        others = (named for task in self.evaluation.tasks for named in task.named_measures())
+        return {**own, **dict(others)}
+
+    @property
+    def is_chosen_by_objective(self) -> bool:
+        """The best weights are those by what the objective measures in each evaluation."""
+        return self.evaluation.best_by in self.objective_measures
+
+    @property
+    def objective_measures(self) -> tuple[str, ...]:
+        """The names of what the objective measures in each evaluation."""
+        return ("loss", *self.objective.metrics)
 
     def is_over(self, step: int, best_step: int | None) -> bool:
         """Return whether `training.patience` evaluations have passed since the best one."""
@@ -82,7 +94,7 @@ class Recipe(Config):
     def steps_between_evaluations(self) -> int | None:
         """Steps between two evaluations that `training.patience` counts."""
         settings = self.training
-        every = settings.eval_every if self.evaluation.best_by == "loss" else None
+        every = settings.eval_every if self.is_chosen_by_objective else None
         return every or settings.tasks_every
 
     @property

@@ -37,6 +37,10 @@ class Scorer(Protocol):
         """Return the sum of log p over the supervised tokens of each example, in nats."""
         ...
 
+    def reference_log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
+        """Return the same for the model that training started from; for a base, its own."""
+        ...
+
     def divergences(self, examples: Sequence[Example]) -> list[float]:
         """Return the sum of KL(base || model) over all positions of each example, in nats."""
         ...
