@@ -88,7 +88,8 @@ class PairLoss(Task):
         tokens = torch.tensor([float(e.num_supervised) for e in examples], dtype=torch.float64)
         reference = torch.zeros_like(found)
         if self.objective.reference_mode(trains_base=False) is not None:
-            reference = torch.tensor(scorer.reference_log_likelihoods(examples)).double()
+            at_start = scorer.reference_log_likelihoods(examples)
+            reference = torch.tensor(at_start, dtype=torch.float64)
         pairs = PairLogProbs(
             found[0::2], found[1::2], tokens[0::2], tokens[1::2], reference[0::2], reference[1::2]
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import exit_code
+from tests.conftest import exit_code, output_of
 
 Run = Callable[..., list[dict[str, Any]]]
 
@@ -144,3 +144,49 @@ def test_full_training_computes_its_reference_once(
     lines = run("run", adapter={"type": "full"})
     assert lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert "reference: 48 rows computed" in caplog.text
+
+
+@pytest.mark.parametrize("objective", [{"type": "dpo"}, {"type": "simpo"}], ids=name_of)
+def test_an_evaluation_repeats_the_last_figures_of_the_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: dict[str, Any]
+) -> None:
+    *_, last = run("run", objective=objective)
+    report = output_of(capsys, "eval", tmp_path / "run")
+    tuned, base = report["models"]["tuned"], report["models"]["base"]
+    for name, key in {
+        "loss": "loss",
+        "accuracy": "loss.accuracy",
+        "margin": "loss.margin",
+    }.items():
+        assert tuned[key]["value"] == pytest.approx(last[f"eval_{name}"], rel=1e-5, abs=1e-6)
+    if objective["type"] == "dpo":
+        assert base["loss"]["value"] == pytest.approx(math.log(2), abs=1e-7)
+        assert base["loss.accuracy"]["value"] == 0.5
+    low = report["differences"]["loss.margin"]["low"]
+    assert low is not None
+
+
+def test_after_a_warm_start_the_reference_is_base_and_adapter(
+    run: Run,
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    supervised = write_recipe(output={"dir": str(tmp_path / "sft")})
+    assert exit_code("train", supervised) == 0
+    adapter = {"init_from": str(tmp_path / "sft")}
+    whole = run("dpo", adapter=adapter, training={"save_every": 2})
+    assert whole[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    tuned = output_of(capsys, "eval", tmp_path / "dpo")["models"]["tuned"]
+    assert tuned["loss.margin"]["value"] == pytest.approx(whole[-1]["eval_margin"], rel=1e-4)
+    resumed = run("dpo", adapter=adapter, training={"save_every": 2}, options=("--resume", "2"))
+    assert losses(resumed)[-1] == losses(whole)[-1]
+
+
+def test_the_best_weights_are_chosen_by_the_accuracy_of_pairs(run: Run, tmp_path: Path) -> None:
+    settings = {"training": {"eval_every": 1}, "evaluation": {"best_by": "accuracy"}}
+    lines = run("run", **settings)
+    best = max(line["eval_accuracy"] for line in lines[1:] if "eval_accuracy" in line)
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["best"]["by"] == "accuracy"
+    assert record["best"]["value"] == best
