@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import (
     Alpaca,
+    Feedback,
     FormatConfig,
+    Labelled,
     Messages,
     Preference,
     PromptCompletion,
@@ -330,8 +332,8 @@ def _whole(row: Row, format: _Format) -> Conversation:
         case Text():
             [piece] = format.to_conversation(row).messages
             return Conversation([replace(piece, train=False), Message("text", _NO_ANSWER, True)])
-        case Preference():
-            raise DataError("a preference row has two answers; give rows with one")
+        case Preference() | Feedback() | Labelled():
+            raise DataError(f"format {format.type} compares or labels; give rows with a prompt")
         case _:
             return format.to_conversation(row)
 

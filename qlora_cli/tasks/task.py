@@ -14,6 +14,7 @@ from qlora_cli.common.config import Config
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.prepare import prepare_prompts
 from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources.row_kinds import refuse_without_answers
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Example, ModelContext, Prompt
 
@@ -193,6 +194,7 @@ def read_rows(source: Source, settings: Data) -> list[Conversation]:
     Raises:
         DataError: there are no rows, or some are bad (the message counts them).
     """
+    refuse_without_answers(source.format, source.path)
     skip = settings.on_bad_row == "skip"
     bad = BadRows(tries_repairs=not skip)
     rows = list(source.conversations(bad))

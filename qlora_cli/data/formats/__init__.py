@@ -10,13 +10,17 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.data.formats.chat import Messages, ShareGpt
+from qlora_cli.data.formats.feedback import Feedback
 from qlora_cli.data.formats.flat import Alpaca, PromptCompletion, Text
+from qlora_cli.data.formats.labelled import Labelled
 from qlora_cli.data.formats.preference import Preference
 from qlora_cli.data.formats.template import TemplateFormat
 
 __all__ = [
     "Alpaca",
+    "Feedback",
     "FormatConfig",
+    "Labelled",
     "Messages",
     "Preference",
     "PromptCompletion",
@@ -27,7 +31,15 @@ __all__ = [
 ]
 
 FormatConfig = Annotated[
-    Messages | ShareGpt | Alpaca | PromptCompletion | Text | Preference | TemplateFormat,
+    Messages
+    | ShareGpt
+    | Alpaca
+    | PromptCompletion
+    | Text
+    | TemplateFormat
+    | Preference
+    | Feedback
+    | Labelled,
     Field(discriminator="type"),
 ]
 

@@ -172,6 +172,25 @@ def check_order(messages: Sequence[Message], field: str) -> list[Message]:
     Raises:
         DataError: they are not valid; the field is named.
     """
+    checked = check_turns(messages, field)
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(f"field '{field}': no assistant message, so nothing to train on")
+    if messages[-1].role != "assistant":
+        raise DataError(
+            f"field '{field}': ends with a message of role {messages[-1].role}, so its answer is "
+            "missing"
+        )
+    if not any(message.train for message in messages):
+        raise DataError(f"field '{field}': every answer has train: false, so nothing to train on")
+    return checked
+
+
+def check_turns(messages: Sequence[Message], field: str) -> list[Message]:
+    """Return the messages if their order is valid; the last one may be of any role.
+
+    Raises:
+        DataError: it is not valid; the field is named.
+    """
     waiting = 0  # calls that may still be answered
     before: Message | None = None
     for i, message in enumerate(messages):
@@ -182,15 +201,6 @@ def check_order(messages: Sequence[Message], field: str) -> list[Message]:
             raise SameRoleError(field, i, message.role)
         waiting = waiting - 1 if message.role == "tool" else len(message.tool_calls)
         before = message
-    if not any(message.role == "assistant" for message in messages):
-        raise DataError(f"field '{field}': no assistant message, so nothing to train on")
-    if messages[-1].role != "assistant":
-        raise DataError(
-            f"field '{field}': ends with a message of role {messages[-1].role}, so its answer is "
-            "missing"
-        )
-    if not any(message.train for message in messages):
-        raise DataError(f"field '{field}': every answer has train: false, so nothing to train on")
     return list(messages)
 
 

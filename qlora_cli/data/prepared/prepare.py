@@ -25,6 +25,7 @@ from qlora_cli.data.prepared.tally import Tally
 from qlora_cli.data.prepared.tool_calls import ToolCallAudit
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, Portion, Source, counted
+from qlora_cli.data.sources.row_kinds import refuse_without_answers
 from qlora_cli.data.sources.rows import swallowed_text
 from qlora_cli.errors import DataError
 from qlora_cli.objectives import SUPERVISED, ObjectiveSettings
@@ -241,8 +242,9 @@ def prepare_prompts(
         limit: maximum number of prompts.
 
     Raises:
-        DataError: there are no rows, or bad rows (all are counted).
+        DataError: there are no rows, bad rows (all are counted), or rows without right answers.
     """
+    refuse_without_answers(source.format, source.path)
     encoder = Encoder(tokenizer)
     bad, is_checked = BadRows(tries_repairs=not skip), False
     prompts: list[Prompt] = []

@@ -31,8 +31,8 @@ from qlora_cli.data.sources.files import (
 )
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
-from qlora_cli.data.sources.preference_rows import refuse_labelled, refuse_preferences
 from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired, why_not_joined
+from qlora_cli.data.sources.row_kinds import content_of, refuse_other_kind, refuse_unread_label
 from qlora_cli.data.sources.rows import (
     LIST_ALL,
     TEMPLATE,
@@ -93,6 +93,12 @@ class Source(Config):
                 f"delimiter ({self.delimiter!r}) has to be one character, not a quotation mark or "
                 'line break; a tab is written "\\t", in these quotes'
             )
+        learns = self.learn_prompt or self.learn_roles != ["assistant"]
+        if self.format.rows != "answers" and (learns or self.learn_turns != "all"):
+            raise ValueError(
+                "learn_prompt, learn_roles and learn_turns are for formats of plain answers; what "
+                f"format {self.format.type} trains on is decided by the objective"
+            )
         if self.learn_prompt and (self.learn_turns != "all" or self.learn_roles != ["assistant"]):
             raise ValueError(
                 "learn_prompt (true) trains on everything; leave out learn_turns and learn_roles"
@@ -117,18 +123,18 @@ class Source(Config):
         """Yield the conversation of each row, lazily. Bad rows are added to `bad`.
 
         Raises:
-            DataError: there is nothing at `path`, a file cannot be read any further, a row is a
-                preference row, or, at the end, no row can be used.
+            DataError: there is nothing at `path`, a file cannot be read any further, a row is of
+                another kind than the format reads, or, at the end, no row can be used.
         """
         is_empty, search = True, RepairSearch(self._is_usable)
         for number, located in enumerate(self.read(bad)):
             if number == 0:
                 bad.template = self._propose_template(located.row)
-            refuse_labelled(located, self.format)
+            refuse_unread_label(located, self.format)
             try:
                 conversation = self._conversation(located.row)
             except DataError as error:
-                refuse_preferences(located, self.format)
+                refuse_other_kind(located, self.format)
                 # Without a usable row the error names the repairs.
                 tries = bad.tries_repairs or is_empty
                 found = search.helpful(located.row) if tries else ()
@@ -153,7 +159,8 @@ class Source(Config):
         elif all("missing; found" in line for line in bad.first):
             hint = (
                 "no row has that field: name the right one in data.train.format, or another format "
-                "(messages, sharegpt, alpaca, prompt_completion, text, template ...), or rename "
+                "(messages, sharegpt, alpaca, prompt_completion, text, template, preference, "
+                "feedback, labelled), or rename "
                 "columns with data.train.fields"
             )
             if bad.template != TEMPLATE:
@@ -292,14 +299,16 @@ class Source(Config):
         return True
 
     def _with_loss_mask(self, conversation: Conversation) -> Conversation:
+        # The format says what is supervised in an answer that is compared or judged; in a labelled
+        # row, nothing is.
+        if self.format.rows != "answers":
+            return conversation
         if self.learn_prompt:
             return replace(conversation, train_on_all=True)
         roles, last_only = self.learn_roles, self.learn_turns == "last"
-        rejected = conversation.rejected
         return replace(
             conversation,
             messages=mark_trained_turns(conversation.messages, roles=roles, last_only=last_only),
-            rejected=rejected and mark_trained_turns(rejected, roles=roles, last_only=last_only),
         )
 
     def _is_local(self) -> bool:
@@ -420,7 +429,7 @@ class Portion(Source):
         if self.share is None:
             return True
         try:
-            content = _content_of(self.format.to_conversation(located.row))
+            content = content_of(self.format.to_conversation(located.row), self.format.rows)
         # Bad rows are in one portion too, and so counted once.
         except DataError:
             content = located.row
@@ -430,13 +439,3 @@ class Portion(Source):
         """Draw by its content if a row is in this portion."""
         assert self.share is not None
         return (draw(content, "held out", self.seed) < self.share) is self.held_out
-
-
-def _content_of(conversation: Conversation) -> object:
-    """Return the content of a row: equal for rows that differ only in unread columns."""
-    turns = [*conversation.messages, *(conversation.rejected or [])]
-    said = [
-        [turn.role, turn.content, turn.reasoning, [[c.name, c.arguments] for c in turn.tool_calls]]
-        for turn in turns
-    ]
-    return [said, conversation.tools]

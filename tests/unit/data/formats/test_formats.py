@@ -41,9 +41,16 @@ def test_each_formats_example_has_supervised_tokens(kind: Any) -> None:
     row = copy.deepcopy(kind.example)
     messages = kind().to_conversation(row).messages
     assert row == kind.example, "the row was changed"
-    assert any(message.train for message in messages)
+    assert any(message.train for message in messages) is (kind.rows != "labels")
     assert all(message.content for message in messages)
     assert {m.role for m in messages if m.train} <= {"assistant", "text"}
+
+
+@every_format
+def test_rows_hold_what_the_kind_of_a_format_says(kind: Any) -> None:
+    row = kind().to_conversation(kind.example)
+    assert (row.rejected is not None) is (kind.rows == "pairs")
+    assert (row.label is not None) is (kind.rows in ("feedback", "labels"))
 
 
 @every_format
@@ -70,7 +77,7 @@ def test_half_a_surrogate_pair_is_refused(kind: Any) -> None:
         if isinstance(value, dict):
             is_name = {"role", "from"}
             return {k: v if k in is_name else spoil(v) for k, v in value.items()}
-        return value + "\ud83d"
+        return value + "\ud83d" if isinstance(value, str) else value
 
     with pytest.raises(DataError, match="half of a surrogate pair"):
         kind().to_conversation(spoil(kind.example))
@@ -347,45 +354,6 @@ def test_prompt_completion_reads_lists_of_messages() -> None:
         PromptCompletion(as_chat=False).to_conversation(row)
     with pytest.raises(DataError, match="field 'completion': ends with a message of role user"):
         PromptCompletion().to_conversation({**row, "completion": [ANSWER, USER]})
-
-
-CHOSEN, REJECTED = {"from": "gpt", "value": "b"}, {"from": "gpt", "value": "c"}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "c"}]},
-        {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "c"}]},
-        {
-            "conversations": [{"from": "human", "value": "a"}],
-            "chosen": CHOSEN,
-            "rejected": REJECTED,
-        },
-    ],
-)
-def test_a_preference_is_a_prompt_with_two_answers(row: dict[str, Any]) -> None:
-    question = Message("user", "a", train=False)
-    assert Preference().to_conversation(row) == Conversation(
-        [question, Message("assistant", "b", train=True)],
-        rejected=[question, Message("assistant", "c", train=True)],
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"prompt": None}, "field 'chosen': no prompt; expected a column prompt, conversations"),
-        ({"messages": [USER]}, "field 'messages': 'prompt' has a prompt too"),
-        ({"rejected": [USER]}, r"field 'prompt \+ rejected\[1\]': two messages of role user"),
-        ({"rejected": []}, "field 'rejected': got .* expected messages"),
-        ({"chosen": {"from": "gpt"}}, "field 'chosen.value': missing"),
-    ],
-)
-def test_a_bad_preference_is_refused_by_field(change: dict[str, Any], reason: str) -> None:
-    with pytest.raises(DataError, match=reason):
-        Preference().to_conversation({**Preference.example, **change})
 
 
 REAL = [
