@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,48 @@ import pytest
 import yaml
 
 from qlora_cli.data.config import Data
-from qlora_cli.data.formats import Preference
+from qlora_cli.data.formats import Feedback, Labelled, Messages, Preference
 from qlora_cli.data.sources import Source
 from qlora_cli.errors import DataError
+from qlora_cli.objectives import SUPERVISED
+from qlora_cli.objectives.preference_settings import DPO, KTO
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
 
+FORMATS = {
+    "answers": Messages(),
+    "pairs": Preference(),
+    "feedback": Feedback(),
+    "labels": Labelled(),
+}
+OBJECTIVES = {"answers": SUPERVISED, "pairs": DPO(), "feedback": KTO()}
 
-def test_preference_data_is_not_trained_on_yet(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("needed", OBJECTIVES)
+def test_a_source_holds_the_rows_that_the_objective_needs(
+    tmp_path: Path, kind: str, needed: str
+) -> None:
+    path, objective = tmp_path / "rows.jsonl", OBJECTIVES[needed]
+    path.write_text(json.dumps(FORMATS[kind].example), encoding="utf-8")
+    right = Source(path="rows.jsonl", format=FORMATS[needed])
+    found = Source(path=str(path), format=FORMATS[kind])
+    Data(train=right).require_rows(objective)
+    sides = (Data(train=[right, found]), Data(train=right, evaluation=found))
+    if kind == needed:
+        for data in sides:
+            data.require_rows(objective)
+        return
+    reason = rf"format.type \({found.format.type}\) reads .*\({objective.type}\) learns from"
+    for data in sides:
+        with pytest.raises(DataError, match=reason) as why:
+            data.require_rows(objective)
+        assert "objective: {type: " in str(why.value.hint)
+
+
+def test_train_refuses_other_rows_before_it_creates_a_run(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(Preference.example), encoding="utf-8")
-    pairs, plain = Source(path=str(path), format=Preference()), Source(path="rows.jsonl")
-    Data(train=plain).refuse_untrainable()
-    reason = "pairs.jsonl: preference data can be previewed, but not yet trained on"
-    for data in (Data(train=[plain, pairs]), Data(train=plain, evaluation=pairs)):
-        with pytest.raises(DataError, match=reason):
-            data.refuse_untrainable()
     recipe = Recipe.model_validate(
         {
             "model": {"path": "missing"},
@@ -35,7 +62,7 @@ def test_preference_data_is_not_trained_on_yet(tmp_path: Path) -> None:
             "output": {"dir": str(tmp_path / "run")},
         }
     )
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match=r"pairs.jsonl: format.type \(preference\) reads pairs"):
         train(recipe)
     assert not (tmp_path / "run").exists()
 
@@ -65,9 +92,9 @@ def test_the_hint_for_preferences_reads_the_row_at_hand(
     path.write_text("{}\n" + json.dumps(row), encoding="utf-8")
     pairs = Source(path=str(path), format=Preference(chosen_field="better"))
     with pytest.raises(DataError) as caught:
-        Data(train=pairs).refuse_untrainable()
+        Data(train=pairs).require_rows(SUPERVISED)
     hint = str(caught.value.hint)
-    settings = yaml.safe_load(hint[hint.index("{") :])
+    settings = yaml.safe_load(re.search(r"this source format: (\{.*?\})", hint)[1])  # type: ignore[index]
     source = Source.model_validate({"path": str(path), "format": settings})
     wanted = pairs.format.to_conversation(row)
     assert source.format.to_conversation(row) == replace(wanted, rejected=None)
@@ -77,5 +104,5 @@ def test_preferences_that_cannot_be_read_are_sent_to_the_preview(tmp_path: Path)
     path = tmp_path / "pairs.jsonl"
     path.write_text("{}\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        Data(train=Source(path=str(path), format=Preference())).refuse_untrainable()
-    assert str(caught.value.hint).startswith("qlora preview")
+        Data(train=Source(path=str(path), format=Preference())).require_rows(SUPERVISED)
+    assert "qlora preview shows what is wrong with its rows" in str(caught.value.hint)

@@ -241,7 +241,11 @@ LONG = {"messages": [{"role": "user", "content": "a" * 500}, CHAT["messages"][1]
         ([CHAT, PAIR], {}, "rows.jsonl:2: a preference row"),
         ([PAIR], {"shuffle": True, "limit": 1}, "rows.jsonl:1: a preference row"),
         ([PAIR], COMPLETION, "rows.jsonl:1: a preference row"),
-        ([PAIR], {"format": {"type": "preference"}}, "but not yet trained on"),
+        (
+            [PAIR],
+            {"format": {"type": "preference"}},
+            "format.type (preference) reads pairs of a chosen",
+        ),
         ([{"prompt": "a", "completion": "b", "label": False}], COMPLETION, "and 'label')"),
         ([{"text": "a"}], {}, "field 'messages': missing; found 'text'"),
         ([CALL], {}, "rows.jsonl: 1 bad row"),
