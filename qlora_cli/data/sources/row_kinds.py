@@ -20,7 +20,7 @@ _READS = {
 
 
 def refuse_unread_label(located: LocatedRow, format: FormatConfig) -> None:
-    """Refuse a row of feedback, good or bad, of which the format would read the answer alone.
+    """Refuse a row of feedback if its format would read the answer and not the label.
 
     Raises:
         DataError: it is such a row.

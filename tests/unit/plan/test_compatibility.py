@@ -244,7 +244,7 @@ LONG = {"messages": [{"role": "user", "content": "a" * 500}, CHAT["messages"][1]
         (
             [PAIR],
             {"format": {"type": "preference"}},
-            "format.type (preference) reads pairs of a chosen",
+            "format.type (preference) reads pairs",
         ),
         ([{"prompt": "a", "completion": "b", "label": False}], COMPLETION, "and 'label')"),
         ([{"text": "a"}], {}, "field 'messages': missing; found 'text'"),

@@ -629,7 +629,7 @@ def test_damaged_data_is_prepared_again(
     whole, _ = load_or_prepare(data.train_sources, tokenizer, data)
     folder = whole.examples.folder
     before = content(folder)
-    assert len(before) == 8
+    assert len(before) == 10
     for name, written in before.items():
         for damage, change in DAMAGE.items():
             damaged = change(written)
