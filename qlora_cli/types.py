@@ -250,7 +250,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SharedTokens:
-    """Where the whole documents are found in a row that repeats no shared prefix.
+    """Places of the whole documents in a row that repeats no shared prefix.
 
     T is the number of tokens in the row, S that of all documents with their prefixes.
     """

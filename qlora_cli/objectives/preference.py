@@ -51,7 +51,7 @@ class PairLogProbs:
 
 @dataclass(frozen=True, slots=True)
 class PairTerms:
-    """What a preference loss makes of P pairs; each tensor is (P,)."""
+    """Result of a preference loss for P pairs; each tensor is (P,)."""
 
     losses: Tensor
     chosen_rewards: Tensor

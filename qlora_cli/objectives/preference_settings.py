@@ -201,7 +201,7 @@ class KTO(ObjectiveSettings):
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of bad answers (w_U)."""
     reference: ReferenceChoice = "auto"
-    """As in `dpo`."""
+    """The same as in `dpo`."""
 
     def reference_mode(self, *, trains_base: bool) -> ReferenceMode | None:
         return _mode(self.reference, trains_base=trains_base)

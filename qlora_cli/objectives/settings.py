@@ -20,12 +20,12 @@ ReferenceMode = Literal["live", "precomputed"]
 
 
 class ObjectiveSettings(Config):
-    """What training minimizes, and the rows that it needs for it."""
+    """The loss that training minimizes, and the rows that it needs for it."""
 
     rows: ClassVar[RowKind] = "answers"
-    """What each row has to hold."""
+    """Content that each row must have."""
     metrics: ClassVar[tuple[str, ...]] = ()
-    """What is measured in addition to the loss: names that `evaluation.best_by` takes."""
+    """Measures in addition to the loss: names that `evaluation.best_by` takes."""
     type: str
 
     @property
