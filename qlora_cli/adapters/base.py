@@ -47,6 +47,8 @@ class AdapterMethod(Config):
     """Why an optimizer that averages weights cannot train it; empty if one can."""
     no_packing: ClassVar[str] = ""
     """Why several examples cannot share a row; empty if they can."""
+    no_head: ClassVar[str] = ""
+    """Why no head that scores rows can be trained with it; empty if one can."""
     no_quantization: ClassVar[Mapping[str, str]] = {}
     """Quantization types that the method cannot train on -> why."""
     first_change: ClassVar[str] = ""

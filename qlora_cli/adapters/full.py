@@ -35,6 +35,9 @@ class FullFineTune(AdapterMethod):
         """Write the weights as an ordinary model folder."""
         from transformers import GenerationConfig
 
+        if not model.can_generate():
+            model.save_pretrained(folder)
+            return
         settings = model.generation_config
         # transformers refuses to save some settings that it has loaded. The run writes them itself.
         model.generation_config = GenerationConfig()

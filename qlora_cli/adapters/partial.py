@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.adapters.base import AdapterMethod
+from qlora_cli.common.decoder import score_layer
 from qlora_cli.common.untrusted_files import refuse_foreign
 from qlora_cli.errors import ModelError
+from qlora_cli.models.heads import SCORE_WEIGHT, refuse_missing_head
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -132,7 +134,7 @@ def _weights(model: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def _train(model: PreTrainedModel, names: Iterable[str], *, method: str) -> PreTrainedModel:
-    """Make the named weights trainable in float32, and freeze the others.
+    """Make the named weights and a head that scores rows trainable in float32; freeze the others.
 
     Args:
         method: `adapter.type`, for the message.
@@ -143,6 +145,8 @@ def _train(model: PreTrainedModel, names: Iterable[str], *, method: str) -> PreT
     from qlora_cli.adapters.layers.bias import keep_biases_unrounded
 
     weights, wanted = _weights(model), set(names)
+    if score_layer(model) is not None:
+        wanted.add(SCORE_WEIGHT)
     if quantized := sorted(name for name in wanted if not weights[name].is_floating_point()):
         raise ModelError(
             f"adapter.type ({method}) cannot train {quantized[0]}: quantized weights have no "
@@ -187,6 +191,7 @@ def _load(model: PreTrainedModel, folder: Path, *, method: str) -> PreTrainedMod
     for name, weight in _weights(model).items():
         if name in saved:
             weight.data.copy_(saved[name])
+    refuse_missing_head(model, folder)
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.models.heads import refuse_missing_head
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -113,6 +114,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         adapted = add_adapter(model, config)
         match_saved(adapted, shapes, base_ids, folder)
         set_peft_model_state_dict(adapted, saved)
+    refuse_missing_head(model, folder)
     return adapted
 
 

@@ -65,6 +65,8 @@ class PeftEdits(WeightEdits):
         """Id of a parameter of the base -> its names, several where it is tied."""
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             self._base_names.setdefault(id(parameter), []).append(name)
+        self._stored = set(names.in_files)
+        """Weights that the base's files hold; a new head is not one of them."""
         buffers = {id(buffer): name for name, buffer in skeleton.named_buffers()}
         self._stored_buffers = {i: name for i, name in buffers.items() if name in names.in_files}
         """Id of a buffer of the base that its files hold, such as the bias of a router -> name."""
@@ -203,7 +205,9 @@ class PeftEdits(WeightEdits):
                 values[key] = self._read(saved)
             elif names := self._base_names.get(key):
                 inside = [one for one in names if one.startswith(f"{name}.")]
-                values[key] = base((inside or names)[0])
+                weight = (inside or names)[0]
+                if weight in self._stored:
+                    values[key] = base(weight)
             elif buffer := self._stored_buffers.get(key):
                 values[key] = base(buffer)
         return values

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.adapters.files import read_adapter, refuse_slow_patterns
 from qlora_cli.adapters.peft_base import peft_errors, register_lora_layers, wrap_with_peft
 from qlora_cli.adapters.saved_tensors import match_saved, refuse_changed_base
+from qlora_cli.models.heads import refuse_missing_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,6 +59,7 @@ class AdapterSet:
             shapes = {path: tuple(tensor.shape) for path, tensor in saved.items()}
             match_saved(self._model, shapes, self._base_ids, folder, key)
             set_peft_model_state_dict(self._model, saved, adapter_name=key)
+        refuse_missing_head(self._base, folder)
         self._model.eval().requires_grad_(False)
         self._keys[name] = key
 

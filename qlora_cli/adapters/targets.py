@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from qlora_cli.common.config import Config
+from qlora_cli.common.decoder import score_layer
 from qlora_cli.common.formatting import value_text
 from qlora_cli.errors import ModelError
-from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.heads import task_type
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,7 +80,7 @@ def target_settings(method: Config, model: PreTrainedModel) -> dict[str, Any]:
     is_layered = settings.get("layers_to_transform") is not None
     if is_layered and settings["target_modules"] == "all-linear":
         settings["target_modules"] = _linear_names(model)  # PEFT needs a list to select layers
-    return {"task_type": CAUSAL_LM.task_type, **settings}
+    return {"task_type": task_type(model), **settings}
 
 
 def check_targets(method: Any, model: PreTrainedModel) -> None:
@@ -180,11 +181,11 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    heads = [model.get_output_embeddings(), score_layer(model)]
     return sorted(
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
+            if isinstance(module, nn.Linear | Conv1D) and not any(module is one for one in heads)
         }
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from qlora_cli.adapters.base import AdapterMethod
-from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.heads import task_type
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NO_MERGE = "virtual tokens are not a weight of the base"
 _NO_PACKING = "each example needs its own virtual tokens before it"
+_NO_HEAD = "PEFT does not train or save a head beside virtual tokens"
 _FIRST_CHANGE = "Initially it acts as if random words stood before each row."
 
 NumVirtualTokens = Annotated[
@@ -32,6 +33,7 @@ class PromptTuning(AdapterMethod):
 
     no_merge: ClassVar[str] = _NO_MERGE
     no_packing: ClassVar[str] = _NO_PACKING
+    no_head: ClassVar[str] = _NO_HEAD
     first_change: ClassVar[str] = _FIRST_CHANGE
     type: Literal["prompt"] = "prompt"
     num_virtual_tokens: NumVirtualTokens = 20
@@ -46,7 +48,7 @@ class PromptTuning(AdapterMethod):
         from peft import PromptTuningConfig
 
         return PromptTuningConfig(
-            task_type=CAUSAL_LM.task_type,
+            task_type=task_type(model),
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
         )
@@ -58,6 +60,7 @@ class PrefixTuning(AdapterMethod):
 
     no_merge: ClassVar[str] = _NO_MERGE
     no_packing: ClassVar[str] = _NO_PACKING
+    no_head: ClassVar[str] = _NO_HEAD
     first_change: ClassVar[str] = _FIRST_CHANGE
     type: Literal["prefix"] = "prefix"
     num_virtual_tokens: NumVirtualTokens = 20
@@ -72,7 +75,7 @@ class PrefixTuning(AdapterMethod):
         from peft import PrefixTuningConfig
 
         return PrefixTuningConfig(
-            task_type=CAUSAL_LM.task_type, num_virtual_tokens=self.num_virtual_tokens
+            task_type=task_type(model), num_virtual_tokens=self.num_virtual_tokens
         )
 
     def initialize(self, adapted: PeftModel) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import ModelError
-from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.heads import model_from_config
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.weight_names import WeightNames
+from qlora_cli.types import HeadSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +21,13 @@ ReadBase = Callable[[str], "Tensor"]
 """Reads the base's weight of a name (in the model), in float32."""
 
 
-def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+def build_skeleton(
+    folder: Path, head: HeadSpec | None = None, *, trust_remote_code: bool
+) -> PreTrainedModel:
     """Build the model of a folder on the meta device: modules and names without values.
+
+    Args:
+        head: the head that scores rows; None is the one that predicts tokens.
 
     Raises:
         ModelError: its config cannot be used.
@@ -34,9 +40,11 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
-            skeleton: PreTrainedModel = CAUSAL_LM.auto_class().from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            skeleton: PreTrainedModel = model_from_config(
+                config, head, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
+    except ModelError:
+        raise
     # Inconsistent settings raise any kind of error, wherever they are first used.
     except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be read: {error}") from error

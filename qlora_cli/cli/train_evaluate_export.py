@@ -308,11 +308,10 @@ def merge(
       qlora merge runs/mine --output models/mine --gguf q8_0 --gguf q4_k_m
       qlora merge runs/mine --output models/mine --set model.path=where/the/base/is/now
     """
-    from qlora_cli.export.export import export
-    from qlora_cli.export.gguf import require_gguf_tools
+    from qlora_cli.export.export import export, require_gguf
     from qlora_cli.export.merge import merge
 
-    require_gguf_tools(gguf)  # before a merge, which may take long
+    require_gguf(run, gguf)  # before a merge, which may take long
     report = merge(run, output, overrides, weights=weights, base=base, with_logits=logits)
     found, text = report.to_json(), merge_text(report)
     if gguf:

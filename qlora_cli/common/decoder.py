@@ -1,8 +1,11 @@
-"""Find the decoder of a causal language model."""
+"""Find the halves of a language model: its decoder, and a head that scores rows."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+SCORE = "score"
+"""Name of the head in transformers' sequence classifiers that are made from a decoder."""
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,3 +23,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module | None:
     if decoder is not None and decoder is causal.get_output_embeddings():
         decoder = causal.base_model
     return None if decoder is model else decoder
+
+
+def score_layer(model: nn.Module) -> Any:
+    """Return the head of a sequence classifier; None for a model with another head."""
+    return getattr(model, SCORE, None)

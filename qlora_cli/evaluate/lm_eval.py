@@ -70,6 +70,12 @@ def evaluate_by_harness(
     manager = _task_manager(tasks, task_folder)
     evaluated = find_model(target, overrides, weights, recipe)
     settings = evaluated.recipe
+    if settings.objective.head is not None:
+        raise RecipeError(
+            f"--harness: {target} scores rows (objective.type: {settings.objective.type}) and "
+            "predicts no tokens, which the harness needs",
+            hint="qlora eval without --harness measures its head",
+        )
     world = World(settings.device)
     tokenizer = evaluated.load_tokenizer()
     dtype = compute_dtype(settings.quantization, settings.training.precision, world)

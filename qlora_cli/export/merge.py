@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,9 +22,10 @@ from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.export.dequantize import FakeQuantizer
 from qlora_cli.export.merge_files import verify_files, write_files
-from qlora_cli.export.merge_shards import ShardMerger
+from qlora_cli.export.merge_shards import NewHead, ShardMerger
 from qlora_cli.export.verify import compare_models, refuse_infidelity
 from qlora_cli.models.base import refuse_prequantized
+from qlora_cli.models.heads import SCORE_WEIGHT, config_settings
 from qlora_cli.models.loading import trained_dtype
 from qlora_cli.models.shards import Shards
 from qlora_cli.models.tokenizer import load_tokenizer
@@ -32,6 +34,10 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.merge_report import MergeReport
 from qlora_cli.runs.model_card import model_card
 from qlora_cli.runs.run_folder import RunFolder, Weights, recipe_of_run
+from qlora_cli.types import HeadSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("qlora")
 
@@ -139,6 +145,7 @@ def prepare(recipe: Recipe, base_folder: Path, trained: Path, base: Base | None)
         base_folder,
         trained,
         recipe.quantization.load_options(dtype),
+        recipe.objective.head,
         base=base,
         trust_remote_code=recipe.model.trust_remote_code,
     )
@@ -149,6 +156,7 @@ def plan_merge(
     base_folder: Path,
     trained: Path,
     load_options: dict[str, Any],
+    head: HeadSpec | None = None,
     *,
     base: Base | None = None,
     trust_remote_code: bool = False,
@@ -157,20 +165,47 @@ def plan_merge(
 
     Args:
         load_options: what `load_options()` of the quantization returns.
+        head: the head that scores rows; None is the one that predicts tokens.
 
     Raises:
         ModelError: the trained weights do not fit the base, or cannot be merged.
     """
     shards = Shards(base_folder)
-    rounding = FakeQuantizer(
-        build_skeleton(base_folder, trust_remote_code=trust_remote_code), load_options
-    )
-    skeleton = build_skeleton(base_folder, trust_remote_code=trust_remote_code)
+    build = partial(build_skeleton, base_folder, trust_remote_code=trust_remote_code)
+    rounding = FakeQuantizer(build(head), load_options)
+    skeleton = build(head)
     names = WeightNames(skeleton, shards.tensors)
     tied = dict(skeleton.all_tied_weights_keys)
+    new_head = None if head is None else _new_head(skeleton, build(None), shards, head)
     edits = adapter.weight_edits(skeleton, names, trained)
     is_as_trained = bool(rounding.names) and base != "original"
-    return ShardMerger(shards, names, edits, rounding, tied, as_trained=is_as_trained)
+    return ShardMerger(
+        shards, names, edits, rounding, tied, as_trained=is_as_trained, head=new_head
+    )
+
+
+def _new_head(
+    skeleton: PreTrainedModel, causal: PreTrainedModel, shards: Shards, head: HeadSpec
+) -> NewHead:
+    """Describe the head of a merged model that scores rows.
+
+    Args:
+        skeleton: the merged model on the meta device.
+        causal: the base with the head that predicts tokens, on the meta device.
+        shards: the base's files.
+    """
+    names = WeightNames(causal, shards.tensors)
+    predicting = causal.get_output_embeddings()
+    found = [name for name, module in causal.named_modules() if module is predicting]
+    weights = [f"{name}.{key}" for name in found for key, _ in predicting.named_parameters()]
+    stored = {names.in_files[weight] for weight in weights if weight in names.in_files}
+    kept = WeightNames(skeleton, shards.tensors).in_model
+    state, is_stored = skeleton.state_dict(), SCORE_WEIGHT in kept.values()
+    return NewHead(
+        shapes={} if is_stored else {SCORE_WEIGHT: tuple(state[SCORE_WEIGHT].shape)},
+        replaced=frozenset(name for name in stored if kept[name] not in state),
+        config={"architectures": [type(skeleton).__name__], **config_settings(head)},
+    )
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:

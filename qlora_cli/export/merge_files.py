@@ -37,14 +37,16 @@ def write_files(
     for file in _others(base_folder):
         shutil.copyfile(file, folder / file.name)
     save_tokenizer(tokenizer, base_folder, folder)
-    if (base_folder / GENERATION).is_file():
+    if plan.head is not None:  # it does not generate
+        (folder / GENERATION).unlink(missing_ok=True)
+    elif (base_folder / GENERATION).is_file():
         copy_generation_config(base_folder, stop_token_ids(trained), folder)
     else:
         shutil.copyfile(trained / GENERATION, folder / GENERATION)
     if plan.vocab_size is not None:
         refuse_larger_tokenizer(tokenizer, plan.vocab_size)
     config = read_object(base_folder / "config.json")
-    if not _change_config(config, plan):
+    if not _change_config(config, plan, tokenizer):
         shutil.copyfile(base_folder / "config.json", folder / "config.json")
         return
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -64,12 +66,13 @@ def verify_files(
             more than training changed, or a copied file differs.
     """
     config = read_object(base_folder / "config.json")
-    _change_config(config, plan)
+    _change_config(config, plan, tokenizer)
     if read_object(folder / "config.json") != config:
         raise ModelError(
             f"{folder / 'config.json'} differs from the base's in more than the merge changed"
         )
-    _verify_generation(base_folder, trained, folder)
+    if plan.head is None:
+        _verify_generation(base_folder, trained, folder)
     written = load_tokenizer(folder)
     grown = plan.vocab_size is not None
     if not grown and written.get_vocab() != load_tokenizer(base_folder).get_vocab():
@@ -104,8 +107,12 @@ def _others(base_folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _change_config(config: dict[str, Any], plan: ShardMerger) -> bool:
-    """Put into a config what the merge changed: untied weights, and a larger vocabulary.
+def _change_config(
+    config: dict[str, Any], plan: ShardMerger, tokenizer: PreTrainedTokenizerFast
+) -> bool:
+    """Put into a config what the merge changed: untied weights, a larger vocabulary, and a head.
+
+    A sequence classifier finds the last token of a row by the pad token's id.
 
     Returns:
         True if anything was changed.
@@ -115,7 +122,12 @@ def _change_config(config: dict[str, Any], plan: ShardMerger) -> bool:
             section["tie_word_embeddings"] = False
         if plan.vocab_size is not None and "vocab_size" in section:
             section["vocab_size"] = plan.vocab_size
-    return bool(plan.untied) or plan.vocab_size is not None
+        if plan.head is not None and (section is config or "vocab_size" in section):
+            section["pad_token_id"] = tokenizer.pad_token_id
+    if plan.head is not None:
+        # As a JSON file has it: the keys of `id2label` are texts.
+        config.update(json.loads(json.dumps(plan.head.config)))
+    return bool(plan.untied) or plan.vocab_size is not None or plan.head is not None
 
 
 def _verify_generation(base_folder: Path, trained: Path, folder: Path) -> None:

@@ -79,6 +79,19 @@ class MergeStatistics:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class NewHead:
+    """A head that scores rows, in a merged model."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Its weights that the base does not have. They are stored in float32."""
+    replaced: frozenset[str]
+    """Weights of the base's files that the merged model has no place for: the head that predicts
+    tokens."""
+    config: dict[str, Any]
+    """Settings of the merged model's config."""
+
+
 class ShardMerger:
     """Writes the base's files again, with the trained updates added to the weights."""
 
@@ -91,11 +104,14 @@ class ShardMerger:
         tied: dict[str, str],
         *,
         as_trained: bool,
+        head: NewHead | None = None,
     ) -> None:
         """
         Args:
             tied: tied weights by their names in the model: target -> source.
             as_trained: add to the quantized weights rather than to those of the files.
+            as_trained: add to the quantized weights rather than to those of the files.
+            head: takes the place of the head that predicts tokens.
 
         Raises:
             UnmappedWeights: a weight to change is assembled from several stored tensors.
@@ -107,7 +123,9 @@ class ShardMerger:
         self.is_as_trained = as_trained
         self._rounded = rounding.names if as_trained else set()
         self.statistics = MergeStatistics()
-        if unknown := sorted((edits.names | self._rounded) - set(names.in_files)):
+        self.head = head
+        self._new = {} if head is None else head.shapes
+        if unknown := sorted((edits.names | self._rounded) - set(names.in_files) - set(self._new)):
             raise UnmappedWeights(unknown)
         self.untied = {
             target
@@ -130,7 +148,8 @@ class ShardMerger:
         changed = [
             rows
             for live, (rows, *_) in self._edits.shapes.items()
-            if rows != self._base.tensors[self._names.in_files[live]].shape[0]
+            if live not in self._new
+            and rows != self._base.tensors[self._names.in_files[live]].shape[0]
         ]
         return max(changed, default=None)
 
@@ -139,15 +158,21 @@ class ShardMerger:
         return self.statistics.report(is_quantized=bool(self._rounding.names))
 
     def layout(self) -> dict[Path, dict[str, StoredTensor]]:
-        """Return the tensors of each file: those of the base, and those that are no longer tied."""
+        """Return the tensors of each file: those of the base, those that are no longer tied, and
+        new ones."""
         files: dict[Path, dict[str, StoredTensor]] = {file: {} for file in self._base.files}
         for name, stored in self._base.tensors.items():
+            if self.head is not None and name in self.head.replaced:
+                continue
             files[stored.file][name] = self._resized(self._names.in_model[name], stored)
         for live in sorted(self.untied):
             source = self._base.tensors[self._names.in_files[live]]
             if live not in self._base.tensors:
                 files[source.file][live] = self._resized(live, source)
-        return files
+        for live, shape in self._new.items():
+            last = self._base.files[-1]
+            files[last][live] = StoredTensor(last, "F32", shape, 0, 4 * math.prod(shape))
+        return {file: tensors for file, tensors in files.items() if tensors}
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write all files, with progress in the log. Returns the digest of each tensor.
@@ -263,6 +288,10 @@ class ShardMerger:
                 statistics.requantized += 1
             else:
                 statistics.copied += 1
+            return
+        if live in self._new:
+            statistics.updated += 1
+            statistics.update += float(value.float().square().sum())
             return
         stored = self._base.read(self._names.in_files[live])
         base = self._rounding(live, stored) if live in self._rounded else stored

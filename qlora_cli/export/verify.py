@@ -20,9 +20,10 @@ from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluate.divergence import TEXTS, compare
 from qlora_cli.models.base import load_model
 from qlora_cli.models.loading import trained_dtype
+from qlora_cli.objectives.head_outputs import HeadOutputs
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.merge_report import BaseChoiceReport, ComparisonReport
-from qlora_cli.types import IGNORE_INDEX
+from qlora_cli.types import IGNORE_INDEX, Batch, HeadSpec, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,13 +93,12 @@ def compare_models(
         )
         return None
     rows, available = read_rows(recipe, tokenizer)
+    head = recipe.objective.head
     measured = _trained(recipe, trained, rows)
     bases = {"as-trained": _dequantized, "original": _original}
     loaders = bases if recipe.quantization.is_quantized else {base: _original}
     live = {name: _in_float32(load, recipe, trained, rows) for name, load in loaders.items()}
-    model = load_model(written, dtype=torch.float32).eval()
-    found = measure(model, rows, torch.device("cpu"))
-    del model
+    found = _written(written, head, rows)
     pairs = list(zip(live[base].logits, found.logits, strict=True))
     return LogitComparison(
         max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs),
@@ -157,28 +157,77 @@ def _trained(recipe: Recipe, trained: Path, rows: list[ComparedText]) -> ModelOu
     world = World(recipe.device)
     dtype = trained_dtype(recipe.quantization, recipe.training.precision, world)
     device = world.device if world.computes_in(dtype) else torch.device("cpu")
-    base = recipe.model.load(recipe.quantization.load_options(dtype), device)
+    head = recipe.objective.head
+    base = recipe.model.load(recipe.quantization.load_options(dtype), device, head)
     model = recipe.adapter.load(base, trained).eval()
+    if head is not None:
+        return _measure_outputs(model, dtype, rows, device, head.problem)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return measure(model, rows, device)
+
+
+def _written(folder: Path, head: HeadSpec | None, rows: list[ComparedText]) -> ModelOutputs:
+    """Compute with the written model in float32, as transformers does."""
+    model: Any = load_model(folder, head, dtype=torch.float32).eval()
+    cpu = torch.device("cpu")
+    if head is None:
+        return measure(model, rows, cpu)
+    return measure_head(lambda ids: model(input_ids=ids).logits, rows, cpu, head.problem)
 
 
 def _dequantized(recipe: Recipe) -> Any:
     cpu = torch.device("cpu")
     dtype = trained_dtype(recipe.quantization, recipe.training.precision, World(recipe.device))
-    base = recipe.model.load(recipe.quantization.load_options(dtype), cpu)
+    base = recipe.model.load(recipe.quantization.load_options(dtype), cpu, recipe.objective.head)
     return recipe.quantization.restore(base)
 
 
 def _original(recipe: Recipe) -> Any:
-    return recipe.model.load({"dtype": torch.float32}, torch.device("cpu"))
+    return recipe.model.load({"dtype": torch.float32}, torch.device("cpu"), recipe.objective.head)
 
 
 def _in_float32(
     load: Callable[[Recipe], Any], recipe: Recipe, trained: Path, rows: list[ComparedText]
 ) -> ModelOutputs:
-    model = recipe.adapter.load(load(recipe), trained).eval()
-    return measure(model, rows, torch.device("cpu"))
+    model, cpu = recipe.adapter.load(load(recipe), trained).eval(), torch.device("cpu")
+    if (head := recipe.objective.head) is not None:
+        return _measure_outputs(model, torch.float32, rows, cpu, head.problem)
+    return measure(model, rows, cpu)
+
+
+def _measure_outputs(
+    model: Any,
+    dtype: torch.dtype,
+    rows: Sequence[ComparedText],
+    device: torch.device,
+    problem: Problem,
+) -> ModelOutputs:
+    """Compute the outputs of the head of base plus adapter, as in training."""
+    outputs = HeadOutputs(model, dtype)
+    return measure_head(
+        lambda ids: outputs(Batch(ids, torch.ones_like(ids), ids)), rows, device, problem
+    )
+
+
+@torch.no_grad()
+def measure_head(
+    outputs: Callable[[Tensor], Tensor],
+    rows: Sequence[ComparedText],
+    device: torch.device,
+    problem: Problem,
+) -> ModelOutputs:
+    """Compute the outputs of a head for all texts, on the host.
+
+    They become one tensor of logits, because a single output may be near 0. An output that stands
+    for itself (`multi`, `regression`, a reward) is the logit of one of two classes.
+
+    Args:
+        outputs: maps token ids (1, T) to the outputs (1, K).
+    """
+    found = torch.cat([outputs(row.input_ids.to(device)).float().cpu() for row in rows])  # (N, K)
+    if problem == "single":
+        return ModelOutputs([found], None)
+    return ModelOutputs([torch.stack([found, torch.zeros_like(found)], -1).flatten(0, 1)], None)
 
 
 @torch.no_grad()

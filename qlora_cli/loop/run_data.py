@@ -13,6 +13,7 @@ from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.errors import DataError
 from qlora_cli.models.identity import identify
+from qlora_cli.models.tokenizer import choose_pad_token
 from qlora_cli.models.tokenizer_check import require_as_in_file
 from qlora_cli.models.vocabulary import embedding_rows
 from qlora_cli.recipe.schema import Recipe
@@ -77,7 +78,12 @@ def read_recipe_data(recipe: Recipe, *, use_cache: bool = True) -> RecipeData:
     evaluation = None
     if sources := data.evaluation_sources:
         evaluation = read("evaluation", data, sources, tokenizer)
-    check_tokens(recipe, tokenizer, [training, *([evaluation] if evaluation else [])])
+    prepared = [training, *([evaluation] if evaluation else [])]
+    check_tokens(recipe, tokenizer, prepared)
+    if recipe.objective.head is not None:
+        choose_pad_token(
+            tokenizer, {token for one in prepared for token in one.examples.last_tokens()}
+        )
     return RecipeData(tokenizer, training, evaluation, context)
 
 

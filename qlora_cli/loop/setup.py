@@ -23,6 +23,7 @@ from qlora_cli.loop.fast_path import (
     use_shared_prefixes,
 )
 from qlora_cli.loop.run_data import RecipeData
+from qlora_cli.models.heads import initialize_head
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.report import TrainedCounts, count_trained_weights, warn_of_untrained
 from qlora_cli.models.tokenizer import set_stop_tokens
@@ -91,7 +92,7 @@ def build_setup(
     """
     settings = recipe.training
     dtype = compute_dtype(recipe.quantization, settings.precision, world)
-    base = load_base(recipe.model, recipe.quantization, dtype, world.device)
+    base = load_base(recipe.model, recipe.quantization, dtype, world.device, recipe.objective.head)
     set_stop_tokens(base, data.training.stop_token_ids)
     padding_free = not recipe.adapter.no_packing and use_padding_free(
         base, data.training, data.tokenizer, dtype, world.device, packing=recipe.data.packing
@@ -115,6 +116,9 @@ def build_setup(
     max_steps = settings.max_steps or batches.num_steps
 
     set_seed(settings.seed)  # the same adapter on every rank
+    if recipe.objective.head is not None:
+        base.config.pad_token_id = data.tokenizer.pad_token_id
+        initialize_head(base)
     model = recipe.adapter.attach(base)
     if init_weights is not None:
         init_weights(model)

@@ -24,11 +24,19 @@ from qlora_cli.common.user_paths import missing_path_hint
 from qlora_cli.errors import ModelError
 from qlora_cli.models.context import read_context
 from qlora_cli.models.gguf import unpack_gguf, unpacked_config
-from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.heads import (
+    SCORE_WEIGHT,
+    add_placeholder,
+    config_settings,
+    head_kind,
+    refuse_other_labels,
+    refuse_without_class,
+    require_score,
+)
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.tokenizer import load_tokenizer
 from qlora_cli.models.vocabulary import check_vocabulary, embedding_rows
-from qlora_cli.types import ModelContext
+from qlora_cli.types import HeadSpec, ModelContext
 
 if TYPE_CHECKING:
     import torch
@@ -100,11 +108,15 @@ class BaseModelConfig(Config):
             refuse_code_elsewhere(folder)
         return folder
 
-    def load(self, load_options: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    def load(
+        self, load_options: dict[str, Any], device: torch.device, head: HeadSpec | None = None
+    ) -> PreTrainedModel:
         """Load the base model on `device`, frozen, in training mode.
 
         Args:
             load_options: what `load_options()` of the quantization returns.
+            head: the head that scores rows; None is the one that predicts tokens. If the base does
+                not have it, it is a placeholder (`heads.add_placeholder`).
 
         Raises:
             ModelError: the weights or the architecture cannot be loaded.
@@ -112,6 +124,8 @@ class BaseModelConfig(Config):
         choice = {} if self.attention == "auto" else {"attn_implementation": self.attention}
         model = load_model(
             self.locate(),
+            head,
+            may_lack_head=True,
             device_map={"": device},
             trust_remote_code=self.trust_remote_code,
             **choice,
@@ -264,8 +278,15 @@ class BaseModelConfig(Config):
             )
 
 
-def load_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """Load a causal language model from a local folder with safetensors weights.
+def load_model(
+    folder: Path, head: HeadSpec | None = None, *, may_lack_head: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Load a model from a local folder with safetensors weights.
+
+    Args:
+        head: the head that scores rows; None is the one that predicts tokens.
+        may_lack_head: accept a folder without that head, and put a placeholder there.
+        options: those of transformers' `from_pretrained`.
 
     Raises:
         ModelError: the weights or the architecture cannot be loaded, or a file is damaged.
@@ -274,26 +295,54 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     refuse_no_safetensors(folder, f"model.path: {folder}")
     refuse_prequantized(folder)
     refuse_damaged(folder)
+    if head is not None:
+        _check_head(folder, head, trust_remote_code=options.get("trust_remote_code", False))
     try:
-        loaded: Any = CAUSAL_LM.auto_class().from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
+        loaded: Any = (
+            head_kind(head)
+            .auto_class()
+            .from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **config_settings(head),
+                **options,
+            )
         )
     # Settings that contradict each other raise any kind of error, wherever they are used first.
     except Exception as error:
         raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
     model, found = loaded
     # transformers fills missing weights with random values, at most with a warning.
-    if missing := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
+    missing = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+    if head is not None:
+        # It is small, and trained: rounding it would gain nothing.
+        require_score(model).float()
+        if may_lack_head and missing == [SCORE_WEIGHT]:
+            add_placeholder(model)
+            missing = []
+    if missing:
         raise ModelError(
             f"model.path: {folder} lacks {len(missing)} weights of a {type(model).__name__}: "
             f"{first_names(missing, 5)}",
             hint="the download may be incomplete",
         )
     return cast("PreTrainedModel", model)
+
+
+def _check_head(folder: Path, head: HeadSpec, *, trust_remote_code: bool) -> None:
+    """Raise ModelError if the model of a folder cannot have this head."""
+    from transformers import AutoConfig
+
+    refuse_other_labels(read_object(folder / "config.json"), head, folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
+    refuse_without_class(config, head)
 
 
 def refuse_prequantized(folder: Path) -> None:

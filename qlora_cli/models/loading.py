@@ -13,6 +13,7 @@ from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.product_check import check_products
 from qlora_cli.models.quantization import QuantizationConfig
 from qlora_cli.models.report import count_base_weights, refuse_mostly_unquantized
+from qlora_cli.types import HeadSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,8 +26,12 @@ def load_base(
     quantization: QuantizationConfig,
     dtype: torch.dtype,
     device: torch.device,
+    head: HeadSpec | None = None,
 ) -> PreTrainedModel:
     """Load the base model, and log how many weights it has and how they are held.
+
+    Args:
+        head: as in `BaseModelConfig.load`.
 
     Raises:
         ModelError: the weights or the architecture cannot be loaded, too many of the weights
@@ -34,7 +39,7 @@ def load_base(
     """
     if model.trust_remote_code:
         log.warning("model.trust_remote_code: running code of %s at %s", model.path, model.revision)
-    base = model.load(quantization.load_options(dtype), device)
+    base = model.load(quantization.load_options(dtype), device, head)
     weights = count_base_weights(base)
     log.info(weights.summary())
     refuse_mostly_unquantized(weights, quantization.max_unquantized)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.common.decoder import decoder_of
+from qlora_cli.common.decoder import decoder_of, score_layer
 from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.errors import ModelError
 from qlora_cli.types import Batch, SharedTokens
@@ -334,8 +334,18 @@ def _effect_of_an_edit(
 
 
 def _logits(model: PreTrainedModel, batch: Batch, lengths: tuple[int, ...]) -> list[Tensor]:
-    """Return the logits (T, V) of each example, in the model's dtype."""
-    found = model(**batch.inputs(), use_cache=False).logits
+    """Return the logits (T, V) of each example, in the model's dtype.
+
+    A model that scores rows has no logits of tokens. Those of a tied head take their place.
+    """
+    if score_layer(model) is None:
+        found = model(**batch.inputs(), use_cache=False).logits
+    else:
+        hidden = (decoder_of(model) or model)(**batch.inputs(), use_cache=False).last_hidden_state
+        embedding: Any = model.get_input_embeddings()
+        if hidden.shape[-1] != embedding.weight.shape[1]:
+            raise ValueError("the width of its embedding is not that of its layers")
+        found = hidden @ embedding.weight.T
     if batch.documents:
         return list(found[0].split(lengths))
     return [row[:length] for row, length in zip(found, lengths, strict=True)]

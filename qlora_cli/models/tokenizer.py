@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,6 +51,30 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
+def choose_pad_token(tokenizer: PreTrainedTokenizerFast, last_tokens: Collection[int]) -> None:
+    """Give a tokenizer a pad token that no row ends with.
+
+    A sequence classifier of transformers reads the last token that is not the pad token: with the
+    EOS as the pad token, it would read the one before the end of the row.
+
+    Args:
+        last_tokens: the tokens that rows end with.
+
+    Raises:
+        ModelError: the tokenizer has no such special token.
+    """
+    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    special += sorted(tokenizer.added_tokens_decoder)
+    refused = {tokenizer.eos_token_id, None, *last_tokens}
+    if (found := next((one for one in special if one not in refused), None)) is None:
+        raise ModelError(
+            "the tokenizer has no special token that could be the pad token: rows end with each of "
+            "them, and a sequence classifier would not find the last token of a row",
+            hint="add a token to the base, such as <|pad|>, and resize its embedding",
+        )
+    tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(found))
+
+
 def templates_of(tokenizer: Any) -> list[str]:
     """Return all chat templates: a tokenizer has none, one, or several by name."""
     found = tokenizer.chat_template or {}
@@ -83,6 +107,11 @@ def as_ids(token_ids: int | list[int] | None) -> list[int]:
 
 
 def set_stop_tokens(model: PreTrainedModel, stop_token_ids: Iterable[int]) -> None:
-    """Make generation stop at every token that the training data ends answers with, too."""
+    """Make generation stop at every token that the training data ends answers with, too.
+
+    A model that scores rows does not generate, and has no generation config.
+    """
+    if not model.can_generate():
+        return
     known = as_ids(model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = sorted({*known, *stop_token_ids})

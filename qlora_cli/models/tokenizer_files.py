@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 _CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
 _PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "tokenizer*", _SPECIAL_TOKENS, "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "sentencepiece*.model", "tekken.json", "tokenization_*.py", TEMPLATE,
     "additional_chat_templates/*",
 )  # fmt: skip
@@ -55,6 +56,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, base: Path, folder: Path)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         _write_template(tokenizer.chat_template, base, folder)
+        _write_pad_token(tokenizer, folder)
     else:
         tokenizer.save_pretrained(folder)
         _write_config(folder, {**_read(base / _CONFIG), **_without_load(_read(folder / _CONFIG))})
@@ -76,9 +78,13 @@ def save_plainly(tokenizer: Any, folder: Path) -> None:
 def save_generation_config(model: PreTrainedModel, base: Path, folder: Path) -> None:
     """Write the generation settings: the base's own, with the model's stop tokens.
 
+    A model that scores rows does not generate, and has none.
+
     Raises:
         ModelError: the base's settings cannot be read.
     """
+    if not model.can_generate():
+        return
     if (base / GENERATION).is_file():
         copy_generation_config(base, as_ids(model.generation_config.eos_token_id), folder)
     else:
@@ -129,13 +135,29 @@ def _write_template(template: object, base: Path, folder: Path) -> None:
         _write_config(folder, {**config, "chat_template": template})
 
 
+def _write_pad_token(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a pad token that is neither the base's own nor the EOS, which stands for none."""
+    if tokenizer.pad_token == tokenizer.eos_token:
+        return
+    for path in (folder / _CONFIG, folder / _SPECIAL_TOKENS):
+        settings = _read(path)
+        known = settings.get("pad_token")
+        known = known.get("content") if isinstance(known, dict) else known
+        if path.is_file() and known != tokenizer.pad_token:
+            settings["pad_token"] = tokenizer.pad_token
+            _write(path, settings)
+
+
 def _without_load(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _OF_THIS_LOAD}
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    _write(folder / _CONFIG, config)
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from qlora_cli.objectives.head_settings import Classify, Reward
 from qlora_cli.objectives.preference_settings import DPO, KTO, ORPO, SimPO
 from qlora_cli.objectives.settings import ObjectiveSettings
 
@@ -21,8 +22,10 @@ __all__ = [
     "KTO",
     "ORPO",
     "SUPERVISED",
+    "Classify",
     "ObjectiveConfig",
     "ObjectiveSettings",
+    "Reward",
     "SimPO",
     "Supervised",
 ]
@@ -31,8 +34,11 @@ __all__ = [
 class Supervised(ObjectiveSettings):
     """Supervised fine-tuning: the cross-entropy of each supervised token."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     type: Literal["supervised"] = "supervised"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("perplexity",)
 
     def build(
         self,
@@ -51,4 +57,6 @@ class Supervised(ObjectiveSettings):
 SUPERVISED = Supervised()
 """The objective of a recipe that names none."""
 
-ObjectiveConfig = Annotated[Supervised | DPO | ORPO | SimPO | KTO, Field(discriminator="type")]
+ObjectiveConfig = Annotated[
+    Supervised | DPO | ORPO | SimPO | KTO | Reward | Classify, Field(discriminator="type")
+]

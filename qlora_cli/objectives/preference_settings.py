@@ -28,10 +28,13 @@ class PairObjective(ObjectiveSettings):
     """An objective of pairs that is a function of the log-probabilities of their answers."""
 
     rows: ClassVar[RowKind] = "pairs"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "margin")
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the mean cross-entropy per token of the chosen answer, added to the loss of its
     pair. It keeps the chosen answers likely."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", "margin")
 
     @property
     def tail_weight(self) -> float:
@@ -191,7 +194,6 @@ class KTO(ObjectiveSettings):
     """
 
     rows: ClassVar[RowKind] = "feedback"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "margin")
     type: Literal["kto"] = "kto"
     beta: float = Field(0.1, gt=0)
     """How closely the model is held to the reference: a larger value holds it closer."""
@@ -202,6 +204,10 @@ class KTO(ObjectiveSettings):
     """Weight of bad answers (w_U)."""
     reference: ReferenceChoice = "auto"
     """The same as in `dpo`."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", "margin")
 
     def reference_mode(self, *, trains_base: bool) -> ReferenceMode | None:
         return _mode(self.reference, trains_base=trains_base)

@@ -24,9 +24,12 @@ class ObjectiveSettings(Config):
 
     rows: ClassVar[RowKind] = "answers"
     """Content that each row must have."""
-    metrics: ClassVar[tuple[str, ...]] = ()
-    """Measures in addition to the loss: names that `evaluation.best_by` takes."""
     type: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Measures in addition to the loss: names that `evaluation.best_by` takes."""
+        return ()
 
     @property
     def head(self) -> HeadSpec | None:

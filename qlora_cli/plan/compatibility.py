@@ -268,6 +268,7 @@ def _build_skeleton(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel
         skeleton = build_quantized_meta_model(
             copy.deepcopy(config),
             quantization.load_options(torch.float32),
+            recipe.objective.head,
             **attention_option(recipe),
         )
         weights = _as_quantized(skeleton)

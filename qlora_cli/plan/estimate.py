@@ -190,7 +190,12 @@ def predict_kernels(
     if rows.tokens is None:
         return "fused"
     with refuse_untraceable(config):
-        model = build_meta_model(config, compute_dtype(recipe, target), **attention_option(recipe))
+        model = build_meta_model(
+            config,
+            compute_dtype(recipe, target),
+            recipe.objective.head,
+            **attention_option(recipe),
+        )
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     return choose_kernels("auto", target.kind, work=num_weights * rows.tokens)
 

@@ -20,7 +20,7 @@ from qlora_cli.export.merge import plan_merge
 from qlora_cli.export.merge_shards import UnmappedWeights
 from qlora_cli.kernels.cross_entropy import cross_entropy
 from qlora_cli.models.base import load_model
-from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.heads import model_from_config
 from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
 from qlora_cli.objectives.base import same
 from qlora_cli.objectives.settings import ObjectiveSettings
@@ -103,6 +103,7 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         UncheckedModel: the base does not work alone, or the adapter does not fit the miniature.
     """
     adapter, kind = recipe.adapter, str(config.model_type)
+    head = recipe.objective.head
     subject = f"adapter.type ({adapter.type}) on {kind}"
     base = folder / "base"
     ids = torch.arange(1, _ROW + 1)[None]
@@ -113,7 +114,7 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
         plain = _logits(model, ids)
         if not torch.equal(_logits(model, ids), plain) or not plain.isfinite().all():
             raise ValueError("its logits are not the same twice")
-        again = load_model(base, **_PLAIN).requires_grad_(False)
+        again = load_model(base, head, **_PLAIN).requires_grad_(False)
         if not _difference(_logits(again, ids), plain) <= _MAX_ERROR:
             raise ValueError("its logits change when it is saved and loaded")
     # A shrunk config may break any model, and says nothing about the base.
@@ -154,7 +155,7 @@ def dry_run_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) ->
     merged = folder / "merged"
     with _refusing(f"{subject}: it can be trained, but not merged", blame):
         _merge(recipe, base, saved, merged)
-        found = _logits(load_model(merged, **_PLAIN), ids)
+        found = _logits(load_model(merged, head, **_PLAIN), ids)
     _require_equal(found, trained, f"{subject}: the merged model is not the trained one", blame)
     return [*steps, "merge"]
 
@@ -183,18 +184,19 @@ def _build_miniature(recipe: Recipe, config: PretrainedConfig, folder: Path) -> 
         layers = MAX_LAYERS if last <= 2 else max(MAX_LAYERS + 1, last)
     vocab_size = max(_VOCABULARY, 1 + max(named))
     small = shrink_config(config, vocab_size=vocab_size, max_layers=layers)
+    head = recipe.objective.head
     size = sum(
-        parameter.numel() for parameter in build_meta_model(small, torch.float32).parameters()
+        parameter.numel() for parameter in build_meta_model(small, torch.float32, head).parameters()
     )
     if size > _MAX_WEIGHTS:
         raise ValueError(f"its miniature has {size:,} weights")
-    model = CAUSAL_LM.auto_class().from_config(small, dtype=torch.float32)
+    model = model_from_config(small, head, dtype=torch.float32)
     model.save_pretrained(folder)
     return model.requires_grad_(False)
 
 
 def _merge(recipe: Recipe, base: Path, saved: Path, folder: Path) -> None:
-    plan = plan_merge(recipe.adapter, base, saved, _PLAIN)
+    plan = plan_merge(recipe.adapter, base, saved, _PLAIN, recipe.objective.head)
     folder.mkdir()
     plan.verify(folder, plan.write(folder))
     for file in base.glob("*.json"):

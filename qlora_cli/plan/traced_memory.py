@@ -126,7 +126,8 @@ def trace_memory(
         return trace(num_layers)
     found = _extrapolate(trace(small), trace(small + period), num_layers, period)
     # The number of weights reveals a layer that differs from the others.
-    whole = sum(p.numel() for p in build_meta_model(config, dtype).parameters())
+    head = recipe.objective.head
+    whole = sum(p.numel() for p in build_meta_model(config, dtype, head).parameters())
     return found if found.base_weights == whole else trace(num_layers)
 
 
@@ -145,7 +146,13 @@ def _trace(
     options = attention_option(recipe)
     with refuse_untraceable(config), collect_new_garbage_only(), count:
         with count.stage(LOAD):
-            base = load_traced(config, quantization.load_options(dtype), count, **options)
+            base = load_traced(
+                config,
+                quantization.load_options(dtype),
+                count,
+                recipe.objective.head,
+                **options,
+            )
         weights = count_base_weights(base)
         refuse_mostly_unquantized(weights, quantization.max_unquantized)
         model = dry_run(

@@ -188,6 +188,31 @@ def feedback_steps_have_several_rows(recipe: Recipe) -> Problems:
         )
 
 
+def adapter_can_train_a_head(recipe: Recipe) -> Problems:
+    adapter = recipe.adapter
+    if recipe.objective.head is not None and adapter.no_head:
+        yield (
+            f"adapter.type ({adapter.type}) cannot be combined with objective.type "
+            f"({recipe.objective.type}): {adapter.no_head}; use adapter.type lora"
+        )
+
+
+def a_head_predicts_no_tokens(recipe: Recipe) -> Problems:
+    if recipe.objective.head is None:
+        return
+    settings = {
+        "evaluation.tasks": bool(recipe.evaluation.tasks),
+        "evaluation.forgetting": recipe.evaluation.forgetting is not None,
+    }
+    for key, is_given in settings.items():
+        if is_given:
+            yield (
+                f"{key} needs a model that predicts tokens, and objective.type "
+                f"({recipe.objective.type}) puts a head that scores rows in place of that; remove "
+                "it: the measures of the head are taken without a task"
+            )
+
+
 RECIPE_RULES = (
     adapter_can_train_quantized_base,
     adapter_supports_packing,
@@ -200,4 +225,6 @@ RECIPE_RULES = (
     patience_has_rows_for_the_loss,
     evaluation_sources_have_no_weight,
     feedback_steps_have_several_rows,
+    adapter_can_train_a_head,
+    a_head_predicts_no_tokens,
 )

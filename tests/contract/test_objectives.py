@@ -1,13 +1,17 @@
 """Every objective computes its loss with the kernel that it is given, and never all logits.
 
+An objective of a head that scores rows has no use for the kernel: it must compute no logits of
+tokens at all. Sums, weights and metrics are held to the same.
+
 An objective that computes a loss of its own is right, slow and large: nothing else would notice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar, get_args
 
 import pytest
@@ -19,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_cli.adapters import LoRA
 from qlora_cli.kernels.cross_entropy import CrossEntropy, cross_entropy
 from qlora_cli.models.base import load_model
-from qlora_cli.objectives import ObjectiveConfig, Supervised
+from qlora_cli.models.heads import initialize_head
+from qlora_cli.objectives import Classify, ObjectiveConfig, Reward, Supervised
 from qlora_cli.objectives.base import Objective, same
 from qlora_cli.objectives.supervised import TokenLoss
-from qlora_cli.types import IGNORE_INDEX, Batch
+from qlora_cli.types import IGNORE_INDEX, Batch, HeadSpec
 from tests.conftest import save_tiny_model
 
 ROWS, TOKENS, SUPERVISED, VOCABULARY = 4, 32, 2, 260
@@ -32,11 +37,34 @@ OBJECTIVES: tuple[Any, ...] = get_args(_UNION[0]) if _UNION else (ObjectiveConfi
 """All classes of the union."""
 
 
-def make_batch(rows: int = ROWS) -> Batch:
-    """Make pairs of rows with two supervised tokens in each row."""
+SETTINGS: dict[str, Any] = {"classify": {"labels": ["no", "maybe", "yes"]}}
+"""Settings without a default, by type."""
+
+
+def configs() -> list[Any]:
+    """Return each objective of the union; those with a head with each kind of outputs."""
+    types = {kind: kind.model_fields["type"].default for kind in OBJECTIVES}
+    found = [kind(**SETTINGS.get(name, {})) for kind, name in types.items()]
+    labels = SETTINGS["classify"]["labels"]
+    weights = {"class_weights": {"no": 3.0}}
+    return [
+        *found,
+        Classify(labels=labels, **weights),
+        Classify(labels=labels, problem="multi", **weights),
+        Classify(problem="regression"),
+        Reward(center_rewards=0.1),
+    ]
+
+
+def make_batch(config: Any = None, rows: int = ROWS) -> Batch:
+    """Make pairs of rows with two supervised tokens in each row, or rows with labels."""
     ids = torch.randint(1, 250, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
+    if getattr(config, "rows", "") == "labels":
+        number = len(config.example_values)
+        values = tuple(tuple(float((at + n) % 2) for n in range(number)) for at in range(rows))
+        return Batch(ids, torch.ones_like(ids), labels, values=values)
     pairs = rows // 2
     values = tuple((float(at % 2),) for at in range(pairs))
     return Batch(ids, torch.ones_like(ids), labels, links=(2,) * pairs, values=values)
@@ -70,7 +98,7 @@ def refuse_its_own_loss(config: Any, model: nn.Module) -> None:
     The kernel's losses are doubled, which has to change the loss; its gradient is multiplied by 0,
     1 and 2, and what that adds has to grow alike.
     """
-    batch, calls = make_batch(), 0
+    batch, calls = make_batch(config), 0
 
     def scaled(losses: int, gradient: int) -> CrossEntropy:
         def kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,8 +150,8 @@ def moved(model: nn.Module) -> Iterator[None]:
 def refuse_wrong_sums(config: Any, model: nn.Module) -> None:
     """Assert that loss, metrics, weight and shares of the rows are what a step and a log expect."""
     objective = config.build(model, torch.float32, cross_entropy)
-    batch = prepared(objective, make_batch())
-    empty = replace(make_batch(), links=(), values=())
+    batch = prepared(objective, make_batch(config))
+    empty = replace(make_batch(config), links=(), values=())
     empty.labels.fill_(IGNORE_INDEX)
     result = objective(batch)
     assert isinstance(result, tuple), "forward() has to return the loss sum and metrics by name"
@@ -148,7 +176,7 @@ def refuse_wrong_sums(config: Any, model: nn.Module) -> None:
     )  # fmt: skip
     measured = objective.measured(batch)
     assert measured.keys() == {"loss", *metrics}, "measured() has the loss and the same metrics"
-    once = make_batch()
+    once = make_batch(config)
     double = Batch(
         torch.cat([once.input_ids] * 2),
         torch.ones(2 * ROWS, TOKENS, dtype=torch.long),
@@ -170,10 +198,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return LoRA(r=4).attach(base)
 
 
-@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda kind: kind.model_fields["type"].default)
-def test_an_objective_uses_the_kernel_that_it_is_given(config: Any, model: Any) -> None:
-    refuse_its_own_loss(config(), model)
-    refuse_wrong_sums(config(), model)
+@pytest.fixture(scope="module")
+def load_head(tmp_path_factory: pytest.TempPathFactory) -> Callable[[HeadSpec], Any]:
+    """Return a function that makes a model with a head."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("model") / "base")
+
+    @cache
+    def load(head: HeadSpec) -> Any:
+        base = load_model(folder, head, may_lack_head=True, dtype=torch.float32)
+        torch.manual_seed(0)
+        initialize_head(base)
+        return LoRA(r=4).attach(base.requires_grad_(False))
+
+    return load
+
+
+def refuse_token_logits(config: Any, model: nn.Module) -> None:
+    """Assert that an objective of a head computes no logits of tokens, and trains the head."""
+
+    def kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("rows are scored, and no token is predicted")
+
+    model.zero_grad()
+    objective, batch = config.build(model, torch.float32, kernel), make_batch(config)
+    with LargestLogits(model) as largest:
+        objective(batch)[0].backward()
+        objective.of_rows(batch)
+    assert largest.rows == 0, "it computes logits of tokens"
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None and grad.any() for n, grad in trained.items() if "lora_A" not in n)
+    assert any("score" in name for name in trained), "the head has to be trained"
+
+
+@pytest.mark.parametrize("config", configs(), ids=lambda one: one.type)
+def test_an_objective_keeps_its_contract(
+    config: Any, model: Any, load_head: Callable[[HeadSpec], Any]
+) -> None:
+    if config.head is None:
+        refuse_its_own_loss(config, model)
+        refuse_wrong_sums(config, model)
+    else:
+        refuse_token_logits(config, load_head(config.head))
+        refuse_wrong_sums(config, load_head(config.head))
 
 
 class _Own(Objective):

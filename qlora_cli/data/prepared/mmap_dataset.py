@@ -187,6 +187,13 @@ class MmapDataset(Sequence[Example]):
         example = int(np.searchsorted(self._ends, position, side="right"))
         return example, int(self._input_ids[position])
 
+    def last_tokens(self) -> set[int]:
+        """Return the tokens that examples end with."""
+        import numpy as np
+
+        found: set[int] = set(np.unique(self._input_ids[self._ends - 1]).tolist())
+        return found
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_cli._compat import keep_4bit_weights_trainable
 from qlora_cli.common.decoder import decoder_of
-from qlora_cli.models.heads import CAUSAL_LM
+from qlora_cli.models.heads import model_from_config
 from qlora_cli.plan.trace.memory_counter import (
     ADAPTER,
     CONSTANTS,
@@ -21,22 +21,28 @@ from qlora_cli.plan.trace.memory_counter import (
     MemoryCounter,
 )
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, refuse_decisions
+from qlora_cli.types import HeadSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 def load_traced(
-    config: PretrainedConfig, load_options: dict[str, Any], count: MemoryCounter, **options: Any
+    config: PretrainedConfig,
+    load_options: dict[str, Any],
+    count: MemoryCounter,
+    head: HeadSpec | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a model of traced tensors as `from_pretrained` would; frozen, in training mode.
 
     Args:
         load_options: the result of `FourBit.load_options()` or another quantization's.
         count: counts the memory of loading, and the kind of each tensor afterwards.
+        head: the head that scores rows; None is the one that predicts tokens.
         options: options of the model's constructor, such as `attn_implementation`.
     """
-    model = build_quantized_meta_model(config, load_options, **options)
+    model = build_quantized_meta_model(config, load_options, head, **options)
     made: dict[int, nn.Parameter] = {}  # tied weights are one
     for _, module in sorted(model.named_modules(), key=lambda item: _natural(item[0])):
         for key, parameter in list(module._parameters.items()):
@@ -59,23 +65,31 @@ def load_traced(
 
 
 def build_meta_model(
-    config: PretrainedConfig, dtype: torch.dtype, **options: Any
+    config: PretrainedConfig, dtype: torch.dtype, head: HeadSpec | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Build a model on the meta device: modules and shapes."""
+    """Build a model on the meta device: modules and shapes.
+
+    Args:
+        head: the head that scores rows; None is the one that predicts tokens.
+        options: those of the model's constructor.
+    """
     own = copy.deepcopy(config)  # `from_config` writes the dtype into it
     with torch.device("meta"):
-        model: PreTrainedModel = CAUSAL_LM.auto_class().from_config(own, dtype=dtype, **options)
+        model: PreTrainedModel = model_from_config(own, head, dtype=dtype, **options)
     model.tie_weights()
     return model
 
 
 def build_quantized_meta_model(
-    config: PretrainedConfig, load_options: dict[str, Any], **options: Any
+    config: PretrainedConfig,
+    load_options: dict[str, Any],
+    head: HeadSpec | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Build a model on the meta device whose layers are quantized ones, still empty."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    model = build_meta_model(config, load_options["dtype"], **options)
+    model = build_meta_model(config, load_options["dtype"], head, **options)
     if quantization := load_options.get("quantization_config"):
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})

@@ -1,0 +1,194 @@
+"""Objectives of a head that scores whole rows: classification, regression and reward models."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_cli.errors import DataError
+from qlora_cli.objectives.settings import ObjectiveSettings
+from qlora_cli.types import Conversation, HeadSpec, Problem, RowKind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
+    from qlora_cli.objectives.base import Objective
+
+_MAX_NAMED = 10
+
+
+class Classify(ObjectiveSettings):
+    """A head that predicts the label of a row from the hidden state of its last token.
+
+    With z the K outputs of the head for a row, the loss of the row is -log softmax(z)_y for
+    `single`, the mean over labels k of -y_k log sigmoid(z_k) - (1 - y_k) log sigmoid(-z_k) for
+    `multi`, and (z - y)^2 for `regression`, as in transformers' `...ForSequenceClassification`. The
+    loss of a step is the mean over its rows.
+    """
+
+    rows: ClassVar[RowKind] = "labels"
+    type: Literal["classify"] = "classify"
+    labels: list[str] = Field([])
+    """The classes, in the order of the outputs. A row names its label, or gives its index (the
+    first is 0). For `regression`, the name of the number; it can be left out."""
+    problem: Problem = "single"
+    """`single` predicts one label per row, `multi` any number of them, `regression` a number."""
+    class_weights: dict[str, float] | None = Field(None)
+    """Label -> factor on its loss: for `single`, of the rows with this label; for `multi`, of this
+    label in each row. Labels that are missing have the factor 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        labels, problem = self.labels, self.problem
+        least = {"single": 2, "multi": 1, "regression": 0}[problem]
+        if len(labels) < least:
+            raise ValueError(
+                f"labels: {len(labels)} given; problem {problem} needs at least {least}, e.g. "
+                "labels: [negative, positive]"
+            )
+        if problem == "regression" and len(labels) > 1:
+            raise ValueError(
+                f"labels: {len(labels)} given; problem regression predicts one number: name it, or "
+                "leave labels out"
+            )
+        if twice := [label for label, count in Counter(labels).items() if count > 1]:
+            raise ValueError(f"labels: {twice[0]!r} is there twice")
+        if "" in labels:
+            raise ValueError("labels: one of them is empty")
+        weights = self.class_weights or {}
+        if self.class_weights is not None and problem == "regression":
+            raise ValueError("class_weights: a number has no class; remove it")
+        if unknown := sorted(set(weights) - set(labels)):
+            raise ValueError(f"class_weights: {unknown[0]!r} is not one of labels")
+        if bad := [label for label, one in weights.items() if not 0 < one < math.inf]:
+            raise ValueError(
+                f"class_weights: {bad[0]!r} has {weights[bad[0]]:g}; it takes a number above 0"
+            )
+        return self
+
+    @property
+    def head(self) -> HeadSpec:
+        return HeadSpec(tuple(self.labels) or ("value",), self.problem)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("mae",) if self.problem == "regression" else ("accuracy",)
+
+    @property
+    def example_values(self) -> tuple[float, ...]:
+        return (0.0,) * (len(self.labels) if self.problem == "multi" else 1)
+
+    def values_of(self, row: Conversation) -> tuple[float, ...]:
+        label = row.label
+        if self.problem == "regression":
+            if isinstance(label, bool) or not isinstance(label, int | float):
+                raise DataError(f"label: {_shown(label)} is not a number")
+            if not math.isfinite(label):
+                raise DataError(f"label: {label} is not a finite number")
+            return (float(label),)
+        if self.problem == "multi":
+            if isinstance(label, str):
+                label = (label,)
+            if not isinstance(label, tuple):
+                raise DataError(f"label: {_shown(label)} is not a list of labels")
+            found = {self._index(one) for one in label}
+            return tuple(float(i in found) for i in range(len(self.labels)))
+        return (float(self._index(label)),)
+
+    def _index(self, label: object) -> int:
+        """Return the index of a label: its name, or that index itself."""
+        if isinstance(label, str) and label in self.labels:
+            return self.labels.index(label)
+        if isinstance(label, int | float):
+            if (text := _plain(label)) in self.labels:
+                return self.labels.index(text)
+            is_whole = label == int(label) if math.isfinite(label) else False
+            if is_whole and 0 <= label < len(self.labels):
+                return int(label)
+        known = ", ".join(self.labels[:_MAX_NAMED])
+        known += ", ..." if len(self.labels) > _MAX_NAMED else ""
+        raise DataError(f"label: {_shown(label)} is not one of objective.labels ({known})")
+
+    def build(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy,
+        chunks: LossChunks | None = None,
+        *,
+        keeps_reference: bool = True,
+    ) -> Objective:
+        import torch
+
+        from qlora_cli.objectives.classification import ClassificationLoss
+
+        weights = None
+        if self.class_weights is not None:
+            weights = torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels])
+        return ClassificationLoss(model, dtype, self.problem, weights)
+
+
+class Reward(ObjectiveSettings):
+    """A reward model: a head with one output that is larger for the chosen answer of a pair.
+
+    With s_c and s_r the outputs for the conversations with the chosen and the rejected answer, the
+    loss of a pair is -log sigmoid(s_c - s_r - margin) + center_rewards (s_c + s_r)^2: the model of
+    Bradley and Terry (1952) as in Ouyang et al. (2022, https://arxiv.org/abs/2203.02155, equation
+    1), the margin as in Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, equation
+    2), and the centering as in Eisenstein et al. (2023, https://arxiv.org/abs/2312.09244). The
+    loss of a step is the mean over its pairs.
+    """
+
+    rows: ClassVar[RowKind] = "pairs"
+    type: Literal["reward"] = "reward"
+    center_rewards: float = Field(0.0, ge=0)
+    """Weight of the squared sum of both rewards: it keeps rewards near 0, so that those of
+    different prompts can be compared. The authors suggest 0.01."""
+
+    @property
+    def head(self) -> HeadSpec:
+        return HeadSpec(("reward",), "regression")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", "margin")
+
+    @property
+    def example_values(self) -> tuple[float, ...]:
+        return (0.0,)
+
+    def values_of(self, row: Conversation) -> tuple[float, ...]:
+        """Return by how much the chosen answer should be better: the row's margin, or 0."""
+        return (row.margin or 0.0,)
+
+    def build(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy,
+        chunks: LossChunks | None = None,
+        *,
+        keeps_reference: bool = True,
+    ) -> Objective:
+        from qlora_cli.objectives.classification import RewardLoss
+
+        return RewardLoss(model, dtype, self.center_rewards)
+
+
+def _plain(number: float) -> str:
+    """Return a number as a label is written: 1, not 1.0; true, not True."""
+    if isinstance(number, bool):
+        return str(number).lower()
+    return f"{number:.17g}" if number != int(number) else str(int(number))
+
+
+def _shown(label: object) -> str:
+    if label is None:
+        return "missing, which"
+    shown = _plain(label) if isinstance(label, int | float) and math.isfinite(label) else label
+    return repr(shown)[:80]
