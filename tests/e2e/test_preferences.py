@@ -28,13 +28,29 @@ def write_pairs(path: Path, number: int = 12) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_feedback(path: Path, number: int = 12) -> None:
+    """Write good and bad answers of uneven length."""
+    rows = [
+        {
+            "prompt": f"Say {'a ' * (at % 5)}number",
+            "completion": f"{at} is one" + " and more" * (at % 3),
+            "label": at % 3 > 0,
+        }
+        for at in range(number)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 @pytest.fixture
 def run(write_recipe: Callable[..., Path], tmp_path: Path) -> Run:
-    """Train on pairs, and return the lines of metrics.jsonl."""
+    """Train on pairs or on feedback, and return the lines of metrics.jsonl."""
     write_pairs(tmp_path / "pairs.jsonl")
+    write_feedback(tmp_path / "feedback.jsonl")
 
     def train(name: str, *, code: int = 0, options: tuple[str, ...] = (), **sections: Any) -> Any:
-        source = {"path": str(tmp_path / "pairs.jsonl"), "format": {"type": "preference"}}
+        is_feedback = sections.get("objective", {}).get("type") == "kto"
+        file, kind = ("feedback", "feedback") if is_feedback else ("pairs", "preference")
+        source = {"path": str(tmp_path / f"{file}.jsonl"), "format": {"type": kind}}
         training = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
         recipe = write_recipe(
             objective=sections.pop("objective", {"type": "dpo"}),
@@ -44,6 +60,8 @@ def run(write_recipe: Callable[..., Path], tmp_path: Path) -> Run:
             **sections,
         )
         assert exit_code("train", recipe, *options) == code
+        if code:
+            return []
         lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -73,6 +91,7 @@ PAIR_OBJECTIVES: list[dict[str, Any]] = [
     {"type": "orpo"},
     {"type": "simpo"},
 ]
+OBJECTIVES = [*PAIR_OBJECTIVES, {"type": "kto", "desirable_weight": 0.7}]
 
 
 def name_of(objective: dict[str, Any]) -> str:
@@ -80,7 +99,7 @@ def name_of(objective: dict[str, Any]) -> str:
     return "-".join(str(value) for value in objective.values())
 
 
-@pytest.mark.parametrize("objective", PAIR_OBJECTIVES, ids=name_of)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name_of)
 def test_a_step_does_not_depend_on_how_it_is_cut(run: Run, objective: dict[str, Any]) -> None:
     cuts: dict[str, dict[str, Any]] = {
         "4x1": {"training": {"micro_batch_size": 1}},
@@ -98,12 +117,15 @@ def test_a_step_does_not_depend_on_how_it_is_cut(run: Run, objective: dict[str, 
     assert math.isfinite(first["packed"])
 
 
-def test_a_precomputed_reference_is_the_live_one_to_the_last_bit(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_precomputed_reference_is_the_live_one_to_the_last_bit(
+    run: Run, tmp_path: Path, kind: str
+) -> None:
     found = {}
     for mode in ("live", "precomputed"):
         for _ in range(2):  # the second run takes what the first one kept
             name = f"{mode}{len(found)}"
-            objective = {"type": "dpo", "reference": mode}
+            objective = {"type": kind, "reference": mode}
             run(name, objective=objective, training={"max_steps": 6}, adapter={"dropout": 0.1})
             weights = (tmp_path / name / "last" / "adapter_model.safetensors").read_bytes()
             lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -115,11 +137,13 @@ def test_a_precomputed_reference_is_the_live_one_to_the_last_bit(run: Run, tmp_p
 
 
 @pytest.mark.parametrize("mode", ["live", "precomputed"])
-def test_a_resumed_run_repeats_the_whole_one(run: Run, tmp_path: Path, mode: str) -> None:
-    settings: dict[str, Any] = {"objective": {"type": "dpo", "reference": mode}}
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_resumed_run_repeats_the_whole_one(
+    run: Run, tmp_path: Path, kind: str, mode: str
+) -> None:
+    settings: dict[str, Any] = {"objective": {"type": kind, "reference": mode}}
     whole = run("whole", training={"max_steps": 4, "save_every": 2}, **settings)
     run("cut", training={"max_steps": 4, "save_every": 2}, **settings)
-    (tmp_path / "cut" / "run.json").read_text(encoding="utf-8")
     resumed = run(
         "cut",
         training={"max_steps": 4, "save_every": 2},
@@ -146,7 +170,9 @@ def test_full_training_computes_its_reference_once(
     assert "reference: 48 rows computed" in caplog.text
 
 
-@pytest.mark.parametrize("objective", [{"type": "dpo"}, {"type": "simpo"}], ids=name_of)
+@pytest.mark.parametrize(
+    "objective", [{"type": "dpo"}, {"type": "simpo"}, {"type": "kto"}], ids=name_of
+)
 def test_an_evaluation_repeats_the_last_figures_of_the_run(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: dict[str, Any]
 ) -> None:
@@ -190,3 +216,36 @@ def test_the_best_weights_are_chosen_by_the_accuracy_of_pairs(run: Run, tmp_path
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["best"]["by"] == "accuracy"
     assert record["best"]["value"] == best
+
+
+def test_feedback_needs_steps_of_several_rows(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"batch_size": 1, "micro_batch_size": 1}
+    with pytest.raises(ValueError, match=r"batch_size .1. is too small for objective.type .kto"):
+        run("run", objective={"type": "kto"}, training=one)
+
+
+def test_feedback_takes_odd_steps_and_a_last_step_of_one_row(run: Run) -> None:
+    odd = {"batch_size": 11, "micro_batch_size": 11, "max_steps": None, "epochs": 1}
+    lines = run("run", objective={"type": "kto"}, training=odd)
+    assert len(losses(lines)) == 2
+    assert all(math.isfinite(loss) for loss in losses(lines))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_an_evaluation_set_may_have_one_row(run: Run, tmp_path: Path, kind: str) -> None:
+    (write_feedback if kind == "kto" else write_pairs)(tmp_path / "one.jsonl", 1)
+    source = {
+        "path": str(tmp_path / "one.jsonl"),
+        "format": {"type": "feedback" if kind == "kto" else "preference"},
+    }
+    lines = run("run", objective={"type": kind}, data={"evaluation": source})
+    assert math.isfinite(lines[-1]["eval_loss"])
+
+
+def test_rows_of_another_kind_are_refused_by_name(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("run", objective={"type": "supervised"}, code=2)
+    said = capsys.readouterr().err
+    assert "format.type (preference) reads pairs of a chosen and a rejected answer" in said
+    assert "objective: {type: dpo}" in said
