@@ -89,6 +89,9 @@ RowKind = Literal["answers", "pairs", "feedback", "labels"]
 """Content of the rows of a source: answers, pairs of a better and a worse answer, answers that are
 good or bad, or texts with labels."""
 
+GOOD, BAD = "good", "bad"
+"""The labels of answers in rows of feedback, as text."""
+
 Problem = Literal["single", "multi", "regression"]
 """Prediction of a head: one class, any number of classes, or a number."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,17 +12,16 @@ from qlora_cli._compat import quiet_libraries
 from qlora_cli.common.formatting import value_text
 from qlora_cli.common.html import write_page
 from qlora_cli.common.report import ABSENT, Absent, Report
-from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.prepared.audit import AuditedDataset, audit_data, check_context, check_limits
 from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.data.prepared.prepare import PreparedData, ignored_text
 from qlora_cli.data.prepared.tally import TooManyLost
 from qlora_cli.data.render.chat_template import read_chat_template
-from qlora_cli.data.sources import BadRows, Source
+from qlora_cli.data.sources import Source
 from qlora_cli.data.sources.rows import repaired_text
-from qlora_cli.errors import DataError, RecipeError
+from qlora_cli.errors import RecipeError
 from qlora_cli.inspect.preview_html import preview_page
-from qlora_cli.inspect.preview_model import SourceView, SplitView, make_sample
+from qlora_cli.inspect.preview_model import SourceView, SplitView, make_sample, num_shared
 from qlora_cli.inspect.preview_text import preview_text
 from qlora_cli.loop.run_data import check_tokens
 from qlora_cli.recipe.schema import Recipe
@@ -68,7 +67,9 @@ def preview(recipe: Recipe, *, source: str | None = None, use_cache: bool = True
     if found := sources["evaluation"]:
         held_out = read("evaluation", found)
     check_tokens(recipe, tokenizer, [training, *([held_out] if held_out else [])])
-    audited = audit_data(data, training, held_out, tokenizer, context=context)
+    audited = audit_data(
+        data, training, held_out, tokenizer, context=context, objective=recipe.objective
+    )
     splits = [
         _Split(split, names[split], sources[split], result)
         for split, result in zip(names, audited, strict=True)
@@ -89,7 +90,11 @@ class PreviewRow(Report):
     row: str
     """Location of the row, such as `rows.jsonl:17`."""
     answer: str | Absent
-    """Which answer of a preference row this is: `chosen` or `rejected`."""
+    """The answer of a pair: `chosen` or `rejected`."""
+    num_shared: int | Absent
+    """In a pair: number of tokens at the beginning that both answers have, with their prompt."""
+    label: str | Absent
+    """The label that the objective learns from: `good` or `bad` for feedback."""
     input_ids: list[int]
     """Token ids."""
     labels: list[int]
@@ -138,14 +143,18 @@ class Preview:
                         source=split.names[source],
                         row=row.place,
                         answer=row.answer or ABSENT,
+                        num_shared=ABSENT if row.num_shared is None else row.num_shared,
+                        label=ABSENT if row.label is None else row.label,
                         input_ids=row.example.input_ids,
                         labels=row.example.labels,
                         text=str(self.tokenizer.decode(row.example.input_ids)),
                     )
 
     def check(self) -> None:
-        """Raise DataError if `qlora train` would stop here: at `data.max_lost`, at `data.audit`, or
-        at rows that the model has no positions for."""
+        """Raise DataError if `qlora train` would stop here: at rows of another kind than the
+        objective needs, at `data.max_lost`, at `data.audit`, or at rows that the model has no
+        positions for."""
+        self.recipe.data.require_rows(self.recipe.objective)
         for error in self.lost_errors:
             raise error
         audited = [split.audited for split in self.splits]
@@ -153,36 +162,20 @@ class Preview:
         check_context(audited, self.context)
 
     def _rows(self, split: _Split, source: int, num_rows: int | None) -> Iterator[_ShownRow]:
-        """Yield the first rows of a source if it is shown; for preferences, both answers."""
+        """Yield the first rows of a source if it is shown; of a pair, both answers."""
         if self.source is not None and self.source not in (split.name, split.names[source]):
             return
         examples = split.audited.prepared.examples
-        indices = split.audited.scan.first_rows(source, num_rows)
-        places = [examples.place(i) for i in indices]
-        rejected = self._rejected(split.sources[source], places)
-        for i, place in zip(indices, places, strict=True):
-            yield _ShownRow(place, examples[i], "chosen" if place in rejected else None)
-            if place in rejected:
-                yield _ShownRow(place, rejected[place], "rejected")
-
-    def _rejected(self, source: Source, places: list[str]) -> dict[str, Example]:
-        """Return the rejected answers of preference rows, by the location of the row."""
-        data, encoder = self.recipe.data, Encoder(self.tokenizer)
-        found: dict[str, Example] = {}
-        wanted = set(places)
-        for row in source.conversations(BadRows(tries_repairs=False)):
-            if row.rejected is None or not wanted:
-                break
-            if row.place in wanted:
-                wanted.remove(row.place)
-                other = replace(row, messages=row.rejected, rejected=None)
-                [encoded] = encoder.encode_rows(
-                    [other], max_length=data.max_length, truncate=data.truncate
-                )
-                if isinstance(encoded, RefusedRow):
-                    raise DataError(f"{row.place}: the rejected answer: {encoded.reason}")
-                found.update((row.place, example) for example in encoded.examples)
-        return found
+        for first in split.audited.scan.first_rows(source, num_rows):
+            place, example = examples.place(first), examples[first]
+            label = self.recipe.objective.label_text(example.values)
+            if first + 1 == len(examples) or not examples.is_linked[first + 1]:
+                yield _ShownRow(place, example, label=label)
+                continue
+            rejected = examples[first + 1]
+            shared = num_shared(example.input_ids, rejected.input_ids)
+            yield _ShownRow(place, example, "chosen", shared, label)
+            yield _ShownRow(place, rejected, "rejected", shared, label)
 
     def views(self, num_samples: int) -> list[SplitView]:
         """Return statistics and findings of each split, and the first rows of each source."""
@@ -204,7 +197,14 @@ class Preview:
                 repaired=repaired_text(prepared.repaired[i]),
                 figures=audited.audit.sources[i],
                 samples=[
-                    make_sample(row.example, row.place, tokenizer, row.answer)
+                    make_sample(
+                        row.example,
+                        row.place,
+                        tokenizer,
+                        answer=row.answer,
+                        num_shared=row.num_shared,
+                        label=row.label,
+                    )
                     for row in self._rows(split, i, num_samples)
                 ],
             )
@@ -221,8 +221,11 @@ class Preview:
 class _ShownRow:
     place: str
     example: Example
-    answer: str | None
-    """Which answer of a preference row this is."""
+    answer: str | None = None
+    """The answer of a pair: `chosen` or `rejected`."""
+    num_shared: int | None = None
+    """Tokens at the beginning of both answers of a pair."""
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ pre { color: var(--quiet); }
 .special { outline: 1px solid #888; border-radius: 2px; font-weight: bold; }
 .bars { width: 60%; }
 .bar { background: var(--bar); height: 1em; }
+.parting { color: var(--text); font-weight: bold; background: var(--warning); }
 .suspect { background: var(--warning); }
 """
 
@@ -43,7 +44,7 @@ _BODY = template("""\
 {% call wide("checks of " ~ split.name) %}
 <table>
 {% for finding in split.findings %}
-<tr{% if finding.count %} class="suspect"{% endif %}><td>{{ finding.what }}</td>\
+<tr{% if finding.is_suspect %} class="suspect"{% endif %}><td>{{ finding.what }}</td>\
 <td>{{ finding.found }}\
 {% for name in finding.first_named() + finding.remedy %}<br/>{{ name }}{% endfor %}</td></tr>
 {% endfor %}
@@ -79,10 +80,12 @@ _BODY = template("""\
 <p>Not read in messages: {{ source.ignored }}</p>
 {% endif %}
 {% for sample in source.samples %}
-<p>{{ sample.place }}{% if sample.answer %}, {{ sample.answer }}{% endif %}: \
+<p>{{ sample.place }}{{ sample.description }}: \
 {{ sample.num_tokens|comma }} tokens, {{ sample.num_supervised|comma }} supervised</p>
-<pre>{% for span in sample.spans %}{% set kinds = ["supervised"] * span.is_supervised + \
-["special"] * span.is_special %}{% if kinds %}<span class="{{ kinds|join(" ") }}">\
+<pre>{% for span in sample.spans %}\
+{% if span.is_parting %}<span class="parting" title="the answers part here">┆</span>{% endif %}\
+{% set kinds = ["supervised"] * span.is_supervised + ["special"] * span.is_special %}\
+{% if kinds %}<span class="{{ kinds|join(" ") }}">\
 {{ visible(span.text) }}</span>{% else %}{{ visible(span.text) }}{% endif %}{% endfor %}</pre>
 {% endfor %}
 {% endfor %}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ class TextSpan:
     text: str
     is_supervised: bool
     is_special: bool
+    is_parting: bool = False
+    """The first span of an answer that the other answer of its pair does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,15 @@ class Sample:
     num_supervised: int
     spans: list[TextSpan]
     answer: str | None = None
-    """Which answer of a preference row this is."""
+    """The answer of a pair: `chosen` or `rejected`."""
+    label: str | None = None
+    """The label that the objective learns from."""
+
+    @property
+    def description(self) -> str:
+        """The answer and the label, to follow the place; "" without either."""
+        label = None if self.label is None else f"label {self.label}"
+        return "".join(f", {one}" for one in (self.answer, label) if one is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +84,51 @@ class SplitView:
 
 
 def make_sample(
-    example: Example, place: str, tokenizer: PreTrainedTokenizerFast, answer: str | None = None
+    example: Example,
+    place: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    answer: str | None = None,
+    num_shared: int | None = None,
+    label: str | None = None,
 ) -> Sample:
-    """Split a row into spans."""
+    """Split a row into spans.
+
+    Args:
+        num_shared: in a pair, tokens at the beginning that both answers have.
+    """
     return Sample(
         place=place,
         num_tokens=len(example.input_ids),
         num_supervised=example.num_supervised,
-        spans=_spans(example, tokenizer),
+        spans=_spans(example, tokenizer, num_shared),
         answer=answer,
+        label=label,
     )
 
 
-def _spans(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[TextSpan]:
+def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of tokens at the beginning of both."""
+    pairs = zip(one, other, strict=False)
+    differing = (i for i, (a, b) in enumerate(pairs) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def _spans(
+    example: Example, tokenizer: PreTrainedTokenizerFast, parting: int | None
+) -> list[TextSpan]:
     added = tokenizer.added_tokens_decoder
     ids = example.input_ids
 
-    def kind(i: int) -> tuple[bool, int | None]:
-        return example.labels[i] != IGNORE_INDEX, i if ids[i] in added else None
+    def kind(i: int) -> tuple[bool, int | None, bool]:
+        special = i if ids[i] in added else None
+        return example.labels[i] != IGNORE_INDEX, special, parting is not None and i >= parting
 
     spans = []
-    for (is_supervised, special), group in groupby(range(len(ids)), kind):
+    for (is_supervised, special, _), group in groupby(range(len(ids)), kind):
         places = list(group)
         text = _decode(ids, places[0], places[-1] + 1, tokenizer)
-        spans.append(TextSpan(text, is_supervised, special is not None))
+        spans.append(TextSpan(text, is_supervised, special is not None, places[0] == parting))
     return spans
 
 

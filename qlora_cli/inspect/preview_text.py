@@ -9,8 +9,8 @@ from qlora_cli.data.sources import counted
 from qlora_cli.data.sources.rows import swallowed_text
 from qlora_cli.inspect.preview_model import Sample, SourceView, SplitView
 
-_OPEN, _CLOSE, _SPECIAL, _BREAK = "⟦", "⟧", "◆", "⏎"
-_MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK
+_OPEN, _CLOSE, _SPECIAL, _BREAK, _PARTING = "⟦", "⟧", "◆", "⏎", "┆"
+_MARKS = _OPEN + _CLOSE + _SPECIAL + _BREAK + _PARTING
 _BAR_WIDTH = 40
 
 _SUPERVISED, _MASKED, _BOLD, _WARN, _OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
@@ -23,7 +23,10 @@ def preview_text(splits: Sequence[SplitView], *, colour: bool) -> str:
     Args:
         colour: show supervised tokens in colour instead of with marks.
     """
+    samples = [sample for split in splits for one in split.sources for sample in one.samples]
     lines = [_legend(colour)]
+    if any(span.is_parting for sample in samples for span in sample.spans):
+        lines[0] += f"   {_PARTING} the two answers of a pair part here"
     for split in splits:
         for source in split.sources:
             lines += ["", *_source(source, colour)]
@@ -64,23 +67,24 @@ def _source(source: SourceView, colour: bool) -> Iterator[str]:
 
 
 def _title(sample: Sample) -> str:
-    answer = f", {sample.answer}" if sample.answer else ""
     counts = f"{sample.num_tokens:,} tokens, {sample.num_supervised:,} supervised"
-    return f"{sample.place}{answer}: {counts}"
+    return f"{sample.place}{sample.description}: {counts}"
 
 
 def _draw(sample: Sample, colour: bool) -> str:
     """Format the spans of a sample. A mark stands before each line break."""
     drawn, was_supervised = "", False
     for span in sample.spans:
-        text = visible(span.text, _BREAK if colour else _MARKS)
+        text = visible(span.text, _BREAK + _PARTING if colour else _MARKS)
         if colour:
+            drawn += f"{_WARN}{_PARTING}{_OFF}" if span.is_parting else ""
             style = _STYLES[span.is_supervised, span.is_special]
             # End the style with each line, because pagers forget it there.
             drawn += "\n".join(f"{style}{line}{_OFF}" if line else "" for line in text.split("\n"))
             continue
         if span.is_supervised != was_supervised:
             drawn += _OPEN if span.is_supervised else _CLOSE
+        drawn += _PARTING if span.is_parting else ""
         drawn += f"{_SPECIAL}{text}" if span.is_special else text
         was_supervised = span.is_supervised
     return drawn + (_CLOSE if was_supervised else "")
@@ -124,7 +128,7 @@ def _split(split: SplitView, colour: bool) -> Iterator[str]:
     width = max(len(finding.what) for finding in split.findings)
     for finding in split.findings:
         line = f"{finding.what:<{width}}  {finding.found}"
-        yield f"{_WARN}{line}{_OFF}" if colour and finding.count else line
+        yield f"{_WARN}{line}{_OFF}" if colour and finding.is_suspect else line
         yield from (f"  {name}" for name in (*finding.first_named(), *finding.remedy))
 
 

@@ -136,7 +136,12 @@ def prepare_data(recipe: Recipe, *, use_cache: bool = True) -> RunData:
         max_new_tokens=evaluation.max_new_tokens,
     )
     audit = check_data(
-        recipe.data, rows.training, rows.evaluation, rows.tokenizer, context=rows.context
+        recipe.data,
+        rows.training,
+        rows.evaluation,
+        rows.tokenizer,
+        context=rows.context,
+        objective=recipe.objective,
     )
     base = identify(recipe.model.locate())
     fingerprint = take_fingerprint(base, rows.tokenizer, rows.training, rows.evaluation)

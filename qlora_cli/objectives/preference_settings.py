@@ -6,12 +6,13 @@ y_r the rejected answer, log pi(y) the sum over the tokens of an answer, |y| the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from qlora_cli.objectives.settings import ObjectiveSettings, ReferenceMode
-from qlora_cli.types import Conversation, RowKind
+from qlora_cli.types import BAD, GOOD, Conversation, RowKind
 
 if TYPE_CHECKING:
     import torch
@@ -214,6 +215,24 @@ class KTO(ObjectiveSettings):
 
     def values_of(self, row: Conversation) -> tuple[float, ...]:
         return (float(row.label is True),)
+
+    def label_text(self, values: tuple[float, ...]) -> str:
+        return GOOD if values[0] else BAD
+
+    def label_remark(self, labels: Mapping[str, int]) -> str | None:
+        good = self.desirable_weight * labels.get(GOOD, 0)
+        bad = self.undesirable_weight * labels.get(BAD, 0)
+        if not good or not bad or bad <= good <= 4 / 3 * bad:
+            return None
+        name, weight = (
+            ("desirable_weight", self.desirable_weight * bad / good)
+            if good < bad
+            else ("undesirable_weight", self.undesirable_weight * good / bad)
+        )
+        return (
+            f"w_D n_D / (w_U n_U) is {good / bad:.3g} and should be between 1 and 4/3: "
+            f"objective.{name}: {weight:.3g} makes it 1"
+        )
 
     @property
     def example_values(self) -> tuple[float, ...]:

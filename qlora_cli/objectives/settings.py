@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -72,6 +73,14 @@ class ObjectiveSettings(Config):
     def example_values(self) -> tuple[float, ...]:
         """The values of some row, for a plan without rows."""
         return ()
+
+    def label_text(self, values: tuple[float, ...]) -> str | None:
+        """Return the label of a row as text, from its values; None if its rows have none."""
+        return None
+
+    def label_remark(self, labels: Mapping[str, int]) -> str | None:
+        """Say what to change for these numbers of training rows with each label, if anything."""
+        return None
 
     def build(
         self,

@@ -70,6 +70,15 @@ def text_has_no_turns(recipe: Recipe) -> Warnings:
                     )
 
 
+def limits_have_rows(recipe: Recipe) -> Warnings:
+    limit = recipe.data.audit.max_equal_answers
+    if limit is not None and recipe.objective.rows != "pairs":
+        yield (
+            f"data.audit.max_equal_answers ({limit:g}) has no effect: objective.type "
+            f"({recipe.objective.type}) does not learn from pairs"
+        )
+
+
 def random_choices_of_rows(recipe: Recipe) -> Warnings:
     data = recipe.data
     sources = [*data.train_sources, *data.evaluation_sources]
@@ -230,6 +239,7 @@ _ALWAYS: tuple[Callable[[Recipe], Warnings], ...] = (
     hub_settings_are_for_the_hub,
     text_has_no_turns,
     random_choices_of_rows,
+    limits_have_rows,
     evaluations_have_rows,
     tasks_are_asked,
     checkpoints_are_saved,

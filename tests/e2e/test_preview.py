@@ -288,12 +288,16 @@ def test_both_answers_of_a_preference_are_shown(recipe: Path, run: Run) -> None:
     rows = [{"prompt": f"Hi {number}", "chosen": "Ho", "rejected": "No"} for number in range(1, 4)]
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     preference = ["--set", "data.train.format.type=preference", "--source", "train"]
+    code, out, error = run("preview", recipe, *preference)
+    assert (code, "train.jsonl:1, chosen" in out) == (2, True)
+    assert "format.type (preference) reads pairs" in error
+    preference += ["--set", "data.evaluation=null", "--set", "objective.type=dpo"]
     code, out, _ = run("preview", recipe, *preference, "--rows", 1)
     assert code == 0
     for answer, text in (("chosen", "Ho"), ("rejected", "No")):
         assert (
             f"train.jsonl:1, {answer}: 27 tokens, 3 supervised\n  ◆<|im_start|>user⏎\n"
-            f"  Hi 1◆<|im_end|>⏎\n  ◆<|im_start|>assistant⏎\n  ⟦{text}◆<|im_end|>⟧⏎\n"
+            f"  Hi 1◆<|im_end|>⏎\n  ◆<|im_start|>assistant⏎\n  ⟦┆{text}◆<|im_end|>⟧⏎\n"
         ) in out
     _, out, _ = run("preview", recipe, *preference, "--json")
     found = [json.loads(line) for line in out.splitlines()]

@@ -33,7 +33,7 @@ from qlora_cli.compare.report import (
 )
 from qlora_cli.compare.text import tables
 from qlora_cli.data.prepared.findings import Finding
-from qlora_cli.data.prepared.statistics import DatasetScan
+from qlora_cli.data.prepared.scan import DatasetScan
 from qlora_cli.evaluate.bootstrap import Estimate
 from qlora_cli.evaluate.report import MeasureInfo
 from qlora_cli.inspect.preview_html import preview_page

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.data.config import Data
 from qlora_cli.data.encode.encoder import Encoder
-from qlora_cli.data.prepared.findings import Finding, find_drift, findings
-from qlora_cli.data.prepared.labels import find_label_variants
-from qlora_cli.data.prepared.prepare import PreparedData
-from qlora_cli.data.prepared.statistics import (
-    NAMED,
-    DatasetScan,
-    DatasetStatistics,
-    LocatedExamples,
-    scan,
+from qlora_cli.data.prepared.findings import (
+    Finding,
+    find_drift,
+    findings,
+    pair_findings,
+    score_findings,
 )
+from qlora_cli.data.prepared.labels import find_balance, find_label_variants
+from qlora_cli.data.prepared.prepare import PreparedData
+from qlora_cli.data.prepared.scan import DatasetScan, scan
+from qlora_cli.data.prepared.statistics import NAMED, DatasetStatistics, LocatedExamples
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
+from qlora_cli.objectives import SUPERVISED, ObjectiveSettings
 from qlora_cli.types import Conversation, ModelContext
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class AuditedDataset:
         found = "; ".join(
             ", ".join([f"{finding.what}: {finding.found}", *_example(finding), *finding.remedy])
             for finding in self.findings
-            if finding.count and finding is not self.beyond
+            if finding.is_suspect and finding is not self.beyond
         )
         return (
             f"audit of {self.name} data: {total.shortest:,} to {total.longest:,} tokens a row, "
@@ -77,16 +80,17 @@ def audit_data(
     tokenizer: PreTrainedTokenizerFast,
     *,
     context: ModelContext | None = None,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> list[AuditedDataset]:
     """Audit the training rows, then the evaluation rows.
 
     Args:
         context: that of the model, if known.
+        objective: remarks on the balance of labels.
     """
-    training = _audited("training", data, training_data, tokenizer, None, context)
-    if held_out is None:
-        return [training]
-    return [training, _audited("evaluation", data, held_out, tokenizer, training, context)]
+    audited = partial(_audited, data, tokenizer, context, objective)
+    training = audited("training", training_data, None)
+    return [training] if held_out is None else [training, audited("evaluation", held_out, training)]
 
 
 def check_data(
@@ -96,19 +100,23 @@ def check_data(
     tokenizer: PreTrainedTokenizerFast,
     *,
     context: ModelContext | None = None,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> dict[str, dict[str, Any]]:
     """Audit the rows, log a line about each dataset, and return the statistics.
 
     Args:
         context: that of the model, if known.
+        objective: remarks on the balance of labels.
 
     Raises:
         DataError: a limit of `data.audit` is crossed, or a row has more tokens than a model with a
             table of positions can take.
     """
-    sides = audit_data(data, training_data, held_out, tokenizer, context=context)
+    sides = audit_data(
+        data, training_data, held_out, tokenizer, context=context, objective=objective
+    )
     for side in sides:
-        is_suspect = any(finding.count for finding in side.findings if finding is not side.beyond)
+        is_suspect = any(one.is_suspect for one in side.findings if one is not side.beyond)
         log.log(logging.WARNING if is_suspect else logging.DEBUG, side.summary())
     check_limits(data, sides)
     check_context(sides, context)
@@ -142,12 +150,13 @@ def check_context(sides: list[AuditedDataset], context: ModelContext | None) -> 
 
 
 def _audited(
-    name: str,
     data: Data,
-    prepared: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
-    training: AuditedDataset | None,
     context: ModelContext | None,
+    objective: ObjectiveSettings,
+    name: str,
+    prepared: PreparedData,
+    training: AuditedDataset | None,
 ) -> AuditedDataset:
     rows = prepared.examples
     scanned = scan(rows, tokenizer, max_length=data.max_length)
@@ -160,7 +169,9 @@ def _audited(
         for pair in _first_prompts(source, rows, _candidates(source, scanned, i), data, tokenizer)
     ]
     cut = Finding("rows longer than data.max_length", prepared.num_truncated, prepared.num_rows)
-    found = findings(rows, audit, find_drift(rows, prompts), cut, training=training_rows)
+    has_answers = any(source.format.rows != "labels" for source in sources)
+    drift = find_drift(rows, prompts) if has_answers else None
+    found = findings(rows, audit, drift, cut, training=training_rows)
     beyond = None
     if context is not None:
         longer = scanned.longer_than(context.length)
@@ -175,12 +186,37 @@ def _audited(
         Finding(problem, count, prepared.num_rows, tuple(prepared.tool_problem_places[problem]))
         for problem, count in prepared.tool_problems.items()
     ]
+    found += pair_findings(rows, audit)
+    found += score_findings(
+        audit.total.num_pairs,
+        prepared.num_scored,
+        prepared.num_contradicted,
+        tuple(prepared.contradicted_places),
+    )
+    found += _label_findings(data, prepared, audit, sources, training, objective)
+    return AuditedDataset(name, prepared, scanned, audit, found, beyond)
+
+
+def _label_findings(
+    data: Data,
+    prepared: PreparedData,
+    audit: DatasetStatistics,
+    sources: Sequence[Source],
+    training: AuditedDataset | None,
+    objective: ObjectiveSettings,
+) -> Iterator[Finding]:
+    rows, labels, num_rows = prepared.examples, prepared.labels, audit.total.num_rows
+    if any(source.format.rows in ("feedback", "labels") for source in sources):
+        relabelled = tuple(f"{rows.place(a)} = {rows.place(b)}" for a, b in audit.relabelled)
+        what = "rows that repeat an earlier one with another label"
+        yield Finding(what, audit.total.num_relabelled, num_rows, relabelled)
+        if labels:
+            yield find_balance(labels, num_rows, objective.label_remark(labels))
     others = training.prepared.labels if training else {}
     section = "data.evaluation" if training and data.evaluation else "data.train"
-    variants = find_label_variants(prepared.labels, others, sources, section)
+    variants = find_label_variants(labels, others, sources, section)
     if variants is not None:
-        found.append(variants)
-    return AuditedDataset(name, prepared, scanned, audit, found, beyond)
+        yield variants
 
 
 def _candidates(source: Source, scanned: DatasetScan, index: int) -> list[int]:

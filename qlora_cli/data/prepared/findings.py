@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pydantic import Field
 
 from qlora_cli.common.config import Config
+from qlora_cli.data.prepared.scan import supervised_turns
 from qlora_cli.data.prepared.statistics import (
     NAMED,
     DatasetStatistics,
     LocatedExamples,
-    supervised_turns,
+    RowStatistics,
 )
 from qlora_cli.errors import DataError
 
@@ -29,6 +30,8 @@ class AuditLimits(Config):
     """Maximum share of training rows longer than `max_length`."""
     min_learnt: float | None = Field(None, ge=0, le=1)
     """Minimum share of training tokens that are supervised."""
+    max_equal_answers: float | None = Field(None, ge=0, le=1)
+    """Maximum share of training pairs whose chosen and rejected answers are equal."""
 
     def check(
         self, training: DatasetStatistics, evaluation: DatasetStatistics | None, *, truncated: float
@@ -45,6 +48,11 @@ class AuditLimits(Config):
         found = [
             ("max_duplicates", figures.num_duplicates / figures.num_rows, "training rows repeat"),
             ("max_truncated", truncated, "training rows are longer than data.max_length"),
+            (
+                "max_equal_answers",
+                figures.num_equal / max(1, figures.num_pairs),
+                "training pairs have equal answers",
+            ),
         ]
         if evaluation is not None:
             held_out = evaluation.total
@@ -87,6 +95,13 @@ class Finding:
     """The way out, if it is not obvious."""
     num_groups: int | None = None
     """The number of groups, if `named` holds the first groups of rows and not the first rows."""
+    is_usual: bool = False
+    """The count is nothing unusual: a figure to know, and not a sign of a mistake."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """There are such rows, and they are often a mistake."""
+        return self.count > 0 and not self.is_usual
 
     def first_named(self, number: int = NAMED) -> tuple[str, ...]:
         """Return the first names, and how many more there are."""
@@ -105,7 +120,7 @@ class Finding:
 def findings(
     rows: LocatedExamples,
     audit: DatasetStatistics,
-    drift: TemplateDrift,
+    drift: TemplateDrift | None,
     cut: Finding,
     *,
     training: LocatedExamples | None = None,
@@ -113,6 +128,7 @@ def findings(
     """List the findings in training or evaluation rows.
 
     Args:
+        drift: None for rows without answers, which have labels instead.
         cut: the finding about rows that are too long.
         training: the training rows, if `rows` are evaluation rows.
     """
@@ -122,20 +138,11 @@ def findings(
         return tuple(f"{rows.place(row)} = {others.place(other)}" for row, other in found)
 
     num = total.num_rows
-    drifting = tuple(rows.place(row) for row in drift.rows[:NAMED])
     repeated = pairs(audit.duplicates)
     found = [
         cut,
         Finding("rows with nothing to learn", total.num_empty, num),
-        *(
-            [Finding("turns that do not end in their row", total.num_unfinished, total.num_turns)]
-            if total.num_unfinished
-            else []
-        ),
-        Finding("turns that end in no stop token", total.unstopped, total.num_turns),
-        Finding(
-            "rows whose prompt differs in generation", len(drift.rows), drift.num_rows, drifting
-        ),
+        *([] if drift is None else _turn_findings(rows, total, drift)),
         Finding("rows that begin with two BOS tokens", total.num_double_bos, num),
         Finding("rows that repeat an earlier one", total.num_duplicates, num, repeated),
     ]
@@ -146,6 +153,79 @@ def findings(
             Finding("rows whose prompt training answers otherwise", total.num_asked, num, asked),
         ]
     return found
+
+
+def _turn_findings(
+    rows: LocatedExamples, total: RowStatistics, drift: TemplateDrift
+) -> Iterator[Finding]:
+    if total.num_unfinished:
+        yield Finding("turns that do not end in their row", total.num_unfinished, total.num_turns)
+    yield Finding("turns that end in no stop token", total.unstopped, total.num_turns)
+    drifting = tuple(rows.place(row) for row in drift.rows[:NAMED])
+    what = "rows whose prompt differs in generation"
+    yield Finding(what, len(drift.rows), drift.num_rows, drifting)
+
+
+MIN_PAIRS = 20
+"""Pairs whose answers differ in length, for their share to say anything."""
+USUAL_LONGER = (0.3, 0.7)
+"""Usual share of pairs whose longer answer is the chosen one."""
+
+
+def pair_findings(rows: LocatedExamples, audit: DatasetStatistics) -> list[Finding]:
+    """List the findings in pairs of answers; none for other rows."""
+    total = audit.total
+    if not total.num_pairs:
+        return []
+    uneven = total.num_longer_chosen + total.num_longer_rejected
+    low, high = USUAL_LONGER
+    share = total.num_longer_chosen / max(1, uneven)
+    is_usual = uneven < MIN_PAIRS or low <= share <= high
+    which = "longer" if share > high else "shorter"
+    swapped = tuple(f"{rows.place(row)} = {rows.place(other)}" for row, other in audit.swapped)
+    return [
+        Finding(
+            "pairs with equal answers",
+            total.num_equal,
+            total.num_pairs,
+            tuple(rows.place(row) for row in audit.equal),
+        ),
+        Finding(
+            "pairs that an earlier one has the other way round",
+            total.num_swapped,
+            total.num_pairs,
+            swapped,
+        ),
+        Finding(
+            "pairs whose longer answer is chosen, of those of unequal length",
+            total.num_longer_chosen,
+            uneven,
+            remedy=()
+            if is_usual
+            else (
+                f"the model may learn to prefer {which} answers: add pairs whose {which} answer is "
+                "rejected",
+            ),
+            is_usual=is_usual,
+        ),
+    ]
+
+
+def score_findings(
+    num_pairs: int, num_scored: int, num_contradicted: int, contradicted: tuple[str, ...]
+) -> list[Finding]:
+    """List the findings in the scores of pairs; none if no pair has scores."""
+    if not num_scored:
+        return []
+    return [
+        Finding(
+            "pairs whose rejected answer has the higher score",
+            num_contradicted,
+            num_scored,
+            contradicted,
+        ),
+        Finding("pairs without scores, where others have them", num_pairs - num_scored, num_pairs),
+    ]
 
 
 def find_drift(rows: LocatedExamples, prompts: Iterable[tuple[int, list[int]]]) -> TemplateDrift:

@@ -11,7 +11,7 @@ from qlora_cli.data.formats.proposal import propose_template
 from qlora_cli.data.prepared.findings import Finding
 from qlora_cli.data.prepared.statistics import NAMED
 from qlora_cli.data.sources import Source
-from qlora_cli.types import Conversation
+from qlora_cli.types import BAD, GOOD, Conversation
 
 _DIFFER = "rows whose label differs from another only in blanks or case"
 WAY_OUT = "write them alike in the file"
@@ -21,6 +21,10 @@ _LONGEST = 64
 """Characters of a label; a longer answer is not one."""
 _MOST = 200
 """Different answers of a classification; with more, the answers are not labels."""
+_NAMED = 10
+"""Labels named with their numbers of rows."""
+_USUAL_SHARE = 0.9
+"""Share of rows with the most frequent label; with more, others are easily never predicted."""
 _LEAST_ROWS = 2
 """Rows for each different answer on average; with fewer, the answers are not labels."""
 
@@ -31,10 +35,16 @@ class LabelCounter:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._may_be_labels = True
+        self._are_labels = False
 
     def add(self, row: Conversation) -> None:
-        """Count the last supervised turn of a row."""
+        """Count the label of a row, or its last supervised turn if it has no label."""
         if not self._may_be_labels:
+            return
+        if row.label is not None:
+            self._are_labels = True
+            self._counts.update(_texts(row))
+            self._may_be_labels = len(self._counts) <= _MOST
             return
         answer = next((turn.content for turn in reversed(row.messages) if turn.train), None)
         if answer is None:
@@ -45,7 +55,40 @@ class LabelCounter:
     def labels(self) -> dict[str, int]:
         """Return the number of rows with each label; {} if the answers are not labels."""
         is_few = self._counts.total() >= _LEAST_ROWS * len(self._counts)
-        return dict(self._counts) if self._may_be_labels and is_few else {}
+        return dict(self._counts) if self._may_be_labels and (is_few or self._are_labels) else {}
+
+
+def _texts(row: Conversation) -> list[str]:
+    """Return the label of a row as text; all of them, if it has several."""
+    if isinstance(row.label, tuple):
+        return list(row.label)
+    if isinstance(row.label, bool) and not row.is_labelled:
+        return [GOOD if row.label else BAD]
+    return [str(row.label)]
+
+
+def find_balance(labels: Mapping[str, int], num_rows: int, remark: str | None = None) -> Finding:
+    """Describe how often each label is given.
+
+    Args:
+        labels: the number of rows with each label, at least one.
+        remark: of the objective, on these numbers.
+    """
+    ranked = dict(sorted(labels.items(), key=lambda item: -item[1]))
+    most = next(iter(ranked.values()))
+    is_only = len(ranked) == 1 and num_rows > 1
+    remedies = [remark] if remark else []
+    if is_only:
+        remedies.append("rows of other labels are missing: there is nothing to tell apart")
+    return Finding(
+        "rows of one label only" if is_only else "rows with the most frequent label",
+        most,
+        num_rows,
+        tuple(variants_text({label: count}) for label, count in list(ranked.items())[:_NAMED]),
+        tuple(remedies),
+        len(ranked),
+        is_usual=not remedies and most <= _USUAL_SHARE * num_rows,
+    )
 
 
 def find_label_variants(

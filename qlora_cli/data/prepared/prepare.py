@@ -21,6 +21,7 @@ from qlora_cli.data.prepared.mmap_dataset import (
     damaged_file,
     read_facts,
 )
+from qlora_cli.data.prepared.statistics import NAMED
 from qlora_cli.data.prepared.tally import Tally
 from qlora_cli.data.prepared.tool_calls import ToolCallAudit
 from qlora_cli.data.prepared.workers import Workers
@@ -82,6 +83,12 @@ class PreparedData:
     """Rows with special tokens in their messages, which are encoded as plain text."""
     num_with_tools: int
     """Rows that declare tools."""
+    num_scored: int
+    """Pairs with scores or a margin."""
+    num_contradicted: int
+    """Pairs whose rejected answer has the higher score."""
+    contradicted_places: list[str]
+    """The places of the first of these pairs."""
     num_tokens: int
     num_supervised: int
     longest: int
@@ -205,6 +212,7 @@ def prepare(
                 "repaired": [dict(tally.repaired.most_common()) for tally in tallies],
                 "tool_problems": dict(calls.counts.most_common()),
                 "tool_problem_places": calls.places,
+                "contradicted_places": [p for one in tallies for p in one.contradicted][:NAMED],
                 "labels": labels.labels(),
                 _key_of("supervised_as"): "texts" if is_text else tallies[0].supervised_as,
                 "stop_token_ids": stop_token_ids,
@@ -283,6 +291,8 @@ _COUNTS = (
     "num_lost_answers",
     "num_typed",
     "num_with_tools",
+    "num_scored",
+    "num_contradicted",
     "num_tokens",
     "num_supervised",
 )

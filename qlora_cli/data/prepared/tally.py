@@ -50,6 +50,8 @@ class Tally:
         """Message keys that are not read, and the number of messages with each."""
         self.repaired: Counter[str] = Counter()
         """The number of used rows that each repair changed."""
+        self.contradicted: list[str] = []
+        """Places of pairs whose rejected answer has the higher score."""
         self._lost = BadRows()
         self._num_saved = 0
         """Rows with lost answers that `truncate: cut_prompt` would keep."""
@@ -67,12 +69,16 @@ class Tally:
             num_lost_answers=row.num_lost,
             num_typed=row.is_typed,
             num_with_tools=bool(row.examples and conversation.tools),
+            num_scored=bool(row.examples and conversation.margin is not None),
             num_tokens=sum(len(example.input_ids) for example in row.examples),
             num_supervised=sum(example.num_supervised for example in row.examples),
         )
         self.longest = max([self.longest, *(len(one.input_ids) for one in row.examples)])
         if row.examples:
             self.repaired.update(conversation.repaired)
+            if conversation.margin is not None and conversation.margin < 0:
+                self.counts["num_contradicted"] += 1
+                self.contradicted.append(conversation.place)
         if self._has_stops:
             self.turn_ends.update(end.token_ids or end.text for end in row.turn_ends)
         if row.lost is not None:

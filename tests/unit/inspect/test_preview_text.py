@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from qlora_cli.data.prepared.findings import Finding
-from qlora_cli.data.prepared.statistics import DatasetScan, LengthBar
+from qlora_cli.data.prepared.scan import DatasetScan
+from qlora_cli.data.prepared.statistics import LengthBar
 from qlora_cli.inspect.preview_html import preview_page
 from qlora_cli.inspect.preview_model import Sample, SourceView, SplitView, TextSpan, make_sample
 from qlora_cli.inspect.preview_text import preview_text, visible
@@ -93,8 +95,14 @@ def test_colour_takes_the_place_of_marks() -> None:
 def test_the_answers_of_a_preference_are_named() -> None:
     shown = side(PIECES)
     shown.sources[0].samples[:] = [
-        Sample("a:1", 5, 2, PIECES, answer=answer) for answer in ("chosen", "rejected")
+        Sample("a:1", 5, 2, [*PIECES[:2], replace(PIECES[2], is_parting=True)], answer=answer)
+        for answer in ("chosen", "rejected")
     ]
+    assert "  it: ⟦┆so⏎" in preview_text([shown], colour=False)
+    assert "it: \x1b[0m\x1b[33m┆\x1b[0m\x1b[32mso⏎" in preview_text([shown], colour=True)
+    assert 'title="the answers part here">┆</span><span class="supervised">so' in preview_page(
+        [shown], title="x"
+    )
     text, page = preview_text([shown], colour=False), preview_page([shown], title="x")
     for answer in ("chosen", "rejected"):
         assert f"a:1, {answer}: 5 tokens, 2 supervised" in text

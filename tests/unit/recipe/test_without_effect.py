@@ -30,6 +30,10 @@ WARNED: dict[str, tuple[list[str], str]] = {
         ["adapter={type: adalora, allocate_every: 60}"],
         "all ranks are removed in one step",
     ),
+    "data.audit.max_equal_answers": (
+        ["data.audit.max_equal_answers=0.1"],
+        "objective.type (supervised) does not learn from pairs",
+    ),
     "data.audit.max_overlap": (["data.audit.max_overlap=0.1"], "there are no evaluation rows"),
     "data.chat_template": ([TEXT, "data.chat_template=chatml.jinja"], "text without roles"),
     "data.seed": (["data.seed=7"], "training.seed orders the training rows"),

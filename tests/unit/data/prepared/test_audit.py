@@ -11,12 +11,8 @@ from qlora_cli.data.prepared.findings import (
     find_drift,
     findings,
 )
-from qlora_cli.data.prepared.statistics import (
-    DatasetScan,
-    DatasetStatistics,
-    LengthBar,
-    RowStatistics,
-)
+from qlora_cli.data.prepared.scan import DatasetScan
+from qlora_cli.data.prepared.statistics import DatasetStatistics, LengthBar, RowStatistics
 from qlora_cli.errors import DataError
 from qlora_cli.types import IGNORE_INDEX, Example
 
