@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_cli.common.formatting import first_names
 from qlora_cli.errors import DataError
 from qlora_cli.objectives.settings import ObjectiveSettings
 from qlora_cli.types import Conversation, HeadSpec, Problem, RowKind
@@ -86,8 +88,11 @@ class Classify(ObjectiveSettings):
     def values_of(self, row: Conversation) -> tuple[float, ...]:
         label = row.label
         if self.problem == "regression":
-            if isinstance(label, bool) or not isinstance(label, int | float):
+            # In csv files, every value is text.
+            number = _number(label) if isinstance(label, str) else label
+            if isinstance(number, bool) or not isinstance(number, int | float):
                 raise DataError(f"label: {_shown(label)} is not a number")
+            label = number
             if not math.isfinite(label):
                 raise DataError(f"label: {label} is not a finite number")
             return (float(label),)
@@ -100,10 +105,28 @@ class Classify(ObjectiveSettings):
             return tuple(float(i in found) for i in range(len(self.labels)))
         return (float(self._index(label)),)
 
+    def label_text(self, values: tuple[float, ...]) -> str:
+        if self.problem == "regression":
+            return f"{values[0]:.6g}"
+        if self.problem == "single":
+            return self.labels[int(values[0])]
+        given = [label for label, value in zip(self.labels, values, strict=True) if value]
+        return " + ".join(given) or "none"
+
+    def label_remark(self, labels: Mapping[str, int]) -> str | None:
+        if self.problem == "regression":
+            return None
+        found = {self._index(label) for label in labels}
+        absent = [repr(label) for i, label in enumerate(self.labels) if i not in found]
+        return f"no row has the label {first_names(absent, _MAX_NAMED)}" if absent else None
+
     def _index(self, label: object) -> int:
         """Return the index of a label: its name, or that index itself."""
-        if isinstance(label, str) and label in self.labels:
-            return self.labels.index(label)
+        if isinstance(label, str):
+            if label in self.labels:
+                return self.labels.index(label)
+            if label.strip().isdecimal() and int(label) < len(self.labels):
+                return int(label)
         if isinstance(label, int | float):
             if (text := _plain(label)) in self.labels:
                 return self.labels.index(text)
@@ -178,6 +201,13 @@ class Reward(ObjectiveSettings):
         from qlora_cli.objectives.classification import RewardLoss
 
         return RewardLoss(model, dtype, self.center_rewards)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _plain(number: float) -> str:

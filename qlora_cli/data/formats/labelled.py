@@ -99,7 +99,11 @@ class Labelled(Config):
         value: Any = value_of(row, field)
         if isinstance(value, list):
             entries = as_list(value, field, "a list of labels")
-            names = tuple(as_text(entry, where) for where, entry in entries)
+            # Indices of classes stay whole numbers, written as text.
+            names = tuple(
+                str(entry) if type(entry) is int else as_text(entry, where)
+                for where, entry in entries
+            )
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise DataError(f"field '{field}': {repeated[0]!r} is in it twice")
             return names
@@ -108,5 +112,5 @@ class Labelled(Config):
         if isinstance(value, bool | int | float) and math.isfinite(value):
             return value
         raise DataError(
-            f"field '{field}': got {shown(value)}, expected a text, a number or a list of texts"
+            f"field '{field}': got {shown(value)}, expected a text, a number or a list of labels"
         )

@@ -64,6 +64,10 @@ def _texts(row: Conversation) -> list[str]:
         return list(row.label)
     if isinstance(row.label, bool) and not row.is_labelled:
         return [GOOD if row.label else BAD]
+    if isinstance(row.label, bool):
+        return [str(row.label).lower()]
+    if isinstance(row.label, float) and row.label.is_integer():
+        return [str(int(row.label))]
     return [str(row.label)]
 
 

@@ -102,6 +102,10 @@ MORE = {
 """Further values without effect, of keys above."""
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "objective.label_smoothing": (
+        ["objective={type: dpo, loss: hinge, label_smoothing: 0.1}"],
+        "label_smoothing (0.1) is defined for loss sigmoid",
+    ),
     "adapter.begin_at": (["adapter={type: adalora, begin_at: 0.8}"], "must be before end_at"),
     "adapter.end_at": (["adapter={type: adalora, end_at: 0.05}"], "must be before end_at"),
     "adapter.freeze_a": (["adapter={type: lora, freeze_a: true, init: pissa}"], "does not work"),
@@ -208,7 +212,16 @@ NONE = {
     "data.train.format.completion_field": _NAME, "data.train.format.as_chat": _VALUE,
     "data.train.format.system": _NAME, "data.train.format.chosen_field": _NAME,
     "data.train.format.rejected_field": _NAME, "data.train.format.user": _NAME,
-    "data.train.format.assistant": _NAME,
+    "data.train.format.assistant": _NAME, "data.train.format.label_field": _NAME,
+    "data.train.format.score_chosen_field": "a pair without scores has no margin",
+    "data.train.format.score_rejected_field": "a pair without scores has no margin",
+    "data.train.format.margin_field": "a pair without a margin has none",
+    "data.train.format.template": _NAME,
+    "objective.beta": _NUMBER, "objective.gamma": _NUMBER, "objective.loss": _VALUE,
+    "objective.sft_weight": _NUMBER, "objective.ld_alpha": _NUMBER, "objective.reference": _VALUE,
+    "objective.desirable_weight": _NUMBER, "objective.undesirable_weight": _NUMBER,
+    "objective.labels": _VALUE, "objective.problem": _VALUE, "objective.class_weights": _NUMBER,
+    "objective.center_rewards": _NUMBER,
     "data.on_bad_row": _VALUE, "data.max_lost": _VALUE, "data.workers": "only the time changes",
     "data.audit.max_duplicates": _VALUE, "data.audit.max_truncated": _VALUE,
     "data.audit.min_learnt": _VALUE,

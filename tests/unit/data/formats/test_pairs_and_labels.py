@@ -291,6 +291,7 @@ def test_bad_feedback_is_refused_by_field(change: dict[str, Any], reason: str) -
         (3.5, 3.5),
         (["a", "b"], ("a", "b")),
         ([], ()),
+        ([27, 3], ("27", "3")),
         ("negative ", "negative "),  # the objective compares it with its labels
     ],
 )
@@ -330,11 +331,12 @@ def test_no_turn_of_a_labelled_row_is_supervised(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"label": None}, "field 'label': got null, expected a text, a number or a list of texts"),
+        ({"label": None}, "field 'label': got null, expected a text, a number or a list of labels"),
         ({"label": ""}, "field 'label': empty"),
         ({"label": float("nan")}, r"field 'label': got nan \(float\)"),
         ({"label": {"a": 1}}, r"field 'label': got \{'a': 1\} \(dict\)"),
-        ({"label": [1, 2]}, r"field 'label\[0\]': got 1 \(int\), expected text"),
+        ({"label": [1.5]}, r"field 'label\[0\]': got 1.5 \(float\), expected text"),
+        ({"label": [True]}, r"field 'label\[0\]': got True \(bool\), expected text"),
         ({"label": ["a", "a"]}, "field 'label': 'a' is in it twice"),
         ({"text": None}, "field 'text': got null, expected text or messages"),
         ({"text": "  "}, "field 'text': empty"),

@@ -20,6 +20,7 @@ from qlora_cli.data.prepared.statistics import DatasetStatistics
 from qlora_cli.errors import DataError
 from qlora_cli.inspect.preview import preview
 from qlora_cli.objectives import KTO
+from qlora_cli.objectives.head_settings import Classify
 from qlora_cli.types import Conversation, Example, Message
 from tests.unit.data.prepared.test_audit import BOS, STOP, Examples, row
 
@@ -162,8 +163,8 @@ ANSWER = [Message("user", "a", train=False), Message("assistant", "b", train=Tru
         (TEXT, ["pos", "neg", "pos"], {"pos": 2, "neg": 1}),
         (TEXT, ["a", "b", "c"], {"a": 1, "b": 1, "c": 1}),
         (TEXT, [("a", "b"), (), ("a",)], {"a": 2, "b": 1}),
-        (TEXT, [True, False, True], {"True": 2, "False": 1}),
-        (TEXT, [1, 0, 0], {"1": 1, "0": 2}),
+        (TEXT, [True, False, True], {"true": 2, "false": 1}),
+        (TEXT, [1, 0, 0.0], {"1": 1, "0": 2}),
         (TEXT, [number / 7 for number in range(300)], {}),
         (ANSWER, [True, False, True], {"good": 2, "bad": 1}),
     ],
@@ -299,3 +300,79 @@ def test_feedback_is_audited_and_shown_with_its_label(
     shown = preview(recipe, use_cache=False)
     assert "kto.jsonl:1, label bad: " in shown.text(2, colour=False)
     assert [one.label for one in shown.rows(None)] == ["bad", *["good"] * 5]
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_labels_are_audited_and_shown(
+    tiny_recipe: Recipes, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_text: bool
+) -> None:
+    """A tsv file without a header, as that of SST-2: its labels are texts."""
+    texts = ["good film", "bad film", "bad film", "dull"]
+    columns = {"columns": ["sentence", "label"]} if is_text else {}
+    rows = [(text, int(text == "good film" or i == 2)) for i, text in enumerate(texts)]
+    path = tmp_path / ("rows.tsv" if is_text else "rows.jsonl")
+    if is_text:
+        path.write_text("".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8")
+    else:
+        write(path, *({"sentence": text, "label": label} for text, label in rows))
+    format = {"type": "labelled", "field": "sentence"}
+    recipe = tiny_recipe(
+        data={"train": {"path": str(path), "format": format, **columns}, "evaluation": None},
+        objective={"type": "classify", "labels": ["negative", "positive", "neutral"]},
+    )
+    line, record = prepared(recipe, caplog)
+    line = line.replace(f"{tmp_path}/", "")
+    assert f"with another label: 1 of 4 (25.00%), {path.name}:3 = {path.name}:2" in line
+    assert "most frequent label: 2 of 4 (50.00%)" in line
+    assert "no row has the label 'neutral'" in line
+    assert "stop token" not in line
+    assert record["num_rows"] == 4
+    shown = preview(recipe, use_cache=False)
+    labels = ["positive", "negative", "positive", "negative"]
+    assert [one.label for one in shown.rows(None)] == labels
+    assert f"{path.name}:1, label positive: " in shown.text(1, colour=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "values"),
+    [
+        ({"labels": ["a", "b"]}, "1", (1.0,)),
+        ({"labels": ["1", "0"]}, "1", (0.0,)),  # a name goes before an index
+        ({"labels": ["a", "b"]}, " 0", (0.0,)),
+        ({"labels": ["a", "b"], "problem": "multi"}, ("1", "a"), (1.0, 1.0)),
+        ({"problem": "regression"}, "3.5", (3.5,)),
+        ({"problem": "regression"}, " -1e2", (-100.0,)),
+    ],
+)
+def test_labels_of_tables_are_texts(settings: Any, label: Any, values: tuple[float, ...]) -> None:
+    objective = Classify(**settings)
+    assert objective.values_of(Conversation(TEXT, label=label)) == values
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "reason"),
+    [
+        ({"labels": ["a", "b"]}, "2", "'2' is not one of objective.labels"),
+        ({"labels": ["a", "b"]}, "-1", "'-1' is not one of objective.labels"),
+        ({"labels": ["a", "b"]}, "0.5", "'0.5' is not one of objective.labels"),
+        ({"problem": "regression"}, "high", "'high' is not a number"),
+        ({"problem": "regression"}, "nan", "nan is not a finite number"),
+        ({"problem": "regression"}, True, "true' is not a number"),
+    ],
+)
+def test_texts_that_are_not_labels_are_refused(settings: Any, label: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        Classify(**settings).values_of(Conversation(TEXT, label=label))
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "text"),
+    [
+        ({"labels": ["a", "b"]}, (1.0,), "b"),
+        ({"labels": ["a", "b"], "problem": "multi"}, (1.0, 1.0), "a + b"),
+        ({"labels": ["a", "b"], "problem": "multi"}, (0.0, 0.0), "none"),
+        ({"problem": "regression"}, (2.5,), "2.5"),
+    ],
+)
+def test_labels_are_written_as_text(settings: Any, values: tuple[float, ...], text: str) -> None:
+    assert Classify(**settings).label_text(values) == text
