@@ -55,7 +55,7 @@ class _ScannedExample:
     has_double_bos: bool
     digest: int
     prompts: list[int]
-    """Of each supervised turn that has a prompt: everything before it."""
+    """Hashes of the prompts of its supervised turns: of all tokens before each."""
 
 
 class DatasetScan:
