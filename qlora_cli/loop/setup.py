@@ -97,10 +97,9 @@ def build_setup(
     padding_free = not recipe.adapter.no_packing and use_padding_free(
         base, data.training, data.tokenizer, dtype, world.device, packing=recipe.data.packing
     )
-    is_linked = recipe.objective.link_size > 1
     shares_prefixes = (
         padding_free
-        and is_linked
+        and recipe.objective.rows == "pairs"
         and use_shared_prefixes(base, data.training, data.tokenizer, dtype, world.device)
     )
     batches = stream_batches(

@@ -69,7 +69,8 @@ class Console:
     def _progress(self, metrics: Metrics, step: int) -> str:
         return (
             f"step {step}/{self._max_steps}  loss {metrics['loss']:.4f}  "
-            f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{_shown(metrics, 'accuracy', 'margin')}lr {metrics['learning_rate']:.2e}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{size_text(metrics['peak_memory_bytes'])}{self._time_left(step)}"
         )
 
@@ -95,6 +96,52 @@ class Console:
         self._stream.write("\r" + line.ljust(self._width) + ("\n" if stays else ""))
         self._stream.flush()
         self._width = 0 if stays else len(line)
+
+
+def _shown(metrics: Metrics, *names: str) -> str:
+    return "".join(f"{name} {metrics[name]:.4f}  " for name in names if name in metrics)
+
+
+class FallingAnswers:
+    """Warn once when the chosen answers of pairs become much less likely.
+
+    A preference loss only sees the difference of two answers: it also falls if both become less
+    likely, the rejected one faster (Pal et al. 2024, section 3).
+
+    Args:
+        max_fall: nats per answer, mean over the pairs of an evaluation (or of a step, where the
+            loss has a reference).
+        rows: earlier lines of `metrics.jsonl`, whose first evaluation is the start.
+    """
+
+    def __init__(self, max_fall: float, rows: Sequence[Metrics]) -> None:
+        self._max_fall = max_fall
+        self._first = next((row[_LOGP] for row in rows if _LOGP in row), None)
+        self._has_warned = False
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        change = metrics.get("chosen_change")
+        if _LOGP in metrics:
+            if self._first is None:
+                self._first = metrics[_LOGP]
+            change = metrics[_LOGP] - self._first
+        if change is None or change >= -self._max_fall or self._has_warned:
+            return
+        self._has_warned = True
+        log.warning(
+            "step %d: the chosen answers are %.1f nats less likely than at the start (more than "
+            "objective.max_fall %g): the model may write neither answer any more. Raise "
+            "objective.sft_weight, or lower optimizer.learning_rate",
+            step,
+            -change,
+            self._max_fall,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+_LOGP = "eval_logp_chosen"
 
 
 class Jsonl:
@@ -181,16 +228,26 @@ class Fanout:
 
 
 def open_trackers(
-    names: Sequence[str] | None, folder: Path, *, max_steps: int, first_step: int
+    names: Sequence[str] | None,
+    folder: Path,
+    *,
+    max_steps: int,
+    first_step: int,
+    max_fall: float | None = None,
 ) -> Tracker:
     """Open the console (unless the log is quiet), `metrics.jsonl` in `folder`, and those named.
 
     Args:
         names: None for a process that must not write.
+        max_fall: nats by which chosen answers may become less likely without a warning.
     """
     if names is None:
         return Fanout([])
-    trackers: list[Tracker] = [Jsonl(folder / "metrics.jsonl", first_step)]
+    path = folder / "metrics.jsonl"
+    trackers: list[Tracker] = [Jsonl(path, first_step)]
+    if max_fall is not None:
+        earlier = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        trackers.append(FallingAnswers(max_fall, earlier))
     if logging.getLogger("qlora").isEnabledFor(logging.INFO):
         trackers.append(Console(sys.stderr, max_steps, first_step))
     if "tensorboard" in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -63,17 +62,25 @@ class FeedbackLoss(Objective):
 
         The mismatched answers serve for nothing else, so the batches are returned without them.
         """
-        known = self.reference.add_to(batches, device, self, self.log_probs)
+        split = [self.parts(batch) for batch in batches]
+        answers, others = (
+            self.reference.add_to(part, device, self, self.log_probs)
+            for part in ([one for one, _ in split], [other for _, other in split])
+        )
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         with eval_mode(self):
-            for batch in known:
+            for batch in others:
                 assert batch.reference is not None
-                number = len(batch.links)
-                ratios = self.log_probs(batch.to(device)) - batch.reference
-                sums += torch.stack([ratios[1 : 2 * number : 2].sum(), ratios.new_tensor(number)])
+                number = len(batch.values)
+                ratios = (self.log_probs(batch.to(device)) - batch.reference)[:number]
+                sums += torch.stack([ratios.sum(), ratios.new_tensor(number)])
         total, number_of_rows = sum_over_ranks(sums)
         divergence = (total / number_of_rows).clamp(min=0)
-        return [replace(without_mismatched(batch), divergence=divergence) for batch in known]
+        return [replace(batch, divergence=divergence) for batch in answers]
+
+    def parts(self, batch: Batch) -> tuple[Batch, Batch]:
+        """Split a batch into its examples, and their prompts with the answers of others."""
+        return _one_of_each_link(batch, 0), _one_of_each_link(batch, 1)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """Return the log-probability of each answer, (S,) in float64, with a gradient."""
@@ -125,32 +132,26 @@ class FeedbackLoss(Objective):
         return weight * (1 - gains), metrics
 
 
-def without_mismatched(batch: Batch) -> Batch:
-    """Return a batch with the first example of each link alone."""
+def _one_of_each_link(batch: Batch, place: int) -> Batch:
+    """Return a batch with one example of each link of two; one without rows stays as it is."""
     if not batch.links:
         return batch
-    firsts = list(accumulate(batch.links, initial=0))[:-1]
-    assert batch.reference is not None
-    kept = torch.tensor(firsts)
-    reference = batch.reference[kept.to(batch.reference.device)]
+    kept = [2 * at + place for at in range(len(batch.links))]
     if batch.documents:
         ids = batch.input_ids[0].split(batch.documents)
         labels = batch.labels[0].split(batch.documents)
         return replace(
             batch,
-            input_ids=torch.cat([ids[at] for at in firsts])[None],
-            labels=torch.cat([labels[at] for at in firsts])[None],
-            documents=tuple(batch.documents[at] for at in firsts),
-            prefixes=(),
+            input_ids=torch.cat([ids[at] for at in kept])[None],
+            labels=torch.cat([labels[at] for at in kept])[None],
+            documents=tuple(batch.documents[at] for at in kept),
             links=(),
-            reference=reference,
         )
     assert batch.attention_mask is not None
     return replace(
         batch,
-        input_ids=batch.input_ids[kept.to(batch.input_ids.device)],
-        attention_mask=batch.attention_mask[kept.to(batch.input_ids.device)],
+        input_ids=batch.input_ids[kept],
+        attention_mask=batch.attention_mask[kept],
         labels=batch.labels[kept],
         links=(),
-        reference=reference,
     )

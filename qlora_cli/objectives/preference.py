@@ -101,6 +101,10 @@ class PreferenceLoss(Objective):
             return list(batches)
         return self.reference.add_to(batches, device, self, self.log_probs)
 
+    def parts(self, batch: Batch) -> tuple[Batch, ...]:
+        """Return the batches whose log-probabilities the reference computes: this one."""
+        return (batch,)
+
     def log_probs(self, batch: Batch) -> Tensor:
         """Return the log-probability of each answer, (S,) in float64, with a gradient."""
         return -self._losses.of_examples(batch, self._factors)

@@ -37,6 +37,10 @@ class PairObjective(ObjectiveSettings):
     def metrics(self) -> tuple[str, ...]:
         return ("accuracy", "margin")
 
+    max_fall: float = Field(20.0, gt=0)
+    """Warn once when the chosen answers of the evaluation rows are less likely than at the start by
+    more than this many nats per answer."""
+
     @property
     def tail_weight(self) -> float:
         """Factor on the log-probabilities of tokens beyond the length of the shorter answer."""

@@ -17,6 +17,7 @@ from qlora_cli.objectives.feedback import FeedbackLoss
 from qlora_cli.objectives.preference import PreferenceLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.warm_start import WarmStart
+from qlora_cli.types import Batch
 
 log = logging.getLogger("qlora")
 
@@ -55,15 +56,19 @@ def precompute_reference(
         else:
             log.info("reference: %s rows, as computed before", f"{len(reference.known):,}")
             return
+
+    def learn(batch: Batch, *, is_training: bool) -> None:
+        for part in objective.parts(batch):
+            on_device = part.to(world.device)
+            reference.precompute(on_device, objective, objective.log_probs, is_training=is_training)
+
     progress = Progress("reference", setup.max_steps)
     if data.evaluation is not None:
         for batch in evaluation_batches(recipe, data.evaluation, data.tokenizer, world):
-            on_device = batch.to(world.device)
-            reference.precompute(on_device, objective, objective.log_probs, is_training=False)
+            learn(batch, is_training=False)
     for step in range(setup.max_steps):
         for batch in setup.batches.micro_batches(step):
-            on_device = batch.to(world.device)
-            reference.precompute(on_device, objective, objective.log_probs, is_training=True)
+            learn(batch, is_training=True)
         progress.add(1)
     log.info("reference: %s rows computed", f"{len(reference.known):,}")
     if use_cache:

@@ -21,6 +21,7 @@ from qlora_cli.loop.monitor import TrainingMonitor
 from qlora_cli.loop.run_data import RunData, prepare_data
 from qlora_cli.loop.setup import Batches, Setup, build_setup, warn_of_no_effect
 from qlora_cli.loop.trackers import Tracker, open_trackers
+from qlora_cli.objectives.preference_settings import PairObjective
 from qlora_cli.plan.compatibility import check_model
 from qlora_cli.recipe.packages import require_packages
 from qlora_cli.recipe.schema import Recipe
@@ -214,7 +215,16 @@ def _tracker(
 ) -> closing[Tracker]:
     names = recipe.output.trackers if run.world.is_main else None
     folder = run.folder.root
-    return closing(open_trackers(names, folder, max_steps=setup.max_steps, first_step=state.step))
+    objective = recipe.objective
+    return closing(
+        open_trackers(
+            names,
+            folder,
+            max_steps=setup.max_steps,
+            first_step=state.step,
+            max_fall=objective.max_fall if isinstance(objective, PairObjective) else None,
+        )
+    )
 
 
 def _finish(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.conftest import exit_code, output_of
+from tests.conftest import exit_code, mostly_slow, output_of
+from tests.e2e.test_bad_numbers import ODD, damaged_base
 
 Run = Callable[..., list[dict[str, Any]]]
 
@@ -99,7 +103,9 @@ def name_of(objective: dict[str, Any]) -> str:
     return "-".join(str(value) for value in objective.values())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=name_of)
+@pytest.mark.parametrize(
+    "objective", mostly_slow(OBJECTIVES, OBJECTIVES[0], OBJECTIVES[-1]), ids=name_of
+)
 def test_a_step_does_not_depend_on_how_it_is_cut(run: Run, objective: dict[str, Any]) -> None:
     cuts: dict[str, dict[str, Any]] = {
         "4x1": {"training": {"micro_batch_size": 1}},
@@ -249,3 +255,67 @@ def test_rows_of_another_kind_are_refused_by_name(
     said = capsys.readouterr().err
     assert "format.type (preference) reads pairs of a chosen and a rejected answer" in said
     assert "objective: {type: dpo}" in said
+
+
+@pytest.mark.parametrize(
+    "objective", mostly_slow(OBJECTIVES, OBJECTIVES[0], OBJECTIVES[-1]), ids=name_of
+)
+def test_a_nan_in_an_answer_is_not_applied_and_its_row_is_named(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: dict[str, Any]
+) -> None:
+    kind = "feedback" if objective["type"] == "kto" else "pairs"
+    rows = [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
+    rows[4]["completion" if kind == "feedback" else "rejected"] += ODD
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = {
+        "path": str(bad),
+        "format": {"type": "feedback" if kind == "feedback" else "preference"},
+    }
+    lines = run(
+        "run",
+        objective=objective,
+        model={"path": str(damaged_base(tmp_path))},
+        data={"train": source, "evaluation": None},
+        training={"max_steps": 3, "batch_size": 4, "micro_batch_size": 4},
+    )
+    assert sum(line["loss"] is None for line in lines if "loss" in line) == 1
+    named = capsys.readouterr().err.split("not applied; rows: ")[1].splitlines()[0]
+    assert f"{bad}:5" in named
+    saved = load_file(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_falling_chosen_answers_are_warned_of_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("run", objective={"type": "dpo", "max_fall": 1e-3}, training={"max_steps": 6})
+    said = [line for line in caplog.messages if "nats less likely than at the start" in line]
+    rising = "eval_logp_chosen"
+    assert len(said) <= 1
+    lines = run("again", objective={"type": "simpo", "max_fall": 1e-3, "gamma": 5.0})
+    fell = any(line[rising] < lines[0][rising] - 1e-3 for line in lines if rising in line)
+    assert fell == any("nats less likely" in line for line in caplog.messages[len(said) :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name_of)
+def test_two_ranks_equal_one_rank(run: Run, tmp_path: Path, objective: dict[str, Any]) -> None:
+    # 12 rows in steps of 5: the last step is short, and one rank has fewer rows in it.
+    steps = {"batch_size": 5, "micro_batch_size": 1, "max_steps": None, "epochs": 1}
+    alone = run("run", objective=objective, training=steps)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_addr", "127.0.0.1", "--master_port", "0", "--standalone",
+        "-m", "qlora_cli", "train", str(tmp_path / "recipe.yaml"),
+        "--set", f"output.dir={tmp_path / 'two'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "two" / "metrics.jsonl").read_text(encoding="utf-8")
+    together = [json.loads(line) for line in text.splitlines()]
+    for name in ("loss", "eval_loss", "accuracy", "margin"):
+        expected = [line[name] for line in alone if name in line]
+        assert expected
+        found = [line[name] for line in together if name in line]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)

@@ -26,7 +26,6 @@ def mismatched(example: Example, other: Example) -> Example:
         example.input_ids[:start] + other.input_ids[begin:],
         [IGNORE_INDEX] * start + other.labels[begin:],
         is_linked=True,
-        prefix=start,
     )
 
 
