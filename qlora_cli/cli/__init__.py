@@ -65,6 +65,13 @@ Example:
 Results go to stdout, progress and errors to stderr.
 
 \b
+Objectives of a recipe (objective.type):
+  supervised              answers
+  dpo, orpo, simpo        pairs of a chosen and a rejected answer
+  kto                     answers that are good or bad
+  reward, classify        a head: scores of answers, classes of texts
+
+\b
 Exit codes:
 {_EXIT_CODES}
 """
