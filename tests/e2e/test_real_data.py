@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_cli.errors import DataError
 from qlora_cli.inspect.preview import preview
 from qlora_cli.models.base import BaseModelConfig
 from qlora_cli.models.tokenizer import load_tokenizer
@@ -52,10 +51,22 @@ SETS: dict[str, dict[str, Any]] = {
     "preference": {
         "train": {"path": "preference/dpo_en_demo.json", "format": {"type": "preference"}}
     },
+    "labels": {
+        name: {
+            "path": f"sst2/{file}.tsv",
+            "columns": ["sentence", "label"],
+            "format": {"type": "labelled", "field": "sentence"},
+        }
+        for name, file in (("train", "train"), ("evaluation", "dev"))
+    },
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "preference": {"type": "dpo"},
+    "labels": {"type": "classify", "labels": ["negative", "positive"]},
 }
 ROWS = {
     "gsm8k": 7473, "sst2": 6920, "mmlu": 1531, "wikitext2": 2461,
-    "alpaca": 999, "toolcall": 300, "preference": 300,
+    "alpaca": 999, "toolcall": 300, "preference": 300, "labels": 6920,
 }  # fmt: skip
 ANSWERS = {
     "gsm8k": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.",
@@ -65,6 +76,7 @@ ANSWERS = {
     "alpaca": "Making crepes is an easy and delicious process!",
     "toolcall": "Of course! I can help you with that.",
     "preference": "That sounds like a fun and engaging idea!",
+    "labels": "<|",
 }
 """The beginning of the first row's supervised text."""
 
@@ -73,8 +85,6 @@ pytestmark = [
     needs_data,
     needs_model,
 ]
-
-TRAINED = [name for name in SETS if name != "preference"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,7 @@ def write_recipe(folder: Path, name: str, model: Path, *, limit: int | None, **d
         "model": {"path": str(model)},
         "data": {**sides, **data},
         "adapter": {"type": "lora", "r": 4, "alpha": 8},
+        "objective": OBJECTIVES.get(name, {"type": "supervised"}),
         "training": {"batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": False},
         "output": {"dir": str(folder / "run")},
     }
@@ -126,8 +137,9 @@ def test_all_rows_of_a_set_are_previewed(name: str, demo_model: Path, tmp_path: 
     for side in sides:
         counts = {finding.what: finding.count for finding in side.findings}
         assert counts["rows with nothing to learn"] == 0
-        assert counts["turns that end in no stop token"] == 0
-        assert counts["rows whose prompt differs in generation"] == 0
+        if name != "labels":
+            assert counts["turns that end in no stop token"] == 0
+            assert counts["rows whose prompt differs in generation"] == 0
         assert counts["rows that begin with two BOS tokens"] == 0
     supervised = [
         "".join(span.text for span in one.spans if span.is_supervised) for one in source.samples
@@ -141,16 +153,17 @@ def test_all_rows_of_a_set_are_previewed(name: str, demo_model: Path, tmp_path: 
     assert len(list(found.rows(2))) == 2 * len(sides) * len(source.samples)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SETS)
 def test_three_steps_are_trained_on_each_set(name: str, random_model: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, name, random_model, limit=64, max_length=256, max_lost=1)
     train(load_recipe(path, ["training.max_steps=3"]).recipe)
     assert len(losses(tmp_path)) == 3
-    # The loss of a uniform distribution over the vocabulary.
-    assert losses(tmp_path)[0] == pytest.approx(math.log(49152), abs=1.5)
+    # The loss of a uniform distribution: over the vocabulary, or over two answers or labels.
+    uniform = math.log(2 if name in OBJECTIVES else 49152)
+    assert losses(tmp_path)[0] == pytest.approx(uniform, abs=1.5)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SETS)
 def test_the_demo_model_begins_to_learn_each_set(
     name: str, demo_model: Path, tmp_path: Path
 ) -> None:
@@ -159,13 +172,6 @@ def test_the_demo_model_begins_to_learn_each_set(
     train(load_recipe(path, overrides).recipe)
     assert len(losses(tmp_path)) == 2
     assert max(losses(tmp_path)) < 5
-
-
-def test_preferences_are_not_trained_on(random_model: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, "preference", random_model, limit=8)
-    with pytest.raises(DataError, match=r"format.type \(preference\) reads pairs"):
-        train(load_recipe(path).recipe)
-    assert not (tmp_path / "run").exists()
 
 
 def losses(folder: Path) -> list[float]:
