@@ -38,7 +38,10 @@ _ELSEWHERE = {
     "gguf": "qlora export --gguf does that",
     "push": "hf upload NAME FOLDER does that; qlora uploads nothing",
     "init": "copy a recipe from configs/ and change it",
-    "dpo": "qlora trains supervised; preference data can be previewed",
+    "dpo": "qlora train does that with objective: {type: dpo} in the recipe",
+    "kto": "qlora train does that with objective: {type: kto} in the recipe",
+    "orpo": "qlora train does that with objective: {type: orpo} in the recipe",
+    "reward": "qlora train does that with objective: {type: reward} in the recipe",
     "login": "hf auth login does that",
 }
 """Commands of other tools -> what to do here."""

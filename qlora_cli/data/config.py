@@ -25,7 +25,8 @@ class Data(Config):
     evaluation: Source | list[Source] | None = None
     """Evaluation rows, never trained on."""
     evaluation_share: float | None = Field(None, gt=0, lt=1)
-    """Share of the training rows to hold out instead of `evaluation`, drawn by content."""
+    """Share of the training rows to hold out instead of `evaluation`, drawn by content: of pairs
+    and feedback, by the prompt."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of `shuffle` and `evaluation_share`, independent of the training seed."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -40,7 +41,8 @@ class Data(Config):
     """Action for a longer row: leave it out, cut its end, cut the beginning of its prompt so
     that the answers stay, or split it into several rows (text without roles; else as cut_end)."""
     max_lost: float = Field(0.05, ge=0, le=1)
-    """Maximum share of answers that may be cut, in whole or in part; with more, stop."""
+    """Maximum share of answers that may be cut, in whole or in part, or of pairs that are left out
+    because of it; with more, stop."""
     workers: int | None = Field(None, ge=1)
     """Processes that prepare rows; null starts with one, and uses all cores for large data if
     there are four or more."""

@@ -44,6 +44,7 @@ def write_bad_rows(recipe: Recipe, path: Path) -> int:
                         max_length=data.max_length,
                         truncate=data.truncate,
                         number=data.workers,
+                        objective=recipe.objective,
                     ) as workers,
                 ):
                     for row, encoded in workers.encode(source.conversations(bad)):

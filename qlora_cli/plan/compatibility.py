@@ -31,7 +31,7 @@ from qlora_cli.common.report import Report
 from qlora_cli.data.prepared.first_rows import check_first_bad_rows, check_first_rows
 from qlora_cli.data.render.chat_template import read_chat_template
 from qlora_cli.data.sources import BadRows
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.models.context import read_context
 from qlora_cli.models.report import WeightCounts, count_base_weights, refuse_mostly_unquantized
 from qlora_cli.plan.miniature_run import UnattachedMiniature, UncheckedModel, dry_run_miniature
@@ -86,12 +86,22 @@ def _read_first_rows(recipe: Recipe) -> None:
         if not source.is_at_hand():
             continue
         if tokenizer is not None:
-            check_first_rows(source, tokenizer, data, num_rows=_FIRST_ROWS, context=context)
+            check_first_rows(
+                source,
+                tokenizer,
+                data,
+                num_rows=_FIRST_ROWS,
+                context=context,
+                objective=recipe.objective,
+            )
             continue
         skip = data.on_bad_row == "skip"
         bad = BadRows(tries_repairs=not skip)
-        for _ in islice(source.in_file_order().conversations(bad), _FIRST_ROWS):
-            pass
+        for row in islice(source.in_file_order().conversations(bad), _FIRST_ROWS):
+            try:
+                recipe.objective.values_of(row)
+            except DataError as error:
+                bad.add(row.place, error)
         check_first_bad_rows(source, bad, _FIRST_ROWS, skip=skip)
 
 

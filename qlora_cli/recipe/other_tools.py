@@ -103,6 +103,21 @@ OTHER_NAMES = {
     "metric_for_best_model": "evaluation.best_by",
     "loss_watchdog_threshold": "training.spike",
     "loss_watchdog_patience": "training.spike",
+    "rl": "objective.type",
+    "stage": "objective.type",
+    "rl_beta": "objective.beta",
+    "dpo_beta": "objective.beta",
+    "pref_beta": "objective.beta",
+    "pref_loss": "objective.loss",
+    "dpo_loss_type": "objective.loss",
+    "dpo_label_smoothing": "objective.label_smoothing",
+    "pref_ftx": "objective.sft_weight",
+    "simpo_gamma": "objective.gamma",
+    "kto_desirable_weight": "objective.desirable_weight",
+    "kto_chosen_weight": "objective.desirable_weight",
+    "kto_undesirable_weight": "objective.undesirable_weight",
+    "kto_rejected_weight": "objective.undesirable_weight",
+    "center_rewards_coefficient": "objective.center_rewards",
 }
 """Other tools' names for our keys, for "did you mean"."""
 
@@ -130,12 +145,20 @@ TAKES = {
     "load_in_8bit": "int8 instead of true",
     "quantization_bit": "nf4 or fp4 instead of 4, and int8 instead of 8",
     "roles_to_train": "a list of system, user, assistant, tool",
+    "pref_loss": "sigmoid, hinge or ipo; orpo, simpo and kto are values of objective.type",
+    "dpo_loss_type": "sigmoid, hinge or ipo",
+    "stage": "supervised instead of sft and pt, and reward instead of rm",
     "saves_per_epoch": "optimizer steps between two checkpoints, not a number per epoch",
     "warmup_ratio": "optimizer steps, not a share of the run",
 }
 """Values that our key takes, where the value of the other tool's key means something else."""
 
 OTHER_VALUES = {
+    "sft": "supervised",
+    "ipo": "dpo",
+    "rm": "reward",
+    "reward_model": "reward",
+    "sequence_classification": "classify",
     "completion": "text",
     "pretrain": "text",
     "language_modeling": "text",
@@ -170,7 +193,7 @@ OTHER_VALUES = {
 _METRICS = "metrics.jsonl of the run holds all metrics; output.trackers can add tensorboard"
 _UPLOAD = "qlora uploads nothing; hf upload NAME runs/mine/last does"
 _SHARDING = "torchrun starts a process for each device; weights are not sharded"
-_PREFERENCE = "training is supervised; preference data can be previewed, but not trained on"
+_PREFERENCE = "objective: {type: dpo} learns from pairs; orpo, simpo, kto and reward are others"
 _LAYERS = "training.kernels chooses faster layers"
 _MESSAGES = (
     "data.train.format: {type: sharegpt} reads from and value, {type: messages} role and content"
@@ -197,7 +220,7 @@ _BY_ADVICE = {
     _MESSAGES: ("message_field_content", "message_field_role", "message_property_mappings"),
     _TURN_ENDS: ("eot_tokens", "train_on_eos", "train_on_eot"),
     _TEXT_ONLY: ("image_max_pixels", "processor_type", "video_max_pixels"),
-    _PREFERENCE: ("dpo", "dpo_beta", "pref_beta", "pref_loss", "rl", "rl_beta", "stage"),
+    _PREFERENCE: ("dpo", "reward_model"),
     _LAYERS: (
         "cut_cross_entropy", "enable_liger_kernel", "experts_implementation",
         "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "liger_cross_entropy",

@@ -35,7 +35,7 @@ class Labelled(Config):
     field: str | None = None
     """Column that holds the text or the messages; null takes the one of the four above that the row
     has."""
-    template: str | None = None
+    text: str | None = None
     """Jinja text over the columns of a row instead of one column, such as
     `{{ premise }} => {{ hypothesis }}`."""
     label_field: str = "label"
@@ -45,15 +45,15 @@ class Labelled(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.template is not None:
+        if self.text is not None:
             if self.field is not None:
                 raise ValueError(
-                    f"field ({self.field!r}) and template are both given; remove one of them"
+                    f"field ({self.field!r}) and text are both given; remove one of them"
                 )
             try:
-                check_template(self.template)
+                check_template(self.text)
             except ValueError as error:
-                raise ValueError(f"template: {error}") from error
+                raise ValueError(f"text: {error}") from error
         if self.field == self.label_field:
             raise ValueError(f"field and label_field are the same column ({self.field!r})")
         return self
@@ -64,8 +64,8 @@ class Labelled(Config):
         No turn has `train`: a head reads the last token of the row, and predicts no tokens.
         """
         label = self._label(row)
-        if self.template is not None:
-            return self._of_text(row, rendered("text", self.template, row), label)
+        if self.text is not None:
+            return self._of_text(row, rendered("text", self.text, row), label)
         field = self._content_field(row)
         if isinstance(row.get(field), str):
             return self._of_text(row, text_of(row, field), label)

@@ -96,9 +96,9 @@ def messages_of(row: Row, field: str, role: Literal["user", "assistant"]) -> lis
         if not turns:
             raise DataError(f"field '{field}': got {shown(value)}, expected messages")
         return read_turns(turns)
-    if value is None:
-        raise DataError(f"field '{field}': got null, expected text or messages")
-    return read_turns([(field, as_object(value, field))])
+    if not isinstance(value, Mapping):
+        raise DataError(f"field '{field}': got {shown(value)}, expected text or messages")
+    return read_turns([(field, value)])
 
 
 def openai_message(turn: Mapping[str, Any], where: str) -> Message:

@@ -197,7 +197,7 @@ def pair_findings(rows: LocatedExamples, audit: DatasetStatistics) -> list[Findi
             swapped,
         ),
         Finding(
-            "pairs whose longer answer is chosen, of those of unequal length",
+            "uneven pairs whose longer answer is chosen",
             total.num_longer_chosen,
             uneven,
             remedy=()

@@ -10,6 +10,7 @@ from qlora_cli.data.prepared.tally import Tally
 from qlora_cli.data.prepared.workers import Workers
 from qlora_cli.data.sources import BadRows, Portion, Source
 from qlora_cli.errors import DataError
+from qlora_cli.objectives import SUPERVISED, ObjectiveSettings
 from qlora_cli.types import ModelContext
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def check_first_rows(
     *,
     num_rows: int,
     context: ModelContext | None = None,
+    objective: ObjectiveSettings = SUPERVISED,
 ) -> None:
     """Encode the first `num_rows` rows of a source, and more until one of them is usable.
 
@@ -35,6 +37,7 @@ def check_first_rows(
 
     Args:
         context: that of the model; no longer row is advised.
+        objective: has to know the label of each row.
 
     Raises:
         DataError: no row of the source can be used, one that is read is bad and `data.on_bad_row`
@@ -44,7 +47,11 @@ def check_first_rows(
     bad, refused = BadRows(tries_repairs=not skip), BadRows()
     tally, is_whole = Tally(rows, data, context), True
     with Workers(
-        tokenizer, max_length=data.max_length, truncate=data.truncate, number=1
+        tokenizer,
+        max_length=data.max_length,
+        truncate=data.truncate,
+        number=1,
+        objective=objective,
     ) as workers:
         for number, (row, encoded) in enumerate(workers.encode(rows.conversations(bad)), start=1):
             if number > num_rows and tally.num_kept:

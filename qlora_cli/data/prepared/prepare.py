@@ -180,12 +180,13 @@ def prepare(
             max_length=data.max_length,
             truncate=data.truncate,
             number=data.workers,
+            objective=objective,
         ) as workers,
     ):
         for index, source in enumerate(sources):
             tally = Tally(source, data, context)
             skip = data.on_bad_row == "skip"
-            for row, encoded in _encode(workers, source, tally, objective, skip=skip):
+            for row, encoded in _encode(workers, source, tally, skip=skip):
                 tally.add(row, encoded)
                 if encoded.examples:
                     calls.add(row)
@@ -299,12 +300,12 @@ _COUNTS = (
 
 
 def _encode(
-    workers: Workers, source: Source, tally: Tally, objective: ObjectiveSettings, *, skip: bool
+    workers: Workers, source: Source, tally: Tally, *, skip: bool
 ) -> Iterator[tuple[Conversation, EncodedRow]]:
     # Both are joined at the end: how far reading is ahead of encoding depends on the number of
     # workers, and the report must not.
     bad, refused = BadRows(tries_repairs=not skip), BadRows()
-    rows = _noting(_with_values(source.conversations(bad), objective, bad), tally.ignored)
+    rows = _noting(source.conversations(bad), tally.ignored)
     for row, encoded in workers.encode(rows):
         if isinstance(encoded, RefusedRow):
             refused.add(row.place, encoded.reason)
@@ -319,19 +320,6 @@ def _encode(
         raise none_usable(workers, source, bad)
     check_bad_rows(workers, source, bad, skip=skip)
     tally.counts.update(num_bad=bad.count, num_swallowed=bad.num_swallowed)
-
-
-def _with_values(
-    rows: Iterator[Conversation], objective: ObjectiveSettings, bad: BadRows
-) -> Iterator[Conversation]:
-    """Leave out rows without what the objective learns from, and add them to `bad`."""
-    for row in rows:
-        try:
-            objective.values_of(row)
-        except DataError as error:
-            bad.add(row.place, str(error))
-        else:
-            yield row
 
 
 def _noting(rows: Iterator[Conversation], ignored: Counter[str]) -> Iterator[Conversation]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 from qlora_cli.data.encode.encoder import Encoder, RefusedRow
 from qlora_cli.data.encode.truncate import EncodedRow, Truncate
 from qlora_cli.errors import DataError
+from qlora_cli.objectives import SUPERVISED, ObjectiveSettings
 from qlora_cli.types import Conversation
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Workers:
     """Encodes rows, in this process or in workers.
 
     Args:
+        objective: has to know the label of each row.
         number: number of processes. None starts with one, and takes one per core for large data if
             there are enough cores.
     """
@@ -52,7 +54,9 @@ class Workers:
         max_length: int,
         truncate: Truncate,
         number: int | None,
+        objective: ObjectiveSettings = SUPERVISED,
     ) -> None:
+        self._objective = objective
         self._settings = (tokenizer, max_length, truncate)
         self._job = _Job(*self._settings)
         cores = _num_cores()
@@ -82,7 +86,15 @@ class Workers:
             DataError: the chat template is missing or broken, or a worker died.
         """
         for chunk, results in self._encode_chunks(_chunks(rows)):
-            yield from zip(chunk, results, strict=True)
+            for row, found in zip(chunk, results, strict=True):
+                yield row, self._problem(row) or found
+
+    def _problem(self, row: Conversation) -> RefusedRow | None:
+        try:
+            self._objective.values_of(row)
+        except DataError as error:
+            return RefusedRow(str(error))
+        return None
 
     def _encode_chunks(
         self, chunks: Iterable[list[Conversation]]

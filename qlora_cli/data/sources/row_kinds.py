@@ -29,7 +29,7 @@ def refuse_unread_label(located: LocatedRow, format: FormatConfig) -> None:
     match format:
         case PromptCompletion(completion_field="completion"):
             is_unread = _is_feedback(row)
-        case Labelled(field=None, template=None):
+        case Labelled(field=None, text=None):
             is_unread = _is_feedback(row) and row.get("text") is None
         case _:
             is_unread = False

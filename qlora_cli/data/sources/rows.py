@@ -59,7 +59,7 @@ class BadRows:
         self.count = 0
         self.tries_repairs = tries_repairs
         self.template = TEMPLATE
-        """Recipe keys that read the columns with a template, for a hint."""
+        """Recipe keys that read the columns with a template, for a hint; "" if none do."""
         self.first: list[str] = []
         """Place and problem of the first of them."""
         self._keep = keep
@@ -196,7 +196,8 @@ class BadRows:
         if number := self._num_matching(_TOO_MANY_FIELDS):
             yield _QUOTE_FIELDS, number
         # Another format affects all rows, so that it has to help most of them.
-        if 2 * (number := self._num_matching(_NUMBER_AS_TEXT)) > self.count:
+        number = self._num_matching(_NUMBER_AS_TEXT)
+        if self.template and 2 * number > self.count:
             yield f"{self.template} writes numbers as text", number
 
     def _num_matching(self, pattern: str) -> int:

@@ -18,7 +18,7 @@ from qlora_cli.common.config import Config, UserPath
 from qlora_cli.common.formatting import value_text
 from qlora_cli.common.hashing import hash_pieces
 from qlora_cli.common.user_paths import missing_path_hint
-from qlora_cli.data.formats import FormatConfig, Messages, PromptCompletion
+from qlora_cli.data.formats import FormatConfig, Labelled, Messages, PromptCompletion
 from qlora_cli.data.formats.fields import missing
 from qlora_cli.data.formats.proposal import propose_template
 from qlora_cli.data.formats.turns import SameRoleError
@@ -163,11 +163,14 @@ class Source(Config):
                 "feedback, labelled), or rename "
                 "columns with data.train.fields"
             )
-            if bad.template != TEMPLATE:
+            if bad.template not in (TEMPLATE, ""):
+                yours = "text" if self.format.rows == "labels" else "request and answer"
                 hint += (
                     f"; a template reads any columns: {bad.template}, with the columns of your "
-                    "request and answer"
+                    f"{yours}"
                 )
+            if self.format.rows != "answers":
+                hint += "; rows of plain answers are for objective: {type: supervised}"
             if self.columns is None and self._is_local() and any(map(is_table, self._files())):
                 hint += "; a file without a header needs data.train.columns, the names in order"
         if bad.has_more and isinstance(self, Portion):
@@ -175,8 +178,16 @@ class Source(Config):
         return DataError(bad.report(self.title), hint=hint)
 
     def _propose_template(self, row: Row) -> str:
-        """Return a template over the columns of a flat row: those of the format, if it has them."""
+        """Return a template over the columns of a flat row: those of the format, if it has them.
+
+        Pairs and feedback have none: "".
+        """
         columns = [name for name, value in row.items() if not isinstance(value, list | dict)]
+        if isinstance(self.format, Labelled):
+            texts = [name for name in columns if name != self.format.label_field] or ["COLUMN"]
+            return f'data.train.format: {{type: labelled, text: "{{{{ {texts[0]} }}}}"}}'
+        if self.format.rows != "answers":
+            return ""
         if len(columns) < 2 or len(columns) < len(row):
             return TEMPLATE
         if isinstance(self.format, PromptCompletion):

@@ -26,6 +26,7 @@ from transformers import (
 
 from qlora_cli.cli import main
 from qlora_cli.errors import DataError, ModelError
+from qlora_cli.inspect.bad_rows import write_bad_rows
 from qlora_cli.loop.run_data import read_recipe_data
 from qlora_cli.models.known_configs import find_known
 from qlora_cli.models.miniature import MAX_LAYERS, shrink_config
@@ -284,6 +285,29 @@ def test_validate_deep_refuses_the_rows_that_train_refuses(
     with pytest.raises(DataError) as deep:
         check_compatibility(recipe)
     assert said in str(deep.value)
+    with pytest.raises(DataError) as training:
+        read_recipe_data(recipe, use_cache=False)
+    assert (str(training.value), training.value.hint) == (str(deep.value), deep.value.hint)
+
+
+@pytest.mark.parametrize("labels", [["a", "c"], ["c"], ["b", "b"]])
+def test_validate_deep_and_bad_rows_find_labels_that_the_objective_does_not_know(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, labels: list[str]
+) -> None:
+    path, listed = tmp_path / "rows.jsonl", tmp_path / "bad.jsonl"
+    rows = [{"text": "Hi", "label": label} for label in labels]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tiny_recipe(
+        data={"train": {"path": str(path), "format": {"type": "labelled"}}, "evaluation": None},
+        objective={"type": "classify", "labels": ["a", "b"]},
+    )
+    unknown = labels.count("c")
+    assert write_bad_rows(recipe, listed) == unknown
+    if not unknown:
+        assert check_compatibility(recipe).steps == ALL
+        return
+    with pytest.raises(DataError, match=r"label: 'c' is not one of objective.labels") as deep:
+        check_compatibility(recipe)
     with pytest.raises(DataError) as training:
         read_recipe_data(recipe, use_cache=False)
     assert (str(training.value), training.value.hint) == (str(deep.value), deep.value.hint)

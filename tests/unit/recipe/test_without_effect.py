@@ -216,7 +216,7 @@ NONE = {
     "data.train.format.score_chosen_field": "a pair without scores has no margin",
     "data.train.format.score_rejected_field": "a pair without scores has no margin",
     "data.train.format.margin_field": "a pair without a margin has none",
-    "data.train.format.template": _NAME,
+    "data.train.format.text": _NAME,
     "objective.beta": _NUMBER, "objective.gamma": _NUMBER, "objective.loss": _VALUE,
     "objective.sft_weight": _NUMBER, "objective.ld_alpha": _NUMBER, "objective.reference": _VALUE,
     "objective.desirable_weight": _NUMBER, "objective.undesirable_weight": _NUMBER,

@@ -314,7 +314,7 @@ def test_a_label_is_read_as_it_is(label: Any, read: Any) -> None:
         ({}, {"text": [USER]}, [("user", "a")]),
         ({"field": "sentence"}, {"sentence": "a", "text": "x"}, [("text", "a")]),
         (
-            {"template": "{{ premise }} => {{ hypothesis }}"},
+            {"text": "{{ premise }} => {{ hypothesis }}"},
             {"premise": "a", "hypothesis": "b", "text": "x"},
             [("text", "a => b")],
         ),
@@ -354,8 +354,8 @@ def test_a_bad_labelled_row_is_refused_by_field(change: dict[str, Any], reason: 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"field": "a", "template": "{{ a }}"}, "field .* and template are both given"),
-        ({"template": "{{ a"}, "template: line 1 of the template"),
+        ({"field": "a", "text": "{{ a }}"}, "field .* and text are both given"),
+        ({"text": "{{ a"}, "text: line 1 of the template"),
         ({"field": "label"}, "field and label_field are the same column"),
     ],
 )

@@ -117,7 +117,35 @@ def test_plain_rows_are_bad_rows_of_a_format_that_compares(tmp_path: Path, forma
     for row in ({"messages": [USER, ANSWER]}, KTO, {"text": "a"}):
         with pytest.raises(DataError, match=r"1 bad row\n.*field '\w+': missing") as why:
             list(source(tmp_path, row, format=format).conversations(BadRows()))
-        assert "no row has that field" in str(why.value.hint)
+        hint = str(why.value.hint)
+        assert "no row has that field" in hint
+        assert "plain answers are for objective: {type: supervised}" in hint
+        assert "type: template" not in hint
+
+
+def test_a_text_of_a_labelled_row_in_another_column_is_proposed(tmp_path: Path) -> None:
+    rows = source(tmp_path, {"label": "a", "sentence": "b"}, format=Labelled())
+    with pytest.raises(DataError, match="field 'text': missing; found 'label', 'sentence'") as why:
+        list(rows.conversations(BadRows()))
+    settings = yaml.safe_load(re.search(r"data.train.format: (\{.*\}\"\})", str(why.value.hint))[1])  # type: ignore[index]
+    found = Source.model_validate({"path": rows.path, "format": settings})
+    [read] = found.conversations(BadRows())
+    assert read.messages[0].content == "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "2 + 2", "chosen": 4, "rejected": 5}, Preference()),
+        ({"prompt": "2 + 2", "completion": 4, "label": True}, Feedback()),
+    ],
+)
+def test_no_template_is_proposed_for_numbers_in_rows_that_compare(
+    tmp_path: Path, row: dict[str, Any], format: Any
+) -> None:
+    with pytest.raises(DataError, match=r"got 4 \(int\), expected ") as why:
+        list(source(tmp_path, row, format=format).conversations(BadRows()))
+    assert "template" not in str(why.value.hint)
 
 
 @pytest.mark.parametrize("kind", ["preference", "feedback", "labelled"])
