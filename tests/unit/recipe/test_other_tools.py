@@ -19,7 +19,9 @@ LONG = "9" * 5000
 
 
 @pytest.mark.parametrize("section", ["", "training."])
-@pytest.mark.parametrize("key", ["wandb_project", "reward_model", "hub_model_id", "deepspeed", "run_name"])
+@pytest.mark.parametrize(
+    "key", ["wandb_project", "reward_model", "hub_model_id", "deepspeed", "run_name"]
+)
 def test_a_key_without_a_counterpart_says_what_to_do(
     problems: Callable[..., list[str]], minimal: str, section: str, key: str
 ) -> None:

@@ -221,7 +221,7 @@ NONE = {
     "objective.sft_weight": _NUMBER, "objective.ld_alpha": _NUMBER, "objective.reference": _VALUE,
     "objective.desirable_weight": _NUMBER, "objective.undesirable_weight": _NUMBER,
     "objective.labels": _VALUE, "objective.problem": _VALUE, "objective.class_weights": _NUMBER,
-    "objective.center_rewards": _NUMBER,
+    "objective.center_rewards": _NUMBER, "objective.max_fall": "only a warning depends on it",
     "data.on_bad_row": _VALUE, "data.max_lost": _VALUE, "data.workers": "only the time changes",
     "data.audit.max_duplicates": _VALUE, "data.audit.max_truncated": _VALUE,
     "data.audit.min_learnt": _VALUE,
