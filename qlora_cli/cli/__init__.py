@@ -64,12 +64,8 @@ Example:
 
 Results go to stdout, progress and errors to stderr.
 
-\b
-Objectives of a recipe (objective.type):
-  supervised              answers
-  dpo, orpo, simpo        pairs of a chosen and a rejected answer
-  kto                     answers that are good or bad
-  reward, classify        a head: scores of answers, classes of texts
+The objective of a recipe learns from answers (supervised), from pairs of a better and a worse answer
+(dpo, orpo, simpo, reward), from answers that are good or bad (kto), or from labels (classify).
 
 \b
 Exit codes:
