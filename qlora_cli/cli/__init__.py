@@ -64,7 +64,7 @@ Example:
 
 Results go to stdout, progress and errors to stderr.
 
-The objective of a recipe learns from answers (supervised), from pairs of a better and a worse answer
+The objective of a recipe learns from answers (supervised), from pairs of a better and a worse one
 (dpo, orpo, simpo, reward), from answers that are good or bad (kto), or from labels (classify).
 
 \b
