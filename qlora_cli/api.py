@@ -11,13 +11,14 @@ from typing import Any
 from qlora_cli.common.user_paths import expand_path
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.evaluate.scorer import ModelScorer
+from qlora_cli.inference.predict import predictions, row_reader
 from qlora_cli.inference.sampling import Sampling
 from qlora_cli.inference.session import InferenceSession, limit_sampling, open_session
 from qlora_cli.models.context import check_length, check_prompts
 from qlora_cli.runs.run_folder import Weights
 from qlora_cli.tasks import Classification
 from qlora_cli.tasks.choice import encode_choice
-from qlora_cli.types import Message, Row
+from qlora_cli.types import HeadSpec, Message, Row
 
 log = logging.getLogger("qlora")
 
@@ -106,6 +107,7 @@ class Model:
             DataError: the message is empty, or the conversation fills the context.
             RecipeError: a setting is out of bounds.
         """
+        self._refuse_head()
         sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
         typed = [*self._history, Message("user", message, train=False)]
         prompt = self._session.prompt(self._model, self._reader.conversation(typed))
@@ -127,17 +129,22 @@ class Model:
     def classify(self, prompt: Request, labels: Sequence[str] | None = None) -> LabelChoice:
         """Return the most likely answer among `labels`, by the likelihood of each.
 
-        It is the answer that the task `classification` of `qlora eval` counts.
+        It is the answer that the task `classification` of `qlora eval` counts. A model that was
+        trained with `objective: classify` has a head, which gives the probabilities instead.
 
         Args:
-            labels: the possible answers; None takes those of the recipe's classification task. A
+            labels: the possible answers; None takes those of the recipe's classification task, or
+                of its head, which has no others. A
                 model without a chat template continues the prompt with the label as it is, so it
                 needs the space between them.
 
         Raises:
             DataError: the prompt is missing, or does not fit into the context.
-            RecipeError: there are fewer than two labels.
+            RecipeError: there are fewer than two labels, or the head of the model has others, or
+                predicts a number.
         """
+        if self._session.head is not None:
+            return self._classified(self._session.head, prompt, labels)
         names = self._checked_labels(labels)
         conversation, _ = self._reader.read(_row(prompt))
         *before, answer = conversation.messages
@@ -169,9 +176,58 @@ class Model:
         }
         return LabelChoice(names[log_p.index(best)], probabilities)
 
+    def predict(self, rows: Sequence[Request], *, batch_size: int = 8) -> list[dict[str, Any]]:
+        """Return what the head of the model says about each row, as `qlora predict` writes it.
+
+        For one label per row, `label` and `probabilities` (label -> probability); for any number of
+        labels, `labels` and `probabilities`; for a number or a reward, `value`.
+
+        Args:
+            rows: texts, messages of conversations, or rows with the columns of the recipe's data.
+
+        Raises:
+            DataError: a row cannot be read.
+            RecipeError: the model has no head that scores rows.
+        """
+        if self._session.head is None:
+            raise RecipeError(
+                "the model predicts tokens; it has no head that scores rows",
+                hint="generate() answers a prompt, and classify() chooses between labels",
+            )
+        reader = row_reader(self._session)
+        read = [reader.read(row if isinstance(row, str) else _row(row)) for row in rows]
+        return predictions(self._session, read, batch_size=batch_size)
+
+    def _refuse_head(self) -> None:
+        """Raise RecipeError if the model scores rows, and writes no text."""
+        if (head := self._session.head) is not None:
+            raise RecipeError(
+                f"the model scores rows ({', '.join(head.labels)}) and writes no text",
+                hint="predict(rows), or classify(row) for its labels",
+            )
+
+    def _classified(
+        self, head: HeadSpec, prompt: Request, labels: Sequence[str] | None
+    ) -> LabelChoice:
+        if head.problem == "regression":
+            raise RecipeError(
+                f"the head of the model predicts a number ({head.labels[0]}), not a label",
+                hint="predict([text]) returns it",
+            )
+        if labels is not None and list(labels) != list(head.labels):
+            raise RecipeError(
+                f"labels: {list(labels)}; the head of the model was trained on "
+                f"{', '.join(head.labels)}",
+                hint="leave labels out",
+            )
+        [found] = self.predict([prompt])
+        probabilities: dict[str, float] = found["probabilities"]
+        return LabelChoice(max(probabilities, key=probabilities.__getitem__), probabilities)
+
     def _answers(
         self, prompts: Sequence[Request], sampling: Sampling, *, batch_size: int
     ) -> list[str]:
+        self._refuse_head()
         questions = []
         for number, prompt in enumerate(prompts):
             try:
@@ -214,7 +270,7 @@ def load_model(target: str, *, weights: Weights, overrides: Sequence[str]) -> Mo
         target = expand_path(target)
     except ValueError as error:
         raise RecipeError(f"run: {error}") from error
-    return Model(open_session(target, overrides, weights=weights))
+    return Model(open_session(target, overrides, weights=weights, scores_rows=None))
 
 
 def _row(request: Request) -> Row:

@@ -1,4 +1,4 @@
-"""Inference commands: chat and generate."""
+"""Inference commands: chat, generate and predict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,26 @@ from qlora_cli.cli.options import (
     show,
     user_path,
 )
-from qlora_cli.inference.text import generate_text
+from qlora_cli.inference.text import generate_text, predict_text
+
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        "--delimiter",
+        metavar="CHARACTER",
+        callback=decoded_text,
+        help="Column delimiter of a csv or tsv file (default: a comma, or a tab for tsv).",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="NAME,...",
+        callback=decoded_text,
+        help="Column names of a csv or tsv file without a header.",
+    ),
+]
 
 
 def chat(
@@ -88,24 +107,8 @@ def generate(
     ],
     overrides: Overrides,
     adapters: Adapters,
-    delimiter: Annotated[
-        str | None,
-        typer.Option(
-            "--delimiter",
-            metavar="CHARACTER",
-            callback=decoded_text,
-            help="Column delimiter of a csv or tsv file (default: a comma, or a tab for tsv).",
-        ),
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            "--columns",
-            metavar="NAME,...",
-            callback=decoded_text,
-            help="Column names of a csv or tsv file without a header.",
-        ),
-    ] = None,
+    delimiter: Delimiter = None,
+    columns: Columns = None,
     system: System = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -152,3 +155,60 @@ def generate(
         session, source, output, sampling=sampling, batch_size=batch_size, system=system
     )
     show(report.to_json(), as_json, generate_text(report))
+
+
+def predict(
+    target: ModelPath,
+    rows: Annotated[
+        Path,
+        typer.Option(
+            "--rows",
+            parser=user_path,
+            metavar="FILE",
+            help="Rows in the format of the run's recipe, with or without a label; or rows with "
+            "text, messages, conversations or prompt.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            parser=user_path,
+            metavar="FILE",
+            help="File for the predictions, one JSON object per line.",
+        ),
+    ],
+    overrides: Overrides,
+    delimiter: Delimiter = None,
+    columns: Columns = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Rows per batch (8).")
+    ] = 8,
+    weights: WeightsOption = "last",
+    as_json: Json = False,
+    quiet: Quiet = None,
+) -> None:
+    """Predict the label or the score of every row in a file.
+
+    For a model with a head that scores rows: objective classify or reward. A line has place (of the
+    row), text (its last message) and reference (the row's own label); for one label per row label
+    and probabilities, for any number of labels labels and probabilities, for a number or a reward
+    value. A row for a reward model is a prompt with its completion, or a whole conversation in
+    messages. --json prints output, model, rows, cut and seconds.
+
+    \b
+    Example:
+      qlora predict runs/mine --rows reviews.jsonl --output labels.jsonl
+      qlora predict models/mine --rows reviews.csv --output labels.jsonl
+    """
+    from qlora_cli.data.prompts import prompt_source
+    from qlora_cli.inference.batch import refuse_existing
+    from qlora_cli.inference.predict import predict
+    from qlora_cli.inference.session import open_session
+
+    refuse_existing(output)
+    names = None if columns is None else columns.split(",")
+    source = prompt_source(str(rows), delimiter=delimiter, columns=names)
+    session = open_session(target, overrides, weights=weights, scores_rows=True)
+    report = predict(session, source, output, batch_size=batch_size)
+    show(report.to_json(), as_json, predict_text(report))

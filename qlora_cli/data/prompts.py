@@ -244,7 +244,7 @@ def check_questions(source: Source, reader: PromptReader) -> None:
     Raises:
         DataError: as `read_questions`.
     """
-    for _ in _located(source, reader.read):
+    for _ in read_each(source, reader.read):
         pass
 
 
@@ -256,12 +256,12 @@ def read_questions(source: Source, encoder: Encoder, reader: PromptReader) -> li
     """
     return [
         replace(question, prompt=replace(question.prompt, place=place))
-        for place, question in _located(source, lambda row: reader.question(row, encoder))
+        for place, question in read_each(source, lambda row: reader.question(row, encoder))
     ]
 
 
-def _located(source: Source, read: Callable[[Row], T]) -> Iterator[tuple[str, T]]:
-    """Yield what each row of a source becomes, with its place.
+def read_each(source: Source, read: Callable[[Row], T]) -> Iterator[tuple[str, T]]:
+    """Yield each row of a source as `read` returns it, with its place.
 
     Raises:
         DataError: at the end, if there are no rows, or bad rows.

@@ -19,10 +19,16 @@ from qlora_cli.data.prepared.cache import read_data
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.evaluate.bootstrap import CONFIDENCE, RESAMPLES
-from qlora_cli.evaluate.report import EvaluationReport, summarize, warn_of_regressions
+from qlora_cli.evaluate.report import (
+    EvaluationReport,
+    confusion_tables,
+    summarize,
+    warn_of_regressions,
+)
 from qlora_cli.evaluate.scorer import ModelScorer
 from qlora_cli.evaluate.start import start_of
 from qlora_cli.evaluate.target import EvaluatedModel, find_model, own_recipe
+from qlora_cli.models.heads import lacks_head
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import set_stop_tokens, stop_token_ids
 from qlora_cli.recipe.schema import Recipe
@@ -69,6 +75,8 @@ def evaluate(
         records = RunFolder(target).answers
     found = _find_models(target, overrides, weights, compare, recipe)
     settings = found[-1].recipe
+    for model in found:
+        _refuse_other_head(model, settings)
     is_tuned = all(model.trained for model in found)
     chosen = choose_tasks(settings, tasks, is_tuned=is_tuned)
     world = World(settings.device)
@@ -86,6 +94,7 @@ def evaluate(
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
         records=None if records is None else str(records),
+        confusion=confusion_tables(chosen, outcomes),
     )
     if records is not None:
         write_records(records, chosen, outcomes)
@@ -116,6 +125,17 @@ def _find_models(
     if len({model.name for model in models}) < len(models):
         return [replace(m, name=str(path)) for m, path in zip(models, paths, strict=True)]
     return models
+
+
+def _refuse_other_head(model: EvaluatedModel, settings: Recipe) -> None:
+    """Raise RecipeError if a model has another head than the one that is evaluated."""
+    own, wanted = model.recipe.objective, settings.objective
+    if own.head != wanted.head:
+        raise RecipeError(
+            f"{model.name} was trained with objective.type {own.type}, and the other model with "
+            f"{wanted.type}: they have no measure in common",
+            hint="compare models with the same head and labels, or evaluate each alone",
+        )
 
 
 def choose_tasks(recipe: Recipe, names: Sequence[str] | None, *, is_tuned: bool) -> list[Task]:
@@ -197,7 +217,7 @@ def evaluate_model(
         stops = [*stops, *held_out.stop_token_ids]
     recipe = evaluated.recipe
     dtype = compute_dtype(recipe.quantization, recipe.training.precision, world)
-    model = load_base(recipe.model, recipe.quantization, dtype, world.device)
+    model = load_base(recipe.model, recipe.quantization, dtype, world.device, recipe.objective.head)
     set_stop_tokens(model, stops)
 
     def run_tasks(
@@ -213,10 +233,17 @@ def evaluate_model(
             outcomes[task.label] = task.evaluate(scorer, items)
         return outcomes
 
+    has_head = not lacks_head(model)
     if evaluated.trained is None:
+        if not has_head:
+            raise RecipeError(
+                f"{recipe.model.path} has no head for objective.type ({recipe.objective.type}): "
+                "there is nothing to evaluate before training",
+                hint="qlora train it, and evaluate the run",
+            )
         yield evaluated.name, run_tasks(evaluated.name, model)
         return
-    if not alone:
+    if not alone and has_head:
         yield "base", run_tasks("base", model)
     name = evaluated.name if alone else "tuned"
     tuned: Any = recipe.adapter.load(model, evaluated.trained)
@@ -232,7 +259,9 @@ def evaluate_model(
     @cache
     def load_base_again() -> Any:
         # The trained weights have replaced those of the base.
-        return load_base(recipe.model, recipe.quantization, dtype, world.device)
+        return load_base(
+            recipe.model, recipe.quantization, dtype, world.device, recipe.objective.head
+        )
 
     yield name, run_tasks(name, tuned, as_base, start_of(recipe, tuned))
 

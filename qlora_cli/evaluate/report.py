@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_cli.common.report import Report
+from qlora_cli.common.report import ABSENT, Absent, Report
 from qlora_cli.evaluate.bootstrap import Estimate, estimate_measure, value_columns
 from qlora_cli.runs.run_folder import Weights
+from qlora_cli.tasks.head_measures import confusion
+from qlora_cli.tasks.head_tasks import LabelTask
 from qlora_cli.tasks.task import Task, TaskOutcomes, Values
 
 log = logging.getLogger("qlora")
@@ -39,6 +41,16 @@ class Summary(Report):
 
 
 @dataclass(frozen=True, slots=True)
+class ConfusionTable(Report):
+    """Predictions of a classifier of one label per row, counted."""
+
+    labels: list[str]
+    """The labels, in the order of `counts`."""
+    counts: list[list[int]]
+    """For each label, the number of its rows for which each label is predicted."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport(Report):
     """Evaluation of one or two models on the same examples. run.json keeps it as `evaluation`."""
 
@@ -60,6 +72,8 @@ class EvaluationReport(Report):
     """Number of bootstrap resamples."""
     records: str | None
     """File with prompts, references, answers and scores; null if none was written."""
+    confusion: dict[str, ConfusionTable] | Absent = ABSENT
+    """Model -> its predictions by label; only for a classifier of one label per row."""
 
 
 def summarize(tasks: Sequence[Task], models: Mapping[str, TaskOutcomes]) -> Summary:
@@ -101,6 +115,22 @@ def summarize(tasks: Sequence[Task], models: Mapping[str, TaskOutcomes]) -> Summ
                 len(rows[0]), measure.is_share, measure.lower_is_better
             )
     return summary
+
+
+def confusion_tables(
+    tasks: Sequence[Task], models: Mapping[str, TaskOutcomes]
+) -> dict[str, ConfusionTable] | Absent:
+    """Count the predictions of a classifier of one label per row, for each model."""
+    for task in tasks:
+        if isinstance(task, LabelTask) and task.objective.problem == "single":
+            labels = task.objective.labels
+            return {
+                name: ConfusionTable(
+                    labels, confusion(value_columns(outcomes[task.label]), len(labels))
+                )
+                for name, outcomes in models.items()
+            }
+    return ABSENT
 
 
 def _have_equal_tokens(first: Values, second: Values) -> bool:

@@ -14,6 +14,7 @@ from qlora_cli.data.batching.sampler import eval_batches
 from qlora_cli.distributed.world import World
 from qlora_cli.evaluate.bootstrap import value_columns
 from qlora_cli.inference.sampling import Sampling, TextGenerator
+from qlora_cli.models.head_scores import score_rows
 from qlora_cli.objectives.supervised import TokenLoss
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.task import TaskItems
@@ -133,6 +134,19 @@ class ModelScorer:
             batch.to(self._world.device), labels, rows
         ).tolist()
         return losses
+
+    def head_outputs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Return the outputs of a head that scores rows, for each example."""
+        outputs: list[list[float]] = score_rows(
+            self._model,
+            examples,
+            self._dtype,
+            device=self._world.device,
+            batch_size=self._recipe.eval_batch_size,
+            pad_token_id=self._tokenizer.pad_token_id,
+            name=f"{self.name}: rows",
+        ).tolist()
+        return outputs
 
     @torch.no_grad()
     def divergences(self, examples: Sequence[Example]) -> list[float]:

@@ -18,6 +18,7 @@ from qlora_cli.adapters.weight_edits import build_skeleton
 from qlora_cli.common.atomic_files import atomic_folder
 from qlora_cli.common.digests import refuse_damaged, write_digests
 from qlora_cli.common.formatting import size_text
+from qlora_cli.common.report import ABSENT
 from qlora_cli.distributed.world import World
 from qlora_cli.errors import RecipeError
 from qlora_cli.export.dequantize import FakeQuantizer
@@ -110,6 +111,7 @@ def merge(
                 kl=None if found is None else found.kl,
                 top1_agreement=None if found is None else found.top1_agreement,
                 comparison=None if found is None else found.comparison,
+                labels=ABSENT if recipe.objective.head is None else [*recipe.objective.head.labels],
             )
             text = json.dumps(report.to_json(), indent=2) + "\n"
             (unfinished / "merge.json").write_text(text, encoding="utf-8")

@@ -86,7 +86,7 @@ def generate(
         }
         for index, row in enumerate(rows)
     ]
-    _write_lines(output, lines)
+    write_lines(output, lines)
     return GenerationReport(
         output=str(output),
         model=model.name,
@@ -97,7 +97,12 @@ def generate(
     )
 
 
-def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object per line.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     try:
         replace_file(path, text)

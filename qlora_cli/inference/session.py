@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli._compat import quiet_libraries
 from qlora_cli.adapters.switch import AdapterSet
+from qlora_cli.common.formatting import first_names
+from qlora_cli.common.untrusted_files import read_object
 from qlora_cli.data.encode.encoder import Encoder
 from qlora_cli.data.formats import FormatConfig, is_verbatim
 from qlora_cli.data.prompts import PromptReader
@@ -19,14 +21,16 @@ from qlora_cli.distributed.world import World
 from qlora_cli.errors import DataError, RecipeError
 from qlora_cli.inference.sampling import Sampling, TextGenerator
 from qlora_cli.models.context import check_length, context_of, limit_new_tokens
+from qlora_cli.models.heads import read_head
 from qlora_cli.models.identity import identify
 from qlora_cli.models.loading import compute_dtype, load_base
 from qlora_cli.models.tokenizer import as_ids, load_tokenizer, set_stop_tokens, stop_token_ids
+from qlora_cli.objectives import Classify
 from qlora_cli.recipe.load import load_recipe, recipe_of_model
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.adapter_folder import AdapterFolder, is_adapter, run_of
 from qlora_cli.runs.run_folder import RunFolder, Weights, is_run
-from qlora_cli.types import Message, ModelContext, Prompt, Role
+from qlora_cli.types import HeadSpec, Message, ModelContext, Prompt, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -103,7 +107,9 @@ class InferenceSession:
         self._readers: dict[str | None, PromptReader] = {}
         if before_loading is not None:
             before_loading(self.reader)
-        self._base = load_base(recipe.model, recipe.quantization, self.dtype, self.world.device)
+        self._base = load_base(
+            recipe.model, recipe.quantization, self.dtype, self.world.device, self.head
+        )
         self._adapters = AdapterSet(self._base.eval())
         self.models: dict[str, SessionModel] = {}
         self.add(BASE, None)
@@ -118,7 +124,9 @@ class InferenceSession:
         """
         if name in self.models:
             raise RecipeError(f"--adapter: duplicate name {name}; give each adapter its own name")
-        tokenizer, stops = self._tokenizer, set(as_ids(self._base.generation_config.eos_token_id))
+        tokenizer, stops = self._tokenizer, set[int]()
+        if self._base.can_generate():
+            stops |= {*as_ids(self._base.generation_config.eos_token_id)}
         if adapter is not None:
             adapter.check_base(self.recipe, identify(self.recipe.model.locate()))
             self._adapters.add(name, adapter.folder)
@@ -143,6 +151,17 @@ class InferenceSession:
         self.models.clear()
         self.add(TUNED, None)
         self.default = self.models[TUNED]
+
+    @property
+    def head(self) -> HeadSpec | None:
+        """The head that scores rows; None for a model that predicts tokens."""
+        return self.recipe.objective.head
+
+    @contextmanager
+    def weights(self, model: SessionModel) -> Iterator[Any]:
+        """Switch to the weights of a model and yield them."""
+        with self._adapters.using(model.adapter) as weights:
+            yield weights
 
     @contextmanager
     def use(self, model: SessionModel) -> Iterator[TextGenerator]:
@@ -201,6 +220,7 @@ def open_session(
     weights: Weights = "last",
     adapters: Sequence[str] = (),
     before_loading: Callable[[MakeReader], None] | None = None,
+    scores_rows: bool | None = False,
 ) -> InferenceSession:
     """Load a model, and adapters that can be switched on it.
 
@@ -208,24 +228,30 @@ def open_session(
         target: run folder, recipe, adapter folder, model folder, GGUF file or Hub id.
         adapters: `name=PATH` for each.
         before_loading: as in `InferenceSession`: to find what is wrong with prompts early.
+        scores_rows: the model has to have a head that scores rows (True), or one that predicts
+            tokens (False). None accepts both.
 
     Raises:
-        QloraError: the model or an adapter cannot be loaded.
+        QloraError: the model or an adapter cannot be loaded, or it has the other kind of head.
     """
     quiet_libraries()
     path = Path(target)
+
+    def check(recipe: Recipe) -> Recipe:
+        return _check_head(recipe, target, scores_rows=scores_rows)
+
     named = [_parse_adapter(text, weights) for text in adapters]
     if _is_tuned(path):
-        session = _open_tuned(path, overrides, weights, before_loading)
+        session = _open_tuned(path, overrides, weights, before_loading, check)
     else:
         has_recipe = path.suffix in _RECIPE_SUFFIXES
         recipe = (
             load_recipe(path, overrides).recipe
             if has_recipe
-            else recipe_of_model(target, overrides)
+            else _with_own_head(recipe_of_model(target, overrides))
         )
         session = InferenceSession(
-            recipe,
+            check(recipe),
             has_recipe=has_recipe,
             tokenizer=_tokenizer(recipe),
             before_loading=before_loading,
@@ -270,13 +296,14 @@ def _open_tuned(
     overrides: Sequence[str],
     weights: Weights,
     before_loading: Callable[[MakeReader], None] | None,
+    check: Callable[[Recipe], Recipe],
 ) -> InferenceSession:
     run = RunFolder(path) if is_run(path) else None
     recipe = load_recipe(run.recipe, overrides).recipe if run else None
     if run and recipe and recipe.adapter.trains_base:
         trained = run.weights(weights)
         session = InferenceSession(
-            recipe,
+            check(recipe),
             has_recipe=True,
             tokenizer=load_tokenizer(trained),
             before_loading=before_loading,
@@ -291,7 +318,7 @@ def _open_tuned(
     has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter.folder) if has_tokenizer else _tokenizer(recipe)
     session = InferenceSession(
-        recipe,
+        check(recipe),
         has_recipe=adapter.run is not None,
         tokenizer=tokenizer,
         before_loading=before_loading,
@@ -299,6 +326,36 @@ def _open_tuned(
     )
     session.add(TUNED, adapter)
     return session
+
+
+def _with_own_head(recipe: Recipe) -> Recipe:
+    """Return the recipe of a model folder, with an objective if the model has a head."""
+    path = Path(recipe.model.path) / "config.json"
+    if not path.is_file() or (head := read_head(read_object(path))) is None:
+        return recipe
+    objective = Classify(labels=list(head.labels), problem=head.problem)
+    return recipe.model_copy(update={"objective": objective})
+
+
+def _check_head(recipe: Recipe, target: str, *, scores_rows: bool | None) -> Recipe:
+    """Return a recipe whose model does what a command asks of it.
+
+    Raises:
+        RecipeError: it scores rows where it should predict tokens, or the other way round.
+    """
+    head = recipe.objective.head
+    if scores_rows and head is None:
+        raise RecipeError(
+            f"{target} predicts tokens; it has no head that scores rows",
+            hint=f"qlora generate {target} --prompts FILE --output FILE writes its answers; "
+            "objective.type classify or reward trains a head",
+        )
+    if head is not None and scores_rows is False:
+        raise RecipeError(
+            f"{target} scores rows ({first_names(head.labels, 5)}) and writes no text",
+            hint=f"qlora predict {target} --rows FILE --output FILE",
+        )
+    return recipe
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:

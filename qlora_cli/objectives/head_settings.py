@@ -12,14 +12,15 @@ from pydantic import Field, model_validator
 from qlora_cli.common.formatting import first_names
 from qlora_cli.errors import DataError
 from qlora_cli.objectives.settings import ObjectiveSettings
-from qlora_cli.types import Conversation, HeadSpec, Problem, RowKind
+from qlora_cli.types import Conversation, HeadSpec, Problem, RowKind, copy_to
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks
     from qlora_cli.objectives.base import Objective
+    from qlora_cli.objectives.classification import HeadTerms
 
 _MAX_NAMED = 10
 
@@ -79,7 +80,8 @@ class Classify(ObjectiveSettings):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return ("mae",) if self.problem == "regression" else ("accuracy",)
+        is_number = self.problem == "regression"
+        return ("mae", "spearman") if is_number else ("accuracy", "macro_f1", "auroc")
 
     @property
     def example_values(self) -> tuple[float, ...]:
@@ -146,14 +148,42 @@ class Classify(ObjectiveSettings):
         *,
         keeps_reference: bool = True,
     ) -> Objective:
-        import torch
+        from qlora_cli.objectives.classification import HeadLoss
 
-        from qlora_cli.objectives.classification import ClassificationLoss
+        return HeadLoss(model, dtype, self.terms)
 
-        weights = None
-        if self.class_weights is not None:
-            weights = torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels])
-        return ClassificationLoss(model, dtype, self.problem, weights)
+    def terms(self, outputs: Tensor, values: Tensor) -> HeadTerms:
+        """Return the loss of each row, and if it is predicted right, or by how much not.
+
+        Args:
+            outputs: (R, K).
+            values: (R, n), those of `values_of`.
+        """
+        import torch.nn.functional as F
+
+        from qlora_cli.objectives.classification import HeadTerms
+
+        weights = self._weights(outputs)
+        if self.problem == "regression":
+            errors = outputs - values.reshape(outputs.shape)
+            return HeadTerms(errors.square().mean(1), {"mae": errors.abs().mean(1)})
+        if self.problem == "multi":
+            values = values.reshape(outputs.shape)
+            losses = F.binary_cross_entropy_with_logits(
+                outputs, values, weight=weights, reduction="none"
+            )
+            is_right = ((outputs > 0) == (values > 0)).all(1)
+            return HeadTerms(losses.mean(1), {"accuracy": is_right.float()})
+        labels = values.reshape(-1).long()
+        losses = F.cross_entropy(outputs, labels, weight=weights, reduction="none")
+        return HeadTerms(losses, {"accuracy": (outputs.argmax(1) == labels).float()})
+
+    def _weights(self, outputs: Tensor) -> Tensor | None:
+        """Return the factor on the loss of each label, (K,); None for 1."""
+        if self.class_weights is None:
+            return None
+        weights = [self.class_weights.get(label, 1.0) for label in self.labels]
+        return copy_to(outputs.device, outputs.new_tensor(weights, device="cpu"))
 
 
 class Reward(ObjectiveSettings):
@@ -198,9 +228,27 @@ class Reward(ObjectiveSettings):
         *,
         keeps_reference: bool = True,
     ) -> Objective:
-        from qlora_cli.objectives.classification import RewardLoss
+        from qlora_cli.objectives.classification import HeadPairLoss
 
-        return RewardLoss(model, dtype, self.center_rewards)
+        return HeadPairLoss(model, dtype, self.terms)
+
+    def terms(self, outputs: Tensor, values: Tensor) -> HeadTerms:
+        """Return the loss of each pair, how often the chosen answer wins, and by how much.
+
+        Args:
+            outputs: (2 P, 1), those of the chosen and the rejected answer of each pair in turn.
+            values: (P, 1), the margins.
+        """
+        import torch.nn.functional as F
+
+        from qlora_cli.objectives.classification import HeadTerms
+
+        chosen, rejected = outputs[0::2, 0], outputs[1::2, 0]
+        margins = chosen - rejected
+        losses = -F.logsigmoid(margins - values.reshape(margins.shape))
+        if self.center_rewards:
+            losses = losses + self.center_rewards * (chosen + rejected).square()
+        return HeadTerms(losses, {"accuracy": (margins.sign() + 1) / 2, "margin": margins})
 
 
 def _number(text: str) -> float | None:

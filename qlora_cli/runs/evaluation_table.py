@@ -35,7 +35,21 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
             )
         rows.append([name, f"{measure['n']:,}", *cells])
     interval = f"with {report['confidence']:.0%} intervals (bootstrap over the examples)"
-    return "\n".join([f"{report['target']}: {interval}", *align_table(rows)])
+    lines = [f"{report['target']}: {interval}", *align_table(rows)]
+    for model, table in report.get("confusion", {}).items():
+        lines += ["", *_confusion(model, table)]
+    return "\n".join(lines)
+
+
+def _confusion(model: str, table: Mapping[str, Any]) -> list[str]:
+    """Format the predictions of a classifier: a row for each label."""
+    labels = table["labels"]
+    rows = [["label", *(f"-> {label}" for label in labels)]]
+    rows += [
+        [label, *(f"{count:,}" for count in counts)]
+        for label, counts in zip(labels, table["counts"], strict=True)
+    ]
+    return [f"{model}: rows by label and predicted label", *align_table(rows)]
 
 
 def _verdict(difference: Mapping[str, Any], lower_is_better: bool | None) -> str:

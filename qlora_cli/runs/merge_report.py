@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_cli.common.formatting import agreement_text, percent_text, size_text
-from qlora_cli.common.report import Report
+from qlora_cli.common.report import ABSENT, Absent, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,9 @@ class MergeReport(Report):
     comparison: ComparisonReport | None
     """The bases to choose from, compared with the model as trained. Null if logits were not
     compared."""
+    labels: list[str] | Absent = ABSENT
+    """Labels of a head that scores rows, whose outputs take the place of logits; left out for a
+    model that predicts tokens."""
 
 
 def merge_text(report: MergeReport) -> str:
@@ -99,13 +102,17 @@ def merge_text(report: MergeReport) -> str:
         assert report.kl is not None
         assert report.top1_agreement is not None
         agreement = agreement_text(kl=report.kl, top1_agreement=report.top1_agreement)
+        if report.labels is not ABSENT:
+            assert report.logit_error is not None
+            agreement = f"outputs of the head differ by {report.logit_error:.1e} of the largest"
         lines.append(f"against base plus adapter: {agreement}")
     lines += [
         f"{update.updated} weights updated, {update.copied} copied; rounding error "
         f"{percent_text(update.rounding_error)} of the update",
         *_quantization(report),
     ]
-    for name, choice in comparison.choices.items() if comparison else ():
+    choices = comparison.choices.items() if comparison and report.labels is ABSENT else ()
+    for name, choice in choices:
         assert comparison is not None
         line = f"--base {name} on {_texts(comparison)}: "
         line += f"KL from the model as trained {choice.kl:.1e}"

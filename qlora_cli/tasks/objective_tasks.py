@@ -11,8 +11,9 @@ from qlora_cli.data.batching.mismatch import mismatched, rotated
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.cache import load_or_prepare
 from qlora_cli.data.sources import Source
-from qlora_cli.objectives import KTO, ObjectiveConfig, Supervised
+from qlora_cli.objectives import KTO, Classify, ObjectiveConfig, Reward, Supervised
 from qlora_cli.objectives.preference_settings import PairObjective
+from qlora_cli.tasks.head_tasks import LabelTask, RewardTask
 from qlora_cli.tasks.loss import Loss
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values, mean_of
 from qlora_cli.types import Example
@@ -175,6 +176,10 @@ def task_of(objective: ObjectiveConfig) -> Task:
     """Return the task that measures the loss of an objective on `data.evaluation`."""
     if isinstance(objective, Supervised):
         return Loss()
+    if isinstance(objective, Classify):
+        return LabelTask(objective=objective)
+    if isinstance(objective, Reward):
+        return RewardTask(objective=objective)
     if isinstance(objective, KTO):
         return FeedbackTask(objective=objective)
     return PairLoss(objective=objective)

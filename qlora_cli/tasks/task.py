@@ -42,6 +42,10 @@ class Scorer(Protocol):
         """Return the same for the model that training started from; for a base, its own."""
         ...
 
+    def head_outputs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Return the outputs of a head that scores rows, for each example."""
+        ...
+
     def divergences(self, examples: Sequence[Example]) -> list[float]:
         """Return the sum of KL(base || model) over all positions of each example, in nats."""
         ...

@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 
 from qlora_cli.common.signals import StopSignals
+from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.errors import Interrupted, TrainingError
 from qlora_cli.evaluate.scorer import ModelScorer, score_tasks
 from qlora_cli.loop.fit import is_due
@@ -13,6 +14,8 @@ from qlora_cli.loop.run_data import RunData
 from qlora_cli.loop.setup import Batches, Setup, evaluation_batches
 from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.head_tasks import scored_items
+from qlora_cli.tasks.objective_tasks import task_of
 from qlora_cli.train.saver import CheckpointManager
 from qlora_cli.types import TrainState
 
@@ -61,8 +64,11 @@ class RunEvaluator:
         rows, world, objective = self._data.evaluation, self._setup.world, self._setup.objective
         if rows is None:
             return {}
-        batches = evaluation_batches(self._recipe, rows, self._data.tokenizer, world)
-        found = evaluate_objective(objective, batches, world.device, world.sum)
+        if self._recipe.objective.head is None:
+            batches = evaluation_batches(self._recipe, rows, self._data.tokenizer, world)
+            found = evaluate_objective(objective, batches, world.device, world.sum)
+        else:
+            found = self._measure_head(rows)
         loss = found["loss"]
         if not math.isfinite(loss):
             raise TrainingError(
@@ -72,13 +78,16 @@ class RunEvaluator:
             found["perplexity"] = math.exp(min(loss, 700.0))
         return {f"eval_{name}": value for name, value in found.items()}
 
-    def _run_tasks(self, state: TrainState) -> dict[str, float]:
-        """Run the tasks every `training.tasks_every` steps, and after the last one."""
-        setup, every = self._setup, self._recipe.training.tasks_every
-        is_last = state.step == setup.max_steps and every is not None
-        if not (is_due(every, state.step) or is_last):
-            return {}
-        scorer = ModelScorer(
+    def _measure_head(self, rows: PreparedData) -> dict[str, float]:
+        """Return the loss and the measures of a head; one that is not defined is left out."""
+        task = task_of(self._recipe.objective)
+        found = score_tasks([(task, scored_items(rows))], self._scorer(), self._setup.world)
+        named = {measure.name: found[name] for name, measure in task.named_measures()}
+        return {name: one for name, one in named.items() if name == "loss" or math.isfinite(one)}
+
+    def _scorer(self) -> ModelScorer:
+        setup = self._setup
+        return ModelScorer(
             "tasks",
             setup.model,
             self._recipe,
@@ -86,5 +95,12 @@ class RunEvaluator:
             setup.objective.dtype,
             setup.world,
         )
-        found = score_tasks(self._data.tasks, scorer, setup.world)
+
+    def _run_tasks(self, state: TrainState) -> dict[str, float]:
+        """Run the tasks every `training.tasks_every` steps, and after the last one."""
+        setup, every = self._setup, self._recipe.training.tasks_every
+        is_last = state.step == setup.max_steps and every is not None
+        if not (is_due(every, state.step) or is_last):
+            return {}
+        found = score_tasks(self._data.tasks, self._scorer(), setup.world)
         return {f"eval_{name}": value for name, value in found.items()}
