@@ -28,7 +28,6 @@ _ELSEWHERE = {
     "resume": "qlora train RECIPE --resume auto does that",
     "preprocess": "qlora preview prepares and shows the rows",
     "inference": "qlora chat and qlora generate do that",
-    "predict": "qlora generate does that",
     "infer": "qlora generate does that",
     "test": "qlora eval does that",
     "evaluate": "qlora eval does that",
@@ -42,6 +41,7 @@ _ELSEWHERE = {
     "kto": "qlora train does that with objective: {type: kto} in the recipe",
     "orpo": "qlora train does that with objective: {type: orpo} in the recipe",
     "reward": "qlora train does that with objective: {type: reward} in the recipe",
+    "classify": "qlora train does that with objective: {type: classify} in the recipe",
     "login": "hf auth login does that",
 }
 """Commands of other tools -> what to do here."""

@@ -191,9 +191,9 @@ def predict(
     """Predict the label or the score of every row in a file.
 
     For a model with a head that scores rows: objective classify or reward. A line has place (of the
-    row), text (its last message) and reference (the row's own label); for one label per row label
-    and probabilities, for any number of labels labels and probabilities, for a number or a reward
-    value. A row for a reward model is a prompt with its completion, or a whole conversation in
+    row), text (its last message) and reference (the row's own label); label and probabilities where
+    a row has one label, labels and probabilities where it has any number, and value for a number or
+    a reward. A row for a reward model is a prompt with its completion, or a whole conversation in
     messages. --json prints output, model, rows, cut and seconds.
 
     \b

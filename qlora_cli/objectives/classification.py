@@ -16,7 +16,7 @@ from qlora_cli.types import Batch, copy_to
 
 @dataclass(frozen=True, slots=True)
 class HeadTerms:
-    """What an objective makes of the outputs for L rows, or pairs of rows; each tensor is (L,)."""
+    """Terms of an objective for L rows, or pairs of rows; each tensor is (L,)."""
 
     losses: Tensor
     metrics: dict[str, Tensor]

@@ -136,7 +136,7 @@ COMMANDS = leaves(get_command(app))
 def test_the_commands_stay_the_same() -> None:
     assert list(COMMANDS) == [
         "train", "rerun", "bench", "compare", "eval", "merge", "export", "chat", "generate",
-        "validate", "preview", "plan", "cache", "schema",
+        "predict", "validate", "preview", "plan", "cache", "schema",
         "adapters list", "adapters inspect", "adapters diff", "adapters combine",
     ]  # fmt: skip
 
@@ -207,6 +207,18 @@ def test_no_option_is_removed() -> None:
         },
         "export": {"model", "--gguf", "--bnb-4bit", "--run", "--json", *talk},
         "chat": speak,
+        "predict": {
+            "target",
+            "--rows",
+            "--output",
+            "--batch-size",
+            "--delimiter",
+            "--columns",
+            "--set",
+            "--weights",
+            "--json",
+            *talk,
+        },
         "generate": {*speak, "--prompts", "--output", "--batch-size", "--delimiter", "--columns"},
         "adapters list": {"folder", "--json", *talk},
         "adapters inspect": {"adapter", "--json", *talk},
