@@ -319,7 +319,14 @@ def score(work: Work, adapters: Mapping[str, Path]) -> dict[str, list[Pair]]:
     from qlora_cli.recipe.schema import Recipe
 
     folder = next(iter(adapters.values())).parent
-    recipe = Recipe.model_validate({**work.recipe, "output": {"dir": str(folder / "unused")}})
+    recipe = Recipe.model_validate(
+        {
+            **work.recipe,
+            # Rounding would decide the pairs whose answers are about equally likely.
+            "training": {**work.recipe["training"], "precision": "fp32"},
+            "output": {"dir": str(folder / "unused")},
+        }
+    )
     data = prepare_data(recipe)
     assert data.evaluation is not None
     setup = build_setup(recipe, data, World("cpu"))
