@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from qlora_cli.distributed.world import World
 from qlora_cli.loop.run_data import prepare_data
 from qlora_cli.loop.setup import build_setup, stream_batches
+from qlora_cli.objectives import DPO, ObjectiveConfig
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.train import train
 from qlora_cli.types import Example, Row
@@ -273,6 +274,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return made
+
+
+def test_each_preference_objective_and_each_loss_of_dpo_is_compared() -> None:
+    types = {one.model_fields["type"].default for one in get_args(get_args(ObjectiveConfig)[0])}
+    # Supervised training and classification are compared with transformers, not with TRL.
+    assert {case.objective["type"] for case in CASES.values()} == types - {"supervised", "classify"}
+    losses = get_args(DPO.model_fields["loss"].annotation)
+    assert {case.objective.get("loss", "sigmoid") for case in CASES.values()} == set(losses)
 
 
 @pytest.mark.parametrize("name", CASES)
