@@ -37,6 +37,10 @@ class Objective(nn.Module, ABC):
         self.model = model
         self.dtype = dtype
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Return the tensors that it keeps for the whole run: copies of weights; here, none."""
+        return []
+
     def prepare(
         self, batches: Sequence[Batch], device: torch.device, sum_over_ranks: SumOverRanks
     ) -> list[Batch]:

@@ -78,6 +78,10 @@ class FeedbackLoss(Objective):
         divergence = (total / number_of_rows).clamp(min=0)
         return [replace(batch, divergence=divergence) for batch in answers]
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Return the copies of the trained weights."""
+        return self.reference.copies
+
     def parts(self, batch: Batch) -> tuple[Batch, Batch]:
         """Split a batch into its examples, and their prompts with the answers of others."""
         return _one_of_each_link(batch, 0), _one_of_each_link(batch, 1)

@@ -101,6 +101,10 @@ class PreferenceLoss(Objective):
             return list(batches)
         return self.reference.add_to(batches, device, self, self.log_probs)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Return the copies of the trained weights."""
+        return [] if self.reference is None else self.reference.copies
+
     def parts(self, batch: Batch) -> tuple[Batch, ...]:
         """Return the batches whose log-probabilities the reference computes: this one."""
         return (batch,)

@@ -41,6 +41,11 @@ class Reference:
         the two are computed in other batches, which round otherwise. Complete before the first
         step."""
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """The copies of the trained weights."""
+        return [copied for _, copied in self._weights]
+
     @torch.no_grad()
     def add_to(
         self,

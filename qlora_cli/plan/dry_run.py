@@ -20,7 +20,7 @@ from qlora_cli.loop.step import train_step
 from qlora_cli.models.packed_attention import attend_by_document
 from qlora_cli.objectives.base import evaluate_objective
 from qlora_cli.plan.trace.compiled_ops import as_compiled, compiled_loss
-from qlora_cli.plan.trace.memory_counter import GRADIENTS, STATES, MemoryCounter
+from qlora_cli.plan.trace.memory_counter import GRADIENTS, REFERENCE, STATES, MemoryCounter
 from qlora_cli.plan.trace.meta_model import count_model
 from qlora_cli.plan.trace.traced_tensor import TracedTensor, TraceNewTensors
 from qlora_cli.recipe.schema import Recipe
@@ -86,6 +86,7 @@ def dry_run(
             recipe, base, model, options, FixedBatches([]), SingleProcess(), max_steps=1
         )
     count_model(model, count)  # fused layers have merged some of its weights
+    count.hold(setup.objective.kept_tensors(), REFERENCE)
     setup.objective.train()
     with _classify(count, base, model, setup.optimizer):
         for stage, batches in [(FIRST, steps[0][:1]), *((STEP, step) for step in steps)]:

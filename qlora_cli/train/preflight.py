@@ -22,7 +22,7 @@ from qlora_cli.objectives.base import Objective, evaluate_objective, same
 from qlora_cli.plan.estimate import estimate
 from qlora_cli.plan.rows import PlanRows
 from qlora_cli.plan.shrink_to_fit import resolve_micro_batch_size, with_changes
-from qlora_cli.plan.trace.memory_counter import MemoryCounter
+from qlora_cli.plan.trace.memory_counter import REFERENCE, MemoryCounter
 from qlora_cli.plan.trace.meta_model import count_model
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.checkpoint import random_states, set_random_states
@@ -169,6 +169,7 @@ def try_largest(setup: Setup[Batches], rows: PlanRows, *, is_counted: bool) -> i
     try:
         with _unchanged(setup), count if is_counted else nullcontext():
             count_model(setup.objective.model, count)
+            count.hold(setup.objective.kept_tensors(), REFERENCE)
             _run_batches(setup, rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

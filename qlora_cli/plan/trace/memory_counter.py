@@ -23,6 +23,7 @@ QUANTIZED = "quantized weights"
 CONSTANTS = "quantization constants"
 UNQUANTIZED = "unquantized weights"
 ADAPTER = "trained weights"
+REFERENCE = "reference weights"
 GRADIENTS = "gradients"
 STATES = "optimizer states"
 BUCKETS = "gradients to be exchanged"
@@ -34,13 +35,13 @@ WORKSPACE = "workspace"
 _HOST = "host"
 """Tensors in host memory, which are counted separately."""
 
-HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, BUCKETS)
+HELD = (QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, REFERENCE, STATES, BUCKETS)
 """Kinds that exist between steps."""
 
 LOAD = "load"
 
 KINDS = (
-    QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, STATES, BUCKETS, GRADIENTS, SAVED, RECOMPUTED,
+    QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTER, REFERENCE, STATES, BUCKETS, GRADIENTS, SAVED, RECOMPUTED,
     LOGITS, BATCH, WORKSPACE,
 )  # fmt: skip
 
