@@ -36,7 +36,7 @@ from qlora_cli.plan.trace.memory_counter import (
 from qlora_cli.plan.traced_memory import MemoryTrace, trace_memory
 from qlora_cli.recipe.schema import Recipe
 from tests.conftest import each_optimizer, make_tokenizer, mostly_slow
-from tests.unit.plan.tiny import CPU, LAYERS, RECIPES, WIDE, count_real_run, peak_of
+from tests.unit.plan.tiny import CPU, LAYERS, RECIPES, WIDE, count_real_run, full_batch_of, peak_of
 
 OPTIMIZERS = [one.type for one in each_optimizer() if not one.is_paged]
 
@@ -64,8 +64,9 @@ def test_trace_equals_real_tensors(
 ) -> None:
     recipe = tiny_recipe(**RECIPES[name])
     config, _ = recipe.model.read_config()
-    full = full_batch(2, 96, padding_free=recipe.data.packing)
-    batches = {"steps": [[full, full]], "held_out": full_batch(2, 80, padding_free=False)}
+    full = full_batch_of(recipe, 96, padding_free=recipe.data.packing)
+    held_out = full_batch_of(recipe, 80, padding_free=False)
+    batches = {"steps": [[full, full]], "held_out": held_out}
     real = count_real_run(recipe, dtype, **batches)
     traced = trace_memory(recipe, config, dtype, device="cpu", **batches)
     for stage in (FIRST, STEP, EVALUATION):

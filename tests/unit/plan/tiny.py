@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.data.batching.collate import full_batch
 from qlora_cli.loop.fast_path import ComputeOptions
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.trace.libraries import collect_new_garbage_only, load_libraries
@@ -15,6 +16,7 @@ from qlora_cli.plan.trace.memory_counter import (
 )
 from qlora_cli.plan.trace.meta_model import count_model
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.types import Batch
 
 CPU = torch.device("cpu")
 
@@ -44,7 +46,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "quantization": {"type": "nf4"},
         "training": {"gradient_checkpointing": True},
     },
+    "dpo": {"objective": {"type": "dpo"}, "quantization": {"type": "nf4"}},
+    "dpo, packed": {"objective": {"type": "dpo"}, "data": {"packing": True}},
+    "dpo, full": {"objective": {"type": "dpo"}, "adapter": {"type": "full"}},
+    "simpo": {"objective": {"type": "simpo"}},
+    "kto": {"objective": {"type": "kto"}, "data": {"packing": True}},
 }
+
+
+def full_batch_of(recipe: Recipe, max_length: int, *, padding_free: bool) -> Batch:
+    """Return the largest batch of two rows of the kind that the objective learns from."""
+    objective = recipe.objective
+    return full_batch(
+        2,
+        max_length,
+        padding_free=padding_free,
+        link=objective.link_size,
+        values=objective.example_values,
+    )
 
 
 LAYERS = {
