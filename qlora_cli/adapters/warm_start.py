@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli.adapters.files import read_adapter
 from qlora_cli.adapters.saved_tensors import match_saved, refuse_changed_base
+from qlora_cli.common.decoder import SCORE, score_layer
 from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+_HEAD = f".{SCORE}.weight"
+"""End of the name of a head's weight in an adapter."""
 _SETTINGS = {
     "peft_type": "type",
     "r": "r",
@@ -30,6 +33,9 @@ _SETTINGS = {
 def load_initial_weights(model: PeftModel, folder: Path) -> None:
     """Replace the weights that `LoRA.attach` initialized by those of a saved adapter.
 
+    A head that scores rows keeps its initial weights if the saved adapter has none: it was trained
+    on answers.
+
     Raises:
         ModelError: it was trained with other settings, or does not fit tensor for tensor.
     """
@@ -38,7 +44,14 @@ def load_initial_weights(model: PeftModel, folder: Path) -> None:
     config, saved = read_adapter(folder)
     refuse_changed_base(config, folder)
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _refuse_other_settings(config, model.peft_config["default"], saved, live, folder)
+    keeps_head = score_layer(model.get_base_model()) is not None and not any(
+        name.endswith(_HEAD) for name in saved
+    )
+    if keeps_head:
+        saved |= {name: own for name, own in live.items() if name.endswith(_HEAD)}
+    _refuse_other_settings(
+        config, model.peft_config["default"], saved, live, folder, keeps_head=keeps_head
+    )
     frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     match_saved(model, {name: tuple(t.shape) for name, t in saved.items()}, frozen, folder)
     if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
@@ -47,7 +60,13 @@ def load_initial_weights(model: PeftModel, folder: Path) -> None:
 
 
 def _refuse_other_settings(
-    config: PeftConfig, live: PeftConfig, saved: Iterable[str], wanted: Iterable[str], folder: Path
+    config: PeftConfig,
+    live: PeftConfig,
+    saved: Iterable[str],
+    wanted: Iterable[str],
+    folder: Path,
+    *,
+    keeps_head: bool,
 ) -> None:
     """Raise ModelError, which lists all differences, if the adapter has other settings.
 
@@ -56,11 +75,17 @@ def _refuse_other_settings(
         live: settings of the model that its weights go into.
         saved: names of the adapter's tensors.
         wanted: names of the model's tensors.
+        keeps_head: the model has a head that scores rows, which PEFT names in `modules_to_save`.
     """
-    pairs = {
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    pairs: dict[str, list[Any]] = {
         ours: [getattr(one, name, None) for one in (config, live)]
         for name, ours in _SETTINGS.items()
     }
+    if keeps_head:
+        own = [name for name in pairs["modules_to_save"][1] or () if name not in SEQ_CLS_HEAD_NAMES]
+        pairs["modules_to_save"][1] = own
     # Compare what the targets matched: a list, a pattern and `all-linear` may match the same.
     pairs["target_modules"] = [_targets(names) for names in (saved, wanted)]
     lines = [

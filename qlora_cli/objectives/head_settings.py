@@ -129,11 +129,16 @@ class Classify(ObjectiveSettings):
                 return self.labels.index(label)
             if label.strip().isdecimal() and int(label) < len(self.labels):
                 return int(label)
+        if isinstance(label, tuple):
+            raise DataError(
+                f"label: {list(label)} is a list, and problem single has one label per row; "
+                "problem multi takes lists"
+            )
         if isinstance(label, int | float):
             if (text := _plain(label)) in self.labels:
                 return self.labels.index(text)
-            is_whole = label == int(label) if math.isfinite(label) else False
-            if is_whole and 0 <= label < len(self.labels):
+            is_whole = math.isfinite(label) and label == int(label)
+            if is_whole and not isinstance(label, bool) and 0 <= label < len(self.labels):
                 return int(label)
         known = ", ".join(self.labels[:_MAX_NAMED])
         known += ", ..." if len(self.labels) > _MAX_NAMED else ""
@@ -262,7 +267,8 @@ def _plain(number: float) -> str:
     """Return a number as a label is written: 1, not 1.0; true, not True."""
     if isinstance(number, bool):
         return str(number).lower()
-    return f"{number:.17g}" if number != int(number) else str(int(number))
+    is_whole = math.isfinite(number) and number == int(number)
+    return str(int(number)) if is_whole else str(number)
 
 
 def _shown(label: object) -> str:

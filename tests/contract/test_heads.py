@@ -357,3 +357,21 @@ def test_measures_of_the_head_choose_the_best_weights(head_recipe: Callable[...,
     record = json.loads((Path(recipe.output.dir) / "run.json").read_text("utf-8"))
     best = max(found[1:], key=lambda row: row["eval_macro_f1"])
     assert record["best"]["step"] == best["step"]
+
+
+def test_a_head_starts_from_the_adapter_of_a_run_on_answers(
+    head_recipe: Callable[..., Any], tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(tiny_recipe(output={"dir": str(tmp_path / "answers")}))
+    recipe = head_recipe(
+        {"type": "classify", "labels": LABELS},
+        adapter={"type": "lora", "r": 4, "alpha": 8, "init_from": str(tmp_path / "answers")},
+        training={"max_steps": 1},
+        optimizer={"type": "sgd", "learning_rate": 1e-30},
+    )
+    train(recipe)
+    before = load_file(tmp_path / "answers" / "last" / "adapter_model.safetensors")
+    after = load_file(Path(recipe.output.dir) / "last" / "adapter_model.safetensors")
+    added = after.keys() - before.keys()
+    assert [name.rpartition(".score.")[2] for name in added] == ["weight"]
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -44,6 +44,10 @@ def rows_of_kind(
             {"prompt": user["content"], "completion": answer["content"], "label": at % 2 == 0}
             for at, (user, answer) in enumerate(turns)
         ]
+    if kind == "labels":
+        return "labelled", [
+            {"text": answer["content"], "label": at % 2} for at, (_, answer) in enumerate(turns)
+        ]
     # JSON, since the quickstart scores its answers as such.
     return "messages", [
         {"messages": [user, {**answer, "content": json.dumps(answer["content"])}]}
