@@ -22,6 +22,7 @@ from qlora_cli.data.formats import (
     TemplateFormat,
     Text,
 )
+from qlora_cli.data.formats.answers import truth_of
 from qlora_cli.data.formats.fields import is_given, list_of, shown
 from qlora_cli.data.sources import BadRows, Source
 from qlora_cli.errors import DataError
@@ -332,10 +333,33 @@ def _whole(row: Row, format: _Format) -> Conversation:
         case Text():
             [piece] = format.to_conversation(row).messages
             return Conversation([replace(piece, train=False), Message("text", _NO_ANSWER, True)])
-        case Preference() | Feedback() | Labelled():
-            raise DataError(f"format {format.type} compares or labels; give rows with a prompt")
+        case Preference():
+            answers = {format.chosen_field: _NO_ANSWER, format.rejected_field: _NO_ANSWER}
+            return replace(format.to_conversation(_filled_in(row, answers)), rejected=None)
+        case Feedback():
+            return _judged(row, format)
+        case Labelled():
+            raise DataError("a labelled row has no answer; give rows with a prompt")
         case _:
             return format.to_conversation(row)
+
+
+def _judged(row: Row, format: Feedback) -> Conversation:
+    """Return the conversation of a row of feedback. A bad answer is not what it should end in."""
+    is_bad = truth_of(row, format.label_field) is False
+    prompt = format.prompt_field or "prompt"
+    answers = {format.completion_field: _NO_ANSWER} if row.get(prompt) is not None else {}
+    labelled = {**_filled_in(row, answers), format.label_field: True}
+    found = replace(format.to_conversation(labelled), label=None)
+    *before, last = found.messages
+    return (
+        replace(found, messages=[*before, replace(last, content=_NO_ANSWER)]) if is_bad else found
+    )
+
+
+def _filled_in(row: Row, answers: Row) -> Row:
+    """Return a row with answers in the columns that are missing or null."""
+    return {**answers, **{name: value for name, value in row.items() if value is not None}}
 
 
 _ANSWERS = ("assistant", "gpt", "function_call")

@@ -214,7 +214,14 @@ class Preview:
             (str(tokenizer.convert_ids_to_tokens(token_id)), count)
             for token_id, count in audited.audit.ends.items()
         ]
-        return SplitView(audited.name, audited.audit, stops, audited.findings, sources)
+        return SplitView(
+            audited.name,
+            audited.audit,
+            stops,
+            audited.findings,
+            sources,
+            has_answers=audited.has_answers,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,11 @@ _BODY = template("""\
 <td>{{ finding.found }}\
 {% for name in finding.first_named() + finding.remedy %}<br/>{{ name }}{% endfor %}</td></tr>
 {% endfor %}
+{% if split.has_answers %}
 <tr><td>supervised turns</td><td>{{ total.num_turns|comma }}, ended by \
 {% for token, count in split.stops %}{{ token }} {{ count|comma }}{{ "" if loop.last else ", " }}\
 {% else %}nothing{% endfor %}</td></tr>
+{% endif %}
 </table>
 {% endcall %}
 <h3>Sources</h3>

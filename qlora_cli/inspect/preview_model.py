@@ -81,6 +81,8 @@ class SplitView:
     """Tokens that end supervised turns, and the number of turns that each ends."""
     findings: list[Finding]
     sources: list[SourceView]
+    has_answers: bool = True
+    """The rows have supervised turns, and not a label in their place."""
 
 
 def make_sample(

@@ -124,7 +124,8 @@ def _split(split: SplitView, colour: bool) -> Iterator[str]:
     )
     yield from _histogram(split.audit.bars)
     stops = ", ".join(f"{token} {count:,}" for token, count in split.stops)
-    yield f"supervised turns: {total.num_turns:,}, ended by {stops or 'nothing'}"
+    if split.has_answers:
+        yield f"supervised turns: {total.num_turns:,}, ended by {stops or 'nothing'}"
     width = max(len(finding.what) for finding in split.findings)
     for finding in split.findings:
         line = f"{finding.what:<{width}}  {finding.found}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from qlora_cli.data.formats.fields import is_given, optional_text, shown
+from qlora_cli.data.formats.fields import is_given, optional_text, shown, text_of
 from qlora_cli.data.formats.turns import check_order, messages_of
 from qlora_cli.errors import DataError
 from qlora_cli.types import Message, Row
@@ -21,6 +21,8 @@ _AROUND = 20
 def read_prompt(row: Row, field: str | None) -> list[Message]:
     """Read the prompt of a row; [] if it has none. None of its turns is supervised.
 
+    The column `input` belongs to the column `instruction`, as in the format `alpaca`.
+
     Args:
         field: its column; None takes the one of `PROMPTS` that is given.
 
@@ -32,6 +34,9 @@ def read_prompt(row: Row, field: str | None) -> list[Message]:
         raise DataError(f"field '{found[1]}': '{found[0]}' has a prompt too")
     if not found:
         return []
+    if found[0] == "instruction" and is_given(row, "input"):
+        request = f"{text_of(row, 'instruction')}\n\n{text_of(row, 'input')}"
+        return [Message("user", request, train=False)]
     return not_supervised(messages_of(row, found[0], "user"))
 
 

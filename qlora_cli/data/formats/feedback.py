@@ -73,6 +73,9 @@ class Feedback(Config):
         completion = messages_of(row, self.completion_field, "assistant")
         prompt = read_prompt(row, self.prompt_field)
         if not prompt:
-            raise DataError(f"field 'prompt': missing; expected a column {', '.join(PROMPTS)}")
+            raise DataError(
+                f"field 'prompt': missing; expected a column {', '.join(PROMPTS)} (or another one, "
+                "named in format.prompt_field)"
+            )
         place = f"prompt + {self.completion_field}"
         return check_order([*with_system(row, prompt), *completion], place)

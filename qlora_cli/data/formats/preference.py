@@ -44,7 +44,8 @@ class Preference(Config):
     rows: ClassVar[RowKind] = "pairs"
     type: Literal["preference"] = "preference"
     prompt_field: str | None = None
-    """Column that holds the prompt; null takes `prompt`, `conversations` or `messages`."""
+    """Column that holds the prompt; null takes `prompt`, `conversations` or `messages`. With
+    `instruction`, the column `input` is read too."""
     chosen_field: str = "chosen"
     """Column that holds the preferred answer."""
     rejected_field: str = "rejected"
@@ -180,7 +181,7 @@ class Preference(Config):
 def _answered(row: Row, prompt: list[Message], answer: list[Message], field: str) -> list[Message]:
     if not prompt:
         raise DataError(
-            f"field '{field}': no prompt; expected a column {', '.join(PROMPTS)}, or the whole "
-            "conversation here"
+            f"field '{field}': no prompt; expected a column {', '.join(PROMPTS)} (or another one, "
+            "named in format.prompt_field), or the whole conversation here"
         )
     return check_order([*with_system(row, prompt), *answer], f"prompt + {field}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -48,6 +48,10 @@ class AuditedDataset:
     findings: list[Finding]
     beyond: Finding | None
     """Rows longer than the model's context; None if that is not known."""
+    has_answers: bool = True
+    """The rows have supervised turns, and not a label in their place."""
+    labels: Mapping[str, int] | None = None
+    """In rows with labels: the number of rows with each."""
 
     @property
     def truncated(self) -> float:
@@ -120,7 +124,13 @@ def check_data(
         log.log(logging.WARNING if is_suspect else logging.DEBUG, side.summary())
     check_limits(data, sides)
     check_context(sides, context)
-    return {side.name: side.audit.record() for side in sides}
+    return {
+        side.name: {
+            **side.audit.record(),
+            **({} if side.labels is None else {"labels": dict(side.labels)}),
+        }
+        for side in sides
+    }
 
 
 def check_limits(data: Data, sides: list[AuditedDataset]) -> None:
@@ -194,7 +204,17 @@ def _audited(
         tuple(prepared.contradicted_places),
     )
     found += _label_findings(data, prepared, audit, sources, training, objective)
-    return AuditedDataset(name, prepared, scanned, audit, found, beyond)
+    has_labels = any(source.format.rows in ("feedback", "labels") for source in sources)
+    return AuditedDataset(
+        name,
+        prepared,
+        scanned,
+        audit,
+        found,
+        beyond,
+        has_answers=has_answers,
+        labels=prepared.labels if has_labels else None,
+    )
 
 
 def _label_findings(

@@ -6,6 +6,7 @@ from itertools import takewhile
 
 from qlora_cli.data.formats import Feedback, FormatConfig, Labelled, Preference, PromptCompletion
 from qlora_cli.data.formats.answers import truth_of
+from qlora_cli.data.formats.fields import is_given
 from qlora_cli.data.sources.rows import LocatedRow
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row, RowKind
@@ -118,7 +119,8 @@ def _reading(row: Row) -> tuple[Preference, dict[str, str] | None]:
             pairs.to_conversation(row)
         except DataError:
             continue
-        return pairs, pairs.as_trainable(row)
+        has_input = pairs.prompt_field == "instruction" and is_given(row, "input")
+        return pairs, None if has_input else pairs.as_trainable(row)
     return Preference(), None
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from qlora_cli.data.encode.encoder import Encoder
-from qlora_cli.data.formats import Messages, PromptCompletion, TemplateFormat, Text
+from qlora_cli.data.formats import (
+    Feedback,
+    Labelled,
+    Messages,
+    Preference,
+    PromptCompletion,
+    TemplateFormat,
+    Text,
+)
 from qlora_cli.data.prompts import (
     PromptReader,
     Question,
@@ -379,3 +387,40 @@ def test_rows_without_a_prompt_are_counted(tmp_path: Path) -> None:
     path.write_text('{"x": 1}\n{"prompt": "hi"}\n{"prompt": ""}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: found 'x'; expected.*:3:.*empty"):
         read_questions(Source(path=str(path)), ENCODER, PromptReader())
+
+
+PAIR_COLUMNS = {"prompt_field": "q", "chosen_field": "w", "rejected_field": "l"}
+BOTH = {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "c"}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "reference"),
+    [
+        (Preference(), {"prompt": "Hi"}, None),
+        (Preference(), {"prompt": "Hi", "chosen": "b", "rejected": "c"}, "b"),
+        (Preference(), {"prompt": "Hi", "chosen": None}, None),
+        (Preference(), BOTH, "b"),
+        (Preference(), {"messages": [{"role": "user", "content": "Hi"}]}, None),
+        (Preference(), {"messages": BOTH["chosen"]}, "b"),
+        (Preference(**PAIR_COLUMNS), {"q": "Hi", "w": "b", "l": "c"}, "b"),
+        (Preference(**PAIR_COLUMNS), {"q": "Hi"}, None),
+        (Preference(**PAIR_COLUMNS), {"prompt": "Hi"}, None),
+        (Feedback(), {"prompt": "Hi"}, None),
+        (Feedback(), {"prompt": "Hi", "completion": "b", "label": True}, "b"),
+        (Feedback(), {"prompt": "Hi", "completion": "b", "label": False}, None),
+        (Feedback(), {"messages": BOTH["chosen"], "label": True}, "b"),
+        (Feedback(), {"messages": BOTH["chosen"], "label": 0}, None),
+        (Feedback(), {"messages": BOTH["chosen"][:1]}, None),
+        (Feedback(prompt_field="q"), {"q": "Hi"}, None),
+        (Labelled(), {"prompt": "Hi", "label": "x"}, None),
+        (Labelled(), {"text": "Hi", "label": "x"}, None),
+    ],
+)
+def test_prompts_are_those_of_the_rows_that_were_compared_or_labelled(
+    format: Any, row: dict[str, Any], reference: str | None
+) -> None:
+    conversation, found = PromptReader([format]).read(row)
+    assert [(m.role, m.content) for m in conversation.messages[:-1]] == [("user", "Hi")]
+    assert found == reference
+    assert conversation.rejected is None

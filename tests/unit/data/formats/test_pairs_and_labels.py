@@ -110,6 +110,16 @@ def test_scores_become_a_margin(columns: dict[str, Any], margin: float | None) -
     assert Preference().to_conversation({**TEXTS, **columns}).margin == margin
 
 
+@pytest.mark.parametrize(("more", "request_"), [({"input": "x"}, "a\n\nx"), ({"input": ""}, "a")])
+def test_the_input_belongs_to_the_instruction(more: dict[str, Any], request_: str) -> None:
+    row = {"instruction": "a", "chosen": "b", "rejected": "c", **more}
+    read = Preference(prompt_field="instruction").to_conversation(row)
+    assert read.messages[0] == Message("user", request_, train=False)
+    judged = {"instruction": "a", "completion": "b", "label": True, **more}
+    read = Feedback(prompt_field="instruction").to_conversation(judged)
+    assert read.messages[0].content == request_
+
+
 def test_the_columns_of_a_preference_have_names() -> None:
     names = Preference(
         prompt_field="q", chosen_field="w", rejected_field="l", score_chosen_field="ws",

@@ -19,6 +19,7 @@ from qlora_cli.data.prepared.scan import DatasetScan
 from qlora_cli.data.prepared.statistics import DatasetStatistics
 from qlora_cli.errors import DataError
 from qlora_cli.inspect.preview import preview
+from qlora_cli.inspect.preview_html import preview_page
 from qlora_cli.objectives import KTO
 from qlora_cli.objectives.head_settings import Classify
 from qlora_cli.types import Conversation, Example, Message
@@ -297,6 +298,7 @@ def test_feedback_is_audited_and_shown_with_its_label(
     assert "objective.undesirable_weight: 5 makes it 1" in line
     assert "with another label: 1 of 6" in line
     assert record["num_relabelled"] == 1
+    assert record["labels"] == {"good": 5, "bad": 1}
     shown = preview(recipe, use_cache=False)
     assert "kto.jsonl:1, label bad: " in shown.text(2, colour=False)
     assert [one.label for one in shown.rows(None)] == ["bad", *["good"] * 5]
@@ -330,7 +332,10 @@ def test_labels_are_audited_and_shown(
     shown = preview(recipe, use_cache=False)
     labels = ["positive", "negative", "positive", "negative"]
     assert [one.label for one in shown.rows(None)] == labels
-    assert f"{path.name}:1, label positive: " in shown.text(1, colour=False)
+    text = shown.text(1, colour=False)
+    assert f"{path.name}:1, label positive: " in text
+    assert "supervised turns" not in text
+    assert "supervised turns" not in preview_page(shown.views(1), title="x")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_a_pair_is_named_with_the_settings_that_read_it(
         assert (found.rejected is not None) is ("both" in after)
 
 
+def test_the_chosen_answers_alone_are_not_proposed_without_the_input(tmp_path: Path) -> None:
+    rows = source(tmp_path, {"instruction": "a", "input": "x", **PAIR})
+    with pytest.raises(DataError, match="a preference row") as why:
+        list(rows.conversations(BadRows()))
+    hint = str(why.value.hint)
+    assert "{type: preference, prompt_field: instruction}" in hint
+    assert "alone" not in hint
+
+
 @pytest.mark.parametrize("format", [Messages(), ShareGpt(), Alpaca(), PromptCompletion()])
 @pytest.mark.parametrize(
     "row",
