@@ -351,10 +351,10 @@ def _judged(row: Row, format: Feedback) -> Conversation:
     answers = {format.completion_field: _NO_ANSWER} if row.get(prompt) is not None else {}
     labelled = {**_filled_in(row, answers), format.label_field: True}
     found = replace(format.to_conversation(labelled), label=None)
-    *before, last = found.messages
-    return (
-        replace(found, messages=[*before, replace(last, content=_NO_ANSWER)]) if is_bad else found
-    )
+    if is_bad:
+        *before, last = found.messages
+        return replace(found, messages=[*before, replace(last, content=_NO_ANSWER)])
+    return found
 
 
 def _filled_in(row: Row, answers: Row) -> Row:
