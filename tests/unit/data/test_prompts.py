@@ -390,8 +390,8 @@ def test_rows_without_a_prompt_are_counted(tmp_path: Path) -> None:
 
 
 PAIR_COLUMNS = {"prompt_field": "q", "chosen_field": "w", "rejected_field": "l"}
-USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}
-BOTH = {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "c"}]}
+ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}
+BOTH = {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, {**ANSWERED, "content": "c"}]}
 
 
 @pytest.mark.parametrize(
