@@ -319,3 +319,16 @@ def test_two_ranks_equal_one_rank(run: Run, tmp_path: Path, objective: dict[str,
         assert expected
         found = [line[name] for line in together if name in line]
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_objectives_are_compared_on_the_same_pairs(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("run", training={"max_steps": 1})
+    report = output_of(
+        capsys, "compare", tmp_path / "recipe.yaml", "--out", tmp_path / "compared",
+        "--vary", "objective.type=dpo,orpo,simpo",
+    )  # fmt: skip
+    assert [cell["status"] for cell in report["cells"]] == ["finished"] * 3
+    assert all("loss.likelier" in cell["results"] for cell in report["cells"])
