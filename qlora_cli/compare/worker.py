@@ -108,9 +108,10 @@ def _evaluate(recipe: Recipe, store: ResultStore) -> None:
 
 def _measure(recipe: Recipe, run: RunFolder, *, with_latency: bool) -> dict[str, Any]:
     weights = run.weights("last")
+    generates = with_latency and recipe.objective.head is None
     return {
         "plan": _plan(recipe),
-        "generation": _measure_generation(recipe, run).to_json() if with_latency else None,
+        "generation": _measure_generation(recipe, run).to_json() if generates else None,
         "weights_bytes": sum(file.stat().st_size for file in weights.glob("*.safetensors")),
         "run_bytes": sum(f.stat().st_size for f in run.root.rglob("*") if f.is_file()),
     }

@@ -1,4 +1,4 @@
-"""The code of a model card: load the weights as in training, and generate."""
+"""The code of a model card: load the weights as in training, and generate or score."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from qlora_cli.data.formats import TemplateFormat, is_verbatim
 from qlora_cli.data.prompts import PromptReader
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
+from qlora_cli.models.heads import head_kind
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.types import Message
+from qlora_cli.runs.card_head import head_arguments, score_code
+from qlora_cli.types import HeadSpec, Message
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -43,7 +45,7 @@ def card_code(
     has_tools: bool = False,
     precision: Precision | None = None,
 ) -> list[str]:
-    """Return lines that load the weights of a run and generate an answer.
+    """Return lines that load the weights of a run, and generate an answer or score a row.
 
     Args:
         name: the folder of the weights.
@@ -51,7 +53,8 @@ def card_code(
         has_tools: training rows declare tools.
         precision: what the run computed in; None takes the recipe's.
     """
-    load = _load_whole()
+    head = recipe.objective.head
+    load = _load_whole(head)
     if not is_whole:
         load = _load_on_base(recipe, precision or recipe.training.precision)
     imports = [line for line in load if line.startswith(("from ", "import "))]
@@ -62,8 +65,11 @@ def card_code(
         f"folder = {_text(name)}  # the folder of this card, or its id on the Hub",
         *rest,
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "",
-        *_generate(recipe, has_tools=has_tools),
+        *(
+            ["", *_generate(recipe, has_tools=has_tools)]
+            if head is None
+            else score_code(recipe, head)
+        ),
     ]
 
 
@@ -79,7 +85,14 @@ def public(path: str) -> str:
     return path if is_on_hub(path) else Path(path).name
 
 
-def _load_whole() -> list[str]:
+def _load_whole(head: HeadSpec | None) -> list[str]:
+    if head is not None:
+        name = head_kind(head).auto_class_name
+        return [
+            "import torch",
+            f"from transformers import {name}, AutoTokenizer",
+            f'model = {name}.from_pretrained(folder, dtype="auto")',
+        ]
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer",
         'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
@@ -88,14 +101,18 @@ def _load_whole() -> list[str]:
 
 def _load_on_base(recipe: Recipe, precision: Precision) -> list[str]:
     """Load the base as in training: the adapter was trained on exactly those weights."""
-    names = ["AutoTokenizer", "GenerationConfig", "TextStreamer"]
+    head = recipe.objective.head
+    auto_class = head_kind(head).auto_class_name
+    names = ["AutoTokenizer"] if head else ["AutoTokenizer", "GenerationConfig", "TextStreamer"]
     arguments = _base_arguments(recipe, precision)
+    if head is not None:
+        arguments += head_arguments(head)
     if any("BitsAndBytesConfig" in argument for argument in arguments):
         names.append("BitsAndBytesConfig")
     path = public(recipe.model.path)
     unpack, note = [], "" if is_on_hub(recipe.model.path) else "  # the path of your copy"
     if path.endswith(".gguf"):
-        names.append("GgufConfig")
+        names += ["GgufConfig", *(["AutoModelForCausalLM"] if head else [])]
         file, path, note = path, f"{path.removesuffix('.gguf')}-bfloat16", ""
         unpack = [
             f"# Put {file} alone into a folder: other files there would change how it is read.",
@@ -106,15 +123,16 @@ def _load_on_base(recipe: Recipe, precision: Precision) -> list[str]:
         ]
     libraries, attach = _attach(recipe)
     return [
+        *(["import torch"] if head else []),
         *libraries,
-        f"from transformers import AutoModelForCausalLM, {', '.join(sorted(names))}",
+        f"from transformers import {auto_class}, {', '.join(sorted(names))}",
         *unpack,
-        "base = AutoModelForCausalLM.from_pretrained(",
+        f"base = {auto_class}.from_pretrained(",
         f"    {_text(path)},{note}",
         *(f"    {argument}," for argument in arguments),
         ")",
         *attach,
-        "model.generation_config = GenerationConfig.from_pretrained(folder)",
+        *([] if head else ["model.generation_config = GenerationConfig.from_pretrained(folder)"]),
     ]
 
 

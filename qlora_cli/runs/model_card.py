@@ -86,11 +86,15 @@ def model_card(
     return "\n".join([*lines, ""])
 
 
+_SCORING = "text-classification"
+"""The Hub's name for models that score rows."""
+
+
 def _front_matter(recipe: Recipe, is_whole: bool) -> dict[str, Any]:
     """Fields that the Hub indexes. A base or dataset that is not on the Hub is left out."""
     entries: dict[str, Any] = {
         "library_name": "transformers" if is_whole or recipe.adapter.trains_base else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if recipe.objective.head is None else _SCORING,
     }
     if is_on_hub(recipe.model.path):
         entries["base_model"] = recipe.model.path

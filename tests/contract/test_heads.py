@@ -295,6 +295,32 @@ def head_recipe(tiny_recipe: Callable[..., Any], tmp_path: Path) -> Callable[...
     return make
 
 
+def check_card(folder: Path, run: Path, base: Path, place: Path) -> None:
+    """Assert that the code of a model card gives the scores of `predict`."""
+    import contextlib
+
+    import qlora_cli
+
+    text = (folder / "README.md").read_text("utf-8")
+    assert "pipeline_tag: text-classification" in text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    name = code.partition('folder = "')[2].partition('"')[0]
+    place.mkdir()
+    (place / base.name).symlink_to(base)
+    (place / name).symlink_to(folder)
+    names: dict[str, Any] = {}
+    with contextlib.chdir(place):
+        exec(code, names)
+    row: Any = "The food was cold."
+    if "messages" in names:
+        row = {"messages": names["messages"]}
+    [found] = qlora_cli.load(str(run)).predict([row])
+    outputs = names["outputs"][0]
+    wanted = [found["value"]] if "value" in found else list(found["probabilities"].values())
+    got = outputs if "value" in found else outputs.softmax(-1)
+    assert got.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("objective", "sections"),
     [
@@ -322,6 +348,8 @@ def test_a_merged_folder_computes_what_was_trained(
         tmp_path / "merged", output_loading_info=True
     )
     assert not any(found.values())
+    for folder in (run / "last", tmp_path / "merged"):
+        check_card(folder, run, Path(recipe.model.path), tmp_path / f"card-{folder.name}")
     assert list(model.config.id2label.values()) == list(recipe.objective.head.labels)
     assert model.config.pad_token_id == PAD
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
