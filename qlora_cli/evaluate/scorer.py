@@ -59,6 +59,8 @@ class ModelScorer:
         self._dtype = dtype
         self._world = world
         self._generated: dict[tuple[int, ...], str] = {}
+        self._last: tuple[Sequence[Example], list[float]] = ([], [])
+        """The last examples whose likelihoods were computed, and those."""
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the greedy answer to each prompt."""
@@ -85,13 +87,15 @@ class ModelScorer:
     def reference_log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
         """Return the same for the model that training started from; for a base, its own."""
         if self._as_start is None:
-            return self.log_likelihoods(examples)
+            of, likelihoods = self._last
+            return likelihoods if of is examples else self.log_likelihoods(examples)
         with self._as_start() as start:
             return self._log_likelihoods(start, examples)
 
     def log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
         """Return the sum of log p over the supervised tokens of each example, in nats."""
-        return self._log_likelihoods(self._model, examples)
+        self._last = examples, self._log_likelihoods(self._model, examples)
+        return self._last[1]
 
     def _log_likelihoods(self, model: Any, examples: Sequence[Example]) -> list[float]:
         objective = TokenLoss(model, self._dtype)

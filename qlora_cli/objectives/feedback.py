@@ -141,6 +141,9 @@ def _one_of_each_link(batch: Batch, place: int) -> Batch:
     if not batch.links:
         return batch
     kept = [2 * at + place for at in range(len(batch.links))]
+    reference = batch.reference
+    if reference is not None:
+        batch = replace(batch, reference=reference[kept])
     if batch.documents:
         ids = batch.input_ids[0].split(batch.documents)
         labels = batch.labels[0].split(batch.documents)

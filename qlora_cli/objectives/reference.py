@@ -36,10 +36,10 @@ class Reference:
     def __init__(self, model: nn.Module, *, is_kept: bool) -> None:
         trained = [p for p in model.parameters() if p.requires_grad] if is_kept else []
         self._weights = [(weight, weight.detach().clone()) for weight in trained]
+        self._is_kept = is_kept
         self.known: dict[str, float] = {}
         """Log-probability by the content of an example, and whether it is trained on or evaluated:
-        the two are computed in other batches, which round otherwise. Complete before the first
-        step."""
+        the two are computed in other batches, which round otherwise."""
 
     @property
     def copies(self) -> list[Tensor]:
@@ -56,13 +56,24 @@ class Reference:
     ) -> list[Batch]:
         """Add the log-probabilities under the reference to batches.
 
-        They are computed in evaluation mode, without dropout.
+        They are computed in evaluation mode, without dropout. Those of evaluation rows are kept for
+        the next evaluation. Batches that bring them stay as they are.
         """
-        if self.known:
-            mode = objective.training
-            return [self._look_up(batch, device, is_training=mode) for batch in batches]
+        if all(batch.reference is not None for batch in batches):
+            return list(batches)
+        is_training = objective.training
+        keys = [_keys(batch, is_training=is_training) for batch in batches]
+        if all(key in self.known for of_batch in keys for key in of_batch):
+            pairs = zip(batches, keys, strict=True)
+            return [self._look_up(batch, of_batch, device) for batch, of_batch in pairs]
+        assert self._is_kept, "precompute() has seen every batch"
         with eval_mode(objective), self._restored():
-            return [replace(one, reference=log_probs(one.to(device))) for one in batches]
+            found = [replace(one, reference=log_probs(one.to(device))) for one in batches]
+        if not is_training:
+            for batch, of_batch in zip(found, keys, strict=True):
+                assert batch.reference is not None
+                self.known.update(zip(of_batch, batch.reference.tolist(), strict=True))
+        return found
 
     @torch.no_grad()
     def precompute(
@@ -88,8 +99,8 @@ class Reference:
         """Take log-probabilities that were computed by an earlier run with the same weights."""
         self.known = dict(known)
 
-    def _look_up(self, batch: Batch, device: torch.device, *, is_training: bool) -> Batch:
-        found = [self.known[key] for key in _keys(batch, is_training=is_training)]
+    def _look_up(self, batch: Batch, keys: Sequence[str], device: torch.device) -> Batch:
+        found = [self.known[key] for key in keys]
         return replace(batch, reference=copy_to(device, torch.tensor(found, dtype=torch.float64)))
 
     @contextmanager

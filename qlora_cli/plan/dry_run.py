@@ -85,6 +85,12 @@ def dry_run(
         setup = assemble(
             recipe, base, model, options, FixedBatches([]), SingleProcess(), max_steps=1
         )
+    if recipe.reference_mode == "precomputed":
+        steps = [[_with_reference(batch) for batch in step] for step in steps]
+    if (
+        held_out is not None
+    ):  # the pass of the reference takes no more memory than that of the model
+        held_out = _with_reference(held_out)
     count_model(model, count)  # fused layers have merged some of its weights
     count.hold(setup.objective.kept_tensors(), REFERENCE)
     setup.objective.train()
@@ -98,6 +104,11 @@ def dry_run(
             with count.stage(EVALUATION), recipe.optimizer.evaluation_weights(setup.optimizer):
                 evaluate_objective(setup.objective, [held_out], setup.world.device)
     return model
+
+
+def _with_reference(batch: Batch) -> Batch:
+    """Return a batch with log-probabilities under a reference, as if they had been precomputed."""
+    return replace(batch, reference=torch.zeros(batch.num_examples, dtype=torch.float64))
 
 
 def _is_traced(model: nn.Module) -> bool:
