@@ -12,7 +12,7 @@ from qlora_cli.data.formats import TemplateFormat, is_verbatim
 from qlora_cli.data.prompts import PromptReader
 from qlora_cli.data.sources.files import names_a_file
 from qlora_cli.data.sources.hub import is_hub_id
-from qlora_cli.models.heads import head_kind
+from qlora_cli.models.heads import CAUSAL_LM, head_kind
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.card_head import head_arguments, score_code
 from qlora_cli.types import HeadSpec, Message
@@ -112,7 +112,7 @@ def _load_on_base(recipe: Recipe, precision: Precision) -> list[str]:
     path = public(recipe.model.path)
     unpack, note = [], "" if is_on_hub(recipe.model.path) else "  # the path of your copy"
     if path.endswith(".gguf"):
-        names += ["GgufConfig", *(["AutoModelForCausalLM"] if head else [])]
+        names += ["GgufConfig", *([CAUSAL_LM.auto_class_name] if head else [])]
         file, path, note = path, f"{path.removesuffix('.gguf')}-bfloat16", ""
         unpack = [
             f"# Put {file} alone into a folder: other files there would change how it is read.",
