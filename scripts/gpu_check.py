@@ -59,7 +59,7 @@ def first_checks() -> Iterator[Check]:
 
 def step_checks() -> Iterator[Check]:
     """Yield the checks of steps: speed, waits, compiling, memory."""
-    from scripts.gpu import gradient_checks, step_checks
+    from scripts.gpu import gradient_checks, preference_checks, step_checks
     from scripts.gpu.report import Check
     from scripts.gpu.training import Mode
 
@@ -82,6 +82,13 @@ def step_checks() -> Iterator[Check]:
         run = partial(step_checks.plan_against_measured, mode=mode)
         yield Check(f"plan and measured: {mode.name}", 15, run)
     yield Check("layers with dropout", 5, gradient_checks.dropout_layers)
+    for mode in (
+        Mode("nf4", "fused", True, objective="dpo"), Mode("none", "fused", False, objective="dpo"),
+    ):  # fmt: skip
+        name = mode.name
+        yield Check(f"first loss: {name}", 8, partial(preference_checks.first_loss, mode=mode))
+        run = partial(preference_checks.shared_prompts, mode=mode)
+        yield Check(f"prompt once: {name}", 8, run)
     yield Check("updates of an 8-bit optimizer", 5, step_checks.updates_are_used)
 
 

@@ -40,18 +40,21 @@ class Mode:
     dropout: float = 0.0
     by_document: bool = False
     """Attend document by document, as cards before Ampere do."""
+    objective: str = "supervised"
 
     @property
     def name(self) -> str:
         """Name the mode in a table."""
         again = {True: "recomputed", False: "kept", "mlp": "mlp recomputed", "offload": "offload"}
         dropout = f", dropout {self.dropout}" if self.dropout else ""
-        return f"{self.quantization} {self.kernels}, {again[self.checkpointing]}{dropout}"
+        learned = "" if self.objective == "supervised" else f", {self.objective}"
+        return f"{self.quantization} {self.kernels}, {again[self.checkpointing]}{dropout}{learned}"
 
     def sections(self, rank: int = 16) -> dict[str, Any]:
         """Return the sections of a recipe for this mode."""
         return {
             "quantization": {"type": self.quantization},
+            "objective": {"type": self.objective},
             "adapter": {"r": rank, "alpha": 2 * rank, "dropout": self.dropout},
             "training": {
                 "gradient_checkpointing": self.checkpointing,
@@ -143,6 +146,34 @@ def random_batch(
         ids = torch.randint(1, min(vocabulary, 250), (length,), generator=generator).tolist()
         examples.append(Example(ids, [-100] * (length // 2) + ids[length // 2 :]))
     return (pad_batch if pad else concatenate_batch)(examples, 0)
+
+
+def random_pairs(
+    lengths: Sequence[tuple[int, int, int]], vocabulary: int, seed: int = 0, *, shared: bool = True
+) -> Batch:
+    """Make a batch of random pairs without padding.
+
+    Args:
+        lengths: tokens of the prompt, of the chosen and of the rejected answer, for each pair.
+        shared: the prompt of a pair is in the row once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(number: int) -> list[int]:
+        found: list[int] = torch.randint(
+            1, min(vocabulary, 250), (number,), generator=generator
+        ).tolist()
+        return found
+
+    examples = []
+    for prompt_length, *answers in lengths:
+        prompt = draw(prompt_length)
+        for at, length in enumerate(answers):
+            answer = draw(length)
+            labels = [-100] * prompt_length + answer
+            prefix = prompt_length if at else 0
+            examples.append(Example(prompt + answer, labels, is_linked=at > 0, prefix=prefix))
+    return concatenate_batch(examples, 0, shares_prefixes=shared)
 
 
 def cut(tokens: int, documents: int, seed: int = 0) -> list[int]:
