@@ -35,7 +35,6 @@ class ReferenceCell:
     """The first evaluated cell, with which the others are compared."""
 
     name: str
-    tasks: Sequence[Task]
     answers: TaskOutcomes
 
 
@@ -101,7 +100,7 @@ def _reference_cell(cells: Sequence[Cell], root: Path) -> ReferenceCell | None:
     for cell in cells:
         answers = ResultStore(root, cell).answers()
         if cell.recipe is not None and answers is not None:
-            return ReferenceCell(cell.name, choose_tasks(cell.recipe, None, is_tuned=True), answers)
+            return ReferenceCell(cell.name, answers)
     return None
 
 
@@ -168,23 +167,36 @@ def _generation(speeds: Record | None) -> CellGeneration | None:
 def _results(cell: Cell, store: ResultStore, first: ReferenceCell | None) -> CellResults:
     """Estimate the measures, and paired differences from the first cell and from the base."""
     answers, base = store.answers(), store.answers(of_base=True) if store.has_base else None
-    if answers is None or first is None:
+    if answers is None or first is None or cell.recipe is None:
         return CellResults()
-    against_first = summarize(first.tasks, {"first": first.answers, "this": answers})
+    tasks = choose_tasks(cell.recipe, None, is_tuned=True)
+    if _are_alike(first.answers, answers):
+        against_first = summarize(tasks, {"first": first.answers, "this": answers})
+    else:  # another objective measures something else
+        against_first = summarize(tasks, {"this": answers})
     found = CellResults(
         results=against_first.models["this"],
         differences=against_first.differences if cell.name != first.name else None,
         measures=against_first.measures,
     )
-    if base is None:
+    if base is None or not _are_alike(base, answers):
         return found
-    against_base = summarize(first.tasks, {"base": base, "this": answers})
+    against_base = summarize(tasks, {"base": base, "this": answers})
     return replace(
         found,
         base=store.base_name,
         from_base=against_base.differences,
         of_base=against_base.models["base"],
     )
+
+
+def _are_alike(first: TaskOutcomes, second: TaskOutcomes) -> bool:
+    """Tell if two models were measured by the same values."""
+    names = [
+        {label: set(outcomes[0].values) for label, outcomes in one.items()}
+        for one in (first, second)
+    ]
+    return names[0] == names[1]
 
 
 def training_speed(metrics: Sequence[Record]) -> float | None:

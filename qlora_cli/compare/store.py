@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.common.atomic_files import replace_file
 from qlora_cli.common.hashing import hash_json
 from qlora_cli.errors import RecipeError
+from qlora_cli.objectives import SUPERVISED
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.resume_check import compare, recorded_recipe
 from qlora_cli.runs.run_folder import RunFolder, is_run
@@ -39,7 +40,9 @@ class ResultStore:
         self.run = RunFolder(root / "runs" / cell.slug)
         self._measured = root / "measured"
         self._slug = cell.slug
-        self._speaks = cell.with_latency
+        # A head that scores rows writes no text.
+        predicts_tokens = cell.recipe is None or cell.recipe.objective.head is None
+        self._speaks = cell.with_latency and predicts_tokens
         self._base = root / "bases" / f"{_base_name(cell.recipe)}.json" if cell.recipe else None
 
     @property
@@ -135,6 +138,8 @@ def _base_name(recipe: Recipe) -> str:
     document = recipe.model_dump(mode="json")
     keys = ("model", "quantization", "data", "evaluation")
     values = [*(document[key] for key in keys), recipe.training.precision]
+    if recipe.objective != SUPERVISED:  # it decides what is measured of the base
+        values.append(document["objective"])
     digest = hash_json(values)
     changed = recipe.quantization.model_dump(mode="json", exclude_defaults=True)
     settings = [f"{key}={value}" for key, value in changed.items()]
