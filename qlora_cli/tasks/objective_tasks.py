@@ -10,17 +10,19 @@ from qlora_cli.data.batching.links import Links
 from qlora_cli.data.batching.mismatch import mismatched, rotated
 from qlora_cli.data.config import Data
 from qlora_cli.data.prepared.cache import load_or_prepare
+from qlora_cli.data.prepared.prepare import PreparedData
 from qlora_cli.data.sources import Source
 from qlora_cli.objectives import KTO, Classify, ObjectiveConfig, Reward, Supervised
 from qlora_cli.objectives.preference_settings import PairObjective
 from qlora_cli.tasks.head_tasks import LabelTask, RewardTask
 from qlora_cli.tasks.loss import Loss
 from qlora_cli.tasks.task import Measure, Outcome, Scorer, Task, Values, mean_of
-from qlora_cli.types import Example
+from qlora_cli.types import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 
@@ -31,6 +33,11 @@ class LinkedItem:
     place: str
     examples: tuple[Example, ...]
     values: tuple[float, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example.input_ids) for example in self.examples)
 
 
 class PairLoss(Task):
@@ -65,18 +72,10 @@ class PairLoss(Task):
     ) -> list[LinkedItem]:
         """Prepare all pairs, as for training; `evaluation.limit` does not apply."""
         prepared, _ = load_or_prepare(sources, tokenizer, settings, objective=self.objective)
-        examples, links = prepared.examples, Links(prepared.examples)
-        return [
-            LinkedItem(
-                examples.place(links[i][0]),
-                tuple(_alone(examples[at]) for at in links[i]),
-                examples[links[i][0]].values,
-            )
-            for i in range(len(links))
-        ]
+        return _items(prepared)
 
     def place_and_length(self, item: LinkedItem) -> tuple[str, int]:
-        return item.place, max(len(example.input_ids) for example in item.examples)
+        return item.place, item.longest
 
     def evaluate(self, scorer: Scorer, items: Sequence[LinkedItem]) -> list[Outcome]:
         import torch
@@ -85,12 +84,20 @@ class PairLoss(Task):
 
         assert isinstance(self.objective, PairObjective)
         examples = [example for item in items for example in item.examples]
-        found = torch.tensor(scorer.log_likelihoods(examples), dtype=torch.float64)
+        scored = examples
+        if (tail_weight := self.objective.tail_weight) != 1:
+            scored = [*examples, *(head for item in items for head in _equally_long(item))]
+
+        def log_probs(likelihoods: list[float]) -> Tensor:
+            found = torch.tensor(likelihoods, dtype=torch.float64)
+            whole, heads = found[: len(examples)], found[len(examples) :]
+            return whole if not len(heads) else heads + tail_weight * (whole - heads)
+
+        found = log_probs(scorer.log_likelihoods(scored))
         tokens = torch.tensor([float(e.num_supervised) for e in examples], dtype=torch.float64)
         reference = torch.zeros_like(found)
         if self.objective.reference_mode(trains_base=False) is not None:
-            at_start = scorer.reference_log_likelihoods(examples)
-            reference = torch.tensor(at_start, dtype=torch.float64)
+            reference = log_probs(scorer.reference_log_likelihoods(scored))
         pairs = PairLogProbs(
             found[0::2], found[1::2], tokens[0::2], tokens[1::2], reference[0::2], reference[1::2]
         )
@@ -112,8 +119,11 @@ class PairLoss(Task):
         ]
 
 
-class FeedbackTask(PairLoss):
+class FeedbackTask(Task):
     """The loss of KTO per row, and how often the sign of a row's reward is that of its label."""
+
+    type: Literal["loss"] = "loss"
+    objective: KTO
 
     def measures(self) -> Sequence[Measure]:
         return [
@@ -131,7 +141,8 @@ class FeedbackTask(PairLoss):
         limit: int | None,
     ) -> list[LinkedItem]:
         """Prepare all rows, each with its prompt and the answer of the row before it."""
-        items = super().read_items(sources, tokenizer, settings, limit=limit)
+        prepared, _ = load_or_prepare(sources, tokenizer, settings, objective=self.objective)
+        items = _items(prepared)
         firsts = [item.examples[0] for item in items]
         others = rotated(range(len(items)), len(items))
         return [
@@ -139,8 +150,10 @@ class FeedbackTask(PairLoss):
             for item, first, other in zip(items, firsts, others, strict=True)
         ]
 
+    def place_and_length(self, item: LinkedItem) -> tuple[str, int]:
+        return item.place, item.longest
+
     def evaluate(self, scorer: Scorer, items: Sequence[LinkedItem]) -> list[Outcome]:
-        assert isinstance(self.objective, KTO)
         examples = [example for item in items for example in item.examples]
         found = scorer.log_likelihoods(examples)
         reference = scorer.reference_log_likelihoods(examples)
@@ -163,7 +176,6 @@ class FeedbackTask(PairLoss):
         """Compute the mean loss; its divergence is estimated from the same rows."""
         import numpy as np
 
-        assert isinstance(self.objective, KTO)
         settings, signs = self.objective, values["_sign"]
         divergence = np.maximum(values["_mismatched"].mean(-1, keepdims=True), 0.0)
         gains = 1 / (1 + np.exp(-signs * settings.beta * (values["_ratio"] - divergence)))
@@ -183,6 +195,32 @@ def task_of(objective: ObjectiveConfig) -> Task:
     if isinstance(objective, KTO):
         return FeedbackTask(objective=objective)
     return PairLoss(objective=objective)
+
+
+def _items(prepared: PreparedData) -> list[LinkedItem]:
+    """Return the rows of a dataset with their examples."""
+    examples, links = prepared.examples, Links(prepared.examples)
+    return [
+        LinkedItem(
+            examples.place(links[i][0]),
+            tuple(_alone(examples[at]) for at in links[i]),
+            examples[links[i][0]].values,
+        )
+        for i in range(len(links))
+    ]
+
+
+def _equally_long(pair: LinkedItem) -> list[Example]:
+    """Return the examples of a pair, each with as many supervised tokens as the shorter answer."""
+    kept = min(example.num_supervised for example in pair.examples)
+    return [replace(one, labels=_first_labels(one.labels, kept)) for one in pair.examples]
+
+
+def _first_labels(labels: list[int], number: int) -> list[int]:
+    """Keep the first supervised tokens. The first token of a row is not predicted."""
+    places = [at for at, label in enumerate(labels) if at and label != IGNORE_INDEX]
+    kept = set(places[:number])
+    return [label if at in kept else IGNORE_INDEX for at, label in enumerate(labels)]
 
 
 def _alone(example: Example) -> Example:

@@ -189,7 +189,14 @@ def test_full_training_computes_its_reference_once(
 
 
 @pytest.mark.parametrize(
-    "objective", [{"type": "dpo"}, {"type": "simpo"}, {"type": "kto"}], ids=name_of
+    "objective",
+    [
+        {"type": "dpo"},
+        {"type": "dpo", "ld_alpha": 0.3, "sft_weight": 0.2},
+        {"type": "simpo"},
+        {"type": "kto"},
+    ],
+    ids=name_of,
 )
 def test_an_evaluation_repeats_the_last_figures_of_the_run(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: dict[str, Any]
@@ -203,7 +210,7 @@ def test_an_evaluation_repeats_the_last_figures_of_the_run(
         "margin": "loss.margin",
     }.items():
         assert tuned[key]["value"] == pytest.approx(last[f"eval_{name}"], rel=1e-5, abs=1e-6)
-    if objective["type"] == "dpo":
+    if objective == {"type": "dpo"}:
         assert base["loss"]["value"] == pytest.approx(math.log(2), abs=1e-7)
         assert base["loss.accuracy"]["value"] == 0.5
     low = report["differences"]["loss.margin"]["low"]
