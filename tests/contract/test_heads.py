@@ -403,3 +403,12 @@ def test_a_head_starts_from_the_adapter_of_a_run_on_answers(
     added = after.keys() - before.keys()
     assert [name.rpartition(".score.")[2] for name in added] == ["weight"]
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_summary_of_labelled_rows_says_what_is_read(head_recipe: Callable[..., Any]) -> None:
+    from qlora_cli.loop.run_data import read_recipe_data
+
+    recipe = head_recipe({"type": "classify", "labels": LABELS})
+    summary = read_recipe_data(recipe).training.summary()
+    assert summary.endswith("longest 15; the last token of each row is read")
+    assert "supervised" not in summary

@@ -134,10 +134,17 @@ class PreparedData:
             f"{counted(self.num_rows, 'row')} "
             f"({self.num_truncated:,} too long, {self.num_lost:,} left out"
             f"{answers if self.num_lost_answers else ''}){bad}{typed}, "
-            f"{self.num_tokens:,} tokens, {self.num_supervised / self.num_tokens:.1%} of them "
-            f"supervised, longest {self.longest:,}; turns end with "
-            f"{' '.join(self.stops) or 'nothing'}"
+            f"{self.num_tokens:,} tokens{self._supervised()}"
         )
+
+    def _supervised(self) -> str:
+        """Say how much is supervised; of a labelled row, the last token is read and no other."""
+        longest = f"longest {self.longest:,}"
+        if self.supervised_as == "labelled texts":
+            return f", {longest}; the last token of each row is read"
+        share = self.num_supervised / self.num_tokens
+        stops = " ".join(self.stops) or "nothing"
+        return f", {share:.1%} of them supervised, {longest}; turns end with {stops}"
 
     def record(self) -> dict[str, Any]:
         """Return everything except texts of the rows, for the record of the run."""

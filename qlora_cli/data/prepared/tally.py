@@ -39,7 +39,7 @@ class Tally:
         self._is_verbatim = is_verbatim(source.format)
         self.is_text = isinstance(source.format, Text)
         rows = source.format.rows
-        self.supervised_as = {"pairs": "pairs", "labels": "texts"}.get(rows, "answers")
+        self.supervised_as = {"pairs": "pairs", "labels": "labelled texts"}.get(rows, "answers")
         """The word for what is learned of a row in messages to the user."""
         self._has_stops = rows != "labels"
         self.counts: Counter[str] = Counter()
