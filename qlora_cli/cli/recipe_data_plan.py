@@ -59,6 +59,7 @@ def validate(
 
     loaded = load_recipe(recipe, overrides)
     require_packages(loaded.recipe, for_tasks=True)
+    loaded.recipe.data.require_rows(loaded.recipe.objective, opens_files=False)
     for line in settings_without_effect(loaded.recipe, loaded.recipe.training.max_steps):
         log.warning(line)
     report: dict[str, object] = {

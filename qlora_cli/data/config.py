@@ -87,21 +87,27 @@ class Data(Config):
             return source
         return Portion.of(source, seed=0, share=None, held_out=False, repair=self.repair)
 
-    def require_rows(self, objective: ObjectiveSettings) -> None:
-        """Raise DataError if a source has another kind of rows than the objective learns from."""
+    def require_rows(self, objective: ObjectiveSettings, *, opens_files: bool = True) -> None:
+        """Raise DataError if a source has another kind of rows than the objective learns from.
+
+        Args:
+            opens_files: read the first row of pairs, to say how the chosen answers are trained on.
+        """
         for source in [*self.train_sources, *self.evaluation_sources]:
             kind = source.format.rows
             if kind == objective.rows:
                 continue
-            hint = f"objective: {{type: {_OBJECTIVES[kind]}}} learns from such rows"
-            if kind == "pairs" and objective.rows == "answers":
-                assert isinstance(source.format, Preference)
-                hint += f"; {_chosen_hint(source, source.format)}"
+            other = (
+                f"or give the source a format that reads {_ROWS[objective.rows]}"
+                f"{_FORMATS[objective.rows]}"
+            )
+            can_read = opens_files and source.is_at_hand()
+            if can_read and isinstance(source.format, Preference) and objective.rows == "answers":
+                other = _chosen_hint(source, source.format)
             raise DataError(
                 f"{source.path}: format.type ({source.format.type}) reads {_ROWS[kind]}, but "
                 f"objective.type ({objective.type}) learns from {_ROWS[objective.rows]}",
-                hint=f"{hint}; or give the source a format that reads {_ROWS[objective.rows]}"
-                f"{_FORMATS[objective.rows]}",
+                hint=f"objective: {{type: {_OBJECTIVES[kind]}}} learns from such rows; {other}",
             )
 
     def _portions(self, sources: Source | list[Source], *, held_out: bool) -> list[Source]:

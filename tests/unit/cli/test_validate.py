@@ -102,6 +102,29 @@ def test_several_problems_each_have_a_line_that_begins_with_the_place(run: Run) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("objective", "kind", "said"),
+    [
+        ("supervised", "preference", "objective: {type: dpo} learns from such rows"),
+        ("dpo", "messages", "a format that reads pairs"),
+        ("kto", "preference", "a format that reads answers marked as good or bad"),
+        ("reward", "feedback", "objective: {type: kto} learns from such rows"),
+        ("simpo", "labelled", "objective: {type: classify} learns from such rows"),
+    ],
+)
+def test_rows_of_another_kind_than_the_objective_needs_are_refused(
+    run: Run, objective: str, kind: str, said: str
+) -> None:
+    sections = f"{{path: rows.jsonl, format: {{type: {kind}}}}}"
+    code, _, err = run(
+        "validate", "recipe.yaml", "--set", f"data.train={sections}",
+        "--set", f"objective={{type: {objective}}}",
+    )  # fmt: skip
+    assert code == 2
+    assert f"format.type ({kind}) reads" in err
+    assert said in err
+
+
 def test_a_missing_file(run: Run) -> None:
     assert run("validate", "none.yaml") == (2, "", "error: none.yaml  there is no such file\n")
 
