@@ -6,6 +6,8 @@ The error changes one intermediate result. All that follows from it is computed 
 final number is wrong, and the text stays the same apart from its numbers. The two solutions
 differ in length by a few characters at most: length does not tell which one is right.
 
+The same answers are written one by one too, each marked as good or bad, for KTO.
+
 GSM8K_FOLDER holds `train.jsonl` and `test.jsonl`, with `question` and `answer`. Training pairs come
 from the first file and held-out pairs from the second. The same seed gives the same bytes.
 """
@@ -18,7 +20,7 @@ import json
 import operator
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -217,8 +219,24 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def as_feedback(pairs: list[Row]) -> list[dict[str, str | bool]]:
+    """Return the answers of pairs one by one, each marked as good or bad."""
+    return [
+        {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
+        for pair in pairs
+        for answer in ("chosen", "rejected")
+    ]
+
+
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write one row per line."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path}: {len(rows):,} rows written")
+
+
 def main() -> None:
-    """Write `train.jsonl` and `held_out.jsonl`."""
+    """Write `train.jsonl` and `held_out.jsonl`, and the same answers one by one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("gsm8k", type=Path, help="folder with train.jsonl and test.jsonl of GSM8K")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
@@ -234,10 +252,8 @@ def main() -> None:
     ):
         rows = read(options.gsm8k / f"{source}.jsonl")
         pairs = make_pairs(rows, number, Random(f"{name} {options.seed}"))
-        path = options.output / f"{name}.jsonl"
-        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        path.write_text("".join(lines), encoding="utf-8")
-        print(f"{path}: {len(pairs):,} pairs written")
+        write(options.output / f"{name}.jsonl", pairs)
+        write(options.output / f"{name}-feedback.jsonl", as_feedback(pairs))
 
 
 if __name__ == "__main__":

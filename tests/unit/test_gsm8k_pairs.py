@@ -152,6 +152,11 @@ def test_pairs_differ_in_their_numbers_only(
         assert pairs.NUMBER.sub("#", chosen) == pairs.NUMBER.sub("#", rejected)
         assert abs(len(chosen) - len(rejected)) <= pairs.MAX_LENGTH_DIFFERENCE
         assert chosen.rpartition("#### ")[2] != rejected.rpartition("#### ")[2]
+    feedback = pairs.read(tmp_path / "one/train-feedback.jsonl")
+    assert [row["completion"] for row in feedback] == [
+        row[answer] for row in rows for answer in ("chosen", "rejected")
+    ]
+    assert [row["label"] for row in feedback] == [True, False] * 20
     for file in ("train.jsonl", "held_out.jsonl"):
         first = (tmp_path / "one" / file).read_bytes()
         assert (tmp_path / "again" / file).read_bytes() == first
