@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_cli.common.formatting import value_text
 from qlora_cli.objectives.settings import ObjectiveSettings, ReferenceMode
 from qlora_cli.types import BAD, GOOD, Conversation, RowKind
 
@@ -113,7 +114,7 @@ class DPO(PairObjective):
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(
                 f"label_smoothing ({self.label_smoothing:g}) is defined for loss sigmoid; found "
-                f"{self.loss}"
+                f"{value_text(self.loss)}"
             )
         return self
 

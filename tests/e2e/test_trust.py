@@ -305,7 +305,7 @@ def test_a_pickle_among_prepared_data_is_never_unpickled(
     shown = capsys.readouterr().out
     files = [file for file in (here / "cache").rglob("*") if file.is_file() and file.suffix]
     names = {file.name for file in files if file.suffix != ".lock"}
-    assert len(names) == 8
+    assert len(names) == 10
     for name in sorted(names):
         for file in [file for file in files if file.name == name]:
             trap.plant(file)
@@ -356,6 +356,8 @@ COMMANDS: list[list[str]] = [
     ["adapters", "inspect", "run"],
     ["adapters", "diff", "run", "run/best"],
     ["adapters", "combine", "run", "run/best", "--output", "both"],
+    ["train", "head.yaml"],
+    ["predict", "head", "--rows", "labelled.jsonl", "--output", "labels.jsonl"],
     ["cache"],
     ["cache", "--clear"],
 ]  # fmt: skip
@@ -407,6 +409,16 @@ def all_commands(
     recipe = {**RECIPE, "output": {"dir": "run", "trackers": ["tensorboard"]}}
     recipe["evaluation"] = {"tasks": [{"type": "chrf"}], "max_new_tokens": 3}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    labelled = [{"text": text, "label": text[0]} for text in ("a b", "b a", "a a")]
+    lines = "".join(json.dumps(row) + "\n" for row in labelled)
+    (folder / "labelled.jsonl").write_text(lines, encoding="utf-8")
+    head = {
+        **RECIPE,
+        "data": {"train": {"path": "labelled.jsonl", "format": {"type": "labelled"}}},
+        "objective": {"type": "classify", "labels": ["a", "b"]},
+        "output": {"dir": "head"},
+    }
+    (folder / "head.yaml").write_text(yaml.safe_dump(head), encoding="utf-8")
     (folder / "kernels.py").write_text(HUB_KERNELS, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     environment |= dict.fromkeys(SECRETS, f"hf_{CANARY}")

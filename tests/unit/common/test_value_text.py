@@ -49,6 +49,7 @@ def test_every_message_quotes_the_value_that_it_found() -> None:
     assert bare == {
         "data/formats/fields.py: shown or 'nothing'",
         "data/prompts.py: ', '.join(map(repr, row)) or 'nothing'",
+        "data/scored_rows.py: ', '.join(map(repr, row)) or 'nothing'",
         "data/sources/strict_json.py: found",
         "recipe/load.py: found",
     }

@@ -86,13 +86,13 @@ KEYS: dict[type[Report], str] = {
     CombineReport: ("output adapters weights method density rank seed norm error evaluations"),
     ParentEvaluation: "target models differences measures confidence resamples",
     EvaluationReport: (
-        "target compare weights models differences measures confidence resamples records"
+        "target compare weights models differences measures confidence resamples records confusion"
     ),
     Estimate: "value low high",
     MeasureInfo: "n is_share lower_is_better",
     HarnessReport: "target weights as_chat harness tasks",
     GenerationReport: "output model prompts tokens unfinished seconds",
-    PreviewRow: "source row answer input_ids labels text",
+    PreviewRow: "source row answer num_shared label input_ids labels text",
     AdapterList: "folder adapters",
     ListedAdapter: "path base type r alpha target_modules bytes steps best",
     AdapterReport: (

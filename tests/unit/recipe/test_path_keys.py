@@ -30,8 +30,9 @@ PATHS = {
 
 NOT_PATHS = {
     "answer", "answer_field", "assistant", "best_by", "chosen_field", "completion_field",
-    "delimiter", "exclude_modules", "feedforward_modules", "field", "format", "match", "name",
-    "options", "pattern", "prompt_field", "question", "rejected_field", "revision", "separator",
+    "delimiter", "exclude_modules", "feedforward_modules", "field", "format", "label_field",
+    "margin_field", "match", "name", "options", "pattern", "prompt_field", "question",
+    "rejected_field", "revision", "score_chosen_field", "score_rejected_field", "separator",
     "split", "stop_after", "system", "target_modules", "text", "type", "user",
 }  # fmt: skip
 """Other keys that take text."""

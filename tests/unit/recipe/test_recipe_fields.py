@@ -36,6 +36,11 @@ NEEDED = {
         "evaluation.tasks=[{type: exact_match, name: other}]",
         "training.tasks_every=5",
     ),
+    **dict.fromkeys(
+        ("objective.labels", "objective.problem", "objective.class_weights"),
+        ("evaluation.forgetting=null", "objective.labels=[name]", "objective.problem=multi"),
+    ),
+    "objective.center_rewards": ("evaluation.forgetting=null",),
 }
 """Settings that a key requires."""
 

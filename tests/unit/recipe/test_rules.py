@@ -71,6 +71,18 @@ BROKEN = {
         "data: {train: {path: rows.jsonl}, evaluation: {path: held.jsonl, weight: 2}}\n",
         "data.evaluation.weight (2) would change nothing: ",
     ),
+    "feedback_steps_have_several_rows": (
+        "objective: {type: kto}\ntraining: {batch_size: 1, micro_batch_size: 1}\n",
+        "training.batch_size (1) is too small for objective.type (kto)",
+    ),
+    "adapter_can_train_a_head": (
+        "objective: {type: reward}\nadapter: {type: prompt}\n",
+        "adapter.type (prompt) cannot be combined with objective.type (reward)",
+    ),
+    "a_head_predicts_no_tokens": (
+        "objective: {type: reward}\nevaluation: {forgetting: {path: text.txt}}\n",
+        "evaluation.forgetting needs a model that predicts tokens",
+    ),
 }
 """For each rule, a recipe that breaks it, and how its message begins."""
 

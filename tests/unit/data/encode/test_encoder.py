@@ -372,10 +372,16 @@ def test_every_format_can_be_trained_on(
 ) -> None:
     source = Source(path=rows_file(tmp_path, [kind.example] * 3), format=kind())
     prepared = prepare(source, tokenizer, tmp_path, max_length=512, max_lost=0)
-    messages = kind().to_conversation(kind.example).messages
-    stop = "</s>" if messages[0].role == "text" else "<|im_end|>"
-    answers = [message.content + stop for message in messages if message.train]
-    assert [supervised_text(example, tokenizer) for example in prepared.examples] == [answers] * 3
+    row = kind().to_conversation(kind.example)
+    stop = "</s>" if row.messages[0].role == "text" else "<|im_end|>"
+    answers = [
+        [message.content + stop for message in messages if message.train]
+        for messages in (row.messages, row.rejected)
+        if messages is not None
+    ]
+    if kind.rows == "labels":  # the label is read at the last token
+        answers = [[stop]]
+    assert [supervised_text(example, tokenizer) for example in prepared.examples] == answers * 3
 
 
 def test_prompts_of_a_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
