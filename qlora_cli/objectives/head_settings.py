@@ -41,7 +41,7 @@ class Classify(ObjectiveSettings):
     first is 0). For `regression`, the name of the number; it can be left out."""
     problem: Problem = "single"
     """`single` predicts one label per row, `multi` any number of them, `regression` a number."""
-    class_weights: dict[str, float] | None = Field(None)
+    class_weights: dict[str, float] = Field({})
     """Label -> factor on its loss: for `single`, of the rows with this label; for `multi`, of this
     label in each row. Labels that are missing have the factor 1."""
 
@@ -63,8 +63,8 @@ class Classify(ObjectiveSettings):
             raise ValueError(f"labels: {twice[0]!r} is there twice")
         if "" in labels:
             raise ValueError("labels: one of them is empty")
-        weights = self.class_weights or {}
-        if self.class_weights is not None and problem == "regression":
+        weights = self.class_weights
+        if weights and problem == "regression":
             raise ValueError("class_weights: a number has no class; remove it")
         if unknown := sorted(set(weights) - set(labels)):
             raise ValueError(f"class_weights: {unknown[0]!r} is not one of labels")
@@ -185,7 +185,7 @@ class Classify(ObjectiveSettings):
 
     def _weights(self, outputs: Tensor) -> Tensor | None:
         """Return the factor on the loss of each label, (K,); None for 1."""
-        if self.class_weights is None:
+        if not self.class_weights:
             return None
         weights = [self.class_weights.get(label, 1.0) for label in self.labels]
         return copy_to(outputs.device, outputs.new_tensor(weights, device="cpu"))
