@@ -93,7 +93,11 @@ def _process(
     is_kept = held == in_file and not recipe.adapter.trains_base
     return process_on_cpu(
         stages,
-        BaseFile(trace.base_weights * in_file.itemsize, is_kept),
+        BaseFile(
+            trace.base_weights * in_file.itemsize,
+            is_kept,
+            is_quantized=recipe.quantization.type != "none",
+        ),
         trace.kernels,
         is_16_bit=trace.products > 0,
         is_int8=recipe.quantization.type == "int8",
