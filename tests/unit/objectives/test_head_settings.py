@@ -72,7 +72,10 @@ def test_a_pair_has_a_margin() -> None:
         ({"labels": ["a", "b"], "problem": "regression"}, "predicts one number"),
         ({"labels": ["a", "b"], "class_weights": {"c": 1}}, "'c' is not one of labels"),
         ({"labels": ["a", "b"], "class_weights": {"a": 0}}, "'a' has 0; it takes a number above"),
-        ({"problem": "regression", "class_weights": {"value": 2}}, "class_weights: a number has no class"),
+        (
+            {"problem": "regression", "class_weights": {"v": 2}},
+            "class_weights: a number has no class",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
