@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.common.decoder import decoder_of, score_layer
-from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.errors import ModelError
+from qlora_cli.objectives.halves import run_halves
 from qlora_cli.objectives.token_losses import without_adapter
 from qlora_cli.types import Batch, copy_to
 
@@ -56,30 +55,11 @@ class HeadOutputs:
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32)
 
-    @torch.no_grad()
     def _is_split(self, classifier: nn.Module, decoder: nn.Module, head: nn.Module) -> bool:
         """Check that the head reads the states of the decoder as they are."""
-        device = next(classifier.parameters()).device
-        input_ids = torch.arange(1, 5, device=device)[None]  # (1, 4)
-        seen: dict[str, Any] = {}
-
-        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[name] = inputs, output
-
-        hooks = [
-            half.register_forward_hook(partial(keep, name))
-            for name, half in (("decoder", decoder), ("head", head))
-        ]
-        try:
-            with eval_mode(classifier), self._autocast(device):
-                classifier(input_ids=input_ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if seen.keys() != {"decoder", "head"}:
-            return False
-        (states, *_), _ = seen["head"]
-        return torch.equal(seen["decoder"][1].last_hidden_state, states)
+        autocast = self._autocast(next(classifier.parameters()).device)
+        found = run_halves(classifier, decoder, head, autocast)
+        return found is not None and torch.equal(found.decoded, found.read)
 
 
 def last_positions(batch: Batch) -> Tensor:

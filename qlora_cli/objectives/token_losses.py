@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_cli.common.decoder import decoder_of
-from qlora_cli.common.eval_mode import eval_mode
 from qlora_cli.kernels.cross_entropy import CrossEntropy, LossChunks, cross_entropy
 from qlora_cli.kernels.head_loss import (
     checkpointed_losses,
@@ -23,6 +21,7 @@ from qlora_cli.kernels.head_loss import (
     head_losses,
     vocabulary_size,
 )
+from qlora_cli.objectives.halves import run_halves
 from qlora_cli.types import IGNORE_INDEX, Batch, copy_to
 
 if TYPE_CHECKING:
@@ -160,37 +159,17 @@ class TokenLosses:
             return logits.flatten(0, 1)[positions]
         return logits
 
-    @torch.no_grad()
     def _can_split(self, causal: PreTrainedModel) -> bool:
-        """Check that the model is decoder and head, with nothing (such as a soft cap) around.
-
-        All values are from one forward pass: a second one may round otherwise on a GPU.
-        """
+        """Check that the model is decoder and head, with nothing (such as a soft cap) around."""
         decoder, head = self._halves
         if decoder is None or head is None:
             return False
-        device = next(causal.parameters()).device
-        input_ids = torch.arange(1, 5, device=device)[None]  # (1, 4)
-        seen: dict[str, Any] = {}
-
-        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[name] = inputs, output
-
-        hooks = [
-            half.register_forward_hook(partial(keep, name))
-            for name, half in (("decoder", decoder), ("head", head))
-        ]
-        try:
-            with eval_mode(causal), self._autocast(device):
-                logits = causal(input_ids=input_ids, use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if seen.keys() != {"decoder", "head"}:
-            return False
-        (states, *_), output = seen["head"]
-        return torch.equal(seen["decoder"][1].last_hidden_state, states) and torch.equal(
-            output, logits
+        autocast = self._autocast(next(causal.parameters()).device)
+        found = run_halves(causal, decoder, head, autocast)
+        return (
+            found is not None
+            and torch.equal(found.decoded, found.read)
+            and torch.equal(found.output, found.logits)
         )
 
 

@@ -22,25 +22,12 @@ from qlora_cli.data.formats import FormatConfig, Labelled, Messages, PromptCompl
 from qlora_cli.data.formats.fields import missing
 from qlora_cli.data.formats.proposal import propose_template
 from qlora_cli.data.formats.turns import SameRoleError
-from qlora_cli.data.sources.files import (
-    find_files,
-    is_pattern,
-    is_table,
-    names_a_file,
-    read_file,
-)
+from qlora_cli.data.sources.files import find_files, is_pattern, is_table, names_a_file, read_file
 from qlora_cli.data.sources.hub import hub_rows, is_hub_id
 from qlora_cli.data.sources.loss_mask import mark_trained_turns
 from qlora_cli.data.sources.repair import Repair, RepairSearch, repaired, why_not_joined
 from qlora_cli.data.sources.row_kinds import content_of, refuse_other_kind, refuse_unread_label
-from qlora_cli.data.sources.rows import (
-    LIST_ALL,
-    TEMPLATE,
-    BadRows,
-    LocatedRow,
-    draw,
-    shuffled,
-)
+from qlora_cli.data.sources.rows import LIST_ALL, TEMPLATE, BadRows, LocatedRow, draw, shuffled
 from qlora_cli.errors import DataError
 from qlora_cli.types import Conversation, Row
 
