@@ -133,10 +133,9 @@ class Model:
         trained with `objective: classify` has a head, which gives the probabilities instead.
 
         Args:
-            labels: the possible answers; None takes those of the recipe's classification task, or
-                of its head, which has no others. A
-                model without a chat template continues the prompt with the label as it is, so it
-                needs the space between them.
+            labels: the possible answers; None takes those of the recipe's classification task. A
+                model with a head takes only the labels of its head. A model without a chat template
+                continues the prompt with the label as it is, so it needs the space between them.
 
         Raises:
             DataError: the prompt is missing, or does not fit into the context.
@@ -187,7 +186,7 @@ class Model:
 
         Raises:
             DataError: a row cannot be read.
-            RecipeError: the model has no head that scores rows.
+            RecipeError: the model predicts tokens and not labels or scores.
         """
         if self._session.head is None:
             raise RecipeError(

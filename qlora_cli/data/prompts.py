@@ -339,7 +339,9 @@ def _whole(row: Row, format: _Format) -> Conversation:
         case Feedback():
             return _judged(row, format)
         case Labelled():
-            raise DataError("a labelled row has no answer; give rows with a prompt")
+            raise DataError(
+                "a labelled row has a label instead of an answer; give rows with a prompt"
+            )
         case _:
             return format.to_conversation(row)
 

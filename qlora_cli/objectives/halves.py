@@ -1,4 +1,4 @@
-"""What the decoder and the head of a model compute in one forward pass."""
+"""The results of the decoder and of the head of a model, from one forward pass."""
 
 from __future__ import annotations
 

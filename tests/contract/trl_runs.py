@@ -41,7 +41,7 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_com
 def recording(trainer: Any) -> Any:
     """Return the trainer class with the loss of each micro-batch in `losses`, not rounded."""
 
-    class Recording(trainer):  # type: ignore[misc]
+    class Recording(trainer):  # type: ignore[misc]  # chosen at run time
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
             self.losses = [*getattr(self, "losses", []), loss.item()]

@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Scripts are not a package; they import each other from the folder that they are started in.
 sys.path.insert(0, str(SCRIPTS))
 
-import make_gsm8k_pairs as pairs  # noqa: E402
+import make_gsm8k_pairs as pairs  # noqa: E402  # found by the path above
 
 SHELVES = (
     "There are 4 x 30 = <<4*30=120>>120 books on the shelves.\n"

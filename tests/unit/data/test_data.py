@@ -94,7 +94,9 @@ def test_the_hint_for_preferences_reads_the_row_at_hand(
     with pytest.raises(DataError) as caught:
         Data(train=pairs).require_rows(SUPERVISED)
     hint = str(caught.value.hint)
-    settings = yaml.safe_load(re.search(r"this source format: (\{.*?\})", hint)[1])  # type: ignore[index]
+    found = re.search(r"this source format: (\{.*?\})", hint)
+    assert found is not None
+    settings = yaml.safe_load(found[1])
     source = Source.model_validate({"path": str(path), "format": settings})
     wanted = pairs.format.to_conversation(row)
     assert source.format.to_conversation(row) == replace(wanted, rejected=None)

@@ -38,7 +38,9 @@ def source(tmp_path: Path, row: dict[str, Any], **settings: Any) -> Source:
 
 def written(hint: str, after: str) -> Any:
     """Return the settings that a hint writes after some words."""
-    return yaml.safe_load(re.search(rf"{after} (\{{.*?\}})", hint)[1])  # type: ignore[index]
+    found = re.search(rf"{after} (\{{.*?\}})", hint)
+    assert found is not None
+    return yaml.safe_load(found[1])
 
 
 @pytest.mark.parametrize("format", [Messages(), ShareGpt(), Alpaca(), PromptCompletion()])
@@ -136,7 +138,9 @@ def test_a_text_of_a_labelled_row_in_another_column_is_proposed(tmp_path: Path) 
     rows = source(tmp_path, {"label": "a", "sentence": "b"}, format=Labelled())
     with pytest.raises(DataError, match="field 'text': missing; found 'label', 'sentence'") as why:
         list(rows.conversations(BadRows()))
-    settings = yaml.safe_load(re.search(r"data.train.format: (\{.*\}\"\})", str(why.value.hint))[1])  # type: ignore[index]
+    found = re.search(r"data.train.format: (\{.*\}\"\})", str(why.value.hint))
+    assert found is not None
+    settings = yaml.safe_load(found[1])
     found = Source.model_validate({"path": rows.path, "format": settings})
     [read] = found.conversations(BadRows())
     assert read.messages[0].content == "b"
